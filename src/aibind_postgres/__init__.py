@@ -1,0 +1,37 @@
+"""Durable, resumable token streams and branching conversations on the PostgreSQL you already run."""
+
+from ._async.client import AsyncPostgresClient
+from ._async.stream_store import AsyncPostgresStreamStore
+from ._sync.client import PostgresClient
+from ._sync.stream_store import PostgresStreamStore
+from .errors import (
+    AibindError,
+    InvalidDataError,
+    SchemaError,
+    SequenceConflictError,
+    StoreClosedError,
+    StreamExistsError,
+    StreamNotActiveError,
+    StreamNotFoundError,
+)
+from .models import CleanupResult, StreamChunk, StreamInfo, StreamState, StreamStatus
+
+__all__ = [
+    "AibindError",
+    "AsyncPostgresClient",
+    "AsyncPostgresStreamStore",
+    "CleanupResult",
+    "InvalidDataError",
+    "PostgresClient",
+    "PostgresStreamStore",
+    "SchemaError",
+    "SequenceConflictError",
+    "StoreClosedError",
+    "StreamChunk",
+    "StreamExistsError",
+    "StreamInfo",
+    "StreamNotActiveError",
+    "StreamNotFoundError",
+    "StreamState",
+    "StreamStatus",
+]

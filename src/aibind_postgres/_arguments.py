@@ -1,0 +1,62 @@
+"""What callers may pass: everything else is refused here, before anything is sent. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from datetime import timedelta
+
+from .errors import InvalidDataError
+
+# An id is part of two index entries (at most 2,704 bytes each) and of a notification (at most 7,999 bytes, in JSON).
+MAX_ID_BYTES = 1024
+
+
+def storable_text(value: object, what: str) -> str:
+    """Return `value` if it is text that PostgreSQL can store, else raise `InvalidDataError` naming `what`."""
+    if not isinstance(value, str):
+        raise InvalidDataError(f"{what} must be a str, not {type(value).__name__}")
+    if "\0" in value:
+        raise InvalidDataError(f"{what} contains a NUL character, which PostgreSQL cannot store")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidDataError(
+                f"{what} contains a lone surrogate at position {error.start}, which is not a character"
+            ) from None
+    return value
+
+
+def identifier(value: object, what: str = "a stream id") -> str:
+    """Return `value` if it can name a row: storable text of 1 to 1,024 bytes in UTF-8."""
+    text = storable_text(value, what)
+    if not text:
+        raise InvalidDataError(f"{what} must not be empty")
+    if len(text.encode()) > MAX_ID_BYTES:
+        raise InvalidDataError(f"{what} must be at most {MAX_ID_BYTES} bytes long in UTF-8")
+    return text
+
+
+def chunk_list(chunks: Iterable[object]) -> list[str]:
+    """Return the chunks as a list of storable texts; a bare `str` is refused, since it would go in by letters."""
+    if isinstance(chunks, (str, bytes)):
+        raise InvalidDataError("chunks must be an iterable of str, not one str: append() takes one")
+    return [storable_text(chunk, "a chunk") for chunk in chunks]
+
+
+def sequence_number(value: object, what: str, *, least: int) -> int:
+    """Return `value` if it is an int of at least `least`."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise InvalidDataError(f"{what} must be an int, not {type(value).__name__}")
+    if value < least:
+        raise InvalidDataError(f"{what} must be at least {least}, not {value}")
+    return value
+
+
+def seconds(value: float | timedelta, what: str, *, zero: bool = False) -> float:
+    """Return a time in seconds; it must be finite and above zero, or zero where `zero` allows it."""
+    number = value.total_seconds() if isinstance(value, timedelta) else float(value)
+    if not math.isfinite(number) or number < 0 or (number == 0 and not zero):
+        raise ValueError(f"{what} must be {'zero or more' if zero else 'more than zero'} seconds, not {value!r}")
+    return number

@@ -1,0 +1,341 @@
+"""Who waits for which stream, and what wakes them: announcements, and a poll as the safety net."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import socket
+import uuid
+from collections.abc import Iterable
+from contextlib import suppress
+from time import monotonic
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+
+from .._concurrency import AsyncEvent, AsyncWorker, Mutex, async_spawn
+from .._sql import ANNOUNCE, announced, announcements, json_array
+from .._tables import quote
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from .client import AsyncClient, Row
+
+logger = logging.getLogger("aibind_postgres")
+
+LINGER = 30.0  # seconds that a worker with nothing to do stays, before it ends and closes its connection
+PROBE_TIMEOUT = 2.0  # seconds in which an announcement to oneself must have arrived
+LONGEST_PAUSE = 10  # times poll_interval: what polling backs off to while it finds nothing
+LONGEST_RETRY = 5.0  # seconds between two attempts to reach the server
+CLOSING_TIMEOUT = 10.0  # seconds that closing waits for a worker
+
+
+class AsyncPlace:
+    """One reader's place among those who wait for a stream. Take it with `with`, and look only then.
+
+    While the reader waits, `cursor` is the number of the last chunk it has; otherwise it is None.
+    """
+
+    def __init__(self, changes: AsyncChanges, stream_id: str) -> None:
+        self.stream_id = stream_id
+        self.cursor: float | None = None
+        self._changes = changes
+        self._woken = AsyncEvent()
+
+    def __enter__(self) -> Self:
+        self._changes.enter(self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._changes.leave(self)
+
+    def about_to_look(self) -> None:
+        """Forget earlier wake-ups: what happens from here on wakes the next `wait`."""
+        self._woken.clear()
+
+    async def wait(self, cursor: float, timeout: float | None = None) -> bool:
+        """Wait until there may be something after `cursor`; return False if `timeout` seconds went by first.
+
+        A cursor of infinity waits for the end of the stream; announced chunks wake it all the same.
+        """
+        self._changes.keep_watch()
+        self.cursor = cursor
+        try:
+            return await self._woken.wait(timeout)
+        finally:
+            self.cursor = None
+
+    def wake(self) -> None:
+        self._woken.set()
+
+    def is_behind(self, state: str | None, total_chunks: int) -> bool:
+        """Say whether a waiting reader has not been woken for what the stream has; no state: it is gone."""
+        return (
+            self.cursor is not None and not self._woken.is_set() and (state != "active" or total_chunks > self.cursor)
+        )
+
+
+class AsyncChanges:
+    """The waiting readers of one store. While there are any, an `AsyncWatch` looks out for them."""
+
+    def __init__(self, client: AsyncClient, channel: str, poll_statement: str, poll_interval: float) -> None:
+        self.name = uuid.uuid4().hex
+        self.client = client
+        self.channel = channel
+        self.poll_statement = poll_statement
+        self.poll_interval = poll_interval
+        self.closing = AsyncEvent()
+        self._mutex = Mutex()
+        self._places: dict[str, set[AsyncPlace]] = {}
+        self._watch: AsyncWatch | None = None
+        self._known_deaf = False
+
+    def place(self, stream_id: str) -> AsyncPlace:
+        return AsyncPlace(self, stream_id)
+
+    def enter(self, place: AsyncPlace) -> None:
+        with self._mutex:
+            self._places.setdefault(place.stream_id, set()).add(place)
+
+    def leave(self, place: AsyncPlace) -> None:
+        with self._mutex:
+            places = self._places[place.stream_id]
+            places.discard(place)
+            if not places:
+                del self._places[place.stream_id]
+
+    def wake(self, stream_ids: Iterable[str] | None = None) -> None:
+        """Wake the readers of these streams, or all."""
+        with self._mutex:
+            for stream_id in list(self._places) if stream_ids is None else stream_ids:
+                for place in self._places.get(stream_id, ()):
+                    place.wake()
+
+    def waiting(self) -> list[AsyncPlace]:
+        """Return the places of those who are waiting just now."""
+        with self._mutex:
+            return [place for places in self._places.values() for place in places if place.cursor is not None]
+
+    def keep_watch(self) -> None:
+        """See to it that somebody is looking out."""
+        with self._mutex:
+            if self._watch is None and not self.closing.is_set():
+                self._watch = AsyncWatch(self)
+
+    def end_watch(self, watch: AsyncWatch, *, if_idle: bool) -> bool:
+        """Let a watch go: the next reader who waits starts another. With `if_idle`, only if there is no reader."""
+        with self._mutex:
+            if if_idle and self._places:
+                return False
+            if self._watch is watch:
+                self._watch = None
+            return True
+
+    def warn_of_deafness(self) -> None:
+        if not self._known_deaf:
+            self._known_deaf = True
+            logger.warning(
+                "announcements do not arrive on this connection, as behind a transaction pooler: "
+                "readers are woken by polling, every %g to %g seconds",
+                self.poll_interval,
+                LONGEST_PAUSE * self.poll_interval,
+            )
+
+    async def close(self) -> None:
+        """Wake everybody for the last time and end the watch."""
+        self.closing.set()
+        self.wake()
+        with self._mutex:
+            watch = self._watch
+        if watch is not None:
+            await watch.close()
+
+
+class AsyncWatch:
+    """The worker that looks out for waiting readers, on one connection of its own for announcements and polls.
+
+    Where it cannot have a connection it polls through the client. It ends when there has been no reader for a while.
+    """
+
+    def __init__(self, changes: AsyncChanges) -> None:
+        self._changes = changes
+        self._client = changes.client
+        self._mutex = Mutex()
+        self._connection: psycopg.AsyncConnection[Row] | None = None
+        self._unheard_since = math.inf  # when a probe was sent that has not been heard yet
+        self._worker = async_spawn(self._run, "aibind_postgres-watch")
+
+    async def close(self) -> None:
+        with self._mutex:
+            if self._connection is not None:
+                _hang_up(self._connection)
+        await self._worker.join(CLOSING_TIMEOUT)
+
+    async def _run(self) -> None:
+        changes = self._changes
+        pause = changes.poll_interval
+        busy_at = monotonic()
+        try:
+            while not changes.closing.is_set():
+                if changes.waiting():
+                    busy_at = monotonic()
+                elif monotonic() - busy_at > LINGER and changes.end_watch(self, if_idle=True):
+                    return
+                if self._connection is None:
+                    await self._connect()
+                try:
+                    await self._listen(pause)
+                    news = await self._poll()
+                except Exception as error:
+                    if changes.closing.is_set():
+                        return
+                    # Whatever it is: the readers look for themselves, and meet it where it can be raised.
+                    logger.debug("looking out for changes failed: %s", type(error).__name__)
+                    await self._disconnect()
+                    pause = min(pause * 2, max(LONGEST_RETRY, changes.poll_interval))
+                    changes.wake()
+                else:
+                    pause = changes.poll_interval if news else min(pause * 1.5, LONGEST_PAUSE * changes.poll_interval)
+        finally:
+            changes.end_watch(self, if_idle=False)
+            await self._disconnect()
+
+    async def _connect(self) -> None:
+        try:
+            connection = await self._client.connect()
+            if connection is None:
+                return
+            with self._mutex:
+                self._connection = connection
+            if self._changes.closing.is_set():
+                return
+            await connection.execute(f"LISTEN {quote(self._changes.channel)}")
+            await self._probe(connection)
+        except Exception as error:
+            logger.debug("no connection for announcements: %s", type(error).__name__)
+            await self._disconnect()
+        else:
+            self._changes.wake()  # announcements may have been missed while nobody listened
+
+    async def _probe(self, connection: psycopg.AsyncConnection[Row]) -> None:
+        # A pooler or proxy shows in the process id: the one it gives is its own invention. Whether announcements come
+        # through it is found out by sending one from elsewhere; sent from here it could come back by accident.
+        cursor = await connection.execute("SELECT pg_backend_pid()")
+        if await cursor.fetchall() == [(connection.info.backend_pid,)]:
+            return
+        other = await self._client.connect()
+        if other is not None:
+            async with other:
+                payloads = json_array(announcements([""], self._changes.name))
+                await other.execute(ANNOUNCE, [self._changes.channel, payloads])
+            self._unheard_since = monotonic()
+
+    async def _listen(self, timeout: float) -> None:
+        if self._connection is None:
+            await self._changes.closing.wait(timeout)
+            return
+        async for notify in self._connection.notifies(timeout=timeout):
+            self._unheard_since = math.inf
+            self._changes.wake(announced(notify.payload, self._changes.name))
+        if monotonic() - self._unheard_since > PROBE_TIMEOUT:
+            self._unheard_since = math.inf
+            await self._connection.execute("UNLISTEN *")
+            self._changes.warn_of_deafness()
+
+    async def _poll(self) -> bool:
+        """Ask where the streams of all waiting readers stand, wake those that are behind, say if there were any."""
+        stream_ids = {place.stream_id for place in self._changes.waiting()}
+        if not stream_ids:
+            return False
+        params = [json_array(stream_ids)]
+        if self._connection is None:
+            rows = await self._client.query(self._changes.poll_statement, params)
+        else:
+            cursor = await self._connection.execute(self._changes.poll_statement, params)
+            rows = await cursor.fetchall()
+        standing = {stream_id: (state, total_chunks) for stream_id, state, total_chunks in rows}
+        behind = [
+            place
+            for place in self._changes.waiting()
+            if place.stream_id in stream_ids and place.is_behind(*standing.get(place.stream_id, (None, 0)))
+        ]
+        for place in behind:
+            place.wake()
+        return bool(behind)
+
+    async def _disconnect(self) -> None:
+        with self._mutex:
+            connection, self._connection = self._connection, None
+        self._unheard_since = math.inf
+        if connection is not None:
+            await connection.close()
+
+
+class AsyncAnnouncer:
+    """Tells other processes which streams have changed, after the fact and in the background.
+
+    What piles up while one announcement is under way goes out together with the next. A client whose statements belong
+    to a transaction of the caller announces at once instead: PostgreSQL delivers that when the transaction commits.
+    """
+
+    def __init__(self, client: AsyncClient, channel: str, sender: str) -> None:
+        self._client = client
+        self._channel = channel
+        self._sender = sender
+        self._mutex = Mutex()
+        self._pending: dict[str, None] = {}
+        self._filled = AsyncEvent()
+        self._worker: AsyncWorker | None = None
+        self._closing = False
+
+    async def announce(self, stream_ids: Iterable[str]) -> None:
+        """Announce that these streams have changed. Never raises: what is not announced is found by polling."""
+        if self._client.joins_transactions:
+            await self._send(stream_ids, None)
+            return
+        with self._mutex:
+            self._pending.update(dict.fromkeys(stream_ids))
+            self._filled.set()
+            if self._worker is None:
+                self._worker = async_spawn(self._work, "aibind_postgres-announcer")
+
+    async def close(self) -> None:
+        """Send what is left and end the worker."""
+        with self._mutex:
+            self._closing = True
+            self._filled.set()
+            worker = self._worker
+        if worker is not None:
+            await worker.join(CLOSING_TIMEOUT)
+
+    async def _work(self) -> None:
+        try:
+            while True:
+                await self._filled.wait(0 if self._closing else LINGER)
+                with self._mutex:
+                    self._filled.clear()
+                    batch, self._pending = self._pending, {}
+                    if not batch:
+                        self._worker = None
+                        return
+                await self._send(batch, self._sender)
+        except BaseException:  # cancelled, as when its event loop ends
+            self._worker = None
+            raise
+
+    async def _send(self, stream_ids: Iterable[str], sender: str | None) -> None:
+        try:
+            await self._client.query(ANNOUNCE, [self._channel, json_array(announcements(stream_ids, sender))])
+        except Exception as error:
+            logger.debug("an announcement was not sent: %s", type(error).__name__)
+
+
+def _hang_up(connection: psycopg.AsyncConnection[Any]) -> None:
+    # Closing a connection while another thread waits on it is not safe; ending its traffic is, and wakes that thread.
+    with suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(connection.fileno())) as line:
+        line.shutdown(socket.SHUT_RDWR)

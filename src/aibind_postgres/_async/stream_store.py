@@ -1,0 +1,402 @@
+"""The stream store: durable, ordered, resumable streams of text."""
+
+from __future__ import annotations
+
+import builtins
+import math
+import uuid
+from collections.abc import AsyncIterator, Iterable, Sequence
+from datetime import datetime, timedelta, timezone
+from random import uniform
+from time import monotonic
+from types import TracebackType
+from typing import TYPE_CHECKING, get_args
+
+from .. import _arguments as arguments
+from .._concurrency import async_sleep
+from .._sql import StreamStatements, json_array
+from .._tables import CHUNKS_TABLE, STATUS_TABLE, distinct
+from ..errors import (
+    SequenceConflictError,
+    StoreClosedError,
+    StreamExistsError,
+    StreamNotActiveError,
+    StreamNotFoundError,
+    translated,
+)
+from ..models import CleanupResult, StreamChunk, StreamInfo, StreamState, StreamStatus
+from .changes import AsyncAnnouncer, AsyncChanges
+from .client import as_client
+
+if TYPE_CHECKING:
+    from psycopg.sql import Identifier
+    from typing_extensions import Self
+
+    from .client import AsyncClientLike, Row
+
+PAGE = 2000  # rows that one statement reads
+
+
+class AsyncPostgresStreamStore:
+    """Streams of text chunks in two tables, written by anyone, read from anywhere, resumed after any chunk.
+
+    `client` is a psycopg pool, a psycopg connection, a connection string (the store then owns a pool), or anything
+    with the `PostgresClient` protocol. A connection that is inside a transaction makes the store take part in it:
+    what is said below of durability then holds once that transaction commits.
+
+    `poll_interval` is how often, in seconds, waiting readers look for chunks that nobody announces, while there are
+    some; it backs off to ten times as much. `ttl` is how long, in seconds, a stream is kept after its end. `retry_for`
+    is how long, in seconds, a reader that has lost the server tries to reach it again before the driver's error is
+    raised.
+
+    Every method raises `SchemaError` if a table is missing, `StoreClosedError` once the store is closed, and the
+    driver's own error if the server cannot be reached. May be shared between threads, and between tasks of one event
+    loop.
+    """
+
+    def __init__(
+        self,
+        client: AsyncClientLike,
+        *,
+        chunks_table: str | Identifier = CHUNKS_TABLE,
+        status_table: str | Identifier = STATUS_TABLE,
+        poll_interval: float | timedelta = 0.1,
+        ttl: float | timedelta = 300.0,
+        retry_for: float | timedelta = 30.0,
+    ) -> None:
+        chunks, status = distinct(chunks_table, status_table)
+        poll_seconds = arguments.seconds(poll_interval, "poll_interval")
+        self._ttl = _milliseconds(arguments.seconds(ttl, "ttl"))
+        self._retry_for = arguments.seconds(retry_for, "retry_for", zero=True)
+        self._client = as_client(client)
+        self._sql = StreamStatements(chunks, status)
+        self._changes = AsyncChanges(self._client, status.channel, self._sql.poll, poll_seconds)
+        self._announcer = AsyncAnnouncer(self._client, status.channel, self._changes.name)
+        self._closed = False
+
+    async def create(self, id: str | None = None) -> str:
+        """Begin a stream and return its id; without one, a new and unguessable id is made.
+
+        Raises `StreamExistsError` if there is a stream of this id, whatever its state, and `InvalidDataError` if the
+        id is empty, longer than 1,024 bytes, or not storable. Of several callers at once, one succeeds.
+        """
+        stream_id = str(uuid.uuid4()) if id is None else id
+        if not await self.acquire(stream_id):
+            raise StreamExistsError(stream_id)
+        return stream_id
+
+    async def acquire(self, id: str) -> bool:
+        """Begin a stream unless there is one of this id. True: begun, the caller produces. False: the caller reads."""
+        rows = await self._query(self._sql.create, [arguments.identifier(id), self._ttl])
+        return bool(rows[0][0])
+
+    async def append(self, id: str, chunk: str, *, expected_seq: int | None = None) -> int:
+        """Append one chunk and return its number. When this returns, the chunk is durable.
+
+        `expected_seq` is the number that the chunk must get. If that number is taken by the same text, nothing is
+        written and the number is returned: so an append whose outcome is unknown can be sent again. If it is taken by
+        another text, or is not the next one, `SequenceConflictError` is raised.
+
+        Raises `StreamNotFoundError`, `StreamNotActiveError` if the stream has ended, and `InvalidDataError` for what
+        is not text or cannot be stored. In each case nothing was written.
+        """
+        text = arguments.storable_text(chunk, "a chunk")
+        return await self._append(self._sql.append, id, text, [text], expected_seq)
+
+    async def append_many(self, id: str, chunks: Iterable[str], *, expected_seq: int | None = None) -> int:
+        """Append chunks, all of them or none, and return the last number in the stream.
+
+        They get consecutive numbers, the first one `expected_seq` if that is given; if these are taken by the same
+        texts, nothing is written. Raises what `append` raises. Without any chunk it only checks.
+        """
+        texts = arguments.chunk_list(chunks)
+        return await self._append(self._sql.append_many, id, json_array(texts), texts, expected_seq)
+
+    async def _append(self, statement: str, id: str, data: str, texts: Sequence[str], expected_seq: int | None) -> int:
+        stream_id = arguments.identifier(id)
+        if expected_seq is not None:
+            arguments.sequence_number(expected_seq, "expected_seq", least=1)
+        while True:
+            rows = await self._query(statement, [stream_id, data, expected_seq, self._ttl])
+            if rows:
+                await self._changed([stream_id])
+                return int(rows[0][0])
+            # Nothing was written. Why? Unless the stream was changed back meanwhile, this says it.
+            if (last := await self._explain(stream_id, texts, expected_seq)) is not None:
+                return last
+
+    async def _explain(self, stream_id: str, texts: Sequence[str], expected_seq: int | None) -> int | None:
+        """Return the last number if these texts have been written already, raise what forbids to write them."""
+        if expected_seq is not None:
+            rows = await self._query(self._sql.read, [stream_id, expected_seq - 1, len(texts)])
+            if texts and [data for _, data in rows[1:]] == list(texts):
+                return expected_seq + len(texts) - 1
+        status = await self.get_status(stream_id)
+        if status is None:
+            raise StreamNotFoundError(stream_id)
+        if status.state != "active":
+            raise StreamNotActiveError(stream_id, status.state)
+        if expected_seq is not None and expected_seq != status.total_chunks + 1:
+            raise SequenceConflictError(stream_id, expected_seq, status.total_chunks + 1)
+        return None
+
+    def read_from(self, id: str, after_seq: int = 0, *, follow: bool = True) -> AsyncIterator[StreamChunk]:
+        """Iterate over the chunks with a number above `after_seq`, each exactly once and in order.
+
+        With `follow` it goes on as chunks arrive and ends when the stream has ended; `get_status` then tells how.
+        Without, it ends with the last chunk that is there. It holds no connection while it waits or while the caller
+        is busy, and one page of chunks in memory. If the server goes away it keeps its place and tries again for
+        `retry_for` seconds, then raises the driver's error.
+
+        Raises `StreamNotFoundError` if there is no such stream, also when it is deleted meanwhile, and
+        `InvalidDataError` for a negative `after_seq`.
+        """
+        stream_id = arguments.identifier(id)
+        cursor = arguments.sequence_number(after_seq, "after_seq", least=0)
+        return self._read(stream_id, cursor, follow)
+
+    async def _read(self, stream_id: str, cursor: int, follow: bool) -> AsyncIterator[StreamChunk]:
+        with self._changes.place(stream_id) as place:
+            while True:
+                place.about_to_look()
+                rows = await self._look(self._sql.read, [stream_id, cursor, PAGE])
+                if not rows:
+                    raise StreamNotFoundError(stream_id)
+                state = rows[0][1]
+                for chunk in map(StreamChunk._make, rows[1:]):
+                    yield chunk
+                cursor = max(cursor, rows[-1][0])
+                if len(rows) > PAGE:
+                    continue
+                if state != "active" or not follow:
+                    return
+                await place.wait(cursor)
+
+    def replay(self, id: str, after_seq: int = 0, *, speed: float = 1.0) -> AsyncIterator[StreamChunk]:
+        """Iterate over the chunks that are there, at the pace at which they were written.
+
+        `speed` 2 is twice as fast; infinity leaves out the pauses. The first chunk comes at once, and so does a chunk
+        that was written before migration 0002 was applied. The caller's own time counts as part of a pause.
+
+        Raises what `read_from` raises, `ValueError` unless `speed` is above zero, and `SchemaError` if migration 0002
+        is missing.
+        """
+        stream_id = arguments.identifier(id)
+        cursor = arguments.sequence_number(after_seq, "after_seq", least=0)
+        if not speed > 0:
+            raise ValueError(f"speed must be above zero, not {speed!r}")
+        return self._replay(stream_id, cursor, speed)
+
+    async def _replay(self, stream_id: str, cursor: int, speed: float) -> AsyncIterator[StreamChunk]:
+        due = monotonic()
+        written_before: float | None = None
+        while True:
+            rows = await self._look(self._sql.read_timed, [stream_id, cursor, PAGE])
+            if not rows:
+                raise StreamNotFoundError(stream_id)
+            for seq, data, written_at in rows[1:]:
+                if written_at is not None:
+                    due += max(0.0, written_at - (written_before or written_at)) / speed
+                    written_before = written_at
+                if (pause := due - monotonic()) > 0:
+                    await async_sleep(pause)
+                yield StreamChunk(seq, data)
+            if len(rows) <= PAGE:
+                return
+            cursor = rows[-1][0]
+
+    async def get_status(self, id: str) -> StreamStatus | None:
+        """Return where a stream stands, or None if there is no such stream."""
+        rows = await self._query(self._sql.status, [arguments.identifier(id)])
+        return StreamStatus._make(rows[0]) if rows else None
+
+    async def wait(self, id: str, timeout: float | timedelta | None = None) -> StreamStatus:
+        """Wait until a stream has ended and return its status.
+
+        Raises `TimeoutError` if that takes longer than `timeout` seconds, and `StreamNotFoundError`. If the server
+        goes away it tries again as `read_from` does.
+        """
+        stream_id = arguments.identifier(id)
+        deadline = math.inf
+        if timeout is not None:
+            deadline = monotonic() + arguments.seconds(timeout, "timeout", zero=True)
+        with self._changes.place(stream_id) as place:
+            while True:
+                place.about_to_look()
+                rows = await self._look(self._sql.status, [stream_id])
+                if not rows:
+                    raise StreamNotFoundError(stream_id)
+                status = StreamStatus._make(rows[0])
+                if status.state != "active":
+                    return status
+                left = deadline - monotonic()
+                if left <= 0:
+                    raise TimeoutError(f"stream {stream_id!r} is still active")
+                await place.wait(math.inf, None if left == math.inf else left)
+
+    async def stop(self, id: str) -> bool:
+        """End a stream as stopped by a user. True if this call ended it, False if it had ended already.
+
+        Raises `StreamNotFoundError`.
+        """
+        return await self._end(id, "stopped", None)
+
+    async def complete(self, id: str) -> bool:
+        """End a stream as done. True if this call ended it, False if it had ended already.
+
+        Raises `StreamNotFoundError`.
+        """
+        return await self._end(id, "done", None)
+
+    async def fail(self, id: str, error: str) -> bool:
+        """End a stream with an error text. True if this call ended it, False if it had ended already.
+
+        Raises `StreamNotFoundError`, and `InvalidDataError` for a text that cannot be stored.
+        """
+        return await self._end(id, "error", arguments.storable_text(error, "an error text"))
+
+    async def _end(self, id: str, state: StreamState, error: str | None) -> bool:
+        stream_id = arguments.identifier(id)
+        [(ended, exists)] = await self._query(self._sql.end, [stream_id, state, error, self._ttl])
+        if ended:
+            await self._changed([stream_id])
+        elif not exists:
+            raise StreamNotFoundError(stream_id)
+        return bool(ended)
+
+    async def delete(self, id: str) -> bool:
+        """Delete a stream and its chunks, active or not. True if there was one.
+
+        Those who read it or append to it get `StreamNotFoundError`.
+        """
+        stream_id = arguments.identifier(id)
+        [(total_chunks, deleted_chunks)] = await self._query(self._sql.delete, [stream_id])
+        if total_chunks is None:
+            return False
+        if deleted_chunks < total_chunks:
+            await self._query(self._sql.delete_orphans, [stream_id])
+        await self._changed([stream_id])
+        return True
+
+    def list(
+        self,
+        *,
+        state: StreamState | None = None,
+        created_after: datetime | None = None,
+        created_before: datetime | None = None,
+    ) -> AsyncIterator[StreamInfo]:
+        """Iterate over the streams, or over those in one state, in the order of their ids.
+
+        With a time, in the order of their creation: those created at `created_after` or later and before
+        `created_before`, each with a time zone; this raises `SchemaError` if migration 0002 is missing. A stream that
+        is created or deleted meanwhile may appear or not. Raises `ValueError` for an unknown state or a naive time.
+        """
+        if state is not None and state not in get_args(StreamState):
+            raise ValueError(f"state must be one of {', '.join(get_args(StreamState))}, not {state!r}")
+        for moment in (created_after, created_before):
+            if moment is not None and moment.tzinfo is None:
+                raise ValueError("created_after and created_before must have a time zone")
+        return self._list(state, created_after, created_before)
+
+    async def _list(
+        self, state: StreamState | None, after: datetime | None, before: datetime | None
+    ) -> AsyncIterator[StreamInfo]:
+        by_time = after is not None or before is not None
+        last_id = ""
+        last_time: datetime | None = None
+        while True:
+            if by_time:
+                params = [state, last_id, PAGE, after, before, last_time]
+                rows = await self._query(self._sql.list_by_time, params)
+            else:
+                rows = await self._query(self._sql.list, [state, last_id, PAGE])
+            for stream_id, found, error, total_chunks, expires_at, created_at in rows:
+                expiry = datetime.fromtimestamp(expires_at / 1000, timezone.utc)
+                yield StreamInfo(stream_id, found, error, total_chunks, expiry, created_at)
+            if len(rows) < PAGE:
+                return
+            last_id, last_time = rows[-1][0], rows[-1][5]
+
+    async def cleanup(self, *, batch_size: int = 1000) -> CleanupResult:
+        """Delete the streams that have ended and whose ttl is over, and their chunks; return how many.
+
+        Each statement deletes at most `batch_size` streams. Safe to run in many processes at once. Active streams are
+        left alone: see `fail_abandoned`.
+        """
+        arguments.sequence_number(batch_size, "batch_size", least=1)
+        streams = chunks = 0
+        while True:
+            [(deleted_streams, deleted_chunks)] = await self._query(self._sql.cleanup, [batch_size])
+            streams += deleted_streams
+            chunks += deleted_chunks
+            if deleted_streams < batch_size:
+                return CleanupResult(streams, chunks)
+
+    async def fail_abandoned(self, older_than: float | timedelta) -> builtins.list[str]:
+        """End, in state error, the active streams that have shown no sign of life for `older_than` seconds.
+
+        Returns their ids. For streams whose producer died: choose a time longer than the longest pause that a living
+        producer makes. The last sign of life is the last chunk; if migration 0002 is missing it is known to within a
+        quarter of the ttl, and a stream is then ended that much later.
+        """
+        silence = arguments.seconds(older_than, "older_than", zero=True)
+        text = f"abandoned: no sign of life for {silence:g} seconds"
+        rows = await self._query(self._sql.fail_abandoned, [self._ttl, _milliseconds(silence), text])
+        stream_ids = [row[0] for row in rows]
+        if stream_ids:
+            await self._changed(stream_ids)
+        return stream_ids
+
+    async def close(self) -> None:
+        """Close the store, and the pool if the store owns it. Whoever waits gets `StoreClosedError`. Safe to repeat."""
+        if not self._closed:
+            self._closed = True
+            await self._changes.close()
+            await self._announcer.close()
+            await self._client.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _changed(self, stream_ids: Sequence[str]) -> None:
+        self._changes.wake(stream_ids)
+        await self._announcer.announce(stream_ids)
+
+    async def _query(self, statement: str, params: Sequence[object]) -> Sequence[Row]:
+        if self._closed:
+            raise StoreClosedError
+        try:
+            return await self._client.query(statement, params)
+        except Exception as error:
+            if self._closed:
+                raise StoreClosedError from error
+            if (known := translated(error)) is not None:
+                raise known from error
+            raise
+
+    async def _look(self, statement: str, params: Sequence[object]) -> Sequence[Row]:
+        """Read, and if the server cannot be reached try again for `retry_for` seconds, more and more slowly."""
+        give_up_at = math.inf
+        pause = 0.05
+        while True:
+            try:
+                return await self._query(statement, params)
+            except Exception as error:
+                if not self._client.may_recover(error):
+                    raise
+                give_up_at = min(give_up_at, monotonic() + self._retry_for)
+                # Spread out: many readers lose the server at the same moment.
+                delay = uniform(pause / 2, pause)
+                if monotonic() + delay > give_up_at:
+                    raise
+                await async_sleep(delay)
+                pause = min(pause * 2, 2.0)
+
+
+def _milliseconds(seconds: float) -> int:
+    return max(1, round(seconds * 1000))

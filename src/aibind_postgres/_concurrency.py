@@ -1,0 +1,86 @@
+"""The only place where the two flavours differ: primitives in pairs, `AsyncX` or `async_x` beside `X` or `x`.
+
+A `Mutex` serves both flavours: it guards state for a few instructions and is never held across an `await`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Coroutine
+from contextvars import Context
+from typing import Any
+
+Mutex = threading.Lock
+Event = threading.Event
+sleep = time.sleep
+async_sleep = asyncio.sleep
+
+
+class AsyncEvent:
+    """Twin of `threading.Event`: unlike asyncio's own, its `wait` takes a timeout and says whether it was set.
+
+    Each waiter has a future of its own instead of a task around `asyncio.wait_for`, which before Python 3.12 could
+    swallow a cancellation that came together with the event.
+    """
+
+    def __init__(self) -> None:
+        self._set = False
+        self._waiters: set[asyncio.Future[bool]] = set()
+
+    def is_set(self) -> bool:
+        return self._set
+
+    def set(self) -> None:
+        self._set = True
+        for waiter in self._waiters:
+            _resolve(waiter, True)
+
+    def clear(self) -> None:
+        self._set = False
+
+    async def wait(self, timeout: float | None = None) -> bool:
+        if self._set:
+            return True
+        loop = asyncio.get_running_loop()
+        waiter: asyncio.Future[bool] = loop.create_future()
+        self._waiters.add(waiter)
+        timer = None if timeout is None else loop.call_later(timeout, _resolve, waiter, False)
+        try:
+            return await waiter
+        finally:
+            self._waiters.discard(waiter)
+            if timer is not None:
+                timer.cancel()
+
+
+def _resolve(waiter: asyncio.Future[bool], result: bool) -> None:
+    if not waiter.done():
+        waiter.set_result(result)
+
+
+class AsyncWorker:
+    """A running task, seen as a thread."""
+
+    def __init__(self, task: asyncio.Task[None]) -> None:
+        self._task = task
+
+    async def join(self, timeout: float | None = None) -> None:
+        await asyncio.wait([self._task], timeout=timeout)
+
+
+Worker = threading.Thread
+
+
+def async_spawn(run: Callable[[], Coroutine[Any, Any, None]], name: str) -> AsyncWorker:
+    """Run `run` in a task of its own, outside the context (variables, tracing) of whoever happened to start it."""
+    loop = asyncio.get_running_loop()
+    return AsyncWorker(Context().run(lambda: loop.create_task(run(), name=name)))
+
+
+def spawn(run: Callable[[], None], name: str) -> Worker:
+    """Run `run` in a daemon thread."""
+    thread = threading.Thread(target=run, name=name, daemon=True)
+    thread.start()
+    return thread

@@ -1,0 +1,244 @@
+"""Every statement, for given table names. Pure.
+
+Parameters are numbered (`$1`), so that psycopg's raw cursors and asyncpg take the text as it is. Times are milliseconds
+since the epoch, by the server's clock. A statement that concerns one stream names it as `id = $1` on each table that it
+touches.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ._tables import Table
+
+NOW = "(extract(epoch FROM clock_timestamp()) * 1000)::bigint"
+
+# A sign of life in an active stream, with the ttl as $4. It renews expires_at only once a quarter of the ttl has gone
+# by since the last renewal: most appends leave the column alone, and so stay heap-only updates.
+RENEWED_EXPIRY = f"""
+           CASE WHEN expires_at < {NOW} + $4::bigint - $4::bigint / 4
+                THEN {NOW} + $4::bigint ELSE expires_at END"""
+
+CREATE = """
+WITH created AS (
+    INSERT INTO {status} (id, state, error, total_chunks, expires_at)
+    VALUES ($1::text, 'active', NULL, 0, {now} + $2::bigint)
+    ON CONFLICT (id) DO NOTHING
+    RETURNING id
+), orphans AS (
+    -- Chunks that outlived an earlier stream of this id would hold the numbers of the new one.
+    DELETE FROM {chunks} WHERE id = $1::text AND EXISTS (SELECT FROM created)
+)
+SELECT EXISTS (SELECT FROM created)
+"""
+
+APPEND = """
+WITH advanced AS (
+    UPDATE {status}
+       SET total_chunks = total_chunks + 1,
+           expires_at = {renewed_expiry}
+     WHERE id = $1::text AND state = 'active'
+       AND ($3::bigint IS NULL OR total_chunks = $3::bigint - 1)
+    RETURNING total_chunks
+), stored AS (
+    INSERT INTO {chunks} (id, seq, data)
+    SELECT $1::text, total_chunks, $2::text FROM advanced
+)
+SELECT total_chunks FROM advanced
+"""
+
+APPEND_MANY = """
+WITH advanced AS (
+    UPDATE {status}
+       SET total_chunks = total_chunks + json_array_length($2::json),
+           expires_at = {renewed_expiry}
+     WHERE id = $1::text AND state = 'active'
+       AND ($3::bigint IS NULL OR total_chunks = $3::bigint - 1)
+    RETURNING total_chunks
+), stored AS (
+    INSERT INTO {chunks} (id, seq, data)
+    SELECT $1::text, total_chunks - json_array_length($2::json) + new.place, new.data
+      FROM advanced, json_array_elements_text($2::json) WITH ORDINALITY AS new (data, place)
+)
+SELECT total_chunks FROM advanced
+"""
+
+# One snapshot: the state, in a first row numbered 0, and the chunks that were there in that state. So a page that is
+# not full and whose state is terminal is the last one.
+READ = """
+SELECT 0 AS seq, state AS data FROM {status} WHERE id = $1::text
+UNION ALL
+(SELECT seq, data FROM {chunks} WHERE id = $1::text AND seq > $2::bigint ORDER BY seq LIMIT $3::bigint)
+ORDER BY seq
+"""
+
+READ_TIMED = """
+SELECT 0 AS seq, state AS data, NULL::float8 AS written_at FROM {status} WHERE id = $1::text
+UNION ALL
+(SELECT seq, data, extract(epoch FROM created_at)::float8
+   FROM {chunks} WHERE id = $1::text AND seq > $2::bigint ORDER BY seq LIMIT $3::bigint)
+ORDER BY seq
+"""
+
+STATUS = "SELECT state, error, total_chunks FROM {status} WHERE id = $1::text"
+
+# What waiting readers ask, all in one: where do these streams stand?
+POLL = """
+SELECT id, state, total_chunks FROM {status}
+ WHERE id = ANY (ARRAY(SELECT json_array_elements_text($1::json)))
+"""
+
+END = """
+WITH ended AS (
+    UPDATE {status}
+       SET state = $2::text, error = $3::text, expires_at = {now} + $4::bigint
+     WHERE id = $1::text AND state = 'active'
+    RETURNING id
+)
+SELECT EXISTS (SELECT FROM ended), EXISTS (SELECT FROM {status} WHERE id = $1::text)
+"""
+
+DELETE = """
+WITH deleted AS (
+    DELETE FROM {status} WHERE id = $1::text RETURNING total_chunks
+), emptied AS (
+    DELETE FROM {chunks} WHERE id = $1::text RETURNING seq
+)
+SELECT (SELECT total_chunks FROM deleted), (SELECT count(*) FROM emptied)
+"""
+
+# For the rare chunk that was appended while DELETE ran, after its snapshot.
+DELETE_ORPHANS = """
+DELETE FROM {chunks} WHERE id = $1::text AND NOT EXISTS (SELECT FROM {status} WHERE id = $1::text)
+RETURNING seq
+"""
+
+# The optional column of migration 0002 is read through JSON, which gives NULL where it is missing.
+LIST = """
+SELECT id, state, error, total_chunks, expires_at, (to_jsonb(s) ->> 'created_at')::timestamptz
+  FROM {status} AS s
+ WHERE ($1::text IS NULL OR state = $1::text) AND id > $2::text
+ ORDER BY id
+ LIMIT $3::bigint
+"""
+
+LIST_BY_TIME = """
+SELECT id, state, error, total_chunks, expires_at, created_at
+  FROM {status}
+ WHERE ($1::text IS NULL OR state = $1::text)
+   AND created_at >= coalesce($4::timestamptz, '-infinity') AND created_at < coalesce($5::timestamptz, 'infinity')
+   AND (created_at, id) > (coalesce($6::timestamptz, '-infinity'), $2::text)
+ ORDER BY created_at, id
+ LIMIT $3::bigint
+"""
+
+# SKIP LOCKED: what another process is just cleaning up is left to it.
+CLEANUP = """
+WITH expired AS MATERIALIZED (
+    SELECT id FROM {status}
+     WHERE state <> 'active' AND expires_at <= {now}
+     ORDER BY expires_at
+     LIMIT $1::bigint
+       FOR UPDATE SKIP LOCKED
+), chunks AS (
+    DELETE FROM {chunks} USING expired WHERE {chunks}.id = expired.id RETURNING 1
+), streams AS (
+    DELETE FROM {status} USING expired WHERE {status}.id = expired.id RETURNING 1
+)
+SELECT (SELECT count(*) FROM streams), (SELECT count(*) FROM chunks)
+"""
+
+# The last sign of life is the last chunk's created_at, by migration 0002. Without that column it may be up to a quarter
+# of the ttl newer than expires_at tells, and nobody who showed one is ended.
+FAIL_ABANDONED = """
+WITH silent AS MATERIALIZED (
+    SELECT id FROM {status} AS s
+     WHERE state = 'active'
+       AND expires_at <= {now} - $2::bigint + $1::bigint
+       AND (total_chunks = 0 OR {now} - $2::bigint >= coalesce(
+               (SELECT extract(epoch FROM (to_jsonb(c) ->> 'created_at')::timestamptz)::numeric * 1000
+                  FROM {chunks} AS c WHERE c.id = s.id AND c.seq = s.total_chunks),
+               expires_at - $1::bigint + $1::bigint / 4))
+     ORDER BY id
+       FOR UPDATE SKIP LOCKED
+)
+UPDATE {status} AS s
+   SET state = 'error', error = $3::text, expires_at = {now} + $1::bigint
+  FROM silent
+ WHERE s.id = silent.id AND s.state = 'active'
+RETURNING s.id
+"""
+
+ANNOUNCE = "SELECT pg_notify($1::text, payload) FROM json_array_elements_text($2::json) AS payload"
+
+MAX_PAYLOAD_BYTES = 7_999
+
+
+class StreamStatements:
+    """The statements of a stream store, for its two tables."""
+
+    def __init__(self, chunks: Table, status: Table) -> None:
+        values = {
+            "chunks": chunks.quoted,
+            "status": status.quoted,
+            "now": NOW,
+            "renewed_expiry": RENEWED_EXPIRY.strip(),
+        }
+
+        def fill(statement: str) -> str:
+            return statement.format_map(values)
+
+        self.create = fill(CREATE)
+        self.append = fill(APPEND)
+        self.append_many = fill(APPEND_MANY)
+        self.read = fill(READ)
+        self.read_timed = fill(READ_TIMED)
+        self.status = fill(STATUS)
+        self.poll = fill(POLL)
+        self.end = fill(END)
+        self.delete = fill(DELETE)
+        self.delete_orphans = fill(DELETE_ORPHANS)
+        self.list = fill(LIST)
+        self.list_by_time = fill(LIST_BY_TIME)
+        self.cleanup = fill(CLEANUP)
+        self.fail_abandoned = fill(FAIL_ABANDONED)
+
+
+def json_array(texts: Iterable[str]) -> str:
+    """Return texts as one JSON parameter: psycopg builds an array of them several times more slowly."""
+    return json.dumps(list(texts), ensure_ascii=False, separators=(",", ":"))
+
+
+def announcements(ids: Iterable[str], sender: str | None) -> Iterator[str]:
+    """Pack stream ids into as few notification payloads as they fit in.
+
+    `sender` marks the payload, so that a listener can pass over what it has sent itself.
+    """
+    head = "{" if sender is None else f'{{"by":{json.dumps(sender)},'
+    packed = ""
+    for stream_id in ids:
+        item = json.dumps(stream_id)  # ASCII, so that its length in bytes does not depend on the database's encoding
+        if packed and len(head) + len(packed) + len(item) + len('"ids":[,]}') > MAX_PAYLOAD_BYTES:
+            yield f'{head}"ids":[{packed}]}}'
+            packed = ""
+        packed += f",{item}" if packed else item
+    if packed:
+        yield f'{head}"ids":[{packed}]}}'
+
+
+def announced(payload: str, listener: str) -> list[str] | None:
+    """Return the stream ids of a payload: none if `listener` sent it, None if it tells everybody to look.
+
+    Whatever is no announcement of ours is taken as a hint that something has changed.
+    """
+    try:
+        content = json.loads(payload)
+        if content.get("by") == listener:
+            return []
+        ids = content["ids"]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return None
+    return ids if isinstance(ids, list) and all(isinstance(stream_id, str) for stream_id in ids) else None

@@ -1,0 +1,108 @@
+"""The errors that aibind_postgres raises itself. Connection errors stay those of the driver."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class AibindError(Exception):
+    """Base of every error defined by this package."""
+
+
+class StreamNotFoundError(AibindError):
+    """There is no stream of this id: it was never created, was deleted, or was cleaned up after its ttl."""
+
+    def __init__(self, stream_id: str) -> None:
+        super().__init__(f"there is no stream {stream_id!r}")
+        self.stream_id = stream_id
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.stream_id,)
+
+
+class StreamExistsError(AibindError):
+    """A stream of this id exists already; `acquire` tells without raising."""
+
+    def __init__(self, stream_id: str) -> None:
+        super().__init__(f"stream {stream_id!r} exists already")
+        self.stream_id = stream_id
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.stream_id,)
+
+
+class StreamNotActiveError(AibindError):
+    """The stream has ended, so nothing can be appended to it. `state` says how it ended."""
+
+    def __init__(self, stream_id: str, state: str) -> None:
+        super().__init__(f"stream {stream_id!r} has ended: its state is {state!r}")
+        self.stream_id = stream_id
+        self.state = state
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.stream_id, self.state)
+
+
+class SequenceConflictError(AibindError):
+    """The expected number is not the one that the chunk would get: somebody else writes to this stream.
+
+    `expected` is the number that was asked for, `actual` the one that the next chunk of the stream gets.
+    """
+
+    def __init__(self, stream_id: str, expected: int, actual: int) -> None:
+        super().__init__(
+            f"a chunk of stream {stream_id!r} was to get number {expected}, but the next number is {actual}: "
+            "another producer writes to this stream"
+        )
+        self.stream_id = stream_id
+        self.expected = expected
+        self.actual = actual
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.stream_id, self.expected, self.actual)
+
+
+class InvalidDataError(AibindError, ValueError):
+    """An argument that PostgreSQL could not store as it is; refused before anything was sent."""
+
+
+class SchemaError(AibindError):
+    """A table or a column is missing. The text names it and the command that creates it."""
+
+
+class StoreClosedError(AibindError):
+    """The store was closed."""
+
+    def __init__(self) -> None:
+        super().__init__("this store is closed")
+
+
+def sqlstate_of(error: BaseException) -> str | None:
+    """Return the SQLSTATE code of a driver's error, looking through what SQLAlchemy and Django wrap around it."""
+    seen: BaseException | None = error
+    while seen is not None:
+        code = getattr(seen, "sqlstate", None) or getattr(seen, "pgcode", None)
+        if isinstance(code, str):
+            return code
+        seen = getattr(seen, "orig", None) or seen.__cause__
+    return None
+
+
+def translated(error: Exception) -> AibindError | None:
+    """Return the error of this package that says what a driver's error means, if there is one."""
+    code = sqlstate_of(error)
+    if code in ("42P01", "42703"):  # undefined_table, undefined_column
+        return SchemaError(
+            f"{_first_line(error)}. Create what is missing with `aibind-postgres migrate`, with "
+            "`aibind_postgres.schema.migrate(client)`, or with the SQL that `aibind-postgres schema` prints"
+        )
+    if code in ("22021", "22P05") or isinstance(error, UnicodeEncodeError):
+        # character_not_in_repertoire, untranslatable_character: a database whose encoding is not UTF-8
+        return InvalidDataError("the database's encoding has no room for a character of this text")
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    while (inner := getattr(error, "orig", None) or error.__cause__) is not None:
+        error = inner
+    return str(error).partition("\n")[0]

@@ -1,0 +1,41 @@
+"""Plain data: what a stream is made of."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Literal, NamedTuple
+
+StreamState = Literal["active", "done", "stopped", "error"]
+
+
+class StreamChunk(NamedTuple):
+    """One piece of a stream. Numbers are 1, 2, 3 … without a hole."""
+
+    seq: int
+    data: str
+
+
+class StreamStatus(NamedTuple):
+    """Where a stream stands. `error` is the text given to `fail`, and None in every other state."""
+
+    state: StreamState
+    error: str | None
+    total_chunks: int
+
+
+class StreamInfo(NamedTuple):
+    """What a listing says of a stream. `created_at` is None where migration 0002 had not been applied."""
+
+    id: str
+    state: StreamState
+    error: str | None
+    total_chunks: int
+    expires_at: datetime
+    created_at: datetime | None
+
+
+class CleanupResult(NamedTuple):
+    """How many streams a clean-up deleted, and how many chunks with them."""
+
+    streams: int
+    chunks: int
