@@ -31,11 +31,115 @@ class AsyncPostgresClient(Protocol):
 
 
 AsyncClientLike: TypeAlias = str | AsyncConnectionPool[Any] | psycopg.AsyncConnection[Any] | AsyncPostgresClient
+
+
+class AsyncClient:
+    """A client as the stores see it; in this plain form, around an object with the `PostgresClient` protocol."""
+
+    def __init__(self, client: AsyncPostgresClient) -> None:
+        self._client = client
+        self._connection_errors = tuple(getattr(client, "connection_errors", ()))
+        self.joins_transactions = bool(getattr(client, "joins_transactions", False))
+
+    async def query(self, sql: str, params: Sequence[Any]) -> Sequence[Row]:
+        """Run one statement and return its rows as tuples."""
+        rows = await self._client.query(sql, params)
+        return [tuple(row.values()) if isinstance(row, Mapping) else tuple(row) for row in rows]
+
+    async def connect(self) -> psycopg.AsyncConnection[Row] | None:
+        """Open another connection to the same database, in autocommit mode, if the client knows how."""
+        return None
+
+    def may_recover(self, error: Exception) -> bool:
+        """Say whether the same statement may succeed later, on another connection."""
+        return isinstance(error, self._connection_errors)
+
+    async def close(self) -> None:
+        """Release what this client has opened itself."""
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+
+class AsyncPoolClient(AsyncClient):
+    """A psycopg pool. If it is `owned`, the first statement opens it, and it is closed with the store."""
+
+    def __init__(self, pool: AsyncConnectionPool[Any], *, owned: bool = False) -> None:
+        self._pool = pool
+        self._owned = owned
+        self.joins_transactions = False
+
+    async def query(self, sql: str, params: Sequence[Any]) -> Sequence[Row]:
+        if self._owned and self._pool.closed:
+            await self._pool.open()
+        async with self._pool.connection() as connection:
+            if connection.autocommit:
+                return await _run(connection, sql, params)
+            # Changing the mode of an idle connection is local: it saves the round trips of BEGIN and COMMIT.
+            await connection.set_autocommit(True)
+            try:
+                return await _run(connection, sql, params)
+            finally:
+                if connection.info.transaction_status == TransactionStatus.IDLE:
+                    await connection.set_autocommit(False)
+
+    async def connect(self) -> psycopg.AsyncConnection[Row] | None:
+        async with self._pool.connection() as connection:
+            return await _connect_like(connection)
+
+    def may_recover(self, error: Exception) -> bool:
+        lost = isinstance(error, (psycopg.OperationalError, psycopg.InterfaceError))
+        return lost and not isinstance(error, PoolClosed)
+
+    async def close(self) -> None:
+        if self._owned:
+            await self._pool.close()
+
+
+class AsyncConnectionClient(AsyncClient):
+    """One psycopg connection of the caller's, in its transaction if it is inside one."""
+
+    def __init__(self, connection: psycopg.AsyncConnection[Any]) -> None:
+        self._connection = connection
+        self.joins_transactions = True
+
+    async def query(self, sql: str, params: Sequence[Any]) -> Sequence[Row]:
+        return await _run(self._connection, sql, params)
+
+    async def connect(self) -> psycopg.AsyncConnection[Row] | None:
+        return await _connect_like(self._connection)
+
+    def may_recover(self, error: Exception) -> bool:
+        return False
+
+
+def as_client(client: AsyncClientLike) -> AsyncClient:
+    """Return what a store talks to. For a connection string this is a pool of its own, closed with the client."""
+    if isinstance(client, str):
+        pool: AsyncConnectionPool[Any] = AsyncConnectionPool(
+            client, kwargs={"autocommit": True}, configure=_configure, min_size=1, max_size=10, open=False
+        )
+        return AsyncPoolClient(pool, owned=True)
+    if isinstance(client, AsyncConnectionPool):
+        return AsyncPoolClient(client)
+    if isinstance(client, psycopg.AsyncConnection):
+        return AsyncConnectionClient(client)
+    if callable(getattr(client, "query", None)):
+        return AsyncClient(client)
+    raise TypeError(
+        f"a client must be a connection string, a psycopg_pool.{AsyncConnectionPool.__name__}, a "
+        f"psycopg.{psycopg.AsyncConnection.__name__} or an object with a query method, not {type(client).__name__}"
     )
 
 
-async def _run(connection: psycopg.AsyncConnection[Any], sql: str, params: Sequence[Any]) -> list[Row]:
-    cursor = psycopg.AsyncRawCursor(connection, row_factory=tuple_row)  # whatever the caller's connection makes
+async def _run(connection: psycopg.AsyncConnection[Any], sql: str, params: Sequence[Any]) -> Sequence[Row]:
+    # A cursor of our own kind, whatever factories the caller's connection has.
+    cursor = psycopg.AsyncRawCursor(connection, row_factory=tuple_row)
     await cursor.execute(sql, params, binary=True)
     return await cursor.fetchall() if cursor.description else []
 
