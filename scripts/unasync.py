@@ -7,10 +7,11 @@ CONTRIBUTING.md describes.
 
 from __future__ import annotations
 
+import ast
+import re
 import shutil
 import sys
 import tempfile
-import tokenize
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,8 +49,32 @@ RENAMES = {
 
 
 def _names(source: Path) -> set[str]:
-    with source.open("rb") as file:
-        return {t.string.strip("'\"") for t in tokenize.tokenize(file.readline) if t.type != tokenize.COMMENT}
+    """Return the names that occur in a source file; raise `SystemExit` for one where it would not be converted.
+
+    Inside an f-string a name is a token from Python 3.12 on, and is none before. A text with a name in it is true for
+    one flavour only.
+    """
+    tree = ast.parse(source.read_text("utf-8"))
+    inside = {child for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for child in ast.walk(node)}
+    names = set()
+    for node in ast.walk(tree):
+        match node:
+            case ast.Name(id=name) | ast.Attribute(attr=name) | ast.alias(name=name):
+                pass
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+                pass
+            case ast.Constant(value=str(text)):
+                if words := RENAMES.keys() & set(re.findall(r"\w+", text)):
+                    raise SystemExit(f"{source}:{node.lineno}: a text names {', '.join(words)}")
+                continue
+            case ast.Await() if node in inside:
+                raise SystemExit(f"{source}:{node.lineno}: await inside an f-string")
+            case _:
+                continue
+        if node in inside and name in RENAMES:
+            raise SystemExit(f"{source}:{node.lineno}: {name} inside an f-string")
+        names.add(name)
+    return names
 
 
 def convert(folders: list[Path] = FOLDERS) -> list[Path]:

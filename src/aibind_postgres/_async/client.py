@@ -131,9 +131,10 @@ def as_client(client: AsyncClientLike) -> AsyncClient:
         return AsyncConnectionClient(client)
     if callable(getattr(client, "query", None)):
         return AsyncClient(client)
+    accepted = " or ".join(kind.__name__ for kind in (AsyncConnectionPool, psycopg.AsyncConnection))
     raise TypeError(
-        f"a client must be a connection string, a psycopg_pool.{AsyncConnectionPool.__name__}, a "
-        f"psycopg.{psycopg.AsyncConnection.__name__} or an object with a query method, not {type(client).__name__}"
+        f"a client must be a connection string, a psycopg {accepted}, or an object with a query method, "
+        f"not {type(client).__name__}"
     )
 
 
