@@ -26,14 +26,17 @@ FOLDERS = [ROOT / "src" / "aibind_postgres", ROOT / "tests"]
 # Every paired name, since unasync alone would turn AsyncX into SyncX.
 RENAMES = {
     "AsyncAnnouncer": "Announcer",
+    "AsyncBackground": "Background",
     "AsyncChanges": "Changes",
     "AsyncClient": "Client",
+    "AsyncClientCursor": "ClientCursor",
     "AsyncClientLike": "ClientLike",
     "AsyncConnection": "Connection",
     "AsyncConnectionClient": "ConnectionClient",
     "AsyncConnectionPool": "ConnectionPool",
     "AsyncEvent": "Event",
     "AsyncIterator": "Iterator",
+    "AsyncNullConnectionPool": "NullConnectionPool",
     "AsyncPlace": "Place",
     "AsyncPoolClient": "PoolClient",
     "AsyncPostgresClient": "PostgresClient",
@@ -43,6 +46,7 @@ RENAMES = {
     "AsyncWorker": "Worker",
     "__aenter__": "__enter__",
     "__aexit__": "__exit__",
+    "async_gather": "gather",
     "async_sleep": "sleep",
     "async_spawn": "spawn",
 }
@@ -73,46 +77,49 @@ def _names(source: Path) -> set[str]:
                 continue
         if node in inside and name in RENAMES:
             raise SystemExit(f"{source}:{node.lineno}: {name} inside an f-string")
+        if re.match("Async[A-Z]", name) and name not in RENAMES:
+            raise SystemExit(f"{source}:{node.lineno}: {name} has no rename")
         names.add(name)
     return names
 
 
-def convert(folders: list[Path] = FOLDERS) -> list[Path]:
-    """Convert `folder/_async` into `folder/_sync`, for each folder; return the files written.
+def generate(folders: list[Path]) -> dict[Path, str]:
+    """Return what `folder/_sync` has to contain, for each folder. Writes nothing.
 
-    A target is wiped first, so that nothing outlives its source. Raises `SystemExit` if a rename matched nothing.
+    Raises `SystemExit` for a source that would not be converted as a whole, and for a rename that matched nothing.
     """
-    rule = unasync.Rule("/_async/", "/_sync/", additional_replacements=RENAMES)
     unused = set(RENAMES)
-    written = []
-    for folder in folders:
-        shutil.rmtree(folder / "_sync", ignore_errors=True)
-        for source in sorted((folder / "_async").rglob("*.py")):
-            unused -= _names(source)
-            unasync.unasync_files([str(source)], [rule])
-            target = folder / "_sync" / source.relative_to(folder / "_async")
-            origin = source.relative_to(folder).as_posix()
-            target.write_text(f"# Generated from {origin}: edit that file.\n{target.read_text('utf-8')}", "utf-8")
-            written.append(target)
+    generated = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for folder in folders:
+            sources = folder / "_async"
+            rule = unasync.Rule(str(sources), scratch, additional_replacements=RENAMES)
+            for source in sorted(sources.rglob("*.py")):
+                unused -= _names(source)
+                unasync.unasync_files([str(source)], [rule])
+                inner = source.relative_to(sources)
+                header = f"# Generated from _async/{inner.as_posix()}: edit that file.\n"
+                generated[folder / "_sync" / inner] = header + Path(scratch, inner).read_text("utf-8")
     if unused:
         raise SystemExit(f"renames that matched nothing: {', '.join(sorted(unused))}")
-    return written
+    return generated
+
+
+def convert(folders: list[Path] = FOLDERS) -> None:
+    """Write `folder/_sync` anew, for each folder, and leave nothing there that has no source."""
+    generated = generate(folders)
+    for folder in folders:
+        shutil.rmtree(folder / "_sync", ignore_errors=True)
+    for target, text in generated.items():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text, "utf-8")
 
 
 def outdated(folders: list[Path] = FOLDERS) -> list[Path]:
-    """Return the generated files that differ from what the sources give, missing and surplus ones included."""
-    stale = []
-    with tempfile.TemporaryDirectory() as scratch:
-        for number, folder in enumerate(folders):
-            shutil.copytree(folder / "_async", Path(scratch, str(number), "_async"))
-        fresh = convert([Path(scratch, str(number)) for number in range(len(folders))])
-        for number, folder in enumerate(folders):
-            base = Path(scratch, str(number))
-            wanted = {file.relative_to(base): file.read_bytes() for file in fresh if base in file.parents}
-            found = {file.relative_to(folder): file.read_bytes() for file in (folder / "_sync").rglob("*.py")}
-            names = wanted.keys() | found.keys()
-            stale += [folder / name for name in sorted(names) if wanted.get(name) != found.get(name)]
-    return stale
+    """Return the generated files that are not what the sources give, missing and surplus ones included."""
+    wanted = generate(folders)
+    found = {file: file.read_text("utf-8") for folder in folders for file in (folder / "_sync").rglob("*.py")}
+    return sorted(file for file in wanted.keys() | found.keys() if wanted.get(file) != found.get(file))
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ class AsyncPlace:
 
 
 class AsyncChanges:
-    """The waiting readers of one store. While there are any, an `AsyncWatch` looks out for them."""
+    """The waiting readers of one store. While there are any, a watch looks out for them."""
 
     def __init__(self, client: AsyncClient, channel: str, poll_statement: str, poll_interval: float) -> None:
         self.name = uuid.uuid4().hex

@@ -34,7 +34,10 @@ AsyncClientLike: TypeAlias = str | AsyncConnectionPool[Any] | psycopg.AsyncConne
 
 
 class AsyncClient:
-    """A client as the stores see it; in this plain form, around an object with the `PostgresClient` protocol."""
+    """A client as the stores see it; in this plain form, around an object with the `PostgresClient` protocol.
+
+    The clients for psycopg, and the adapters for other drivers, are its subclasses.
+    """
 
     def __init__(self, client: AsyncPostgresClient) -> None:
         self._client = client
@@ -90,7 +93,8 @@ class AsyncPoolClient(AsyncClient):
 
     async def connect(self) -> psycopg.AsyncConnection[Row] | None:
         async with self._pool.connection() as connection:
-            return await _connect_like(connection)
+            parameters = parameters_of(connection)
+        return await open_connection(parameters)
 
     def may_recover(self, error: Exception) -> bool:
         lost = isinstance(error, (psycopg.OperationalError, psycopg.InterfaceError))
@@ -112,7 +116,7 @@ class AsyncConnectionClient(AsyncClient):
         return await _run(self._connection, sql, params)
 
     async def connect(self) -> psycopg.AsyncConnection[Row] | None:
-        return await _connect_like(self._connection)
+        return await open_connection(parameters_of(self._connection))
 
     def may_recover(self, error: Exception) -> bool:
         return False
@@ -120,6 +124,8 @@ class AsyncConnectionClient(AsyncClient):
 
 def as_client(client: AsyncClientLike) -> AsyncClient:
     """Return what a store talks to. For a connection string this is a pool of its own, closed with the client."""
+    if isinstance(client, AsyncClient):
+        return client
     if isinstance(client, str):
         pool: AsyncConnectionPool[Any] = AsyncConnectionPool(
             client, kwargs={"autocommit": True}, configure=_configure, min_size=1, max_size=10, open=False
@@ -153,14 +159,17 @@ async def _configure(connection: psycopg.AsyncConnection[Any]) -> None:
         connection.prepare_threshold = None
 
 
-async def _connect_like(connection: psycopg.AsyncConnection[Any]) -> psycopg.AsyncConnection[Row]:
-    parameters: dict[str, Any] = connection.info.get_parameters()
-    # So that a network that has gone away is noticed.
-    parameters.setdefault("connect_timeout", "10")
-    parameters.setdefault("keepalives_idle", "30")
+def parameters_of(connection: psycopg.AsyncConnection[Any]) -> dict[str, str]:
+    """Return what opens another connection like this one."""
+    return {**connection.info.get_parameters(), "password": connection.info.password}
+
+
+async def open_connection(parameters: Mapping[str, Any]) -> psycopg.AsyncConnection[Row]:
+    """Open a connection of our own kind, in autocommit mode, with these parameters of libpq."""
+    # The defaults are there so that a network that has gone away is noticed.
+    defaults = {"connect_timeout": "10", "keepalives_idle": "30"}
     return await psycopg.AsyncConnection.connect(
-        **parameters,
-        password=connection.info.password,
+        **{**defaults, **parameters},
         autocommit=True,
         prepare_threshold=None,
         row_factory=tuple_row,

@@ -1,0 +1,131 @@
+"""Many callers at once: one creator, no number missing and none twice, status updates that stay heap-only."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import psycopg
+import pytest
+from psycopg_pool import AsyncConnectionPool
+from support.concurrency import async_gather
+
+from aibind_postgres import AsyncPostgresStreamStore, SequenceConflictError, StreamExistsError, StreamNotActiveError
+from aibind_postgres._concurrency import async_sleep
+
+
+@pytest.fixture
+async def store(dsn, tables):
+    async with AsyncPostgresStreamStore(dsn, **tables) as store:
+        yield store
+
+
+async def test_of_fifty_creators_one_succeeds(store):
+    results = await async_gather(*[partial(store.create, "one")] * 50, errors=True)
+    assert results.count("one") == 1
+    assert sum(isinstance(result, StreamExistsError) for result in results) == 49
+
+
+async def test_sixteen_writers_share_the_numbers(store):
+    id = await store.create()
+
+    async def write(writer):
+        return [(await store.append(id, f"{writer}/{number}"), f"{writer}/{number}") for number in range(200)]
+
+    written = await async_gather(*(partial(write, writer) for writer in range(16)))
+    chunks = [tuple(chunk) async for chunk in store.read_from(id, follow=False)]
+    assert [seq for seq, _ in chunks] == list(range(1, 3201))
+    assert sorted(chunk for chunks_of_one in written for chunk in chunks_of_one) == sorted(chunks)
+    # Each writer's own chunks are in its own order.
+    for own in written:
+        assert [seq for seq, _ in own] == sorted(seq for seq, _ in own)
+
+
+async def test_batches_stay_together(store):
+    id = await store.create()
+
+    async def write(writer):
+        return [await store.append_many(id, [f"{writer}"] * 7) for _ in range(30)]
+
+    await async_gather(*(partial(write, writer) for writer in range(8)))
+    data = [chunk.data async for chunk in store.read_from(id, follow=False)]
+    assert len(data) == 8 * 30 * 7
+    assert all(len(set(data[start : start + 7])) == 1 for start in range(0, len(data), 7))
+
+
+async def test_of_two_producers_one_is_told(store):
+    id = await store.create()
+
+    async def produce(name):
+        for number in range(1, 101):
+            await store.append(id, f"{name}{number}", expected_seq=number)
+
+    results = await async_gather(partial(produce, "a"), partial(produce, "b"), errors=True)
+    assert sum(isinstance(result, SequenceConflictError) for result in results) >= 1
+    seqs = [chunk.seq async for chunk in store.read_from(id, follow=False)]
+    assert seqs == list(range(1, len(seqs) + 1))
+
+
+async def test_retries_of_one_append_at_once_write_once(store):
+    id = await store.create()
+    results = await async_gather(*[partial(store.append, id, "same", expected_seq=1)] * 20)
+    assert results == [1] * 20
+    assert [tuple(chunk) async for chunk in store.read_from(id, follow=False)] == [(1, "same")]
+
+
+async def test_no_chunk_lands_after_the_end(store):
+    for _ in range(20):
+        id = await store.create()
+
+        async def write(id=id):
+            count = 0
+            while True:
+                try:
+                    count = await store.append(id, "x")
+                except StreamNotActiveError as error:
+                    assert error.state == "stopped"
+                    return count
+
+        async def stop(id=id):
+            return await store.stop(id)
+
+        *counts, _ = await async_gather(write, write, write, stop)
+        status = await store.get_status(id)
+        chunks = [chunk.seq async for chunk in store.read_from(id)]
+        assert chunks == list(range(1, status.total_chunks + 1))
+        assert max(counts) == status.total_chunks
+
+
+async def test_of_many_enders_one_ends(store):
+    id = await store.create()
+    ends = [store.stop, store.complete, lambda id: store.fail(id, "why")] * 5
+    assert sorted(await async_gather(*(partial(end, id) for end in ends))) == [False] * 14 + [True]
+
+
+async def test_cleanups_at_once_share_the_work(dsn, tables, store):
+    async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as admin:
+        names = {"chunks": tables["chunks_table"], "status": tables["status_table"]}
+        for statement in (
+            "INSERT INTO {status} (id, state, expires_at) SELECT i::text, 'done', 1 FROM generate_series(1, 1000) i",
+            "INSERT INTO {chunks} (id, seq, data) SELECT i::text, 1, '' FROM generate_series(1, 1000) i",
+        ):
+            await admin.execute(psycopg.sql.SQL(statement).format(**names))
+    results = await async_gather(*[partial(store.cleanup, batch_size=50)] * 8)
+    # One that finds all that is left in other hands is done; what is left then, the others do.
+    assert sum(result.streams for result in results) == sum(result.chunks for result in results) == 1000
+
+
+async def test_appends_are_heap_only_updates(dsn, tables):
+    async with AsyncConnectionPool(dsn, min_size=1, max_size=1, open=False) as pool:
+        async with AsyncPostgresStreamStore(pool, **tables) as store:
+            id = await store.create()
+            for number in range(2000):
+                await store.append(id, str(number))
+    schema_name, table = tables["status_table"]._obj
+    async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as admin:
+        statement = "SELECT n_tup_upd, n_tup_hot_upd FROM pg_stat_user_tables WHERE schemaname = %s AND relname = %s"
+        updates = 0
+        while updates < 2000:  # a session reports its figures some time after it has ended
+            updates, hot = await (await admin.execute(statement, [schema_name, table])).fetchone()
+            await async_sleep(0.01)
+    assert updates == 2000
+    assert hot >= 0.95 * updates

@@ -1,0 +1,331 @@
+"""Reading a stream while it is written, from this process and from others."""
+
+from __future__ import annotations
+
+import json
+import random
+from functools import partial
+from time import monotonic
+
+import psycopg
+import pytest
+from psycopg_pool import AsyncConnectionPool
+from support import servers
+from support.concurrency import AsyncBackground, async_gather, run_python
+
+from aibind_postgres import (
+    AsyncPostgresStreamStore,
+    StoreClosedError,
+    StreamNotActiveError,
+    StreamNotFoundError,
+    schema,
+)
+from aibind_postgres._concurrency import AsyncEvent, async_sleep
+
+NEVER = 3600  # a poll_interval: whatever arrives has been announced
+
+
+@pytest.fixture
+async def store(dsn, tables):
+    async with AsyncPostgresStreamStore(dsn, **tables) as store:
+        yield store
+
+
+@pytest.fixture
+async def other(dsn, tables):
+    """A store that shares nothing with `store` but the server, as in another process."""
+    async with AsyncPostgresStreamStore(dsn, **tables) as store:
+        yield store
+
+
+async def collect(store, id, after_seq=0):
+    return [tuple(chunk) async for chunk in store.read_from(id, after_seq)]
+
+
+async def statements_waiting(dsn, query):
+    """Wait until the server has a connection whose last statement is like `query`."""
+    async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as connection:
+        statement = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND query LIKE %s"
+        while (await (await connection.execute(statement, [query])).fetchone()) == (0,):
+            await async_sleep(0.01)
+
+
+@pytest.mark.parametrize("number", range(1, 4))
+async def test_a_reader_sees_each_chunk_once_and_the_end(store, other, number):
+    id = await store.create()
+    end = {1: store.complete, 2: store.stop, 3: lambda id: store.fail(id, "why")}[number]
+    async with AsyncBackground(partial(collect, other, id)) as reader, AsyncBackground(partial(collect, store, id)) as own:
+        for number in range(1, 101):
+            assert await store.append(id, str(number)) == number
+        await end(id)
+        expected = [(number, str(number)) for number in range(1, 101)]
+        assert await reader.result() == expected
+        assert await own.result() == expected
+
+
+async def test_announcements_alone_wake_a_reader(dsn, tables, store):
+    id = await store.create()
+    seen = []
+    turn = AsyncEvent()
+
+    async with AsyncPostgresStreamStore(dsn, **tables, poll_interval=NEVER) as listener:
+
+        async def follow():
+            async for chunk in listener.read_from(id):
+                seen.append(chunk.data)
+                turn.set()
+
+        async with AsyncBackground(follow) as reader:
+            # Listening begins some time after the reader has; until then only the look that follows it helps.
+            await statements_waiting(dsn, "SELECT pg_backend_pid()%")
+            for number in range(20):
+                turn.clear()
+                await store.append(id, str(number))
+                assert await turn.wait(10)
+            await store.complete(id)
+            await reader.result()
+    assert seen == [str(number) for number in range(20)]
+
+
+async def test_a_reader_in_the_same_store_is_woken_directly(dsn, tables):
+    async with AsyncPostgresStreamStore(dsn, **tables, poll_interval=NEVER) as store:
+        id = await store.create()
+        async with AsyncBackground(partial(collect, store, id)) as reader:
+            for number in range(10):
+                await store.append(id, str(number))
+                await async_sleep(0.01)
+            await store.stop(id)
+            assert len(await reader.result()) == 10
+
+
+async def test_what_nobody_announces_is_found_by_polling(dsn, tables, store):
+    id = await store.create()
+    names = {"chunks": tables["chunks_table"], "status": tables["status_table"]}
+    append = psycopg.sql.SQL(
+        "WITH next AS (UPDATE {status} SET total_chunks = total_chunks + 1 WHERE id = %s RETURNING id, total_chunks) "
+        "INSERT INTO {chunks} (id, seq, data) SELECT id, total_chunks, total_chunks::text FROM next"
+    ).format(**names)
+    end = psycopg.sql.SQL("UPDATE {status} SET state = 'done' WHERE id = %s").format(**names)
+    async with AsyncBackground(partial(collect, store, id)) as reader:
+        async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as plain:
+            for _ in range(20):
+                await plain.execute(append, [id])
+                await async_sleep(0.02)
+            await plain.execute(end, [id])
+        assert await reader.result() == [(number, str(number)) for number in range(1, 21)]
+
+
+async def test_the_trigger_announces_for_others(dsn, tables, schema_name):
+    schema.migrate(
+        dsn, **tables, conversations_table=psycopg.sql.Identifier(schema_name, "conversations"), notify_trigger=True
+    )
+    names = {"chunks": tables["chunks_table"], "status": tables["status_table"]}
+    async with AsyncPostgresStreamStore(dsn, **tables, poll_interval=NEVER) as store:
+        id = await store.create()
+        async with AsyncBackground(partial(store.wait, id)) as waiter:
+            await statements_waiting(dsn, "SELECT pg_backend_pid()%")
+            async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as plain:
+                await plain.execute(psycopg.sql.SQL("UPDATE {status} SET state = 'done'").format(**names))
+            assert (await waiter.result()).state == "done"
+
+
+async def test_a_reader_may_start_before_the_first_chunk_and_ahead_of_it(store, other):
+    id = await store.create()
+    async with AsyncBackground(partial(collect, other, id, 3)) as ahead:
+        await async_sleep(0.05)
+        await store.append_many(id, ["1", "2"])
+        await async_sleep(0.05)
+        await store.append_many(id, ["3", "4", "5"])
+        await store.complete(id)
+        assert await ahead.result() == [(4, "4"), (5, "5")]
+
+
+async def test_readers_come_go_and_resume(store, other):
+    id = await store.create()
+    total = 400
+
+    async def write():
+        for number in range(1, total + 1):
+            await store.append(id, str(number))
+        await store.complete(id)
+
+    async def read(seed):
+        chance = random.Random(seed)
+        seen, source = [], chance.choice([store, other])
+        while len(seen) < total:
+            leave_after = chance.randrange(1, 60)
+            async for chunk in source.read_from(id, len(seen)):
+                seen.append(chunk.seq)
+                leave_after -= 1
+                if not leave_after:
+                    break
+            if chance.random() < 0.3:
+                await async_sleep(chance.random() / 50)
+        return seen
+
+    results = await async_gather(write, *(partial(read, seed) for seed in range(20)))
+    assert results[1:] == [list(range(1, total + 1))] * 20
+
+
+async def test_leaving_early_leaves_nothing_behind(store):
+    id = await store.create()
+    await store.append_many(id, ["1", "2", "3"])
+    for _ in range(100):
+        async for _chunk in store.read_from(id):
+            break
+    await async_sleep(0.01)
+    assert store._changes._places == {}
+
+
+async def test_deleting_a_stream_ends_its_readers(store, other):
+    id = await store.create()
+    await store.append(id, "a")
+
+    async def read_on():
+        with pytest.raises(StreamNotFoundError):
+            await collect(other, id)
+
+    async def wait_on():
+        with pytest.raises(StreamNotFoundError):
+            await other.wait(id)
+
+    async with AsyncBackground(read_on) as reader, AsyncBackground(wait_on) as waiter:
+        await async_sleep(0.1)
+        await store.delete(id)
+        await reader.result()
+        await waiter.result()
+
+
+async def test_closing_the_store_ends_its_readers(dsn, tables):
+    store = AsyncPostgresStreamStore(dsn, **tables, poll_interval=NEVER)
+    id = await store.create()
+
+    async def read_on():
+        with pytest.raises(StoreClosedError):
+            await collect(store, id)
+
+    async with AsyncBackground(read_on) as reader:
+        await statements_waiting(dsn, "SELECT pg_backend_pid()%")
+        await store.close()
+        await reader.result()
+
+
+async def test_wait_returns_at_the_end(store, other):
+    id = await store.create()
+    async with AsyncBackground(partial(other.wait, id, 30)) as waiter:
+        await store.append(id, "a")
+        await store.fail(id, "why")
+        assert await waiter.result() == ("error", "why", 1)
+
+
+async def test_a_stop_elsewhere_ends_writer_and_readers_here(dsn, tables, store):
+    id = await store.create()
+
+    async def write():
+        with pytest.raises(StreamNotActiveError):
+            while True:
+                await store.append(id, "x")
+                await async_sleep(0.005)
+
+    names = json.dumps({name: table.as_string(None) for name, table in tables.items()})
+    code = """
+import json, re, sys
+from psycopg.sql import Identifier
+from aibind_postgres import PostgresStreamStore
+names = {key: Identifier(*re.findall('"(.*?)"', name)) for key, name in json.loads(sys.argv[3]).items()}
+with PostgresStreamStore(sys.argv[1], **names) as store:
+    sys.stdin.readline()
+    print(store.stop(sys.argv[2]))
+"""
+    with run_python(code, dsn, id, names) as process:
+        async with AsyncBackground(write) as writer, AsyncBackground(partial(collect, store, id)) as reader:
+            await async_sleep(0.2)
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.write("go\n")
+            process.stdin.flush()
+            await writer.result()
+            chunks = await reader.result()
+        assert process.stdout.read() == "True\n"
+    status = await store.get_status(id)
+    assert status.state == "stopped"
+    assert [seq for seq, _ in chunks] == list(range(1, status.total_chunks + 1))
+
+
+async def test_many_readers_wait_on_a_pool_of_one(dsn, tables):
+    async with AsyncConnectionPool(dsn, min_size=1, max_size=1, open=False) as pool:
+        async with AsyncPostgresStreamStore(pool, **tables) as store:
+            id = await store.create()
+            readers = [partial(collect, store, id) for _ in range(50)]
+
+            async def write():
+                for number in range(20):
+                    await store.append(id, str(number))
+                    await async_sleep(0.005)
+                await store.complete(id)
+
+            results = await async_gather(write, *readers)
+            assert results[1:] == [[(number + 1, str(number)) for number in range(20)]] * 50
+
+
+async def test_waiting_readers_cost_one_connection(database):
+    async with AsyncConnectionPool(database, min_size=1, max_size=1, open=False) as pool:
+        async with AsyncPostgresStreamStore(pool) as store:
+            ids = [await store.create() for _ in range(20)]
+
+            async def end_all():
+                await statements_waiting(database, "%SELECT id, state, total_chunks%")
+                async with await psycopg.AsyncConnection.connect(database, autocommit=True) as admin:
+                    statement = (
+                        "SELECT count(*) FROM pg_stat_activity "
+                        "WHERE datname = current_database() AND pid <> pg_backend_pid() AND backend_type LIKE 'client%'"
+                    )
+                    (connections,) = await (await admin.execute(statement)).fetchone()
+                for id in ids:
+                    await store.stop(id)
+                return connections
+
+            results = await async_gather(end_all, *(partial(store.wait, id) for id in ids for _ in range(5)))
+            assert results[0] == 2  # the pool's one and the watch's
+            assert {status.state for status in results[1:]} == {"stopped"}
+
+
+async def test_a_reader_survives_a_restart_of_the_server():
+    with servers.own_server() as server:
+        schema.migrate(server.dsn)
+        async with AsyncPostgresStreamStore(server.dsn) as store:
+            id = await store.create()
+            await store.append_many(id, ["1", "2"])
+            async with AsyncBackground(partial(collect, store, id)) as reader:
+                await async_sleep(0.2)
+                for restart in ("fast", "immediate"):
+                    server.stop(restart)
+                    await async_sleep(0.5)
+                    server.start()
+                    while True:
+                        try:
+                            await store.append(id, restart)
+                            break
+                        except psycopg.OperationalError:
+                            await async_sleep(0.05)
+                await store.complete(id)
+                assert [data for _, data in await reader.result()] == ["1", "2", "fast", "immediate"]
+
+
+async def test_a_reader_gives_up_after_a_time():
+    with servers.own_server() as server:
+        schema.migrate(server.dsn)
+        async with AsyncConnectionPool(server.dsn, min_size=1, timeout=0.2, open=False) as pool:
+            async with AsyncPostgresStreamStore(pool, retry_for=1) as store:
+                id = await store.create()
+
+                async def read_on():
+                    with pytest.raises(psycopg.OperationalError):
+                        await collect(store, id)
+                    return monotonic()
+
+                async with AsyncBackground(read_on) as reader:
+                    await async_sleep(0.2)
+                    server.stop()
+                    stopped_at = monotonic()
+                    assert await reader.result() > stopped_at

@@ -1,0 +1,95 @@
+"""The server, its databases and schemas, and the synchronous half of the tests."""
+
+from __future__ import annotations
+
+import runpy
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+from psycopg.conninfo import conninfo_to_dict
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# The generated halves, of the package and of these tests, are made again when they are not what the sources give: before
+# the package is imported.
+converter = runpy.run_path(str(ROOT / "scripts" / "unasync.py"))
+if converter["outdated"]():
+    converter["convert"]()
+
+from support import servers  # noqa: E402
+
+from aibind_postgres import schema  # noqa: E402
+
+# Pairs of names for the chunks and the status table that are legal and go wrong when they are not quoted.
+TABLE_NAMES = {
+    "plain": ("chunks", "status"),
+    "quotes": ('we"ird', "it's; -- \n$1"),
+    "mixed case": ("Stream.Chunks", "Stream.Status"),
+    "spaces": (" chunks of streams", "status of streams "),
+    "keywords": ("select", "user"),
+    "63 bytes": ("c" * 63, "ü" * 31 + "s"),
+    "formats": ("{chunks} %s :x", "{status} %(id)s $2"),
+}
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[str]:
+    """A server, with the right to create databases on it."""
+    with servers.test_server() as dsn:
+        yield dsn
+
+
+@pytest.fixture(scope="session")
+def template(server: str) -> Iterator[str]:
+    """The name of a database with the whole schema, to copy from."""
+    with servers.own_database(server, "template0") as dsn:
+        schema.migrate(dsn)
+        yield str(conninfo_to_dict(dsn)["dbname"])
+
+
+@pytest.fixture(scope="session")
+def dsn(server: str, template: str) -> Iterator[str]:
+    """This run's database. Tests share it, each in a schema of its own."""
+    with servers.own_database(server, template) as dsn:
+        yield dsn
+
+
+@pytest.fixture
+def database(server: str, template: str) -> Iterator[str]:
+    """A database of one's own, with the whole schema and the default names."""
+    with servers.own_database(server, template) as dsn:
+        yield dsn
+
+
+@pytest.fixture
+def empty_database(server: str) -> Iterator[str]:
+    """A database of one's own, without any table."""
+    with servers.own_database(server, "template0") as dsn:
+        yield dsn
+
+
+@pytest.fixture
+def schema_name(dsn: str) -> Iterator[str]:
+    """An empty schema in this run's database."""
+    name = f"Test_{uuid.uuid4().hex[:12]}"
+    with psycopg.connect(dsn, autocommit=True) as admin:
+        admin.execute(f'CREATE SCHEMA "{name}"')
+    yield name
+    with psycopg.connect(dsn, autocommit=True) as admin:
+        admin.execute(f'DROP SCHEMA "{name}" CASCADE')
+
+
+@pytest.fixture
+def tables(request: pytest.FixtureRequest, dsn: str, schema_name: str) -> dict[str, psycopg.sql.Identifier]:
+    """The stream tables of this test, as a store takes them, with every migration applied."""
+    chunks, status = TABLE_NAMES[getattr(request, "param", "plain")]
+    names = {
+        "chunks_table": psycopg.sql.Identifier(schema_name, chunks),
+        "status_table": psycopg.sql.Identifier(schema_name, status),
+    }
+    conversations = psycopg.sql.Identifier(schema_name, "conversations")
+    schema.migrate(dsn, **names, conversations_table=conversations)
+    return names

