@@ -8,6 +8,11 @@ from typing import Any
 class AibindError(Exception):
     """Base of every error defined by this package."""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Made again of what it was made of, for a trip between processes: its attributes, or just a text.
+        attributes = [value for name, value in vars(self).items() if not name.startswith("_")]
+        return type(self), tuple(attributes) or self.args
+
 
 class StreamNotFoundError(AibindError):
     """There is no stream of this id: it was never created, was deleted, or was cleaned up after its ttl."""
@@ -15,9 +20,6 @@ class StreamNotFoundError(AibindError):
     def __init__(self, stream_id: str) -> None:
         super().__init__(f"there is no stream {stream_id!r}")
         self.stream_id = stream_id
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.stream_id,)
 
 
 class StreamExistsError(AibindError):
@@ -27,9 +29,6 @@ class StreamExistsError(AibindError):
         super().__init__(f"stream {stream_id!r} exists already")
         self.stream_id = stream_id
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.stream_id,)
-
 
 class StreamNotActiveError(AibindError):
     """The stream has ended, so nothing can be appended to it. `state` says how it ended."""
@@ -38,9 +37,6 @@ class StreamNotActiveError(AibindError):
         super().__init__(f"stream {stream_id!r} has ended: its state is {state!r}")
         self.stream_id = stream_id
         self.state = state
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.stream_id, self.state)
 
 
 class SequenceConflictError(AibindError):
@@ -58,9 +54,6 @@ class SequenceConflictError(AibindError):
         self.expected = expected
         self.actual = actual
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.stream_id, self.expected, self.actual)
-
 
 class InvalidDataError(AibindError, ValueError):
     """An argument that PostgreSQL could not store as it is; refused before anything was sent."""
@@ -72,9 +65,6 @@ class SchemaError(AibindError):
 
 class StoreClosedError(AibindError):
     """The store was closed."""
-
-    def __init__(self) -> None:
-        super().__init__("this store is closed")
 
 
 def sqlstate_of(error: BaseException) -> str | None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ._sync.client import ClientLike
 
 _PACKAGED = Path(__file__).parent / "sql"  # in an installed package; in a checkout the folder is at the top
-_SQL = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[2] / "sql"
+SQL_FOLDER = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[2] / "sql"
 
 # A comment, or one of the seed's table names with what may be derived from it: an index, a trigger, or, with a bracket
 # behind it, a function. Comments are matched so that they stay as they are: a name may contain a line break.
@@ -50,9 +50,9 @@ def render(
             return match[0]
         return _name(tables[match["table"]], match["suffix"], match["call"])
 
-    files = sorted(_SQL.glob("*.sql"))
+    files = sorted(SQL_FOLDER.glob("*.sql"))
     if notify_trigger:
-        files.append(_SQL / "optional" / "notify_trigger.sql")
+        files.append(SQL_FOLDER / "optional" / "notify_trigger.sql")
     return "\n".join(_NAMES.sub(named, file.read_text("utf-8")) for file in files)
 
 

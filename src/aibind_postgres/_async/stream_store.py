@@ -369,12 +369,12 @@ class AsyncPostgresStreamStore:
 
     async def _query(self, statement: str, params: Sequence[object]) -> Sequence[Row]:
         if self._closed:
-            raise StoreClosedError
+            raise StoreClosedError("this store is closed")
         try:
             return await self._client.query(statement, params)
         except Exception as error:
             if self._closed:
-                raise StoreClosedError from error
+                raise StoreClosedError("this store was closed meanwhile") from error
             if (known := translated(error)) is not None:
                 raise known from error
             raise

@@ -1,0 +1,39 @@
+"""Packing stream ids into notification payloads, and understanding them again."""
+
+from __future__ import annotations
+
+import pytest
+
+from aibind_postgres._arguments import MAX_ID_BYTES
+from aibind_postgres._sql import MAX_PAYLOAD_BYTES, announced, announcements
+
+
+@pytest.mark.parametrize("sender", [None, "me"])
+@pytest.mark.parametrize(
+    "ids",
+    [
+        ["a"],
+        ["", '"', "\n", "ü", "😀", "\x01"],
+        [f"{number:036}" for number in range(1000)],
+        ["\x01" * MAX_ID_BYTES, "é" * (MAX_ID_BYTES // 2), "😀" * (MAX_ID_BYTES // 4)] * 3,
+        ["x" * length for length in range(1, MAX_ID_BYTES)],
+    ],
+    ids=["one", "odd", "many", "longest", "every length"],
+)
+def test_payloads_fit_and_lose_nothing(ids, sender):
+    payloads = list(announcements(ids, sender))
+    assert all(payload.isascii() and len(payload) <= MAX_PAYLOAD_BYTES for payload in payloads)
+    assert [id for payload in payloads for id in announced(payload, "somebody else")] == ids
+    heard_by_sender = [announced(payload, "me") for payload in payloads]
+    assert heard_by_sender == ([[]] * len(payloads) if sender else [announced(p, "x") for p in payloads])
+    # As few as possible: no two neighbours would fit in one.
+    assert all(len(a) + len(b) > MAX_PAYLOAD_BYTES - 20 for a, b in zip(payloads, payloads[1:]))
+
+
+def test_nothing_to_announce_is_no_payload():
+    assert list(announcements([], "me")) == []
+
+
+@pytest.mark.parametrize("payload", ["", "x", "1", "null", "[]", '["a"]', "{}", '{"ids": "a"}', '{"ids": [1]}', "{"])
+def test_anything_else_tells_everybody_to_look(payload):
+    assert announced(payload, "me") is None

@@ -1,0 +1,60 @@
+"""The paired primitives: the asynchronous ones do what the standard library's threading ones do."""
+
+from __future__ import annotations
+
+import asyncio
+from contextvars import ContextVar
+
+import pytest
+
+from aibind_postgres._concurrency import AsyncEvent, Event, async_spawn, spawn
+
+
+async def test_an_event_wakes_all_who_wait():
+    event = AsyncEvent()
+    waiters = [asyncio.create_task(event.wait(timeout)) for timeout in (None, 10, None)]
+    await asyncio.sleep(0)
+    event.set()
+    assert await asyncio.gather(*waiters) == [True] * 3
+    assert await event.wait() is True
+    event.clear()
+    assert event.is_set() is False
+    assert await event.wait(0) is Event().wait(0) is False
+
+
+async def test_a_wait_that_ends_leaves_nothing_behind():
+    event = AsyncEvent()
+    assert await event.wait(0.01) is False
+    waiter = asyncio.create_task(event.wait(10))
+    await asyncio.sleep(0)
+    waiter.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiter
+    assert event._waiters == set()
+
+
+async def test_a_cancellation_that_comes_with_the_event_is_not_lost():
+    event = AsyncEvent()
+    waiter = asyncio.create_task(event.wait(10))
+    await asyncio.sleep(0)
+    event.set()
+    waiter.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiter
+
+
+async def test_a_worker_has_none_of_its_starters_context():
+    request = ContextVar("request", default="none")
+    request.set("of one caller")
+    seen = []
+
+    async def work():
+        seen.append(request.get())
+
+    worker = async_spawn(work, "worker")
+    await worker.join(10)
+    thread = spawn(lambda: seen.append(request.get()), "thread")
+    thread.join(10)
+    assert seen == ["none", "none"]
+    assert thread.daemon
+    assert thread.name == "thread"

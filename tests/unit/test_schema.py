@@ -1,0 +1,152 @@
+"""The migrations: rendered for any names, applied again and again, all of them or none."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+
+import psycopg
+import pytest
+from psycopg.sql import SQL, Identifier
+
+from aibind_postgres import PostgresStreamStore, schema
+
+NAMES = {
+    "default": {},
+    "in a schema": {
+        "chunks_table": "my.chunks",
+        "status_table": "my.status",
+        "conversations_table": "my.conversations",
+    },
+    "hostile": {
+        "chunks_table": Identifier("my", 'a"b\n;DROP TABLE x; --'),
+        "status_table": Identifier("my", "$migrate$ $announce$"),
+        "conversations_table": Identifier("my", "aibind_stream_chunks.aibind_stream_status"),
+    },
+    "63 bytes": {
+        "chunks_table": "my." + "c" * 63,
+        "status_table": "my." + "ü" * 31 + "s",
+        "conversations_table": "my." + "v" * 63,
+    },
+}
+
+COLUMNS = {
+    "chunks": [("id", "text", "NO"), ("seq", "integer", "NO"), ("data", "text", "NO")],
+    "status": [
+        ("id", "text", "NO"),
+        ("state", "text", "NO"),
+        ("error", "text", "YES"),
+        ("total_chunks", "integer", "NO"),
+        ("expires_at", "bigint", "NO"),
+    ],
+    "conversations": [("session_id", "text", "NO"), ("data", "text", "NO"), ("expires_at", "bigint", "NO")],
+}
+CREATED_AT = ("created_at", "timestamp with time zone", "YES")
+
+
+@pytest.fixture
+def admin(empty_database):
+    with psycopg.connect(empty_database, autocommit=True) as connection:
+        connection.execute("CREATE SCHEMA my")
+        yield connection
+
+
+def described(admin):
+    statement = """
+        SELECT table_name, column_name, data_type, is_nullable FROM information_schema.columns
+         WHERE table_schema IN ('public', 'my') ORDER BY table_name, ordinal_position"""
+    tables = {}
+    for table, *column in admin.execute(statement):
+        tables.setdefault(table, []).append(tuple(column))
+    return tables
+
+
+def objects(admin):
+    """Everything there is besides tables, with its definition."""
+    return admin.execute("""
+        SELECT indexname, indexdef FROM pg_indexes WHERE schemaname IN ('public', 'my')
+        UNION ALL
+        SELECT tgname, pg_get_triggerdef(oid) FROM pg_trigger WHERE NOT tgisinternal
+        UNION ALL
+        SELECT proname, prosrc FROM pg_proc WHERE pronamespace IN ('public'::regnamespace, 'my'::regnamespace)
+        ORDER BY 1""").fetchall()
+
+
+@pytest.mark.parametrize("names", NAMES.values(), ids=NAMES)
+def test_migrations_can_be_applied_again(admin, empty_database, names):
+    schema.migrate(empty_database, **names, notify_trigger=True)
+    tables, others = described(admin), objects(admin)
+    assert sorted(tables.values()) == sorted(
+        [[*COLUMNS["chunks"], CREATED_AT], [*COLUMNS["status"], CREATED_AT], COLUMNS["conversations"]]
+    )
+    schema.migrate(empty_database, **names, notify_trigger=True)
+    asyncio.run(schema.async_migrate(empty_database, **names, notify_trigger=True))
+    assert (described(admin), objects(admin)) == (tables, others)
+    assert all(len(name.encode()) <= 63 for name, _ in others)
+
+
+def test_the_first_migration_is_the_seeds_schema(admin):
+    admin.execute(schema.SQL_FOLDER.joinpath("0001_tables.sql").read_text())
+    assert described(admin) == {f"aibind_{'stream_' * (name != 'conversations')}{name}": COLUMNS[name] for name in COLUMNS}
+
+
+@pytest.mark.parametrize("names", NAMES.values(), ids=NAMES)
+def test_rendered_sql_is_what_migrate_applies(admin, empty_database, names):
+    schema.migrate(empty_database, **names, notify_trigger=True)
+    applied = described(admin), objects(admin)
+    admin.execute("DROP SCHEMA my CASCADE; DROP SCHEMA public CASCADE; CREATE SCHEMA my; CREATE SCHEMA public")
+    admin.execute(schema.render(**names, notify_trigger=True).encode())
+    assert (described(admin), objects(admin)) == applied
+
+
+def test_many_may_migrate_at_once(admin, empty_database):
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: schema.migrate(empty_database, notify_trigger=True), range(8)))
+    assert len(described(admin)) == 3
+
+
+def test_migrations_are_applied_whole_or_not_at_all(admin, empty_database):
+    admin.execute("CREATE VIEW aibind_conversations AS SELECT 1 AS session_id")
+    admin.execute("CREATE VIEW aibind_stream_status AS SELECT 1 AS id")
+    with pytest.raises(psycopg.errors.WrongObjectType):
+        schema.migrate(empty_database)
+    assert "aibind_stream_chunks" not in described(admin)
+
+
+def test_migrations_take_part_in_a_transaction(admin, empty_database):
+    with psycopg.connect(empty_database) as connection:
+        schema.migrate(connection)
+        connection.rollback()
+    assert described(admin) == {}
+
+
+def test_a_table_in_use_keeps_its_rows(admin, empty_database):
+    admin.execute(schema.SQL_FOLDER.joinpath("0001_tables.sql").read_text())
+    with PostgresStreamStore(empty_database) as store:
+        store.create("old")
+        store.append("old", "a")
+        schema.migrate(empty_database)
+        store.append("old", "b")
+        # Nobody knows when the first chunk was written, so it is replayed at once.
+        assert list(store.replay("old")) == [(1, "a"), (2, "b")]
+        assert [info.created_at for info in store.list()] == [None]
+    rows = admin.execute("SELECT seq, created_at IS NULL FROM aibind_stream_chunks ORDER BY seq").fetchall()
+    assert rows == [(1, True), (2, False)]
+
+
+def test_bad_names_are_refused():
+    for bad in ("", "a.", "a" * 64, "a\0b", "a.b.c"):
+        with pytest.raises(ValueError, match="name"):
+            schema.render(status_table=bad)
+    with pytest.raises(ValueError, match="differ"):
+        schema.render(status_table="same", chunks_table="same")
+
+
+def test_the_trigger_announces_any_id(admin, empty_database):
+    schema.migrate(empty_database, notify_trigger=True)
+    admin.execute("LISTEN aibind_stream_status")
+    for id, payload in (("x", '{"ids" : ["x"]}'), ('"\n', '{"ids" : ["\\"\\n"]}'), ("é" * 5000, "")):
+        statement = SQL("INSERT INTO aibind_stream_status (id, expires_at) VALUES (%s, 0) ON CONFLICT DO NOTHING")
+        admin.execute(statement, [id])
+        (notify,) = admin.notifies(timeout=5, stop_after=1)
+        assert notify.payload == payload
