@@ -13,8 +13,8 @@ from psycopg.conninfo import conninfo_to_dict
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# The generated halves, of the package and of these tests, are made again when they are not what the sources give: before
-# the package is imported.
+# The generated halves, of the package and of these tests, are made again when they are not what the sources give. This
+# comes before the package is imported.
 converter = runpy.run_path(str(ROOT / "scripts" / "unasync.py"))
 if converter["outdated"]():
     converter["convert"]()

@@ -180,7 +180,7 @@ async def test_without_the_second_migration(dsn, tables):
         assert await collect_now(store, id) == [(1, "1"), (2, "2")]
         (info,) = [info async for info in store.list()]
         assert info.created_at is None
-        with pytest.raises(SchemaError, match="created_at.*aibind-postgres migrate"):
+        with pytest.raises(SchemaError, match=r"created_at.*aibind-postgres migrate"):
             [chunk async for chunk in store.replay(id)]
         with pytest.raises(SchemaError, match="created_at"):
             [info async for info in store.list(created_after=info.expires_at)]

@@ -81,8 +81,7 @@ async def test_no_chunk_lands_after_the_end(store):
             while True:
                 try:
                     count = await store.append(id, "x")
-                except StreamNotActiveError as error:
-                    assert error.state == "stopped"
+                except StreamNotActiveError:
                     return count
 
         async def stop(id=id):

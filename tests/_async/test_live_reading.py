@@ -54,7 +54,10 @@ async def statements_waiting(dsn, query):
 async def test_a_reader_sees_each_chunk_once_and_the_end(store, other, number):
     id = await store.create()
     end = {1: store.complete, 2: store.stop, 3: lambda id: store.fail(id, "why")}[number]
-    async with AsyncBackground(partial(collect, other, id)) as reader, AsyncBackground(partial(collect, store, id)) as own:
+    async with (
+        AsyncBackground(partial(collect, other, id)) as reader,
+        AsyncBackground(partial(collect, store, id)) as own,
+    ):
         for number in range(1, 101):
             assert await store.append(id, str(number)) == number
         await end(id)

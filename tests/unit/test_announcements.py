@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from aibind_postgres._arguments import MAX_ID_BYTES
@@ -27,7 +29,7 @@ def test_payloads_fit_and_lose_nothing(ids, sender):
     heard_by_sender = [announced(payload, "me") for payload in payloads]
     assert heard_by_sender == ([[]] * len(payloads) if sender else [announced(p, "x") for p in payloads])
     # As few as possible: no two neighbours would fit in one.
-    assert all(len(a) + len(b) > MAX_PAYLOAD_BYTES - 20 for a, b in zip(payloads, payloads[1:]))
+    assert all(len(a) + len(b) > MAX_PAYLOAD_BYTES - 20 for a, b in pairwise(payloads))
 
 
 def test_nothing_to_announce_is_no_payload():

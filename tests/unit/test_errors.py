@@ -50,14 +50,14 @@ def test_the_state_and_the_numbers_can_be_read():
 
 
 def test_a_drivers_error_is_found_inside_its_wrappers():
-    class Wrapped(Exception):
+    class WrappedError(Exception):
         def __init__(self, orig):
             self.orig = orig
 
     missing = psycopg.errors.UndefinedTable('relation "x" does not exist\nLINE 1: …')
     wrapper = RuntimeError("with [SQL: … parameters: secret]")
     wrapper.__cause__ = missing
-    for error in (missing, Wrapped(missing), wrapper, Wrapped(Wrapped(missing))):
+    for error in (missing, WrappedError(missing), wrapper, WrappedError(WrappedError(missing))):
         known = errors.translated(error)
         assert isinstance(known, errors.SchemaError)
         assert 'relation "x" does not exist. Create what is missing with `aibind-postgres migrate`' in str(known)

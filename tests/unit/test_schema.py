@@ -87,7 +87,9 @@ def test_migrations_can_be_applied_again(admin, empty_database, names):
 
 def test_the_first_migration_is_the_seeds_schema(admin):
     admin.execute(schema.SQL_FOLDER.joinpath("0001_tables.sql").read_text())
-    assert described(admin) == {f"aibind_{'stream_' * (name != 'conversations')}{name}": COLUMNS[name] for name in COLUMNS}
+    assert described(admin) == {
+        f"aibind_{'stream_' * (name != 'conversations')}{name}": COLUMNS[name] for name in COLUMNS
+    }
 
 
 @pytest.mark.parametrize("names", NAMES.values(), ids=NAMES)
