@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ._tables import Table
 
-NOW = "(extract(epoch FROM clock_timestamp()) * 1000)::bigint"
+# Of the clocks that PostgreSQL has, the one that moves on inside a transaction and still lets a comparison use an index.
+NOW = "(extract(epoch FROM statement_timestamp()) * 1000)::bigint"
 
 # A sign of life in an active stream, with the ttl as $4. It renews expires_at only once a quarter of the ttl has gone
 # by since the last renewal: most appends leave the column alone, and so stay heap-only updates.
@@ -135,7 +136,8 @@ SELECT id, state, error, total_chunks, expires_at, created_at
  LIMIT $3::bigint
 """
 
-# SKIP LOCKED: what another process is just cleaning up is left to it.
+# SKIP LOCKED: what another process is just cleaning up is left to it. The ids become an array, since a join may be
+# planned as a scan of all the chunks that there are.
 CLEANUP = """
 WITH expired AS MATERIALIZED (
     SELECT id FROM {status}
@@ -144,9 +146,9 @@ WITH expired AS MATERIALIZED (
      LIMIT $1::bigint
        FOR UPDATE SKIP LOCKED
 ), chunks AS (
-    DELETE FROM {chunks} USING expired WHERE {chunks}.id = expired.id RETURNING 1
+    DELETE FROM {chunks} WHERE id = ANY (ARRAY(SELECT id FROM expired)) RETURNING 1
 ), streams AS (
-    DELETE FROM {status} USING expired WHERE {status}.id = expired.id RETURNING 1
+    DELETE FROM {status} WHERE id = ANY (ARRAY(SELECT id FROM expired)) RETURNING 1
 )
 SELECT (SELECT count(*) FROM streams), (SELECT count(*) FROM chunks)
 """
@@ -165,11 +167,10 @@ WITH silent AS MATERIALIZED (
      ORDER BY id
        FOR UPDATE SKIP LOCKED
 )
-UPDATE {status} AS s
+UPDATE {status}
    SET state = 'error', error = $3::text, expires_at = {now} + $1::bigint
-  FROM silent
- WHERE s.id = silent.id AND s.state = 'active'
-RETURNING s.id
+ WHERE id = ANY (ARRAY(SELECT id FROM silent)) AND state = 'active'
+RETURNING id
 """
 
 ANNOUNCE = "SELECT pg_notify($1::text, payload) FROM json_array_elements_text($2::json) AS payload"

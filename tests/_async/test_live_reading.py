@@ -50,17 +50,16 @@ async def statements_waiting(dsn, query):
             await async_sleep(0.01)
 
 
-@pytest.mark.parametrize("number", range(1, 4))
-async def test_a_reader_sees_each_chunk_once_and_the_end(store, other, number):
+@pytest.mark.parametrize("end", ["complete", "stop", "fail"])
+async def test_a_reader_sees_each_chunk_once_and_the_end(store, other, end):
     id = await store.create()
-    end = {1: store.complete, 2: store.stop, 3: lambda id: store.fail(id, "why")}[number]
     async with (
         AsyncBackground(partial(collect, other, id)) as reader,
         AsyncBackground(partial(collect, store, id)) as own,
     ):
         for number in range(1, 101):
             assert await store.append(id, str(number)) == number
-        await end(id)
+        await getattr(store, end)(id, *["why"] * (end == "fail"))
         expected = [(number, str(number)) for number in range(1, 101)]
         assert await reader.result() == expected
         assert await own.result() == expected

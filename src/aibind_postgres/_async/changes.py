@@ -189,7 +189,7 @@ class AsyncWatch:
                 if self._connection is None:
                     await self._connect()
                 try:
-                    await self._listen(pause)
+                    await self._listen(min(pause, LINGER))
                     news = await self._poll()
                 except Exception as error:
                     if changes.closing.is_set():

@@ -1,0 +1,57 @@
+"""What the statements cost: the work that grows with the tables is done through an index."""
+
+from __future__ import annotations
+
+import psycopg
+import pytest
+
+from aibind_postgres._sql import StreamStatements
+from aibind_postgres._tables import CHUNKS_TABLE, STATUS_TABLE, Table
+
+STATEMENTS = StreamStatements(Table(None, CHUNKS_TABLE), Table(None, STATUS_TABLE))
+
+PLANS = {
+    "append": (["7", "x", None, 1000], ["(id = '7'"]),
+    "append_many": (["7", '["x"]', None, 1000], ["(id = '7'"]),
+    "read": (["7", 3, 2000], ["(id = '7'", "(seq > '3'"]),
+    "read_timed": (["7", 3, 2000], ["(id = '7'", "(seq > '3'"]),
+    "status": (["7"], ["(id = '7'"]),
+    "poll": (['["7", "8"]'], ["(id = ANY"]),
+    "end": (["7", "done", None, 1000], ["(id = '7'"]),
+    "delete": (["7"], ["(id = '7'"]),
+    "delete_orphans": (["7"], ["(id = '7'"]),
+    "list": ([None, "7", 2000], ["(id > '7'"]),
+    "cleanup": ([10], ["(expires_at <= ", "(id = ANY"]),
+    "fail_abandoned": ([1000, 1000, "x"], ["(expires_at <= ", "(id = ANY", "(seq = "]),
+}
+
+
+@pytest.fixture
+def connection(database):
+    with psycopg.connect(database, autocommit=True, cursor_factory=psycopg.RawCursor) as connection:
+        connection.execute(
+            "INSERT INTO aibind_stream_status (id, state, total_chunks, expires_at) "
+            "SELECT i::text, CASE WHEN i % 10 = 0 THEN 'active' ELSE 'done' END, 20, 1e15 + i "
+            "FROM generate_series(1, 5000) i"
+        )
+        connection.execute(
+            "INSERT INTO aibind_stream_chunks (id, seq, data) "
+            "SELECT i::text, s, 'token' FROM generate_series(1, 5000) i, generate_series(1, 20) s"
+        )
+        connection.execute("ANALYZE")
+        yield connection
+
+
+def test_each_statement_finds_its_rows_through_an_index(connection):
+    for name, (params, conditions) in PLANS.items():
+        plan = "\n".join(line for (line,) in connection.execute(f"EXPLAIN {getattr(STATEMENTS, name)}", params))
+        found = [line for line in plan.splitlines() if "Index Cond" in line]
+        for condition in conditions:
+            assert any(condition in line for line in found), f"{name}: {plan}"
+        assert "Seq Scan" not in plan, f"{name}: {plan}"
+
+
+def test_every_statement_has_a_plan_or_a_reason(connection):
+    scans_the_status_table_by_design = {"list_by_time"}
+    inserts = {"create"}
+    assert PLANS.keys() | scans_the_status_table_by_design | inserts == vars(STATEMENTS).keys()
