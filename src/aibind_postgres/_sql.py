@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ._tables import Table
 
-# Of the clocks that PostgreSQL has, the one that moves on inside a transaction and still lets a comparison use an index.
+# Of all the clocks in PostgreSQL, this one moves on inside a transaction and still lets a comparison use an index.
 NOW = "(extract(epoch FROM statement_timestamp()) * 1000)::bigint"
 
 # A sign of life in an active stream, with the ttl as $4. It renews expires_at only once a quarter of the ttl has gone
