@@ -49,6 +49,7 @@ RENAMES = {
     "async_gather": "gather",
     "async_sleep": "sleep",
     "async_spawn": "spawn",
+    "async_workers": "workers",
 }
 
 

@@ -11,7 +11,7 @@ import psycopg
 import pytest
 from psycopg_pool import AsyncConnectionPool
 from support import servers
-from support.concurrency import AsyncBackground, async_gather, run_python
+from support.concurrency import AsyncBackground, async_gather, async_workers, run_python
 
 from aibind_postgres import (
     AsyncPostgresStreamStore,
@@ -79,7 +79,7 @@ async def test_announcements_alone_wake_a_reader(dsn, tables, store):
 
         async with AsyncBackground(follow) as reader:
             # Listening begins some time after the reader has; until then only the look that follows it helps.
-            await statements_waiting(dsn, "SELECT pg_backend_pid()%")
+            await statements_waiting(dsn, "LISTEN%")
             for number in range(20):
                 turn.clear()
                 await store.append(id, str(number))
@@ -125,7 +125,7 @@ async def test_the_trigger_announces_for_others(dsn, tables, schema_name):
     async with AsyncPostgresStreamStore(dsn, **tables, poll_interval=NEVER) as store:
         id = await store.create()
         async with AsyncBackground(partial(store.wait, id)) as waiter:
-            await statements_waiting(dsn, "SELECT pg_backend_pid()%")
+            await statements_waiting(dsn, "LISTEN%")
             async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as plain:
                 await plain.execute(psycopg.sql.SQL("UPDATE {status} SET state = 'done'").format(**names))
             assert (await waiter.result()).state == "done"
@@ -207,9 +207,26 @@ async def test_closing_the_store_ends_its_readers(dsn, tables):
             await collect(store, id)
 
     async with AsyncBackground(read_on) as reader:
-        await statements_waiting(dsn, "SELECT pg_backend_pid()%")
+        await statements_waiting(dsn, "LISTEN%")
         await store.close()
         await reader.result()
+
+
+async def test_closing_at_any_moment_leaves_no_worker(dsn, tables, store):
+    id = await store.create()
+
+    async def read_on(closing):
+        with pytest.raises(StoreClosedError):
+            await collect(closing, id)
+
+    for number in range(30):
+        closing = AsyncPostgresStreamStore(dsn, **tables, poll_interval=NEVER)
+        await closing.get_status(id)
+        async with AsyncBackground(partial(read_on, closing)) as reader:
+            await async_sleep(number / 1000)
+            await closing.close()
+            assert async_workers() == []
+            await reader.result()
 
 
 async def test_wait_returns_at_the_end(store, other):

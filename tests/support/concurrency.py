@@ -61,6 +61,15 @@ class Background:
         return self._future.result(timeout)
 
 
+def async_workers() -> list[str]:
+    """Name what the package has running in the background."""
+    return [task.get_name() for task in asyncio.all_tasks() if task.get_name().startswith("aibind_postgres")]
+
+
+def workers() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("aibind_postgres")]
+
+
 def run_python(code: str, *arguments: str) -> subprocess.Popen[str]:
     """Start another Python process that runs `code`."""
     command = [sys.executable, "-c", code, *arguments]

@@ -212,22 +212,23 @@ class AsyncWatch:
                 return
             with self._mutex:
                 self._connection = connection
-            if self._changes.closing.is_set():
+            if self._changes.closing.is_set():  # too early for `close` to see this connection
+                await self._disconnect()
                 return
+            # A pooler or proxy shows in the process id: the one it gives is its own invention.
+            cursor = await connection.execute("SELECT pg_backend_pid()")
+            direct = await cursor.fetchall() == [(connection.info.backend_pid,)]
             await connection.execute(f"LISTEN {quote(self._changes.channel)}")
-            await self._probe(connection)
+            if not direct:
+                await self._probe()
         except Exception as error:
             logger.debug("no connection for announcements: %s", type(error).__name__)
             await self._disconnect()
         else:
             self._changes.wake()  # announcements may have been missed while nobody listened
 
-    async def _probe(self, connection: psycopg.AsyncConnection[Row]) -> None:
-        # A pooler or proxy shows in the process id: the one it gives is its own invention. Whether announcements come
-        # through it is found out by sending one from elsewhere; sent from here it could come back by accident.
-        cursor = await connection.execute("SELECT pg_backend_pid()")
-        if await cursor.fetchall() == [(connection.info.backend_pid,)]:
-            return
+    async def _probe(self) -> None:
+        # Do announcements come through? One from elsewhere tells; sent from here it could come back by accident.
         other = await self._client.connect()
         if other is not None:
             async with other:
