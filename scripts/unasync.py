@@ -41,6 +41,7 @@ RENAMES = {
     "AsyncPoolClient": "PoolClient",
     "AsyncPostgresClient": "PostgresClient",
     "AsyncPostgresStreamStore": "PostgresStreamStore",
+    "AsyncPsycopgClient": "PsycopgClient",
     "AsyncRawCursor": "RawCursor",
     "AsyncWatch": "Watch",
     "AsyncWorker": "Worker",

@@ -4,6 +4,7 @@ from ._async.client import AsyncPostgresClient
 from ._async.stream_store import AsyncPostgresStreamStore
 from ._sync.client import PostgresClient
 from ._sync.stream_store import PostgresStreamStore
+from .adapters import wrap_asyncpg, wrap_django, wrap_sqlalchemy
 from .errors import (
     AibindError,
     InvalidDataError,
@@ -34,4 +35,7 @@ __all__ = [
     "StreamNotFoundError",
     "StreamState",
     "StreamStatus",
+    "wrap_asyncpg",
+    "wrap_django",
+    "wrap_sqlalchemy",
 ]

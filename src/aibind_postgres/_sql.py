@@ -54,15 +54,15 @@ SELECT total_chunks FROM advanced
 APPEND_MANY = """
 WITH advanced AS (
     UPDATE {status}
-       SET total_chunks = total_chunks + json_array_length($2::json),
+       SET total_chunks = total_chunks + json_array_length($2::text::json),
            expires_at = {renewed_expiry}
      WHERE id = $1::text AND state = 'active'
        AND ($3::bigint IS NULL OR total_chunks = $3::bigint - 1)
     RETURNING total_chunks
 ), stored AS (
     INSERT INTO {chunks} (id, seq, data)
-    SELECT $1::text, total_chunks - json_array_length($2::json) + new.place, new.data
-      FROM advanced, json_array_elements_text($2::json) WITH ORDINALITY AS new (data, place)
+    SELECT $1::text, total_chunks - json_array_length($2::text::json) + new.place, new.data
+      FROM advanced, json_array_elements_text($2::text::json) WITH ORDINALITY AS new (data, place)
 )
 SELECT total_chunks FROM advanced
 """
@@ -89,7 +89,7 @@ STATUS = "SELECT state, error, total_chunks FROM {status} WHERE id = $1::text"
 # What waiting readers ask, all in one: where do these streams stand?
 POLL = """
 SELECT id, state, total_chunks FROM {status}
- WHERE id = ANY (ARRAY(SELECT json_array_elements_text($1::json)))
+ WHERE id = ANY (ARRAY(SELECT json_array_elements_text($1::text::json)))
 """
 
 END = """
@@ -99,7 +99,7 @@ WITH ended AS (
      WHERE id = $1::text AND state = 'active'
     RETURNING id
 )
-SELECT EXISTS (SELECT FROM ended), EXISTS (SELECT FROM {status} WHERE id = $1::text)
+SELECT EXISTS (SELECT FROM ended) AS ended, EXISTS (SELECT FROM {status} WHERE id = $1::text) AS found
 """
 
 DELETE = """
@@ -150,7 +150,7 @@ WITH expired AS MATERIALIZED (
 ), streams AS (
     DELETE FROM {status} WHERE id = ANY (ARRAY(SELECT id FROM expired)) RETURNING 1
 )
-SELECT (SELECT count(*) FROM streams), (SELECT count(*) FROM chunks)
+SELECT (SELECT count(*) FROM streams) AS streams, (SELECT count(*) FROM chunks) AS chunks
 """
 
 # The last sign of life is the last chunk's created_at, by migration 0002. Without that column it may be up to a quarter
@@ -173,7 +173,7 @@ UPDATE {status}
 RETURNING id
 """
 
-ANNOUNCE = "SELECT pg_notify($1::text, payload) FROM json_array_elements_text($2::json) AS payload"
+ANNOUNCE = "SELECT pg_notify($1::text, payload) FROM json_array_elements_text($2::text::json) AS payload"
 
 MAX_PAYLOAD_BYTES = 7_999
 

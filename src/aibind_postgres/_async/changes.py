@@ -18,6 +18,7 @@ import psycopg
 from .._concurrency import AsyncEvent, AsyncWorker, Mutex, async_spawn
 from .._sql import ANNOUNCE, announced, announcements, json_array
 from .._tables import quote
+from .client import is_direct
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -215,9 +216,7 @@ class AsyncWatch:
             if self._changes.closing.is_set():  # too early for `close` to see this connection
                 await self._disconnect()
                 return
-            # A pooler or proxy shows in the process id: the one it gives is its own invention.
-            cursor = await connection.execute("SELECT pg_backend_pid()")
-            direct = await cursor.fetchall() == [(connection.info.backend_pid,)]
+            direct = await is_direct(connection)
             await connection.execute(f"LISTEN {quote(self._changes.channel)}")
             if not direct:
                 await self._probe()

@@ -69,24 +69,39 @@ class AsyncClient:
         await self.close()
 
 
-class AsyncPoolClient(AsyncClient):
+class AsyncPsycopgClient(AsyncClient):
+    """What psycopg's pools and connections have in common: how a statement runs on a connection."""
+
+    joins_transactions = False
+    _direct: bool | None = None  # once it is known
+
+    async def _run(self, connection: psycopg.AsyncConnection[Any], sql: str, params: Sequence[Any]) -> Sequence[Row]:
+        if self._direct is None:
+            self._direct = await is_direct(connection)
+        # A cursor of our own kind, whatever factories the caller's connection has. Behind a transaction pooler nothing
+        # is prepared: the next statement may run in another session, where that name stands for another statement.
+        cursor = psycopg.AsyncRawCursor(connection, row_factory=tuple_row)
+        await cursor.execute(sql, params, binary=True, prepare=None if self._direct else False)
+        return await cursor.fetchall() if cursor.description else []
+
+
+class AsyncPoolClient(AsyncPsycopgClient):
     """A psycopg pool. If it is `owned`, the first statement opens it, and it is closed with the store."""
 
     def __init__(self, pool: AsyncConnectionPool[Any], *, owned: bool = False) -> None:
         self._pool = pool
         self._owned = owned
-        self.joins_transactions = False
 
     async def query(self, sql: str, params: Sequence[Any]) -> Sequence[Row]:
         if self._owned and self._pool.closed:
             await self._pool.open()
         async with self._pool.connection() as connection:
             if connection.autocommit:
-                return await _run(connection, sql, params)
+                return await self._run(connection, sql, params)
             # Changing the mode of an idle connection is local: it saves the round trips of BEGIN and COMMIT.
             await connection.set_autocommit(True)
             try:
-                return await _run(connection, sql, params)
+                return await self._run(connection, sql, params)
             finally:
                 if connection.info.transaction_status == TransactionStatus.IDLE:
                     await connection.set_autocommit(False)
@@ -105,15 +120,16 @@ class AsyncPoolClient(AsyncClient):
             await self._pool.close()
 
 
-class AsyncConnectionClient(AsyncClient):
+class AsyncConnectionClient(AsyncPsycopgClient):
     """One psycopg connection of the caller's, in its transaction if it is inside one."""
+
+    joins_transactions = True
 
     def __init__(self, connection: psycopg.AsyncConnection[Any]) -> None:
         self._connection = connection
-        self.joins_transactions = True
 
     async def query(self, sql: str, params: Sequence[Any]) -> Sequence[Row]:
-        return await _run(self._connection, sql, params)
+        return await self._run(self._connection, sql, params)
 
     async def connect(self) -> psycopg.AsyncConnection[Row] | None:
         return await open_connection(parameters_of(self._connection))
@@ -128,7 +144,7 @@ def as_client(client: AsyncClientLike) -> AsyncClient:
         return client
     if isinstance(client, str):
         pool: AsyncConnectionPool[Any] = AsyncConnectionPool(
-            client, kwargs={"autocommit": True}, configure=_configure, min_size=1, max_size=10, open=False
+            client, kwargs={"autocommit": True}, min_size=1, max_size=10, open=False
         )
         return AsyncPoolClient(pool, owned=True)
     if isinstance(client, AsyncConnectionPool):
@@ -144,19 +160,11 @@ def as_client(client: AsyncClientLike) -> AsyncClient:
     )
 
 
-async def _run(connection: psycopg.AsyncConnection[Any], sql: str, params: Sequence[Any]) -> Sequence[Row]:
-    # A cursor of our own kind, whatever factories the caller's connection has.
+async def is_direct(connection: psycopg.AsyncConnection[Any]) -> bool:
+    """Say whether a connection leads to one server process: the process id that a pooler gives is its own invention."""
     cursor = psycopg.AsyncRawCursor(connection, row_factory=tuple_row)
-    await cursor.execute(sql, params, binary=True)
-    return await cursor.fetchall() if cursor.description else []
-
-
-async def _configure(connection: psycopg.AsyncConnection[Any]) -> None:
-    # Behind a transaction pooler the next statement may run in another session, which knows nothing of a statement that
-    # was prepared in this one. A pooler shows in its process id: the one it gives is its own invention.
-    rows = await _run(connection, "SELECT pg_backend_pid()", ())
-    if rows != [(connection.info.backend_pid,)]:
-        connection.prepare_threshold = None
+    await cursor.execute("SELECT pg_backend_pid()", prepare=False)
+    return await cursor.fetchone() == (connection.info.backend_pid,)
 
 
 def parameters_of(connection: psycopg.AsyncConnection[Any]) -> dict[str, str]:

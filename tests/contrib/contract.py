@@ -1,0 +1,350 @@
+"""What holds for a store on any client: written for threads and for tasks, since each test of a client uses one.
+
+`ours` is the store on the client under test, `theirs` one on a connection string, as another process has it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg.conninfo import conninfo_to_dict
+from support.concurrency import AsyncBackground, Background
+
+from aibind_postgres import (
+    AsyncPostgresStreamStore,
+    PostgresStreamStore,
+    SchemaError,
+    SequenceConflictError,
+    StreamExistsError,
+    StreamNotActiveError,
+    StreamNotFoundError,
+)
+from aibind_postgres._concurrency import async_sleep
+from aibind_postgres.schema import async_migrate, migrate
+
+TEXTS = ["", "plain", "é 👩‍👩‍👧", "'; --", '"\\\n\t', "100%", "%s %(p1)s %%", "$1 :p1 ::text \\:x", "x" * 100_000]
+
+NAMES = ['we"ird', "we:ird", "we::ird", "we$1ird", "100%", "%(p1)s", "back\\:slash\\", "it's -- /* $1", "{0} ?"]
+
+
+def hostile(schema_name: str, name: str) -> dict[str, psycopg.sql.Identifier]:
+    """Return the tables of a store, each with this name in it."""
+    kinds = ("chunks", "status")
+    return {f"{kind}_table": psycopg.sql.Identifier(schema_name, f"{name} {kind}") for kind in kinds}
+
+
+def parameters(dsn: str, **names: str) -> dict[str, Any]:
+    """Return a connection string as keyword arguments of another driver, which has other names for some of them."""
+    found = conninfo_to_dict(dsn)
+    return {names.get(name, name): value for name, value in found.items() if value}
+
+
+@contextmanager
+def ending(store: PostgresStreamStore, id: str) -> Iterator[None]:
+    """End a stream in any case, so that a test that fails does not wait for its readers."""
+    try:
+        yield
+    finally:
+        store.stop(id)
+
+
+@asynccontextmanager
+async def async_ending(store: AsyncPostgresStreamStore, id: str) -> AsyncIterator[None]:
+    try:
+        yield
+    finally:
+        await store.stop(id)
+
+
+def within(seconds: float, condition: Callable[[], bool]) -> None:
+    """Wait for a condition, and fail if it does not come true in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+async def async_within(seconds: float, condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        await async_sleep(0.001)
+
+
+def round_trip(ours: PostgresStreamStore) -> None:
+    """Use every statement, and the first ones often."""
+    id = ours.create()
+    with pytest.raises(StreamExistsError):
+        ours.create(id)
+    assert ours.acquire(id) is False
+    for seq, text in enumerate(TEXTS, start=1):
+        assert ours.append(id, text) == seq
+    last = ours.append_many(id, TEXTS, expected_seq=len(TEXTS) + 1)
+    assert last == 2 * len(TEXTS)
+    expected = list(enumerate(TEXTS * 2, start=1))
+    assert list(ours.read_from(id, follow=False)) == expected
+    assert list(ours.read_from(id, last - 1, follow=False)) == expected[-1:]
+    assert list(ours.replay(id, speed=1000)) == expected
+
+    assert ours.append(id, TEXTS[-1], expected_seq=last) == last
+    assert ours.append_many(id, TEXTS, expected_seq=len(TEXTS) + 1) == last
+    with pytest.raises(SequenceConflictError):
+        ours.append(id, "other", expected_seq=last)
+    assert ours.get_status(id) == ("active", None, last)
+
+    other, failed = ours.create(), ours.create()
+    assert ours.stop(id) is True
+    assert ours.complete(id) is False
+    assert ours.complete(other) is True
+    assert ours.fail(failed, "100% :p1 $1") is True
+    assert ours.wait(failed) == ("error", "100% :p1 $1", 0)
+    with pytest.raises(StreamNotActiveError):
+        ours.append(id, "more")
+
+    infos = {info.id: info for info in ours.list()}
+    assert {infos[stream_id].state for stream_id in (id, other, failed)} == {"stopped", "done", "error"}
+    created_at = infos[id].created_at
+    assert created_at is not None
+    assert abs(time.time() - created_at.timestamp()) < 60
+    since = [info.id for info in ours.list(created_after=created_at, state="error")]
+    assert since == [failed]
+    assert id not in [info.id for info in ours.list(created_before=created_at)]
+
+    silent = ours.create()
+    time.sleep(0.01)
+    assert ours.fail_abandoned(3600) == []
+    assert ours.fail_abandoned(0.001) == [silent]
+    assert ours.cleanup() == (0, 0)
+    assert ours.delete(id) is True
+    assert ours.delete(id) is False
+    with pytest.raises(StreamNotFoundError):
+        ours.stop(id)
+    with pytest.raises(StreamNotFoundError):
+        ours.append(id, "more")
+
+
+def following(ours: PostgresStreamStore, theirs: PostgresStreamStore, leave: Callable[[], None] = lambda: None) -> None:
+    """Follow what two stores write, in a thread of its own, where `leave` is called at the end."""
+    id = ours.create()
+
+    def follow() -> list[Any]:
+        try:
+            return list(ours.read_from(id))
+        finally:
+            leave()
+
+    def wait() -> Any:
+        try:
+            return ours.wait(id, timeout=30)
+        finally:
+            leave()
+
+    with Background(follow) as reader, Background(wait) as waiter, ending(theirs, id):
+        for seq in range(1, 21):
+            assert (ours if seq % 2 else theirs).append(id, f"{seq}") == seq
+            time.sleep(0.01)
+        assert theirs.complete(id) is True
+        assert reader.result() == [(seq, f"{seq}") for seq in range(1, 21)]
+        assert waiter.result() == ("done", None, 20)
+
+
+def pushed(ours: PostgresStreamStore, theirs: PostgresStreamStore, leave: Callable[[], None] = lambda: None) -> float:
+    """Return how long a chunk takes to a waiting reader, in seconds. Of `ours` the poll must be rare."""
+    id = theirs.create()
+    arrivals: list[float] = []
+
+    def follow() -> None:
+        try:
+            for _ in ours.read_from(id):
+                arrivals.append(time.monotonic())
+        finally:
+            leave()
+
+    with Background(follow) as reader, ending(theirs, id):
+        theirs.append(id, "the reader is there")
+        within(30, lambda: bool(arrivals))
+        time.sleep(1)  # and waits, and somebody listens
+        sent = time.monotonic()
+        theirs.append(id, "now")
+        within(30, lambda: len(arrivals) == 2)
+        theirs.complete(id)
+        reader.result()
+    return arrivals[1] - sent
+
+
+def survives(ours: PostgresStreamStore, theirs: PostgresStreamStore, dsn: str, leave: Callable[[], None]) -> None:
+    """Read on after the server has ended every connection but those of `theirs`."""
+    id = ours.create()
+    arrived: list[str] = []
+
+    def follow() -> None:
+        try:
+            for chunk in ours.read_from(id):
+                arrived.append(chunk.data)
+        finally:
+            leave()
+
+    with Background(follow) as reader, ending(theirs, id):
+        for number in range(5):
+            theirs.append(id, f"{number}")
+            within(30, lambda: len(arrived) > number)  # noqa: B023
+            with psycopg.connect(dsn, autocommit=True) as admin:
+                admin.execute(TERMINATE)
+        theirs.complete(id)
+        reader.result()
+    assert arrived == ["0", "1", "2", "3", "4"]
+
+
+def missing_tables(client: Any) -> None:
+    """Name the table that is missing."""
+    with PostgresStreamStore(client, status_table="no such:table", chunks_table="nor this") as store:
+        for call in (store.create, lambda: store.append("x", "y"), lambda: list(store.read_from("x"))):
+            with pytest.raises(SchemaError, match="no such:table"):
+                call()
+
+
+def hostile_names(client: Any, tables: dict[str, psycopg.sql.Identifier]) -> None:
+    """Create tables of these names and use them; `client` must not use a connection that is in a transaction."""
+    conversations = psycopg.sql.Identifier(*tables["status_table"]._obj[:-1], "100% c:onversations $1")
+    for _ in range(2):
+        migrate(client, **tables, conversations_table=conversations, notify_trigger=True)
+    with PostgresStreamStore(client, **tables) as store:
+        round_trip(store)
+
+
+# Ends the connections to this database, but for its own and those that are named so that they stay.
+TERMINATE = """
+SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+ WHERE datname = current_database() AND pid <> pg_backend_pid() AND application_name <> 'stays'
+"""
+
+
+async def async_round_trip(ours: AsyncPostgresStreamStore) -> None:
+    id = await ours.create()
+    with pytest.raises(StreamExistsError):
+        await ours.create(id)
+    assert await ours.acquire(id) is False
+    for seq, text in enumerate(TEXTS, start=1):
+        assert await ours.append(id, text) == seq
+    last = await ours.append_many(id, TEXTS, expected_seq=len(TEXTS) + 1)
+    assert last == 2 * len(TEXTS)
+    expected = list(enumerate(TEXTS * 2, start=1))
+    assert [chunk async for chunk in ours.read_from(id, follow=False)] == expected
+    assert [chunk async for chunk in ours.read_from(id, last - 1, follow=False)] == expected[-1:]
+    assert [chunk async for chunk in ours.replay(id, speed=1000)] == expected
+
+    assert await ours.append(id, TEXTS[-1], expected_seq=last) == last
+    assert await ours.append_many(id, TEXTS, expected_seq=len(TEXTS) + 1) == last
+    with pytest.raises(SequenceConflictError):
+        await ours.append(id, "other", expected_seq=last)
+    assert await ours.get_status(id) == ("active", None, last)
+
+    other, failed = await ours.create(), await ours.create()
+    assert await ours.stop(id) is True
+    assert await ours.complete(id) is False
+    assert await ours.complete(other) is True
+    assert await ours.fail(failed, "100% :p1 $1") is True
+    assert await ours.wait(failed) == ("error", "100% :p1 $1", 0)
+    with pytest.raises(StreamNotActiveError):
+        await ours.append(id, "more")
+
+    infos = {info.id: info async for info in ours.list()}
+    assert {infos[stream_id].state for stream_id in (id, other, failed)} == {"stopped", "done", "error"}
+    created_at = infos[id].created_at
+    assert created_at is not None
+    assert abs(time.time() - created_at.timestamp()) < 60
+    since = [info.id async for info in ours.list(created_after=created_at, state="error")]
+    assert since == [failed]
+    assert id not in [info.id async for info in ours.list(created_before=created_at)]
+
+    silent = await ours.create()
+    await async_sleep(0.01)
+    assert await ours.fail_abandoned(3600) == []
+    assert await ours.fail_abandoned(0.001) == [silent]
+    assert await ours.cleanup() == (0, 0)
+    assert await ours.delete(id) is True
+    assert await ours.delete(id) is False
+    with pytest.raises(StreamNotFoundError):
+        await ours.stop(id)
+    with pytest.raises(StreamNotFoundError):
+        await ours.append(id, "more")
+
+
+async def async_following(ours: AsyncPostgresStreamStore, theirs: AsyncPostgresStreamStore) -> None:
+    id = await ours.create()
+
+    async def follow() -> list[Any]:
+        return [chunk async for chunk in ours.read_from(id)]
+
+    async def wait() -> Any:
+        return await ours.wait(id, timeout=30)
+
+    async with AsyncBackground(follow) as reader, AsyncBackground(wait) as waiter, async_ending(theirs, id):
+        for seq in range(1, 21):
+            assert await (ours if seq % 2 else theirs).append(id, f"{seq}") == seq
+            await async_sleep(0.01)
+        assert await theirs.complete(id) is True
+        assert await reader.result() == [(seq, f"{seq}") for seq in range(1, 21)]
+        assert await waiter.result() == ("done", None, 20)
+
+
+async def async_pushed(ours: AsyncPostgresStreamStore, theirs: AsyncPostgresStreamStore) -> float:
+    id = await theirs.create()
+    arrivals: list[float] = []
+
+    async def follow() -> None:
+        async for _ in ours.read_from(id):
+            arrivals.append(time.monotonic())
+
+    async with AsyncBackground(follow) as reader, async_ending(theirs, id):
+        await theirs.append(id, "the reader is there")
+        await async_within(30, lambda: bool(arrivals))
+        await async_sleep(1)
+        sent = time.monotonic()
+        await theirs.append(id, "now")
+        await async_within(30, lambda: len(arrivals) == 2)
+        await theirs.complete(id)
+        await reader.result()
+    return arrivals[1] - sent
+
+
+async def async_survives(ours: AsyncPostgresStreamStore, theirs: AsyncPostgresStreamStore, dsn: str) -> None:
+    id = await ours.create()
+    arrived: list[str] = []
+
+    async def follow() -> None:
+        async for chunk in ours.read_from(id):
+            arrived.append(chunk.data)
+
+    async with AsyncBackground(follow) as reader, async_ending(theirs, id):
+        for number in range(5):
+            await theirs.append(id, f"{number}")
+            await async_within(30, lambda: len(arrived) > number)  # noqa: B023
+            async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as admin:
+                await admin.execute(TERMINATE)
+        await theirs.complete(id)
+        await reader.result()
+    assert arrived == ["0", "1", "2", "3", "4"]
+
+
+async def async_missing_tables(client: Any) -> None:
+    async with AsyncPostgresStreamStore(client, status_table="no such:table", chunks_table="nor this") as store:
+        with pytest.raises(SchemaError, match="no such:table"):
+            await store.create()
+        with pytest.raises(SchemaError, match="no such:table"):
+            await store.append("x", "y")
+        with pytest.raises(SchemaError, match="no such:table"):
+            await anext(store.read_from("x"))
+
+
+async def async_hostile_names(client: Any, tables: dict[str, psycopg.sql.Identifier]) -> None:
+    conversations = psycopg.sql.Identifier(*tables["status_table"]._obj[:-1], "100% c:onversations $1")
+    for _ in range(2):
+        await async_migrate(client, **tables, conversations_table=conversations, notify_trigger=True)
+    async with AsyncPostgresStreamStore(client, **tables) as store:
+        await async_round_trip(store)

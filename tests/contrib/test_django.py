@@ -1,0 +1,256 @@
+"""Django's connections as clients."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+import weakref
+
+import django
+import psycopg
+import pytest
+from contrib import contract
+from django.conf import settings
+from django.db import OperationalError, connections, transaction
+from django.test import override_settings
+from django.utils.connection import ConnectionDoesNotExist
+from psycopg.conninfo import make_conninfo
+from support.concurrency import Background, gather
+
+from aibind_postgres import PostgresStreamStore, StreamNotFoundError
+from aibind_postgres._sync import client
+from aibind_postgres.adapters import wrap_django
+
+ALIASES = ["default", "server_side", *(["pooled"] if django.VERSION >= (5, 1) else [])]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def databases(dsn):
+    names = {"dbname": "NAME", "host": "HOST", "port": "PORT", "user": "USER", "password": "PASSWORD"}
+    found = contract.parameters(dsn, **names)
+    base = {name: found.pop(name) for name in names.values() if name in found}
+    base |= {"ENGINE": "django.db.backends.postgresql", "OPTIONS": found}
+    pool = {"min_size": 1, "max_size": 4}
+    settings.configure(
+        DATABASES={
+            "default": base,
+            "server_side": base | {"OPTIONS": {**found, "server_side_binding": True}},
+            "pooled": base | {"OPTIONS": {**found, "pool": pool}},
+            "elsewhere": base | {"HOST": "127.0.0.1", "PORT": "1"},
+            "lite": {"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:"},
+        },
+        USE_TZ=True,
+        TIME_ZONE="America/New_York",
+        LOGGING_CONFIG=None,
+    )
+    django.setup()
+    yield
+    leave()
+    if "pooled" in ALIASES:
+        connections["pooled"].close_pool()
+
+
+@pytest.fixture(autouse=True)
+def _left_at_the_end():
+    yield
+    leave()
+
+
+@pytest.fixture
+def theirs(dsn, tables):
+    with PostgresStreamStore(make_conninfo(dsn, application_name="stays"), **tables) as store:
+        yield store
+
+
+@pytest.fixture
+def ours(tables):
+    with PostgresStreamStore(wrap_django(), **tables, poll_interval=0.05) as store:
+        yield store
+
+
+def leave() -> None:
+    """Close the connections of this thread, as Django does at the end of a request."""
+    connections.close_all()
+
+
+@pytest.mark.parametrize("tables", ["plain", "quotes", "formats"], indirect=True)
+@pytest.mark.parametrize("alias", ALIASES)
+def test_round_trip(tables, alias):
+    with PostgresStreamStore(wrap_django(alias), **tables) as store:
+        contract.round_trip(store)
+
+
+@pytest.mark.parametrize("zone", ["UTC", "America/New_York", "Asia/Kolkata"])
+@pytest.mark.parametrize("alias", ["default", "server_side"])
+def test_round_trip_without_time_zones(tables, alias, zone):
+    leave()
+    with (
+        override_settings(USE_TZ=False, TIME_ZONE=zone),
+        PostgresStreamStore(wrap_django(alias), **tables) as store,
+    ):
+        contract.round_trip(store)
+        leave()
+
+
+@pytest.mark.parametrize("alias", ALIASES)
+def test_following(theirs, tables, alias):
+    with PostgresStreamStore(wrap_django(alias), **tables, poll_interval=0.05) as store:
+        contract.following(store, theirs, leave)
+
+
+@pytest.mark.parametrize("alias", ALIASES)
+def test_readers_are_woken_by_announcements(theirs, tables, alias):
+    with PostgresStreamStore(wrap_django(alias), **tables, poll_interval=60) as store:
+        assert contract.pushed(store, theirs, leave) < 10
+
+
+def test_a_reader_survives_lost_connections(ours, theirs, dsn):
+    contract.survives(ours, theirs, dsn, leave)
+
+
+def test_each_thread_has_its_connection(ours):
+    id = ours.create()
+
+    def write() -> None:
+        try:
+            for _ in range(20):
+                ours.append(id, "x")
+        finally:
+            leave()
+
+    gather(*[write] * 8)
+    assert [chunk.seq for chunk in ours.read_from(id, follow=False)] == list(range(1, 161))
+
+
+def test_a_rolled_back_transaction_leaves_nothing(ours, theirs):
+    id = ours.create()
+    with pytest.raises(ZeroDivisionError), transaction.atomic():
+        assert ours.append(id, "vanishes") == 1
+        assert ours.create("within") == "within"
+        assert ours.get_status(id) == ("active", None, 1)
+        assert theirs.get_status(id) == ("active", None, 0)
+        raise ZeroDivisionError
+    assert theirs.get_status(id) == ("active", None, 0)
+    with pytest.raises(StreamNotFoundError):
+        ours.stop("within")
+    assert ours.append(id, "stays") == 1
+
+
+def test_a_savepoint(ours, theirs):
+    id = ours.create()
+    with transaction.atomic():
+        ours.append(id, "one")
+        with pytest.raises(ZeroDivisionError), transaction.atomic():
+            ours.append(id, "vanishes")
+            raise ZeroDivisionError
+        ours.append(id, "two")
+        ours.complete(id)
+    assert list(theirs.read_from(id)) == [(1, "one"), (2, "two")]
+
+
+def test_a_commit_wakes_readers_elsewhere(ours, dsn, tables):
+    id = ours.create()
+    with PostgresStreamStore(dsn, **tables, poll_interval=60) as reading:
+        with Background(lambda: [(chunk, time.monotonic()) for chunk in reading.read_from(id)]) as reader:
+            time.sleep(1)
+            with transaction.atomic():
+                ours.append(id, "one")
+                ours.complete(id)
+                time.sleep(0.2)
+                committed = time.monotonic()
+            [(chunk, arrived)] = reader.result()
+    assert chunk == (1, "one")
+    assert committed <= arrived < committed + 10
+
+
+def test_a_reader_in_the_writers_process_is_woken_by_the_commit(tables):
+    with PostgresStreamStore(wrap_django(), **tables, poll_interval=60) as store:
+        id = store.create()
+
+        def follow():
+            try:
+                return list(store.read_from(id))
+            finally:
+                leave()
+
+        with Background(follow) as reader:
+            time.sleep(1)
+            with transaction.atomic():
+                store.append(id, "one")
+                store.complete(id)
+                time.sleep(0.2)
+            assert reader.result() == [(1, "one")]
+
+
+def test_a_lost_connection_in_a_transaction_is_not_waited_for(ours, dsn):
+    id = ours.create()
+    began = time.monotonic()
+    with pytest.raises(OperationalError), transaction.atomic():
+        ours.append(id, "vanishes")
+        with psycopg.connect(dsn, autocommit=True) as admin:
+            admin.execute(contract.TERMINATE)
+        list(ours.read_from(id, follow=False))
+    assert time.monotonic() - began < 10
+    assert ours.get_status(id) == ("active", None, 0)
+
+
+@pytest.mark.parametrize("listens", [True, False])
+def test_no_connection_of_djangos_is_left_in_the_background(theirs, tables, monkeypatch, listens):
+    opened = weakref.WeakSet()
+    connect = type(connections["default"]).connect
+
+    def remember(wrapper):
+        connect(wrapper)
+        opened.add(wrapper.connection)
+
+    def refuse(*_):
+        raise psycopg.OperationalError("too many connections")
+
+    monkeypatch.setattr(type(connections["default"]), "connect", remember)
+    if not listens:
+        monkeypatch.setattr(client, "open_connection", refuse)
+    with PostgresStreamStore(wrap_django(), **tables, poll_interval=0.05) as store:
+        contract.following(store, theirs, leave)
+        assert bool([thread for thread in threading.enumerate() if "watch" in thread.name])
+    leave()
+    gc.collect()
+    assert not [connection for connection in opened if not connection.closed]
+
+
+def test_a_role_that_django_assumes(dsn, ours, theirs, monkeypatch):
+    with psycopg.connect(dsn, autocommit=True) as admin:
+        admin.execute('CREATE ROLE "a role" SUPERUSER')
+    try:
+        options = connections["default"].settings_dict["OPTIONS"]
+        monkeypatch.setitem(options, "assume_role", "a role")
+        with wrap_django().connect() as connection:
+            assert connection.execute("SELECT current_user").fetchone() == ("a role",)
+    finally:
+        with psycopg.connect(dsn, autocommit=True) as admin:
+            admin.execute('DROP ROLE "a role"')
+
+
+def test_a_missing_table():
+    contract.missing_tables(wrap_django())
+
+
+@pytest.mark.parametrize("alias", ["default", "server_side"])
+@pytest.mark.parametrize("name", contract.NAMES)
+def test_hostile_names(schema_name, alias, name):
+    contract.hostile_names(wrap_django(alias), contract.hostile(schema_name, name))
+
+
+def test_errors_of_django_stay(tables):
+    with PostgresStreamStore(wrap_django("elsewhere"), **tables, retry_for=0.2) as store:
+        for call in (store.create, lambda: list(store.read_from("x"))):
+            with pytest.raises(OperationalError) as caught:
+                call()
+            assert isinstance(caught.value.__cause__, psycopg.OperationalError)
+
+
+def test_other_databases_are_refused():
+    with pytest.raises(ConnectionDoesNotExist):
+        wrap_django("unknown")
+    with pytest.raises(TypeError, match="sqlite"):
+        wrap_django("lite")

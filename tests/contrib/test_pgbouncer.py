@@ -1,0 +1,162 @@
+"""Clients that reach the server through PgBouncer in transaction mode."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+from contrib import contract
+from psycopg_pool import AsyncConnectionPool, ConnectionPool
+from support import pgbouncer
+from support.concurrency import AsyncBackground, Background, async_gather, gather
+
+from aibind_postgres import AsyncPostgresStreamStore, PostgresStreamStore
+
+pytestmark = pytest.mark.skipif(
+    pgbouncer.BINARY is None, reason="PgBouncer is not installed (Debian and Ubuntu: apt-get install pgbouncer)"
+)
+
+# The pools of users, by their `kwargs`: the store prepares nothing here, whatever its pool would do by itself.
+POOLS = {
+    "pool": {},
+    "pool in autocommit mode": {"autocommit": True, "prepare_threshold": None},
+    "pool that prepares at once": {"prepare_threshold": 0},
+}
+CLIENTS = ["connection string", *POOLS]
+
+
+@pytest.fixture(scope="module")
+def through(dsn, tmp_path_factory):
+    """A connection string that leads through PgBouncer."""
+    with pgbouncer.pgbouncer(dsn, tmp_path_factory.mktemp("pgbouncer")) as through:
+        yield through
+
+
+@pytest.fixture(params=CLIENTS)
+def store(request, through, tables):
+    if request.param in POOLS:
+        with (
+            ConnectionPool(through, min_size=0, max_size=8, kwargs=POOLS[request.param], open=True) as pool,
+            PostgresStreamStore(pool, **tables) as store,
+        ):
+            yield store
+    else:
+        with PostgresStreamStore(through, **tables) as store:
+            yield store
+
+
+@pytest.fixture(params=CLIENTS)
+async def async_store(request, through, tables):
+    if request.param in POOLS:
+        async with (
+            AsyncConnectionPool(through, min_size=0, max_size=8, kwargs=POOLS[request.param], open=False) as pool,
+            AsyncPostgresStreamStore(pool, **tables) as store,
+        ):
+            yield store
+    else:
+        async with AsyncPostgresStreamStore(through, **tables) as store:
+            yield store
+
+
+def test_round_trip(store):
+    for _ in range(3):
+        contract.round_trip(store)
+
+
+async def test_round_trip_in_tasks(async_store):
+    for _ in range(3):
+        await contract.async_round_trip(async_store)
+
+
+def test_following(store, dsn, tables):
+    with PostgresStreamStore(dsn, **tables) as theirs:
+        contract.following(store, theirs)
+
+
+async def test_following_in_tasks(async_store, dsn, tables):
+    async with AsyncPostgresStreamStore(dsn, **tables) as theirs:
+        await contract.async_following(async_store, theirs)
+
+
+def test_many_threads_write_while_one_reads(store):
+    id = store.create()
+
+    def write():
+        for _ in range(50):
+            store.append(id, "x")
+
+    with Background(lambda: list(store.read_from(id))) as reader, contract.ending(store, id):
+        gather(*[write] * 8)
+        store.complete(id)
+        assert [chunk.seq for chunk in reader.result()] == list(range(1, 401))
+
+
+async def test_many_tasks_write_while_one_reads(async_store):
+    id = await async_store.create()
+
+    async def write():
+        for _ in range(50):
+            await async_store.append(id, "x")
+
+    async def follow():
+        return [chunk.seq async for chunk in async_store.read_from(id)]
+
+    async with AsyncBackground(follow) as reader, contract.async_ending(async_store, id):
+        await async_gather(*[write] * 8)
+        await async_store.complete(id)
+        assert await reader.result() == list(range(1, 401))
+
+
+@pytest.mark.parametrize("store", CLIENTS[:2], indirect=True)
+def test_readers_fall_back_to_polling_and_say_so_once(store, dsn, tables, caplog):
+    caplog.set_level(logging.WARNING, "aibind_postgres")
+    with PostgresStreamStore(dsn, **tables) as theirs:
+        id = theirs.create()
+        arrived = []
+
+        def follow():
+            for chunk in store.read_from(id):
+                arrived.append(chunk)
+
+        with Background(follow) as first, Background(follow) as second, contract.ending(theirs, id):
+            contract.within(30, lambda: bool(caplog.records))
+            for number in range(1, 11):
+                theirs.append(id, f"{number}")
+                contract.within(30, lambda: len(arrived) >= 2 * number)  # noqa: B023
+            theirs.complete(id)
+            first.result()
+            second.result()
+        again = theirs.create()
+        theirs.complete(again)
+        assert list(store.read_from(again)) == []
+    [record] = caplog.records
+    assert "transaction pooler" in record.getMessage()
+    assert len(arrived) == 20
+
+
+@pytest.mark.parametrize("async_store", CLIENTS[:2], indirect=True)
+async def test_readers_fall_back_to_polling_and_say_so_once_in_tasks(async_store, dsn, tables, caplog):
+    caplog.set_level(logging.WARNING, "aibind_postgres")
+    async with AsyncPostgresStreamStore(dsn, **tables) as theirs:
+        id = await theirs.create()
+        arrived = []
+
+        async def follow():
+            async for chunk in async_store.read_from(id):
+                arrived.append(chunk)
+
+        async with (
+            AsyncBackground(follow) as first,
+            AsyncBackground(follow) as second,
+            contract.async_ending(theirs, id),
+        ):
+            await contract.async_within(30, lambda: bool(caplog.records))
+            for number in range(1, 11):
+                await theirs.append(id, f"{number}")
+                await contract.async_within(30, lambda: len(arrived) >= 2 * number)  # noqa: B023
+            await theirs.complete(id)
+            await first.result()
+            await second.result()
+    [record] = caplog.records
+    assert "transaction pooler" in record.getMessage()
+    assert len(arrived) == 20

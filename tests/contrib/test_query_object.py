@@ -1,0 +1,131 @@
+"""Any object with a `query` method as a client: one that somebody writes around what they have."""
+
+from __future__ import annotations
+
+import psycopg
+import pytest
+from contrib import contract
+from psycopg.conninfo import make_conninfo
+from psycopg.rows import dict_row, namedtuple_row, tuple_row
+from psycopg_pool import AsyncConnectionPool, ConnectionPool
+
+from aibind_postgres import AsyncPostgresStreamStore, PostgresStreamStore
+
+SETTINGS = {"min_size": 1, "max_size": 4, "kwargs": {"autocommit": True}}
+
+
+def as_lists(cursor):
+    make = tuple_row(cursor)
+    return lambda values: list(make(values))
+
+
+ROWS = [tuple_row, dict_row, namedtuple_row, as_lists]
+
+
+class Minimal:
+    def __init__(self, pool, rows):
+        self._pool = pool
+        self._rows = rows
+
+    def query(self, sql, params):
+        with self._pool.connection() as connection:
+            cursor = psycopg.RawCursor(connection, row_factory=self._rows).execute(sql, params)
+            return cursor.fetchall() if cursor.description else []
+
+
+class Describing(Minimal):
+    connection_errors = (psycopg.OperationalError,)
+
+
+class AsyncMinimal(Minimal):
+    async def query(self, sql, params):
+        async with self._pool.connection() as connection:
+            cursor = await psycopg.AsyncRawCursor(connection, row_factory=self._rows).execute(sql, params)
+            return await cursor.fetchall() if cursor.description else []
+
+
+class AsyncDescribing(AsyncMinimal):
+    connection_errors = (psycopg.OperationalError,)
+
+
+@pytest.fixture
+def pool(dsn):
+    with ConnectionPool(dsn, **SETTINGS, open=True) as pool:
+        yield pool
+
+
+@pytest.fixture
+async def async_pool(dsn):
+    async with AsyncConnectionPool(dsn, **SETTINGS, open=False) as pool:
+        yield pool
+
+
+@pytest.fixture
+def theirs(dsn, tables):
+    with PostgresStreamStore(make_conninfo(dsn, application_name="stays"), **tables) as store:
+        yield store
+
+
+@pytest.fixture
+async def async_theirs(dsn, tables):
+    async with AsyncPostgresStreamStore(make_conninfo(dsn, application_name="stays"), **tables) as store:
+        yield store
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_round_trip(pool, tables, rows):
+    with PostgresStreamStore(Minimal(pool, rows), **tables) as store:
+        contract.round_trip(store)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+async def test_round_trip_in_tasks(async_pool, tables, rows):
+    async with AsyncPostgresStreamStore(AsyncMinimal(async_pool, rows), **tables) as store:
+        await contract.async_round_trip(store)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_following(pool, theirs, tables, rows):
+    with PostgresStreamStore(Minimal(pool, rows), **tables, poll_interval=0.05) as store:
+        contract.following(store, theirs)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+async def test_following_in_tasks(async_pool, async_theirs, tables, rows):
+    async with AsyncPostgresStreamStore(AsyncMinimal(async_pool, rows), **tables, poll_interval=0.05) as store:
+        await contract.async_following(store, async_theirs)
+
+
+def test_a_reader_survives_lost_connections_if_the_object_names_the_errors(pool, theirs, tables, dsn):
+    with PostgresStreamStore(Describing(pool, tuple_row), **tables, poll_interval=0.05) as store:
+        contract.survives(store, theirs, dsn, lambda: None)
+
+
+async def test_a_reader_survives_lost_connections_in_tasks(async_pool, async_theirs, tables, dsn):
+    async with AsyncPostgresStreamStore(AsyncDescribing(async_pool, tuple_row), **tables, poll_interval=0.05) as store:
+        await contract.async_survives(store, async_theirs, dsn)
+
+
+def test_without_names_of_errors_the_first_one_is_raised(pool, tables, monkeypatch):
+    client = Minimal(pool, tuple_row)
+    with PostgresStreamStore(client, **tables) as store:
+        id = store.create()
+
+        def fail(sql, params):
+            raise psycopg.OperationalError("gone")
+
+        monkeypatch.setattr(client, "query", fail)
+        with pytest.raises(psycopg.OperationalError, match="gone"):
+            list(store.read_from(id))
+
+
+def test_a_missing_table(pool):
+    contract.missing_tables(Minimal(pool, dict_row))
+
+
+async def test_a_missing_table_in_tasks(async_pool):
+    await contract.async_missing_tables(AsyncMinimal(async_pool, dict_row))
+
+
+def test_migration(pool, schema_name):
+    contract.hostile_names(Minimal(pool, dict_row), contract.hostile(schema_name, "plain"))

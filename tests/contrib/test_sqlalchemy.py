@@ -1,0 +1,174 @@
+"""SQLAlchemy's engines as clients, for threads and for tasks, with several drivers."""
+
+from __future__ import annotations
+
+import time
+
+import psycopg
+import pytest
+import sqlalchemy
+from contrib import contract
+from psycopg.conninfo import make_conninfo
+from sqlalchemy.ext.asyncio import create_async_engine
+from support.concurrency import AsyncBackground, Background, async_gather, gather
+
+from aibind_postgres import AsyncPostgresStreamStore, PostgresStreamStore
+from aibind_postgres.adapters import wrap_sqlalchemy
+
+names_of_all_kinds = pytest.mark.parametrize("tables", ["plain", "quotes", "formats"], indirect=True)
+
+
+@pytest.fixture
+def engine(dsn):
+    engine = sqlalchemy.create_engine("postgresql+psycopg://", connect_args=contract.parameters(dsn))
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture(params=["psycopg", "asyncpg"])
+async def async_engine(request, dsn):
+    names = {"dbname": "database"} if request.param == "asyncpg" else {}
+    arguments = contract.parameters(dsn, **names)
+    engine = create_async_engine(f"postgresql+{request.param}://", connect_args=arguments)
+    yield engine
+    await engine.dispose()
+
+
+@pytest.fixture
+def theirs(dsn, tables):
+    with PostgresStreamStore(make_conninfo(dsn, application_name="stays"), **tables) as store:
+        yield store
+
+
+@pytest.fixture
+async def async_theirs(dsn, tables):
+    async with AsyncPostgresStreamStore(make_conninfo(dsn, application_name="stays"), **tables) as store:
+        yield store
+
+
+@names_of_all_kinds
+def test_round_trip(engine, tables):
+    with PostgresStreamStore(wrap_sqlalchemy(engine), **tables) as store:
+        contract.round_trip(store)
+
+
+@names_of_all_kinds
+async def test_round_trip_in_tasks(async_engine, tables):
+    async with AsyncPostgresStreamStore(wrap_sqlalchemy(async_engine), **tables) as store:
+        await contract.async_round_trip(store)
+
+
+@names_of_all_kinds
+def test_following(engine, theirs, tables):
+    with PostgresStreamStore(wrap_sqlalchemy(engine), **tables, poll_interval=0.05) as store:
+        contract.following(store, theirs)
+
+
+@names_of_all_kinds
+async def test_following_in_tasks(async_engine, async_theirs, tables):
+    async with AsyncPostgresStreamStore(wrap_sqlalchemy(async_engine), **tables, poll_interval=0.05) as store:
+        await contract.async_following(store, async_theirs)
+
+
+def test_readers_are_woken_by_announcements(engine, theirs, tables):
+    with PostgresStreamStore(wrap_sqlalchemy(engine), **tables, poll_interval=60) as store:
+        assert contract.pushed(store, theirs) < 10
+
+
+@pytest.mark.parametrize("async_engine", ["psycopg"], indirect=True)
+async def test_readers_are_woken_by_announcements_in_tasks(async_engine, async_theirs, tables):
+    async with AsyncPostgresStreamStore(wrap_sqlalchemy(async_engine), **tables, poll_interval=60) as store:
+        assert await contract.async_pushed(store, async_theirs) < 10
+
+
+def test_a_reader_survives_lost_connections(engine, theirs, tables, dsn):
+    with PostgresStreamStore(wrap_sqlalchemy(engine), **tables, poll_interval=0.05) as store:
+        contract.survives(store, theirs, dsn, lambda: None)
+
+
+async def test_a_reader_survives_lost_connections_in_tasks(async_engine, async_theirs, tables, dsn):
+    async with AsyncPostgresStreamStore(wrap_sqlalchemy(async_engine), **tables, poll_interval=0.05) as store:
+        await contract.async_survives(store, async_theirs, dsn)
+
+
+def test_many_readers_share_one_connection(dsn, theirs, tables):
+    arguments = contract.parameters(dsn)
+    engine = sqlalchemy.create_engine(
+        "postgresql+psycopg://", connect_args=arguments, pool_size=1, max_overflow=0, pool_timeout=10
+    )
+    with PostgresStreamStore(wrap_sqlalchemy(engine), **tables) as store:
+        id = theirs.create()
+        with Background(lambda: gather(*[lambda: list(store.read_from(id))] * 20)) as readers:
+            for number in range(50):
+                theirs.append(id, f"{number}")
+                if number % 10 == 0:
+                    time.sleep(0.05)
+            theirs.complete(id)
+            expected = list(enumerate(map(str, range(50)), start=1))
+            assert readers.result() == [expected] * 20
+    engine.dispose()
+
+
+@pytest.mark.parametrize("driver", ["psycopg", "asyncpg"])
+async def test_many_readers_share_one_connection_in_tasks(dsn, async_theirs, tables, driver):
+    arguments = contract.parameters(dsn, **({"dbname": "database"} if driver == "asyncpg" else {}))
+    engine = create_async_engine(
+        f"postgresql+{driver}://", connect_args=arguments, pool_size=1, max_overflow=0, pool_timeout=10
+    )
+    async with AsyncPostgresStreamStore(wrap_sqlalchemy(engine), **tables, poll_interval=0.05) as store:
+        id = await async_theirs.create()
+
+        async def follow():
+            return [chunk async for chunk in store.read_from(id)]
+
+        async with AsyncBackground(lambda: async_gather(*[follow] * 20)) as readers:
+            for number in range(50):
+                await async_theirs.append(id, f"{number}")
+            await async_theirs.complete(id)
+            expected = list(enumerate(map(str, range(50)), start=1))
+            assert await readers.result() == [expected] * 20
+    await engine.dispose()
+
+
+def test_the_engine_stays_as_it_was(engine, tables):
+    with PostgresStreamStore(wrap_sqlalchemy(engine), **tables) as store:
+        store.create("first")
+    with engine.connect() as connection:
+        connection.execute(sqlalchemy.text("CREATE TEMPORARY TABLE vanishing (id int)"))
+        connection.rollback()
+        assert connection.scalar(sqlalchemy.text("SELECT to_regclass('vanishing')")) is None
+
+
+def test_a_missing_table(engine):
+    contract.missing_tables(wrap_sqlalchemy(engine))
+
+
+async def test_a_missing_table_in_tasks(async_engine):
+    await contract.async_missing_tables(wrap_sqlalchemy(async_engine))
+
+
+@pytest.mark.parametrize("name", contract.NAMES)
+def test_hostile_names(engine, schema_name, name):
+    contract.hostile_names(wrap_sqlalchemy(engine), contract.hostile(schema_name, name))
+
+
+@pytest.mark.parametrize("name", contract.NAMES)
+async def test_hostile_names_in_tasks(async_engine, schema_name, name):
+    await contract.async_hostile_names(wrap_sqlalchemy(async_engine), contract.hostile(schema_name, name))
+
+
+def test_other_objects_are_refused(engine):
+    with engine.connect() as connection, pytest.raises(TypeError, match="Connection"):
+        wrap_sqlalchemy(connection)
+    with pytest.raises(TypeError, match="sqlite"):
+        wrap_sqlalchemy(sqlalchemy.create_engine("sqlite://"))
+
+
+def test_errors_of_the_driver_stay(tables):
+    arguments = {"host": "127.0.0.1", "port": 1}
+    engine = sqlalchemy.create_engine("postgresql+psycopg://", connect_args=arguments)
+    with PostgresStreamStore(wrap_sqlalchemy(engine), **tables, retry_for=0.2) as store:
+        for call in (store.create, lambda: list(store.read_from("x"))):
+            with pytest.raises(sqlalchemy.exc.OperationalError) as caught:
+                call()
+            assert isinstance(caught.value.orig, psycopg.OperationalError)
