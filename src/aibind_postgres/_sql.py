@@ -51,6 +51,7 @@ WITH advanced AS (
 SELECT total_chunks FROM advanced
 """
 
+# The JSON text is measured once, not once for every chunk in it.
 APPEND_MANY = """
 WITH advanced AS (
     UPDATE {status}
@@ -58,10 +59,10 @@ WITH advanced AS (
            expires_at = {renewed_expiry}
      WHERE id = $1::text AND state = 'active'
        AND ($3::bigint IS NULL OR total_chunks = $3::bigint - 1)
-    RETURNING total_chunks
+    RETURNING total_chunks, total_chunks - json_array_length($2::text::json) AS last_before
 ), stored AS (
     INSERT INTO {chunks} (id, seq, data)
-    SELECT $1::text, total_chunks - json_array_length($2::text::json) + new.place, new.data
+    SELECT $1::text, last_before + new.place, new.data
       FROM advanced, json_array_elements_text($2::text::json) WITH ORDINALITY AS new (data, place)
 )
 SELECT total_chunks FROM advanced

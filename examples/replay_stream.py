@@ -1,0 +1,24 @@
+"""Replay a stored stream at its recorded pace, into a test or a demo.
+
+Usage: python examples/replay_stream.py DSN ID [SPEED]     SPEED 2 is twice as fast, inf leaves out the pauses
+"""
+
+import sys
+
+from aibind_postgres import AibindError, PostgresStreamStore
+
+
+def main(dsn: str, stream_id: str, speed: str = "1") -> None:
+    with PostgresStreamStore(dsn) as store:
+        for chunk in store.replay(stream_id, speed=float(speed)):
+            # Whatever your application does with a token belongs here.
+            print(chunk.data, end="", flush=True)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) not in (3, 4):
+        sys.exit(__doc__)
+    try:
+        main(*sys.argv[1:])
+    except (AibindError, ValueError) as error:
+        sys.exit(f"{error}")

