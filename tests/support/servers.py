@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import psycopg
 from psycopg.conninfo import make_conninfo
@@ -85,14 +86,16 @@ class Server:
 
     def _run(self, program: str, *arguments: str) -> None:
         command = [str(self._bin / program), "-D", str(self._data), *arguments]
-        # PostgreSQL refuses to run as root.
-        user = _unprivileged_user() if os.geteuid() == 0 else None
-        subprocess.run(command, check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, cwd="/", user=user)
+        who: dict[str, Any] = {}
+        if os.geteuid() == 0:  # PostgreSQL refuses to run as root
+            user = _unprivileged_user()
+            who = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
+        subprocess.run(command, check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, cwd="/", **who)
 
 
-def _unprivileged_user() -> str:
-    present = {user.pw_name for user in pwd.getpwall()}
-    return next(name for name in ("postgres", "pgserver", "nobody") if name in present)
+def _unprivileged_user() -> pwd.struct_passwd:
+    present = {user.pw_name: user for user in pwd.getpwall()}
+    return next(present[name] for name in ("postgres", "pgserver", "nobody") if name in present)
 
 
 @contextmanager
@@ -100,7 +103,7 @@ def own_server(version: str = "18") -> Iterator[Server]:
     """Start a server that nobody else uses, on a free port of the loopback interface."""
     folder = Path(tempfile.mkdtemp(prefix="aibind-test-"))
     if os.geteuid() == 0:
-        shutil.chown(folder, _unprivileged_user())
+        os.chown(folder, _unprivileged_user().pw_uid, -1)
     try:
         server = Server(version, folder)
         server.start()

@@ -1,0 +1,46 @@
+"""What `import aibind_postgres` costs beyond `import psycopg, psycopg_pool`: medians of fresh processes, taken in turn.
+
+Run it where the package is installed: `python benchmarks/import_cost.py [ROUNDS]`. The bar is 30 ms.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from statistics import median
+
+STATEMENTS = {"base": "import psycopg, psycopg_pool", "ours": "import psycopg, psycopg_pool, aibind_postgres"}
+
+MEASURE = """
+from time import perf_counter
+start = perf_counter()
+{statement}
+print((perf_counter() - start) * 1000)
+"""
+
+
+def measure(statement: str) -> float:
+    """Return the milliseconds that an import takes in a process of its own."""
+    command = [sys.executable, "-c", MEASURE.format(statement=statement)]
+    # With bytecode, as pip installs it, also from a checkout.
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return float(subprocess.run(command, env=variables, check=True, capture_output=True, text=True).stdout)
+
+
+def main() -> None:
+    rounds = int(sys.argv[1]) if sys.argv[1:] else 30
+    times: dict[str, list[float]] = {name: [] for name in STATEMENTS}
+    for number in range(rounds + 1):
+        for name, statement in STATEMENTS.items():
+            taken = measure(statement)
+            if number:  # the first round only warms the file cache and writes bytecode
+                times[name].append(taken)
+    for name, statement in STATEMENTS.items():
+        print(f"{statement:46} {median(times[name]):7.1f} ms")
+    difference = median(ours - base for base, ours in zip(times["base"], times["ours"], strict=True))
+    print(f"{'difference, median of the rounds':46} {difference:7.1f} ms")
+
+
+if __name__ == "__main__":
+    main()

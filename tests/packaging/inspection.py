@@ -1,0 +1,44 @@
+"""Print, as JSON, what an installed package offers. Runs in the environments that the packaging tests make."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import pkgutil
+from types import ModuleType
+
+import aibind_postgres
+from aibind_postgres import schema
+
+
+def signatures(module: ModuleType) -> dict[str, str]:
+    """Return the functions that a module defines, and the methods of its classes, each with its signature."""
+    found: dict[str, str] = {}
+    for name, value in vars(module).items():
+        if getattr(value, "__module__", None) != module.__name__:
+            continue
+        if inspect.isclass(value):
+            functions = {f"{name}.{key}": item for key, item in vars(value).items() if inspect.isfunction(item)}
+        else:
+            functions = {name: value} if inspect.isfunction(value) else {}
+        found |= {key: str(inspect.signature(function)) for key, function in functions.items()}
+    return found
+
+
+def modules() -> list[str]:
+    """Return the names of all modules but those that need an extra."""
+    walk = pkgutil.walk_packages(aibind_postgres.__path__, "aibind_postgres.")
+    return sorted(module.name for module in walk if module.name.split(".")[1] not in ("cli", "contrib"))
+
+
+print(
+    json.dumps(
+        {
+            "file": aibind_postgres.__file__,
+            "modules": {name: signatures(importlib.import_module(name)) for name in modules()},
+            "public": aibind_postgres.__all__,
+            "schema": schema.render(notify_trigger=True),
+        }
+    )
+)

@@ -1,0 +1,132 @@
+"""The wheel and the sdist, built from a copy of the checkout without generated files, installed with nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from aibind_postgres import schema
+
+ROOT = Path(__file__).resolve().parents[2]
+INSPECTION = Path(__file__).with_name("inspection.py")
+NOT_COPIED = shutil.ignore_patterns(".git", ".nox", ".*_cache", ".venv", "__pycache__", "_sync", "build", "dist")
+
+
+pytestmark = pytest.mark.timeout(600)  # packages are fetched
+
+
+class Built(NamedTuple):
+    wheel: Path
+    sdist: Path
+    wheel_of_sdist: Path
+
+
+def run(*command: str | Path, cwd: Path | None = None, env: dict[str, str] | None = None) -> str:
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    folder = tmp_path_factory.mktemp("built")
+    tree = folder / "tree"
+    shutil.copytree(ROOT, tree, ignore=NOT_COPIED)
+    build = [sys.executable, "-m", "build", str(tree), "--outdir"]
+    run(*build, folder / "wheel", "--wheel")
+    shutil.rmtree(tree / "src" / "aibind_postgres" / "_sync")
+    run(*build, folder / "both")  # the sdist, and a wheel from it
+    [wheel], [sdist], [wheel_of_sdist] = (
+        list(folder.glob(pattern)) for pattern in ("wheel/*.whl", "both/*.tar.gz", "both/*.whl")
+    )
+    return Built(wheel, sdist, wheel_of_sdist)
+
+
+def contents(wheel: Path) -> dict[str, bytes]:
+    with zipfile.ZipFile(wheel) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def test_the_wheel_has_all_of_the_package_and_nothing_else(built: Built) -> None:
+    names = contents(built.wheel).keys()
+    info = built.wheel.name.removesuffix("-py3-none-any.whl") + ".dist-info"
+    assert {name.partition("/")[0] for name in names} == {"aibind_postgres", info}
+    package = {name.removeprefix("aibind_postgres/") for name in names if name.startswith("aibind_postgres/")}
+    source = ROOT / "src" / "aibind_postgres"
+    files = [file.relative_to(source) for file in source.rglob("*") if file.is_file()]
+    written = {file.as_posix() for file in files if not {"_sync", "__pycache__"} & set(file.parts)}
+    generated = {name.replace("_async/", "_sync/", 1) for name in written if name.startswith("_async/")}
+    sql = {f"sql/{file.relative_to(ROOT / 'sql').as_posix()}" for file in (ROOT / "sql").rglob("*.sql")}
+    assert len(generated) > 3
+    assert len(sql) >= 3
+    assert "py.typed" in written
+    assert package == written | generated | sql
+
+
+def test_the_sdist_gives_the_same_wheel(built: Built) -> None:
+    assert contents(built.wheel_of_sdist) == contents(built.wheel)
+
+
+def test_the_sdist_has_what_a_packager_needs(built: Built) -> None:
+    with tarfile.open(built.sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    wanted = ["pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "noxfile.py"]
+    wanted += ["scripts/unasync.py", "scripts/hatch_build.py", "sql/0001_tables.sql", "tests/conftest.py"]
+    wanted += ["src/aibind_postgres/_async/stream_store.py", "src/aibind_postgres/_sync/stream_store.py"]
+    assert set(wanted) - names == set()
+    assert not [name for name in names if name.startswith("tests/_sync/")]
+
+
+def installed(folder: Path, artifact: Path) -> dict[str, Any]:
+    """Install a package with `psycopg[binary]` in an environment of its own, and return what it offers."""
+    venv.create(folder, with_pip=True, symlinks=True)
+    python = folder / "bin" / "python"
+    run(python, "-m", "pip", "install", "--quiet", "psycopg[binary]", artifact)
+    offers: dict[str, Any] = json.loads(run(python, "-I", INSPECTION, cwd=folder))
+    assert folder in Path(offers.pop("file")).parents
+    return offers
+
+
+def test_both_install_and_offer_the_same_in_both_flavours(built: Built, tmp_path: Path) -> None:
+    offers = installed(tmp_path / "wheel", built.wheel)
+    assert installed(tmp_path / "sdist", built.sdist) == offers
+    assert offers["schema"] == schema.render(notify_trigger=True)
+    flavours = {"_async": set(), "_sync": set()}  # type: dict[str, set[str]]
+    for name in offers["modules"]:
+        _, part, *rest = name.split(".")
+        if part in flavours:
+            flavours[part].add(".".join(rest))
+    assert flavours["_async"] == flavours["_sync"] >= {"client", "stream_store"}
+    assert {"PostgresStreamStore", "AsyncPostgresStreamStore"} <= set(offers["public"])
+
+
+def test_an_editable_install_has_both_flavours(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    shutil.copytree(ROOT, tree, ignore=NOT_COPIED)
+    venv.create(tmp_path / "venv", with_pip=True, symlinks=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    run(python, "-m", "pip", "install", "--quiet", "psycopg[binary]", "--editable", tree)
+    offers = json.loads(run(python, "-I", INSPECTION, cwd=tmp_path))
+    assert tree in Path(offers["file"]).parents
+    assert offers["schema"] == schema.render(notify_trigger=True)
+
+
+def test_the_first_command_of_the_readme_does_all_the_set_up(tmp_path: Path) -> None:
+    [command] = [line for line in (ROOT / "README.md").read_text("utf-8").splitlines() if line.endswith(" demo")]
+    tree, environment, home = tmp_path / "tree", tmp_path / "venv", tmp_path / "home"
+    shutil.copytree(ROOT, tree, ignore=NOT_COPIED)
+    venv.create(environment, with_pip=True, symlinks=True)
+    home.mkdir()
+    variables = {name: value for name, value in os.environ.items() if name != "DATABASE_URL"}
+    variables |= {"PATH": f"{environment / 'bin'}:{os.environ['PATH']}", "HOME": str(home)}
+    run("bash", "-c", command, cwd=tree, env=variables)

@@ -1,0 +1,149 @@
+"""The conversion: what it writes, what it notices, what it refuses."""
+
+from __future__ import annotations
+
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "unasync.py"
+CONVERTER = runpy.run_path(str(SCRIPT))
+convert, outdated = CONVERTER["convert"], CONVERTER["outdated"]
+
+SOURCE = '''"""Read."""
+
+class AsyncReader:
+    async def read(self) -> str:
+        async with self.line as line:
+            return f"{len([part async for part in line])}" + await line.rest()
+'''
+
+CONVERTED = '''# Generated from _async/reader.py: edit that file.
+"""Read."""
+
+class Reader:
+    def read(self) -> str:
+        with self.line as line:
+            return f"{len([part for part in line])}" + line.rest()
+'''
+
+
+@pytest.fixture(autouse=True)
+def _renames(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(convert.__globals__, "RENAMES", {"AsyncReader": "Reader"})
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return written(tmp_path / "package")
+
+
+def written(folder: Path, source: str = SOURCE, name: str = "reader.py") -> Path:
+    file = folder / "_async" / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(source, "utf-8")
+    return folder
+
+
+def test_a_conversion_renames_tokens_and_says_where_the_file_comes_from(folder: Path) -> None:
+    if sys.version_info < (3, 12):  # where an f-string is one token
+        written(folder, SOURCE.replace("part async for", "part for"))
+    convert([folder])
+    assert (folder / "_sync" / "reader.py").read_text("utf-8") == CONVERTED
+
+
+def test_a_conversion_can_be_repeated(folder: Path) -> None:
+    convert([folder])
+    convert([folder])
+    assert (folder / "_sync" / "reader.py").read_text("utf-8").count("# Generated") == 1
+    assert outdated([folder]) == []
+
+
+def test_packages_inside_are_converted_with_their_paths(folder: Path) -> None:
+    written(folder, "class AsyncReader: ...  # …\n", "inner/deep/reader.py")
+    convert([folder])
+    text = (folder / "_sync" / "inner" / "deep" / "reader.py").read_text("utf-8")
+    assert text == "# Generated from _async/inner/deep/reader.py: edit that file.\nclass Reader: ...  # …\n"
+
+
+def test_a_folder_above_may_have_the_name_of_a_flavour(tmp_path: Path) -> None:
+    folder = written(tmp_path / "_async" / "_sync" / "_async" / "package")
+    convert([folder])
+    assert [file.relative_to(folder) for file in outdated([folder])] == []
+    assert (folder / "_sync" / "reader.py").exists()
+
+
+def test_several_folders_are_converted_together(folder: Path, tmp_path: Path) -> None:
+    other = written(tmp_path / "tests", "import pytest\n", "test_reader.py")
+    convert([folder, other])
+    assert (other / "_sync" / "test_reader.py").exists()
+    assert outdated([folder, other]) == []
+
+
+def test_the_target_is_wiped(folder: Path) -> None:
+    (folder / "_sync").mkdir()
+    (folder / "_sync" / "surplus.py").touch()
+    (folder / "_sync" / "data.txt").touch()
+    convert([folder])
+    assert [file.name for file in (folder / "_sync").iterdir()] == ["reader.py"]
+
+
+def test_drift_is_noticed(folder: Path) -> None:
+    target = folder / "_sync" / "reader.py"
+    assert outdated([folder]) == [target]  # missing
+    convert([folder])
+    assert outdated([folder]) == []
+    target.write_text(target.read_text("utf-8") + "# edited\n", "utf-8")
+    assert outdated([folder]) == [target]
+    convert([folder])
+    (folder / "_sync" / "surplus.py").touch()
+    assert outdated([folder]) == [folder / "_sync" / "surplus.py"]
+    convert([folder])
+    written(folder, SOURCE.replace("Read.", "Read it."))
+    assert outdated([folder]) == [target]
+
+
+@pytest.mark.parametrize(
+    ("source", "complaint"),
+    [
+        ("class Other: ...\n", "renames that matched nothing: AsyncReader"),
+        ('class AsyncReader:\n    """An AsyncReader."""\n', "reader.py:2: a text names AsyncReader"),
+        ('name = "AsyncReader"\n', "reader.py:1: a text names AsyncReader"),
+        ('text = f"{AsyncReader()}"\n', "reader.py:1: AsyncReader inside an f-string"),
+        ('async def f(x):\n    return f"{await x}"\n', "reader.py:2: await inside an f-string"),
+        ("class AsyncReader(AsyncThing): ...\n", "reader.py:1: AsyncThing has no rename"),
+    ],
+)
+def test_what_would_not_convert_is_refused_and_nothing_is_written(folder: Path, source: str, complaint: str) -> None:
+    convert([folder])
+    before = (folder / "_sync" / "reader.py").read_text("utf-8")
+    written(folder, source)
+    with pytest.raises(SystemExit, match=complaint):
+        convert([folder])
+    assert (folder / "_sync" / "reader.py").read_text("utf-8") == before
+
+
+def test_the_command_checks_by_its_exit_code(tmp_path: Path) -> None:
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(SCRIPT, tmp_path / "scripts")
+    package = tmp_path / "src" / "aibind_postgres"
+    written(package, "".join(f"{name} = 1\n" for name in CONVERTER["RENAMES"]))
+    written(tmp_path / "tests", "", "test_reader.py")
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, tmp_path / "scripts" / "unasync.py", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert run("--check").returncode == 1
+    assert run().returncode == 0
+    assert run("--check").returncode == 0
+    (package / "_sync" / "reader.py").unlink()
+    missing = run("--check")
+    assert missing.returncode == 1
+    assert "src/aibind_postgres/_sync/reader.py" in missing.stderr
+    assert not (package / "_sync" / "reader.py").exists()
+    assert run("--chek").returncode == 1
