@@ -48,6 +48,7 @@ RENAMES = {
     "__aenter__": "__enter__",
     "__aexit__": "__exit__",
     "async_gather": "gather",
+    "async_migrate": "migrate",
     "async_sleep": "sleep",
     "async_spawn": "spawn",
     "async_workers": "workers",

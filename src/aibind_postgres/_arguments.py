@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from datetime import timedelta
 
@@ -10,6 +9,9 @@ from .errors import InvalidDataError
 
 # An id is part of two index entries (at most 2,704 bytes each) and of a notification (at most 7,999 bytes, in JSON).
 MAX_ID_BYTES = 1024
+
+MAX_NUMBER = 2**63 - 1  # a bigint
+MAX_SECONDS = 1e9  # what every clock and every timer can take
 
 
 def storable_text(value: object, what: str) -> str:
@@ -46,17 +48,23 @@ def chunk_list(chunks: Iterable[object]) -> list[str]:
 
 
 def sequence_number(value: object, what: str, *, least: int) -> int:
-    """Return `value` if it is an int of at least `least`."""
+    """Return `value` if it is an int of at least `least` that PostgreSQL can take."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise InvalidDataError(f"{what} must be an int, not {type(value).__name__}")
-    if value < least:
-        raise InvalidDataError(f"{what} must be at least {least}, not {value}")
+    if not least <= value <= MAX_NUMBER:
+        raise InvalidDataError(f"{what} must be from {least} to {MAX_NUMBER}, not {value}")
     return value
 
 
 def seconds(value: float | timedelta, what: str, *, zero: bool = False) -> float:
-    """Return a time in seconds; it must be finite and above zero, or zero where `zero` allows it."""
+    """Return a time in seconds; it must be above zero, or zero where `zero` allows it, and less than 30 years."""
     number = value.total_seconds() if isinstance(value, timedelta) else float(value)
-    if not math.isfinite(number) or number < 0 or (number == 0 and not zero):
-        raise ValueError(f"{what} must be {'zero or more' if zero else 'more than zero'} seconds, not {value!r}")
+    if not (0 < number <= MAX_SECONDS or (number == 0 and zero)):
+        least = "zero or more" if zero else "more than zero"
+        raise ValueError(f"{what} must be {least} seconds, and at most {MAX_SECONDS:g}, not {value!r}")
     return number
+
+
+def milliseconds(value: float | timedelta, what: str) -> int:
+    """Return a time above zero in milliseconds, at least one."""
+    return max(1, round(seconds(value, what) * 1000))

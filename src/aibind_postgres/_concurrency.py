@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import Callable, Coroutine
 from contextvars import Context
 from typing import Any
 
 Mutex = threading.Lock
 Event = threading.Event
-sleep = time.sleep
-async_sleep = asyncio.sleep
 
 
 class AsyncEvent:

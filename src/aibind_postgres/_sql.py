@@ -68,20 +68,25 @@ WITH advanced AS (
 SELECT total_chunks FROM advanced
 """
 
-# One snapshot: the state, in a first row numbered 0, and the chunks that were there in that state. So a page that is
-# not full and whose state is terminal is the last one.
+# One snapshot: in a first row the state and, below zero, the number of chunks; then the chunks that were there in that
+# state. So a page that is not full and whose state is terminal is the last one. A chunk beyond the number that the
+# status row vouches for is left over from another stream.
 READ = """
-SELECT 0 AS seq, state AS data FROM {status} WHERE id = $1::text
+SELECT -total_chunks AS seq, state AS data FROM {status} WHERE id = $1::text
 UNION ALL
-(SELECT seq, data FROM {chunks} WHERE id = $1::text AND seq > $2::bigint ORDER BY seq LIMIT $3::bigint)
+(SELECT seq, data FROM {chunks}
+  WHERE id = $1::text AND seq > $2::bigint AND seq <= (SELECT total_chunks FROM {status} WHERE id = $1::text)
+  ORDER BY seq LIMIT $3::bigint)
 ORDER BY seq
 """
 
 READ_TIMED = """
-SELECT 0 AS seq, state AS data, NULL::float8 AS written_at FROM {status} WHERE id = $1::text
+SELECT -total_chunks AS seq, state AS data, NULL::float8 AS written_at FROM {status} WHERE id = $1::text
 UNION ALL
 (SELECT seq, data, extract(epoch FROM created_at)::float8
-   FROM {chunks} WHERE id = $1::text AND seq > $2::bigint ORDER BY seq LIMIT $3::bigint)
+   FROM {chunks}
+  WHERE id = $1::text AND seq > $2::bigint AND seq <= (SELECT total_chunks FROM {status} WHERE id = $1::text)
+  ORDER BY seq LIMIT $3::bigint)
 ORDER BY seq
 """
 
@@ -112,9 +117,10 @@ WITH deleted AS (
 SELECT (SELECT total_chunks FROM deleted), (SELECT count(*) FROM emptied)
 """
 
-# For the rare chunk that was appended while DELETE ran, after its snapshot.
+# For the rare chunk that was appended while DELETE ran, after its snapshot; also if there is a new stream by now.
 DELETE_ORPHANS = """
-DELETE FROM {chunks} WHERE id = $1::text AND NOT EXISTS (SELECT FROM {status} WHERE id = $1::text)
+DELETE FROM {chunks}
+ WHERE id = $1::text AND seq > coalesce((SELECT total_chunks FROM {status} WHERE id = $1::text), 0)
 RETURNING seq
 """
 
@@ -154,17 +160,20 @@ WITH expired AS MATERIALIZED (
 SELECT (SELECT count(*) FROM streams) AS streams, (SELECT count(*) FROM chunks) AS chunks
 """
 
-# The last sign of life is the last chunk's created_at, by migration 0002. Without that column it may be up to a quarter
-# of the ttl newer than expires_at tells, and nobody who showed one is ended.
+# The last sign of life is the last chunk's created_at, or the stream's own, by migration 0002. Without these it is what
+# expires_at tells for this store's ttl, and may be a quarter of the ttl newer: nobody who showed one is ended.
 FAIL_ABANDONED = """
 WITH silent AS MATERIALIZED (
     SELECT id FROM {status} AS s
      WHERE state = 'active'
-       AND expires_at <= {now} - $2::bigint + $1::bigint
-       AND (total_chunks = 0 OR {now} - $2::bigint >= coalesce(
-               (SELECT extract(epoch FROM (to_jsonb(c) ->> 'created_at')::timestamptz)::numeric * 1000
-                  FROM {chunks} AS c WHERE c.id = s.id AND c.seq = s.total_chunks),
-               expires_at - $1::bigint + $1::bigint / 4))
+       AND coalesce(
+               CASE WHEN total_chunks = 0
+                    THEN (to_jsonb(s) ->> 'created_at')::timestamptz
+                    ELSE (SELECT (to_jsonb(c) ->> 'created_at')::timestamptz
+                            FROM {chunks} AS c WHERE c.id = s.id AND c.seq = s.total_chunks)
+               END,
+               to_timestamp((expires_at - $1::bigint + least(total_chunks, 1) * ($1::bigint / 4)) / 1000.0))
+           <= statement_timestamp() - $2::bigint * interval '1 millisecond'
      ORDER BY id
        FOR UPDATE SKIP LOCKED
 )

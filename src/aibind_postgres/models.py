@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import datetime, timedelta, timezone
 from typing import Literal, NamedTuple
+
+EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 
 StreamState = Literal["active", "done", "stopped", "error"]
 
@@ -39,3 +41,11 @@ class CleanupResult(NamedTuple):
 
     streams: int
     chunks: int
+
+
+def moment(milliseconds: int) -> datetime:
+    """Return a time since the epoch as a datetime; one that is too far off for Python becomes the last one it knows."""
+    try:
+        return EPOCH + timedelta(milliseconds=milliseconds)
+    except OverflowError:
+        return (datetime.max if milliseconds > 0 else datetime.min).replace(tzinfo=timezone.utc)

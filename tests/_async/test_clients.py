@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import uuid
 from functools import partial
 
 import psycopg
 import pytest
+from psycopg.conninfo import make_conninfo
 from psycopg.rows import dict_row
 from psycopg_pool import AsyncConnectionPool, AsyncNullConnectionPool
-from support.concurrency import AsyncBackground, async_gather
+from support.concurrency import AsyncBackground, async_gather, async_sleep
 
-from aibind_postgres import AsyncPostgresStreamStore, InvalidDataError, SchemaError, StreamNotFoundError
-from aibind_postgres._concurrency import async_sleep
+from aibind_postgres import AibindError, AsyncPostgresStreamStore, InvalidDataError, SchemaError, schema
 
 
 async def round_trip(store):
@@ -194,26 +195,136 @@ async def test_without_the_second_migration(dsn, tables):
         assert await store.delete(id) is True
 
 
-async def test_a_database_of_another_encoding(server):
+@pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII"])
+async def test_a_database_of_another_encoding(server, encoding):
+    name = f"aibind_{encoding.lower()}"
+    latin = make_conninfo(server, dbname=name)
     async with await psycopg.AsyncConnection.connect(server, autocommit=True) as admin:
-        await admin.execute("DROP DATABASE IF EXISTS aibind_latin")
-        await admin.execute("CREATE DATABASE aibind_latin TEMPLATE template0 ENCODING 'LATIN1' LOCALE 'C'")
+        await admin.execute(f"DROP DATABASE IF EXISTS {name}")
+        await admin.execute(f"CREATE DATABASE {name} TEMPLATE template0 ENCODING '{encoding}' LOCALE 'C'")
         try:
-            from psycopg.conninfo import make_conninfo
-
-            from aibind_postgres import schema
-
-            latin = make_conninfo(server, dbname="aibind_latin")
             schema.migrate(latin)
             async with AsyncPostgresStreamStore(latin) as store:
                 id = await store.create("ü")
                 assert await store.append(id, "é") == 1
-                with pytest.raises(InvalidDataError, match="encoding"):
-                    await store.append(id, "😀")
-                with pytest.raises(InvalidDataError, match="encoding"):
-                    await store.append_many(id, ["fine", "😀"])
                 assert await collect_now(store, id) == [(1, "é")]
-                with pytest.raises(StreamNotFoundError):
-                    await store.append("x", "y")
+                if encoding == "LATIN1":
+                    with pytest.raises(InvalidDataError, match="encoding"):
+                        await store.append(id, "😀")
+                    with pytest.raises(InvalidDataError, match="encoding"):
+                        await store.append_many(id, ["fine", "😀"])
+                    assert await collect_now(store, id) == [(1, "é")]
+            async with AsyncConnectionPool(latin, min_size=1, max_size=1, open=False) as pool:
+                async with AsyncPostgresStreamStore(pool) as store:
+                    if encoding == "LATIN1":
+                        assert await collect_now(store, "ü") == [(1, "é")]
+                    else:  # psycopg would give bytes
+                        with pytest.raises(InvalidDataError, match="UTF8"):
+                            await store.get_status("ü")
         finally:
-            await admin.execute("DROP DATABASE aibind_latin WITH (FORCE)")
+            await admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+async def test_an_announcement_that_fails_is_not_hidden_from_the_transaction_it_undoes(database):
+    role = f"role_{uuid.uuid4().hex}"
+    async with await psycopg.AsyncConnection.connect(database, autocommit=True) as admin:
+        await admin.execute(f"CREATE ROLE {role}")
+        try:
+            await admin.execute(f"GRANT ALL ON aibind_stream_chunks, aibind_stream_status TO {role}")
+            await admin.execute("REVOKE EXECUTE ON FUNCTION pg_notify FROM PUBLIC")
+            async with (
+                await psycopg.AsyncConnection.connect(database) as connection,
+                AsyncPostgresStreamStore(connection) as store,
+            ):
+                await store.create("a")
+                await connection.commit()
+                await connection.execute(f"SET ROLE {role}")
+                with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                    await store.append("a", "undone")
+                await connection.rollback()
+            async with AsyncPostgresStreamStore(database) as store:
+                assert await collect_now(store, "a") == []
+        finally:
+            await admin.execute(f"DROP OWNED BY {role}")
+            await admin.execute(f"DROP ROLE {role}")
+
+
+async def test_a_row_that_cannot_be_updated_is_told(dsn, tables, schema_name):
+    async with AsyncPostgresStreamStore(dsn, **tables) as store:
+        id = await store.create()
+        async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as admin:
+            names = {"refuse": psycopg.sql.Identifier(schema_name, "refuse"), "status": tables["status_table"]}
+            for statement in (
+                "CREATE FUNCTION {refuse}() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'",
+                "CREATE TRIGGER refuse BEFORE UPDATE ON {status} FOR EACH ROW EXECUTE FUNCTION {refuse}()",
+            ):
+                await admin.execute(psycopg.sql.SQL(statement).format(**names))
+        with pytest.raises(AibindError, match="cannot be updated"):
+            await store.append(id, "a")
+
+
+class LosesReplies:
+    """A client whose connection breaks after the statement and before its reply, when it is told to."""
+
+    connection_errors = (ConnectionError,)
+
+    def __init__(self, pool):
+        self.pool = pool
+        self.loses_next = False
+
+    async def query(self, sql, params):
+        async with self.pool.connection() as connection:
+            rows = await (await psycopg.AsyncRawCursor(connection).execute(sql, params)).fetchall()
+        if self.loses_next and "pg_notify" not in sql:
+            self.loses_next = False
+            raise ConnectionError("the reply was lost")
+        return rows
+
+
+async def test_a_lost_reply_is_made_good_by_a_retry(dsn, tables):
+    async with (
+        AsyncConnectionPool(dsn, min_size=1, max_size=2, kwargs={"autocommit": True}, open=False) as pool,
+        AsyncPostgresStreamStore(dsn, **tables, poll_interval=3600) as other,
+    ):
+        client = LosesReplies(pool)
+        store = AsyncPostgresStreamStore(client, **tables)
+        id = await store.create()
+        async with AsyncBackground(partial(collect, other, id)) as reader:
+            await async_sleep(0.2)
+            for call in (
+                partial(store.append, id, "a", expected_seq=1),
+                partial(store.append_many, id, ["b", "c"], expected_seq=2),
+                partial(store.complete, id),
+            ):
+                client.loses_next = True
+                with pytest.raises(ConnectionError):
+                    await call()
+                # The retry also announces what the lost call could not.
+                assert await call() in (1, 3, False)
+            assert await reader.result() == [(1, "a"), (2, "b"), (3, "c")]
+        await store.close()
+
+
+async def test_ttls_may_differ_where_the_second_migration_is(dsn, tables):
+    async with (
+        AsyncPostgresStreamStore(dsn, **tables, ttl=60) as short,
+        AsyncPostgresStreamStore(dsn, **tables, ttl=86400) as long,
+    ):
+        await short.create("new")
+        await short.create("written")
+        await short.append("written", "a")
+        assert await long.fail_abandoned(30) == []
+        await async_sleep(0.3)
+        assert await long.fail_abandoned(30) == []
+        assert sorted(await long.fail_abandoned(0.2)) == ["new", "written"]
+
+
+async def test_an_expiry_that_is_no_time_is_listed(dsn, tables):
+    async with (
+        AsyncPostgresStreamStore(dsn, **tables) as store,
+        await psycopg.AsyncConnection.connect(dsn, autocommit=True) as admin,
+    ):
+        insert = psycopg.sql.SQL("INSERT INTO {} (id, expires_at) VALUES (%s, %s)").format(tables["status_table"])
+        for id, moment in (("a", 2**63 - 1), ("b", -(2**63)), ("c", -1)):
+            await admin.execute(insert, [id, moment])
+        assert [info.expires_at.year for info in [info async for info in store.list()]] == [9999, 1, 1969]

@@ -7,10 +7,15 @@ from functools import partial
 import psycopg
 import pytest
 from psycopg_pool import AsyncConnectionPool
-from support.concurrency import async_gather
+from support.concurrency import async_gather, async_sleep
 
-from aibind_postgres import AsyncPostgresStreamStore, SequenceConflictError, StreamExistsError, StreamNotActiveError
-from aibind_postgres._concurrency import async_sleep
+from aibind_postgres import (
+    AsyncPostgresStreamStore,
+    SequenceConflictError,
+    StreamExistsError,
+    StreamNotActiveError,
+    schema,
+)
 
 
 @pytest.fixture
@@ -111,6 +116,23 @@ async def test_cleanups_at_once_share_the_work(dsn, tables, store):
     results = await async_gather(*[partial(store.cleanup, batch_size=50)] * 8)
     # One that finds all that is left in other hands is done; what is left then, the others do.
     assert sum(result.streams for result in results) == sum(result.chunks for result in results) == 1000
+
+
+async def test_migrating_again_harms_no_writer(dsn, tables, schema_name, store):
+    id = await store.create()
+    conversations = psycopg.sql.Identifier(schema_name, "conversations")
+
+    async def write():
+        for _ in range(200):
+            await store.append(id, "x")
+
+    async def migrate():
+        async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as connection:
+            for _ in range(20):
+                await schema.async_migrate(connection, **tables, conversations_table=conversations)
+
+    await async_gather(*[write] * 6, migrate)
+    assert (await store.get_status(id)).total_chunks == 1200
 
 
 async def test_appends_are_heap_only_updates(dsn, tables):

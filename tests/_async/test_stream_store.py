@@ -135,7 +135,7 @@ async def test_a_repeated_append_succeeds_after_the_end(store):
         await store.append(id, "b", expected_seq=2)
 
 
-@pytest.mark.parametrize("expected", [1, 2, 4, 2**31, 2**62])
+@pytest.mark.parametrize("expected", [1, 2, 4, 2**31, 2**63 - 1])
 async def test_a_number_that_is_not_free_is_a_conflict(store, expected):
     id = await store.create()
     await store.append_many(id, ["a", "b"])
@@ -301,7 +301,7 @@ async def test_abandoned_streams_are_failed(store, admin, tables):
     await store.create("alive")
     await run(admin, tables, "ALTER TABLE {chunks} ALTER created_at SET DEFAULT now()")
     await store.append("alive", "a")
-    await run(admin, tables, "UPDATE {status} SET expires_at = expires_at - 90000 WHERE state = 'active'")
+    await run(admin, tables, "UPDATE {status} SET created_at = created_at - interval '90 seconds'")
     assert await store.fail_abandoned(120) == []
     assert sorted(await store.fail_abandoned(timedelta(seconds=60))) == ["never began", "silent"]
     assert await store.fail_abandoned(60) == []
@@ -355,12 +355,12 @@ async def test_bad_arguments_are_refused(store):
                 read(bad_id)
     with pytest.raises(InvalidDataError):
         await store.append_many(id, "a str is not a list of chunks")
-    for number in (-1, 1.5, "1", None, True):
+    for number in (-1, 1.5, "1", None, True, 2**63):
         with pytest.raises(InvalidDataError):
             store.read_from(id, number)
         with pytest.raises(InvalidDataError):
             store.replay(id, number)
-    for number in (0, -1, 1.5, "1", True):
+    for number in (0, -1, 1.5, "1", True, 2**63):
         with pytest.raises(InvalidDataError):
             await store.append(id, "a", expected_seq=number)
         with pytest.raises(InvalidDataError):
@@ -368,7 +368,7 @@ async def test_bad_arguments_are_refused(store):
     for speed in (0, -1, float("nan")):
         with pytest.raises(ValueError, match="speed"):
             store.replay(id, speed=speed)
-    for time in (-1, float("nan"), float("inf")):
+    for time in (-1, float("nan"), float("inf"), 1e10):
         with pytest.raises(ValueError, match="must be"):
             await store.fail_abandoned(time)
         with pytest.raises(ValueError, match="must be"):

@@ -6,9 +6,13 @@ import asyncio
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
+
+async_sleep = asyncio.sleep
+sleep = time.sleep
 
 
 async def async_gather(*calls: Callable[[], Awaitable[Any]], errors: bool = False) -> list[Any]:
@@ -41,7 +45,7 @@ class AsyncBackground:
     async def __aexit__(self, *error: object) -> None:
         await asyncio.wait([self._task])
 
-    async def result(self, timeout: float = 30) -> Any:
+    async def result(self, timeout: float = 20) -> Any:
         return await asyncio.wait_for(asyncio.shield(self._task), timeout)
 
 
@@ -57,7 +61,7 @@ class Background:
     def __exit__(self, *error: object) -> None:
         self._pool.shutdown()
 
-    def result(self, timeout: float = 30) -> Any:
+    def result(self, timeout: float = 20) -> Any:
         return self._future.result(timeout)
 
 

@@ -7,7 +7,8 @@ import math
 import os
 import socket
 import uuid
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from time import monotonic
 from types import TracebackType
@@ -30,7 +31,8 @@ logger = logging.getLogger("aibind_postgres")
 LINGER = 30.0  # seconds that a worker with nothing to do stays, before it ends and closes its connection
 PROBE_TIMEOUT = 2.0  # seconds in which an announcement to oneself must have arrived
 LONGEST_PAUSE = 10  # times poll_interval: what polling backs off to while it finds nothing
-LONGEST_RETRY = 5.0  # seconds between two attempts to reach the server
+LONGEST_RETRY = 5.0  # seconds between two polls while they fail
+FIRST_RECONNECT, LONGEST_RECONNECT = 0.1, 30.0  # seconds between two attempts to connect, doubled each time
 CLOSING_TIMEOUT = 10.0  # seconds that closing waits for a worker
 
 
@@ -45,6 +47,7 @@ class AsyncPlace:
         self.cursor: float | None = None
         self._changes = changes
         self._woken = AsyncEvent()
+        self._polled: object = None
 
     def __enter__(self) -> Self:
         self._changes.enter(self)
@@ -64,9 +67,9 @@ class AsyncPlace:
 
         A cursor of infinity waits for the end of the stream; announced chunks wake it all the same.
         """
-        self._changes.keep_watch()
         self.cursor = cursor
         try:
+            self._changes.keep_watch()
             return await self._woken.wait(timeout)
         finally:
             self.cursor = None
@@ -74,18 +77,26 @@ class AsyncPlace:
     def wake(self) -> None:
         self._woken.set()
 
-    def is_behind(self, state: str | None, total_chunks: int) -> bool:
-        """Say whether a waiting reader has not been woken for what the stream has; no state: it is gone."""
-        return (
-            self.cursor is not None and not self._woken.is_set() and (state != "active" or total_chunks > self.cursor)
-        )
+    def wake_if_behind(self, state: str | None, total_chunks: int) -> bool:
+        """Wake a waiting reader for what a poll has found, and say whether that is news; no state: no such stream.
+
+        A reader that has looked because of the same finding and still waits is not sent to look again: it may see
+        other rows than the poll does, or a row may be missing.
+        """
+        found = (self.cursor, state, total_chunks)
+        if self.cursor is None or self._woken.is_set() or found == self._polled:
+            return False
+        if state == "active" and total_chunks <= self.cursor:
+            return False
+        self._polled = found
+        self._woken.set()
+        return True
 
 
 class AsyncChanges:
     """The waiting readers of one store. While there are any, a watch looks out for them."""
 
     def __init__(self, client: AsyncClient, channel: str, poll_statement: str, poll_interval: float) -> None:
-        self.name = uuid.uuid4().hex
         self.client = client
         self.channel = channel
         self.poll_statement = poll_statement
@@ -93,18 +104,32 @@ class AsyncChanges:
         self.closing = AsyncEvent()
         self._mutex = Mutex()
         self._places: dict[str, set[AsyncPlace]] = {}
+        self._left: deque[AsyncPlace] = deque()
         self._watch: AsyncWatch | None = None
         self._known_deaf = False
+        self._name = uuid.uuid4().hex
+
+    @property
+    def name(self) -> str:
+        """What tells this store's own announcements from others. A process that was forked has another name."""
+        return f"{self._name}/{os.getpid()}"
 
     def place(self, stream_id: str) -> AsyncPlace:
         return AsyncPlace(self, stream_id)
 
     def enter(self, place: AsyncPlace) -> None:
         with self._mutex:
+            self._clear_left()
             self._places.setdefault(place.stream_id, set()).add(place)
 
     def leave(self, place: AsyncPlace) -> None:
-        with self._mutex:
+        # Without the mutex: the garbage collector closes forgotten readers, in any thread and at any moment, also in
+        # one that holds it.
+        self._left.append(place)
+
+    def _clear_left(self) -> None:
+        while self._left:
+            place = self._left.popleft()
             places = self._places[place.stream_id]
             places.discard(place)
             if not places:
@@ -120,6 +145,7 @@ class AsyncChanges:
     def waiting(self) -> list[AsyncPlace]:
         """Return the places of those who are waiting just now."""
         with self._mutex:
+            self._clear_left()
             return [place for places in self._places.values() for place in places if place.cursor is not None]
 
     def keep_watch(self) -> None:
@@ -131,6 +157,7 @@ class AsyncChanges:
     def end_watch(self, watch: AsyncWatch, *, if_idle: bool) -> bool:
         """Let a watch go: the next reader who waits starts another. With `if_idle`, only if there is no reader."""
         with self._mutex:
+            self._clear_left()
             if if_idle and self._places:
                 return False
             if self._watch is watch:
@@ -158,9 +185,9 @@ class AsyncChanges:
 
 
 class AsyncWatch:
-    """The worker that looks out for waiting readers, on one connection of its own for announcements and polls.
+    """The worker that looks out for waiting readers: on a connection of its own for announcements, and by polling.
 
-    Where it cannot have a connection it polls through the client. It ends when there has been no reader for a while.
+    It ends when there has been no reader for a while.
     """
 
     def __init__(self, changes: AsyncChanges) -> None:
@@ -169,6 +196,8 @@ class AsyncWatch:
         self._mutex = Mutex()
         self._connection: psycopg.AsyncConnection[Row] | None = None
         self._unheard_since = math.inf  # when a probe was sent that has not been heard yet
+        self._connect_at = 0.0
+        self._reconnect_pause = FIRST_RECONNECT
         self._worker = async_spawn(self._run, "aibind_postgres-watch")
 
     async def close(self) -> None:
@@ -180,17 +209,20 @@ class AsyncWatch:
     async def _run(self) -> None:
         changes = self._changes
         pause = changes.poll_interval
-        busy_at = monotonic()
+        busy_at = polled_at = monotonic()
         try:
             while not changes.closing.is_set():
                 if changes.waiting():
                     busy_at = monotonic()
                 elif monotonic() - busy_at > LINGER and changes.end_watch(self, if_idle=True):
                     return
-                if self._connection is None:
+                if self._connection is None and monotonic() >= self._connect_at:
                     await self._connect()
                 try:
                     await self._listen(min(pause, LINGER))
+                    if monotonic() - polled_at < pause:
+                        continue
+                    polled_at = monotonic()
                     news = await self._poll()
                 except Exception as error:
                     if changes.closing.is_set():
@@ -204,12 +236,16 @@ class AsyncWatch:
                     pause = changes.poll_interval if news else min(pause * 1.5, LONGEST_PAUSE * changes.poll_interval)
         finally:
             changes.end_watch(self, if_idle=False)
+            changes.wake()  # whoever still waits looks, and starts another watch
             await self._disconnect()
 
     async def _connect(self) -> None:
+        self._connect_at = monotonic() + self._reconnect_pause
+        self._reconnect_pause = min(self._reconnect_pause * 2, LONGEST_RECONNECT)
         try:
             connection = await self._client.connect()
             if connection is None:
+                self._connect_at = math.inf
                 return
             with self._mutex:
                 self._connection = connection
@@ -224,6 +260,7 @@ class AsyncWatch:
             logger.debug("no connection for announcements: %s", type(error).__name__)
             await self._disconnect()
         else:
+            self._reconnect_pause = FIRST_RECONNECT
             self._changes.wake()  # announcements may have been missed while nobody listened
 
     async def _probe(self) -> None:
@@ -252,21 +289,18 @@ class AsyncWatch:
         stream_ids = {place.stream_id for place in self._changes.waiting()}
         if not stream_ids:
             return False
-        params = [json_array(stream_ids)]
-        if self._connection is None:
-            rows = await self._client.query(self._changes.poll_statement, params)
+        statement, params = self._changes.poll_statement, [json_array(stream_ids)]
+        if self._connection is not None and self._client.joins_transactions:
+            # Not into the caller's transaction, which belongs to another thread.
+            cursor = await self._connection.execute(statement, params)
+            rows: Sequence[Row] = await cursor.fetchall()
         else:
-            cursor = await self._connection.execute(self._changes.poll_statement, params)
-            rows = await cursor.fetchall()
-        standing = {stream_id: (state, total_chunks) for stream_id, state, total_chunks in rows}
-        behind = [
-            place
-            for place in self._changes.waiting()
-            if place.stream_id in stream_ids and place.is_behind(*standing.get(place.stream_id, (None, 0)))
-        ]
-        for place in behind:
-            place.wake()
-        return bool(behind)
+            # Through the client, so that the poll sees what the readers see: the caller's search_path, role and rights.
+            rows = await self._client.query(statement, params)
+        found = {stream_id: (state, total_chunks) for stream_id, state, total_chunks in rows}
+        places = [place for place in self._changes.waiting() if place.stream_id in stream_ids]
+        news = [place.wake_if_behind(*found.get(place.stream_id, (None, 0))) for place in places]
+        return any(news)
 
     async def _disconnect(self) -> None:
         with self._mutex:
@@ -283,10 +317,9 @@ class AsyncAnnouncer:
     to a transaction of the caller announces at once instead: PostgreSQL delivers that when the transaction commits.
     """
 
-    def __init__(self, client: AsyncClient, channel: str, sender: str) -> None:
-        self._client = client
-        self._channel = channel
-        self._sender = sender
+    def __init__(self, changes: AsyncChanges) -> None:
+        self._changes = changes
+        self._client = changes.client
         self._mutex = Mutex()
         self._pending: dict[str, None] = {}
         self._filled = AsyncEvent()
@@ -294,7 +327,11 @@ class AsyncAnnouncer:
         self._closing = False
 
     async def announce(self, stream_ids: Iterable[str]) -> None:
-        """Announce that these streams have changed. Never raises: what is not announced is found by polling."""
+        """Announce that these streams have changed.
+
+        Raises nothing, since what is not announced is found by polling; but in a transaction of the caller an error has
+        undone what was to be announced, and is raised.
+        """
         if self._client.joins_transactions:
             await self._send(stream_ids, None)
             return
@@ -323,16 +360,17 @@ class AsyncAnnouncer:
                     if not batch:
                         self._worker = None
                         return
-                await self._send(batch, self._sender)
+                try:
+                    await self._send(batch, self._changes.name)
+                except Exception as error:
+                    logger.debug("an announcement was not sent: %s", type(error).__name__)
         except BaseException:  # cancelled, as when its event loop ends
             self._worker = None
             raise
 
     async def _send(self, stream_ids: Iterable[str], sender: str | None) -> None:
-        try:
-            await self._client.query(ANNOUNCE, [self._channel, json_array(announcements(stream_ids, sender))])
-        except Exception as error:
-            logger.debug("an announcement was not sent: %s", type(error).__name__)
+        payloads = json_array(announcements(stream_ids, sender))
+        await self._client.query(ANNOUNCE, [self._changes.channel, payloads])
 
 
 def _hang_up(connection: psycopg.AsyncConnection[Any]) -> None:

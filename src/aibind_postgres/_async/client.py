@@ -7,14 +7,27 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import psycopg
+from psycopg.conninfo import conninfo_to_dict
 from psycopg.pq import TransactionStatus
 from psycopg.rows import tuple_row
 from psycopg_pool import AsyncConnectionPool, PoolClosed
+
+from ..errors import InvalidDataError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 Row: TypeAlias = tuple[Any, ...]
+
+# What a connection of our own has where the caller's connection string says nothing. A server or a network that has
+# gone away is noticed within seconds (tcp_user_timeout is in milliseconds), and text is text, also in a database
+# without an encoding.
+DEFAULTS = {
+    "connect_timeout": "10",
+    "keepalives_idle": "30",
+    "tcp_user_timeout": "10000",
+    "client_encoding": "UTF8",
+}
 
 
 class AsyncPostgresClient(Protocol):
@@ -77,6 +90,8 @@ class AsyncPsycopgClient(AsyncClient):
 
     async def _run(self, connection: psycopg.AsyncConnection[Any], sql: str, params: Sequence[Any]) -> Sequence[Row]:
         if self._direct is None:
+            if connection.info.parameter_status("client_encoding") == "SQL_ASCII":
+                raise InvalidDataError("the client_encoding is SQL_ASCII, which knows no text: connect with UTF8")
             self._direct = await is_direct(connection)
         # A cursor of our own kind, whatever factories the caller's connection has. Behind a transaction pooler nothing
         # is prepared: the next statement may run in another session, where that name stands for another statement.
@@ -91,10 +106,13 @@ class AsyncPoolClient(AsyncPsycopgClient):
     def __init__(self, pool: AsyncConnectionPool[Any], *, owned: bool = False) -> None:
         self._pool = pool
         self._owned = owned
+        self._closed = False
 
     async def query(self, sql: str, params: Sequence[Any]) -> Sequence[Row]:
         if self._owned and self._pool.closed:
             await self._pool.open()
+            if self._closed:  # meanwhile, and too early for `close` to find the pool open
+                await self._pool.close()
         async with self._pool.connection() as connection:
             if connection.autocommit:
                 return await self._run(connection, sql, params)
@@ -116,6 +134,7 @@ class AsyncPoolClient(AsyncPsycopgClient):
         return lost and not isinstance(error, PoolClosed)
 
     async def close(self) -> None:
+        self._closed = True
         if self._owned:
             await self._pool.close()
 
@@ -143,8 +162,9 @@ def as_client(client: AsyncClientLike) -> AsyncClient:
     if isinstance(client, AsyncClient):
         return client
     if isinstance(client, str):
+        own = {name: value for name, value in DEFAULTS.items() if name not in conninfo_to_dict(client)}
         pool: AsyncConnectionPool[Any] = AsyncConnectionPool(
-            client, kwargs={"autocommit": True}, min_size=1, max_size=10, open=False
+            client, kwargs={**own, "autocommit": True}, min_size=1, max_size=10, timeout=10, open=False
         )
         return AsyncPoolClient(pool, owned=True)
     if isinstance(client, AsyncConnectionPool):
@@ -174,10 +194,8 @@ def parameters_of(connection: psycopg.AsyncConnection[Any]) -> dict[str, str]:
 
 async def open_connection(parameters: Mapping[str, Any]) -> psycopg.AsyncConnection[Row]:
     """Open a connection of our own kind, in autocommit mode, with these parameters of libpq."""
-    # The defaults are there so that a network that has gone away is noticed.
-    defaults = {"connect_timeout": "10", "keepalives_idle": "30"}
     return await psycopg.AsyncConnection.connect(
-        **{**defaults, **parameters},
+        **{**DEFAULTS, **parameters},
         autocommit=True,
         prepare_threshold=None,
         row_factory=tuple_row,

@@ -6,17 +6,17 @@ import builtins
 import math
 import uuid
 from collections.abc import AsyncIterator, Iterable, Sequence
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timedelta
 from random import uniform
 from time import monotonic
 from types import TracebackType
 from typing import TYPE_CHECKING, get_args
 
 from .. import _arguments as arguments
-from .._concurrency import async_sleep
 from .._sql import StreamStatements, json_array
 from .._tables import CHUNKS_TABLE, STATUS_TABLE, distinct
 from ..errors import (
+    AibindError,
     SequenceConflictError,
     StoreClosedError,
     StreamExistsError,
@@ -24,7 +24,7 @@ from ..errors import (
     StreamNotFoundError,
     translated,
 )
-from ..models import CleanupResult, StreamChunk, StreamInfo, StreamState, StreamStatus
+from ..models import CleanupResult, StreamChunk, StreamInfo, StreamState, StreamStatus, moment
 from .changes import AsyncAnnouncer, AsyncChanges
 from .client import as_client
 
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from .client import AsyncClientLike, Row
 
 PAGE = 2000  # rows that one statement reads
+APPEND_ATTEMPTS = 5
+LONGEST_RETRY = 2.0  # seconds between two attempts to reach the server
 
 
 class AsyncPostgresStreamStore:
@@ -50,8 +52,9 @@ class AsyncPostgresStreamStore:
     raised.
 
     Every method raises `SchemaError` if a table is missing, `StoreClosedError` once the store is closed, and the
-    driver's own error if the server cannot be reached. May be shared between threads, and between tasks of one event
-    loop.
+    driver's own error if the server cannot be reached. Callers at the same time may share a store, within one event
+    loop if there is one. Statements are made for the isolation level READ COMMITTED: at a higher one, writers at the
+    same time get serialization errors, and a reader inside a transaction sees nothing new.
     """
 
     def __init__(
@@ -66,12 +69,12 @@ class AsyncPostgresStreamStore:
     ) -> None:
         chunks, status = distinct(chunks_table, status_table)
         poll_seconds = arguments.seconds(poll_interval, "poll_interval")
-        self._ttl = _milliseconds(arguments.seconds(ttl, "ttl"))
+        self._ttl = arguments.milliseconds(ttl, "ttl")
         self._retry_for = arguments.seconds(retry_for, "retry_for", zero=True)
         self._client = as_client(client)
         self._sql = StreamStatements(chunks, status)
         self._changes = AsyncChanges(self._client, status.channel, self._sql.poll, poll_seconds)
-        self._announcer = AsyncAnnouncer(self._client, status.channel, self._changes.name)
+        self._announcer = AsyncAnnouncer(self._changes)
         self._closed = False
 
     async def create(self, id: str | None = None) -> str:
@@ -107,7 +110,7 @@ class AsyncPostgresStreamStore:
         """Append chunks, all of them or none, and return the last number in the stream.
 
         They get consecutive numbers, the first one `expected_seq` if that is given; if these are taken by the same
-        texts, nothing is written. Raises what `append` raises. Without any chunk it only checks.
+        texts, nothing is written. Raises what `append` raises, without any chunk too.
         """
         texts = arguments.chunk_list(chunks)
         return await self._append(self._sql.append_many, id, json_array(texts), texts, expected_seq)
@@ -116,14 +119,16 @@ class AsyncPostgresStreamStore:
         stream_id = arguments.identifier(id)
         if expected_seq is not None:
             arguments.sequence_number(expected_seq, "expected_seq", least=1)
-        while True:
+        for _ in range(APPEND_ATTEMPTS):
             rows = await self._query(statement, [stream_id, data, expected_seq, self._ttl])
-            if rows:
+            # Nothing was written: why? If nothing speaks against it, the stream has changed back meanwhile.
+            last = int(rows[0][0]) if rows else await self._explain(stream_id, texts, expected_seq)
+            if last is not None:
                 await self._changed([stream_id])
-                return int(rows[0][0])
-            # Nothing was written. Why? Unless the stream was changed back meanwhile, this says it.
-            if (last := await self._explain(stream_id, texts, expected_seq)) is not None:
                 return last
+        raise AibindError(
+            f"stream {stream_id!r} is active, and yet its row cannot be updated: see policies and triggers"
+        )
 
     async def _explain(self, stream_id: str, texts: Sequence[str], expected_seq: int | None) -> int | None:
         """Return the last number if these texts have been written already, raise what forbids to write them."""
@@ -156,19 +161,21 @@ class AsyncPostgresStreamStore:
         return self._read(stream_id, cursor, follow)
 
     async def _read(self, stream_id: str, cursor: int, follow: bool) -> AsyncIterator[StreamChunk]:
+        delivered = 0
         with self._changes.place(stream_id) as place:
             while True:
                 place.about_to_look()
                 rows = await self._look(self._sql.read, [stream_id, cursor, PAGE])
-                if not rows:
+                # A stream never gets shorter: if this one has, it is another one of the same id.
+                if not rows or -rows[0][0] < delivered:
                     raise StreamNotFoundError(stream_id)
-                state = rows[0][1]
                 for chunk in map(StreamChunk._make, rows[1:]):
                     yield chunk
-                cursor = max(cursor, rows[-1][0])
+                if len(rows) > 1:
+                    cursor = delivered = rows[-1][0]
                 if len(rows) > PAGE:
                     continue
-                if state != "active" or not follow:
+                if rows[0][1] != "active" or not follow:
                     return
                 await place.wait(cursor)
 
@@ -199,7 +206,7 @@ class AsyncPostgresStreamStore:
                     due += max(0.0, written_at - (written_before or written_at)) / speed
                     written_before = written_at
                 if (pause := due - monotonic()) > 0:
-                    await async_sleep(pause)
+                    await self._sleep(pause)
                 yield StreamChunk(seq, data)
             if len(rows) <= PAGE:
                 return
@@ -214,7 +221,7 @@ class AsyncPostgresStreamStore:
         """Wait until a stream has ended and return its status.
 
         Raises `TimeoutError` if that takes longer than `timeout` seconds, and `StreamNotFoundError`. If the server
-        goes away it tries again as `read_from` does.
+        goes away it tries again as `read_from` does; a statement under way is waited for, as long as the driver does.
         """
         stream_id = arguments.identifier(id)
         deadline = math.inf
@@ -223,7 +230,7 @@ class AsyncPostgresStreamStore:
         with self._changes.place(stream_id) as place:
             while True:
                 place.about_to_look()
-                rows = await self._look(self._sql.status, [stream_id])
+                rows = await self._look(self._sql.status, [stream_id], deadline)
                 if not rows:
                     raise StreamNotFoundError(stream_id)
                 status = StreamStatus._make(rows[0])
@@ -258,10 +265,9 @@ class AsyncPostgresStreamStore:
     async def _end(self, id: str, state: StreamState, error: str | None) -> bool:
         stream_id = arguments.identifier(id)
         [(ended, exists)] = await self._query(self._sql.end, [stream_id, state, error, self._ttl])
-        if ended:
-            await self._changed([stream_id])
-        elif not exists:
+        if not exists:
             raise StreamNotFoundError(stream_id)
+        await self._changed([stream_id])
         return bool(ended)
 
     async def delete(self, id: str) -> bool:
@@ -293,8 +299,8 @@ class AsyncPostgresStreamStore:
         """
         if state is not None and state not in get_args(StreamState):
             raise ValueError(f"state must be one of {', '.join(get_args(StreamState))}, not {state!r}")
-        for moment in (created_after, created_before):
-            if moment is not None and moment.tzinfo is None:
+        for bound in (created_after, created_before):
+            if bound is not None and bound.tzinfo is None:
                 raise ValueError("created_after and created_before must have a time zone")
         return self._list(state, created_after, created_before)
 
@@ -311,8 +317,7 @@ class AsyncPostgresStreamStore:
             else:
                 rows = await self._query(self._sql.list, [state, last_id, PAGE])
             for stream_id, found, error, total_chunks, expires_at, created_at in rows:
-                expiry = datetime.fromtimestamp(expires_at / 1000, timezone.utc)
-                yield StreamInfo(stream_id, found, error, total_chunks, expiry, created_at)
+                yield StreamInfo(stream_id, found, error, total_chunks, moment(expires_at), created_at)
             if len(rows) < PAGE:
                 return
             last_id, last_time = rows[-1][0], rows[-1][5]
@@ -336,12 +341,13 @@ class AsyncPostgresStreamStore:
         """End, in state error, the active streams that have shown no sign of life for `older_than` seconds.
 
         Returns their ids. For streams whose producer died: choose a time longer than the longest pause that a living
-        producer makes. The last sign of life is the last chunk; if migration 0002 is missing it is known to within a
-        quarter of the ttl, and a stream is then ended that much later.
+        producer makes. The last sign of life is the last chunk, else the creation. If migration 0002 is missing it is
+        told by the expiry: then every writer must have this store's ttl, and a stream is ended up to a quarter of the
+        ttl later.
         """
         silence = arguments.seconds(older_than, "older_than", zero=True)
         text = f"abandoned: no sign of life for {silence:g} seconds"
-        rows = await self._query(self._sql.fail_abandoned, [self._ttl, _milliseconds(silence), text])
+        rows = await self._query(self._sql.fail_abandoned, [self._ttl, round(silence * 1000), text])
         stream_ids = [row[0] for row in rows]
         if stream_ids:
             await self._changed(stream_ids)
@@ -349,11 +355,12 @@ class AsyncPostgresStreamStore:
 
     async def close(self) -> None:
         """Close the store, and the pool if the store owns it. Whoever waits gets `StoreClosedError`. Safe to repeat."""
-        if not self._closed:
-            self._closed = True
-            await self._changes.close()
-            await self._announcer.close()
-            await self._client.close()
+        self._closed = True
+        async with self._client:
+            try:
+                await self._changes.close()
+            finally:
+                await self._announcer.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -379,9 +386,9 @@ class AsyncPostgresStreamStore:
                 raise known from error
             raise
 
-    async def _look(self, statement: str, params: Sequence[object]) -> Sequence[Row]:
+    async def _look(self, statement: str, params: Sequence[object], deadline: float = math.inf) -> Sequence[Row]:
         """Read, and if the server cannot be reached try again for `retry_for` seconds, more and more slowly."""
-        give_up_at = math.inf
+        give_up_at: float | None = None
         pause = 0.05
         while True:
             try:
@@ -389,14 +396,17 @@ class AsyncPostgresStreamStore:
             except Exception as error:
                 if not self._client.may_recover(error):
                     raise
-                give_up_at = min(give_up_at, monotonic() + self._retry_for)
-                # Spread out: many readers lose the server at the same moment.
-                delay = uniform(pause / 2, pause)
-                if monotonic() + delay > give_up_at:
+                now = monotonic()
+                if give_up_at is None:
+                    give_up_at = now + self._retry_for
+                if now >= deadline:
+                    raise TimeoutError("the server could not be reached in time") from error
+                if now >= give_up_at:
                     raise
-                await async_sleep(delay)
-                pause = min(pause * 2, 2.0)
+                # Spread out: many readers lose the server at the same moment.
+                await self._sleep(min(uniform(pause / 2, pause), give_up_at - now, deadline - now))
+                pause = min(pause * 2, LONGEST_RETRY)
 
-
-def _milliseconds(seconds: float) -> int:
-    return max(1, round(seconds * 1000))
+    async def _sleep(self, seconds: float) -> None:
+        if await self._changes.closing.wait(seconds):
+            raise StoreClosedError("this store was closed meanwhile")

@@ -1,0 +1,84 @@
+"""Waiting readers, where the two flavours are not the same: what threads and the garbage collector do, and tasks."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+
+import pytest
+
+from aibind_postgres import AsyncPostgresStreamStore, PostgresStreamStore
+
+
+@pytest.fixture
+def store(dsn, tables):
+    with PostgresStreamStore(dsn, **tables) as store:
+        yield store
+
+
+def test_the_garbage_collector_may_close_a_reader_at_any_moment(store):
+    id = store.create()
+    store.append_many(id, ["a", "b"])
+
+    class Response:
+        def __init__(self):
+            self.chunks = store.read_from(id)
+            self.itself = self
+            next(self.chunks)
+
+    for _ in range(10):
+        Response()
+    with store._changes._mutex:  # as if it came while this thread wakes readers
+        gc.collect()
+    assert store._changes.waiting() == []
+    assert store._changes._places == {}
+
+
+def test_a_reader_is_woken_once_for_one_finding(store):
+    with store._changes.place("a") as place:
+        assert place.wake_if_behind("done", 5) is False  # it is not waiting
+        place.cursor = 3
+        assert place.wake_if_behind("active", 3) is False
+        assert place.wake_if_behind("active", 5) is True
+        place.about_to_look()
+        assert place.wake_if_behind("active", 5) is False  # it has looked, and waits all the same
+        assert place.wake_if_behind("active", 6) is True
+        place.about_to_look()
+        assert place.wake_if_behind(None, 0) is True
+
+
+def test_a_forked_process_has_another_name(store, monkeypatch):
+    name = store._changes.name
+    assert name == store._changes.name
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    assert name != store._changes.name
+
+
+async def test_readers_outlive_the_watch(dsn, tables):
+    async with AsyncPostgresStreamStore(dsn, **tables, poll_interval=3600) as store:
+        id = await store.create()
+        waiter = asyncio.create_task(store.wait(id, 60))
+        while store._changes._watch is None:
+            await asyncio.sleep(0.01)
+        store._changes._watch._worker._task.cancel()
+        await asyncio.sleep(0.1)
+        async with AsyncPostgresStreamStore(dsn, **tables) as other:
+            await asyncio.sleep(0.1)
+            await other.complete(id)
+            assert (await asyncio.wait_for(waiter, 20)).state == "done"
+
+
+async def test_a_close_that_is_cancelled_can_be_repeated(dsn, tables):
+    store = AsyncPostgresStreamStore(dsn, **tables)
+    id = await store.create()
+    waiter = asyncio.create_task(store.wait(id))
+    await asyncio.sleep(0.1)
+    closing = asyncio.create_task(store.close())
+    await asyncio.sleep(0)
+    closing.cancel()
+    await asyncio.wait([closing, waiter])
+    await store.close()
+    assert store._client._pool.closed
+    assert [task for task in asyncio.all_tasks() if task.get_name().startswith(("aibind", "pool"))] == []
+    waiter.exception()
