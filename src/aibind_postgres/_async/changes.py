@@ -229,7 +229,8 @@ class AsyncWatch:
                         return
                     # Whatever it is: the readers look for themselves, and meet it where it can be raised.
                     logger.debug("looking out for changes failed: %s", type(error).__name__)
-                    await self._disconnect()
+                    if self._connection is not None and self._connection.closed:
+                        await self._disconnect()
                     pause = min(pause * 2, max(LONGEST_RETRY, changes.poll_interval))
                     changes.wake()
                 else:
