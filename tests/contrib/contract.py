@@ -13,7 +13,7 @@ from typing import Any
 import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict
-from support.concurrency import AsyncBackground, Background
+from support.concurrency import AsyncBackground, Background, async_sleep
 
 from aibind_postgres import (
     AsyncPostgresStreamStore,
@@ -24,7 +24,6 @@ from aibind_postgres import (
     StreamNotActiveError,
     StreamNotFoundError,
 )
-from aibind_postgres._concurrency import async_sleep
 from aibind_postgres.schema import async_migrate, migrate
 
 TEXTS = ["", "plain", "é 👩‍👩‍👧", "'; --", '"\\\n\t', "100%", "%s %(p1)s %%", "$1 :p1 ::text \\:x", "x" * 100_000]

@@ -8,10 +8,9 @@ import asyncpg
 import pytest
 from contrib import contract
 from psycopg.conninfo import make_conninfo
-from support.concurrency import AsyncBackground, async_gather
+from support.concurrency import AsyncBackground, async_gather, async_sleep
 
 from aibind_postgres import AsyncPostgresStreamStore, StreamNotFoundError
-from aibind_postgres._concurrency import async_sleep
 from aibind_postgres.adapters import wrap_asyncpg
 
 names_of_all_kinds = pytest.mark.parametrize("tables", ["plain", "quotes", "formats"], indirect=True)
