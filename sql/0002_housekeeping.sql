@@ -1,5 +1,14 @@
--- The status table comes first, as in every statement of the store: the other way round this would deadlock with appends
--- when it is applied again while the store is in use. It waits for statements under way and holds others up for a moment.
+-- The status table comes first, as in every statement of the store, and its strongest lock before the weaker ones: any
+-- other way this could deadlock with the store, when it is applied again while that is in use. It waits for statements
+-- under way and holds others up for a moment.
+
+-- When each row was written, for replay at the recorded pace and for listing by time. Rows from before this migration
+-- keep NULL: nobody knows. The default comes in a statement of its own, so that a large table is not rewritten, and is
+-- the time of the insertion, since many chunks may be appended in one transaction.
+
+ALTER TABLE aibind_stream_status ADD COLUMN IF NOT EXISTS created_at TIMESTAMPTZ;
+
+ALTER TABLE aibind_stream_status ALTER COLUMN created_at SET DEFAULT clock_timestamp();
 
 -- Every append updates the stream's status row. Room in the page keeps those updates heap-only (HOT): they touch no
 -- index, and the next reader of the page reclaims what they leave behind.
@@ -14,14 +23,6 @@ WHERE state <> 'active';
 
 CREATE INDEX IF NOT EXISTS aibind_stream_status_active_idx ON aibind_stream_status (id)
 WHERE state = 'active';
-
--- When each row was written, for replay at the recorded pace and for listing by time. Rows from before this migration
--- keep NULL: nobody knows. The default comes in a statement of its own, so that a large table is not rewritten, and is
--- the time of the insertion, since many chunks may be appended in one transaction.
-
-ALTER TABLE aibind_stream_status ADD COLUMN IF NOT EXISTS created_at TIMESTAMPTZ;
-
-ALTER TABLE aibind_stream_status ALTER COLUMN created_at SET DEFAULT clock_timestamp();
 
 ALTER TABLE aibind_stream_chunks ADD COLUMN IF NOT EXISTS created_at TIMESTAMPTZ;
 

@@ -2,7 +2,7 @@
 
 Parameters are numbered (`$1`), so that psycopg's raw cursors and asyncpg take the text as it is. Times are milliseconds
 since the epoch, by the server's clock. A statement that concerns one stream names it as `id = $1` on each table that it
-touches.
+touches. The status table is touched before the chunks: both are locked in that order, by migrations too.
 """
 
 from __future__ import annotations
@@ -119,9 +119,12 @@ SELECT (SELECT total_chunks FROM deleted), (SELECT count(*) FROM emptied)
 
 # For the rare chunk that was appended while DELETE ran, after its snapshot; also if there is a new stream by now.
 DELETE_ORPHANS = """
-DELETE FROM {chunks}
- WHERE id = $1::text AND seq > coalesce((SELECT total_chunks FROM {status} WHERE id = $1::text), 0)
-RETURNING seq
+WITH now AS (
+    SELECT total_chunks FROM {status} WHERE id = $1::text
+), orphans AS (
+    DELETE FROM {chunks} WHERE id = $1::text AND seq > coalesce((SELECT total_chunks FROM now), 0) RETURNING 1
+)
+SELECT count(*) FROM orphans
 """
 
 # The optional column of migration 0002 is read through JSON, which gives NULL where it is missing.

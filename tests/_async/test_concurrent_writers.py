@@ -126,12 +126,18 @@ async def test_migrating_again_harms_no_writer(dsn, tables, schema_name, store):
         for _ in range(200):
             await store.append(id, "x")
 
+    async def keep_house():
+        for _ in range(100):
+            await store.cleanup()
+            await store.fail_abandoned(60)
+            await store.delete(await store.create())
+
     async def migrate():
         async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as connection:
             for _ in range(20):
                 await schema.async_migrate(connection, **tables, conversations_table=conversations)
 
-    await async_gather(*[write] * 6, migrate)
+    await async_gather(*[write] * 6, keep_house, migrate)
     assert (await store.get_status(id)).total_chunks == 1200
 
 
