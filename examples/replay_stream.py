@@ -5,6 +5,8 @@ Usage: python examples/replay_stream.py DSN ID [SPEED]     SPEED 2 is twice as f
 
 import sys
 
+import psycopg
+
 from aibind_postgres import AibindError, PostgresStreamStore
 
 
@@ -20,5 +22,5 @@ if __name__ == "__main__":
         sys.exit(__doc__)
     try:
         main(*sys.argv[1:])
-    except (AibindError, ValueError) as error:
+    except (AibindError, ValueError, psycopg.Error) as error:
         sys.exit(f"{error}")

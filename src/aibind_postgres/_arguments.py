@@ -58,7 +58,9 @@ def sequence_number(value: object, what: str, *, least: int) -> int:
 
 def seconds(value: float | timedelta, what: str, *, zero: bool = False) -> float:
     """Return a time in seconds; it must be above zero, or zero where `zero` allows it, and less than 30 years."""
-    number = value.total_seconds() if isinstance(value, timedelta) else float(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float, timedelta)):
+        raise TypeError(f"{what} must be a number of seconds or a timedelta, not {type(value).__name__}")
+    number = value.total_seconds() if isinstance(value, timedelta) else value
     if not (0 < number <= MAX_SECONDS or (number == 0 and zero)):
         least = "zero or more" if zero else "more than zero"
         raise ValueError(f"{what} must be {least} seconds, and at most {MAX_SECONDS:g}, not {value!r}")

@@ -6,12 +6,15 @@ A `Mutex` serves both flavours: it guards state for a few instructions and is ne
 from __future__ import annotations
 
 import asyncio
+import inspect
 import threading
 from collections.abc import Callable, Coroutine
 from contextvars import Context
 from typing import Any
 
 Mutex = threading.Lock
+AsyncLock = asyncio.Lock
+Lock = threading.Lock
 Event = threading.Event
 
 
@@ -81,3 +84,13 @@ def spawn(run: Callable[[], None], name: str) -> Worker:
     thread = threading.Thread(target=run, name=name, daemon=True)
     thread.start()
     return thread
+
+
+def async_is_flavour(call: object) -> bool:
+    """Say whether this can be called by code of the asynchronous flavour."""
+    return inspect.iscoroutinefunction(call)
+
+
+def is_flavour(call: object) -> bool:
+    """Say whether this can be called by code of the synchronous flavour."""
+    return callable(call) and not inspect.iscoroutinefunction(call)

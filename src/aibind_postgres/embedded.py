@@ -25,6 +25,7 @@ if sys.platform != "win32":
 
 _PORT = "5432"  # part of the socket's name; nothing listens on the network
 _MARK = "cluster_name=aibind_postgres"  # stands in the options of a server that is ours to stop
+_UNFINISHED = "initializing-"  # begins the name of the folder where the data of a new folder are made
 _LONGEST_SOCKET = 103  # bytes that the path of a socket may have on every system
 _TIMEOUT = "60"  # seconds for a start or a stop; after a crash, a start replays the log
 
@@ -124,7 +125,7 @@ class _Cluster:
         if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
             raise PermissionError(f"no permission to write in the folder {folder}")
         is_new = not version_file.exists()
-        if is_new and any(folder.iterdir()):
+        if is_new and any(folder.iterdir()) and not any(folder.glob(f"{_UNFINISHED}*")):
             raise FileExistsError(f"{folder} is not empty, and not a data folder of PostgreSQL")
         if not is_new:
             if version_file.stat().st_uid != owner:
@@ -137,9 +138,20 @@ class _Cluster:
         if self._run_as:
             _let_through(folder)
         if is_new:
-            if self._run_as:
-                os.chown(folder, owner, self._run_as["group"])
-            self._run("initdb", "--username=postgres", "--auth=trust", "--encoding=UTF8", "--no-locale")
+            self._initialize(owner)
+
+    def _initialize(self, owner: int) -> None:
+        """Fill the folder. What is broken off is begun anew by the next one, since PG_VERSION comes last."""
+        for entry in self.folder.iterdir():  # from an earlier attempt, before which this folder was empty
+            shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink()
+        unfinished = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=self.folder))
+        if self._run_as:
+            for made in (self.folder, unfinished):
+                os.chown(made, owner, self._run_as["group"])
+        self._run("initdb", "--username=postgres", "--auth=trust", "--encoding=UTF8", "--no-locale", data=unfinished)
+        for entry in sorted(unfinished.iterdir(), key=lambda entry: entry.name == "PG_VERSION"):
+            entry.rename(self.folder / entry.name)
+        unfinished.rmdir()
 
     def _become_pgserver(self, programs: dict[int, Path]) -> int:
         import pwd
@@ -212,11 +224,11 @@ class _Cluster:
                 with suppress(OSError):
                     socket_folder.rmdir()
 
-    def _run(self, program: str, *arguments: str) -> None:
+    def _run(self, program: str, *arguments: str, data: Path | None = None) -> None:
         # PostgreSQL's own variables would change what the programs do. PGDATA, not -D, and relative names: pg_ctl hands
         # them to a shell.
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PG")}
-        environment.update(PGDATA=str(self.folder), LC_ALL="C")
+        environment.update(PGDATA=str(data or self.folder), LC_ALL="C")
         with tempfile.TemporaryFile() as output:  # a pipe would stay open as long as the server runs
             result = subprocess.run(
                 [self._programs / program, *arguments],
@@ -225,6 +237,7 @@ class _Cluster:
                 stderr=subprocess.STDOUT,
                 cwd=self.folder,
                 env=environment,
+                start_new_session=True,  # Ctrl-C is for this process, which ends them in order
                 **self._run_as,
             )
             if result.returncode != 0:

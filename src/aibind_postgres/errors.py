@@ -83,8 +83,9 @@ def translated(error: Exception) -> AibindError | None:
     code = sqlstate_of(error)
     if code in ("42P01", "42703"):  # undefined_table, undefined_column
         return SchemaError(
-            f"{_first_line(error)}. Create what is missing with `aibind-postgres migrate`, with "
-            "`aibind_postgres.schema.migrate(client)`, or with the SQL that `aibind-postgres schema` prints"
+            f"{_first_line(error)}. Create what is missing with `aibind-postgres migrate`, with (async_)migrate "
+            "of aibind_postgres.schema, or with the SQL that `aibind-postgres schema` prints, for the table names that "
+            "the store was given; or see whether those are right"
         )
     if code in ("22021", "22P05") or isinstance(error, UnicodeEncodeError):
         # character_not_in_repertoire, untranslatable_character: a database whose encoding is not UTF-8

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _PACKAGED = Path(__file__).parent / "sql"  # in an installed package; in a checkout the folder is at the top
 SQL_FOLDER = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[2] / "sql"
 
-# A comment, or one of the seed's table names with what may be derived from it: an index, a trigger, or, with a bracket
+# A comment, or one of the default table names with what may be derived from it: an index, a trigger, or, with a bracket
 # behind it, a function. Comments are matched so that they stay as they are: a name may contain a line break.
 _NAMES = re.compile(
     rf"--[^\n]*|\b(?P<table>{CHUNKS_TABLE}|{STATUS_TABLE}|{CONVERSATIONS_TABLE})(?P<suffix>_\w+)?\b(?P<call>\()?"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import uuid
 from functools import partial
 
@@ -10,6 +11,7 @@ import pytest
 from psycopg.conninfo import make_conninfo
 from psycopg.rows import dict_row
 from psycopg_pool import AsyncConnectionPool, AsyncNullConnectionPool
+from support.clients import CoroutineClient, PlainClient
 from support.concurrency import AsyncBackground, async_gather, async_sleep
 
 from aibind_postgres import AibindError, AsyncPostgresStreamStore, InvalidDataError, SchemaError, schema
@@ -152,6 +154,28 @@ async def test_a_connection_follows_a_stream(dsn, tables):
         assert [data for _, data in results[1]] == [str(number) for number in range(10)]
 
 
+async def test_a_server_that_does_not_answer_is_told_with_its_reason(dsn):
+    nowhere = make_conninfo(dsn, dbname="no such database")
+    with pytest.raises(psycopg.OperationalError, match="does not exist"):
+        await schema.async_migrate(nowhere)
+    async with AsyncPostgresStreamStore(nowhere) as store:
+        for call in (store.create, partial(store.wait, "a"), partial(collect, store, "a")):
+            with pytest.raises(psycopg.OperationalError, match="does not exist"):
+                await call()
+
+
+async def test_a_client_of_the_other_flavour_is_refused():
+    for wrong in (CoroutineClient(), PlainClient()):
+        is_ours = inspect.iscoroutinefunction(wrong.query) == inspect.iscoroutinefunction(
+            AsyncPostgresStreamStore.create
+        )
+        if is_ours:
+            AsyncPostgresStreamStore(wrong)
+        else:
+            with pytest.raises(TypeError, match="flavour"):
+                AsyncPostgresStreamStore(wrong)
+
+
 async def test_a_wrong_client_is_refused():
     with pytest.raises(TypeError, match="connection string"):
         AsyncPostgresStreamStore(object())
@@ -165,6 +189,9 @@ async def test_a_wrong_client_is_refused():
     for option in ("ttl", "poll_interval", "retry_for"):
         for value in (-1, float("nan"), float("inf")):
             with pytest.raises(ValueError, match=option):
+                AsyncPostgresStreamStore("", **{option: value})
+        for value in (None, "5m", True):
+            with pytest.raises(TypeError, match=option):
                 AsyncPostgresStreamStore("", **{option: value})
     for option in ("ttl", "poll_interval"):
         with pytest.raises(ValueError, match=option):

@@ -22,6 +22,8 @@ from aibind_postgres import (
 )
 from aibind_postgres._concurrency import AsyncEvent
 
+HOSTILE = ["plain", "quotes", "mixed case", "63 bytes", "formats"]  # names, which are channels too
+
 NEVER = 3600  # a poll_interval: whatever arrives has been announced
 
 
@@ -65,6 +67,7 @@ async def test_a_reader_sees_each_chunk_once_and_the_end(store, other, end):
         assert await own.result() == expected
 
 
+@pytest.mark.parametrize("tables", HOSTILE, indirect=True)
 async def test_announcements_alone_wake_a_reader(dsn, tables, store):
     id = await store.create()
     seen = []
@@ -89,6 +92,23 @@ async def test_announcements_alone_wake_a_reader(dsn, tables, store):
     assert seen == [str(number) for number in range(20)]
 
 
+async def test_listening_begins_anew_when_the_connection_is_lost(dsn, tables, store):
+    id = await store.create()
+    async with AsyncPostgresStreamStore(dsn, **tables, poll_interval=NEVER) as listener:
+        async with AsyncBackground(partial(collect, listener, id)) as reader:
+            async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as admin:
+                for number in range(3):
+                    await statements_waiting(dsn, "LISTEN%")
+                    await store.append(id, f"{number}")
+                    statement = (
+                        "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE query LIKE 'LISTEN%'"
+                    )
+                    await (await admin.execute(statement)).fetchall()
+                    await store.append(id, f"{number}, lost")
+            await store.complete(id)
+            assert len(await reader.result()) == 6
+
+
 async def test_a_reader_in_the_same_store_is_woken_directly(dsn, tables):
     async with AsyncPostgresStreamStore(dsn, **tables, poll_interval=NEVER) as store:
         id = await store.create()
@@ -100,9 +120,11 @@ async def test_a_reader_in_the_same_store_is_woken_directly(dsn, tables):
             assert len(await reader.result()) == 10
 
 
+@pytest.mark.parametrize("tables", HOSTILE, indirect=True)
 async def test_what_nobody_announces_is_found_by_polling(dsn, tables, store):
     id = await store.create()
     names = {"chunks": tables["chunks_table"], "status": tables["status_table"]}
+    names = {name: psycopg.sql.SQL(table.as_string(None).replace("%", "%%")) for name, table in names.items()}
     append = psycopg.sql.SQL(
         "WITH next AS (UPDATE {status} SET total_chunks = total_chunks + 1 WHERE id = %s RETURNING id, total_chunks) "
         "INSERT INTO {chunks} (id, seq, data) SELECT id, total_chunks, total_chunks::text FROM next"
@@ -117,6 +139,7 @@ async def test_what_nobody_announces_is_found_by_polling(dsn, tables, store):
         assert await reader.result() == [(number, str(number)) for number in range(1, 21)]
 
 
+@pytest.mark.parametrize("tables", HOSTILE, indirect=True)
 async def test_the_trigger_announces_for_others(dsn, tables, schema_name):
     schema.migrate(
         dsn, **tables, conversations_table=psycopg.sql.Identifier(schema_name, "conversations"), notify_trigger=True
@@ -370,6 +393,33 @@ async def test_waiting_readers_cost_one_connection(database):
             assert {status.state for status in results[1:]} == {"stopped"}
 
 
+async def test_idle_readers_share_one_poll(dsn, tables):
+    statements = []
+
+    class Counting:
+        async def query(self, sql, params):
+            statements.append(sql)
+            async with pool.connection() as connection:
+                return await (await psycopg.AsyncRawCursor(connection).execute(sql, params)).fetchall()
+
+    async with AsyncConnectionPool(dsn, min_size=2, max_size=2, kwargs={"autocommit": True}, open=False) as pool:
+        async with AsyncPostgresStreamStore(Counting(), **tables) as store:
+            id = await store.create()
+
+            async def count():
+                await async_sleep(0.5)
+                statements.clear()
+                await async_sleep(1)
+                idle = list(statements)
+                await store.stop(id)
+                return idle
+
+            results = await async_gather(count, *[partial(store.wait, id)] * 100)
+            # However long that second was for this machine: nothing but polls, and no more than there may be.
+            assert set(results[0]) <= {store._sql.poll}
+            assert len(results[0]) <= 10
+
+
 async def test_a_reader_survives_a_restart_of_the_server():
     with servers.own_server() as server:
         schema.migrate(server.dsn)
@@ -390,6 +440,10 @@ async def test_a_reader_survives_a_restart_of_the_server():
                             await async_sleep(0.05)
                 await store.complete(id)
                 assert [data for _, data in await reader.result()] == ["1", "2", "fast", "immediate"]
+            server.stop("immediate")
+            server.start()
+        async with AsyncPostgresStreamStore(server.dsn) as store:
+            assert [data for _, data in await collect(store, id)] == ["1", "2", "fast", "immediate"]
 
 
 async def test_a_reader_gives_up_after_a_time():

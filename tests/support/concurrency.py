@@ -8,7 +8,8 @@ import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, wait
+from functools import partial
 from typing import Any
 
 async_sleep = asyncio.sleep
@@ -27,9 +28,26 @@ def gather(*calls: Callable[[], Any], errors: bool = False) -> list[Any]:
         start.wait()
         return call()
 
-    with ThreadPoolExecutor(len(calls)) as pool:
-        futures = [pool.submit(run, call) for call in calls]
-    return [(future.exception() if errors else None) or future.result() for future in futures]
+    futures = [_in_a_thread(partial(run, call)) for call in calls]
+    results = [future.exception() or future.result() for future in futures]
+    for result in results:
+        if isinstance(result, BaseException) and not errors:
+            raise result
+    return results
+
+
+def _in_a_thread(call: Callable[[], Any]) -> Future[Any]:
+    """Call in a daemon thread: one that hangs fails its test, and does not keep the process from ending."""
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 class AsyncBackground:
@@ -42,7 +60,9 @@ class AsyncBackground:
         self._task = asyncio.ensure_future(self._call())
         return self
 
-    async def __aexit__(self, *error: object) -> None:
+    async def __aexit__(self, kind: object, *error: object) -> None:
+        if kind is not None:
+            self._task.cancel()
         await asyncio.wait([self._task])
 
     async def result(self, timeout: float = 20) -> Any:
@@ -54,12 +74,12 @@ class Background:
         self._call = call
 
     def __enter__(self) -> Background:
-        self._pool = ThreadPoolExecutor(1)
-        self._future: Future[Any] = self._pool.submit(self._call)
+        self._future = _in_a_thread(self._call)
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._pool.shutdown()
+    def __exit__(self, kind: object, *error: object) -> None:
+        if kind is None:
+            wait([self._future])
 
     def result(self, timeout: float = 20) -> Any:
         return self._future.result(timeout)

@@ -31,8 +31,8 @@ def test_server() -> Iterator[str]:
     """Give the connection string of a server for a run of the tests."""
     if dsn := os.environ.get("AIBIND_TEST_DSN"):
         yield dsn
-    elif version := os.environ.get("AIBIND_TEST_POSTGRES"):
-        with own_server(version) as server:
+    elif "AIBIND_TEST_POSTGRES" in os.environ:
+        with own_server() as server:
             yield server.dsn
     elif _docker_answers():
         from testcontainers.postgres import PostgresContainer
@@ -47,8 +47,10 @@ def test_server() -> Iterator[str]:
 def _docker_answers() -> bool:
     if shutil.which("docker") is None:
         return False
-    answer = subprocess.run(["docker", "info"], capture_output=True, timeout=30, check=False)
-    return answer.returncode == 0
+    try:
+        return subprocess.run(["docker", "info"], capture_output=True, timeout=30, check=False).returncode == 0
+    except subprocess.TimeoutExpired:
+        return False
 
 
 def _binaries(version: str) -> Path:
@@ -99,8 +101,9 @@ def _unprivileged_user() -> pwd.struct_passwd:
 
 
 @contextmanager
-def own_server(version: str = "18") -> Iterator[Server]:
+def own_server() -> Iterator[Server]:
     """Start a server that nobody else uses, on a free port of the loopback interface."""
+    version = os.environ.get("AIBIND_TEST_POSTGRES", "18")
     folder = Path(tempfile.mkdtemp(prefix="aibind-test-"))
     if os.geteuid() == 0:
         os.chown(folder, _unprivileged_user().pw_uid, -1)

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -195,12 +196,15 @@ def test_somebody_else_ends_the_stream_meanwhile(database: str, store: PostgresS
         assert b"Traceback" not in errors
 
 
-def test_a_writer_that_is_terminated_ends_the_stream(database: str, store: PostgresStreamStore) -> None:
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGHUP], ids=["terminated", "terminal closed"])
+def test_a_writer_that_is_ended_ends_the_stream(
+    database: str, store: PostgresStreamStore, ending: signal.Signals
+) -> None:
     with start("write", "x", dsn=database) as writer:
         eventually(lambda: store.get_status("x"))
         time.sleep(0.1)
-        writer.terminate()
-    assert writer.returncode == 143
+        writer.send_signal(ending)
+    assert writer.returncode == 128 + ending
     status = store.get_status("x")
     assert status is not None
     assert status.state == "error"
@@ -378,6 +382,10 @@ def test_wrong_usage(dsn: str) -> None:
     ]
     for done, command in zip(at_once(commands)(dsn=dsn), commands, strict=True):
         assert done.returncode == 2, command
+
+
+def test_the_version_is_told() -> None:
+    assert run("--version").stdout.decode().split() == ["aibind-postgres", version("aibind-postgres")]
 
 
 def test_an_id_that_is_taken(database: str, store: PostgresStreamStore) -> None:

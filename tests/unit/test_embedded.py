@@ -129,6 +129,18 @@ def test_a_server_that_was_killed_is_started_again(place: Path) -> None:
         assert ask(dsn, "SELECT answer FROM kept") == 42
 
 
+def test_what_was_broken_off_while_the_folder_was_made_is_begun_anew(place: Path) -> None:
+    # As a kill leaves it: some of the new data are in place, and some are not, PG_VERSION among them.
+    unfinished = place / "initializing-abc"
+    for made in (unfinished / "base" / "1", place / "global"):
+        made.mkdir(parents=True)
+    (place / "postgresql.conf").write_text("no such = setting\n")
+    (unfinished / "PG_VERSION").write_text("18\n")
+    with embedded.server(place) as dsn:
+        assert ask(dsn, "SELECT 1") == 1
+    assert not unfinished.exists()
+
+
 def test_it_prints_nothing_and_warns_of_nothing(place: Path) -> None:
     output, errors = (process := python(HOLD, place / "data")).communicate("")
     assert process.returncode == 0

@@ -85,7 +85,7 @@ def test_migrations_can_be_applied_again(admin, empty_database, names):
     assert all(len(name.encode()) <= 63 for name, _ in others)
 
 
-def test_the_first_migration_is_the_seeds_schema(admin):
+def test_the_first_migration_is_the_schema_of_the_npm_package(admin):
     admin.execute(schema.SQL_FOLDER.joinpath("0001_tables.sql").read_text())
     assert described(admin) == {
         f"aibind_{'stream_' * (name != 'conversations')}{name}": COLUMNS[name] for name in COLUMNS

@@ -275,7 +275,7 @@ class AsyncWatch:
 
     async def _listen(self, timeout: float) -> None:
         if self._connection is None:
-            await self._changes.closing.wait(timeout)
+            await self._changes.closing.wait(min(timeout, max(0.0, self._connect_at - monotonic())))
             return
         async for notify in self._connection.notifies(timeout=timeout):
             self._unheard_since = math.inf

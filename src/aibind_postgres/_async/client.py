@@ -7,11 +7,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import psycopg
-from psycopg.conninfo import conninfo_to_dict
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.pq import TransactionStatus
 from psycopg.rows import tuple_row
 from psycopg_pool import AsyncConnectionPool, PoolClosed
 
+from .._concurrency import AsyncLock, async_is_flavour
 from ..errors import InvalidDataError
 
 if TYPE_CHECKING:
@@ -106,13 +107,13 @@ class AsyncPoolClient(AsyncPsycopgClient):
     def __init__(self, pool: AsyncConnectionPool[Any], *, owned: bool = False) -> None:
         self._pool = pool
         self._owned = owned
+        self._connected = not owned
+        self._opening = AsyncLock()
         self._closed = False
 
     async def query(self, sql: str, params: Sequence[Any]) -> Sequence[Row]:
         if self._owned and self._pool.closed:
-            await self._pool.open()
-            if self._closed:  # meanwhile, and too early for `close` to find the pool open
-                await self._pool.close()
+            await self._open()
         async with self._pool.connection() as connection:
             if connection.autocommit:
                 return await self._run(connection, sql, params)
@@ -124,6 +125,16 @@ class AsyncPoolClient(AsyncPsycopgClient):
                 if connection.info.transaction_status == TransactionStatus.IDLE:
                     await connection.set_autocommit(False)
 
+    async def _open(self) -> None:
+        async with self._opening:
+            if not self._connected:
+                # One connection beforehand: why there is none, the pool would tell the log alone, and us after a time.
+                async with await psycopg.AsyncConnection.connect(str(self._pool.conninfo)):
+                    self._connected = True
+            await self._pool.open()
+            if self._closed:  # meanwhile, and too early for `close` to find the pool open
+                await self._pool.close()
+
     async def connect(self) -> psycopg.AsyncConnection[Row] | None:
         async with self._pool.connection() as connection:
             parameters = parameters_of(connection)
@@ -131,7 +142,8 @@ class AsyncPoolClient(AsyncPsycopgClient):
 
     def may_recover(self, error: Exception) -> bool:
         lost = isinstance(error, (psycopg.OperationalError, psycopg.InterfaceError))
-        return lost and not isinstance(error, PoolClosed)
+        # A server that has never answered may not be there at all.
+        return lost and not isinstance(error, PoolClosed) and self._connected
 
     async def close(self) -> None:
         self._closed = True
@@ -162,21 +174,22 @@ def as_client(client: AsyncClientLike) -> AsyncClient:
     if isinstance(client, AsyncClient):
         return client
     if isinstance(client, str):
-        own = {name: value for name, value in DEFAULTS.items() if name not in conninfo_to_dict(client)}
+        given = conninfo_to_dict(client)
+        conninfo = make_conninfo(client, **{name: value for name, value in DEFAULTS.items() if name not in given})
         pool: AsyncConnectionPool[Any] = AsyncConnectionPool(
-            client, kwargs={**own, "autocommit": True}, min_size=1, max_size=10, timeout=10, open=False
+            conninfo, kwargs={"autocommit": True}, min_size=1, max_size=10, timeout=10, open=False
         )
         return AsyncPoolClient(pool, owned=True)
     if isinstance(client, AsyncConnectionPool):
         return AsyncPoolClient(client)
     if isinstance(client, psycopg.AsyncConnection):
         return AsyncConnectionClient(client)
-    if callable(getattr(client, "query", None)):
+    if async_is_flavour(getattr(client, "query", None)):
         return AsyncClient(client)
     accepted = " or ".join(kind.__name__ for kind in (AsyncConnectionPool, psycopg.AsyncConnection))
     raise TypeError(
-        f"a client must be a connection string, a psycopg {accepted}, or an object with a query method, "
-        f"not {type(client).__name__}"
+        f"a client of this store must be a connection string, a psycopg {accepted}, or an object whose query method "
+        f"is of the store's flavour, synchronous or asynchronous, not {type(client).__name__}"
     )
 
 

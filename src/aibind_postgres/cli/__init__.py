@@ -12,4 +12,6 @@ def main() -> None:
             raise
         print("aibind-postgres: the command is an extra: pip install 'aibind-postgres[cli]'", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
     run()

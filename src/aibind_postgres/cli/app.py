@@ -7,6 +7,7 @@ import logging
 import signal
 import sys
 from enum import Enum
+from importlib.metadata import version
 from types import FrameType
 from typing import Annotated
 
@@ -43,7 +44,7 @@ app = typer.Typer(
     name="aibind-postgres",
     help="Durable, resumable text streams in PostgreSQL.",
     epilog="Exit codes: 0 done; 1 the stream ended as stopped or in an error, or the command failed; 2 wrong usage; "
-    "3 there is no such stream.",
+    "3 there is no such stream; 130 interrupted with Ctrl-C.",
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -65,7 +66,9 @@ def run() -> None:
     # The user is told once that the server cannot be reached, not at every attempt.
     logging.getLogger("psycopg").addHandler(logging.NullHandler())
     # An exception, so that the embedded server is stopped and the stream that is being written is ended.
-    signal.signal(signal.SIGTERM, _terminate)
+    for ending in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, ending):
+            signal.signal(getattr(signal, ending), _terminate)
     try:
         app(prog_name="aibind-postgres")
     except KeyboardInterrupt:
@@ -74,6 +77,21 @@ def run() -> None:
 
 def _terminate(number: int, frame: FrameType | None) -> None:
     sys.exit(128 + number)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"aibind-postgres {version('aibind-postgres')}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Durable, resumable text streams in PostgreSQL."""
 
 
 @app.command()
