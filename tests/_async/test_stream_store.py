@@ -101,6 +101,14 @@ async def test_a_new_stream_has_no_chunk_of_an_earlier_one(store, admin, tables)
     assert await cursor.fetchall() == [("a", "new"), ("b", "kept")]
 
 
+async def test_a_chunk_that_the_stream_does_not_count_is_never_read(store, admin, tables):
+    await store.create("a")
+    await store.append("a", "counted")
+    await run(admin, tables, "INSERT INTO {chunks} (id, seq, data) VALUES ('a', 2, 'left over')")
+    assert await all_chunks(store, "a") == [(1, "counted")]
+    assert [tuple(chunk) async for chunk in store.replay("a")] == [(1, "counted")]
+
+
 async def test_append_counts_from_one_and_stores_any_text(store):
     id = await store.create()
     assert [await store.append(id, text) for text in TEXTS] == list(range(1, len(TEXTS) + 1))
