@@ -35,7 +35,7 @@ def test_server() -> Iterator[str]:
         with own_server() as server:
             yield server.dsn
     elif _docker_answers():
-        from testcontainers.postgres import PostgresContainer
+        from testcontainers.community.postgres import PostgresContainer
 
         with PostgresContainer("postgres:18", driver=None) as container:
             yield container.get_connection_url()
@@ -66,8 +66,8 @@ def _binaries(version: str) -> Path:
 class Server:
     """A server of one's own: one that a test may stop, kill and start again."""
 
-    def __init__(self, version: str, folder: Path) -> None:
-        self._bin = _binaries(version)
+    def __init__(self, programs: Path, folder: Path) -> None:
+        self._bin = programs
         self._data = folder / "data"
         self._log = folder / "log"
         with closing(socket.socket()) as probe:
@@ -104,11 +104,12 @@ def _unprivileged_user() -> pwd.struct_passwd:
 def own_server() -> Iterator[Server]:
     """Start a server that nobody else uses, on a free port of the loopback interface."""
     version = os.environ.get("AIBIND_TEST_POSTGRES", "18")
+    programs = _binaries(version)  # first: for root this also makes the user that they run as
     folder = Path(tempfile.mkdtemp(prefix="aibind-test-"))
     if os.geteuid() == 0:
         os.chown(folder, _unprivileged_user().pw_uid, -1)
     try:
-        server = Server(version, folder)
+        server = Server(programs, folder)
         server.start()
         try:
             yield server
