@@ -107,10 +107,11 @@ class AsyncPostgresStreamStore:
         return await self._append(self._sql.append, id, text, [text], expected_seq)
 
     async def append_many(self, id: str, chunks: Iterable[str], *, expected_seq: int | None = None) -> int:
-        """Append chunks, all of them or none, and return the last number in the stream.
+        """Append chunks, all of them or none, and return the number of the last one.
 
         They get consecutive numbers, the first one `expected_seq` if that is given; if these are taken by the same
-        texts, nothing is written. Raises what `append` raises, without any chunk too.
+        texts, nothing is written. Without any chunk, the last number in the stream is returned. Raises what `append`
+        raises, also then.
         """
         texts = arguments.chunk_list(chunks)
         return await self._append(self._sql.append_many, id, json_array(texts), texts, expected_seq)
