@@ -201,7 +201,7 @@ class _AsyncpgConnection(async_client.AsyncClient):
 
 
 def _django() -> Any:
-    from django import db  # type: ignore[import-untyped]
+    from django import db  # type: ignore[import-untyped]  # Django ships no types
 
     return db
 

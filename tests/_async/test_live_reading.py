@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import textwrap
 from functools import partial
 from time import monotonic
 
@@ -42,6 +43,20 @@ async def other(dsn, tables):
 
 async def collect(store, id, after_seq=0):
     return [tuple(chunk) async for chunk in store.read_from(id, after_seq)]
+
+
+def other_process(code, dsn, id, tables):
+    """Run code in another process, with a `store` on the same tables and the stream's `id`."""
+    names = json.dumps({name: table.as_string(None) for name, table in tables.items()})
+    before = """
+import json, re, sys
+from psycopg.sql import Identifier
+from aibind_postgres import PostgresStreamStore
+dsn, id, names = sys.argv[1:]
+names = {key: Identifier(*re.findall('"(.*?)"', name)) for key, name in json.loads(names).items()}
+with PostgresStreamStore(dsn, **names) as store:
+"""
+    return run_python(before + textwrap.indent(code, "    "), dsn, id, names)
 
 
 async def statements_waiting(dsn, query):
@@ -330,17 +345,11 @@ async def test_a_stop_elsewhere_ends_writer_and_readers_here(dsn, tables, store)
                 await store.append(id, "x")
                 await async_sleep(0.005)
 
-    names = json.dumps({name: table.as_string(None) for name, table in tables.items()})
     code = """
-import json, re, sys
-from psycopg.sql import Identifier
-from aibind_postgres import PostgresStreamStore
-names = {key: Identifier(*re.findall('"(.*?)"', name)) for key, name in json.loads(sys.argv[3]).items()}
-with PostgresStreamStore(sys.argv[1], **names) as store:
-    sys.stdin.readline()
-    print(store.stop(sys.argv[2]))
+sys.stdin.readline()
+print(store.stop(id))
 """
-    with run_python(code, dsn, id, names) as process:
+    with other_process(code, dsn, id, tables) as process:
         async with AsyncBackground(write) as writer, AsyncBackground(partial(collect, store, id)) as reader:
             await async_sleep(0.2)
             assert process.stdin is not None
@@ -353,6 +362,22 @@ with PostgresStreamStore(sys.argv[1], **names) as store:
     status = await store.get_status(id)
     assert status.state == "stopped"
     assert [seq for seq, _ in chunks] == list(range(1, status.total_chunks + 1))
+
+
+async def test_a_reader_in_another_process_waits_for_the_first_chunk(dsn, tables, store):
+    id = await store.create()
+    code = """
+for chunk in store.read_from(id):
+    print(*chunk, flush=True)
+"""
+    with other_process(code, dsn, id, tables) as process:
+        assert process.stdout is not None
+        await statements_waiting(dsn, "LISTEN%")
+        for number in range(1, 11):
+            await store.append(id, f"chunk {number}")
+            assert process.stdout.readline() == f"{number} chunk {number}\n"
+        await store.complete(id)
+        assert process.stdout.read() == ""
 
 
 async def test_many_readers_wait_on_a_pool_of_one(dsn, tables):

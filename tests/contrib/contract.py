@@ -191,7 +191,7 @@ def survives(ours: PostgresStreamStore, theirs: PostgresStreamStore, dsn: str, l
     with Background(follow) as reader, ending(theirs, id):
         for number in range(5):
             theirs.append(id, f"{number}")
-            within(30, lambda: len(arrived) > number)  # noqa: B023
+            within(30, lambda number=number: len(arrived) > number)
             with psycopg.connect(dsn, autocommit=True) as admin:
                 admin.execute(TERMINATE)
         theirs.complete(id)
@@ -323,7 +323,7 @@ async def async_survives(ours: AsyncPostgresStreamStore, theirs: AsyncPostgresSt
     async with AsyncBackground(follow) as reader, async_ending(theirs, id):
         for number in range(5):
             await theirs.append(id, f"{number}")
-            await async_within(30, lambda: len(arrived) > number)  # noqa: B023
+            await async_within(30, lambda number=number: len(arrived) > number)
             async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as admin:
                 await admin.execute(TERMINATE)
         await theirs.complete(id)

@@ -122,7 +122,7 @@ def test_readers_fall_back_to_polling_and_say_so_once(store, dsn, tables, caplog
             contract.within(30, lambda: bool(caplog.records))
             for number in range(1, 11):
                 theirs.append(id, f"{number}")
-                contract.within(30, lambda: len(arrived) >= 2 * number)  # noqa: B023
+                contract.within(30, lambda number=number: len(arrived) >= 2 * number)
             theirs.complete(id)
             first.result()
             second.result()
@@ -153,7 +153,7 @@ async def test_readers_fall_back_to_polling_and_say_so_once_in_tasks(async_store
             await contract.async_within(30, lambda: bool(caplog.records))
             for number in range(1, 11):
                 await theirs.append(id, f"{number}")
-                await contract.async_within(30, lambda: len(arrived) >= 2 * number)  # noqa: B023
+                await contract.async_within(30, lambda number=number: len(arrived) >= 2 * number)
             await theirs.complete(id)
             await first.result()
             await second.result()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import psycopg
 import pytest
 from contrib import contract
-from psycopg.conninfo import make_conninfo
 from psycopg.rows import dict_row, namedtuple_row, tuple_row
 from psycopg_pool import AsyncConnectionPool, ConnectionPool
 
@@ -58,18 +57,6 @@ def pool(dsn):
 async def async_pool(dsn):
     async with AsyncConnectionPool(dsn, **SETTINGS, open=False) as pool:
         yield pool
-
-
-@pytest.fixture
-def theirs(dsn, tables):
-    with PostgresStreamStore(make_conninfo(dsn, application_name="stays"), **tables) as store:
-        yield store
-
-
-@pytest.fixture
-async def async_theirs(dsn, tables):
-    async with AsyncPostgresStreamStore(make_conninfo(dsn, application_name="stays"), **tables) as store:
-        yield store
 
 
 @pytest.mark.parametrize("rows", ROWS)

@@ -8,7 +8,6 @@ import psycopg
 import pytest
 import sqlalchemy
 from contrib import contract
-from psycopg.conninfo import make_conninfo
 from sqlalchemy.ext.asyncio import create_async_engine
 from support.concurrency import AsyncBackground, Background, async_gather, gather
 
@@ -32,18 +31,6 @@ async def async_engine(request, dsn):
     engine = create_async_engine(f"postgresql+{request.param}://", connect_args=arguments)
     yield engine
     await engine.dispose()
-
-
-@pytest.fixture
-def theirs(dsn, tables):
-    with PostgresStreamStore(make_conninfo(dsn, application_name="stays"), **tables) as store:
-        yield store
-
-
-@pytest.fixture
-async def async_theirs(dsn, tables):
-    async with AsyncPostgresStreamStore(make_conninfo(dsn, application_name="stays"), **tables) as store:
-        yield store
 
 
 @names_of_all_kinds

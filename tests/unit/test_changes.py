@@ -7,6 +7,7 @@ import gc
 import os
 
 import pytest
+from support.concurrency import Background
 
 from aibind_postgres import AsyncPostgresStreamStore, PostgresStreamStore
 
@@ -17,7 +18,8 @@ def store(dsn, tables):
         yield store
 
 
-def test_the_garbage_collector_may_close_a_reader_at_any_moment(store):
+def test_the_garbage_collector_may_close_a_reader_at_any_moment(dsn, tables):
+    store = PostgresStreamStore(dsn, **tables)  # closed only if all goes well: closing would wait, too
     id = store.create()
     store.append_many(id, ["a", "b"])
 
@@ -27,12 +29,18 @@ def test_the_garbage_collector_may_close_a_reader_at_any_moment(store):
             self.itself = self
             next(self.chunks)
 
-    for _ in range(10):
-        Response()
-    with store._changes._mutex:  # as if it came while this thread wakes readers
-        gc.collect()
+    def collect():
+        for _ in range(10):
+            Response()
+        with store._changes._mutex:  # as if it came while this thread wakes readers
+            gc.collect()
+        return True
+
+    with Background(collect) as collecting:
+        assert collecting.result()
     assert store._changes.waiting() == []
     assert store._changes._places == {}
+    store.close()
 
 
 def test_a_reader_is_woken_once_for_one_finding(store):

@@ -268,6 +268,7 @@ class AsyncPostgresStreamStore:
         [(ended, exists)] = await self._query(self._sql.end, [stream_id, state, error, self._ttl])
         if not exists:
             raise StreamNotFoundError(stream_id)
+        # Also if it had ended: the call that ended it may have lost its reply, and announced nothing.
         await self._changed([stream_id])
         return bool(ended)
 

@@ -45,8 +45,9 @@ def show(dsn: str, target: Target) -> bool:
         processes = ending.enter_context(_Processes(dsn))
         console.print("A writer stores a text, word by word. A first reader follows it live:\n", style="bold")
         writer = processes.start("aibind_postgres.cli", "write", stream_id, "--by=word", f"--delay={_DELAY}", *options)
-        with writer.stdin:  # type: ignore[union-attr]
-            writer.stdin.write(text)  # type: ignore[union-attr]
+        assert writer.stdin is not None  # it is a pipe
+        with writer.stdin:
+            writer.stdin.write(text)
         while store.get_status(stream_id) is None and writer.poll() is None:
             time.sleep(0.01)
 
