@@ -26,15 +26,22 @@ FOLDERS = [ROOT / "src" / "aibind_postgres", ROOT / "tests"]
 # Every paired name, since unasync alone would turn AsyncX into SyncX.
 RENAMES = {
     "AsyncAnnouncer": "Announcer",
+    "AsyncAppender": "Appender",
+    "AsyncAttempt": "Attempt",
     "AsyncBackground": "Background",
+    "AsyncCall": "Call",
     "AsyncChanges": "Changes",
     "AsyncClient": "Client",
     "AsyncClientCursor": "ClientCursor",
     "AsyncClientLike": "ClientLike",
+    "AsyncCombiner": "Combiner",
     "AsyncConnection": "Connection",
     "AsyncConnectionClient": "ConnectionClient",
     "AsyncConnectionPool": "ConnectionPool",
+    "AsyncDatabase": "Database",
     "AsyncEvent": "Event",
+    "AsyncFeed": "Feed",
+    "AsyncFetcher": "Fetcher",
     "AsyncIterator": "Iterator",
     "AsyncLock": "Lock",
     "AsyncNullConnectionPool": "NullConnectionPool",
@@ -44,8 +51,11 @@ RENAMES = {
     "AsyncPostgresStreamStore": "PostgresStreamStore",
     "AsyncPsycopgClient": "PsycopgClient",
     "AsyncRawCursor": "RawCursor",
+    "AsyncRun": "Run",
+    "AsyncSignal": "Signal",
     "AsyncWatch": "Watch",
     "AsyncWorker": "Worker",
+    "_async": "_sync",
     "__aenter__": "__enter__",
     "__aexit__": "__exit__",
     "async_gather": "gather",
@@ -53,6 +63,7 @@ RENAMES = {
     "async_migrate": "migrate",
     "async_sleep": "sleep",
     "async_spawn": "spawn",
+    "async_uninterrupted": "uninterrupted",
     "async_workers": "workers",
 }
 
@@ -70,6 +81,9 @@ def _names(source: Path) -> set[str]:
         match node:
             case ast.Name(id=name) | ast.Attribute(attr=name) | ast.alias(name=name):
                 pass
+            case ast.ImportFrom(module=str(module)):
+                names |= set(module.split("."))
+                continue
             case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
                 pass
             case ast.Constant(value=str(text)):

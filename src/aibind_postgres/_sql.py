@@ -17,12 +17,6 @@ if TYPE_CHECKING:
 # Of all the clocks in PostgreSQL, this one moves on inside a transaction and still lets a comparison use an index.
 NOW = "(extract(epoch FROM statement_timestamp()) * 1000)::bigint"
 
-# A sign of life in an active stream, with the ttl as $4. It renews expires_at only once a quarter of the ttl has gone
-# by since the last renewal: most appends leave the column alone, and so stay heap-only updates.
-RENEWED_EXPIRY = f"""
-           CASE WHEN expires_at < {NOW} + $4::bigint - $4::bigint / 4
-                THEN {NOW} + $4::bigint ELSE expires_at END"""
-
 CREATE = """
 WITH created AS (
     INSERT INTO {status} (id, state, error, total_chunks, expires_at)
@@ -68,6 +62,34 @@ WITH advanced AS (
 SELECT total_chunks FROM advanced
 """
 
+# Many appends in one: a JSON array of objects with id, texts and expected, each id once. The rows are locked first, so
+# that a number is judged by the row as it will be updated. A row that another transaction holds is left out instead of
+# waited for: one stream never holds up the others, and two batches cannot deadlock.
+APPEND_BATCH = """
+WITH wanted AS MATERIALIZED (
+    SELECT id, expected, texts, json_array_length(texts) AS number
+      FROM json_to_recordset($1::text::json) AS item (id text, expected bigint, texts json)
+), locked AS MATERIALIZED (
+    SELECT id, total_chunks
+      FROM {status}
+     WHERE id = ANY (ARRAY(SELECT id FROM wanted)) AND state = 'active'
+       FOR UPDATE SKIP LOCKED
+), advanced AS (
+    UPDATE {status} AS s
+       SET total_chunks = s.total_chunks + wanted.number,
+           expires_at = {renewed_expiry}
+      FROM locked JOIN wanted USING (id)
+     WHERE s.id = locked.id
+       AND (wanted.expected IS NULL OR locked.total_chunks = wanted.expected - 1)
+    RETURNING wanted.id, s.total_chunks - wanted.number AS last_before, wanted.texts
+), stored AS (
+    INSERT INTO {chunks} (id, seq, data)
+    SELECT advanced.id, last_before + new.place, new.data
+      FROM advanced, json_array_elements_text(texts) WITH ORDINALITY AS new (data, place)
+)
+SELECT id, last_before FROM advanced
+"""
+
 # One snapshot: in a first row the state and, below zero, the number of chunks; then the chunks that were there in that
 # state. So a page that is not full and whose state is terminal is the last one. A chunk beyond the number that the
 # status row vouches for is left over from another stream.
@@ -78,6 +100,21 @@ UNION ALL
   WHERE id = $1::text AND seq > $2::bigint AND seq <= (SELECT total_chunks FROM {status} WHERE id = $1::text)
   ORDER BY seq LIMIT $3::bigint)
 ORDER BY seq
+"""
+
+# What READ gives, for many streams: a JSON array of objects with place, id and after.
+READ_BATCH = """
+SELECT wanted.place, found.seq, found.data
+  FROM json_to_recordset($1::text::json) AS wanted (place integer, id text, after bigint),
+       LATERAL (
+           SELECT -total_chunks AS seq, state AS data FROM {status} WHERE id = wanted.id
+           UNION ALL
+           (SELECT seq, data FROM {chunks}
+             WHERE id = wanted.id AND seq > wanted.after
+               AND seq <= (SELECT total_chunks FROM {status} WHERE id = wanted.id)
+             ORDER BY seq LIMIT $2::bigint)
+       ) AS found
+ ORDER BY wanted.place, found.seq
 """
 
 READ_TIMED = """
@@ -199,16 +236,17 @@ class StreamStatements:
             "chunks": chunks.quoted,
             "status": status.quoted,
             "now": NOW,
-            "renewed_expiry": RENEWED_EXPIRY.strip(),
         }
 
-        def fill(statement: str) -> str:
-            return statement.format_map(values)
+        def fill(statement: str, ttl: str = "$4") -> str:
+            return statement.format_map({**values, "renewed_expiry": renewed_expiry(ttl)})
 
         self.create = fill(CREATE)
         self.append = fill(APPEND)
         self.append_many = fill(APPEND_MANY)
+        self.append_batch = fill(APPEND_BATCH, ttl="$2")
         self.read = fill(READ)
+        self.read_batch = fill(READ_BATCH)
         self.read_timed = fill(READ_TIMED)
         self.status = fill(STATUS)
         self.poll = fill(POLL)
@@ -221,9 +259,25 @@ class StreamStatements:
         self.fail_abandoned = fill(FAIL_ABANDONED)
 
 
+def renewed_expiry(ttl: str) -> str:
+    """Return what expires_at becomes by a sign of life in an active stream, with the ttl in a parameter.
+
+    It is renewed only once a quarter of the ttl has gone by since the last time: most appends leave the column alone,
+    and so stay heap-only updates.
+    """
+    return f"""
+           CASE WHEN expires_at < {NOW} + {ttl}::bigint - {ttl}::bigint / 4
+                THEN {NOW} + {ttl}::bigint ELSE expires_at END""".strip()
+
+
+def json_text(value: object) -> str:
+    """Return a value as one JSON parameter."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
 def json_array(texts: Iterable[str]) -> str:
     """Return texts as one JSON parameter: psycopg builds an array of them several times more slowly."""
-    return json.dumps(list(texts), ensure_ascii=False, separators=(",", ":"))
+    return json_text(list(texts))
 
 
 def announcements(ids: Iterable[str], sender: str | None) -> Iterator[str]:

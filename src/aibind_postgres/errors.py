@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 
@@ -76,6 +77,24 @@ def sqlstate_of(error: BaseException) -> str | None:
             return code
         seen = getattr(seen, "orig", None) or seen.__cause__
     return None
+
+
+def copied(error: Exception) -> Exception:
+    """Return an error of one's own to raise: several callers must not hang their context and notes on one object."""
+    try:
+        return copy.copy(error)
+    except Exception:
+        return error
+
+
+# By which class or code the server tells that it has refused a statement: data, constraints, privileges, objects that
+# are missing, what a trigger raised; and of the transaction rollbacks those two that leave nothing open.
+_REFUSALS = ("21", "22", "23", "42", "44", "P0", "40001", "40P01")
+
+
+def nothing_was_written(error: Exception) -> bool:
+    """Say whether it is certain that a statement which raised this has changed nothing."""
+    return isinstance(error, InvalidDataError) or (sqlstate_of(error) or "").startswith(_REFUSALS)
 
 
 def translated(error: Exception) -> AibindError | None:

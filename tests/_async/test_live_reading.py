@@ -214,8 +214,8 @@ async def test_leaving_early_leaves_nothing_behind(store):
         async for _chunk in store.read_from(id):
             break
     await async_sleep(0.01)
-    assert store._changes.waiting() == []
-    assert store._changes._places == {}
+    assert store._changes.followed() == []
+    assert store._changes._feeds == {}
 
 
 async def test_a_stream_made_anew_is_not_taken_for_the_old_one(store):

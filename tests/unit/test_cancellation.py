@@ -29,6 +29,6 @@ async def test_cancelled_calls_leave_no_connection_checked_out_and_no_hole(dsn, 
             last = await store.append(id, "last")
             seqs = [chunk.seq async for chunk in store.read_from(id, follow=False)]
             assert seqs == list(range(1, last + 1))
-            assert store._changes.waiting() == []
+            assert store._changes.followed() == []
         async with pool.connection() as one, pool.connection() as two:
             assert (one.autocommit, two.autocommit) == (False, False)

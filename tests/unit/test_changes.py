@@ -32,28 +32,27 @@ def test_the_garbage_collector_may_close_a_reader_at_any_moment(dsn, tables):
     def collect():
         for _ in range(10):
             Response()
-        with store._changes._mutex:  # as if it came while this thread wakes readers
+        with store._changes.mutex:  # as if it came while this thread wakes readers
             gc.collect()
         return True
 
     with Background(collect) as collecting:
         assert collecting.result()
-    assert store._changes.waiting() == []
-    assert store._changes._places == {}
+    assert store._changes.followed() == []
+    assert store._changes._feeds == {}
     store.close()
 
 
-def test_a_reader_is_woken_once_for_one_finding(store):
+def test_a_finding_is_news_once(store):
     with store._changes.place("a") as place:
-        assert place.wake_if_behind("done", 5) is False  # it is not waiting
-        place.cursor = 3
-        assert place.wake_if_behind("active", 3) is False
-        assert place.wake_if_behind("active", 5) is True
-        place.about_to_look()
-        assert place.wake_if_behind("active", 5) is False  # it has looked, and waits all the same
-        assert place.wake_if_behind("active", 6) is True
-        place.about_to_look()
-        assert place.wake_if_behind(None, 0) is True
+        feed = place.feed
+        place.stands(place.version, 3, 3)
+        assert feed.polled("active", 3) is False
+        assert feed.polled("active", 5) is True
+        assert feed.polled("active", 5) is False  # somebody has looked, and waits all the same
+        assert feed.polled("active", 6) is True
+        assert feed.polled(None, 0) is True
+        assert feed.polled("done", 6) is True
 
 
 def test_a_forked_process_has_another_name(store, monkeypatch):
@@ -87,6 +86,6 @@ async def test_a_close_that_is_cancelled_can_be_repeated(dsn, tables):
     closing.cancel()
     await asyncio.wait([closing, waiter])
     await store.close()
-    assert store._client._pool.closed
+    assert store._database.client._pool.closed
     assert [task for task in asyncio.all_tasks() if task.get_name().startswith(("aibind", "pool"))] == []
     waiter.exception()

@@ -21,6 +21,8 @@ PLANS = {
     "delete": (["7"], ["(id = '7'"]),
     "delete_orphans": (["7"], ["(id = '7'"]),
     "list": ([None, "7", 2000], ["(id > '7'"]),
+    "append_batch": (['[{"id": "7", "texts": ["x"]}, {"id": "8", "texts": ["y"]}]', 1000], ["(id = ANY", "(id = "]),
+    "read_batch": (['[{"place": 0, "id": "7", "after": 5}]', 100], ["(id = wanted.id)", "(seq > wanted.after)"]),
     "cleanup": ([10], ["(expires_at <= ", "(id = ANY"]),
     "fail_abandoned": ([1000, 1000, "x"], ["aibind_stream_status_active_idx", "(id = ANY", "(seq = "]),
 }

@@ -1,4 +1,4 @@
-"""Who waits for which stream, and what wakes them: announcements, and a poll as the safety net."""
+"""Who follows which stream, and what wakes them: announcements, and a poll as the safety net."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ import os
 import socket
 import uuid
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from time import monotonic
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import psycopg
 
-from .._concurrency import AsyncEvent, AsyncWorker, Mutex, async_spawn
-from .._sql import ANNOUNCE, announced, announcements, json_array
+from .._concurrency import Mutex, async_spawn
+from .._sql import ANNOUNCE, StreamStatements, announced, announcements, json_array
 from .._tables import quote
+from .announcing import AsyncAnnouncer
 from .client import is_direct
+from .feeds import AsyncFeed, AsyncFetcher, AsyncPlace
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
-
-    from .client import AsyncClient, Row
+    from .client import Row
+    from .database import AsyncDatabase
 
 logger = logging.getLogger("aibind_postgres")
 
@@ -36,74 +36,20 @@ FIRST_RECONNECT, LONGEST_RECONNECT = 0.1, 30.0  # seconds between two attempts t
 CLOSING_TIMEOUT = 10.0  # seconds that closing waits for a worker
 
 
-class AsyncPlace:
-    """One reader's place among those who wait for a stream. Take it with `with`, and look only then.
-
-    While the reader waits, `cursor` is the number of the last chunk it has; otherwise it is None.
-    """
-
-    def __init__(self, changes: AsyncChanges, stream_id: str) -> None:
-        self.stream_id = stream_id
-        self.cursor: float | None = None
-        self._changes = changes
-        self._woken = AsyncEvent()
-        self._polled: object = None
-
-    def __enter__(self) -> Self:
-        self._changes.enter(self)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._changes.leave(self)
-
-    def about_to_look(self) -> None:
-        """Forget earlier wake-ups: what happens from here on wakes the next `wait`."""
-        self._woken.clear()
-
-    async def wait(self, cursor: float, timeout: float | None = None) -> bool:
-        """Wait until there may be something after `cursor`; return False if `timeout` seconds went by first.
-
-        A cursor of infinity waits for the end of the stream; announced chunks wake it all the same.
-        """
-        self.cursor = cursor
-        try:
-            self._changes.keep_watch()
-            return await self._woken.wait(timeout)
-        finally:
-            self.cursor = None
-
-    def wake(self) -> None:
-        self._woken.set()
-
-    def wake_if_behind(self, state: str | None, total_chunks: int) -> bool:
-        """Wake a waiting reader for what a poll has found, and say whether that is news; no state: no such stream.
-
-        A reader that has looked because of the same finding and still waits is not sent to look again: it may see
-        other rows than the poll does, or a row may be missing.
-        """
-        found = (self.cursor, state, total_chunks)
-        if self.cursor is None or self._woken.is_set() or found == self._polled:
-            return False
-        if state == "active" and total_chunks <= self.cursor:
-            return False
-        self._polled = found
-        self._woken.set()
-        return True
-
-
 class AsyncChanges:
-    """The waiting readers of one store. While there are any, a watch looks out for them."""
+    """The feeds of one store. While somebody follows them, a watch looks out for what happens to their streams."""
 
-    def __init__(self, client: AsyncClient, channel: str, poll_statement: str, poll_interval: float) -> None:
-        self.client = client
+    def __init__(
+        self, database: AsyncDatabase, statements: StreamStatements, channel: str, poll_interval: float
+    ) -> None:
+        self.database = database
         self.channel = channel
-        self.poll_statement = poll_statement
+        self.poll_statement = statements.poll
         self.poll_interval = poll_interval
-        self.closing = AsyncEvent()
-        self._mutex = Mutex()
-        self._places: dict[str, set[AsyncPlace]] = {}
+        self.fetch = AsyncFetcher(database, statements).fetch
+        self.mutex = Mutex()
+        self._announcer = AsyncAnnouncer(self)
+        self._feeds: dict[str, set[AsyncFeed]] = {}
         self._left: deque[AsyncPlace] = deque()
         self._watch: AsyncWatch | None = None
         self._known_deaf = False
@@ -114,13 +60,19 @@ class AsyncChanges:
         """What tells this store's own announcements from others. A process that was forked has another name."""
         return f"{self._name}/{os.getpid()}"
 
-    def place(self, stream_id: str) -> AsyncPlace:
-        return AsyncPlace(self, stream_id)
-
-    def enter(self, place: AsyncPlace) -> None:
-        with self._mutex:
+    def place(self, stream_id: str, alarm: Callable[[], None] | None = None) -> AsyncPlace:
+        """Return a place at the feed of a stream; in transactions of the callers, each sees a stream of his own."""
+        with self.mutex:
             self._clear_left()
-            self._places.setdefault(place.stream_id, set()).add(place)
+            feeds = self._feeds.setdefault(stream_id, set())
+            if feeds and not self.database.client.joins_transactions:
+                [feed] = feeds
+            else:
+                feed = AsyncFeed(stream_id)
+                feeds.add(feed)
+            place = AsyncPlace(self, feed, alarm)
+            feed.places.add(place)
+            return place
 
     def leave(self, place: AsyncPlace) -> None:
         # Without the mutex: the garbage collector closes forgotten readers, in any thread and at any moment, also in
@@ -130,35 +82,55 @@ class AsyncChanges:
     def _clear_left(self) -> None:
         while self._left:
             place = self._left.popleft()
-            places = self._places[place.stream_id]
-            places.discard(place)
-            if not places:
-                del self._places[place.stream_id]
+            place.feed.places.discard(place)
+            if not place.feed.places:
+                self.forget(place.feed)
 
-    def wake(self, stream_ids: Iterable[str] | None = None) -> None:
-        """Wake the readers of these streams, or all."""
-        with self._mutex:
-            for stream_id in list(self._places) if stream_ids is None else stream_ids:
-                for place in self._places.get(stream_id, ()):
-                    place.wake()
+    def forget(self, feed: AsyncFeed) -> None:
+        """Drop a feed: whoever comes now gets another. To be called under the mutex."""
+        feeds = self._feeds.get(feed.stream_id, set())
+        feeds.discard(feed)
+        if not feeds:
+            self._feeds.pop(feed.stream_id, None)
 
-    def waiting(self) -> list[AsyncPlace]:
-        """Return the places of those who are waiting just now."""
-        with self._mutex:
+    def wake(self, stream_ids: Iterable[str] | None = None, *, appended: bool = False) -> None:
+        """Have those who follow these streams, or all, look at them; `appended`: no more than that has happened."""
+        with self.mutex:
+            for stream_id in list(self._feeds) if stream_ids is None else stream_ids:
+                for feed in self._feeds.get(stream_id, ()):
+                    feed.happened(appended)
+
+    async def tell(self, stream_ids: Collection[str], *, appended: bool = False) -> None:
+        """Wake those who follow these streams here, and have the change announced to other processes."""
+        self.wake(stream_ids, appended=appended)
+        await self._announcer.announce(stream_ids)
+
+    def followed(self) -> list[AsyncFeed]:
+        """Return the feeds of those who are waiting just now."""
+        with self.mutex:
             self._clear_left()
-            return [place for places in self._places.values() for place in places if place.cursor is not None]
+            return [feed for feeds in self._feeds.values() for feed in feeds if feed.awaited]
+
+    def poll_found(self, found: Mapping[str, tuple[str, int]], asked: Iterable[AsyncFeed]) -> bool:
+        """Have those look to whom a poll brings news, and say if it has brought any."""
+        with self.mutex:
+            news = [feed for feed in asked if feed.polled(*found.get(feed.stream_id, (None, 0)))]
+            for feed in news:
+                feed.happened()
+            return bool(news)
 
     def keep_watch(self) -> None:
         """See to it that somebody is looking out."""
-        with self._mutex:
-            if self._watch is None and not self.closing.is_set():
-                self._watch = AsyncWatch(self)
+        if self._watch is None:
+            with self.mutex:
+                if self._watch is None and not self.database.closing.is_set():
+                    self._watch = AsyncWatch(self)
 
     def end_watch(self, watch: AsyncWatch, *, if_idle: bool) -> bool:
-        """Let a watch go: the next reader who waits starts another. With `if_idle`, only if there is no reader."""
-        with self._mutex:
+        """Let a watch go: the next who waits starts another. With `if_idle`, only if nobody follows anything."""
+        with self.mutex:
             self._clear_left()
-            if if_idle and self._places:
+            if if_idle and self._feeds:
                 return False
             if self._watch is watch:
                 self._watch = None
@@ -175,13 +147,17 @@ class AsyncChanges:
             )
 
     async def close(self) -> None:
-        """Wake everybody for the last time and end the watch."""
-        self.closing.set()
-        self.wake()
-        with self._mutex:
+        """Send everybody away, end the watch, and announce what is left."""
+        with self.mutex:
+            for feeds in self._feeds.values():
+                for feed in feeds:
+                    feed.close()
             watch = self._watch
-        if watch is not None:
-            await watch.close()
+        try:
+            if watch is not None:
+                await watch.close()
+        finally:
+            await self._announcer.close()
 
 
 class AsyncWatch:
@@ -192,7 +168,7 @@ class AsyncWatch:
 
     def __init__(self, changes: AsyncChanges) -> None:
         self._changes = changes
-        self._client = changes.client
+        self._client = changes.database.client
         self._mutex = Mutex()
         self._connection: psycopg.AsyncConnection[Row] | None = None
         self._unheard_since = math.inf  # when a probe was sent that has not been heard yet
@@ -211,8 +187,8 @@ class AsyncWatch:
         pause = changes.poll_interval
         busy_at = polled_at = monotonic()
         try:
-            while not changes.closing.is_set():
-                if changes.waiting():
+            while not changes.database.closing.is_set():
+                if changes.followed():
                     busy_at = monotonic()
                 elif monotonic() - busy_at > LINGER and changes.end_watch(self, if_idle=True):
                     return
@@ -225,7 +201,7 @@ class AsyncWatch:
                     polled_at = monotonic()
                     news = await self._poll()
                 except Exception as error:
-                    if changes.closing.is_set():
+                    if changes.database.closing.is_set():
                         return
                     # Whatever it is: the readers look for themselves, and meet it where it can be raised.
                     logger.debug("looking out for changes failed: %s", type(error).__name__)
@@ -250,7 +226,7 @@ class AsyncWatch:
                 return
             with self._mutex:
                 self._connection = connection
-            if self._changes.closing.is_set():  # too early for `close` to see this connection
+            if self._changes.database.closing.is_set():  # too early for `close` to see this connection
                 await self._disconnect()
                 return
             direct = await is_direct(connection)
@@ -275,7 +251,7 @@ class AsyncWatch:
 
     async def _listen(self, timeout: float) -> None:
         if self._connection is None:
-            await self._changes.closing.wait(min(timeout, max(0.0, self._connect_at - monotonic())))
+            await self._changes.database.closing.wait(min(timeout, max(0.0, self._connect_at - monotonic())))
             return
         async for notify in self._connection.notifies(timeout=timeout):
             self._unheard_since = math.inf
@@ -286,10 +262,11 @@ class AsyncWatch:
             self._changes.warn_of_deafness()
 
     async def _poll(self) -> bool:
-        """Ask where the streams of all waiting readers stand, wake those that are behind, say if there were any."""
-        stream_ids = {place.stream_id for place in self._changes.waiting()}
-        if not stream_ids:
+        """Ask where the streams stand that somebody waits for, and say if that brought news."""
+        feeds = self._changes.followed()
+        if not feeds:
             return False
+        stream_ids = {feed.stream_id for feed in feeds}
         statement, params = self._changes.poll_statement, [json_array(stream_ids)]
         if self._connection is not None and self._client.joins_transactions:
             # Not into the caller's transaction, which belongs to another thread.
@@ -298,10 +275,7 @@ class AsyncWatch:
         else:
             # Through the client, so that the poll sees what the readers see: the caller's search_path, role and rights.
             rows = await self._client.query(statement, params)
-        found = {stream_id: (state, total_chunks) for stream_id, state, total_chunks in rows}
-        places = [place for place in self._changes.waiting() if place.stream_id in stream_ids]
-        news = [place.wake_if_behind(*found.get(place.stream_id, (None, 0))) for place in places]
-        return any(news)
+        return self._changes.poll_found({stream_id: (state, total) for stream_id, state, total in rows}, feeds)
 
     async def _disconnect(self) -> None:
         with self._mutex:
@@ -309,69 +283,6 @@ class AsyncWatch:
         self._unheard_since = math.inf
         if connection is not None:
             await connection.close()
-
-
-class AsyncAnnouncer:
-    """Tells other processes which streams have changed, after the fact and in the background.
-
-    What piles up while one announcement is under way goes out together with the next. A client whose statements belong
-    to a transaction of the caller announces at once instead: PostgreSQL delivers that when the transaction commits.
-    """
-
-    def __init__(self, changes: AsyncChanges) -> None:
-        self._changes = changes
-        self._client = changes.client
-        self._mutex = Mutex()
-        self._pending: dict[str, None] = {}
-        self._filled = AsyncEvent()
-        self._worker: AsyncWorker | None = None
-        self._closing = False
-
-    async def announce(self, stream_ids: Iterable[str]) -> None:
-        """Announce that these streams have changed.
-
-        Raises nothing, since what is not announced is found by polling; but in a transaction of the caller an error has
-        undone what was to be announced, and is raised.
-        """
-        if self._client.joins_transactions:
-            await self._send(stream_ids, None)
-            return
-        with self._mutex:
-            self._pending.update(dict.fromkeys(stream_ids))
-            self._filled.set()
-            if self._worker is None:
-                self._worker = async_spawn(self._work, "aibind_postgres-announcer")
-
-    async def close(self) -> None:
-        """Send what is left and end the worker."""
-        with self._mutex:
-            self._closing = True
-            self._filled.set()
-            worker = self._worker
-        if worker is not None:
-            await worker.join(CLOSING_TIMEOUT)
-
-    async def _work(self) -> None:
-        try:
-            while True:
-                await self._filled.wait(0 if self._closing else LINGER)
-                with self._mutex:
-                    self._filled.clear()
-                    batch, self._pending = self._pending, {}
-                    if not batch:
-                        self._worker = None
-                        return
-                try:
-                    await self._send(batch, self._changes.name)
-                except Exception as error:
-                    logger.debug("an announcement was not sent: %s", type(error).__name__)
-        except BaseException:  # cancelled, as when its event loop ends
-            self._worker = None
-            raise
-
-    async def _send(self, stream_ids: Iterable[str], sender: str | None) -> None:
-        payloads = json_array(announcements(stream_ids, sender))
-        await self._client.query(ANNOUNCE, [self._changes.channel, payloads])
 
 
 def _hang_up(connection: psycopg.AsyncConnection[Any]) -> None:

@@ -114,7 +114,9 @@ class AsyncPoolClient(AsyncPsycopgClient):
     async def query(self, sql: str, params: Sequence[Any]) -> Sequence[Row]:
         if self._owned and self._pool.closed:
             await self._open()
-        async with self._pool.connection() as connection:
+        # Not by its context manager, which ends a transaction: in autocommit mode there is none to end.
+        connection = await self._pool.getconn()
+        try:
             if connection.autocommit:
                 return await self._run(connection, sql, params)
             # Changing the mode of an idle connection is local: it saves the round trips of BEGIN and COMMIT.
@@ -124,6 +126,8 @@ class AsyncPoolClient(AsyncPsycopgClient):
             finally:
                 if connection.info.transaction_status == TransactionStatus.IDLE:
                     await connection.set_autocommit(False)
+        finally:
+            await self._pool.putconn(connection)
 
     async def _open(self) -> None:
         async with self._opening:

@@ -7,36 +7,26 @@ import math
 import uuid
 from collections.abc import AsyncIterator, Iterable, Sequence
 from datetime import datetime, timedelta
-from random import uniform
 from time import monotonic
 from types import TracebackType
 from typing import TYPE_CHECKING, get_args
 
 from .. import _arguments as arguments
-from .._sql import StreamStatements, json_array
+from .._sql import StreamStatements
 from .._tables import CHUNKS_TABLE, STATUS_TABLE, distinct
-from ..errors import (
-    AibindError,
-    SequenceConflictError,
-    StoreClosedError,
-    StreamExistsError,
-    StreamNotActiveError,
-    StreamNotFoundError,
-    translated,
-)
+from ..errors import StreamExistsError, StreamNotFoundError
 from ..models import CleanupResult, StreamChunk, StreamInfo, StreamState, StreamStatus, moment
-from .changes import AsyncAnnouncer, AsyncChanges
-from .client import as_client
+from .appending import Append, AsyncAppender
+from .changes import AsyncChanges
+from .database import AsyncDatabase
 
 if TYPE_CHECKING:
     from psycopg.sql import Identifier
     from typing_extensions import Self
 
-    from .client import AsyncClientLike, Row
+    from .client import AsyncClientLike
 
 PAGE = 2000  # rows that one statement reads
-APPEND_ATTEMPTS = 5
-LONGEST_RETRY = 2.0  # seconds between two attempts to reach the server
 
 
 class AsyncPostgresStreamStore:
@@ -70,12 +60,10 @@ class AsyncPostgresStreamStore:
         chunks, status = distinct(chunks_table, status_table)
         poll_seconds = arguments.seconds(poll_interval, "poll_interval")
         self._ttl = arguments.milliseconds(ttl, "ttl")
-        self._retry_for = arguments.seconds(retry_for, "retry_for", zero=True)
-        self._client = as_client(client)
+        self._database = AsyncDatabase(client, arguments.seconds(retry_for, "retry_for", zero=True))
         self._sql = StreamStatements(chunks, status)
-        self._changes = AsyncChanges(self._client, status.channel, self._sql.poll, poll_seconds)
-        self._announcer = AsyncAnnouncer(self._changes)
-        self._closed = False
+        self._changes = AsyncChanges(self._database, self._sql, status.channel, poll_seconds)
+        self._appender = AsyncAppender(self._database, self._sql, self._ttl, self._changes)
 
     async def create(self, id: str | None = None) -> str:
         """Begin a stream and return its id; without one, a new and unguessable id is made.
@@ -90,7 +78,7 @@ class AsyncPostgresStreamStore:
 
     async def acquire(self, id: str) -> bool:
         """Begin a stream unless there is one of this id. True: begun, the caller produces. False: the caller reads."""
-        rows = await self._query(self._sql.create, [arguments.identifier(id), self._ttl])
+        rows = await self._database.query(self._sql.create, [arguments.identifier(id), self._ttl])
         return bool(rows[0][0])
 
     async def append(self, id: str, chunk: str, *, expected_seq: int | None = None) -> int:
@@ -103,8 +91,7 @@ class AsyncPostgresStreamStore:
         Raises `StreamNotFoundError`, `StreamNotActiveError` if the stream has ended, and `InvalidDataError` for what
         is not text or cannot be stored. In each case nothing was written.
         """
-        text = arguments.storable_text(chunk, "a chunk")
-        return await self._append(self._sql.append, id, text, [text], expected_seq)
+        return await self._append(id, [arguments.storable_text(chunk, "a chunk")], expected_seq)
 
     async def append_many(self, id: str, chunks: Iterable[str], *, expected_seq: int | None = None) -> int:
         """Append chunks, all of them or none, and return the number of the last one.
@@ -113,38 +100,13 @@ class AsyncPostgresStreamStore:
         texts, nothing is written. Without any chunk, the last number in the stream is returned. Raises what `append`
         raises, also then.
         """
-        texts = arguments.chunk_list(chunks)
-        return await self._append(self._sql.append_many, id, json_array(texts), texts, expected_seq)
+        return await self._append(id, arguments.chunk_list(chunks), expected_seq)
 
-    async def _append(self, statement: str, id: str, data: str, texts: Sequence[str], expected_seq: int | None) -> int:
+    async def _append(self, id: str, texts: Sequence[str], expected_seq: int | None) -> int:
         stream_id = arguments.identifier(id)
         if expected_seq is not None:
             arguments.sequence_number(expected_seq, "expected_seq", least=1)
-        for _ in range(APPEND_ATTEMPTS):
-            rows = await self._query(statement, [stream_id, data, expected_seq, self._ttl])
-            # Nothing was written: why? If nothing speaks against it, the stream has changed back meanwhile.
-            last = int(rows[0][0]) if rows else await self._explain(stream_id, texts, expected_seq)
-            if last is not None:
-                await self._changed([stream_id])
-                return last
-        raise AibindError(
-            f"stream {stream_id!r} is active, and yet its row cannot be updated: see policies and triggers"
-        )
-
-    async def _explain(self, stream_id: str, texts: Sequence[str], expected_seq: int | None) -> int | None:
-        """Return the last number if these texts have been written already, raise what forbids to write them."""
-        if expected_seq is not None:
-            rows = await self._query(self._sql.read, [stream_id, expected_seq - 1, len(texts)])
-            if texts and [data for _, data in rows[1:]] == list(texts):
-                return expected_seq + len(texts) - 1
-        status = await self.get_status(stream_id)
-        if status is None:
-            raise StreamNotFoundError(stream_id)
-        if status.state != "active":
-            raise StreamNotActiveError(stream_id, status.state)
-        if expected_seq is not None and expected_seq != status.total_chunks + 1:
-            raise SequenceConflictError(stream_id, expected_seq, status.total_chunks + 1)
-        return None
+        return await self._appender.append(Append(stream_id, texts, expected_seq))
 
     def read_from(self, id: str, after_seq: int = 0, *, follow: bool = True) -> AsyncIterator[StreamChunk]:
         """Iterate over the chunks with a number above `after_seq`, each exactly once and in order.
@@ -165,8 +127,8 @@ class AsyncPostgresStreamStore:
         delivered = 0
         with self._changes.place(stream_id) as place:
             while True:
-                place.about_to_look()
-                rows = await self._look(self._sql.read, [stream_id, cursor, PAGE])
+                version = place.version
+                rows = await self._database.look(self._sql.read, [stream_id, cursor, PAGE])
                 # A stream never gets shorter: if this one has, it is another one of the same id.
                 if not rows or -rows[0][0] < delivered:
                     raise StreamNotFoundError(stream_id)
@@ -178,7 +140,13 @@ class AsyncPostgresStreamStore:
                     continue
                 if rows[0][1] != "active" or not follow:
                     return
-                await place.wait(cursor)
+                place.stands(version, cursor, -rows[0][0])
+                while chunks := await place.follow(cursor):
+                    for chunk in chunks:
+                        yield chunk
+                    cursor = delivered = chunks[-1].seq
+                if chunks is not None:
+                    return
 
     def replay(self, id: str, after_seq: int = 0, *, speed: float = 1.0) -> AsyncIterator[StreamChunk]:
         """Iterate over the chunks that are there, at the pace at which they were written.
@@ -199,7 +167,7 @@ class AsyncPostgresStreamStore:
         due = monotonic()
         written_before: float | None = None
         while True:
-            rows = await self._look(self._sql.read_timed, [stream_id, cursor, PAGE])
+            rows = await self._database.look(self._sql.read_timed, [stream_id, cursor, PAGE])
             if not rows:
                 raise StreamNotFoundError(stream_id)
             for seq, data, written_at in rows[1:]:
@@ -207,7 +175,7 @@ class AsyncPostgresStreamStore:
                     due += max(0.0, written_at - (written_before or written_at)) / speed
                     written_before = written_at
                 if (pause := due - monotonic()) > 0:
-                    await self._sleep(pause)
+                    await self._database.sleep(pause)
                 yield StreamChunk(seq, data)
             if len(rows) <= PAGE:
                 return
@@ -215,7 +183,7 @@ class AsyncPostgresStreamStore:
 
     async def get_status(self, id: str) -> StreamStatus | None:
         """Return where a stream stands, or None if there is no such stream."""
-        rows = await self._query(self._sql.status, [arguments.identifier(id)])
+        rows = await self._database.query(self._sql.status, [arguments.identifier(id)])
         return StreamStatus._make(rows[0]) if rows else None
 
     async def wait(self, id: str, timeout: float | timedelta | None = None) -> StreamStatus:
@@ -230,17 +198,15 @@ class AsyncPostgresStreamStore:
             deadline = monotonic() + arguments.seconds(timeout, "timeout", zero=True)
         with self._changes.place(stream_id) as place:
             while True:
-                place.about_to_look()
-                rows = await self._look(self._sql.status, [stream_id], deadline)
+                version = place.version
+                rows = await self._database.look(self._sql.status, [stream_id], deadline)
                 if not rows:
                     raise StreamNotFoundError(stream_id)
                 status = StreamStatus._make(rows[0])
                 if status.state != "active":
                     return status
-                left = deadline - monotonic()
-                if left <= 0:
-                    raise TimeoutError(f"stream {stream_id!r} is still active")
-                await place.wait(math.inf, None if left == math.inf else left)
+                place.stands(version, status.total_chunks, status.total_chunks)
+                await place.follow(math.inf, deadline)
 
     async def stop(self, id: str) -> bool:
         """End a stream as stopped by a user. True if this call ended it, False if it had ended already.
@@ -265,11 +231,11 @@ class AsyncPostgresStreamStore:
 
     async def _end(self, id: str, state: StreamState, error: str | None) -> bool:
         stream_id = arguments.identifier(id)
-        [(ended, exists)] = await self._query(self._sql.end, [stream_id, state, error, self._ttl])
+        [(ended, exists)] = await self._database.query(self._sql.end, [stream_id, state, error, self._ttl])
         if not exists:
             raise StreamNotFoundError(stream_id)
         # Also if it had ended: the call that ended it may have lost its reply, and announced nothing.
-        await self._changed([stream_id])
+        await self._changes.tell([stream_id])
         return bool(ended)
 
     async def delete(self, id: str) -> bool:
@@ -278,12 +244,12 @@ class AsyncPostgresStreamStore:
         Those who read it or append to it get `StreamNotFoundError`.
         """
         stream_id = arguments.identifier(id)
-        [(total_chunks, deleted_chunks)] = await self._query(self._sql.delete, [stream_id])
+        [(total_chunks, deleted_chunks)] = await self._database.query(self._sql.delete, [stream_id])
         if total_chunks is None:
             return False
         if deleted_chunks < total_chunks:
-            await self._query(self._sql.delete_orphans, [stream_id])
-        await self._changed([stream_id])
+            await self._database.query(self._sql.delete_orphans, [stream_id])
+        await self._changes.tell([stream_id])
         return True
 
     def list(
@@ -315,9 +281,9 @@ class AsyncPostgresStreamStore:
         while True:
             if by_time:
                 params = [state, last_id, PAGE, after, before, last_time]
-                rows = await self._query(self._sql.list_by_time, params)
+                rows = await self._database.query(self._sql.list_by_time, params)
             else:
-                rows = await self._query(self._sql.list, [state, last_id, PAGE])
+                rows = await self._database.query(self._sql.list, [state, last_id, PAGE])
             for stream_id, found, error, total_chunks, expires_at, created_at in rows:
                 yield StreamInfo(stream_id, found, error, total_chunks, moment(expires_at), created_at)
             if len(rows) < PAGE:
@@ -333,7 +299,7 @@ class AsyncPostgresStreamStore:
         arguments.sequence_number(batch_size, "batch_size", least=1)
         streams = chunks = 0
         while True:
-            [(deleted_streams, deleted_chunks)] = await self._query(self._sql.cleanup, [batch_size])
+            [(deleted_streams, deleted_chunks)] = await self._database.query(self._sql.cleanup, [batch_size])
             streams += deleted_streams
             chunks += deleted_chunks
             if deleted_streams < batch_size:
@@ -349,20 +315,17 @@ class AsyncPostgresStreamStore:
         """
         silence = arguments.seconds(older_than, "older_than", zero=True)
         text = f"abandoned: no sign of life for {silence:g} seconds"
-        rows = await self._query(self._sql.fail_abandoned, [self._ttl, round(silence * 1000), text])
+        rows = await self._database.query(self._sql.fail_abandoned, [self._ttl, round(silence * 1000), text])
         stream_ids = [row[0] for row in rows]
         if stream_ids:
-            await self._changed(stream_ids)
+            await self._changes.tell(stream_ids)
         return stream_ids
 
     async def close(self) -> None:
         """Close the store, and the pool if the store owns it. Whoever waits gets `StoreClosedError`. Safe to repeat."""
-        self._closed = True
-        async with self._client:
-            try:
-                await self._changes.close()
-            finally:
-                await self._announcer.close()
+        self._database.closing.set()
+        async with self._database.client:
+            await self._changes.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -371,44 +334,3 @@ class AsyncPostgresStreamStore:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self.close()
-
-    async def _changed(self, stream_ids: Sequence[str]) -> None:
-        self._changes.wake(stream_ids)
-        await self._announcer.announce(stream_ids)
-
-    async def _query(self, statement: str, params: Sequence[object]) -> Sequence[Row]:
-        if self._closed:
-            raise StoreClosedError("this store is closed")
-        try:
-            return await self._client.query(statement, params)
-        except Exception as error:
-            if self._closed:
-                raise StoreClosedError("this store was closed meanwhile") from error
-            if (known := translated(error)) is not None:
-                raise known from error
-            raise
-
-    async def _look(self, statement: str, params: Sequence[object], deadline: float = math.inf) -> Sequence[Row]:
-        """Read, and if the server cannot be reached try again for `retry_for` seconds, more and more slowly."""
-        give_up_at: float | None = None
-        pause = 0.05
-        while True:
-            try:
-                return await self._query(statement, params)
-            except Exception as error:
-                if not self._client.may_recover(error):
-                    raise
-                now = monotonic()
-                if give_up_at is None:
-                    give_up_at = now + self._retry_for
-                if now >= deadline:
-                    raise TimeoutError("the server could not be reached in time") from error
-                if now >= give_up_at:
-                    raise
-                # Spread out: many readers lose the server at the same moment.
-                await self._sleep(min(uniform(pause / 2, pause), give_up_at - now, deadline - now))
-                pause = min(pause * 2, LONGEST_RETRY)
-
-    async def _sleep(self, seconds: float) -> None:
-        if await self._changes.closing.wait(seconds):
-            raise StoreClosedError("this store was closed meanwhile")

@@ -1,0 +1,90 @@
+"""Telling other processes which streams have changed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from time import monotonic
+from typing import TYPE_CHECKING
+
+from .._concurrency import AsyncEvent, AsyncWorker, Mutex, async_spawn
+from .._sql import ANNOUNCE, announcements, json_array
+
+if TYPE_CHECKING:
+    from .changes import AsyncChanges
+
+logger = logging.getLogger("aibind_postgres")
+
+LINGER = 30.0  # seconds that the worker stays with nothing to do
+CLOSING_TIMEOUT = 10.0  # seconds that closing waits for the worker
+REST = 10  # after an announcement the worker rests for so many times as long as it took
+SHORTEST_REST, LONGEST_REST = 0.005, 0.05  # seconds
+
+
+class AsyncAnnouncer:
+    """Announces after the fact and in the background.
+
+    The first change after a rest is announced at once. What changes while an announcement is under way, and in the rest
+    after it, goes out together: so announcing takes a small part of the time, however many changes there are, and what
+    it takes from the writers stays small on a busy server too. A client whose statements belong to a transaction of the
+    caller announces at once instead: PostgreSQL delivers that when the transaction commits.
+    """
+
+    def __init__(self, changes: AsyncChanges) -> None:
+        self._changes = changes
+        self._client = changes.database.client
+        self._mutex = Mutex()
+        self._pending: dict[str, None] = {}
+        self._filled = AsyncEvent()
+        self._closing = AsyncEvent()
+        self._worker: AsyncWorker | None = None
+
+    async def announce(self, stream_ids: Iterable[str]) -> None:
+        """Announce that these streams have changed.
+
+        Raises nothing, since what is not announced is found by polling; but in a transaction of the caller an error has
+        undone what was to be announced, and is raised.
+        """
+        if self._client.joins_transactions:
+            await self._send(stream_ids, None)
+            return
+        with self._mutex:
+            if not self._pending:
+                self._filled.set()
+            self._pending.update(dict.fromkeys(stream_ids))
+            if self._worker is None:
+                self._worker = async_spawn(self._work, "aibind_postgres-announcer")
+
+    async def close(self) -> None:
+        """Send what is left and end the worker."""
+        with self._mutex:
+            self._closing.set()
+            self._filled.set()
+            worker = self._worker
+        if worker is not None:
+            await worker.join(CLOSING_TIMEOUT)
+
+    async def _work(self) -> None:
+        try:
+            while True:
+                await self._filled.wait(0 if self._closing.is_set() else LINGER)
+                with self._mutex:
+                    self._filled.clear()
+                    batch, self._pending = self._pending, {}
+                    if not batch:
+                        self._worker = None
+                        return
+                began = monotonic()
+                try:
+                    await self._send(batch, self._changes.name)
+                except Exception as error:
+                    logger.debug("an announcement was not sent: %s", type(error).__name__)
+                rest = REST * (monotonic() - began)
+                await self._closing.wait(min(max(rest, SHORTEST_REST), LONGEST_REST))
+        except BaseException:  # cancelled, as when its event loop ends
+            self._worker = None
+            raise
+
+    async def _send(self, stream_ids: Iterable[str], sender: str | None) -> None:
+        payloads = json_array(announcements(stream_ids, sender))
+        await self._client.query(ANNOUNCE, [self._changes.channel, payloads])

@@ -1,0 +1,137 @@
+"""Appends: each one a statement, or many of them one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from .._sql import StreamStatements, json_array, json_text
+from ..errors import (
+    AibindError,
+    SequenceConflictError,
+    StreamNotActiveError,
+    StreamNotFoundError,
+    nothing_was_written,
+)
+from .combining import AsyncCombiner
+
+if TYPE_CHECKING:
+    from .changes import AsyncChanges
+    from .database import AsyncDatabase
+
+ATTEMPTS = 5
+LANES = 2  # batches side by side, while PostgreSQL writes the log of one it works on the other
+BATCH_ITEMS, BATCH_SIZE = 500, 500_000
+LARGEST_COMBINED = 20_000  # what is larger would hold up the others of its batch
+TEXT_SIZE = 100  # what a text counts beyond its characters
+
+
+class Append(NamedTuple):
+    stream_id: str
+    texts: Sequence[str]
+    expected_seq: int | None
+
+
+class AsyncAppender:
+    """Appends to streams; appends at the same time share statements.
+
+    An append that a shared statement left out runs a statement of its own, which tells why or waits for what stands in
+    the way. What is left out are appends to streams that are not there or have ended, whose number is not the expected
+    one, or whose row is locked by another transaction; and the whole batch if the server refuses it.
+    """
+
+    def __init__(
+        self,
+        database: AsyncDatabase,
+        statements: StreamStatements,
+        ttl: int,
+        changes: AsyncChanges,
+    ) -> None:
+        self._database = database
+        self._sql = statements
+        self._ttl = ttl
+        self._changes = changes
+        # A stream has its lane: two batches never want the same row.
+        self._lanes = [AsyncCombiner(self._run, max_items=BATCH_ITEMS, max_size=BATCH_SIZE) for _ in range(LANES)]
+
+    async def append(self, append: Append) -> int:
+        """Append texts and return the number of the last one; also if they are there already, where expected."""
+        size = sum(map(len, append.texts)) + TEXT_SIZE * len(append.texts)
+        # A caller's own transaction is nobody else's.
+        combined = size <= LARGEST_COMBINED and not self._database.client.joins_transactions
+        for _ in range(ATTEMPTS):
+            if combined:
+                last = await self._lanes[hash(append.stream_id) % LANES].call(append, size)
+            else:
+                [last] = await self._run([append])
+            if last is None:  # Why? If nothing speaks against it, it was left out, or the stream has changed meanwhile.
+                last = await self._explain(append)
+            if last is not None:
+                return last
+            combined = False
+        raise AibindError(
+            f"stream {append.stream_id!r} is active, and yet its row cannot be updated: see policies and triggers"
+        )
+
+    async def _run(self, appends: Sequence[Append]) -> Sequence[int | None]:
+        """Return the last number of each append, None for one that was left out."""
+        if len(appends) > 1:
+            try:
+                lasts = await self._run_batch(appends)
+            except Exception as error:
+                if not nothing_was_written(error):
+                    raise
+                lasts = [None] * len(appends)
+        else:
+            [(stream_id, texts, expected_seq)] = appends
+            if len(texts) == 1:
+                statement, data = self._sql.append, texts[0]
+            else:
+                statement, data = self._sql.append_many, json_array(texts)
+            rows = await self._database.query(statement, [stream_id, data, expected_seq, self._ttl])
+            lasts = [int(rows[0][0]) if rows else None]
+        written = {append.stream_id for append, last in zip(appends, lasts, strict=True) if last is not None}
+        if written:
+            await self._changes.tell(written, appended=True)
+        return lasts
+
+    async def _run_batch(self, appends: Sequence[Append]) -> list[int | None]:
+        # The texts of one stream go in together, so only the first of them can have a number that it must get.
+        groups: dict[str, list[int]] = {}
+        for place, append in enumerate(appends):
+            group = groups.setdefault(append.stream_id, [])
+            if not group or append.expected_seq is None:
+                group.append(place)
+        items = [
+            {
+                "id": stream_id,
+                "expected": appends[group[0]].expected_seq,
+                "texts": [text for place in group for text in appends[place].texts],
+            }
+            for stream_id, group in groups.items()
+        ]
+        rows = await self._database.query(self._sql.append_batch, [json_text(items), self._ttl])
+        lasts: list[int | None] = [None] * len(appends)
+        for stream_id, last in rows:
+            for place in groups[stream_id]:
+                last += len(appends[place].texts)
+                lasts[place] = last
+        return lasts
+
+    async def _explain(self, append: Append) -> int | None:
+        """Return the last number if these texts have been written already, raise what forbids to write them."""
+        stream_id, texts, expected_seq = append
+        if expected_seq is not None:
+            rows = await self._database.query(self._sql.read, [stream_id, expected_seq - 1, len(texts)])
+            if texts and [data for _, data in rows[1:]] == list(texts):
+                await self._changes.tell([stream_id], appended=True)
+                return expected_seq + len(texts) - 1
+        rows = await self._database.query(self._sql.status, [stream_id])
+        if not rows:
+            raise StreamNotFoundError(stream_id)
+        state, _, total_chunks = rows[0]
+        if state != "active":
+            raise StreamNotActiveError(stream_id, state)
+        if expected_seq is not None and expected_seq != total_chunks + 1:
+            raise SequenceConflictError(stream_id, expected_seq, total_chunks + 1)
+        return None

@@ -1,0 +1,79 @@
+"""What a store runs its statements through: a client, with the errors of this package, and further attempts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from random import uniform
+from time import monotonic
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+from .._concurrency import AsyncEvent
+from ..errors import StoreClosedError, translated
+from .client import as_client
+
+if TYPE_CHECKING:
+    from .client import AsyncClientLike, Row
+
+Result = TypeVar("Result")
+ResultOut = TypeVar("ResultOut", covariant=True)
+
+FIRST_RETRY, LONGEST_RETRY = 0.05, 2.0  # seconds between two attempts to reach the server, doubled each time
+
+
+class AsyncAttempt(Protocol[ResultOut]):
+    """What may be tried again."""
+
+    async def __call__(self) -> ResultOut: ...
+
+
+class AsyncDatabase:
+    """The database of one store. Once `closing` is set, nothing runs any more and nobody sleeps on."""
+
+    def __init__(self, client: AsyncClientLike, retry_for: float) -> None:
+        self.client = as_client(client)
+        self.closing = AsyncEvent()
+        self._retry_for = retry_for
+
+    async def query(self, statement: str, params: Sequence[object]) -> Sequence[Row]:
+        """Run one statement and return its rows."""
+        if self.closing.is_set():
+            raise StoreClosedError("this store is closed")
+        try:
+            return await self.client.query(statement, params)
+        except Exception as error:
+            if self.closing.is_set():
+                raise StoreClosedError("this store was closed meanwhile") from error
+            if (known := translated(error)) is not None:
+                raise known from error
+            raise
+
+    async def persist(self, attempt: AsyncAttempt[Result], deadline: float = math.inf) -> Result:
+        """Make an attempt, and if the server cannot be reached others for `retry_for` seconds, more and more slowly."""
+        give_up_at: float | None = None
+        pause = FIRST_RETRY
+        while True:
+            try:
+                return await attempt()
+            except Exception as error:
+                if not self.client.may_recover(error):
+                    raise
+                now = monotonic()
+                if give_up_at is None:
+                    give_up_at = now + self._retry_for
+                if now >= deadline:
+                    raise TimeoutError("the server could not be reached in time") from error
+                if now >= give_up_at:
+                    raise
+                # Spread out: many callers lose the server at the same moment.
+                await self.sleep(min(uniform(pause / 2, pause), give_up_at - now, deadline - now))
+                pause = min(pause * 2, LONGEST_RETRY)
+
+    async def look(self, statement: str, params: Sequence[object], deadline: float = math.inf) -> Sequence[Row]:
+        """Read by one statement, persistently."""
+        return await self.persist(partial(self.query, statement, params), deadline)
+
+    async def sleep(self, seconds: float) -> None:
+        if await self.closing.wait(seconds):
+            raise StoreClosedError("this store was closed meanwhile")

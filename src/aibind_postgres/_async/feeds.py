@@ -1,0 +1,295 @@
+"""The live ends of streams: what is new is fetched once and taken by all who follow here."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from functools import partial
+from operator import itemgetter
+from time import monotonic
+from types import TracebackType
+from typing import TYPE_CHECKING, NamedTuple
+
+from .._arguments import MAX_NUMBER
+from .._concurrency import AsyncEvent
+from .._sql import StreamStatements, json_text
+from ..errors import StoreClosedError, StreamNotFoundError, copied
+from ..models import StreamChunk
+from .combining import AsyncCombiner
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from .changes import AsyncChanges
+    from .client import Row
+    from .database import AsyncDatabase
+
+LIVE_PAGE = 200  # chunks of one stream that one fetch brings
+FETCHES = 200  # streams that one statement reads
+TAIL_CHUNKS, TAIL_SIZE = 500, 200_000  # chunks and characters that are kept for slower readers
+
+
+class AsyncFeed:
+    """One stream as it is known here: its last chunks, and who follows it.
+
+    All of it is guarded by the mutex of the changes that it belongs to.
+    """
+
+    def __init__(self, stream_id: str) -> None:
+        self.stream_id = stream_id
+        self.places: set[AsyncPlace] = set()
+        self.waiting: set[AsyncPlace] = set()
+        self.fetching = False
+        self.version = 1  # goes up with whatever may have happened to the stream
+        self._fetched = 0  # the version at which the newest fetch began
+        self._tail: list[StreamChunk] = []
+        self._start = self.end = 0  # the chunks of the tail have the numbers above the one, up to the other
+        self._size = 0
+        self._state: str | None = "active"  # None: there is no such stream
+        self._total = 0
+        self._polled: object = None
+
+    @property
+    def over(self) -> bool:
+        """Nothing comes after the tail."""
+        return self._state != "active"
+
+    @property
+    def gone(self) -> bool:
+        """There is no such stream any more; there may be another one of the same id."""
+        return self._state is None
+
+    @property
+    def current(self) -> bool:
+        """Nothing is known to have happened since the newest fetch."""
+        return self._fetched == self.version
+
+    def after(self, cursor: float) -> Sequence[StreamChunk] | None:
+        """Return the chunks after `cursor`, none if there are none yet, None if they are not in the tail."""
+        if cursor >= self.end:
+            return ()
+        if cursor < self._start:
+            return None
+        return self._tail[bisect_right(self._tail, cursor, key=itemgetter(0)) :]
+
+    def wants(self, cursor: float) -> int:
+        """Return the number after which to fetch: that of the tail if somebody waits there, else the caller's own."""
+        return self.end if self.waiting and self._fetched else int(min(cursor, MAX_NUMBER))
+
+    def take(self, version: int, after: int, rows: Sequence[Row]) -> None:
+        """Take what was fetched after the number `after`, from the moment of `version` on."""
+        if not rows or -rows[0][0] < self._total:  # a stream never gets shorter: this is another one
+            self._state = None
+            return
+        self._total = -rows[0][0]
+        chunks = [StreamChunk._make(row) for row in rows[1:]]
+        if after != self.end or not self._fetched:
+            self._tail, self._size = [], 0
+            self._start = self.end = min(after, self._total)
+        if chunks:
+            self._tail += chunks
+            self.end = chunks[-1].seq
+            self._size += sum(len(chunk.data) for chunk in chunks)
+        if len(chunks) < LIVE_PAGE:
+            self._fetched = max(self._fetched, version)
+            self._state = rows[0][1]
+        self._trim(len(chunks))
+
+    def _trim(self, newest: int) -> None:
+        surplus = 0
+        while len(self._tail) - surplus > newest and (
+            len(self._tail) - surplus > TAIL_CHUNKS or self._size > TAIL_SIZE
+        ):
+            self._size -= len(self._tail[surplus].data)
+            surplus += 1
+        if surplus:
+            self._start = self._tail[surplus - 1].seq
+            del self._tail[:surplus]
+
+    def stands(self, version: int, cursor: int, total_chunks: int) -> None:
+        """Take the word of a reader who has read up to `cursor`, all there was at the moment of `version`."""
+        if not self._fetched:
+            self._start = self.end = min(cursor, total_chunks)
+        if cursor == self.end:
+            self._fetched = max(self._fetched, version)
+            self._total = max(self._total, total_chunks)
+
+    def polled(self, state: str | None, total_chunks: int) -> bool:
+        """Say whether a poll has found what is not known yet; no state: no such stream.
+
+        The same finding is no news again: those who follow may see other rows than the poll does.
+        """
+        known, self._polled = self._polled, (state, total_chunks)
+        return known != self._polled and (state != "active" or total_chunks > self._total)
+
+    @property
+    def awaited(self) -> bool:
+        """Somebody waits for what happens."""
+        return bool(self.waiting) or any(place.alarm for place in self.places)
+
+    def happened(self, appended: bool = False) -> None:
+        """Have somebody look, since something may have happened; `appended`: chunks have been appended from here."""
+        self.version += 1
+        self.summon()
+        if not appended:
+            for place in self.places:
+                if place.alarm is not None:
+                    place.alarm()
+
+    def close(self) -> None:
+        """Send everybody away."""
+        for place in self.places:
+            place.fail(StoreClosedError("this store was closed meanwhile"))
+
+    def summon(self) -> None:
+        """Wake one of those who wait if there is something to fetch and nobody does."""
+        if self.waiting and not self.fetching and not self.current:
+            self.waiting.pop().wake()
+
+
+class AsyncPlace:
+    """The place of one who follows a stream. Take it with `with`, and look only then.
+
+    With `alarm`, that is called, under the mutex, for whatever may have ended the stream.
+    """
+
+    def __init__(self, changes: AsyncChanges, feed: AsyncFeed, alarm: Callable[[], None] | None = None) -> None:
+        self.feed = feed
+        self.alarm = alarm
+        self._changes = changes
+        self._woken = AsyncEvent()
+        self._cursor: float = 0
+        self._failure: Exception | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._changes.leave(self)
+
+    @property
+    def version(self) -> int:
+        """What to give to `stands` after a look of one's own; to be read before it."""
+        return self.feed.version
+
+    def stands(self, version: int, cursor: int, total_chunks: int) -> None:
+        with self._changes.mutex:
+            self.feed.stands(version, cursor, total_chunks)
+
+    def wake(self) -> None:
+        self._woken.set()
+
+    def fail(self, error: Exception) -> None:
+        self._failure = error
+        self.wake()
+
+    async def follow(self, cursor: float, deadline: float = math.inf) -> Sequence[StreamChunk] | None:
+        """Wait for chunks after `cursor` and return them; none if the stream has ended, and there are none.
+
+        Returns None if the feed does not have them: the caller reads for himself. A cursor of infinity waits for the
+        end. Raises `StreamNotFoundError` if the stream is deleted, `TimeoutError` at the `deadline` of the monotonic
+        clock, and what fetching raises.
+        """
+        feed = self.feed
+        while True:
+            with self._changes.mutex:
+                if self._failure is not None:
+                    failure, self._failure = self._failure, None
+                    raise copied(failure) from failure
+                if feed.gone:
+                    raise StreamNotFoundError(feed.stream_id)
+                chunks = feed.after(cursor)
+                if chunks is None or chunks or feed.over:
+                    return chunks
+                if to_fetch := not feed.current and not feed.fetching:
+                    feed.fetching = True
+                    version, after = feed.version, feed.wants(cursor)
+                else:
+                    self._woken.clear()
+                    self._cursor = cursor
+                    feed.waiting.add(self)
+            if to_fetch:
+                await self._fetch(version, after, deadline)
+            else:
+                await self._wait(deadline)
+
+    async def _wait(self, deadline: float) -> None:
+        try:
+            self._changes.keep_watch()
+            if not await self._woken.wait(None if deadline == math.inf else max(0.0, deadline - monotonic())):
+                raise TimeoutError(f"stream {self.feed.stream_id!r} is still active")
+        except BaseException:
+            with self._changes.mutex:
+                self.feed.waiting.discard(self)
+                self.feed.summon()  # another, if this one had been called to fetch
+            raise
+
+    async def _fetch(self, version: int, after: int, deadline: float) -> None:
+        feed = self.feed
+        woken: list[AsyncPlace] = []
+        failure: Exception | None = None
+        try:
+            rows = await self._changes.fetch(feed.stream_id, after, deadline)
+        except BaseException as error:
+            with self._changes.mutex:
+                feed.fetching = False
+                if isinstance(error, Exception) and monotonic() < deadline:
+                    failure = error
+                    woken, feed.waiting = list(feed.waiting), set()
+                else:
+                    feed.summon()
+            raise
+        else:
+            with self._changes.mutex:
+                feed.fetching = False
+                feed.take(version, after, rows)
+                if feed.gone:
+                    self._changes.forget(feed)
+                woken = [place for place in feed.waiting if feed.over or place._cursor < feed.end]
+                feed.waiting.difference_update(woken)
+                feed.summon()
+        finally:
+            for place in woken:
+                if failure is None:
+                    place.wake()
+                else:
+                    place.fail(failure)
+
+
+class Fetch(NamedTuple):
+    stream_id: str
+    after: int
+
+
+class AsyncFetcher:
+    """Reads what is new in streams; reads at the same time share statements."""
+
+    def __init__(self, database: AsyncDatabase, statements: StreamStatements) -> None:
+        self._database = database
+        self._sql = statements
+        self._combiner = AsyncCombiner(self._run, max_items=FETCHES, max_size=FETCHES)
+
+    async def fetch(self, stream_id: str, after: int, deadline: float) -> Sequence[Row]:
+        """Return the number of chunks, below zero, with the state; then the chunks after `after`, a page at most."""
+        fetch = Fetch(stream_id, after)
+        # A caller's own transaction is nobody else's.
+        alone = self._database.client.joins_transactions
+        attempt = partial(self._run_alone, fetch) if alone else partial(self._combiner.call, fetch)
+        return await self._database.persist(attempt, deadline)
+
+    async def _run_alone(self, fetch: Fetch) -> Sequence[Row]:
+        return await self._database.query(self._sql.read, [*fetch, LIVE_PAGE])
+
+    async def _run(self, fetches: Sequence[Fetch]) -> Sequence[Sequence[Row]]:
+        if len(fetches) == 1:
+            return [await self._run_alone(fetches[0])]
+        items = json_text(
+            [{"place": place, "id": fetch.stream_id, "after": fetch.after} for place, fetch in enumerate(fetches)]
+        )
+        results: list[list[Row]] = [[] for _ in fetches]
+        for place, *row in await self._database.query(self._sql.read_batch, [items, LIVE_PAGE]):
+            results[place].append(tuple(row))
+        return results

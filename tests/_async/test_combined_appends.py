@@ -1,0 +1,263 @@
+"""Appends that share a statement: each gets its own number or its own error, and none waits for another's trouble."""
+
+from __future__ import annotations
+
+import random
+from functools import partial
+
+import psycopg
+import pytest
+from psycopg_pool import AsyncConnectionPool
+from support.concurrency import AsyncBackground, async_gather, async_sleep
+
+from aibind_postgres import (
+    AsyncPostgresStreamStore,
+    InvalidDataError,
+    SequenceConflictError,
+    StoreClosedError,
+    StreamNotActiveError,
+    StreamNotFoundError,
+)
+from aibind_postgres._async import appending
+from aibind_postgres._concurrency import AsyncEvent
+
+
+class GatedClient:
+    """A pool of which each statement is noted, and waits for a gate before it is sent."""
+
+    def __init__(self, pool):
+        self.pool = pool
+        self.statements = []
+        self.gate = AsyncEvent()
+        self.gate.set()
+        self.connection_errors = (psycopg.OperationalError,)
+
+    async def query(self, sql, params):
+        self.statements.append(sql)
+        await self.gate.wait()
+        async with self.pool.connection() as connection:
+            cursor = psycopg.AsyncRawCursor(connection)
+            await cursor.execute(sql, params)
+            return await cursor.fetchall()
+
+
+@pytest.fixture
+async def client(dsn):
+    async with AsyncConnectionPool(
+        dsn, kwargs={"autocommit": True}, min_size=1, max_size=10, timeout=20, open=False
+    ) as pool:
+        yield GatedClient(pool)
+
+
+@pytest.fixture
+async def store(client, tables, monkeypatch):
+    monkeypatch.setattr(appending, "LANES", 1)
+    async with AsyncPostgresStreamStore(client, **tables) as store:
+        yield store
+
+
+async def at_once(store, client, calls):
+    """Have these calls queue behind another one, so that they share a statement; return their results or errors."""
+    other = await store.create()
+    [lane] = store._appender._lanes
+    client.gate.clear()
+    client.statements.clear()
+    async with AsyncBackground(partial(store.append, other, "other")) as first:
+        while not client.statements:
+            await async_sleep(0.001)
+        async with AsyncBackground(partial(async_gather, *calls, errors=True)) as rest:
+            while len(lane._queue) < len(calls):
+                await async_sleep(0.001)
+            client.gate.set()
+            assert await first.result() == 1
+            return await rest.result()
+
+
+async def texts(store, id):
+    return [chunk.data async for chunk in store.read_from(id, follow=False)]
+
+
+async def test_appends_to_many_streams_share_a_statement(store, client):
+    ids = [await store.create() for _ in range(50)]
+    for id in ids[::2]:
+        await store.append(id, "earlier")
+    assert await at_once(store, client, [partial(store.append, id, f"{id}'s") for id in ids]) == [2, 1] * 25
+    appends = [sql for sql in client.statements if "UPDATE" in sql]
+    assert len(appends) == 2
+    for id in ids:
+        assert (await texts(store, id))[-1] == f"{id}'s"
+
+
+async def test_appends_to_one_stream_share_a_statement(store, client):
+    id = await store.create()
+    calls = [partial(store.append, id, f"{number}") for number in range(20)]
+    calls += [partial(store.append_many, id, [f"{number}", "", "\"'\\\x01\n😀"]) for number in range(20, 30)]
+    lasts = await at_once(store, client, calls)
+    assert len(set(lasts)) == 30
+    stored = await texts(store, id)
+    assert len(stored) == 50
+    for number, last in enumerate(lasts[:20]):
+        assert stored[last - 1] == f"{number}"
+    for number, last in enumerate(lasts[20:], start=20):
+        assert stored[last - 3 : last] == [f"{number}", "", "\"'\\\x01\n😀"]
+
+
+async def test_each_gets_his_own_error(store, client):
+    good, ended, ahead = [await store.create() for _ in range(3)]
+    await store.stop(ended)
+    calls = [
+        partial(store.append, good, "1", expected_seq=1),
+        partial(store.append, ended, "x"),
+        partial(store.append, "missing", "x"),
+        partial(store.append, ahead, "x", expected_seq=5),
+    ]
+    results = await at_once(store, client, calls)
+    assert results[0] == 1
+    assert [type(result) for result in results[1:]] == [
+        StreamNotActiveError,
+        StreamNotFoundError,
+        SequenceConflictError,
+    ]
+    assert (results[3].expected, results[3].actual) == (5, 1)
+    assert await texts(store, good) == ["1"]
+    assert await texts(store, ahead) == []
+
+
+async def test_of_two_that_want_one_number_one_is_told(store, client):
+    id = await store.create()
+    results = await at_once(store, client, [partial(store.append, id, text, expected_seq=1) for text in "ab"])
+    assert sorted(map(str, results), key=len)[0] == "1"
+    assert sum(isinstance(result, SequenceConflictError) for result in results) == 1
+    assert len(await texts(store, id)) == 1
+
+
+async def test_the_same_append_at_once_writes_once(store, client):
+    id = await store.create()
+    assert await at_once(store, client, [partial(store.append, id, "a", expected_seq=1)] * 5) == [1] * 5
+    assert await texts(store, id) == ["a"]
+
+
+async def test_numbers_in_a_row_at_once(store, client):
+    id = await store.create()
+    calls = [partial(store.append, id, f"{seq}", expected_seq=seq) for seq in (1, 2, 3)]
+    results = await at_once(store, client, calls)
+    written = await texts(store, id)
+    # Who comes too early for his number is told so, and what is written is right.
+    assert written == ["1", "2", "3"][: len(written)]
+    for seq, result in enumerate(results, start=1):
+        assert result == seq if seq <= len(written) else isinstance(result, SequenceConflictError)
+
+
+async def test_a_refused_batch_harms_only_the_one_it_was_refused_for(store, client, dsn, tables):
+    ids = [await store.create() for _ in range(5)]
+    async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as connection:
+        # A number that is taken, as if somebody had meddled with the table.
+        statement = psycopg.sql.SQL("INSERT INTO {} (id, seq, data) VALUES (%s, 1, 'x')").format(tables["chunks_table"])
+        await connection.execute(statement, [ids[2]])
+    results = await at_once(store, client, [partial(store.append, id, "text") for id in ids])
+    assert isinstance(results.pop(2), psycopg.errors.UniqueViolation)
+    assert results == [1] * 4
+    for id in ids[:2] + ids[3:]:
+        assert await texts(store, id) == ["text"]
+
+
+async def test_a_batch_whose_outcome_is_unknown_is_not_sent_again(store, client, monkeypatch):
+    ids = [await store.create() for _ in range(5)]
+    query = client.query
+
+    async def lose_the_reply(sql, params):
+        rows = await query(sql, params)
+        if "json_to_recordset" in sql:
+            raise psycopg.OperationalError("the connection is lost")
+        return rows
+
+    monkeypatch.setattr(client, "query", lose_the_reply)
+    results = await at_once(store, client, [partial(store.append, id, "text") for id in ids])
+    assert [type(result) for result in results] == [psycopg.OperationalError] * 5
+    for id in ids:
+        assert await texts(store, id) == ["text"]
+        assert await store.append(id, "text", expected_seq=1) == 1
+
+
+async def test_a_locked_stream_holds_up_no_other(store, client, dsn, tables):
+    ids = [await store.create() for _ in range(5)]
+    lock = psycopg.sql.SQL("SELECT FROM {} WHERE id = %s FOR UPDATE").format(tables["status_table"])
+    async with await psycopg.AsyncConnection.connect(dsn) as holder:
+        await holder.execute(lock, [ids[0]])
+        async with AsyncBackground(partial(store.append, ids[0], "waits alone")) as alone:
+            others = await at_once(store, client, [partial(store.append, id, "goes on") for id in ids[1:]])
+            assert others == [1] * 4
+            async with AsyncBackground(partial(store.append, ids[0], "waits, too")) as combined:
+                assert await async_gather(*[partial(store.append, id, "goes on") for id in ids[1:]] * 5)
+                # The holder himself may append to other streams, and he is not blocked for good.
+                assert await store.append(ids[1], "from the holder") == 7
+                await holder.rollback()
+                assert sorted([await alone.result(), await combined.result()]) == [1, 2]
+
+
+async def test_what_is_large_goes_alone(store, client):
+    ids = [await store.create() for _ in range(4)]
+    large = "x" * appending.LARGEST_COMBINED
+
+    async def append_large():
+        async with AsyncBackground(partial(store.append, ids[0], large)) as call:
+            return await call.result()
+
+    client.statements.clear()
+    assert await append_large() == 1
+    assert await store.append_many(ids[1], [""] * 1000) == 1000
+    assert store._appender._lanes[0]._led_since == 0
+
+
+async def test_a_connection_of_the_caller_is_never_shared(dsn, tables):
+    async with await psycopg.AsyncConnection.connect(dsn) as connection:
+        async with AsyncPostgresStreamStore(connection, **tables) as store:
+            ids = [await store.create() for _ in range(10)]
+            assert await async_gather(*[partial(store.append, id, "x") for id in ids]) == [1] * 10
+            assert {lane._led_since for lane in store._appender._lanes} == {0}
+            await connection.commit()
+
+
+async def test_closing_refuses_what_queues(client, tables, monkeypatch):
+    monkeypatch.setattr(appending, "LANES", 1)
+    store = AsyncPostgresStreamStore(client, **tables)
+    id = await store.create()
+    client.gate.clear()
+    client.statements.clear()
+    async with AsyncBackground(partial(store.append, id, "under way")) as first:
+        while not client.statements:
+            await async_sleep(0.001)
+        async with AsyncBackground(partial(async_gather, *[partial(store.append, id, "x")] * 3, errors=True)) as rest:
+            while len(store._appender._lanes[0]._queue) < 3:
+                await async_sleep(0.001)
+            store._database.closing.set()
+            client.gate.set()
+            assert await first.result() == 1
+            assert {type(result) for result in await rest.result()} == {StoreClosedError}
+    await store.close()
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+async def test_retried_appends_of_many_streams_write_each_chunk_once(dsn, tables, monkeypatch, lanes):
+    monkeypatch.setattr(appending, "LANES", lanes)
+    chance = random.Random(lanes)
+    async with AsyncPostgresStreamStore(dsn, **tables) as store:
+        ids = [await store.create() for _ in range(20)]
+
+        async def produce(id):
+            for seq in range(1, 41):
+                for _ in range(chance.choice([1, 1, 2])):  # a retry after a reply that seemed lost
+                    assert await store.append(id, f"{seq}", expected_seq=seq) == seq
+
+        await async_gather(*[partial(produce, id) for id in ids])
+        for id in ids:
+            assert await texts(store, id) == [f"{seq}" for seq in range(1, 41)]
+
+
+async def test_bad_data_is_refused_before_it_queues(store, client):
+    id = await store.create()
+    client.statements.clear()
+    for bad in ["\0", "\ud800", 7]:
+        with pytest.raises(InvalidDataError):
+            await store.append(id, bad)
+    assert client.statements == []

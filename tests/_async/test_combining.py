@@ -1,0 +1,177 @@
+"""Combining calls, on its own: who runs, who waits, and what becomes of faults."""
+
+from __future__ import annotations
+
+from functools import partial
+from time import monotonic
+
+import pytest
+from support.concurrency import AsyncBackground, async_gather, async_sleep
+
+from aibind_postgres import AibindError
+from aibind_postgres._async import combining
+from aibind_postgres._async.combining import AsyncCombiner
+from aibind_postgres._concurrency import AsyncEvent
+
+
+class Recorder:
+    """A run that records its batches and, where told, waits for a gate or raises."""
+
+    def __init__(self):
+        self.batches = []
+        self.gate = AsyncEvent()
+        self.gate.set()
+        self.broken = {}
+
+    async def run(self, items):
+        self.batches.append(list(items))
+        await self.gate.wait()
+        for item in items:
+            if item in self.broken:
+                raise self.broken[item]
+        return [item * 10 for item in items]
+
+
+@pytest.fixture
+def recorder():
+    return Recorder()
+
+
+@pytest.fixture
+def combiner(recorder):
+    return AsyncCombiner(recorder.run, max_items=100, max_size=1000)
+
+
+@pytest.fixture
+def patient(monkeypatch):
+    """Nobody loses patience: who runs beside whom does not depend on the machine."""
+    monkeypatch.setattr(combining, "PATIENCE", 60)
+
+
+async def until(condition):
+    deadline = monotonic() + 20
+    while not condition():
+        assert monotonic() < deadline
+        await async_sleep(0.001)
+
+
+async def run_together(combiner, recorder, items, sizes=None, errors=False):
+    """Have one call run, with 0, and the others queue behind it in this order; return what these give."""
+    recorder.gate.clear()
+    calls = []
+
+    async def queue():
+        results = []
+        async with AsyncBackground(partial(combiner.call, 0)):
+            await until(lambda: recorder.batches)
+            for place, item in enumerate(items):
+                call = AsyncBackground(partial(combiner.call, item, (sizes or {}).get(item, 1)))
+                await call.__aenter__()
+                calls.append(call)
+                await until(lambda place=place: len(combiner._queue) == place + 1)
+            recorder.gate.set()
+            for call in calls:
+                try:
+                    results.append(await call.result())
+                except AibindError as error:
+                    if not errors:
+                        raise
+                    results.append(error)
+        return results
+
+    return await queue()
+
+
+async def test_a_call_alone_runs_at_once(combiner, recorder):
+    assert await combiner.call(1) == 10
+    assert await combiner.call(2) == 20
+    assert recorder.batches == [[1], [2]]
+
+
+@pytest.mark.usefixtures("patient")
+async def test_what_queues_runs_together_in_order(combiner, recorder):
+    assert await run_together(combiner, recorder, [1, 2, 3]) == [10, 20, 30]
+    assert recorder.batches == [[0], [1, 2, 3]]
+    assert await combiner.call(4) == 40
+
+
+@pytest.mark.usefixtures("patient")
+async def test_a_batch_has_so_many_items_at_most(recorder):
+    combiner = AsyncCombiner(recorder.run, max_items=2, max_size=1000)
+    assert await run_together(combiner, recorder, [1, 2, 3, 4, 5]) == [10, 20, 30, 40, 50]
+    assert recorder.batches == [[0], [1, 2], [3, 4], [5]]
+
+
+@pytest.mark.usefixtures("patient")
+async def test_a_batch_has_such_a_size_at_most(recorder):
+    combiner = AsyncCombiner(recorder.run, max_items=100, max_size=10)
+    sizes = {1: 4, 2: 6, 3: 1, 4: 50, 5: 1}
+    assert await run_together(combiner, recorder, [1, 2, 3, 4, 5], sizes) == [10, 20, 30, 40, 50]
+    assert recorder.batches == [[0], [1, 2], [3], [4], [5]]
+
+
+@pytest.mark.usefixtures("patient")
+async def test_a_failing_batch_gives_each_caller_an_error_of_his_own(combiner, recorder):
+    original = recorder.broken[2] = AibindError("no")
+    errors = await run_together(combiner, recorder, [1, 2, 3], errors=True)
+    assert [str(error) for error in errors] == ["no"] * 3
+    assert len({id(error) for error in [*errors, original]}) == 4
+    assert all(error.__cause__ is original for error in errors)
+    assert await combiner.call(4) == 40
+
+
+async def test_an_error_of_one_alone_is_his(combiner, recorder):
+    original = recorder.broken[1] = AibindError("no")
+    with pytest.raises(AibindError) as caught:
+        await combiner.call(1)
+    assert caught.value is original
+    assert await combiner.call(2) == 20
+
+
+@pytest.mark.usefixtures("patient")
+async def test_nobody_waits_for_more_than_two_batches():
+    begun = [0]
+
+    async def run(items):
+        begun[0] += 1
+        number = begun[0]
+        await async_sleep(0.001)
+        return [number] * len(items)
+
+    combiner = AsyncCombiner(run, max_items=1000, max_size=1000)
+
+    async def worker():
+        waits = []
+        for _ in range(50):
+            before = begun[0]
+            waits.append(await combiner.call(0) - before)
+        return waits
+
+    waits = [wait for waits in await async_gather(*[worker] * 30) for wait in waits]
+    # The batches that began after a call came: its own, and that of a leader who had been called already.
+    assert max(waits) <= 2
+    assert begun[0] < 30 * 50 / 5
+
+
+async def test_a_run_that_does_not_return_holds_nobody_up(combiner, recorder):
+    recorder.gate.clear()
+    async with AsyncBackground(partial(combiner.call, 1)) as stuck:
+        await until(lambda: recorder.batches)
+        gate, recorder.gate = recorder.gate, AsyncEvent()
+        recorder.gate.set()
+        assert await async_gather(*[partial(combiner.call, item) for item in (2, 3, 4)]) == [20, 30, 40]
+        assert await combiner.call(5) == 50
+        gate.set()
+        assert await stuck.result() == 10
+    assert await combiner.call(6) == 60
+    assert combiner._leader is None
+
+
+async def test_thousands_of_calls_each_get_their_own_result(combiner):
+    async def worker(start):
+        return [await combiner.call(number) for number in range(start, start + 100)]
+
+    results = await async_gather(*[partial(worker, start * 100) for start in range(40)])
+    assert results == [[number * 10 for number in range(start * 100, start * 100 + 100)] for start in range(40)]
+    assert combiner._leader is None
+    assert not combiner._queue
