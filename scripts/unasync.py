@@ -53,6 +53,7 @@ RENAMES = {
     "AsyncRawCursor": "RawCursor",
     "AsyncRun": "Run",
     "AsyncSignal": "Signal",
+    "AsyncStreamWriter": "StreamWriter",
     "AsyncWatch": "Watch",
     "AsyncWorker": "Worker",
     "_async": "_sync",

@@ -2,8 +2,10 @@
 
 from ._async.client import AsyncPostgresClient
 from ._async.stream_store import AsyncPostgresStreamStore
+from ._async.stream_writer import AsyncStreamWriter
 from ._sync.client import PostgresClient
 from ._sync.stream_store import PostgresStreamStore
+from ._sync.stream_writer import StreamWriter
 from .adapters import wrap_asyncpg, wrap_django, wrap_sqlalchemy
 from .errors import (
     AibindError,
@@ -14,6 +16,7 @@ from .errors import (
     StreamExistsError,
     StreamNotActiveError,
     StreamNotFoundError,
+    StreamWriteError,
 )
 from .models import CleanupResult, StreamChunk, StreamInfo, StreamState, StreamStatus
 
@@ -21,6 +24,7 @@ __all__ = [
     "AibindError",
     "AsyncPostgresClient",
     "AsyncPostgresStreamStore",
+    "AsyncStreamWriter",
     "CleanupResult",
     "InvalidDataError",
     "PostgresClient",
@@ -35,6 +39,8 @@ __all__ = [
     "StreamNotFoundError",
     "StreamState",
     "StreamStatus",
+    "StreamWriteError",
+    "StreamWriter",
     "wrap_asyncpg",
     "wrap_django",
     "wrap_sqlalchemy",

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
+
+from .models import SynchronousCommit
 
 if TYPE_CHECKING:
     from ._tables import Table
@@ -27,7 +29,7 @@ WITH created AS (
     -- Chunks that outlived an earlier stream of this id would hold the numbers of the new one.
     DELETE FROM {chunks} WHERE id = $1::text AND EXISTS (SELECT FROM created)
 )
-SELECT EXISTS (SELECT FROM created)
+SELECT EXISTS (SELECT FROM created) {committed_so}
 """
 
 APPEND = """
@@ -42,7 +44,7 @@ WITH advanced AS (
     INSERT INTO {chunks} (id, seq, data)
     SELECT $1::text, total_chunks, $2::text FROM advanced
 )
-SELECT total_chunks FROM advanced
+SELECT total_chunks FROM advanced {committed_so}
 """
 
 # The JSON text is measured once, not once for every chunk in it.
@@ -59,7 +61,7 @@ WITH advanced AS (
     SELECT $1::text, last_before + new.place, new.data
       FROM advanced, json_array_elements_text($2::text::json) WITH ORDINALITY AS new (data, place)
 )
-SELECT total_chunks FROM advanced
+SELECT total_chunks FROM advanced {committed_so}
 """
 
 # Many appends in one: a JSON array of objects with id, texts and expected, each id once. The rows are locked first, so
@@ -87,7 +89,7 @@ WITH wanted AS MATERIALIZED (
     SELECT advanced.id, last_before + new.place, new.data
       FROM advanced, json_array_elements_text(texts) WITH ORDINALITY AS new (data, place)
 )
-SELECT id, last_before FROM advanced
+SELECT id, last_before FROM advanced {committed_so}
 """
 
 # One snapshot: in a first row the state and, below zero, the number of chunks; then the chunks that were there in that
@@ -143,6 +145,7 @@ WITH ended AS (
     RETURNING id
 )
 SELECT EXISTS (SELECT FROM ended) AS ended, EXISTS (SELECT FROM {status} WHERE id = $1::text) AS found
+{committed_so}
 """
 
 DELETE = """
@@ -151,7 +154,7 @@ WITH deleted AS (
 ), emptied AS (
     DELETE FROM {chunks} WHERE id = $1::text RETURNING seq
 )
-SELECT (SELECT total_chunks FROM deleted), (SELECT count(*) FROM emptied)
+SELECT (SELECT total_chunks FROM deleted), (SELECT count(*) FROM emptied) {committed_so}
 """
 
 # For the rare chunk that was appended while DELETE ran, after its snapshot; also if there is a new stream by now.
@@ -161,7 +164,7 @@ WITH now AS (
 ), orphans AS (
     DELETE FROM {chunks} WHERE id = $1::text AND seq > coalesce((SELECT total_chunks FROM now), 0) RETURNING 1
 )
-SELECT count(*) FROM orphans
+SELECT (SELECT count(*) FROM orphans) {committed_so}
 """
 
 # The optional column of migration 0002 is read through JSON, which gives NULL where it is missing.
@@ -197,7 +200,7 @@ WITH expired AS MATERIALIZED (
 ), streams AS (
     DELETE FROM {status} WHERE id = ANY (ARRAY(SELECT id FROM expired)) RETURNING 1
 )
-SELECT (SELECT count(*) FROM streams) AS streams, (SELECT count(*) FROM chunks) AS chunks
+SELECT (SELECT count(*) FROM streams) AS streams, (SELECT count(*) FROM chunks) AS chunks {committed_so}
 """
 
 # The last sign of life is the last chunk's created_at, or the stream's own, by migration 0002. Without these it is what
@@ -216,11 +219,13 @@ WITH silent AS MATERIALIZED (
            <= statement_timestamp() - $2::bigint * interval '1 millisecond'
      ORDER BY id
        FOR UPDATE SKIP LOCKED
+), ended AS (
+    UPDATE {status}
+       SET state = 'error', error = $3::text, expires_at = {now} + $1::bigint
+     WHERE id = ANY (ARRAY(SELECT id FROM silent)) AND state = 'active'
+    RETURNING id
 )
-UPDATE {status}
-   SET state = 'error', error = $3::text, expires_at = {now} + $1::bigint
- WHERE id = ANY (ARRAY(SELECT id FROM silent)) AND state = 'active'
-RETURNING id
+SELECT id FROM ended {committed_so}
 """
 
 ANNOUNCE = "SELECT pg_notify($1::text, payload) FROM json_array_elements_text($2::text::json) AS payload"
@@ -229,13 +234,19 @@ MAX_PAYLOAD_BYTES = 7_999
 
 
 class StreamStatements:
-    """The statements of a stream store, for its two tables."""
+    """The statements of a stream store, for its two tables; with `synchronous_commit`, those that write set it."""
 
-    def __init__(self, chunks: Table, status: Table) -> None:
+    def __init__(self, chunks: Table, status: Table, synchronous_commit: SynchronousCommit | None = None) -> None:
+        if synchronous_commit not in (None, *get_args(SynchronousCommit)):
+            accepted = ", ".join(get_args(SynchronousCommit))
+            raise ValueError(f"synchronous_commit must be one of {accepted}, not {synchronous_commit!r}")
+        # For the transaction of the statement alone, and within it: a pooler takes no setting of a session.
+        setting = f"WHERE set_config('synchronous_commit', '{synchronous_commit}', true) IS NOT NULL"
         values = {
             "chunks": chunks.quoted,
             "status": status.quoted,
             "now": NOW,
+            "committed_so": "" if synchronous_commit is None else setting,
         }
 
         def fill(statement: str, ttl: str = "$4") -> str:

@@ -56,6 +56,23 @@ class SequenceConflictError(AibindError):
         self.actual = actual
 
 
+class StreamWriteError(AibindError):
+    """A stream writer could not store its chunks; its cause says why.
+
+    `durable` is the number of the last chunk of the stream that is known to be durable. `unsaved` chunks after it are
+    not: whether those that were being sent are stored is not known.
+    """
+
+    def __init__(self, stream_id: str, durable: int, unsaved: int) -> None:
+        super().__init__(
+            f"stream {stream_id!r} could not be written to: its chunks are known to be durable up to number {durable}, "
+            f"and {unsaved} more are not"
+        )
+        self.stream_id = stream_id
+        self.durable = durable
+        self.unsaved = unsaved
+
+
 class InvalidDataError(AibindError, ValueError):
     """An argument that PostgreSQL could not store as it is; refused before anything was sent."""
 

@@ -7,6 +7,9 @@ from typing import Literal, NamedTuple
 
 EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 
+# What PostgreSQL waits for before it acknowledges a commit: the values of its setting of this name.
+SynchronousCommit = Literal["on", "off", "local", "remote_write", "remote_apply"]
+
 StreamState = Literal["active", "done", "stopped", "error"]
 
 

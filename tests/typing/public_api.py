@@ -15,6 +15,7 @@ from typing_extensions import assert_type
 from aibind_postgres import (
     AsyncPostgresClient,
     AsyncPostgresStreamStore,
+    AsyncStreamWriter,
     CleanupResult,
     PostgresClient,
     PostgresStreamStore,
@@ -24,6 +25,7 @@ from aibind_postgres import (
     StreamNotActiveError,
     StreamState,
     StreamStatus,
+    StreamWriter,
     embedded,
     schema,
     wrap_asyncpg,
@@ -142,3 +144,21 @@ def others(status: StreamStatus, info: StreamInfo) -> None:
         assert_type((conflict.expected, conflict.actual), tuple[int, int])
     except StreamNotActiveError as ended:
         assert_type(ended.state, str)
+
+
+def writers(store: PostgresStreamStore) -> None:
+    assert_type(store.writer("id", max_chunks=5, max_bytes=100), StreamWriter)
+    with store.writer("id") as writer:
+        writer.write("chunk")
+        assert_type(writer.flush(), int)
+        assert_type(writer.is_active, bool)
+        writer.write(b"chunk")  # type: ignore[arg-type]
+    PostgresStreamStore("", synchronous_commit="off")
+    PostgresStreamStore("", synchronous_commit="maybe")  # type: ignore[arg-type]
+
+
+async def async_writers(store: AsyncPostgresStreamStore) -> None:
+    assert_type(store.writer("id"), AsyncStreamWriter)
+    async with store.writer("id") as writer:
+        await writer.write("chunk")
+        assert_type(await writer.flush(), int)

@@ -16,6 +16,7 @@ EXAMPLES = [
     errors.StreamExistsError("s"),
     errors.StreamNotActiveError("s", "done"),
     errors.SequenceConflictError("s", 3, 5),
+    errors.StreamWriteError("s", 7, 2),
     errors.InvalidDataError("why"),
     errors.SchemaError("what"),
     errors.StoreClosedError("this store is closed"),
@@ -64,3 +65,21 @@ def test_a_drivers_error_is_found_inside_its_wrappers():
         assert "secret" not in str(known)
     assert errors.translated(psycopg.errors.UniqueViolation()) is None
     assert errors.translated(RuntimeError()) is None
+
+
+@pytest.mark.parametrize(
+    ("code", "certain"),
+    [
+        *[(code, True) for code in ("21000", "22P02", "23505", "42501", "44000", "P0001", "40001", "40P01")],
+        # Unknown completion, connection lost, out of resources, shut down, cancelled, input and output, internal.
+        *[(code, False) for code in ("40003", "08006", "53100", "57P01", "57014", "58030", "XX000", None)],
+    ],
+)
+def test_what_the_server_has_refused_for_certain(code, certain):
+    error = RuntimeError("from a driver")
+    error.sqlstate = code
+    assert errors.nothing_was_written(error) is certain
+
+
+def test_a_text_that_was_never_sent_was_not_written():
+    assert errors.nothing_was_written(errors.InvalidDataError("no room for a character"))

@@ -141,6 +141,8 @@ class AsyncFeed:
         """Send everybody away."""
         for place in self.places:
             place.fail(StoreClosedError("this store was closed meanwhile"))
+            if place.alarm is not None:
+                place.alarm()
 
     def summon(self) -> None:
         """Wake one of those who wait if there is something to fetch and nobody does."""

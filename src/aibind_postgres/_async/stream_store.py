@@ -15,10 +15,11 @@ from .. import _arguments as arguments
 from .._sql import StreamStatements
 from .._tables import CHUNKS_TABLE, STATUS_TABLE, distinct
 from ..errors import StreamExistsError, StreamNotFoundError
-from ..models import CleanupResult, StreamChunk, StreamInfo, StreamState, StreamStatus, moment
+from ..models import CleanupResult, StreamChunk, StreamInfo, StreamState, StreamStatus, SynchronousCommit, moment
 from .appending import Append, AsyncAppender
 from .changes import AsyncChanges
 from .database import AsyncDatabase
+from .stream_writer import AsyncStreamWriter
 
 if TYPE_CHECKING:
     from psycopg.sql import Identifier
@@ -38,8 +39,15 @@ class AsyncPostgresStreamStore:
 
     `poll_interval` is how often, in seconds, waiting readers look for chunks that nobody announces, while there are
     some; it backs off to ten times as much. `ttl` is how long, in seconds, a stream is kept after its end. `retry_for`
-    is how long, in seconds, a reader that has lost the server tries to reach it again before the driver's error is
-    raised.
+    is how long, in seconds, a reader or a writer that has lost the server tries to reach it again before the driver's
+    error, or `StreamWriteError`, is raised. `synchronous_commit` is what PostgreSQL waits for before it acknowledges
+    what this store writes, as in its setting of this name; None leaves that to the server. With "off" what was
+    acknowledged in the last moments before a crash of the server may be lost. In a transaction of the caller it holds
+    for all of that transaction.
+
+    Appends that several callers make at the same time go out together, as one statement of one of them, unless the
+    client's statements take part in the callers' transactions. A client of one's own that tells callers apart, by a
+    context variable or by the thread, should therefore set `joins_transactions`.
 
     Every method raises `SchemaError` if a table is missing, `StoreClosedError` once the store is closed, and the
     driver's own error if the server cannot be reached. Callers at the same time may share a store, within one event
@@ -56,12 +64,13 @@ class AsyncPostgresStreamStore:
         poll_interval: float | timedelta = 0.1,
         ttl: float | timedelta = 300.0,
         retry_for: float | timedelta = 30.0,
+        synchronous_commit: SynchronousCommit | None = None,
     ) -> None:
         chunks, status = distinct(chunks_table, status_table)
         poll_seconds = arguments.seconds(poll_interval, "poll_interval")
         self._ttl = arguments.milliseconds(ttl, "ttl")
         self._database = AsyncDatabase(client, arguments.seconds(retry_for, "retry_for", zero=True))
-        self._sql = StreamStatements(chunks, status)
+        self._sql = StreamStatements(chunks, status, synchronous_commit)
         self._changes = AsyncChanges(self._database, self._sql, status.channel, poll_seconds)
         self._appender = AsyncAppender(self._database, self._sql, self._ttl, self._changes)
 
@@ -107,6 +116,18 @@ class AsyncPostgresStreamStore:
         if expected_seq is not None:
             arguments.sequence_number(expected_seq, "expected_seq", least=1)
         return await self._appender.append(Append(stream_id, texts, expected_seq))
+
+    def writer(self, id: str, *, max_chunks: int = 1000, max_bytes: int = 1_000_000) -> AsyncStreamWriter:
+        """Return a context manager that writes to a stream from a buffer, each chunk exactly once.
+
+        Entering it raises `StreamNotFoundError`, or `StreamNotActiveError` if the stream has ended. What is written
+        goes after what is there. `write` waits while the buffer holds `max_chunks` chunks, or would get more than
+        `max_bytes` of them in UTF-8; a single chunk may be larger.
+        """
+        stream_id = arguments.identifier(id)
+        arguments.sequence_number(max_chunks, "max_chunks", least=1)
+        arguments.sequence_number(max_bytes, "max_bytes", least=1)
+        return AsyncStreamWriter(self, self._database, self._changes, stream_id, max_chunks, max_bytes)
 
     def read_from(self, id: str, after_seq: int = 0, *, follow: bool = True) -> AsyncIterator[StreamChunk]:
         """Iterate over the chunks with a number above `after_seq`, each exactly once and in order.
