@@ -29,8 +29,8 @@ def test_both_flavours_have_an_example_of_ten_lines() -> None:
 
 @pytest.mark.parametrize(
     ("script", "output"),
-    list(zip(SCRIPTS, ["Hello, world!\n", "Hello, world!\n", ""], strict=True)),
-    ids=["synchronous", "asynchronous", "housekeeping"],
+    list(zip(SCRIPTS, ["Hello, world!\n", "Hello, world!\n", "done 50\n", ""], strict=True)),
+    ids=["synchronous", "asynchronous", "writer", "housekeeping"],
 )
 def test_examples_run_as_they_stand(script: str, output: str, database: str) -> None:
     command = [sys.executable, "-W", "error", "-c", script]
@@ -49,5 +49,6 @@ def test_all_python_in_it_compiles(block: str) -> None:
 @pytest.mark.parametrize("store", [PostgresStreamStore, AsyncPostgresStreamStore])
 def test_the_table_has_every_option_with_its_default(store: type) -> None:
     for option in list(inspect.signature(store).parameters.values())[1:]:
-        default = f'"{option.default}"' if isinstance(option.default, str) else f"{option.default:g}"
+        default = f"{option.default:g}" if isinstance(option.default, float) else repr(option.default)
+        default = default.replace("'", '"')
         assert re.search(rf"^\| `{option.name}` \|.*\| `{re.escape(default)}` \|", README, re.MULTILINE), option
