@@ -42,7 +42,8 @@ class AsyncFeed:
         self.waiting: set[AsyncPlace] = set()
         self.fetching = False
         self.version = 1  # goes up with whatever may have happened to the stream
-        self._fetched = 0  # the version at which the newest fetch began
+        self._fetched = 0  # the version at which the newest fetch began that brought all there was
+        self._known = False  # it has been fetched at all
         self._tail: list[StreamChunk] = []
         self._start = self.end = 0  # the chunks of the tail have the numbers above the one, up to the other
         self._size = 0
@@ -75,7 +76,7 @@ class AsyncFeed:
 
     def wants(self, cursor: float) -> int:
         """Return the number after which to fetch: that of the tail if somebody waits there, else the caller's own."""
-        return self.end if self.waiting and self._fetched else int(min(cursor, MAX_NUMBER))
+        return self.end if self.waiting and self._known else int(min(cursor, MAX_NUMBER))
 
     def take(self, version: int, after: int, rows: Sequence[Row]) -> None:
         """Take what was fetched after the number `after`, from the moment of `version` on."""
@@ -84,9 +85,10 @@ class AsyncFeed:
             return
         self._total = -rows[0][0]
         chunks = [StreamChunk._make(row) for row in rows[1:]]
-        if after != self.end or not self._fetched:
+        if after != self.end or not self._known:
             self._tail, self._size = [], 0
             self._start = self.end = min(after, self._total)
+            self._known = True
         if chunks:
             self._tail += chunks
             self.end = chunks[-1].seq
@@ -109,8 +111,9 @@ class AsyncFeed:
 
     def stands(self, version: int, cursor: int, total_chunks: int) -> None:
         """Take the word of a reader who has read up to `cursor`, all there was at the moment of `version`."""
-        if not self._fetched:
+        if not self._known:
             self._start = self.end = min(cursor, total_chunks)
+            self._known = True
         if cursor == self.end:
             self._fetched = max(self._fetched, version)
             self._total = max(self._total, total_chunks)
