@@ -114,10 +114,13 @@ class AsyncChanges:
     def poll_found(self, found: Mapping[str, tuple[str, int]], asked: Iterable[AsyncFeed]) -> bool:
         """Have those look to whom a poll brings news, and say if it has brought any."""
         with self.mutex:
-            news = [feed for feed in asked if feed.polled(*found.get(feed.stream_id, (None, 0)))]
-            for feed in news:
-                feed.happened()
-            return bool(news)
+            news = False
+            for feed in asked:
+                state, total_chunks = found.get(feed.stream_id, (None, 0))
+                if feed.polled(state, total_chunks):
+                    feed.happened(appended=state == "active")
+                    news = True
+            return news
 
     def keep_watch(self) -> None:
         """See to it that somebody is looking out."""

@@ -132,7 +132,7 @@ class AsyncFeed:
         return bool(self.waiting) or any(place.alarm for place in self.places)
 
     def happened(self, appended: bool = False) -> None:
-        """Have somebody look, since something may have happened; `appended`: chunks have been appended from here."""
+        """Have somebody look, since something may have happened; `appended`: no more than that."""
         self.version += 1
         self.summon()
         if not appended:
