@@ -10,7 +10,8 @@ import inspect
 import threading
 from collections.abc import Callable, Coroutine
 from contextvars import Context
-from typing import Any
+from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 Mutex = threading.Lock
 AsyncLock = asyncio.Lock
@@ -55,7 +56,40 @@ class AsyncEvent:
                 timer.cancel()
 
 
-AsyncSignal = AsyncEvent
+class AsyncSignal:
+    """An event that is set once and waited for by one task; made for many of them.
+
+    A wait may time out early: one timer serves all that wait in an event loop, since a timer for each would cost more
+    than the rest of it.
+    """
+
+    _waiting: ClassVar[WeakKeyDictionary[asyncio.AbstractEventLoop, list[asyncio.Future[bool]]]] = WeakKeyDictionary()
+
+    def __init__(self) -> None:
+        self._set = False
+        self._waiter: asyncio.Future[bool] | None = None
+
+    def set(self) -> None:
+        self._set = True
+        if self._waiter is not None:
+            _resolve(self._waiter, True)
+
+    async def wait(self, timeout: float) -> bool:
+        if self._set:
+            return True
+        loop = asyncio.get_running_loop()
+        self._waiter = loop.create_future()
+        waiting = self._waiting.get(loop)
+        if waiting is None:
+            waiting = self._waiting[loop] = []
+            loop.call_later(timeout, self._time_out, loop)
+        waiting.append(self._waiter)
+        return await self._waiter
+
+    @classmethod
+    def _time_out(cls, loop: asyncio.AbstractEventLoop) -> None:
+        for waiter in cls._waiting.pop(loop):
+            _resolve(waiter, False)
 
 
 class Signal:

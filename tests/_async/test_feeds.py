@@ -142,7 +142,7 @@ async def test_a_stream_that_is_replaced_ends_its_readers_and_no_others(store, o
         assert await reader.result() == [(1, "new")]
 
 
-async def test_a_fetch_that_fails_is_told_to_all_who_wait_for_it(store, monkeypatch):
+async def test_a_fetch_that_fails_is_told_to_all_who_wait_for_it(store, other, monkeypatch):
     id = await store.create()
     async with AsyncBackground(partial(async_gather, *[partial(collect, store, id)] * 5, errors=True)) as readers:
         await all_waiting(store, id, 5)
@@ -154,7 +154,7 @@ async def test_a_fetch_that_fails_is_told_to_all_who_wait_for_it(store, monkeypa
             return await query(sql, params)
 
         monkeypatch.setattr(store._database.client, "query", fail)
-        await store.append(id, "x")
+        await other.append(id, "x")
         errors = await readers.result()
     assert {(type(error), str(error)) for error in errors} == {(psycopg.OperationalError, "the server is gone")}
     assert len(set(map(builtins.id, errors))) == 5
@@ -205,12 +205,12 @@ def test_a_feed_keeps_a_tail():
     assert feed.after(4) is None  # no longer, or not yet, in the tail
     feed.happened()
     assert not feed.current
-    feed.take(2, 5, rows("active", 7, 6, 7))
+    feed.take(2, 5, feed.total, rows("active", 7, 6, 7))
     assert feed.current
     assert feed.after(5) == [(6, "x"), (7, "x")]
     assert feed.after(6) == [(7, "x")]
     assert feed.after(7) == feed.after(100) == ()
-    feed.take(2, 7, rows("done", 8, 8))
+    feed.take(2, 7, feed.total, rows("done", 8, 8))
     assert feed.over
     assert feed.after(5) == [(6, "x"), (7, "x"), (8, "x")]
 
@@ -218,7 +218,7 @@ def test_a_feed_keeps_a_tail():
 def test_a_feed_that_was_fetched_before_the_latest_change_is_not_current():
     feed = AsyncFeed("a")
     feed.happened()
-    feed.take(1, 0, rows("active", 1, 1))
+    feed.take(1, 0, feed.total, rows("active", 1, 1))
     assert not feed.current
     assert feed.after(0) == [(1, "x")]
 
@@ -227,33 +227,33 @@ def test_a_tail_is_bounded_but_keeps_what_is_newest(monkeypatch):
     monkeypatch.setattr(feeds, "TAIL_SIZE", 100)
     monkeypatch.setattr(feeds, "TAIL_CHUNKS", 5)
     feed = AsyncFeed("a")
-    feed.take(1, 0, rows("active", 8, *range(1, 9)))
+    feed.take(1, 0, feed.total, rows("active", 8, *range(1, 9)))
     assert feed.after(0) == [(seq, "x") for seq in range(1, 9)]
-    feed.take(1, 8, rows("active", 10, 9, 10))
+    feed.take(1, 8, feed.total, rows("active", 10, 9, 10))
     assert feed.after(4) is None
     assert [seq for seq, _ in feed.after(5)] == [6, 7, 8, 9, 10]
-    feed.take(1, 10, rows("active", 12, 11, 12, text="x" * 200))
+    feed.take(1, 10, feed.total, rows("active", 12, 11, 12, text="x" * 200))
     assert feed.after(9) is None
     assert [seq for seq, _ in feed.after(10)] == [11, 12]
 
 
 def test_a_stream_that_gets_shorter_is_another_one():
     feed = AsyncFeed("a")
-    feed.take(1, 0, rows("active", 5, 1, 2, 3, 4, 5))
-    feed.take(2, 5, rows("active", 1))
+    feed.take(1, 0, feed.total, rows("active", 5, 1, 2, 3, 4, 5))
+    feed.take(2, 5, feed.total, rows("active", 1))
     assert feed.gone
     other = AsyncFeed("b")
-    other.take(1, 0, [])
+    other.take(1, 0, 0, [])
     assert other.gone
 
 
 def test_a_full_page_is_not_all(monkeypatch):
     monkeypatch.setattr(feeds, "LIVE_PAGE", 2)
     feed = AsyncFeed("a")
-    feed.take(1, 0, rows("done", 3, 1, 2))
+    feed.take(1, 0, feed.total, rows("done", 3, 1, 2))
     assert not feed.current
     assert not feed.over
-    feed.take(1, 2, rows("done", 3, 3))
+    feed.take(1, 2, feed.total, rows("done", 3, 3))
     assert feed.current
     assert feed.over
     assert [seq for seq, _ in feed.after(0)] == [1, 2, 3]
@@ -263,9 +263,39 @@ def test_who_asks_from_beyond_or_behind_the_tail():
     feed = AsyncFeed("a")
     assert feed.wants(7) == 7
     assert feed.wants(float("inf")) == 2**63 - 1
-    feed.take(1, 2**63 - 1, rows("active", 4))
+    feed.take(1, 2**63 - 1, feed.total, rows("active", 4))
     assert feed.current
     assert feed.after(3) is None
     assert feed.after(4) == ()
-    feed.take(2, 2, rows("active", 5, 3, 4, 5))
-    assert [seq for seq, _ in feed.after(2)] == [3, 4, 5]
+    feed.take(2, 2, feed.total, rows("active", 5, 3, 4, 5))
+    assert feed.after(3) is None
+    assert [seq for seq, _ in feed.after(4)] == [5]
+    feed.take(3, 9, feed.total, rows("active", 10, 10))
+    assert feed.after(5) is None
+    assert [seq for seq, _ in feed.after(9)] == [10]
+
+
+def test_what_is_appended_here_needs_no_fetch():
+    feed = AsyncFeed("a")
+    assert not feed.append(0, ["a"])  # nothing is known yet, so neither whether that is all
+    feed.stands(1, 1, 1)
+    assert feed.append(1, ["b", "c"])
+    assert feed.after(1) == [(2, "b"), (3, "c")]
+    assert feed.current
+    assert not feed.append(7, ["x"])  # somebody else has written in between
+    assert feed.append(2, ["c"])  # known already
+    assert feed.after(1) == [(2, "b"), (3, "c")]
+    assert not feed.polled("active", 3)
+
+
+def test_a_fetch_that_is_overtaken_takes_nothing_back():
+    feed = AsyncFeed("a")
+    feed.stands(1, 1, 1)
+    feed.happened()
+    version, after, least = feed.version, feed.wants(1), feed.total
+    feed.append(1, ["b", "c"])
+    feed.take(version, after, least, rows("active", 2, 2, text="b"))
+    assert not feed.gone
+    assert feed.after(1) == [(2, "b"), (3, "c")]
+    feed.take(version, 3, least, rows("active", 4, 4, text="d"))
+    assert [seq for seq, _ in feed.after(1)] == [2, 3, 4]

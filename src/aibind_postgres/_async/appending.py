@@ -90,9 +90,13 @@ class AsyncAppender:
                 statement, data = self._sql.append_many, json_array(texts)
             rows = await self._database.query(statement, [stream_id, data, expected_seq, self._ttl])
             lasts = [int(rows[0][0]) if rows else None]
-        written = {append.stream_id for append, last in zip(appends, lasts, strict=True) if last is not None}
-        if written:
-            await self._changes.tell(written, appended=True)
+        appended = [
+            (append.stream_id, last - len(append.texts), append.texts)
+            for append, last in zip(appends, lasts, strict=True)
+            if last is not None
+        ]
+        if appended:
+            await self._changes.tell_appended(appended)
         return lasts
 
     async def _run_batch(self, appends: Sequence[Append]) -> list[int | None]:
@@ -124,7 +128,7 @@ class AsyncAppender:
         if expected_seq is not None:
             rows = await self._database.query(self._sql.read, [stream_id, expected_seq - 1, len(texts)])
             if texts and [data for _, data in rows[1:]] == list(texts):
-                await self._changes.tell([stream_id], appended=True)
+                await self._changes.tell_appended([(stream_id, expected_seq - 1, texts)])
                 return expected_seq + len(texts) - 1
         rows = await self._database.query(self._sql.status, [stream_id])
         if not rows:

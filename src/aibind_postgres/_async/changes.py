@@ -93,17 +93,32 @@ class AsyncChanges:
         if not feeds:
             self._feeds.pop(feed.stream_id, None)
 
-    def wake(self, stream_ids: Iterable[str] | None = None, *, appended: bool = False) -> None:
-        """Have those who follow these streams, or all, look at them; `appended`: no more than that has happened."""
+    def wake(self, stream_ids: Iterable[str] | None = None) -> None:
+        """Have those who follow these streams, or all, look at them."""
         with self.mutex:
             for stream_id in list(self._feeds) if stream_ids is None else stream_ids:
                 for feed in self._feeds.get(stream_id, ()):
-                    feed.happened(appended)
+                    feed.happened()
 
-    async def tell(self, stream_ids: Collection[str], *, appended: bool = False) -> None:
+    async def tell(self, stream_ids: Collection[str]) -> None:
         """Wake those who follow these streams here, and have the change announced to other processes."""
-        self.wake(stream_ids, appended=appended)
+        self.wake(stream_ids)
         await self._announcer.announce(stream_ids)
+
+    async def tell_appended(self, appended: Collection[tuple[str, int, Sequence[str]]]) -> None:
+        """Hand on what has been appended, as stream ids with the number before and the texts, and have it announced."""
+        served: list[AsyncPlace] = []
+        with self.mutex:
+            for stream_id, before, texts in appended:
+                for feed in self._feeds.get(stream_id, ()):
+                    # In a transaction of the caller others may not see it yet.
+                    if self.database.client.joins_transactions or not feed.append(before, texts):
+                        feed.happened(appended=True)
+                    else:
+                        served += feed.served()
+        for place in served:
+            place.wake()
+        await self._announcer.announce([stream_id for stream_id, _, _ in appended])
 
     def followed(self) -> list[AsyncFeed]:
         """Return the feeds of those who are waiting just now."""

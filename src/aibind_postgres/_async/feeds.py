@@ -48,7 +48,7 @@ class AsyncFeed:
         self._start = self.end = 0  # the chunks of the tail have the numbers above the one, up to the other
         self._size = 0
         self._state: str | None = "active"  # None: there is no such stream
-        self._total = 0
+        self.total = 0  # chunks that it is known to have
         self._polled: object = None
 
     @property
@@ -78,25 +78,41 @@ class AsyncFeed:
         """Return the number after which to fetch: that of the tail if somebody waits there, else the caller's own."""
         return self.end if self.waiting and self._known else int(min(cursor, MAX_NUMBER))
 
-    def take(self, version: int, after: int, rows: Sequence[Row]) -> None:
-        """Take what was fetched after the number `after`, from the moment of `version` on."""
-        if not rows or -rows[0][0] < self._total:  # a stream never gets shorter: this is another one
+    def take(self, version: int, after: int, least: int, rows: Sequence[Row]) -> None:
+        """Take what was fetched after the number `after`, from the moment of `version` on, with `least` chunks then."""
+        if not rows or -rows[0][0] < least:  # a stream never gets shorter: this is another one
             self._state = None
             return
-        self._total = -rows[0][0]
         chunks = [StreamChunk._make(row) for row in rows[1:]]
-        if after != self.end or not self._known:
-            self._tail, self._size = [], 0
-            self._start = self.end = min(after, self._total)
-            self._known = True
-        if chunks:
-            self._tail += chunks
-            self.end = chunks[-1].seq
-            self._size += sum(len(chunk.data) for chunk in chunks)
+        if not self._known or after > self.end:
+            self._begin(min(after, -rows[0][0]))
+        if after <= self.end:  # what was appended here meanwhile is in the tail already
+            self._extend(chunks[bisect_right(chunks, self.end, key=itemgetter(0)) :])
+        self.total = max(self.total, -rows[0][0])
         if len(chunks) < LIVE_PAGE:
             self._fetched = max(self._fetched, version)
             self._state = rows[0][1]
-        self._trim(len(chunks))
+
+    def append(self, before: int, texts: Sequence[str]) -> bool:
+        """Take what was appended here after the number `before`; return False if there is a gap to what is known."""
+        if not self._known or before != self.end:
+            return self.end > before
+        self._extend([StreamChunk(seq, text) for seq, text in enumerate(texts, before + 1)])
+        self.total = max(self.total, self.end)
+        return True
+
+    def _begin(self, after: int) -> None:
+        self._tail, self._size = [], 0
+        self._start = self.end = after
+        self._known = True
+
+    def _extend(self, chunks: Sequence[StreamChunk]) -> None:
+        if chunks:
+            self._tail += chunks
+            self.end = chunks[-1].seq
+            self._size += sum([len(chunk.data) for chunk in chunks])
+            if len(self._tail) > TAIL_CHUNKS or self._size > TAIL_SIZE:
+                self._trim(len(chunks))
 
     def _trim(self, newest: int) -> None:
         surplus = 0
@@ -112,11 +128,10 @@ class AsyncFeed:
     def stands(self, version: int, cursor: int, total_chunks: int) -> None:
         """Take the word of a reader who has read up to `cursor`, all there was at the moment of `version`."""
         if not self._known:
-            self._start = self.end = min(cursor, total_chunks)
-            self._known = True
+            self._begin(min(cursor, total_chunks))
         if cursor == self.end:
             self._fetched = max(self._fetched, version)
-            self._total = max(self._total, total_chunks)
+            self.total = max(self.total, total_chunks)
 
     def polled(self, state: str | None, total_chunks: int) -> bool:
         """Say whether a poll has found what is not known yet; no state: no such stream.
@@ -124,7 +139,7 @@ class AsyncFeed:
         The same finding is no news again: those who follow may see other rows than the poll does.
         """
         known, self._polled = self._polled, (state, total_chunks)
-        return known != self._polled and (state != "active" or total_chunks > self._total)
+        return known != self._polled and (state != "active" or total_chunks > self.total)
 
     @property
     def awaited(self) -> bool:
@@ -147,6 +162,12 @@ class AsyncFeed:
             if place.alarm is not None:
                 place.alarm()
 
+    def served(self) -> list[AsyncPlace]:
+        """Return those who wait and need not wait any more, and count them no longer."""
+        served = [place for place in self.waiting if self.over or place.cursor < self.end]
+        self.waiting.difference_update(served)
+        return served
+
     def summon(self) -> None:
         """Wake one of those who wait if there is something to fetch and nobody does."""
         if self.waiting and not self.fetching and not self.current:
@@ -164,7 +185,7 @@ class AsyncPlace:
         self.alarm = alarm
         self._changes = changes
         self._woken = AsyncEvent()
-        self._cursor: float = 0
+        self.cursor: float = 0  # while it waits, the number of the last chunk it has
         self._failure: Exception | None = None
 
     def __enter__(self) -> Self:
@@ -211,13 +232,13 @@ class AsyncPlace:
                     return chunks
                 if to_fetch := not feed.current and not feed.fetching:
                     feed.fetching = True
-                    version, after = feed.version, feed.wants(cursor)
+                    version, after, least = feed.version, feed.wants(cursor), feed.total
                 else:
                     self._woken.clear()
-                    self._cursor = cursor
+                    self.cursor = cursor
                     feed.waiting.add(self)
             if to_fetch:
-                await self._fetch(version, after, deadline)
+                await self._fetch(version, after, least, deadline)
             else:
                 await self._wait(deadline)
 
@@ -232,7 +253,7 @@ class AsyncPlace:
                 self.feed.summon()  # another, if this one had been called to fetch
             raise
 
-    async def _fetch(self, version: int, after: int, deadline: float) -> None:
+    async def _fetch(self, version: int, after: int, least: int, deadline: float) -> None:
         feed = self.feed
         woken: list[AsyncPlace] = []
         failure: Exception | None = None
@@ -250,11 +271,10 @@ class AsyncPlace:
         else:
             with self._changes.mutex:
                 feed.fetching = False
-                feed.take(version, after, rows)
+                feed.take(version, after, least, rows)
                 if feed.gone:
                     self._changes.forget(feed)
-                woken = [place for place in feed.waiting if feed.over or place._cursor < feed.end]
-                feed.waiting.difference_update(woken)
+                woken = feed.served()
                 feed.summon()
         finally:
             for place in woken:

@@ -70,7 +70,7 @@ class AsyncStreamWriter:
         self._in_background = not database.client.joins_transactions
         self._place: AsyncPlace | None = None
         self._mutex = Mutex()
-        self._sending = AsyncLock()
+        self._sending = AsyncLock()  # without a worker, the callers take turns
         self._unsaved: list[str] = []  # what is not known to be durable, also while it is being sent
         self._unsaved_bytes = 0
         self._seq = 0  # the number of the last chunk that is known to be durable
@@ -100,8 +100,8 @@ class AsyncStreamWriter:
                     break
                 progress = self._progress
             await self._advance(progress)
-        if not self._in_background and not await self._send_what_is_due():
-            self._check()
+        if not self._in_background:
+            await self._send_here()
 
     async def flush(self) -> int:
         """Wait until all that has been written is durable; return the number of the last chunk."""
@@ -214,25 +214,30 @@ class AsyncStreamWriter:
                 self._keep_worker()  # the last one may have been cancelled, as when an event loop ends
             await progress.wait()
         else:
+            await self._send_here()
+
+    async def _send_here(self) -> None:
+        async with self._sending:
             await self._send_what_is_due()
+        with self._mutex:
+            self._check()
 
     async def _send_what_is_due(self) -> bool:
         """Look and send once; return False if that has failed for good."""
-        async with self._sending:
+        with self._mutex:
+            self._due.clear()
+            alarmed, self._alarmed = self._alarmed, False
+            texts = self._unsaved[:]
+        try:
+            if alarmed:
+                await self._active_status()
+            if texts:
+                await self._send(texts)
+        except Exception as error:
             with self._mutex:
-                self._due.clear()
-                alarmed, self._alarmed = self._alarmed, False
-                texts = self._unsaved[:]
-            try:
-                if alarmed:
-                    await self._active_status()
-                if texts:
-                    await self._send(texts)
-            except Exception as error:
-                with self._mutex:
-                    self._error = error
-                    self._tell()
-                return False
+                self._error = error
+                self._tell()
+            return False
         return True
 
     async def _active_status(self) -> StreamStatus:
