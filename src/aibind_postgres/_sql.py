@@ -92,15 +92,16 @@ WITH wanted AS MATERIALIZED (
 SELECT id, last_before FROM advanced {committed_so}
 """
 
-# One snapshot: in a first row the state and, below zero, the number of chunks; then the chunks that were there in that
-# state. So a page that is not full and whose state is terminal is the last one. A chunk beyond the number that the
-# status row vouches for is left over from another stream.
+# One snapshot: in a first row the state and, below zero, the number of chunks; then a page of the chunks that were there
+# in that state. A chunk beyond the number that the status row vouches for is left over from another stream. A page is a
+# range of numbers, not a LIMIT: that may be planned as a sort of all that follows. (Nothing has a number from 2^62 on.)
 READ = """
 SELECT -total_chunks AS seq, state AS data FROM {status} WHERE id = $1::text
 UNION ALL
-(SELECT seq, data FROM {chunks}
-  WHERE id = $1::text AND seq > $2::bigint AND seq <= (SELECT total_chunks FROM {status} WHERE id = $1::text)
-  ORDER BY seq LIMIT $3::bigint)
+SELECT seq, data FROM {chunks}
+ WHERE id = $1::text AND seq > $2::bigint
+   AND seq <= least(least($2::bigint, 1::bigint << 62) + $3::bigint,
+                    (SELECT total_chunks FROM {status} WHERE id = $1::text))
 ORDER BY seq
 """
 
@@ -111,10 +112,10 @@ SELECT wanted.place, found.seq, found.data
        LATERAL (
            SELECT -total_chunks AS seq, state AS data FROM {status} WHERE id = wanted.id
            UNION ALL
-           (SELECT seq, data FROM {chunks}
-             WHERE id = wanted.id AND seq > wanted.after
-               AND seq <= (SELECT total_chunks FROM {status} WHERE id = wanted.id)
-             ORDER BY seq LIMIT $2::bigint)
+           SELECT seq, data FROM {chunks}
+            WHERE id = wanted.id AND seq > wanted.after
+              AND seq <= least(least(wanted.after, 1::bigint << 62) + $2::bigint,
+                               (SELECT total_chunks FROM {status} WHERE id = wanted.id))
        ) AS found
  ORDER BY wanted.place, found.seq
 """
@@ -122,10 +123,10 @@ SELECT wanted.place, found.seq, found.data
 READ_TIMED = """
 SELECT -total_chunks AS seq, state AS data, NULL::float8 AS written_at FROM {status} WHERE id = $1::text
 UNION ALL
-(SELECT seq, data, extract(epoch FROM created_at)::float8
-   FROM {chunks}
-  WHERE id = $1::text AND seq > $2::bigint AND seq <= (SELECT total_chunks FROM {status} WHERE id = $1::text)
-  ORDER BY seq LIMIT $3::bigint)
+SELECT seq, data, extract(epoch FROM created_at)::float8 FROM {chunks}
+ WHERE id = $1::text AND seq > $2::bigint
+   AND seq <= least(least($2::bigint, 1::bigint << 62) + $3::bigint,
+                    (SELECT total_chunks FROM {status} WHERE id = $1::text))
 ORDER BY seq
 """
 

@@ -57,3 +57,22 @@ def test_every_statement_has_a_plan_or_a_reason(connection):
     scans_the_status_table_by_design = {"list_by_time"}
     inserts = {"create"}
     assert PLANS.keys() | scans_the_status_table_by_design | inserts == vars(STATEMENTS).keys()
+
+
+@pytest.mark.parametrize("name", ["read", "read_timed", "read_batch"])
+def test_a_page_of_a_long_stream_costs_a_page(connection, name):
+    connection.execute("INSERT INTO aibind_stream_status VALUES ('long', 'active', NULL, 20000, 0)")
+    connection.execute(
+        "INSERT INTO aibind_stream_chunks (id, seq, data) SELECT 'long', i, 'token' FROM generate_series(1, 20000) i"
+    )
+    params = ['[{"place": 0, "id": "long", "after": 5000}]', 100] if name == "read_batch" else ["long", 5000, 100]
+    statement = f"EXPLAIN (ANALYZE, FORMAT JSON) {getattr(STATEMENTS, name)}"
+    for setting in ("on", "off"):  # whichever the planner prefers, as the statistics are
+        connection.execute(f"SET enable_bitmapscan = {setting}")
+        [([plan],)] = connection.execute(statement, params).fetchall()
+        assert max(rows_of(plan["Plan"])) == 101
+
+
+def rows_of(node):
+    """Return how many rows a node of a plan and those below it have given."""
+    return [node["Actual Rows"] * node["Actual Loops"], *[n for child in node.get("Plans", []) for n in rows_of(child)]]

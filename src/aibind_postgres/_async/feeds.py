@@ -83,15 +83,17 @@ class AsyncFeed:
         if not rows or -rows[0][0] < least:  # a stream never gets shorter: this is another one
             self._state = None
             return
+        total, state = -rows[0][0], rows[0][1]
         chunks = [StreamChunk._make(row) for row in rows[1:]]
         if not self._known or after > self.end:
-            self._begin(min(after, -rows[0][0]))
+            self._begin(min(after, total))
         if after <= self.end:  # what was appended here meanwhile is in the tail already
             self._extend(chunks[bisect_right(chunks, self.end, key=itemgetter(0)) :])
-        self.total = max(self.total, -rows[0][0])
-        if len(chunks) < LIVE_PAGE:
+            self.end = max(self.end, min(after + LIVE_PAGE, total))
+        self.total = max(self.total, total)
+        if after + LIVE_PAGE >= total:
             self._fetched = max(self._fetched, version)
-            self._state = rows[0][1]
+            self._state = state
 
     def append(self, before: int, texts: Sequence[str]) -> bool:
         """Take what was appended here after the number `before`; return False if there is a gap to what is known."""

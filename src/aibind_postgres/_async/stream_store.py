@@ -155,13 +155,16 @@ class AsyncPostgresStreamStore:
                     raise StreamNotFoundError(stream_id)
                 for chunk in map(StreamChunk._make, rows[1:]):
                     yield chunk
+                total_chunks, state = -rows[0][0], rows[0][1]
                 if len(rows) > 1:
-                    cursor = delivered = rows[-1][0]
-                if len(rows) > PAGE:
+                    delivered = rows[-1][0]
+                if cursor + PAGE < total_chunks:
+                    cursor += PAGE
                     continue
-                if rows[0][1] != "active" or not follow:
+                if state != "active" or not follow:
                     return
-                place.stands(version, cursor, -rows[0][0])
+                cursor = max(cursor, total_chunks)
+                place.stands(version, cursor, total_chunks)
                 while chunks := await place.follow(cursor):
                     for chunk in chunks:
                         yield chunk
@@ -198,9 +201,9 @@ class AsyncPostgresStreamStore:
                 if (pause := due - monotonic()) > 0:
                     await self._database.sleep(pause)
                 yield StreamChunk(seq, data)
-            if len(rows) <= PAGE:
+            cursor += PAGE
+            if cursor >= -rows[0][0]:
                 return
-            cursor = rows[-1][0]
 
     async def get_status(self, id: str) -> StreamStatus | None:
         """Return where a stream stands, or None if there is no such stream."""
