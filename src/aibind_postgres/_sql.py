@@ -92,9 +92,10 @@ WITH wanted AS MATERIALIZED (
 SELECT id, last_before FROM advanced {committed_so}
 """
 
-# One snapshot: in a first row the state and, below zero, the number of chunks; then a page of the chunks that were there
-# in that state. A chunk beyond the number that the status row vouches for is left over from another stream. A page is a
-# range of numbers, not a LIMIT: that may be planned as a sort of all that follows. (Nothing has a number from 2^62 on.)
+# One snapshot: in a first row the state and, below zero, the number of chunks; then a page of the chunks that were
+# there in that state. A chunk beyond the number that the status row vouches for is left over from another stream. A
+# page is a range of numbers and not a LIMIT, which may be planned as a sort of all that follows. (Nothing has a number
+# from 2^62 on.)
 READ = """
 SELECT -total_chunks AS seq, state AS data FROM {status} WHERE id = $1::text
 UNION ALL

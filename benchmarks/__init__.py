@@ -1,0 +1,1 @@
+"""Where this package stands, measured beside what people use instead: `python -m benchmarks`."""

@@ -1,0 +1,105 @@
+"""The command: `python -m benchmarks` starts the servers, measures everything, and prints one table."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import psycopg
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from aibind_postgres import embedded
+
+from .bench import Bench
+from .crowds import eight_threads, five_hundred_tasks, hundred_threads, separate_stores
+from .live import chats, tail
+from .measure import Row
+from .peers import pgbench_program, redis_server
+from .readers import fan_out, idle
+from .reading import memory, replay
+from .report import as_json, draw, surroundings, table
+from .writing import batches, importing, one_producer, ten_million
+
+WORKS = {
+    "one-producer": one_producer,
+    "100-threads": hundred_threads,
+    "8-threads": eight_threads,
+    "500-tasks": five_hundred_tasks,
+    "append-many": batches,
+    "chats": chats,
+    "tail": tail,
+    "replay": replay,
+    "memory": memory,
+    "idle-readers": idle,
+    "fan-out": fan_out,
+    "32-stores": separate_stores,
+    "10-million": ten_million,
+    "import": importing,
+}
+
+
+def main(
+    only: Annotated[list[str] | None, typer.Option(help=f"One work, repeatable: {', '.join(WORKS)}.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Short rounds, and a tenth of the ten million.")] = False,
+    json: Annotated[Path | None, typer.Option(help="Write everything that was measured to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the comparisons into this file, .svg or .png.")] = None,
+) -> None:
+    """Measure this package beside what people use instead, all in one run."""
+    if unknown := set(only or ()) - WORKS.keys():
+        raise typer.BadParameter(f"there is no {', '.join(sorted(unknown))}; there are {', '.join(WORKS)}")
+    if plot is not None and (plot.suffix not in (".svg", ".png") or find_spec("matplotlib") is None):
+        raise typer.BadParameter("--plot needs a name that ends in .svg or .png, and the package matplotlib")
+    works = {name: work for name, work in WORKS.items() if not only or name in only}
+    console = Console(width=None if sys.stdout.isatty() else 180)  # a file has room for whole lines
+    rows: list[Row] = []
+    failed = False
+    begun = time.monotonic()
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
+    # No refreshing thread: it would take its time from what is measured in this process.
+    with ExitStack() as stack, Progress(*columns, console=console, auto_refresh=False) as progress:
+        task = progress.add_task("starting the servers", total=len(works))
+        progress.refresh()
+        dsn = stack.enter_context(embedded.server(version=18))
+        redis = {policy: stack.enter_context(redis_server(policy)) for policy in ("always", "everysec")}
+        for name, work in works.items():
+
+            def step(text: str, name: str = name) -> None:
+                progress.update(task, description=f"{name}: {text}", refresh=True)
+
+            step("preparing")
+            try:
+                rows += work(Bench(dsn, pgbench_program(), redis, quick, step))
+            except Exception as error:
+                failed = True
+                rows.append(Row(name, note=f"failed: {type(error).__name__}: {error}"))
+            progress.advance(task)
+        with psycopg.connect(dsn) as connection:
+            postgres = connection.info.parameter_status("server_version") or ""
+    console.print(table(rows))
+    if json is not None:
+        run = {"quick": quick, "seconds": round(time.monotonic() - begun)}
+        json.write_text(as_json(rows, {**run, **surroundings(postgres, redis_version())}), "utf-8")
+    if plot is not None:
+        draw(rows, plot)
+    raise typer.Exit(failed)
+
+
+def redis_version() -> str:
+    if shutil.which("redis-server") is None:
+        return "not installed"
+    said = subprocess.run(["redis-server", "--version"], check=True, capture_output=True, text=True).stdout
+    found = re.search(r"v=(\S+)", said)
+    return found[1] if found else said
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,58 @@
+"""What every work is given: the servers, the length of its rounds, and a way to tell how far it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import psycopg
+from psycopg.conninfo import make_conninfo
+
+from .measure import Figures, Missing, Results, take_turns
+from .peers import Redis, Tables
+
+Peer = TypeVar("Peer")
+
+
+@dataclass(frozen=True)
+class Bench:
+    dsn: str
+    pgbench: Path | Missing
+    redis: dict[str, Redis | Missing]  # by the policy of appendfsync
+    quick: bool
+    step: Callable[[str], None]
+
+    @property
+    def rounds(self) -> int:
+        return 3 if self.quick else 5
+
+    @property
+    def seconds(self) -> float:
+        """How long one contestant runs in one round."""
+        return 0.5 if self.quick else 1.25
+
+    def tables(self, name: str) -> Tables:
+        tables = Tables(self.dsn, name)
+        tables.migrate()
+        return tables
+
+    def database(self, name: str) -> Tables:
+        """Return tables in a database of their own, where no announcement and no count of others' comes in."""
+        with psycopg.connect(self.dsn, autocommit=True) as admin:
+            admin.execute(f"CREATE DATABASE {name}")
+        tables = Tables(make_conninfo(self.dsn, dbname=name), name)
+        tables.migrate()
+        return tables
+
+    def take_turns(
+        self, contestants: dict[str, Callable[[], Figures] | Missing], rounds: int | None = None
+    ) -> dict[str, Results]:
+        return take_turns(rounds or self.rounds, contestants, self.step)
+
+
+def with_peer(peer: Peer | Missing, run: Callable[[Peer], Figures]) -> Callable[[], Figures] | Missing:
+    """Return how to run a contestant that needs this peer, or why it cannot run."""
+    return peer if isinstance(peer, Missing) else partial(run, peer)

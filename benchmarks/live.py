@@ -1,0 +1,178 @@
+"""Readers that keep up with writers: many chats in one process, and one reader in another process."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from functools import partial
+from multiprocessing.connection import Connection as Pipe
+from typing import TYPE_CHECKING, Any
+
+from .measure import Figures, Missing, Results, Row, at_most, compare, latencies
+from .peers import Redis, Seed, Tables, process, together
+
+if TYPE_CHECKING:
+    import redis
+
+    from .bench import Bench
+
+CHATS = 200
+TOKENS_PER_SECOND = 30
+
+CHUNKS_PER_ROUND = 100
+PAUSE = 0.02  # seconds between two chunks of the same writer: 50 chunks a second
+
+
+def chats(bench: Bench) -> list[Row]:
+    tables = bench.tables("chats")
+    seconds = 3 if bench.quick else 8
+    found = bench.take_turns({"writers": lambda: asyncio.run(chat(tables, seconds))}, rounds=1 if bench.quick else 3)
+    work, figures = f"{CHATS} chats, {TOKENS_PER_SECOND} tokens/s each", found["writers"].figures
+    return [
+        Row(f"{work}: time taken, of the ideal", "", figures["pace"], bar=at_most(1.1)),
+        Row(f"{work}: write to reader, p50", "ms", figures["p50"]),
+        Row(f"{work}: write to reader, p99", "ms", figures["p99"], bar=at_most(50)),
+    ]
+
+
+async def chat(tables: Tables, seconds: int) -> Figures:
+    """Write all streams at their pace, each through its own writer, and read each by one reader in this process."""
+    tokens = seconds * TOKENS_PER_SECOND
+    taken: list[float] = []
+    async with tables.async_store() as store:
+        streams = [await store.create() for _ in range(CHATS)]
+        begin = time.monotonic() + 1  # when all readers are in place
+
+        async def read(stream: str) -> None:
+            async for chunk in store.read_from(stream):
+                taken.append(time.monotonic() - float(chunk.data))
+
+        async def write(stream: str, first: float) -> None:
+            async with store.writer(stream) as writer:
+                for number in range(tokens):
+                    await asyncio.sleep(first + number / TOKENS_PER_SECOND - time.monotonic())
+                    await writer.write(str(time.monotonic()))
+
+        await together(
+            *map(read, streams),
+            # Not all at the same moment: chats do not beat in time.
+            *(write(s, begin + place / CHATS / TOKENS_PER_SECOND) for place, s in enumerate(streams)),
+        )
+        elapsed = time.monotonic() - begin
+    if len(taken) != CHATS * tokens:
+        raise RuntimeError(f"of {CHATS * tokens} tokens, {len(taken)} reached a reader")
+    return {"pace": elapsed / seconds, **latencies(taken)}
+
+
+def tail(bench: Bench) -> list[Row]:
+    """Send a chunk the one way, then the other: each reader is in a process of its own, and all share one clock."""
+    tables, silent_tables = bench.tables("tail"), bench.database("silent")
+    ways: dict[str, Callable[[str], object]] = {}
+    missing: dict[str, str] = {}
+    with ExitStack() as stack:
+        store, silent_store = stack.enter_context(tables.store()), stack.enter_context(silent_tables.store())
+        announced, silent = store.create(), silent_store.create()
+        plain, seed = stack.enter_context(silent_tables.connect()), Seed(silent_tables)
+
+        def write_silently(text: str) -> None:
+            plain.execute(seed.append, [silent, text], prepare=False)
+
+        ways["announced"] = lambda text: store.append(announced, text)
+        ways["silent"] = write_silently
+        readers = {
+            "announced": stack.enter_context(process(tail_store, tables, announced)),
+            "silent": stack.enter_context(process(tail_store, silent_tables, silent)),
+            "seed": stack.enter_context(process(tail_seed, silent_tables, silent)),
+        }
+        for policy, server in bench.redis.items():
+            if isinstance(server, Missing):
+                missing[policy] = server.why
+                continue
+            client = stack.enter_context(server.connect())
+            ways[policy] = partial(add_entry, client)
+            readers[policy] = stack.enter_context(process(tail_redis, server))
+
+        for send in ways.values():
+            send("the first chunk, by which a reader tells that it is there")
+        for pipe in readers.values():
+            pipe.recv()
+        time.sleep(1)  # until all listen
+        due = time.monotonic()
+        for number in range(bench.rounds):
+            bench.step(f"round {number + 1} of {bench.rounds}")
+            for _ in range(CHUNKS_PER_ROUND):
+                for send in ways.values():
+                    due += PAUSE / len(ways)
+                    time.sleep(max(0.0, due - time.monotonic()))
+                    send(str(time.monotonic()))
+        store.complete(announced)
+        silent_store.complete(silent)
+        for policy in bench.redis.keys() & ways.keys():
+            ways[policy](END)
+        found = {way: in_rounds(pipe.recv()) for way, pipe in readers.items()}
+    found |= {policy: Results(missing=why) for policy, why in missing.items()}
+    work, blocked = "chunk to a reader in another process", "Redis XREAD BLOCK, appendfsync"
+    ours, polled = found["announced"], "the seed's poll"
+    return [
+        compare(f"{work}, p50", "p50", ours, f"{blocked} always", found["always"], at_most(1.3)),
+        compare(f"{work}, p99", "p99", ours, f"{blocked} always", found["always"]),
+        compare(f"{work}, p50", "p50", ours, f"{blocked} everysec", found["everysec"]),
+        compare(f"{work}, p50", "p50", ours, polled, found["seed"], at_most(1 / 30)),
+        compare(f"{work}, p99", "p99", ours, polled, found["seed"]),
+        compare(f"{work}, not announced, p50", "p50", found["silent"], polled, found["seed"]),
+    ]
+
+
+def in_rounds(taken: list[float]) -> Results:
+    results = Results()
+    for start in range(0, len(taken), CHUNKS_PER_ROUND):
+        results.add(latencies(taken[start : start + CHUNKS_PER_ROUND]))
+    return results
+
+
+END = "end"
+
+
+def tail_store(pipe: Pipe, tables: Tables, stream: str) -> None:
+    with tables.store() as store:
+        report(pipe, (chunk.data for chunk in store.read_from(stream)))
+
+
+def tail_seed(pipe: Pipe, tables: Tables, stream: str) -> None:
+    with tables.connect() as connection:
+        report(pipe, (data for _, data in Seed(tables).read(connection, stream)))
+
+
+def tail_redis(pipe: Pipe, server: Redis) -> None:
+    report(pipe, redis_entries(server))
+
+
+def add_entry(client: redis.Redis, text: str) -> None:
+    client.xadd("tail", {"data": text})
+
+
+def redis_entries(server: Redis) -> Iterator[str]:
+    last = "0"
+    with server.connect() as client:
+        while True:
+            found: Any = client.xread({"tail": last}, block=0)
+            streams = found.items() if isinstance(found, dict) else found
+            for _, batch in streams:
+                for entry, fields in batch:
+                    if fields["data"] == END:
+                        return
+                    yield fields["data"]
+                    last = entry
+
+
+def report(pipe: Pipe, texts: Iterable[str]) -> None:
+    """Say that the first chunk is here, and at the end how long each of the others was under way."""
+    taken = []
+    for number, text in enumerate(texts):
+        if number == 0:
+            pipe.send("reading")
+        else:
+            taken.append(time.monotonic() - float(text))
+    pipe.send(taken)

