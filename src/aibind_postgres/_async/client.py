@@ -98,7 +98,8 @@ class AsyncPsycopgClient(AsyncClient):
         # is prepared: the next statement may run in another session, where that name stands for another statement.
         cursor = psycopg.AsyncRawCursor(connection, row_factory=tuple_row)
         await cursor.execute(sql, params, binary=True, prepare=None if self._direct else False)
-        return await cursor.fetchall() if cursor.description else []
+        # Not by the description, which costs as much as the rows.
+        return await cursor.fetchall() if cursor.pgresult is not None and cursor.pgresult.nfields else []
 
 
 class AsyncPoolClient(AsyncPsycopgClient):
