@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Coroutine
 from contextvars import Context
 from typing import Any, ClassVar
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 Mutex = threading.Lock
 AsyncLock = asyncio.Lock
@@ -63,7 +63,10 @@ class AsyncSignal:
     than the rest of it.
     """
 
-    _waiting: ClassVar[WeakKeyDictionary[asyncio.AbstractEventLoop, list[asyncio.Future[bool]]]] = WeakKeyDictionary()
+    # By weak references, since a future refers to its loop, and nothing here is to keep one alive.
+    _waiting: ClassVar[WeakKeyDictionary[asyncio.AbstractEventLoop, list[ref[asyncio.Future[bool]]]]] = (
+        WeakKeyDictionary()
+    )
 
     def __init__(self) -> None:
         self._set = False
@@ -83,13 +86,14 @@ class AsyncSignal:
         if waiting is None:
             waiting = self._waiting[loop] = []
             loop.call_later(timeout, self._time_out, loop)
-        waiting.append(self._waiter)
+        waiting.append(ref(self._waiter))
         return await self._waiter
 
     @classmethod
     def _time_out(cls, loop: asyncio.AbstractEventLoop) -> None:
-        for waiter in cls._waiting.pop(loop):
-            _resolve(waiter, False)
+        for reference in cls._waiting.pop(loop):
+            if (waiter := reference()) is not None:
+                _resolve(waiter, False)
 
 
 class Signal:

@@ -66,7 +66,7 @@ SELECT total_chunks FROM advanced {committed_so}
 
 # Many appends in one: a JSON array of objects with id, texts and expected, each id once. The rows are locked first, so
 # that a number is judged by the row as it will be updated. A row that another transaction holds is left out instead of
-# waited for: one stream never holds up the others, and two batches cannot deadlock.
+# waited for: so one stream does not hold up the others of the batch, and two batches cannot deadlock.
 APPEND_BATCH = """
 WITH wanted AS MATERIALIZED (
     SELECT id, expected, texts, json_array_length(texts) AS number

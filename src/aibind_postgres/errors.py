@@ -104,9 +104,10 @@ def copied(error: Exception) -> Exception:
         return error
 
 
-# By which class or code the server tells that it has refused a statement: data, constraints, privileges, objects that
-# are missing, what a trigger raised; and of the transaction rollbacks those two that leave nothing open.
-_REFUSALS = ("21", "22", "23", "42", "44", "P0", "40001", "40P01")
+# By which class or code the server tells that it has refused a statement or given it up before its commit: features,
+# data, constraints, privileges, objects that are missing, limits, what a trigger raised; a read-only transaction, the
+# two rollbacks that leave nothing open, a lock that was not to be had, a statement that took too long.
+_REFUSALS = ("0A", "21", "22", "23", "42", "44", "54", "P0", "25006", "40001", "40P01", "55P03", "57014")
 
 
 def nothing_was_written(error: Exception) -> bool:

@@ -8,9 +8,10 @@ from functools import partial
 
 import psycopg
 import pytest
+from psycopg_pool import AsyncConnectionPool
 from support.concurrency import AsyncBackground, async_gather, async_sleep
 
-from aibind_postgres import AsyncPostgresStreamStore, StoreClosedError, StreamNotFoundError
+from aibind_postgres import AsyncPostgresStreamStore, InvalidDataError, StoreClosedError, StreamNotFoundError
 from aibind_postgres._async import feeds
 from aibind_postgres._async.feeds import LIVE_PAGE, AsyncFeed
 
@@ -140,6 +141,90 @@ async def test_a_stream_that_is_replaced_ends_its_readers_and_no_others(store, o
         await all_waiting(store, id, 1)
         await other.complete(id)
         assert await reader.result() == [(1, "new")]
+
+
+async def paused(store, id, chunks):
+    """Return a reader that has read so many chunks and then pauses, with its place at the feed."""
+    reader = store.read_from(id)
+    for _ in range(chunks):
+        await reader.__anext__()
+    return reader
+
+
+@pytest.mark.parametrize("where", ["here", "elsewhere"])
+async def test_a_new_reader_of_a_new_stream_sees_nothing_of_the_old_one(store, other, where):
+    id = await store.create()
+    await store.append_many(id, ["old 1", "old 2"])
+    async with AsyncBackground(partial(paused, store, id, 5)) as pausing:
+        await all_waiting(store, id, 1)
+        await store.append_many(id, [f"OLD {number}" for number in range(3, 11)])
+        old_reader = await pausing.result()
+        await (store if where == "here" else other).delete(id)
+        await other.create(id)
+        await other.append_many(id, ["new 1", "new 2", "new 3"])
+        async with AsyncBackground(partial(collect, store, id)) as reader:
+            await all_waiting_together(store, id, 1)
+            await other.append(id, "new 4")
+            await other.complete(id)
+            assert await reader.result() == [(number, f"new {number}") for number in range(1, 5)]
+        del old_reader
+
+
+async def test_the_end_of_an_old_stream_is_not_that_of_a_new_one(store, other):
+    id = await store.create()
+    await store.append_many(id, ["a", "b"])
+    async with AsyncBackground(partial(paused, store, id, 3)) as pausing:
+        await all_waiting(store, id, 1)
+        await store.append(id, "c")
+        await store.complete(id)
+        old_reader = await pausing.result()
+        await other.delete(id)
+        await other.create(id)
+        with pytest.raises(TimeoutError):
+            await store.wait(id, timeout=0.2)
+        async with AsyncBackground(partial(collect, store, id)) as reader:
+            await all_waiting_together(store, id, 1)
+            await other.append(id, "new")
+            await other.complete(id)
+            assert await reader.result() == [(1, "new")]
+        del old_reader
+
+
+async def all_waiting_together(store, id, number):
+    """Wait until so many readers wait for a stream, at whatever feeds of this id there are."""
+    while sum(len(feed.waiting) for feed in store._changes._feeds.get(id, ())) != number:
+        await async_sleep(0.005)
+
+
+async def test_a_text_that_cannot_be_read_harms_only_its_own_stream(dsn, tables, other):
+    async with AsyncConnectionPool(
+        dsn, kwargs={"autocommit": True, "client_encoding": "LATIN1"}, min_size=1, open=False
+    ) as pool:
+        async with AsyncPostgresStreamStore(pool, **tables) as store:
+            ids = [await other.create() for _ in range(10)]
+            calls = [partial(collect, store, id) for id in ids]
+            async with AsyncBackground(partial(async_gather, *calls, errors=True)) as readers:
+                for id in ids:
+                    await all_waiting(store, id, 1)
+                await async_gather(*[partial(other.append, id, "€" if id == ids[3] else "ä") for id in ids])
+                await async_gather(*[partial(other.complete, id) for id in ids])
+                results = await readers.result()
+            assert isinstance(results.pop(3), InvalidDataError)
+            assert results == [[(1, "ä")]] * 9
+
+
+async def test_a_place_that_was_interrupted_before_it_fetched_lets_others_fetch(store, other):
+    id = await store.create()
+    async with AsyncBackground(partial(collect, store, id)) as reader:
+        await all_waiting(store, id, 1)
+        with store._changes.place(id) as place:
+            place.feed.fetching = place  # an interrupt comes just here
+        await other.append(id, "x")
+        await other.complete(id)
+        while place.feed.fetching is place:
+            store._changes.followed()  # as the watch does with each poll
+            await async_sleep(0.01)
+        assert await reader.result() == [(1, "x")]
 
 
 async def test_a_fetch_that_fails_is_told_to_all_who_wait_for_it(store, other, monkeypatch):
@@ -283,9 +368,10 @@ def test_what_is_appended_here_needs_no_fetch():
     assert feed.after(1) == [(2, "b"), (3, "c")]
     assert feed.current
     assert not feed.append(7, ["x"])  # somebody else has written in between
-    assert feed.append(2, ["c"])  # known already
+    assert not feed.append(2, ["c"])  # told late, or of another stream of this id
+    assert not feed.append(3, ["x"] * (LIVE_PAGE + 1))  # more than is worth keeping
     assert feed.after(1) == [(2, "b"), (3, "c")]
-    assert not feed.polled("active", 3)
+    assert not feed.polled("active", 3)  # that was announced from here
 
 
 def test_a_fetch_that_is_overtaken_takes_nothing_back():
@@ -293,7 +379,7 @@ def test_a_fetch_that_is_overtaken_takes_nothing_back():
     feed.stands(1, 1, 1)
     feed.happened()
     version, after, least = feed.version, feed.wants(1), feed.total
-    feed.append(1, ["b", "c"])
+    assert feed.append(1, ["b", "c"])
     feed.take(version, after, least, rows("active", 2, 2, text="b"))
     assert not feed.gone
     assert feed.after(1) == [(2, "b"), (3, "c")]

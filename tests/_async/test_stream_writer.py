@@ -32,9 +32,12 @@ class FaultyClient:
         self.gate = AsyncEvent()
         self.gate.set()
         self.lose = []  # for the coming appends: None, "request" or "reply"
+        self.is_down = False
         self.connection_errors = (psycopg.OperationalError,)
 
     async def query(self, sql, params):
+        if self.is_down:
+            raise psycopg.OperationalError("nobody answers")
         if "UPDATE" not in sql or "total_chunks +" not in sql:
             return await self.send(sql, params)
         self.appends += 1
@@ -252,6 +255,41 @@ async def test_a_server_that_stays_away_is_told_with_what_is_durable(client, tab
         assert await store.get_status(id) == ("error", str(caught.value), 1)
 
 
+@pytest.mark.parametrize("when", ["writing", "looking", "leaving"])
+async def test_a_server_that_goes_away_altogether(client, tables, when):
+    async with AsyncPostgresStreamStore(client, **tables, retry_for=0.2) as store:
+        id = await store.create()
+        with pytest.raises(StreamWriteError) as caught:
+            async with store.writer(id) as writer:
+                await writer.write("a")
+                await writer.flush()
+                client.is_down = True
+                if when == "writing":
+                    await writer.write("b")
+                    await writer.flush()
+                elif when == "looking":
+                    writer._be_alarmed()  # as a watch does that has lost the server too
+                    await async_sleep(0.1)
+                    assert writer.is_active
+                    await writer.write("b")
+        assert (caught.value.durable, caught.value.unsaved) == (1, 0 if when == "leaving" else 1)
+        assert isinstance(caught.value.__cause__, (psycopg.OperationalError, StreamWriteError))
+        client.is_down = False
+        assert await store.get_status(id) == ("active", None, 1)
+
+
+async def test_a_server_that_comes_back_in_time(store, client):
+    id = await store.create()
+    async with store.writer(id) as writer:
+        for number in range(3):
+            client.is_down = True
+            await writer.write(f"{number}")
+            await async_sleep(0.1)
+            client.is_down = False
+    assert await texts(store, id) == ["0", "1", "2"]
+    assert (await store.get_status(id)).state == "done"
+
+
 async def test_another_producer_is_left_alone(store, other):
     id = await store.create()
     with pytest.raises(SequenceConflictError):
@@ -288,9 +326,26 @@ async def test_a_writer_is_used_in_its_block_only(store):
         await writer.write("a")
     with pytest.raises(StreamNotActiveError):
         await writer.write("b")
-    with pytest.raises(StreamNotActiveError):
+    with pytest.raises(RuntimeError, match="serves one block"):
         await writer.__aenter__()
     assert await texts(store, id) == ["a"]
+
+
+async def test_what_is_written_while_the_block_is_left_is_refused(store, client):
+    id = await store.create()
+    writer = store.writer(id)
+    await writer.__aenter__()
+    client.gate.clear()
+    await writer.write("a")
+    await until(lambda: client.under_way)
+    async with AsyncBackground(partial(writer.__aexit__, None, None, None)) as leaving:
+        await until(lambda: writer._left)
+        with pytest.raises(RuntimeError, match="has been left"):
+            await writer.write("b")
+        client.gate.set()
+        await leaving.result()
+    assert await texts(store, id) == ["a"]
+    assert (await store.get_status(id)).state == "done"
 
 
 async def test_bad_data_is_refused_and_the_writer_goes_on(store):

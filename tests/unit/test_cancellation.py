@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import random
 
+import psycopg
 from psycopg_pool import AsyncConnectionPool
 
-from aibind_postgres import AsyncPostgresStreamStore
+from aibind_postgres import AsyncPostgresStreamStore, PostgresStreamStore
 
 
 async def test_cancelled_calls_leave_no_connection_checked_out_and_no_hole(dsn, tables):
@@ -98,3 +99,109 @@ def test_an_event_loop_that_ends_loses_no_written_chunk(dsn, tables):
     status, chunks = asyncio.run(check())
     assert chunks == [f"{number}" for number in range(300)]
     assert status == ("error", "CancelledError", 300)
+
+
+class SlowReplies:
+    """A pool whose replies to appends are held back."""
+
+    def __init__(self, pool):
+        self.pool = pool
+        self.sent = 0
+        self.reply = asyncio.Event()
+
+    async def query(self, sql, params):
+        async with self.pool.connection() as connection:
+            cursor = psycopg.AsyncRawCursor(connection)
+            await cursor.execute(sql, params)
+            rows = await cursor.fetchall()
+        if "total_chunks + " in sql:
+            self.sent += 1
+            await self.reply.wait()
+        return rows
+
+
+def test_a_worker_that_is_cancelled_in_mid_send_loses_and_repeats_nothing(dsn, tables):
+    async def main():
+        pool = AsyncConnectionPool(dsn, kwargs={"autocommit": True}, min_size=1, max_size=4, open=False)
+        await pool.open()
+        client = SlowReplies(pool)
+        store = AsyncPostgresStreamStore(client, **tables)
+        id = await store.create()
+
+        async def produce():
+            try:
+                async with store.writer(id) as writer:
+                    await writer.write("a")
+                    while not client.sent:
+                        await asyncio.sleep(0.01)
+                    await writer.write("b")
+                    await writer.write("c")
+                    client.ready = True
+                    await asyncio.sleep(60)
+            finally:
+                await pool.close()
+
+        task = asyncio.create_task(produce())
+        while not hasattr(client, "ready"):
+            await asyncio.sleep(0.01)
+        asyncio.get_running_loop().call_later(0.2, client.reply.set)
+        return id, task
+
+    id, task = asyncio.run(main())  # cancels the producer and the worker, whose first reply is on its way
+    assert task.cancelled()
+    with PostgresStreamStore(dsn, **tables) as store:
+        assert store.get_status(id) == ("error", "CancelledError", 3)
+        assert [chunk.data for chunk in store.read_from(id)] == ["a", "b", "c"]
+
+
+async def test_a_block_whose_leaving_is_cancelled_again_is_left_all_the_same(dsn, tables):
+    async with AsyncConnectionPool(dsn, kwargs={"autocommit": True}, min_size=1, max_size=4, open=False) as pool:
+        client = SlowReplies(pool)
+        async with AsyncPostgresStreamStore(client, **tables) as store:
+            id = await store.create()
+            writers = []
+
+            async def produce():
+                async with store.writer(id) as writer:
+                    writers.append(writer)
+                    await writer.write("a")
+                    await asyncio.sleep(60)
+
+            task = asyncio.create_task(produce())
+            while not client.sent:
+                await asyncio.sleep(0.01)
+            for _ in range(5):  # as a cancel scope does
+                task.cancel()
+                await asyncio.sleep(0.01)
+            assert task.cancelled()
+            client.reply.set()
+            status = await store.wait(id, 20)
+            assert status == ("error", "CancelledError", 1)
+            assert not writers[0].is_active
+            while any(task.get_name() == "aibind_postgres-writer" for task in asyncio.all_tasks()):
+                await asyncio.sleep(0.01)
+
+
+async def test_many_combined_calls_cancelled_at_random_lose_no_append_of_others(dsn, tables):
+    chance = random.Random(3)
+    async with AsyncPostgresStreamStore(dsn, **tables) as store:
+        ids = [await store.create() for _ in range(10)]
+        acknowledged = {id: [] for id in ids}
+
+        async def produce(worker):
+            for number in range(30):
+                id = chance.choice(ids)
+                seq = await store.append(id, f"{worker}/{number}")
+                acknowledged[id].append((seq, f"{worker}/{number}"))
+
+        tasks = [asyncio.create_task(produce(worker)) for worker in range(40)]
+        for task in tasks[::2]:
+            await asyncio.sleep(chance.random() / 100)
+            task.cancel()
+        await asyncio.wait(tasks)
+        assert [task.exception() for task in tasks[1::2]] == [None] * 20
+        for id in ids:
+            chunks = [tuple(chunk) async for chunk in store.read_from(id, follow=False)]
+            assert [seq for seq, _ in chunks] == list(range(1, len(chunks) + 1))
+            assert set(acknowledged[id]) <= set(chunks)
+            assert len({data for _, data in chunks}) == len(chunks)

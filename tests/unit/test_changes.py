@@ -46,7 +46,7 @@ def test_the_garbage_collector_may_close_a_reader_at_any_moment(dsn, tables):
 def test_a_finding_is_news_once(store):
     with store._changes.place("a") as place:
         feed = place.feed
-        place.stands(place.version, 3, 3)
+        place.stands(place.before_look(), 3, 3)
         assert feed.polled("active", 3) is False
         assert feed.polled("active", 5) is True
         assert feed.polled("active", 5) is False  # somebody has looked, and waits all the same

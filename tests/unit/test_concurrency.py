@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from contextvars import ContextVar
 
 import pytest
 
-from aibind_postgres._concurrency import AsyncEvent, Event, async_spawn, spawn
+from aibind_postgres._concurrency import AsyncEvent, AsyncSignal, Event, Signal, async_spawn, spawn
 
 
 async def test_an_event_wakes_all_who_wait():
@@ -58,3 +60,32 @@ async def test_a_worker_has_none_of_its_starters_context():
     assert seen == ["none", "none"]
     assert thread.daemon
     assert thread.name == "thread"
+
+
+async def test_a_signal_is_waited_for_by_one():
+    for signal in (AsyncSignal(), AsyncSignal()):
+        waiter = asyncio.create_task(signal.wait(10))
+        await asyncio.sleep(0)
+        signal.set()
+        assert await waiter is True
+        assert await signal.wait(0) is True
+    assert await AsyncSignal().wait(0.01) is False
+    plain = Signal()
+    assert plain.wait(0.01) is False
+    plain.set()
+    assert plain.wait(0.01) is True
+
+
+def test_a_signal_keeps_no_event_loop_alive():
+    loops = []
+
+    async def main():
+        loops.append(weakref.ref(asyncio.get_running_loop()))
+        waiter = asyncio.create_task(AsyncSignal().wait(10))
+        await asyncio.sleep(0)
+        waiter.cancel()
+
+    for _ in range(3):
+        asyncio.run(main())
+    gc.collect()
+    assert [loop() for loop in loops] == [None] * 3

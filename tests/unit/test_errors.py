@@ -70,9 +70,9 @@ def test_a_drivers_error_is_found_inside_its_wrappers():
 @pytest.mark.parametrize(
     ("code", "certain"),
     [
-        *[(code, True) for code in ("21000", "22P02", "23505", "42501", "44000", "P0001", "40001", "40P01")],
-        # Unknown completion, connection lost, out of resources, shut down, cancelled, input and output, internal.
-        *[(code, False) for code in ("40003", "08006", "53100", "57P01", "57014", "58030", "XX000", None)],
+        *[(code, True) for code in ("21000", "22P02", "23505", "42501", "44000", "P0001", "40001", "40P01", "57014")],
+        # Unknown completion, connection lost, out of resources, shut down, input and output, internal.
+        *[(code, False) for code in ("40003", "08006", "53100", "57P01", "58030", "XX000", None)],
     ],
 )
 def test_what_the_server_has_refused_for_certain(code, certain):

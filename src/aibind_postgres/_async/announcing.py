@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from contextlib import suppress
 from time import monotonic
 from typing import TYPE_CHECKING
 
@@ -53,7 +54,8 @@ class AsyncAnnouncer:
                 self._filled.set()
             self._pending.update(dict.fromkeys(stream_ids))
             if self._worker is None:
-                self._worker = async_spawn(self._work, "aibind_postgres-announcer")
+                with suppress(RuntimeError):  # no thread to be had, as when the interpreter ends
+                    self._worker = async_spawn(self._work, "aibind_postgres-announcer")
 
     async def close(self) -> None:
         """Send what is left and end the worker."""

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from .database import AsyncDatabase
 
 ATTEMPTS = 5
-LANES = 2  # batches side by side, while PostgreSQL writes the log of one it works on the other
-BATCH_ITEMS, BATCH_SIZE = 500, 500_000
-LARGEST_COMBINED = 20_000  # what is larger would hold up the others of its batch
-TEXT_SIZE = 100  # what a text counts beyond its characters
+LANES = 2  # batches side by side: while PostgreSQL writes the log of one it works on the other
+BATCH_ITEMS, BATCH_BYTES = 500, 500_000
+LARGEST_COMBINED = 20_000  # bytes; what is larger would hold up the others of its batch
+TEXT_BYTES = 100  # what a text counts beyond its own bytes
 
 
 class Append(NamedTuple):
@@ -51,12 +51,12 @@ class AsyncAppender:
         self._sql = statements
         self._ttl = ttl
         self._changes = changes
-        # A stream has its lane: two batches never want the same row.
-        self._lanes = [AsyncCombiner(self._run, max_items=BATCH_ITEMS, max_size=BATCH_SIZE) for _ in range(LANES)]
+        # A stream has its lane, since two batches at once should not want the same row.
+        self._lanes = [AsyncCombiner(self._run, max_items=BATCH_ITEMS, max_size=BATCH_BYTES) for _ in range(LANES)]
 
     async def append(self, append: Append) -> int:
         """Append texts and return the number of the last one; also if they are there already, where expected."""
-        size = sum(map(len, append.texts)) + TEXT_SIZE * len(append.texts)
+        size = sum([len(text.encode()) + TEXT_BYTES for text in append.texts])
         # A caller's own transaction is nobody else's.
         combined = size <= LARGEST_COMBINED and not self._database.client.joins_transactions
         for _ in range(ATTEMPTS):

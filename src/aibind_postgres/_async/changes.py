@@ -62,17 +62,23 @@ class AsyncChanges:
 
     def place(self, stream_id: str, alarm: Callable[[], None] | None = None) -> AsyncPlace:
         """Return a place at the feed of a stream; in transactions of the callers, each sees a stream of his own."""
+        place = AsyncPlace(self, stream_id, alarm)
         with self.mutex:
             self._clear_left()
-            feeds = self._feeds.setdefault(stream_id, set())
-            if feeds and not self.database.client.joins_transactions:
-                [feed] = feeds
-            else:
-                feed = AsyncFeed(stream_id)
-                feeds.add(feed)
-            place = AsyncPlace(self, feed, alarm)
-            feed.places.add(place)
-            return place
+            self.move(place)
+        return place
+
+    def move(self, place: AsyncPlace) -> None:
+        """Put a place at the feed of its stream as it is now. To be called under the mutex."""
+        feeds = self._feeds.setdefault(place.stream_id, set())
+        going_on = () if self.database.client.joins_transactions else [feed for feed in feeds if not feed.over]
+        feed = next(iter(going_on), None) or AsyncFeed(place.stream_id)
+        feeds.add(feed)
+        feed.places.add(place)
+        place.feed.places.discard(place)
+        if not place.feed.places:
+            self._forget(place.feed)
+        place.feed = feed
 
     def leave(self, place: AsyncPlace) -> None:
         # Without the mutex: the garbage collector closes forgotten readers, in any thread and at any moment, also in
@@ -82,12 +88,20 @@ class AsyncChanges:
     def _clear_left(self) -> None:
         while self._left:
             place = self._left.popleft()
-            place.feed.places.discard(place)
-            if not place.feed.places:
-                self.forget(place.feed)
+            feed = place.feed
+            feed.places.discard(place)
+            if feed.fetching is place:  # interrupted before it could say so
+                feed.fetching = None
+                feed.summon()
+            if not feed.places:
+                self._forget(feed)
 
-    def forget(self, feed: AsyncFeed) -> None:
-        """Drop a feed: whoever comes now gets another. To be called under the mutex."""
+    def drop(self, feed: AsyncFeed) -> list[AsyncPlace]:
+        """Part with the feed of a stream that is no more, and return those who wait at it. Under the mutex."""
+        self._forget(feed)
+        return feed.end_here()
+
+    def _forget(self, feed: AsyncFeed) -> None:
         feeds = self._feeds.get(feed.stream_id, set())
         feeds.discard(feed)
         if not feeds:
@@ -98,12 +112,25 @@ class AsyncChanges:
         with self.mutex:
             for stream_id in list(self._feeds) if stream_ids is None else stream_ids:
                 for feed in self._feeds.get(stream_id, ()):
-                    feed.happened()
+                    # Where all look, the next poll tells those who would only see whether their stream has ended.
+                    feed.happened(appended=stream_ids is None)
 
     async def tell(self, stream_ids: Collection[str]) -> None:
         """Wake those who follow these streams here, and have the change announced to other processes."""
         self.wake(stream_ids)
         await self._announcer.announce(stream_ids)
+
+    async def tell_deleted(self, stream_id: str) -> None:
+        """Send away those who follow a stream here: another one of its id may be there at once. And announce it."""
+        woken: list[AsyncPlace] = []
+        if not self.database.client.joins_transactions:  # else it may not come to that
+            with self.mutex:
+                for feed in list(self._feeds.get(stream_id, ())):
+                    woken += self.drop(feed)
+                    feed.happened()
+        for place in woken:
+            place.wake()
+        await self.tell([stream_id])
 
     async def tell_appended(self, appended: Collection[tuple[str, int, Sequence[str]]]) -> None:
         """Hand on what has been appended, as stream ids with the number before and the texts, and have it announced."""

@@ -37,6 +37,10 @@ class AsyncCall(Generic[Item, Result]):
         self.leads = False
         self._results: Sequence[Result] | Exception = ()
 
+    @property
+    def settled(self) -> bool:
+        return self._results != ()
+
     def settle(self, result: Result) -> None:
         self._results = (result,)
 
@@ -85,15 +89,15 @@ class AsyncCombiner(Generic[Item, Result]):
                 self._queue.append(call)
         if not call.leads:
             try:
-                while not await call.woken.wait(PATIENCE):
+                while not (await call.woken.wait(PATIENCE) or call.settled):
                     self._lose_patience(call)
             except BaseException:
                 self._leave(call)
                 raise
             if not call.leads:
                 return call.outcome()
-        batch = self._take(call)
-        if len(batch) > 1:
+        if self._queue:
+            batch = [call]
             await async_uninterrupted(partial(self._run_batch, batch), partial(self._conclude, batch))
             return call.outcome()
         try:
@@ -109,7 +113,7 @@ class AsyncCombiner(Generic[Item, Result]):
     def _lose_patience(self, call: AsyncCall[Item, Result]) -> None:
         """Make a queued call the leader, beside the one who has not returned for too long."""
         with self._mutex:
-            if call in self._queue and monotonic() - self._led_since > PATIENCE:
+            if monotonic() - self._led_since > PATIENCE and call in self._queue:
                 self._queue.remove(call)
                 self._appoint(call)
                 call.woken.set()
@@ -126,15 +130,13 @@ class AsyncCombiner(Generic[Item, Result]):
             elif call in self._queue:
                 self._queue.remove(call)
 
-    def _take(self, leader: AsyncCall[Item, Result]) -> Sequence[AsyncCall[Item, Result]]:
-        batch, size = [leader], leader.size
+    async def _run_batch(self, batch: list[AsyncCall[Item, Result]]) -> None:
+        """Add to a batch what has queued, and run it. Whoever is added is sure to be concluded."""
         with self._mutex:
+            size = batch[0].size
             while self._queue and len(batch) < self._max_items and size + self._queue[0].size <= self._max_size:
-                batch.append(self._queue.popleft())
-                size += batch[-1].size
-        return batch
-
-    async def _run_batch(self, batch: Sequence[AsyncCall[Item, Result]]) -> None:
+                batch.append(self._queue[0])
+                size += self._queue.popleft().size
         try:
             results = await self._run([call.item for call in batch])
         except Exception as error:

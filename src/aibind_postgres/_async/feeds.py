@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from .._arguments import MAX_NUMBER
 from .._concurrency import AsyncEvent
 from .._sql import StreamStatements, json_text
-from ..errors import StoreClosedError, StreamNotFoundError, copied
+from ..errors import StoreClosedError, StreamNotFoundError, copied, nothing_was_written
 from ..models import StreamChunk
 from .combining import AsyncCombiner
 
@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from .client import Row
     from .database import AsyncDatabase
 
-LIVE_PAGE = 200  # chunks of one stream that one fetch brings
-FETCHES = 200  # streams that one statement reads
+LIVE_PAGE = 200  # chunks of one stream that one fetch brings at most
+FETCHES, FETCH_SIZE = 200, 8_000_000  # streams and, by what is known of them, characters that one statement reads
+USUAL_SIZE = 100  # characters of a chunk where none is known yet
 TAIL_CHUNKS, TAIL_SIZE = 500, 200_000  # chunks and characters that are kept for slower readers
 
 
@@ -40,7 +41,7 @@ class AsyncFeed:
         self.stream_id = stream_id
         self.places: set[AsyncPlace] = set()
         self.waiting: set[AsyncPlace] = set()
-        self.fetching = False
+        self.fetching: AsyncPlace | None = None
         self.version = 1  # goes up with whatever may have happened to the stream
         self._fetched = 0  # the version at which the newest fetch began that brought all there was
         self._known = False  # it has been fetched at all
@@ -75,8 +76,15 @@ class AsyncFeed:
         return self._tail[bisect_right(self._tail, cursor, key=itemgetter(0)) :]
 
     def wants(self, cursor: float) -> int:
-        """Return the number after which to fetch: that of the tail if somebody waits there, else the caller's own."""
-        return self.end if self.waiting and self._known else int(min(cursor, MAX_NUMBER))
+        """Return the number after which to fetch: that of the tail if a reader waits there, else the caller's own."""
+        if self._known and any(place.cursor < math.inf for place in self.waiting):
+            return self.end
+        return int(min(cursor, MAX_NUMBER))
+
+    @property
+    def page_size(self) -> int:
+        """How many characters a fetch may bring, if chunks go on as they were."""
+        return LIVE_PAGE * (self._size // len(self._tail) if self._tail else USUAL_SIZE)
 
     def take(self, version: int, after: int, least: int, rows: Sequence[Row]) -> None:
         """Take what was fetched after the number `after`, from the moment of `version` on, with `least` chunks then."""
@@ -96,11 +104,12 @@ class AsyncFeed:
             self._state = state
 
     def append(self, before: int, texts: Sequence[str]) -> bool:
-        """Take what was appended here after the number `before`; return False if there is a gap to what is known."""
-        if not self._known or before != self.end:
-            return self.end > before
+        """Take what was appended here after the number `before`; return False if that has to be fetched."""
+        follows = self._known and before == self.end
+        self.total = max(self.total, before + len(texts))
+        if not follows or len(texts) > LIVE_PAGE:
+            return False
         self._extend([StreamChunk(seq, text) for seq, text in enumerate(texts, before + 1)])
-        self.total = max(self.total, self.end)
         return True
 
     def _begin(self, after: int) -> None:
@@ -135,6 +144,11 @@ class AsyncFeed:
             self._fetched = max(self._fetched, version)
             self.total = max(self.total, total_chunks)
 
+    def end_here(self) -> list[AsyncPlace]:
+        """Note that this stream is no more, and return those who wait for it."""
+        self._state = None
+        return self.served()
+
     def polled(self, state: str | None, total_chunks: int) -> bool:
         """Say whether a poll has found what is not known yet; no state: no such stream.
 
@@ -149,7 +163,7 @@ class AsyncFeed:
         return bool(self.waiting) or any(place.alarm for place in self.places)
 
     def happened(self, appended: bool = False) -> None:
-        """Have somebody look, since something may have happened; `appended`: no more than that."""
+        """Have somebody look, since something may have happened; `appended`: it was no end of the stream."""
         self.version += 1
         self.summon()
         if not appended:
@@ -172,8 +186,16 @@ class AsyncFeed:
 
     def summon(self) -> None:
         """Wake one of those who wait if there is something to fetch and nobody does."""
-        if self.waiting and not self.fetching and not self.current:
+        if self.waiting and self.fetching is None and not self.current:
             self.waiting.pop().wake()
+
+
+class Look(NamedTuple):
+    """What a feed knew when a look at the stream began."""
+
+    version: int
+    total: int
+    over: bool
 
 
 class AsyncPlace:
@@ -182,9 +204,10 @@ class AsyncPlace:
     With `alarm`, that is called, under the mutex, for whatever may have ended the stream.
     """
 
-    def __init__(self, changes: AsyncChanges, feed: AsyncFeed, alarm: Callable[[], None] | None = None) -> None:
-        self.feed = feed
+    def __init__(self, changes: AsyncChanges, stream_id: str, alarm: Callable[[], None] | None = None) -> None:
+        self.stream_id = stream_id
         self.alarm = alarm
+        self.feed = AsyncFeed(stream_id)  # until it is moved to the one that others follow
         self._changes = changes
         self._woken = AsyncEvent()
         self.cursor: float = 0  # while it waits, the number of the last chunk it has
@@ -198,14 +221,21 @@ class AsyncPlace:
     ) -> None:
         self._changes.leave(self)
 
-    @property
-    def version(self) -> int:
-        """What to give to `stands` after a look of one's own; to be read before it."""
-        return self.feed.version
-
-    def stands(self, version: int, cursor: int, total_chunks: int) -> None:
+    def before_look(self) -> Look:
+        """Return what to give to `stands` after a look of one's own that begins now."""
         with self._changes.mutex:
-            self.feed.stands(version, cursor, total_chunks)
+            return Look(self.feed.version, self.feed.total, self.feed.over)
+
+    def stands(self, look: Look, cursor: int, total_chunks: int) -> None:
+        """Tell the feed of an active stream that has so many chunks, and has been read up to `cursor`."""
+        with self._changes.mutex:
+            if self.feed.gone or look.over or total_chunks < look.total:
+                # The feed is that of an earlier stream of this id, and others still hold it.
+                for place in self._changes.drop(self.feed):
+                    place.wake()
+                self._changes.move(self)
+                look = Look(0, 0, False)  # what has happened since the look, nobody has told this feed
+            self.feed.stands(look.version, cursor, total_chunks)
 
     def wake(self) -> None:
         self._woken.set()
@@ -221,8 +251,8 @@ class AsyncPlace:
         end. Raises `StreamNotFoundError` if the stream is deleted, `TimeoutError` at the `deadline` of the monotonic
         clock, and what fetching raises.
         """
-        feed = self.feed
         while True:
+            feed = self.feed
             with self._changes.mutex:
                 if self._failure is not None:
                     failure, self._failure = self._failure, None
@@ -232,15 +262,14 @@ class AsyncPlace:
                 chunks = feed.after(cursor)
                 if chunks is None or chunks or feed.over:
                     return chunks
-                if to_fetch := not feed.current and not feed.fetching:
-                    feed.fetching = True
-                    version, after, least = feed.version, feed.wants(cursor), feed.total
+                if to_fetch := not feed.current and feed.fetching is None:
+                    feed.fetching = self
                 else:
                     self._woken.clear()
                     self.cursor = cursor
                     feed.waiting.add(self)
             if to_fetch:
-                await self._fetch(version, after, least, deadline)
+                await self._fetch(cursor, deadline)
             else:
                 await self._wait(deadline)
 
@@ -255,15 +284,17 @@ class AsyncPlace:
                 self.feed.summon()  # another, if this one had been called to fetch
             raise
 
-    async def _fetch(self, version: int, after: int, least: int, deadline: float) -> None:
+    async def _fetch(self, cursor: float, deadline: float) -> None:
         feed = self.feed
         woken: list[AsyncPlace] = []
         failure: Exception | None = None
         try:
-            rows = await self._changes.fetch(feed.stream_id, after, deadline)
+            with self._changes.mutex:
+                look, after, size = Look(feed.version, feed.total, False), feed.wants(cursor), feed.page_size
+            rows = await self._changes.fetch(Fetch(feed.stream_id, after), size, deadline)
         except BaseException as error:
             with self._changes.mutex:
-                feed.fetching = False
+                feed.fetching = None
                 if isinstance(error, Exception) and monotonic() < deadline:
                     failure = error
                     woken, feed.waiting = list(feed.waiting), set()
@@ -272,11 +303,9 @@ class AsyncPlace:
             raise
         else:
             with self._changes.mutex:
-                feed.fetching = False
-                feed.take(version, after, least, rows)
-                if feed.gone:
-                    self._changes.forget(feed)
-                woken = feed.served()
+                feed.fetching = None
+                feed.take(look.version, after, look.total, rows)
+                woken = self._changes.drop(feed) if feed.gone else feed.served()
                 feed.summon()
         finally:
             for place in woken:
@@ -292,31 +321,42 @@ class Fetch(NamedTuple):
 
 
 class AsyncFetcher:
-    """Reads what is new in streams; reads at the same time share statements."""
+    """Reads what is new in streams; reads at the same time share statements.
+
+    If a shared statement is refused, for a text in one of the streams perhaps, each reads for himself.
+    """
 
     def __init__(self, database: AsyncDatabase, statements: StreamStatements) -> None:
         self._database = database
         self._sql = statements
-        self._combiner = AsyncCombiner(self._run, max_items=FETCHES, max_size=FETCHES)
+        self._combiner = AsyncCombiner(self._run, max_items=FETCHES, max_size=FETCH_SIZE)
 
-    async def fetch(self, stream_id: str, after: int, deadline: float) -> Sequence[Row]:
+    async def fetch(self, fetch: Fetch, size: int, deadline: float) -> Sequence[Row]:
         """Return the number of chunks, below zero, with the state; then the chunks after `after`, a page at most."""
-        fetch = Fetch(stream_id, after)
-        # A caller's own transaction is nobody else's.
-        alone = self._database.client.joins_transactions
-        attempt = partial(self._run_alone, fetch) if alone else partial(self._combiner.call, fetch)
-        return await self._database.persist(attempt, deadline)
+        return await self._database.persist(partial(self._fetch, fetch, size), deadline)
 
-    async def _run_alone(self, fetch: Fetch) -> Sequence[Row]:
+    async def _fetch(self, fetch: Fetch, size: int) -> Sequence[Row]:
+        rows = None
+        if not self._database.client.joins_transactions:  # a caller's own transaction is nobody else's
+            rows = await self._combiner.call(fetch, size)
+        return await self._fetch_alone(fetch) if rows is None else rows
+
+    async def _fetch_alone(self, fetch: Fetch) -> Sequence[Row]:
         return await self._database.query(self._sql.read, [*fetch, LIVE_PAGE])
 
-    async def _run(self, fetches: Sequence[Fetch]) -> Sequence[Sequence[Row]]:
+    async def _run(self, fetches: Sequence[Fetch]) -> Sequence[Sequence[Row] | None]:
         if len(fetches) == 1:
-            return [await self._run_alone(fetches[0])]
+            return [await self._fetch_alone(fetches[0])]
         items = json_text(
             [{"place": place, "id": fetch.stream_id, "after": fetch.after} for place, fetch in enumerate(fetches)]
         )
+        try:
+            rows = await self._database.query(self._sql.read_batch, [items, LIVE_PAGE])
+        except Exception as error:
+            if not nothing_was_written(error):
+                raise
+            return [None] * len(fetches)
         results: list[list[Row]] = [[] for _ in fetches]
-        for place, *row in await self._database.query(self._sql.read_batch, [items, LIVE_PAGE]):
+        for place, *row in rows:
             results[place].append(tuple(row))
         return results

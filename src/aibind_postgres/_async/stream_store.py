@@ -148,7 +148,7 @@ class AsyncPostgresStreamStore:
         delivered = 0
         with self._changes.place(stream_id) as place:
             while True:
-                version = place.version
+                look = place.before_look()
                 rows = await self._database.look(self._sql.read, [stream_id, cursor, PAGE])
                 # A stream never gets shorter: if this one has, it is another one of the same id.
                 if not rows or -rows[0][0] < delivered:
@@ -164,7 +164,7 @@ class AsyncPostgresStreamStore:
                 if state != "active" or not follow:
                     return
                 cursor = max(cursor, total_chunks)
-                place.stands(version, cursor, total_chunks)
+                place.stands(look, cursor, total_chunks)
                 while chunks := await place.follow(cursor):
                     for chunk in chunks:
                         yield chunk
@@ -222,14 +222,16 @@ class AsyncPostgresStreamStore:
             deadline = monotonic() + arguments.seconds(timeout, "timeout", zero=True)
         with self._changes.place(stream_id) as place:
             while True:
-                version = place.version
+                look = place.before_look()
                 rows = await self._database.look(self._sql.status, [stream_id], deadline)
                 if not rows:
                     raise StreamNotFoundError(stream_id)
                 status = StreamStatus._make(rows[0])
                 if status.state != "active":
                     return status
-                place.stands(version, status.total_chunks, status.total_chunks)
+                if monotonic() >= deadline:
+                    raise TimeoutError(f"stream {stream_id!r} is still active")
+                place.stands(look, status.total_chunks, status.total_chunks)
                 await place.follow(math.inf, deadline)
 
     async def stop(self, id: str) -> bool:
@@ -273,7 +275,7 @@ class AsyncPostgresStreamStore:
             return False
         if deleted_chunks < total_chunks:
             await self._database.query(self._sql.delete_orphans, [stream_id])
-        await self._changes.tell([stream_id])
+        await self._changes.tell_deleted(stream_id)
         return True
 
     def list(

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from .. import _arguments as arguments
-from .._concurrency import AsyncEvent, AsyncLock, AsyncWorker, Mutex, async_spawn
+from .._concurrency import AsyncEvent, AsyncLock, AsyncWorker, Mutex, async_spawn, async_uninterrupted
 from ..errors import (
     AibindError,
     SequenceConflictError,
@@ -73,9 +73,12 @@ class AsyncStreamWriter:
         self._sending = AsyncLock()  # without a worker, the callers take turns
         self._unsaved: list[str] = []  # what is not known to be durable, also while it is being sent
         self._unsaved_bytes = 0
+        self._in_doubt = 0  # so many of them were in a statement whose outcome is not known
         self._seq = 0  # the number of the last chunk that is known to be durable
         self._alarmed = False
+        self._left = False
         self._closing = False
+        self._problem: BaseException | None = None
         self._due = AsyncEvent()  # the worker has something to do
         self._progress = AsyncEvent()  # something has become durable, or never will; a new one each time
         self._worker: AsyncWorker | None = None
@@ -84,16 +87,20 @@ class AsyncStreamWriter:
     async def write(self, chunk: str) -> None:
         """Put a chunk into the buffer; if that is full, wait until there is room.
 
-        If this is cancelled, the chunk was not taken. Raises `InvalidDataError` for what cannot be stored.
+        If this is cancelled while it waits, the chunk was not taken; where there is no worker, it may have been stored.
+        Raises `InvalidDataError` for what cannot be stored.
         """
         text = arguments.storable_text(chunk, "a chunk")
         size = len(text.encode())
         while True:
             with self._mutex:
                 self._check()
+                if self._left:
+                    raise RuntimeError("the block of this stream writer has been left")
                 if not self._unsaved or (
                     len(self._unsaved) < self._max_chunks and self._unsaved_bytes + size <= self._max_bytes
                 ):
+                    self._keep_worker()
                     self._unsaved.append(text)
                     self._unsaved_bytes += size
                     self._due.set()
@@ -121,78 +128,98 @@ class AsyncStreamWriter:
         return self._error is None
 
     async def __aenter__(self) -> Self:
+        if self._place is not None:
+            raise RuntimeError("a stream writer serves one block")
         self._place = self._changes.place(self._stream_id, self._be_alarmed)
         try:
-            self._seq = (await self._active_status()).total_chunks
+            self._seq = (await self._database.persist(self._active_status)).total_chunks
+            self._changes.keep_watch()
+            with self._mutex:
+                self._error = None
+                self._keep_worker()
         except BaseException:
             self._changes.leave(self._place)
             raise
-        with self._mutex:
-            self._error = None
-            self._keep_worker()
-        self._changes.keep_watch()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        problem = error
+        with self._mutex:
+            self._left = True
+        self._problem = error
+        await async_uninterrupted(self._conclude, self._let_go)
+        if self._problem is not None and self._problem is not error:
+            raise self._problem
+
+    async def _conclude(self) -> None:
+        """Flush and end the stream, whatever becomes of the caller meanwhile."""
         try:
-            try:
-                await self.flush()
-            except Exception as unsaved:
-                problem = self._prefer(problem, unsaved)
-            try:
-                await self._end(problem)
-            except Exception as failed:
-                problem = self._prefer(problem, failed)
-        finally:
-            self._leave()
-        if (worker := self._worker) is not None:
+            await self.flush()
+        except Exception as unsaved:
+            self._prefer(unsaved)
+        try:
+            await self._end()
+        except Exception as failed:
+            self._prefer(failed)
+        with self._mutex:
+            self._closing = True
+            self._due.set()
+            worker = self._worker
+        if worker is not None:
             await worker.join(CLOSING_TIMEOUT)
-        if problem is not None and problem is not error:
-            raise problem
 
-    def _prefer(self, problem: BaseException | None, later: Exception) -> BaseException:
-        if problem is None:
-            return later
-        logger.warning(
-            "stream %r: when its producer failed, %s followed; %d chunks are durable, %d are not",
-            self._stream_id,
-            type(later).__name__,
-            self._seq,
-            len(self._unsaved),
-        )
-        return problem
+    def _let_go(self) -> None:
+        with self._mutex:
+            self._closing = True  # also if it was broken off
+            self._due.set()
+            self._error = self._error or RuntimeError("the block of this stream writer was broken off")
+            self._tell()
+        if self._place is not None:
+            self._changes.leave(self._place)
 
-    async def _end(self, problem: BaseException | None) -> None:
+    def _prefer(self, later: Exception) -> None:
+        """Keep the first of several problems to raise, and log the others."""
+        if self._problem is None:
+            self._problem = later
+        elif not isinstance(later, StreamNotActiveError):
+            logger.warning(
+                "stream %r: when its producer failed, %s followed; %d chunks are durable, %d are not",
+                self._stream_id,
+                type(later).__name__,
+                self._seq,
+                len(self._unsaved),
+            )
+
+    async def _end(self) -> None:
         """End the stream, unless it has ended or belongs to another producer."""
         with self._mutex:
-            error, self._error = self._error, StreamNotActiveError(self._stream_id, "error" if problem else "done")
+            error, problem = self._error, self._problem
+            self._error = StreamNotActiveError(self._stream_id, "error" if problem else "done")
         if problem is None:
-            await self._database.persist(partial(self._store.complete, self._stream_id))
+            try:
+                await self._database.persist(partial(self._store.complete, self._stream_id))
+            except AibindError:
+                raise
+            except Exception as failed:
+                raise StreamWriteError(self._stream_id, self._seq, 0) from failed
         elif not isinstance(error, (SequenceConflictError, StreamNotActiveError, StreamNotFoundError)):
             attempt = partial(self._store.fail, self._stream_id, _storable(problem))
             # Not persistently once more, if the server could not be reached for so long already.
             await (attempt() if isinstance(error, StreamWriteError) else self._database.persist(attempt))
-
-    def _leave(self) -> None:
-        with self._mutex:
-            self._closing = True
-            self._due.set()
-        if self._place is not None:
-            self._changes.leave(self._place)
 
     def _check(self) -> None:
         if self._error is not None:
             raise copied(self._error) from self._error
 
     def _be_alarmed(self) -> None:
-        self._alarmed = True
-        self._due.set()
+        with self._mutex:
+            self._alarmed = True
+            self._due.set()
 
     def _keep_worker(self) -> None:
-        if self._in_background and self._worker is None:
+        # The last one may have been cancelled, as when an event loop ends.
+        if self._in_background and self._worker is None and not self._closing:
             self._worker = async_spawn(self._work, "aibind_postgres-writer")
             self._due.set()
 
@@ -211,7 +238,7 @@ class AsyncStreamWriter:
         """Wait until more is durable, and see to it that somebody works on that."""
         if self._in_background:
             with self._mutex:
-                self._keep_worker()  # the last one may have been cancelled, as when an event loop ends
+                self._keep_worker()
             await progress.wait()
         else:
             await self._send_here()
@@ -223,16 +250,18 @@ class AsyncStreamWriter:
             self._check()
 
     async def _send_what_is_due(self) -> bool:
-        """Look and send once; return False if that has failed for good."""
+        """Send, or if there is nothing to send, look; return False if nothing more can be sent."""
         with self._mutex:
             self._due.clear()
             alarmed, self._alarmed = self._alarmed, False
-            texts = self._unsaved[:]
+            # What was sent before goes again as it was: if it is stored, that is how it is known again.
+            texts = self._unsaved[: self._in_doubt or None]
+            self._in_doubt = len(texts)
         try:
-            if alarmed:
-                await self._active_status()
             if texts:
                 await self._send(texts)
+            elif alarmed:
+                await self._look()
         except Exception as error:
             with self._mutex:
                 self._error = error
@@ -240,9 +269,17 @@ class AsyncStreamWriter:
             return False
         return True
 
+    async def _look(self) -> None:
+        try:
+            await self._active_status()
+        except AibindError:
+            raise
+        except Exception as error:  # the next statement that sends, or the next alarm, tells more
+            logger.debug("a stream writer could not look at its stream: %s", type(error).__name__)
+
     async def _active_status(self) -> StreamStatus:
         """Return where the stream stands; raise if it is not there or has ended."""
-        status = await self._database.persist(partial(self._store.get_status, self._stream_id))
+        status = await self._store.get_status(self._stream_id)
         if status is None:
             raise StreamNotFoundError(self._stream_id)
         if status.state != "active":
@@ -260,8 +297,9 @@ class AsyncStreamWriter:
         with self._mutex:
             del self._unsaved[: len(texts)]
             self._unsaved_bytes -= sum(len(text.encode()) for text in texts)
+            self._in_doubt = 0
             self._seq = last
-            if self._unsaved:
+            if self._unsaved or self._alarmed:
                 self._due.set()
             self._tell()
 
