@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable
 from contextlib import suppress
 from time import monotonic
@@ -18,7 +19,7 @@ logger = logging.getLogger("aibind_postgres")
 
 LINGER = 30.0  # seconds that the worker stays with nothing to do
 CLOSING_TIMEOUT = 10.0  # seconds that closing waits for the worker
-REST = 10  # after an announcement the worker rests for so many times as long as it took
+REST = 20  # after an announcement the worker rests for so many times as long as it took, it or the one before
 SHORTEST_REST, LONGEST_REST = 0.005, 0.05  # seconds
 
 
@@ -67,6 +68,7 @@ class AsyncAnnouncer:
             await worker.join(CLOSING_TIMEOUT)
 
     async def _work(self) -> None:
+        taken = math.inf
         try:
             while True:
                 await self._filled.wait(0 if self._closing.is_set() else LINGER)
@@ -81,7 +83,8 @@ class AsyncAnnouncer:
                     await self._send(batch, self._changes.name)
                 except Exception as error:
                     logger.debug("an announcement was not sent: %s", type(error).__name__)
-                rest = REST * (monotonic() - began)
+                taken, taken_before = monotonic() - began, taken
+                rest = REST * min(taken, taken_before)  # one that was held up by chance does not count
                 await self._closing.wait(min(max(rest, SHORTEST_REST), LONGEST_REST))
         except BaseException:  # cancelled, as when its event loop ends
             self._worker = None
