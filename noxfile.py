@@ -58,3 +58,11 @@ def package(session: nox.Session) -> None:
     """Build the wheel and the sdist, and check both where nothing else is installed."""
     session.install(".[dev]")
     session.run("pytest", "tests/packaging", *session.posargs)
+
+
+@nox.session
+def benchmarks(session: nox.Session) -> None:
+    """Measure beside pgbench, Redis and plain psycopg, and write the results into the benchmarks' page."""
+    session.install(".[benchmarks]")
+    session.run("python", "-m", "benchmarks", "--json", "results.json", *session.posargs)
+    session.run("python", "-m", "benchmarks.report", "results.json")

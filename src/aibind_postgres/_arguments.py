@@ -44,7 +44,14 @@ def chunk_list(chunks: Iterable[object]) -> list[str]:
     """Return the chunks as a list of storable texts; a bare `str` is refused, since it would go in by letters."""
     if isinstance(chunks, (str, bytes)):
         raise InvalidDataError("chunks must be an iterable of str, not one str: append() takes one")
-    return [storable_text(chunk, "a chunk") for chunk in chunks]
+    texts = list(chunks)
+    try:
+        storable_text("".join(texts), "a chunk")  # type: ignore[arg-type]
+    except (TypeError, InvalidDataError):
+        for chunk in texts:  # one of them: say what is wrong with it
+            storable_text(chunk, "a chunk")
+        raise
+    return texts  # type: ignore[return-value]
 
 
 def sequence_number(value: object, what: str, *, least: int) -> int:

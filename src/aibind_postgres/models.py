@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime, timedelta, timezone
-from typing import Literal, NamedTuple
+from itertools import repeat
+from typing import Any, Literal, NamedTuple
 
 EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 
@@ -18,6 +20,11 @@ class StreamChunk(NamedTuple):
 
     seq: int
     data: str
+
+
+def chunks_of(rows: Iterable[Sequence[Any]]) -> Iterator[StreamChunk]:
+    """Turn rows of numbers and texts into chunks, as `StreamChunk._make` does, without calling Python for each."""
+    return map(tuple.__new__, repeat(StreamChunk), rows)
 
 
 class StreamStatus(NamedTuple):

@@ -322,6 +322,18 @@ def test_a_tail_is_bounded_but_keeps_what_is_newest(monkeypatch):
     assert [seq for seq, _ in feed.after(10)] == [11, 12]
 
 
+def test_a_poll_leaves_what_is_being_announced_to_the_announcement():
+    feed = AsyncFeed("a")
+    feed.stands(1, 0, 0)
+    feed.announced = True
+    assert not feed.polled("active", 1)
+    assert feed.polled("active", 1)  # it did not come
+    assert feed.polled("active", 2)  # nor does any other
+    feed.announced = True
+    assert not feed.polled("done", 2)
+    assert feed.polled("done", 2)
+
+
 def test_a_stream_that_gets_shorter_is_another_one():
     feed = AsyncFeed("a")
     feed.take(1, 0, feed.total, rows("active", 5, 1, 2, 3, 4, 5))

@@ -19,8 +19,8 @@ logger = logging.getLogger("aibind_postgres")
 
 LINGER = 30.0  # seconds that the worker stays with nothing to do
 CLOSING_TIMEOUT = 10.0  # seconds that closing waits for the worker
-REST = 20  # after an announcement the worker rests for so many times as long as it took, it or the one before
-SHORTEST_REST, LONGEST_REST = 0.005, 0.05  # seconds
+REST = 30  # after an announcement the worker rests for so many times as long as it took, it or the one before
+SHORTEST_REST, LONGEST_REST = 0.005, 0.1  # seconds
 
 
 class AsyncAnnouncer:

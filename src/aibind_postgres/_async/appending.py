@@ -56,14 +56,16 @@ class AsyncAppender:
 
     async def append(self, append: Append) -> int:
         """Append texts and return the number of the last one; also if they are there already, where expected."""
-        size = sum([len(text.encode()) + TEXT_BYTES for text in append.texts])
+        size = TEXT_BYTES * len(append.texts)
+        if size < LARGEST_COMBINED:
+            size += sum([len(text.encode()) for text in append.texts])
         # A caller's own transaction is nobody else's.
-        combined = size <= LARGEST_COMBINED and not self._database.client.joins_transactions
+        combined = size < LARGEST_COMBINED and not self._database.client.joins_transactions
         for _ in range(ATTEMPTS):
             if combined:
                 last = await self._lanes[hash(append.stream_id) % LANES].call(append, size)
             else:
-                [last] = await self._run([append])
+                last = await self._append_alone(append)
             if last is None:  # Why? If nothing speaks against it, it was left out, or the stream has changed meanwhile.
                 last = await self._explain(append)
             if last is not None:
@@ -73,33 +75,24 @@ class AsyncAppender:
             f"stream {append.stream_id!r} is active, and yet its row cannot be updated: see policies and triggers"
         )
 
+    async def _append_alone(self, append: Append) -> int | None:
+        """Return the last number, None if nothing was written."""
+        stream_id, texts, expected_seq = append
+        if len(texts) == 1:
+            statement, data = self._sql.append, texts[0]
+        else:
+            statement, data = self._sql.append_many, json_array(texts)
+        rows = await self._database.query(statement, [stream_id, data, expected_seq, self._ttl])
+        if not rows:
+            return None
+        last = int(rows[0][0])
+        await self._changes.tell_appended([(stream_id, last - len(texts), texts)])
+        return last
+
     async def _run(self, appends: Sequence[Append]) -> Sequence[int | None]:
         """Return the last number of each append, None for one that was left out."""
-        if len(appends) > 1:
-            try:
-                lasts = await self._run_batch(appends)
-            except Exception as error:
-                if not nothing_was_written(error):
-                    raise
-                lasts = [None] * len(appends)
-        else:
-            [(stream_id, texts, expected_seq)] = appends
-            if len(texts) == 1:
-                statement, data = self._sql.append, texts[0]
-            else:
-                statement, data = self._sql.append_many, json_array(texts)
-            rows = await self._database.query(statement, [stream_id, data, expected_seq, self._ttl])
-            lasts = [int(rows[0][0]) if rows else None]
-        appended = [
-            (append.stream_id, last - len(append.texts), append.texts)
-            for append, last in zip(appends, lasts, strict=True)
-            if last is not None
-        ]
-        if appended:
-            await self._changes.tell_appended(appended)
-        return lasts
-
-    async def _run_batch(self, appends: Sequence[Append]) -> list[int | None]:
+        if len(appends) == 1:
+            return [await self._append_alone(appends[0])]
         # The texts of one stream go in together, so only the first of them can have a number that it must get.
         groups: dict[str, list[int]] = {}
         for place, append in enumerate(appends):
@@ -114,12 +107,22 @@ class AsyncAppender:
             }
             for stream_id, group in groups.items()
         ]
-        rows = await self._database.query(self._sql.append_batch, [json_text(items), self._ttl])
         lasts: list[int | None] = [None] * len(appends)
+        try:
+            rows = await self._database.query(self._sql.append_batch, [json_text(items), self._ttl])
+        except Exception as error:
+            if not nothing_was_written(error):
+                raise
+            return lasts
+        appended = []
         for stream_id, last in rows:
             for place in groups[stream_id]:
-                last += len(appends[place].texts)
+                texts = appends[place].texts
+                appended.append((stream_id, last, texts))
+                last += len(texts)
                 lasts[place] = last
+        if appended:
+            await self._changes.tell_appended(appended)
         return lasts
 
     async def _explain(self, append: Append) -> int | None:

@@ -112,6 +112,7 @@ class AsyncChanges:
         with self.mutex:
             for stream_id in list(self._feeds) if stream_ids is None else stream_ids:
                 for feed in self._feeds.get(stream_id, ()):
+                    feed.announced = stream_ids is not None
                     # Where all look, the next poll tells those who would only see whether their stream has ended.
                     feed.happened(appended=stream_ids is None)
 

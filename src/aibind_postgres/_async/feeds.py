@@ -15,7 +15,7 @@ from .._arguments import MAX_NUMBER
 from .._concurrency import AsyncEvent
 from .._sql import StreamStatements, json_text
 from ..errors import StoreClosedError, StreamNotFoundError, copied, nothing_was_written
-from ..models import StreamChunk
+from ..models import StreamChunk, chunks_of
 from .combining import AsyncCombiner
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ class AsyncFeed:
         self._state: str | None = "active"  # None: there is no such stream
         self.total = 0  # chunks that it is known to have
         self._polled: object = None
+        self.announced = False  # since the last poll that found something
 
     @property
     def over(self) -> bool:
@@ -92,7 +93,7 @@ class AsyncFeed:
             self._state = None
             return
         total, state = -rows[0][0], rows[0][1]
-        chunks = [StreamChunk._make(row) for row in rows[1:]]
+        chunks = list(chunks_of(rows[1:]))
         if not self._known or after > self.end:
             self._begin(min(after, total))
         if after <= self.end:  # what was appended here meanwhile is in the tail already
@@ -152,10 +153,17 @@ class AsyncFeed:
     def polled(self, state: str | None, total_chunks: int) -> bool:
         """Say whether a poll has found what is not known yet; no state: no such stream.
 
-        The same finding is no news again: those who follow may see other rows than the poll does.
+        The same finding is no news again: those who follow may see other rows than the poll does. Where changes are
+        announced, what is found is left to the announcement that is on its way, until the next poll.
         """
-        known, self._polled = self._polled, (state, total_chunks)
-        return known != self._polled and (state != "active" or total_chunks > self.total)
+        finding = (state, total_chunks)
+        if finding == self._polled or (state == "active" and total_chunks <= self.total):
+            return False
+        if self.announced:
+            self.announced = False
+            return False
+        self._polled = finding
+        return True
 
     @property
     def awaited(self) -> bool:

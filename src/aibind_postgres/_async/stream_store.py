@@ -15,7 +15,16 @@ from .. import _arguments as arguments
 from .._sql import StreamStatements
 from .._tables import CHUNKS_TABLE, STATUS_TABLE, distinct
 from ..errors import StreamExistsError, StreamNotFoundError
-from ..models import CleanupResult, StreamChunk, StreamInfo, StreamState, StreamStatus, SynchronousCommit, moment
+from ..models import (
+    CleanupResult,
+    StreamChunk,
+    StreamInfo,
+    StreamState,
+    StreamStatus,
+    SynchronousCommit,
+    chunks_of,
+    moment,
+)
 from .appending import Append, AsyncAppender
 from .changes import AsyncChanges
 from .database import AsyncDatabase
@@ -153,7 +162,7 @@ class AsyncPostgresStreamStore:
                 # A stream never gets shorter: if this one has, it is another one of the same id.
                 if not rows or -rows[0][0] < delivered:
                     raise StreamNotFoundError(stream_id)
-                for chunk in map(StreamChunk._make, rows[1:]):
+                for chunk in chunks_of(rows[1:]):
                     yield chunk
                 total_chunks, state = -rows[0][0], rows[0][1]
                 if len(rows) > 1:
