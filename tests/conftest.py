@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import runpy
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psycopg
@@ -71,25 +71,47 @@ def empty_database(server: str) -> Iterator[str]:
         yield dsn
 
 
+@pytest.fixture(scope="session")
+def administrators(dsn: str) -> Iterator[list[psycopg.Connection]]:
+    """The connections that prepare this run's database for its tests: one, and another if a test has broken it."""
+    connections: list[psycopg.Connection] = []
+    yield connections
+    for connection in connections:
+        connection.close()
+
+
 @pytest.fixture
-def schema_name(dsn: str) -> Iterator[str]:
+def administer(dsn: str, administrators: list[psycopg.Connection]) -> Callable[[str], None]:
+    """Run SQL in this run's database."""
+
+    def run(sql: str) -> None:
+        try:
+            administrators[-1].execute("SELECT")
+        except (IndexError, psycopg.OperationalError):
+            administrators.append(psycopg.connect(dsn, autocommit=True))
+        administrators[-1].execute(sql)
+
+    return run
+
+
+@pytest.fixture
+def schema_name(administer: Callable[[str], None]) -> Iterator[str]:
     """An empty schema in this run's database."""
     name = f"Test_{uuid.uuid4().hex[:12]}"
-    with psycopg.connect(dsn, autocommit=True) as admin:
-        admin.execute(f'CREATE SCHEMA "{name}"')
+    administer(f'CREATE SCHEMA "{name}"')
     yield name
-    with psycopg.connect(dsn, autocommit=True) as admin:
-        admin.execute(f'DROP SCHEMA "{name}" CASCADE')
+    administer(f'DROP SCHEMA "{name}" CASCADE')
 
 
 @pytest.fixture
-def tables(request: pytest.FixtureRequest, dsn: str, schema_name: str) -> dict[str, psycopg.sql.Identifier]:
+def tables(
+    request: pytest.FixtureRequest, administer: Callable[[str], None], schema_name: str
+) -> dict[str, psycopg.sql.Identifier]:
     """The stream tables of this test, as a store takes them, with every migration applied."""
     chunks, status = TABLE_NAMES[getattr(request, "param", "plain")]
     names = {
         "chunks_table": psycopg.sql.Identifier(schema_name, chunks),
         "status_table": psycopg.sql.Identifier(schema_name, status),
     }
-    conversations = psycopg.sql.Identifier(schema_name, "conversations")
-    schema.migrate(dsn, **names, conversations_table=conversations)
+    administer(schema.render(**names, conversations_table=psycopg.sql.Identifier(schema_name, "conversations")))
     return names

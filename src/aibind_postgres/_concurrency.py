@@ -59,8 +59,8 @@ class AsyncEvent:
 class AsyncSignal:
     """An event that is set once and waited for by one task; made for many of them.
 
-    A wait may time out early: one timer serves all that wait in an event loop, since a timer for each would cost more
-    than the rest of it.
+    A wait may time out early: one timer serves all that wait in an event loop, for the same time, since a timer for
+    each would cost more than the rest of it.
     """
 
     # By weak references, since a future refers to its loop, and nothing here is to keep one alive.

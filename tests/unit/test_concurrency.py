@@ -64,12 +64,12 @@ async def test_a_worker_has_none_of_its_starters_context():
 
 async def test_a_signal_is_waited_for_by_one():
     for signal in (AsyncSignal(), AsyncSignal()):
-        waiter = asyncio.create_task(signal.wait(10))
+        waiter = asyncio.create_task(signal.wait(0.1))
         await asyncio.sleep(0)
         signal.set()
         assert await waiter is True
-        assert await signal.wait(0) is True
-    assert await AsyncSignal().wait(0.01) is False
+        assert await signal.wait(0.1) is True
+    assert await AsyncSignal().wait(0.1) is False
     plain = Signal()
     assert plain.wait(0.01) is False
     plain.set()

@@ -90,9 +90,10 @@ class AsyncChanges:
             place = self._left.popleft()
             feed = place.feed
             feed.places.discard(place)
+            feed.waiting.discard(place)
             if feed.fetching is place:  # interrupted before it could say so
                 feed.fetching = None
-                feed.summon()
+            feed.summon()
             if not feed.places:
                 self._forget(feed)
 

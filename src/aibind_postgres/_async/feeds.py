@@ -286,6 +286,8 @@ class AsyncPlace:
             self._changes.keep_watch()
             if not await self._woken.wait(None if deadline == math.inf else max(0.0, deadline - monotonic())):
                 raise TimeoutError(f"stream {self.feed.stream_id!r} is still active")
+        except GeneratorExit:  # by the garbage collector perhaps, which may have come while the mutex is held
+            raise
         except BaseException:
             with self._changes.mutex:
                 self.feed.waiting.discard(self)
@@ -300,6 +302,8 @@ class AsyncPlace:
             with self._changes.mutex:
                 look, after, size = Look(feed.version, feed.total, False), feed.wants(cursor), feed.page_size
             rows = await self._changes.fetch(Fetch(feed.stream_id, after), size, deadline)
+        except GeneratorExit:
+            raise
         except BaseException as error:
             with self._changes.mutex:
                 feed.fetching = None
