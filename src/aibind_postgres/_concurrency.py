@@ -131,7 +131,8 @@ Worker = threading.Thread
 def async_spawn(run: Callable[[], Coroutine[Any, Any, None]], name: str) -> AsyncWorker:
     """Run `run` in a task of its own, outside the context (variables, tracing) of whoever happened to start it."""
     loop = asyncio.get_running_loop()
-    return AsyncWorker(Context().run(lambda: loop.create_task(run(), name=name)))
+    # Not by the loop's factory, which may start it at once: whoever spawns may hold a mutex.
+    return AsyncWorker(Context().run(lambda: asyncio.Task(run(), loop=loop, name=name)))
 
 
 def spawn(run: Callable[[], None], name: str) -> Worker:

@@ -190,6 +190,23 @@ async def test_the_end_of_an_old_stream_is_not_that_of_a_new_one(store, other):
         del old_reader
 
 
+async def test_a_slow_reader_of_an_old_stream_is_not_put_on_a_new_one(store):
+    id = await store.create()
+    await store.append_many(id, ["a", "b", "c"])
+    reader = store.read_from(id)
+    assert (await reader.__anext__()).data == "a"
+    await store.delete(id)
+    await store.create(id)
+    async with AsyncBackground(partial(collect, store, id)) as other_reader:
+        await all_waiting_together(store, id, 1)
+        await store.append(id, "new")
+        assert [(await reader.__anext__()).data, (await reader.__anext__()).data] == ["b", "c"]
+        with pytest.raises(StreamNotFoundError):
+            await reader.__anext__()
+        await store.complete(id)
+        assert await other_reader.result() == [(1, "new")]
+
+
 async def all_waiting_together(store, id, number):
     """Wait until so many readers wait for a stream, at whatever feeds of this id there are."""
     while sum(len(feed.waiting) for feed in store._changes._feeds.get(id, ())) != number:
@@ -341,6 +358,8 @@ def test_a_stream_that_gets_shorter_is_another_one():
     assert feed.gone
     other = AsyncFeed("b")
     other.take(1, 0, 0, [])
+    assert other.gone
+    other.take(2, 0, 0, rows("active", 1, 1))  # a fetch that was under way, or of a new stream
     assert other.gone
 
 

@@ -89,3 +89,17 @@ def test_a_signal_keeps_no_event_loop_alive():
         asyncio.run(main())
     gc.collect()
     assert [loop() for loop in loops] == [None] * 3
+
+
+@pytest.mark.skipif(not hasattr(asyncio, "eager_task_factory"), reason="new in Python 3.12")
+async def test_a_worker_never_starts_at_once():
+    asyncio.get_running_loop().set_task_factory(asyncio.eager_task_factory)
+    started = []
+
+    async def run():
+        started.append(True)
+
+    worker = async_spawn(run, "aibind_postgres-test")
+    assert started == []
+    await worker.join()
+    assert started == [True]

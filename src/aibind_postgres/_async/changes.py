@@ -100,7 +100,9 @@ class AsyncChanges:
     def drop(self, feed: AsyncFeed) -> list[AsyncPlace]:
         """Part with the feed of a stream that is no more, and return those who wait at it. Under the mutex."""
         self._forget(feed)
-        return feed.end_here()
+        woken = feed.end_here()
+        feed.happened()
+        return woken
 
     def _forget(self, feed: AsyncFeed) -> None:
         feeds = self._feeds.get(feed.stream_id, set())
@@ -129,7 +131,6 @@ class AsyncChanges:
             with self.mutex:
                 for feed in list(self._feeds.get(stream_id, ())):
                     woken += self.drop(feed)
-                    feed.happened()
         for place in woken:
             place.wake()
         await self.tell([stream_id])

@@ -89,7 +89,8 @@ class AsyncFeed:
 
     def take(self, version: int, after: int, least: int, rows: Sequence[Row]) -> None:
         """Take what was fetched after the number `after`, from the moment of `version` on, with `least` chunks then."""
-        if not rows or -rows[0][0] < least:  # a stream never gets shorter: this is another one
+        # A stream never gets shorter: if this one has, it is another one. And what is gone does not come back.
+        if self.gone or not rows or -rows[0][0] < least:
             self._state = None
             return
         total, state = -rows[0][0], rows[0][1]
@@ -237,8 +238,8 @@ class AsyncPlace:
     def stands(self, look: Look, cursor: int, total_chunks: int) -> None:
         """Tell the feed of an active stream that has so many chunks, and has been read up to `cursor`."""
         with self._changes.mutex:
-            if self.feed.gone or look.over or total_chunks < look.total:
-                # The feed is that of an earlier stream of this id, and others still hold it.
+            if look.over or total_chunks < look.total:
+                # The look was at a new stream of this id, the feed is that of an earlier one, and others still hold it.
                 for place in self._changes.drop(self.feed):
                     place.wake()
                 self._changes.move(self)

@@ -227,7 +227,7 @@ class AsyncStreamWriter:
         try:
             while True:
                 await self._due.wait()
-                if self._closing or not await self._send_what_is_due():
+                if not await self._send_what_is_due() or self._closing:
                     return
         finally:
             with self._mutex:
@@ -245,7 +245,8 @@ class AsyncStreamWriter:
 
     async def _send_here(self) -> None:
         async with self._sending:
-            await self._send_what_is_due()
+            while await self._send_what_is_due() and self._unsaved:
+                pass
         with self._mutex:
             self._check()
 
