@@ -53,7 +53,7 @@ class Tables(NamedTuple):
         return AsyncPostgresStreamStore(self.dsn, **self.names)
 
     def connect(self) -> psycopg.Connection[Any]:
-        return psycopg.connect(self.dsn, **RAW)  # type: ignore[arg-type]
+        return psycopg.connect(self.dsn, autocommit=True, cursor_factory=psycopg.RawCursor)
 
     def pool(self) -> ConnectionPool[Any]:
         """Return the pool that an application would share between its threads."""

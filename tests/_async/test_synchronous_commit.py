@@ -2,42 +2,18 @@
 
 from __future__ import annotations
 
-import psycopg
 import pytest
-from psycopg import sql
 from psycopg.conninfo import make_conninfo
 from psycopg_pool import AsyncConnectionPool
 from support.concurrency import async_gather
+from support.witness import witness
 
 from aibind_postgres import AsyncPostgresStreamStore
 
-# A deferred trigger runs at the end of the transaction, just before the commit.
-WITNESS = """
-CREATE TABLE {witness} (operation text, setting text);
-CREATE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql AS $$
-BEGIN
-    INSERT INTO {witness} VALUES (TG_OP, current_setting('synchronous_commit'));
-    RETURN NULL;
-END $$;
-CREATE CONSTRAINT TRIGGER witness AFTER INSERT OR UPDATE OR DELETE ON {status}
-    DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION {function}();
-"""
-
 
 @pytest.fixture
-async def seen(dsn, tables, schema_name):
-    witness = sql.Identifier(schema_name, "witness")
-    async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as admin:
-        statement = sql.SQL(WITNESS).format(
-            witness=witness, function=sql.Identifier(schema_name, "witnessed"), status=tables["status_table"]
-        )
-        await admin.execute(statement)
-
-        async def settings():
-            rows = await (await admin.execute(sql.SQL("SELECT setting FROM {}").format(witness))).fetchall()
-            await admin.execute(sql.SQL("DELETE FROM {}").format(witness))
-            return {setting for (setting,) in rows}
-
+def seen(dsn, tables, schema_name):
+    with witness(dsn, tables["status_table"], schema_name) as settings:
         yield settings
 
 
@@ -58,13 +34,13 @@ async def write_everything(store):
 async def test_every_write_commits_so(dsn, tables, seen, setting):
     async with AsyncPostgresStreamStore(dsn, **tables, synchronous_commit=setting) as store:
         await write_everything(store)
-    assert await seen() == {setting}
+    assert seen() == {setting}
 
 
 async def test_without_it_the_server_decides(dsn, tables, seen):
     async with AsyncPostgresStreamStore(make_conninfo(dsn, options="-csynchronous_commit=local"), **tables) as store:
         await write_everything(store)
-    assert await seen() == {"local"}
+    assert seen() == {"local"}
 
 
 async def test_it_leaves_no_trace_on_a_connection(dsn, tables):

@@ -24,6 +24,10 @@ from aibind_postgres import (
     StreamNotActiveError,
     StreamNotFoundError,
 )
+from aibind_postgres._async import appending as async_appending
+from aibind_postgres._async import feeds as async_feeds
+from aibind_postgres._sync import appending as sync_appending
+from aibind_postgres._sync import feeds as sync_feeds
 from aibind_postgres.schema import async_migrate, migrate
 
 TEXTS = ["", "plain", "é 👩‍👩‍👧", "'; --", '"\\\n\t', "100%", "%s %(p1)s %%", "$1 :p1 ::text \\:x", "x" * 100_000]
@@ -125,6 +129,36 @@ def round_trip(ours: PostgresStreamStore) -> None:
         ours.stop(id)
     with pytest.raises(StreamNotFoundError):
         ours.append(id, "more")
+    combined(ours)
+
+
+def combined(ours: PostgresStreamStore) -> None:
+    """Run what many callers share as if they came at once, and write through a writer."""
+    one, two, three = ours.create(), ours.create(), ours.create()
+    ours.stop(three)
+    appends = [
+        sync_appending.Append(one, TEXTS, None),
+        sync_appending.Append(two, ["first"], 1),
+        sync_appending.Append(three, ["too late"], None),
+        sync_appending.Append(one, ["last"], None),
+    ]
+    for _ in range(6):  # so often that a driver prepares it
+        expected = [ours.get_status(one).total_chunks + len(TEXTS), 1, None]
+        assert ours._appender._run(appends) == [*expected, expected[0] + 1]
+        assert ours.delete(two) is True
+        ours.create(two)
+    total = ours.get_status(one).total_chunks
+    fetches = [sync_feeds.Fetch(one, total - 2), sync_feeds.Fetch(two, 0), sync_feeds.Fetch("missing", 0)]
+    rows = [(-total, "active"), (total - 1, TEXTS[-1]), (total, "last")]
+    for _ in range(6):
+        assert ours._changes.fetch.__self__._run(fetches) == [rows, [(0, "active")], []]
+    with ours.writer(two) as writer:
+        for text in TEXTS:
+            writer.write(text)
+        assert writer.flush() == len(TEXTS)
+    assert list(ours.read_from(two)) == list(enumerate(TEXTS, start=1))
+    assert ours.get_status(two) == ("done", None, len(TEXTS))
+    ours.complete(one)
 
 
 def following(ours: PostgresStreamStore, theirs: PostgresStreamStore, leave: Callable[[], None] = lambda: None) -> None:
@@ -272,6 +306,35 @@ async def async_round_trip(ours: AsyncPostgresStreamStore) -> None:
         await ours.stop(id)
     with pytest.raises(StreamNotFoundError):
         await ours.append(id, "more")
+    await async_combined(ours)
+
+
+async def async_combined(ours: AsyncPostgresStreamStore) -> None:
+    one, two, three = await ours.create(), await ours.create(), await ours.create()
+    await ours.stop(three)
+    appends = [
+        async_appending.Append(one, TEXTS, None),
+        async_appending.Append(two, ["first"], 1),
+        async_appending.Append(three, ["too late"], None),
+        async_appending.Append(one, ["last"], None),
+    ]
+    for _ in range(6):
+        expected = [(await ours.get_status(one)).total_chunks + len(TEXTS), 1, None]
+        assert await ours._appender._run(appends) == [*expected, expected[0] + 1]
+        assert await ours.delete(two) is True
+        await ours.create(two)
+    total = (await ours.get_status(one)).total_chunks
+    fetches = [async_feeds.Fetch(one, total - 2), async_feeds.Fetch(two, 0), async_feeds.Fetch("missing", 0)]
+    rows = [(-total, "active"), (total - 1, TEXTS[-1]), (total, "last")]
+    for _ in range(6):
+        assert await ours._changes.fetch.__self__._run(fetches) == [rows, [(0, "active")], []]
+    async with ours.writer(two) as writer:
+        for text in TEXTS:
+            await writer.write(text)
+        assert await writer.flush() == len(TEXTS)
+    assert [chunk async for chunk in ours.read_from(two)] == list(enumerate(TEXTS, start=1))
+    assert await ours.get_status(two) == ("done", None, len(TEXTS))
+    await ours.complete(one)
 
 
 async def async_following(ours: AsyncPostgresStreamStore, theirs: AsyncPostgresStreamStore) -> None:

@@ -9,6 +9,7 @@ from contrib import contract
 from psycopg_pool import AsyncConnectionPool, ConnectionPool
 from support import pgbouncer
 from support.concurrency import AsyncBackground, Background, async_gather, gather
+from support.witness import witness
 
 from aibind_postgres import AsyncPostgresStreamStore, PostgresStreamStore
 
@@ -76,6 +77,14 @@ def test_following(store, dsn, tables):
 async def test_following_in_tasks(async_store, dsn, tables):
     async with AsyncPostgresStreamStore(dsn, **tables) as theirs:
         await contract.async_following(async_store, theirs)
+
+
+@pytest.mark.parametrize("setting", ["off", "local"])
+def test_synchronous_commit_holds_through_it(through, dsn, tables, schema_name, setting):
+    with witness(dsn, tables["status_table"], schema_name) as seen:
+        with PostgresStreamStore(through, **tables, synchronous_commit=setting) as store:
+            contract.round_trip(store)
+        assert seen() == {setting}
 
 
 def test_many_threads_write_while_one_reads(store):

@@ -55,6 +55,25 @@ def test_a_finding_is_news_once(store):
         assert feed.polled("done", 6) is True
 
 
+def test_only_what_may_have_ended_a_stream_alarms_its_writers(store):
+    alarms = []
+    with store._changes.place("a", lambda: alarms.append("!")) as place:
+        store._changes.poll_found({"a": ("active", 5)}, [place.feed])
+        store._changes.tell_appended([("a", 0, ["x"])])
+        store._changes.wake(None)
+        assert alarms == []
+        for end in (
+            lambda: store._changes.poll_found({"a": ("stopped", 5)}, [place.feed]),
+            lambda: store._changes.wake(["a"]),
+            lambda: store._changes.tell_deleted("a"),
+            store.close,
+        ):
+            end()
+            assert alarms, end
+            alarms.clear()
+            store._changes.move(place)
+
+
 def test_a_forked_process_has_another_name(store, monkeypatch):
     name = store._changes.name
     assert name == store._changes.name

@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING
 
 from .._concurrency import AsyncEvent, AsyncWorker, Mutex, async_spawn
 from .._sql import ANNOUNCE, announcements, json_array
+from .database import CLOSING_TIMEOUT, LINGER
 
 if TYPE_CHECKING:
     from .changes import AsyncChanges
 
 logger = logging.getLogger("aibind_postgres")
 
-LINGER = 30.0  # seconds that the worker stays with nothing to do
-CLOSING_TIMEOUT = 10.0  # seconds that closing waits for the worker
 REST = 30  # after an announcement the worker rests for so many times as long as it took, it or the one before
 SHORTEST_REST, LONGEST_REST = 0.005, 0.1  # seconds
 

@@ -20,6 +20,7 @@ from .._sql import ANNOUNCE, StreamStatements, announced, announcements, json_ar
 from .._tables import quote
 from .announcing import AsyncAnnouncer
 from .client import is_direct
+from .database import CLOSING_TIMEOUT, LINGER
 from .feeds import AsyncFeed, AsyncFetcher, AsyncPlace
 
 if TYPE_CHECKING:
@@ -28,12 +29,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("aibind_postgres")
 
-LINGER = 30.0  # seconds that a worker with nothing to do stays, before it ends and closes its connection
 PROBE_TIMEOUT = 2.0  # seconds in which an announcement to oneself must have arrived
 LONGEST_PAUSE = 10  # times poll_interval: what polling backs off to while it finds nothing
 LONGEST_RETRY = 5.0  # seconds between two polls while they fail
 FIRST_RECONNECT, LONGEST_RECONNECT = 0.1, 30.0  # seconds between two attempts to connect, doubled each time
-CLOSING_TIMEOUT = 10.0  # seconds that closing waits for a worker
 
 
 class AsyncChanges:
@@ -70,15 +69,15 @@ class AsyncChanges:
 
     def move(self, place: AsyncPlace) -> None:
         """Put a place at the feed of its stream as it is now. To be called under the mutex."""
-        feeds = self._feeds.setdefault(place.stream_id, set())
-        going_on = () if self.database.client.joins_transactions else [feed for feed in feeds if not feed.over]
-        feed = next(iter(going_on), None) or AsyncFeed(place.stream_id)
-        feeds.add(feed)
-        feed.places.add(place)
+        stream_id = place.feed.stream_id
         place.feed.places.discard(place)
         if not place.feed.places:
             self._forget(place.feed)
-        place.feed = feed
+        feeds = self._feeds.setdefault(stream_id, set())
+        going_on = () if self.database.client.joins_transactions else [feed for feed in feeds if not feed.over]
+        place.feed = next(iter(going_on), None) or AsyncFeed(stream_id)
+        place.feed.places.add(place)
+        feeds.add(place.feed)
 
     def leave(self, place: AsyncPlace) -> None:
         # Without the mutex: the garbage collector closes forgotten readers, in any thread and at any moment, also in

@@ -96,7 +96,7 @@ class AsyncCombiner(Generic[Item, Result]):
                 raise
             if not call.leads:
                 return call.outcome()
-        if self._queue:
+        if self._queue:  # without the mutex: who comes just now waits for the next run
             batch = [call]
             await async_uninterrupted(partial(self._run_batch, batch), partial(self._conclude, batch))
             return call.outcome()

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 ResultOut = TypeVar("ResultOut", covariant=True)
 
+# Of the workers in the background, in seconds.
+LINGER = 30.0  # that one with nothing to do stays, before it ends
+CLOSING_TIMEOUT = 10.0  # that closing waits for one
+
 FIRST_RETRY, LONGEST_RETRY = 0.05, 2.0  # seconds between two attempts to reach the server, doubled each time
 
 

@@ -214,7 +214,6 @@ class AsyncPlace:
     """
 
     def __init__(self, changes: AsyncChanges, stream_id: str, alarm: Callable[[], None] | None = None) -> None:
-        self.stream_id = stream_id
         self.alarm = alarm
         self.feed = AsyncFeed(stream_id)  # until it is moved to the one that others follow
         self._changes = changes

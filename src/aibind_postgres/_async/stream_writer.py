@@ -17,6 +17,7 @@ from ..errors import (
     StreamWriteError,
     copied,
 )
+from .database import CLOSING_TIMEOUT
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("aibind_postgres")
 
 LONGEST_ERROR = 1000  # characters of an exception's text that are stored
-CLOSING_TIMEOUT = 10.0  # seconds that closing waits for the worker
 
 
 class AsyncStreamWriter:
