@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict
@@ -22,6 +23,10 @@ if converter["outdated"]():
 from support import servers  # noqa: E402
 
 from aibind_postgres import schema  # noqa: E402
+
+# How long an example takes depends on what else the machine does.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 # Pairs of names for the chunks and the status table that are legal and go wrong when they are not quoted.
 TABLE_NAMES = {

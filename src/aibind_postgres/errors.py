@@ -73,6 +73,25 @@ class StreamWriteError(AibindError):
         self.unsaved = unsaved
 
 
+class MessageNotFoundError(AibindError, LookupError):
+    """There is no message of this id in the conversation."""
+
+    def __init__(self, node_id: str) -> None:
+        super().__init__(f"there is no message {node_id!r} in this conversation")
+        self.node_id = node_id
+
+
+class InvalidHistoryError(AibindError, ValueError):
+    """A conversation's document is not one. `node_id` is the node in which that shows, or None."""
+
+    def __init__(self, reason: str, node_id: str | None = None) -> None:
+        super().__init__(
+            f"not the document of a conversation: {'' if node_id is None else f'node {node_id!r}: '}{reason}"
+        )
+        self.reason = reason
+        self.node_id = node_id
+
+
 class InvalidDataError(AibindError, ValueError):
     """An argument that PostgreSQL could not store as it is; refused before anything was sent."""
 

@@ -9,7 +9,7 @@ import psycopg
 import pytest
 
 import aibind_postgres
-from aibind_postgres import errors
+from aibind_postgres import ChatHistory, errors
 
 EXAMPLES = [
     errors.StreamNotFoundError("s"),
@@ -17,6 +17,9 @@ EXAMPLES = [
     errors.StreamNotActiveError("s", "done"),
     errors.SequenceConflictError("s", 3, 5),
     errors.StreamWriteError("s", 7, 2),
+    errors.MessageNotFoundError("n"),
+    errors.InvalidHistoryError("why"),
+    errors.InvalidHistoryError("why", "n"),
     errors.InvalidDataError("why"),
     errors.SchemaError("what"),
     errors.StoreClosedError("this store is closed"),
@@ -38,6 +41,15 @@ def test_every_error_is_of_the_family_and_public():
         assert issubclass(kind, errors.AibindError)
         assert kind.__name__ in aibind_postgres.__all__
         assert getattr(aibind_postgres, kind.__name__) is kind
+
+
+def test_a_conflict_holds_both_histories_also_after_a_trip():
+    ours, theirs = ChatHistory(), ChatHistory()
+    ours.append("ours")
+    conflict = aibind_postgres.ConversationConflictError("s", ours, theirs)
+    assert isinstance(conflict, errors.AibindError)
+    twin = pickle.loads(pickle.dumps(conflict))
+    assert (str(twin), twin.session_id, twin.ours.messages, twin.theirs.messages) == (str(conflict), "s", ["ours"], [])
 
 
 def test_invalid_data_is_a_value_error():
