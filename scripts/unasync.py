@@ -48,6 +48,7 @@ RENAMES = {
     "AsyncPlace": "Place",
     "AsyncPoolClient": "PoolClient",
     "AsyncPostgresClient": "PostgresClient",
+    "AsyncPostgresConversationStore": "PostgresConversationStore",
     "AsyncPostgresStreamStore": "PostgresStreamStore",
     "AsyncPsycopgClient": "PsycopgClient",
     "AsyncRawCursor": "RawCursor",
@@ -66,6 +67,7 @@ RENAMES = {
     "async_spawn": "spawn",
     "async_uninterrupted": "uninterrupted",
     "async_workers": "workers",
+    "asynccontextmanager": "contextmanager",
 }
 
 

@@ -28,15 +28,15 @@ from aibind_postgres import schema  # noqa: E402
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
 
-# Pairs of names for the chunks and the status table that are legal and go wrong when they are not quoted.
+# Names for the tables of chunks, streams and conversations that are legal and go wrong when they are not quoted.
 TABLE_NAMES = {
-    "plain": ("chunks", "status"),
-    "quotes": ('we"ird', "it's; -- \n$1"),
-    "mixed case": ("Stream.Chunks", "Stream.Status"),
-    "spaces": (" chunks of streams", "status of streams "),
-    "keywords": ("select", "user"),
-    "63 bytes": ("c" * 63, "ü" * 31 + "s"),
-    "formats": ("{chunks} %s :x", "{status} %(id)s $2"),
+    "plain": ("chunks", "status", "conversations"),
+    "quotes": ('we"ird', "it's; -- \n$1", '"; --'),
+    "mixed case": ("Stream.Chunks", "Stream.Status", "Conversations"),
+    "spaces": (" chunks of streams", "status of streams ", " "),
+    "keywords": ("select", "user", "table"),
+    "63 bytes": ("c" * 63, "ü" * 31 + "s", "ö" * 31 + "c"),
+    "formats": ("{chunks} %s :x", "{status} %(id)s $2", "{conversations} %s $1 :x"),
 }
 
 
@@ -113,10 +113,21 @@ def tables(
     request: pytest.FixtureRequest, administer: Callable[[str], None], schema_name: str
 ) -> dict[str, psycopg.sql.Identifier]:
     """The stream tables of this test, as a store takes them, with every migration applied."""
-    chunks, status = TABLE_NAMES[getattr(request, "param", "plain")]
+    chunks, status, conversations = TABLE_NAMES[getattr(request, "param", "plain")]
     names = {
         "chunks_table": psycopg.sql.Identifier(schema_name, chunks),
         "status_table": psycopg.sql.Identifier(schema_name, status),
     }
-    administer(schema.render(**names, conversations_table=psycopg.sql.Identifier(schema_name, "conversations")))
+    administer(schema.render(**names, conversations_table=psycopg.sql.Identifier(schema_name, conversations)))
     return names
+
+
+@pytest.fixture
+def conversations(
+    request: pytest.FixtureRequest, administer: Callable[[str], None], schema_name: str
+) -> psycopg.sql.Identifier:
+    """The conversation table of this test, as a store takes it, with every migration applied."""
+    table = psycopg.sql.Identifier(schema_name, TABLE_NAMES[getattr(request, "param", "plain")][2])
+    others = {f"{kind}_table": psycopg.sql.Identifier(schema_name, f"other {kind}") for kind in ("chunks", "status")}
+    administer(schema.render(**others, conversations_table=table))
+    return table

@@ -1,15 +1,19 @@
 """Durable, resumable token streams and branching conversations on the PostgreSQL you already run."""
 
 from ._async.client import AsyncPostgresClient
+from ._async.conversation_store import AsyncPostgresConversationStore
 from ._async.stream_store import AsyncPostgresStreamStore
 from ._async.stream_writer import AsyncStreamWriter
 from ._sync.client import PostgresClient
+from ._sync.conversation_store import PostgresConversationStore
 from ._sync.stream_store import PostgresStreamStore
 from ._sync.stream_writer import StreamWriter
 from .adapters import wrap_asyncpg, wrap_django, wrap_sqlalchemy
 from .errors import (
     AibindError,
     InvalidDataError,
+    InvalidHistoryError,
+    MessageNotFoundError,
     SchemaError,
     SequenceConflictError,
     StoreClosedError,
@@ -18,16 +22,25 @@ from .errors import (
     StreamNotFoundError,
     StreamWriteError,
 )
-from .models import CleanupResult, StreamChunk, StreamInfo, StreamState, StreamStatus
+from .history import ChatHistory, ConversationConflictError, MessageTree, TreeNode, TreePath
+from .models import CleanupResult, ConversationInfo, StreamChunk, StreamInfo, StreamState, StreamStatus
 
 __all__ = [
     "AibindError",
     "AsyncPostgresClient",
+    "AsyncPostgresConversationStore",
     "AsyncPostgresStreamStore",
     "AsyncStreamWriter",
+    "ChatHistory",
     "CleanupResult",
+    "ConversationConflictError",
+    "ConversationInfo",
     "InvalidDataError",
+    "InvalidHistoryError",
+    "MessageNotFoundError",
+    "MessageTree",
     "PostgresClient",
+    "PostgresConversationStore",
     "PostgresStreamStore",
     "SchemaError",
     "SequenceConflictError",
@@ -41,6 +54,8 @@ __all__ = [
     "StreamStatus",
     "StreamWriteError",
     "StreamWriter",
+    "TreeNode",
+    "TreePath",
     "wrap_asyncpg",
     "wrap_django",
     "wrap_sqlalchemy",

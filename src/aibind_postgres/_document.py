@@ -30,18 +30,21 @@ def now() -> str:
 
 def copied(value: Any, levels: int = MAX_LEVELS) -> Any:
     """Return a copy of a JSON value, or raise `InvalidDataError` if JSON would not give it back as it is."""
-    if isinstance(value, str) or value is None or (isinstance(value, float) and isfinite(value)):
+    if isinstance(value, str) or value is None:
+        return value
+    if isinstance(value, (dict, list)):
+        if not levels:
+            raise InvalidDataError(f"not a JSON value that can be kept: it has more than {MAX_LEVELS} levels")
+        if isinstance(value, list):
+            return [copied(item, levels - 1) for item in value]
+        for key in value:
+            if not isinstance(key, str):
+                raise InvalidDataError("not a JSON value: a dict in it has a key that is not a str")
+        return {key: copied(item, levels - 1) for key, item in value.items()}
+    if isinstance(value, float) and isfinite(value):
         return value
     if isinstance(value, int) and value.bit_length() <= MAX_BITS:
         return value
-    if not levels:
-        raise InvalidDataError(f"not a JSON value that can be kept: it has more than {MAX_LEVELS} levels")
-    if isinstance(value, list):
-        return [copied(item, levels - 1) for item in value]
-    if isinstance(value, dict):
-        if not all(isinstance(key, str) for key in value):
-            raise InvalidDataError("not a JSON value: a dict in it has a key that is not a str")
-        return {key: copied(item, levels - 1) for key, item in value.items()}
     raise InvalidDataError(f"not a JSON value: there is a {type(value).__name__} in it that JSON cannot hold")
 
 
@@ -60,6 +63,12 @@ def parsed_document(text: str) -> Document:
     except (ValueError, RecursionError, AttributeError) as error:
         raise InvalidHistoryError("it is not JSON text, or has too many levels") from error
     return valid_document(data)
+
+
+def known_document(text: str) -> Document:
+    """Return the document of a text that was written or checked here."""
+    document: Document = json.loads(text)
+    return document
 
 
 def valid_document(data: Any) -> Document:

@@ -10,7 +10,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from ._document import MAX_LEVELS, Document, copied, document_text, empty_document, now, parsed_document, valid_document
+from ._document import (
+    MAX_LEVELS,
+    Document,
+    copied,
+    document_text,
+    empty_document,
+    known_document,
+    now,
+    parsed_document,
+    valid_document,
+)
 from ._merging import merge
 from .errors import AibindError, InvalidDataError, MessageNotFoundError
 
@@ -246,12 +256,12 @@ class MessageTree(Generic[M]):
 
 
 class Origin(NamedTuple):
-    """What a store remembers of a history: whose it is, and what texts its own row may have."""
+    """What a store remembers of a history: whose it is, and what its row may hold if nobody else has changed it."""
 
     store: str
     session_id: str
-    agreed: str | None  # what was stored when both were the same for certain; None: nothing
-    latest: str | None  # what was stored, or sent to be, last
+    agreed: str | None  # the text that was stored when both were the same for certain; None: nothing
+    digests: tuple[str | None, ...]  # of that, and of what was sent since; the last one is what is most likely there
 
 
 class ChatHistory(Generic[M]):
@@ -340,9 +350,11 @@ class ChatHistory(Generic[M]):
         return chat
 
     def _follow(self, before: str, after: str) -> None:
-        """Take over what has changed from one document to another; what was changed here meanwhile stays."""
-        if after != before:
-            self.tree._document = merge(parsed_document(before), self.tree._document, parsed_document(after))
+        """Take over what has changed from one document of ours to another; what was changed here meanwhile stays."""
+        document = known_document(after)
+        if self.to_json() != before:
+            document = merge(known_document(before), self.tree._document, document)
+        self.tree._document = document
 
 
 class ConversationConflictError(AibindError):

@@ -1,4 +1,4 @@
-"""Plain data: what a stream is made of."""
+"""Plain data: what a stream is made of, and what listings say."""
 
 from __future__ import annotations
 
@@ -51,6 +51,13 @@ class CleanupResult(NamedTuple):
 
     streams: int
     chunks: int
+
+
+class ConversationInfo(NamedTuple):
+    """What a listing says of a conversation."""
+
+    session_id: str
+    expires_at: datetime
 
 
 def moment(milliseconds: int) -> datetime:

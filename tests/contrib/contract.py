@@ -16,7 +16,11 @@ from psycopg.conninfo import conninfo_to_dict
 from support.concurrency import AsyncBackground, Background, async_sleep
 
 from aibind_postgres import (
+    AsyncPostgresConversationStore,
     AsyncPostgresStreamStore,
+    ChatHistory,
+    ConversationConflictError,
+    PostgresConversationStore,
     PostgresStreamStore,
     SchemaError,
     SequenceConflictError,
@@ -159,6 +163,36 @@ def combined(ours: PostgresStreamStore) -> None:
     assert list(ours.read_from(two)) == list(enumerate(TEXTS, start=1))
     assert ours.get_status(two) == ("done", None, len(TEXTS))
     ours.complete(one)
+
+
+def conversing(ours: PostgresConversationStore) -> None:
+    """Use every statement of a conversation store, and those that are usual often."""
+    document = {"content": TEXTS}
+    with ours.edit("s") as chat:
+        chat.append(document)
+    for number in range(6):  # so often that a driver prepares it
+        stale = ours.load("s")
+        with ours.edit("s") as chat:
+            chat.append(number)
+        stale.append("merged")
+        with pytest.raises(ConversationConflictError):
+            ours.save("s", stale, on_conflict="raise")
+        ours.save("s", stale)
+        stale.append("and on")
+        ours.save("s", stale, on_conflict="raise")
+        assert ours.touch("s") is True
+    again = ours.load("s")
+    assert len(again) == 1 + 3 * 6
+    assert again.messages[0] == document
+    copied = ChatHistory.from_json(again.to_json())
+    for number in range(6):
+        ours.save(f"%s {number} :p1", copied, on_conflict="overwrite")
+    infos = list(ours.list())
+    assert [info.session_id for info in infos] == [*(f"%s {number} :p1" for number in range(6)), "s"]
+    assert 0 < infos[0].expires_at.timestamp() - time.time() < 3600
+    assert ours.delete("s") is True
+    assert ours.delete("s") is False
+    assert ours.cleanup() == 0
 
 
 def following(ours: PostgresStreamStore, theirs: PostgresStreamStore, leave: Callable[[], None] = lambda: None) -> None:
@@ -335,6 +369,35 @@ async def async_combined(ours: AsyncPostgresStreamStore) -> None:
     assert [chunk async for chunk in ours.read_from(two)] == list(enumerate(TEXTS, start=1))
     assert await ours.get_status(two) == ("done", None, len(TEXTS))
     await ours.complete(one)
+
+
+async def async_conversing(ours: AsyncPostgresConversationStore) -> None:
+    document = {"content": TEXTS}
+    async with ours.edit("s") as chat:
+        chat.append(document)
+    for number in range(6):  # so often that a driver prepares it
+        stale = await ours.load("s")
+        async with ours.edit("s") as chat:
+            chat.append(number)
+        stale.append("merged")
+        with pytest.raises(ConversationConflictError):
+            await ours.save("s", stale, on_conflict="raise")
+        await ours.save("s", stale)
+        stale.append("and on")
+        await ours.save("s", stale, on_conflict="raise")
+        assert await ours.touch("s") is True
+    again = await ours.load("s")
+    assert len(again) == 1 + 3 * 6
+    assert again.messages[0] == document
+    copied = ChatHistory.from_json(again.to_json())
+    for number in range(6):
+        await ours.save(f"%s {number} :p1", copied, on_conflict="overwrite")
+    infos = [info async for info in ours.list()]
+    assert [info.session_id for info in infos] == [*(f"%s {number} :p1" for number in range(6)), "s"]
+    assert 0 < infos[0].expires_at.timestamp() - time.time() < 3600
+    assert await ours.delete("s") is True
+    assert await ours.delete("s") is False
+    assert await ours.cleanup() == 0
 
 
 async def async_following(ours: AsyncPostgresStreamStore, theirs: AsyncPostgresStreamStore) -> None:

@@ -10,7 +10,7 @@ from contrib import contract
 from psycopg.conninfo import make_conninfo
 from support.concurrency import AsyncBackground, async_gather, async_sleep
 
-from aibind_postgres import AsyncPostgresStreamStore, StreamNotFoundError
+from aibind_postgres import AsyncPostgresConversationStore, AsyncPostgresStreamStore, StreamNotFoundError
 from aibind_postgres.adapters import wrap_asyncpg
 
 names_of_all_kinds = pytest.mark.parametrize("tables", ["plain", "quotes", "formats"], indirect=True)
@@ -44,6 +44,13 @@ async def theirs(dsn, tables):
 async def test_round_trip(pool, tables):
     async with AsyncPostgresStreamStore(wrap_asyncpg(pool), **tables) as store:
         await contract.async_round_trip(store)
+
+
+@pytest.mark.parametrize("conversations", ["plain", "quotes", "formats"], indirect=True)
+async def test_conversing(pool, connection, conversations):
+    for client in (pool, connection):
+        async with AsyncPostgresConversationStore(wrap_asyncpg(client), table=conversations) as store:
+            await contract.async_conversing(store)
 
 
 async def test_round_trip_on_a_connection(connection, tables):

@@ -18,7 +18,7 @@ from django.utils.connection import ConnectionDoesNotExist
 from psycopg.conninfo import make_conninfo
 from support.concurrency import Background, gather
 
-from aibind_postgres import PostgresStreamStore, StreamNotFoundError
+from aibind_postgres import PostgresConversationStore, PostgresStreamStore, StreamNotFoundError
 from aibind_postgres._sync import client
 from aibind_postgres.adapters import wrap_django
 
@@ -79,6 +79,27 @@ def leave() -> None:
 def test_round_trip(tables, alias):
     with PostgresStreamStore(wrap_django(alias), **tables) as store:
         contract.round_trip(store)
+
+
+@pytest.mark.parametrize("conversations", ["plain", "quotes", "formats"], indirect=True)
+@pytest.mark.parametrize("alias", ALIASES)
+def test_conversing(conversations, alias):
+    with PostgresConversationStore(wrap_django(alias), table=conversations) as store:
+        contract.conversing(store)
+
+
+def test_what_is_undone_with_a_transaction_of_djangos_is_saved_next(conversations):
+    with PostgresConversationStore(wrap_django(), table=conversations) as store:
+        chat = store.load("s")
+        chat.append("undone")
+        with pytest.raises(ZeroDivisionError), transaction.atomic():
+            store.save("s", chat)
+            raise ZeroDivisionError
+        assert store.load("s").is_empty
+        chat.append("more")
+        with transaction.atomic():
+            store.save("s", chat)
+        assert store.load("s").messages == ["undone", "more"]
 
 
 @pytest.mark.parametrize("zone", ["UTC", "America/New_York", "Asia/Kolkata"])

@@ -11,7 +11,12 @@ from support import pgbouncer
 from support.concurrency import AsyncBackground, Background, async_gather, gather
 from support.witness import witness
 
-from aibind_postgres import AsyncPostgresStreamStore, PostgresStreamStore
+from aibind_postgres import (
+    AsyncPostgresConversationStore,
+    AsyncPostgresStreamStore,
+    PostgresConversationStore,
+    PostgresStreamStore,
+)
 
 pytestmark = pytest.mark.skipif(
     pgbouncer.BINARY is None, reason="PgBouncer is not installed (Debian and Ubuntu: apt-get install pgbouncer)"
@@ -67,6 +72,14 @@ def test_round_trip(store):
 async def test_round_trip_in_tasks(async_store):
     for _ in range(3):
         await contract.async_round_trip(async_store)
+
+
+def test_conversing(store, conversations):
+    contract.conversing(PostgresConversationStore(store._database.client, table=conversations))
+
+
+async def test_conversing_in_tasks(async_store, conversations):
+    await contract.async_conversing(AsyncPostgresConversationStore(async_store._database.client, table=conversations))
 
 
 def test_following(store, dsn, tables):

@@ -8,7 +8,12 @@ from contrib import contract
 from psycopg.rows import dict_row, namedtuple_row, tuple_row
 from psycopg_pool import AsyncConnectionPool, ConnectionPool
 
-from aibind_postgres import AsyncPostgresStreamStore, PostgresStreamStore
+from aibind_postgres import (
+    AsyncPostgresConversationStore,
+    AsyncPostgresStreamStore,
+    PostgresConversationStore,
+    PostgresStreamStore,
+)
 
 SETTINGS = {"min_size": 1, "max_size": 4, "kwargs": {"autocommit": True}}
 
@@ -69,6 +74,18 @@ def test_round_trip(pool, tables, rows):
 async def test_round_trip_in_tasks(async_pool, tables, rows):
     async with AsyncPostgresStreamStore(AsyncMinimal(async_pool, rows), **tables) as store:
         await contract.async_round_trip(store)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_conversing(pool, conversations, rows):
+    with PostgresConversationStore(Minimal(pool, rows), table=conversations) as store:
+        contract.conversing(store)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+async def test_conversing_in_tasks(async_pool, conversations, rows):
+    async with AsyncPostgresConversationStore(AsyncMinimal(async_pool, rows), table=conversations) as store:
+        await contract.async_conversing(store)
 
 
 @pytest.mark.parametrize("rows", ROWS)

@@ -11,7 +11,12 @@ from contrib import contract
 from sqlalchemy.ext.asyncio import create_async_engine
 from support.concurrency import AsyncBackground, Background, async_gather, gather
 
-from aibind_postgres import AsyncPostgresStreamStore, PostgresStreamStore
+from aibind_postgres import (
+    AsyncPostgresConversationStore,
+    AsyncPostgresStreamStore,
+    PostgresConversationStore,
+    PostgresStreamStore,
+)
 from aibind_postgres.adapters import wrap_sqlalchemy
 
 names_of_all_kinds = pytest.mark.parametrize("tables", ["plain", "quotes", "formats"], indirect=True)
@@ -43,6 +48,18 @@ def test_round_trip(engine, tables):
 async def test_round_trip_in_tasks(async_engine, tables):
     async with AsyncPostgresStreamStore(wrap_sqlalchemy(async_engine), **tables) as store:
         await contract.async_round_trip(store)
+
+
+@pytest.mark.parametrize("conversations", ["plain", "quotes", "formats"], indirect=True)
+def test_conversing(engine, conversations):
+    with PostgresConversationStore(wrap_sqlalchemy(engine), table=conversations) as store:
+        contract.conversing(store)
+
+
+@pytest.mark.parametrize("conversations", ["plain", "quotes", "formats"], indirect=True)
+async def test_conversing_in_tasks(async_engine, conversations):
+    async with AsyncPostgresConversationStore(wrap_sqlalchemy(async_engine), table=conversations) as store:
+        await contract.async_conversing(store)
 
 
 @names_of_all_kinds

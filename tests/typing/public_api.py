@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator, Sequence
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import psycopg
 from psycopg.rows import DictRow, dict_row
@@ -14,10 +14,18 @@ from typing_extensions import assert_type
 
 from aibind_postgres import (
     AsyncPostgresClient,
+    AsyncPostgresConversationStore,
     AsyncPostgresStreamStore,
     AsyncStreamWriter,
+    ChatHistory,
     CleanupResult,
+    ConversationConflictError,
+    ConversationInfo,
+    InvalidHistoryError,
+    MessageNotFoundError,
+    MessageTree,
     PostgresClient,
+    PostgresConversationStore,
     PostgresStreamStore,
     SequenceConflictError,
     StreamChunk,
@@ -26,6 +34,8 @@ from aibind_postgres import (
     StreamState,
     StreamStatus,
     StreamWriter,
+    TreeNode,
+    TreePath,
     embedded,
     schema,
     wrap_asyncpg,
@@ -162,3 +172,74 @@ async def async_writers(store: AsyncPostgresStreamStore) -> None:
     async with store.writer("id") as writer:
         await writer.write("chunk")
         assert_type(await writer.flush(), int)
+
+
+class Message(TypedDict):
+    role: str
+    content: str
+
+
+def histories(message: Message) -> None:
+    chat: ChatHistory[Message] = ChatHistory(generate_id=lambda: "id")
+    assert_type(chat.append(message, {"model": "m"}), str)
+    assert_type([chat.edit("id", message), chat.regenerate("id", message), chat.compact(message)], list[str])
+    assert_type(chat.messages, list[Message])
+    assert_type(chat.node_ids, list[str])
+    assert_type([chat.is_empty, chat.has_alternatives("id")], list[bool])
+    assert_type([len(chat), chat.alternative_count("id"), chat.alternative_index("id")], list[int])
+    assert_type([chat.next_alternative("id"), chat.prev_alternative("id")], list[str | None])
+    assert_type(ChatHistory[Message].from_json(chat.to_json(), generate_id=lambda: "id"), ChatHistory[Message])
+    chat.append("text")  # type: ignore[arg-type]
+
+    tree = chat.tree
+    assert_type(tree, MessageTree[Message])
+    assert_type([tree.append(message), tree.add_root(message), tree.add_child("id", message)], list[str])
+    assert_type([tree.branch("id", message), tree.set_active_leaf("id")], list[str])
+    assert_type(tree.get("id"), TreeNode[Message] | None)
+    assert_type(tree.path_to("id"), TreePath[Message])
+    assert_type(tree.active_path.messages, list[Message])
+    assert_type(tree.siblings("id"), tuple[list[TreeNode[Message]], int])
+    assert_type(tree.leaves()[0].message, Message)
+    assert_type([tree.next_sibling("id"), tree.active_leaf_id], list[str | None])
+    assert_type(tree.root_ids, tuple[str, ...])
+    assert_type([tree.depth("id"), len(tree)], list[int])
+    assert_type(MessageTree[Message].deserialize(tree.serialize()), MessageTree[Message])
+    tree.remove("id")
+    tree.clear()
+
+
+def conversations(message: Message) -> None:
+    with PostgresConversationStore("", table=Identifier("s", "c"), ttl=timedelta(hours=1)) as store:
+        assert_type(store, PostgresConversationStore)
+        chat: ChatHistory[Message] = store.load("id")
+        store.save("id", chat, on_conflict="raise")
+        store.save("id", chat, on_conflict="ignore")  # type: ignore[arg-type]
+        store.save("id", chat.tree)  # type: ignore[arg-type]
+        with store.edit("id", on_conflict="merge") as edited:
+            assert_type(edited, ChatHistory[Any])
+            edited.append(message)
+        assert_type([store.touch("id"), store.delete("id")], list[bool])
+        assert_type(store.list(), Iterator[ConversationInfo])
+        assert_type(store.cleanup(batch_size=10), int)
+        for session_id, expires_at in store.list():
+            assert_type(session_id, str)
+            assert_type(expires_at, datetime)
+    try:
+        store.save("id", chat)
+    except ConversationConflictError as conflict:
+        assert_type(conflict.session_id, str)
+        assert_type([conflict.ours, conflict.theirs], list[ChatHistory[Any]])
+    except (MessageNotFoundError, InvalidHistoryError) as error:
+        assert_type(error.node_id, str | None)
+
+
+async def async_conversations(message: Message) -> None:
+    async with AsyncPostgresConversationStore("", table="c", ttl=60) as store:
+        chat: ChatHistory[Message] = await store.load("id")
+        await store.save("id", chat, on_conflict="overwrite")
+        async with store.edit("id") as edited:
+            assert_type(edited, ChatHistory[Any])
+            edited.append(message)
+        assert_type([await store.touch("id"), await store.delete("id")], list[bool])
+        assert_type(store.list(), AsyncIterator[ConversationInfo])
+        assert_type(await store.cleanup(), int)

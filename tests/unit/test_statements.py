@@ -5,10 +5,11 @@ from __future__ import annotations
 import psycopg
 import pytest
 
-from aibind_postgres._sql import StreamStatements
-from aibind_postgres._tables import CHUNKS_TABLE, STATUS_TABLE, Table
+from aibind_postgres._sql import ConversationStatements, StreamStatements
+from aibind_postgres._tables import CHUNKS_TABLE, CONVERSATIONS_TABLE, STATUS_TABLE, Table
 
 STATEMENTS = StreamStatements(Table(None, CHUNKS_TABLE), Table(None, STATUS_TABLE))
+CONVERSATIONS = ConversationStatements(Table(None, CONVERSATIONS_TABLE))
 
 PLANS = {
     "append": (["7", "x", None, 1000], ["(id = '7'"]),
@@ -27,6 +28,15 @@ PLANS = {
     "fail_abandoned": ([1000, 1000, "x"], ["aibind_stream_status_active_idx", "(id = ANY", "(seq = "]),
 }
 
+PLANS_OF_CONVERSATIONS = {
+    "load": (["7"], ["(session_id = '7'"]),
+    "save": (["7", "{}", 1000, None], ["(session_id = '7'"]),
+    "touch": (["7", 1000], ["(session_id = '7'"]),
+    "delete": (["7"], ["(session_id = '7'"]),
+    "list": (["7", 100], ["(session_id > '7'"]),
+    "cleanup": ([10], ["(expires_at <= ", "(session_id = ANY"]),
+}
+
 
 @pytest.fixture
 def connection(database):
@@ -40,13 +50,19 @@ def connection(database):
             "INSERT INTO aibind_stream_chunks (id, seq, data) "
             "SELECT i::text, s, 'token' FROM generate_series(1, 5000) i, generate_series(1, 20) s"
         )
+        connection.execute(
+            "INSERT INTO aibind_conversations (session_id, data, expires_at) "
+            "SELECT i::text, repeat('data', 100), CASE WHEN i % 10 = 0 THEN i ELSE 9e15 + i END "
+            "FROM generate_series(1, 5000) i"
+        )
         connection.execute("ANALYZE")
         yield connection
 
 
-def test_each_statement_finds_its_rows_through_an_index(connection):
-    for name, (params, conditions) in PLANS.items():
-        plan = "\n".join(line for (line,) in connection.execute(f"EXPLAIN {getattr(STATEMENTS, name)}", params))
+@pytest.mark.parametrize(("statements", "plans"), [(STATEMENTS, PLANS), (CONVERSATIONS, PLANS_OF_CONVERSATIONS)])
+def test_each_statement_finds_its_rows_through_an_index(connection, statements, plans):
+    for name, (params, conditions) in plans.items():
+        plan = "\n".join(line for (line,) in connection.execute(f"EXPLAIN {getattr(statements, name)}", params))
         found = [line for line in plan.splitlines() if "Index Cond" in line or "Index Scan" in line]
         for condition in conditions:
             assert any(condition in line for line in found), f"{name}: {plan}"
@@ -57,6 +73,7 @@ def test_every_statement_has_a_plan_or_a_reason(connection):
     scans_the_status_table_by_design = {"list_by_time"}
     inserts = {"create"}
     assert PLANS.keys() | scans_the_status_table_by_design | inserts == vars(STATEMENTS).keys()
+    assert PLANS_OF_CONVERSATIONS.keys() | {"overwrite"} == vars(CONVERSATIONS).keys()
 
 
 @pytest.mark.parametrize("name", ["read", "read_timed", "read_batch"])

@@ -1,0 +1,384 @@
+"""Many who write to one conversation: no message is lost, whoever writes, and whatever is lost on the way."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from functools import partial
+
+import psycopg
+import pytest
+from psycopg_pool import AsyncConnectionPool
+from support.concurrency import AsyncBackground, async_gather, async_sleep
+
+from aibind_postgres import AsyncPostgresConversationStore, ChatHistory, ConversationConflictError
+
+
+class CountingClient:
+    """A pool whose statements are counted, and can be lost on the way there or back."""
+
+    def __init__(self, pool):
+        self.pool = pool
+        self.statements = 0
+        self.lose = []  # for the coming statements: None, "request" or "reply"
+        self.meanwhile = []  # calls to be made before the coming statements
+
+    async def query(self, sql, params):
+        self.statements += 1
+        if self.meanwhile:
+            await self.meanwhile.pop(0)()
+        lose = self.lose.pop(0) if self.lose else None
+        if lose == "request":
+            raise psycopg.OperationalError("lost on the way there")
+        async with self.pool.connection() as connection:
+            cursor = psycopg.AsyncRawCursor(connection)
+            await cursor.execute(sql, params)
+            rows = await cursor.fetchall() if cursor.description else []
+        if lose == "reply":
+            raise psycopg.OperationalError("lost on the way back")
+        return rows
+
+
+class OtherSide:
+    """What the TypeScript package does with the table: it knows nothing of conflicts."""
+
+    def __init__(self, connection, table):
+        self.connection = connection
+        self.table = table.as_string(None)
+
+    async def load(self, session_id):
+        sql = f"SELECT data FROM {self.table} WHERE session_id = $1 AND expires_at > 0"
+        row = await (await self.connection.execute(sql, [session_id])).fetchone()
+        return ChatHistory() if row is None else ChatHistory.from_json(row[0])
+
+    async def save(self, session_id, chat):
+        sql = (
+            f"INSERT INTO {self.table} (session_id, data, expires_at) VALUES ($1, $2, 9e15)"
+            "ON CONFLICT (session_id) DO UPDATE SET data = EXCLUDED.data, expires_at = EXCLUDED.expires_at"
+        )
+        await self.connection.execute(sql, [session_id, chat.to_json()])
+
+
+@pytest.fixture
+async def client(dsn):
+    async with AsyncConnectionPool(dsn, kwargs={"autocommit": True}, min_size=1, max_size=10, open=False) as pool:
+        yield CountingClient(pool)
+
+
+@pytest.fixture
+async def store(client, conversations):
+    async with AsyncPostgresConversationStore(client, table=conversations) as store:
+        yield store
+
+
+@pytest.fixture
+async def connection(dsn):
+    opening = psycopg.AsyncConnection.connect(dsn, autocommit=True, cursor_factory=psycopg.AsyncRawCursor)
+    async with await opening as connection:
+        yield connection
+
+
+@pytest.fixture
+def other_side(connection, conversations):
+    return OtherSide(connection, conversations)
+
+
+async def begun(store):
+    """Return a conversation of one message, loaded twice."""
+    async with store.edit("s") as chat:
+        chat.append("first")
+    return await store.load("s"), await store.load("s")
+
+
+def messages(chat):
+    """Return all messages in all branches, in order."""
+    return sorted(node["message"] for node in chat.tree.serialize()["nodes"].values())
+
+
+@pytest.mark.parametrize("begins", ["with nothing", "with a message", "with what has expired"])
+@pytest.mark.parametrize("shared", [True, False])
+async def test_sixteen_who_append_at_once_lose_nothing(store, dsn, conversations, connection, begins, shared):
+    if begins != "with nothing":
+        async with store.edit("s") as chat:
+            chat.append("first")
+    if begins == "with what has expired":
+        await connection.execute(f"UPDATE {conversations.as_string(None)} SET expires_at = 0")
+
+    async def work(name):
+        async def turns(store):
+            for number in range(5):
+                async with store.edit("s") as chat:
+                    chat.append(f"{name} {number}")
+
+        if shared:
+            await turns(store)
+        else:
+            async with AsyncPostgresConversationStore(dsn, table=conversations) as own:
+                await turns(own)
+
+    await async_gather(*(partial(work, f"worker {number:02}") for number in range(16)))
+    chat = await store.load("s")
+    expected = [f"worker {worker:02} {number}" for worker in range(16) for number in range(5)]
+    assert messages(chat) == (["first"] if begins == "with a message" else []) + expected
+    assert ChatHistory.from_json(chat.to_json()).to_json() == chat.to_json()
+
+
+async def test_sixteen_who_save_histories_that_they_keep_lose_nothing(store):
+    async def work(name):
+        chat = await store.load("s")
+        for number in range(5):
+            chat.append(f"{name} {number}")
+            await store.save("s", chat)
+
+    await async_gather(*(partial(work, f"worker {number:02}") for number in range(16)))
+    expected = [f"worker {worker:02} {number}" for worker in range(16) for number in range(5)]
+    assert messages(await store.load("s")) == expected
+
+
+async def test_after_a_save_the_history_is_what_is_stored(store):
+    one, two = await begun(store)
+    one.append("one")
+    two.append("two")
+    await store.save("s", one)
+    await store.save("s", two)
+    stored = await store.load("s")
+    assert two.to_json() == stored.to_json()
+    assert two.messages == ["first", "two"]
+    assert messages(two) == ["first", "one", "two"]
+    assert {node.message for node in two.tree.siblings(two.node_ids[-1])[0]} == {"one", "two"}
+    assert messages(one) == ["first", "one"]
+    one.append("more")
+    await store.save("s", one)
+    assert one.messages == ["first", "one", "more"]
+    assert messages(one) == ["first", "more", "one", "two"]
+
+
+async def test_a_save_is_one_statement_unless_it_must_merge(store, client):
+    one, two = await begun(store)
+    client.statements = 0
+    for number in range(3):
+        one.append(f"{number}")
+        await store.save("s", one)
+    assert client.statements == 3
+    two.append("two")
+    await store.save("s", two)
+    assert client.statements == 5
+    two.append("more")
+    await store.save("s", two)
+    assert client.statements == 6
+    for call in (store.load, store.touch, store.delete):
+        await call("s")
+    assert client.statements == 9
+
+
+async def test_a_conflict_that_is_to_be_raised_holds_both_and_changes_nothing(store):
+    one, two = await begun(store)
+    one.append("one")
+    await store.save("s", one)
+    two.append("two")
+    before = two.to_json()
+    for _ in range(2):
+        with pytest.raises(ConversationConflictError, match="'s' was changed") as caught:
+            await store.save("s", two, on_conflict="raise")
+        conflict = caught.value
+        assert (conflict.session_id, conflict.ours) == ("s", two)
+        assert conflict.theirs.messages == ["first", "one"]
+        assert two.to_json() == before
+        assert (await store.load("s")).to_json() == one.to_json()
+    # What was stored can be gone on with, and so can what was not.
+    conflict.theirs.append("three")
+    await store.save("s", conflict.theirs, on_conflict="raise")
+    await store.save("s", two)
+    assert messages(two) == ["first", "one", "three", "two"]
+
+
+async def test_without_a_conflict_nothing_is_raised(store):
+    chat = ChatHistory()
+    for number in range(3):
+        chat.append(f"{number}")
+        await store.save("s", chat, on_conflict="raise")
+    assert (await store.load("s")).messages == ["0", "1", "2"]
+
+
+async def test_to_overwrite_is_to_take_no_notice(store):
+    one, two = await begun(store)
+    one.append("one")
+    await store.save("s", one)
+    two.append("two")
+    await store.save("s", two, on_conflict="overwrite")
+    assert (await store.load("s")).to_json() == two.to_json()
+    assert messages(two) == ["first", "two"]
+    two.append("three")
+    await store.save("s", two, on_conflict="raise")
+
+
+async def test_a_history_from_nowhere_only_adds(store):
+    async with store.edit("s") as chat:
+        chat.append("stored")
+    made = ChatHistory()
+    made.append("made")
+    await store.save("s", made)
+    assert messages(await store.load("s")) == messages(made) == ["made", "stored"]
+    assert made.messages == ["made"]
+    again = ChatHistory.from_json(made.to_json())
+    again.compact("summary")
+    with pytest.raises(ConversationConflictError):
+        await store.save("s", again, on_conflict="raise")
+
+
+async def test_a_copy_of_a_history_knows_what_the_history_does(store):
+    one, two = await begun(store)
+    two.append("two")
+    await store.save("s", two)
+    for draft in (copy.deepcopy(one), pickle.loads(pickle.dumps(one))):
+        draft.compact("summary")
+        await store.save("s", draft)
+    assert messages(draft) == ["summary", "summary", "two"]
+
+
+async def test_the_other_side_is_merged_with(store, other_side):
+    ours, _ = await begun(store)
+    ours.append("ours")
+    theirs = await other_side.load("s")
+    theirs.append("theirs")
+    theirs.edit(theirs.node_ids[0], "edited")
+    await other_side.save("s", theirs)
+    await store.save("s", ours)
+    assert messages(await store.load("s")) == ["edited", "first", "ours", "theirs"]
+    assert ours.messages == ["first", "ours"]
+
+
+async def test_what_the_other_side_compacts_meanwhile_is_gone_and_ours_goes_on_below_it(store, other_side):
+    ours, _ = await begun(store)
+    ours.append("question")
+    ours.append("answer")
+    theirs = await other_side.load("s")
+    theirs.compact("summary")
+    await other_side.save("s", theirs)
+    await store.save("s", ours)
+    assert ours.messages == (await other_side.load("s")).messages == ["summary", "question", "answer"]
+
+
+async def test_what_the_other_side_begins_at_the_same_time_is_merged_with(store, client, other_side):
+    ours = await store.load("s")
+    ours.append("ours")
+    theirs = await other_side.load("s")
+    theirs.append("theirs")
+    client.meanwhile = [partial(other_side.save, "s", theirs)]
+    await store.save("s", ours)
+    assert messages(await other_side.load("s")) == messages(ours) == ["ours", "theirs"]
+
+
+async def test_who_is_overtaken_again_and_again_gets_there(store, client, other_side):
+    ours, _ = await begun(store)
+    ours.append("ours")
+
+    async def overtake(number):
+        theirs = await other_side.load("s")
+        theirs.append(f"theirs {number}")
+        await other_side.save("s", theirs)
+
+    client.meanwhile = [partial(overtake, number) for number in range(5)]
+    await store.save("s", ours)
+    assert messages(ours) == ["first", "ours", *(f"theirs {number}" for number in range(5))]
+
+
+@pytest.mark.parametrize("lost", [["request"], ["reply"], ["reply", "request", "reply"]])
+@pytest.mark.parametrize("on_conflict", ["merge", "raise", "overwrite"])
+@pytest.mark.parametrize("is_new", [True, False])
+async def test_a_save_whose_outcome_is_unknown_can_be_made_again(store, client, lost, on_conflict, is_new):
+    chat = ChatHistory() if is_new else (await begun(store))[0]
+    chat.append("mine")
+    client.lose = list(lost)
+    for _ in lost:
+        with pytest.raises(psycopg.OperationalError):
+            await store.save("s", chat, on_conflict=on_conflict)
+        chat.append("more")
+    await store.save("s", chat, on_conflict=on_conflict)
+    assert (await store.load("s")).to_json() == chat.to_json()
+    assert chat.messages == ([] if is_new else ["first"]) + ["mine"] + ["more"] * len(lost)
+    chat.append("and on")
+    await store.save("s", chat, on_conflict="raise")
+
+
+async def test_a_merged_save_whose_reply_is_lost_can_be_made_again(store, client):
+    one, two = await begun(store)
+    one.append("one")
+    await store.save("s", one)
+    two.append("two")
+    client.lose = [None, "reply"]
+    with pytest.raises(psycopg.OperationalError):
+        await store.save("s", two)
+    two.append("three")
+    await store.save("s", two)
+    assert messages(await store.load("s")) == messages(two) == ["first", "one", "three", "two"]
+    assert two.messages == ["first", "two", "three"]
+
+
+async def test_what_is_undone_with_a_transaction_is_not_lost(dsn, conversations, connection):
+    store = AsyncPostgresConversationStore(connection, table=conversations)
+    one, two = await begun(store)
+    for chat in (ChatHistory(), one):
+        session_id = "s" if chat is one else "new"
+        chat.append("undone")
+        with pytest.raises(ZeroDivisionError):
+            async with connection.transaction():
+                await store.save(session_id, chat)
+                assert (await store.load(session_id)).messages == chat.messages
+                raise ZeroDivisionError
+        chat.append("more")
+        await store.save(session_id, chat)
+        assert (await store.load(session_id)).messages == chat.messages
+        assert chat.messages[-2:] == ["undone", "more"]
+        chat.append("and on")
+        await store.save(session_id, chat, on_conflict="raise")
+    two.append("two")
+    await store.save("s", two)
+    assert messages(await store.load("s")) == ["and on", "first", "more", "two", "undone"]
+
+
+@pytest.mark.parametrize("change", ["replace", "delete", "begin", "expire", "touch"])
+async def test_who_waits_for_another_transaction_sees_what_it_has_done(store, dsn, conversations, connection, change):
+    """The other one has changed the row, and commits only when our statement waits for it."""
+    table = conversations.as_string(None)
+    other = ChatHistory()
+    other.append("other")
+    if change == "begin":
+        chat = await store.load("s")
+        sql = f"INSERT INTO {table} VALUES ('s', $1, 9e15)"
+    else:
+        chat, _ = await begun(store)
+        sql = {
+            "replace": f"UPDATE {table} SET data = $1",
+            "delete": f"DELETE FROM {table} WHERE $1::text <> ''",
+            "expire": f"UPDATE {table} SET expires_at = 0 WHERE $1::text <> ''",
+            "touch": f"UPDATE {table} SET expires_at = 9e15 WHERE $1::text <> ''",
+        }[change]
+    chat.append("mine")
+    opening = psycopg.AsyncConnection.connect(dsn, cursor_factory=psycopg.AsyncRawCursor)
+    async with await opening as holder:
+        await holder.execute(sql, [other.to_json()])
+        async with AsyncBackground(partial(store.save, "s", chat)) as saving:
+            waiting = (
+                "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND strpos(query, $1) > 0 "
+                "AND datname = current_database()"
+            )
+            while (await (await connection.execute(waiting, [table])).fetchone())[0] == 0:
+                await async_sleep(0.01)
+            await holder.commit()
+            await saving.result()
+    expected = {"replace": ["mine", "other"], "begin": ["mine", "other"], "touch": ["first", "mine"]}
+    assert messages(await store.load("s")) == messages(chat) == expected.get(change, ["mine"])
+
+
+async def test_a_stored_text_of_another_make_is_the_same_for_the_check(store, connection, conversations):
+    chat = ChatHistory()
+    chat.append("é")
+    text = json.dumps(json.loads(chat.to_json()), indent=2)
+    await connection.execute(f"INSERT INTO {conversations.as_string(None)} VALUES ('s', $1, 9e15)", [text])
+    async with store.edit("s", on_conflict="raise"):
+        pass
+    async with store.edit("s", on_conflict="raise") as chat:
+        chat.append("x")
+    assert (await store.load("s")).messages == ["é", "x"]
