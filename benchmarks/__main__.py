@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from aibind_postgres import embedded
 
 from .bench import Bench
+from .conversations import conversations
 from .crowds import eight_threads, five_hundred_tasks, hundred_threads, separate_stores
 from .live import chats, tail
 from .measure import Row
@@ -42,6 +43,7 @@ WORKS = {
     "idle-readers": idle,
     "fan-out": fan_out,
     "32-stores": separate_stores,
+    "conversations": conversations,
     "10-million": ten_million,
     "import": importing,
 }
