@@ -11,10 +11,25 @@ from pathlib import Path
 
 import pytest
 
-from aibind_postgres import AsyncPostgresStreamStore, PostgresStreamStore
+from aibind_postgres import (
+    AsyncPostgresConversationStore,
+    AsyncPostgresStreamStore,
+    PostgresConversationStore,
+    PostgresStreamStore,
+)
 
 README = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+# What the examples print, in their order.
+OUTPUTS = {
+    "synchronous": "Hello, world!\n",
+    "asynchronous": "Hello, world!\n",
+    "writer": "done 50\n",
+    "conversation": "['Name a colour.', 'Blue.'] 2\n",
+    "asynchronous conversation": "Name a town. 1\nName a colour. 0\n",
+    "two tabs": "[{'role': 'user', 'content': 'from the other tab'}] 2\n",
+    "housekeeping": "",
+}
 SCRIPTS = [block for block in BLOCKS if block.startswith("import ")]
 
 
@@ -29,8 +44,8 @@ def test_both_flavours_have_an_example_of_ten_lines() -> None:
 
 @pytest.mark.parametrize(
     ("script", "output"),
-    list(zip(SCRIPTS, ["Hello, world!\n", "Hello, world!\n", "done 50\n", ""], strict=True)),
-    ids=["synchronous", "asynchronous", "writer", "housekeeping"],
+    list(zip(SCRIPTS, OUTPUTS.values(), strict=True)),
+    ids=OUTPUTS,
 )
 def test_examples_run_as_they_stand(script: str, output: str, database: str) -> None:
     command = [sys.executable, "-W", "error", "-c", script]
@@ -46,7 +61,10 @@ def test_all_python_in_it_compiles(block: str) -> None:
     compile(block, "README.md", "exec", dont_inherit=True)
 
 
-@pytest.mark.parametrize("store", [PostgresStreamStore, AsyncPostgresStreamStore])
+@pytest.mark.parametrize(
+    "store",
+    [PostgresStreamStore, AsyncPostgresStreamStore, PostgresConversationStore, AsyncPostgresConversationStore],
+)
 def test_the_table_has_every_option_with_its_default(store: type) -> None:
     for option in list(inspect.signature(store).parameters.values())[1:]:
         default = f"{option.default:g}" if isinstance(option.default, float) else repr(option.default)
