@@ -314,11 +314,11 @@ class ChatHistory(Generic[M]):
 
     def alternative_count(self, id: str) -> int:
         """Return how many alternatives there are, this message among them."""
-        return len(self.tree.siblings(id)[0])
+        return len(self.tree._siblings(id))
 
     def alternative_index(self, id: str) -> int:
         """Return the place of a message among its alternatives, from 0."""
-        return self.tree.siblings(id)[1]
+        return self.tree._siblings(id).index(id)
 
     def next_alternative(self, id: str) -> str | None:
         """Let the current path go through the next alternative, and on by first children to a leaf.

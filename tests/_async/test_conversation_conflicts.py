@@ -338,6 +338,22 @@ async def test_what_is_undone_with_a_transaction_is_not_lost(dsn, conversations,
     assert messages(await store.load("s")) == ["and on", "first", "more", "two", "undone"]
 
 
+async def test_what_is_undone_with_a_transaction_is_not_lost_in_a_merge(dsn, conversations, connection):
+    store = AsyncPostgresConversationStore(connection, table=conversations)
+    one, two = await begun(store)
+    one.append("undone")
+    with pytest.raises(ZeroDivisionError):
+        async with connection.transaction():
+            await store.save("s", one)
+            raise ZeroDivisionError
+    two.append("two")
+    await store.save("s", two)
+    with pytest.raises(ConversationConflictError):
+        await store.save("s", one, on_conflict="raise")
+    await store.save("s", one)
+    assert messages(await store.load("s")) == messages(one) == ["first", "two", "undone"]
+
+
 @pytest.mark.parametrize("change", ["replace", "delete", "begin", "expire", "touch"])
 async def test_who_waits_for_another_transaction_sees_what_it_has_done(store, dsn, conversations, connection, change):
     """The other one has changed the row, and commits only when our statement waits for it."""
