@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import sys
 import threading
 from collections.abc import Callable, Coroutine
 from contextvars import Context
@@ -145,11 +146,22 @@ def spawn(run: Callable[[], None], name: str) -> Worker:
 _uninterrupted: set[asyncio.Task[None]] = set()  # asyncio itself holds its tasks by weak references
 
 
-async def async_uninterrupted(run: Callable[[], Coroutine[Any, Any, None]], over: Callable[[], None]) -> None:
+def _nothing() -> None: ...
+
+
+async def async_uninterrupted(
+    run: Callable[[], Coroutine[Any, Any, None]], over: Callable[[], None] = _nothing
+) -> None:
     """Run `run` to its end, also if the caller is cancelled meanwhile, and call `over` when it has ended in any way.
 
     `over` is called even if the event loop is shut down before `run` could begin.
     """
+    if isinstance(sys.exc_info()[1], GeneratorExit):  # the caller is thrown away, and its event loop is no more
+        try:
+            await run()
+        finally:
+            over()
+        return
     task = asyncio.get_running_loop().create_task(run())
     _uninterrupted.add(task)
 
@@ -161,7 +173,7 @@ async def async_uninterrupted(run: Callable[[], Coroutine[Any, Any, None]], over
     await asyncio.shield(task)
 
 
-def uninterrupted(run: Callable[[], None], over: Callable[[], None]) -> None:
+def uninterrupted(run: Callable[[], None], over: Callable[[], None] = _nothing) -> None:
     """Run `run`, and call `over` when it has ended in any way."""
     try:
         run()

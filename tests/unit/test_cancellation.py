@@ -6,6 +6,7 @@ import asyncio
 import random
 
 import psycopg
+from psycopg.pq import TransactionStatus
 from psycopg_pool import AsyncConnectionPool
 
 from aibind_postgres import AsyncPostgresStreamStore, PostgresStreamStore
@@ -33,6 +34,39 @@ async def test_cancelled_calls_leave_no_connection_checked_out_and_no_hole(dsn, 
             assert store._changes.followed() == []
         async with pool.connection() as one, pool.connection() as two:
             assert (one.autocommit, two.autocommit) == (False, False)
+
+
+async def test_a_call_that_is_cancelled_at_any_step_leaves_the_pool_as_it_was(dsn, tables):
+    class SlowPool(AsyncConnectionPool):
+        """A pool that is busy when a connection comes back, as it is when many want one."""
+
+        async def putconn(self, connection):
+            assert (
+                connection.autocommit == is_autocommit or connection.info.transaction_status != TransactionStatus.IDLE
+            )
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            await super().putconn(connection)
+
+    for is_autocommit in (False, True):
+        options = {"kwargs": {"autocommit": is_autocommit}, "min_size": 1, "max_size": 1, "timeout": 5, "open": False}
+        async with SlowPool(dsn, **options) as pool, AsyncPostgresStreamStore(pool, **tables) as store:
+            id = await store.create()
+            finished = cancelled = steps = 0
+            while finished < 3:  # each time one step later
+                steps += 1
+                task = asyncio.create_task(store.append(id, "x"))
+                for _ in range(steps):
+                    await asyncio.sleep(0)
+                    if task.done():
+                        break
+                task.cancel()
+                await asyncio.wait([task])
+                finished, cancelled = finished + (not task.cancelled()), cancelled + task.cancelled()
+                assert (await store.get_status(id)).state == "active"
+            assert cancelled > 10
+            async with pool.connection() as connection:
+                assert connection.autocommit == is_autocommit
 
 
 async def test_a_cancelled_producer_ends_its_stream(dsn, tables):
@@ -139,6 +173,7 @@ def test_a_worker_that_is_cancelled_in_mid_send_loses_and_repeats_nothing(dsn, t
                     client.ready = True
                     await asyncio.sleep(60)
             finally:
+                await asyncio.sleep(0.2)  # what announces the end was begun too late for `run` to wait for it
                 await pool.close()
 
         task = asyncio.create_task(produce())

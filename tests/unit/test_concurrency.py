@@ -9,7 +9,16 @@ from contextvars import ContextVar
 
 import pytest
 
-from aibind_postgres._concurrency import AsyncEvent, AsyncSignal, Event, Signal, async_spawn, spawn
+from aibind_postgres._concurrency import (
+    AsyncEvent,
+    AsyncSignal,
+    Event,
+    Signal,
+    async_spawn,
+    async_uninterrupted,
+    spawn,
+    uninterrupted,
+)
 
 
 async def test_an_event_wakes_all_who_wait():
@@ -103,3 +112,46 @@ async def test_a_worker_never_starts_at_once():
     assert started == []
     await worker.join()
     assert started == [True]
+
+
+async def test_what_is_not_to_be_interrupted_goes_on_when_its_caller_is_cancelled():
+    done = []
+
+    async def run():
+        await asyncio.sleep(0.01)
+        done.append("run")
+
+    caller = asyncio.create_task(async_uninterrupted(run, lambda: done.append("over")))
+    await asyncio.sleep(0)
+    caller.cancel()
+    await asyncio.wait([caller])
+    assert caller.cancelled()
+    await asyncio.sleep(0.05)
+    assert done == ["run", "over"]
+
+
+async def test_what_is_thrown_away_is_finished_on_the_spot():
+    done = []
+
+    async def run():
+        done.append("run")
+
+    async def caller():
+        try:
+            await asyncio.sleep(60)
+        finally:
+            await async_uninterrupted(run, lambda: done.append("over"))
+
+    coroutine = caller()
+    coroutine.send(None)
+    coroutine.close()
+    assert done == ["run", "over"]
+
+
+def test_what_is_over_is_told_in_threads_too():
+    done = []
+    uninterrupted(lambda: done.append("run"), lambda: done.append("over"))
+    uninterrupted(lambda: done.append("run"))
+    with pytest.raises(ZeroDivisionError):
+        uninterrupted(lambda: 1 / 0, lambda: done.append("over"))
+    assert done == ["run", "over", "run", "over"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
@@ -12,7 +13,7 @@ from psycopg.pq import TransactionStatus
 from psycopg.rows import tuple_row
 from psycopg_pool import AsyncConnectionPool, PoolClosed
 
-from .._concurrency import AsyncLock, async_is_flavour
+from .._concurrency import AsyncLock, async_is_flavour, async_uninterrupted
 from ..errors import InvalidDataError
 
 if TYPE_CHECKING:
@@ -71,6 +72,10 @@ class AsyncClient:
         """Say whether the same statement may succeed later, on another connection."""
         return isinstance(error, self._connection_errors)
 
+    def may_be_undone(self) -> bool:
+        """Say whether the caller may yet roll back what has just run."""
+        return self.joins_transactions
+
     async def close(self) -> None:
         """Release what this client has opened itself."""
 
@@ -117,16 +122,20 @@ class AsyncPoolClient(AsyncPsycopgClient):
             await self._open()
         # Not by its context manager, which ends a transaction: in autocommit mode there is none to end.
         connection = await self._pool.getconn()
+        autocommit = connection.autocommit
         try:
-            if connection.autocommit:
-                return await self._run(connection, sql, params)
-            # Changing the mode of an idle connection is local: it saves the round trips of BEGIN and COMMIT.
-            await connection.set_autocommit(True)
-            try:
-                return await self._run(connection, sql, params)
-            finally:
-                if connection.info.transaction_status == TransactionStatus.IDLE:
-                    await connection.set_autocommit(False)
+            if not autocommit:
+                # Changing the mode of an idle connection is local: it saves the round trips of BEGIN and COMMIT.
+                await connection.set_autocommit(True)
+            return await self._run(connection, sql, params)
+        finally:
+            # A pool would lose a connection whose return is interrupted.
+            await async_uninterrupted(partial(self._give_back, connection, autocommit))
+
+    async def _give_back(self, connection: psycopg.AsyncConnection[Any], autocommit: bool) -> None:
+        try:
+            if not autocommit and connection.info.transaction_status == TransactionStatus.IDLE:
+                await connection.set_autocommit(False)
         finally:
             await self._pool.putconn(connection)
 
@@ -172,6 +181,9 @@ class AsyncConnectionClient(AsyncPsycopgClient):
 
     def may_recover(self, error: Exception) -> bool:
         return False
+
+    def may_be_undone(self) -> bool:
+        return self._connection.info.transaction_status != TransactionStatus.IDLE
 
 
 def as_client(client: AsyncClientLike) -> AsyncClient:
