@@ -29,7 +29,7 @@ def now() -> str:
 
 
 def copied(value: Any, levels: int = MAX_LEVELS) -> Any:
-    """Return a copy of a JSON value, or raise `InvalidDataError` if JSON would not give it back as it is."""
+    """Return a copy of a JSON value, or raise `InvalidDataError` for what is none."""
     if isinstance(value, str) or value is None:
         return value
     if isinstance(value, (dict, list)):
@@ -109,8 +109,9 @@ def _check_links(document: Document) -> None:
     for parent_id, children in [(None, document["rootIds"]), *((key, node["children"]) for key, node in nodes.items())]:
         for child_id in children:
             if child_id not in nodes:
-                what = "a root" if parent_id is None else "its child"
-                raise InvalidHistoryError(f"{what}, {child_id!r}, is missing", parent_id)
+                if parent_id is None:
+                    raise InvalidHistoryError("it is a root, and missing", child_id)
+                raise InvalidHistoryError(f"its child, {child_id!r}, is missing", parent_id)
             if nodes[child_id]["parentId"] != parent_id:
                 raise InvalidHistoryError(f"it is listed below {parent_id!r}, which is not its parent", child_id)
             if child_id in listed:
@@ -128,8 +129,10 @@ def _check_links(document: Document) -> None:
             raise InvalidHistoryError("it is not listed below its parent, or among the roots", lost)
         raise InvalidHistoryError("it is part of a cycle, or below one, or below a node that is not listed", lost)
     active = document.get("activeLeafId", 0)
-    if active is not None and (not isinstance(active, str) or active not in nodes):
-        raise InvalidHistoryError("its activeLeafId is neither the id of a node nor null")
+    if active is not None and not isinstance(active, str):
+        raise InvalidHistoryError("its activeLeafId is neither an id nor null")
+    if active is not None and active not in nodes:
+        raise InvalidHistoryError("it is the active leaf, and missing", active)
 
 
 def _are_ids(value: Any) -> bool:

@@ -7,24 +7,30 @@ difference, but for the active leaf.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from heapq import merge as merged_by
 from typing import TYPE_CHECKING, Any
+
+from .errors import InvalidHistoryError
 
 if TYPE_CHECKING:
     from ._document import Document
 
 Key = Callable[[str], tuple[str, str]]
+MergeValue = Callable[[Any, Any, Any], Any]
 
 
 def merge(base: Document, ours: Document, theirs: Document) -> Document:
-    """Merge two valid documents that came from the same base into one that is valid."""
+    """Merge two valid documents that came from the same base into one that is valid.
+
+    Raises `InvalidHistoryError` if both have put a message of their own under one id.
+    """
     if theirs == base or ours == theirs:
         return ours
     if ours == base:
         return theirs
     age = _age_in({**theirs["nodes"], **ours["nodes"]})
-    kept = _merged_items(_unlinked_nodes(base), _unlinked_nodes(ours), _unlinked_nodes(theirs), age)
+    kept = _merged_items(_unlinked_nodes(base), _unlinked_nodes(ours), _unlinked_nodes(theirs), age, _merged_node)
 
     def end_of(side: Document) -> str | None:
         """Return where a side's current path ends: its active leaf, or what is left above it."""
@@ -34,20 +40,28 @@ def merge(base: Document, ours: Document, theirs: Document) -> Document:
         return node_id
 
     ends = {"ours": end_of(ours), "theirs": end_of(theirs)}
-    parents: dict[str, str | None] = {}
-    for node_id, node in kept.items():
-        parent_id = node["parentId"]
-        if parent_id is not None and parent_id not in kept:  # removed by the side that does not have it
-            parent_id = ends["theirs" if parent_id in ours["nodes"] else "ours"]
-        parents[node_id] = parent_id
+
+    def parent_of(node_id: str, parent_id: str | None) -> str | None:
+        """Return where a node comes that was written below this parent."""
+        if parent_id is None or parent_id in kept:
+            return parent_id
+        # An earlier merge with the same side, of which no reply came, may have found a place for it.
+        for side in (ours, theirs):
+            if node_id in side["nodes"]:
+                other_id: str | None = side["nodes"][node_id]["parentId"]
+                if other_id is None or other_id in kept:
+                    return other_id
+        return ends["theirs" if parent_id in ours["nodes"] else "ours"]  # of the side that has removed the parent
+
+    parents = {node_id: parent_of(node_id, node["parentId"]) for node_id, node in kept.items()}
     children = _merged_children(base, ours, theirs, parents, _age_in(kept))
-    _uproot_cycles(children, parents, {node_id: node["parentId"] for node_id, node in kept.items()})
+    _cut_rings(children, parents, {node_id: node["parentId"] for node_id, node in kept.items()})
 
     nodes = {key: {**node, "parentId": parents[key], "children": children[key]} for key, node in kept.items()}
     # Who has not moved along the conversation has no say in where it stands.
     order = ("ours", "theirs") if ours["activeLeafId"] != base["activeLeafId"] else ("theirs", "ours")
     active = next((ends[side] for side in order if ends[side] is not None), None)
-    others = _merged_items(_other_items(base), _other_items(ours), _other_items(theirs), lambda key: ("", key))
+    others = _merged_items(_other_items(base), _other_items(ours), _other_items(theirs), _by_name, _merged_value)
     return {**others, "nodes": nodes, "rootIds": children[None], "activeLeafId": active}
 
 
@@ -62,6 +76,10 @@ def _other_items(document: Document) -> dict[str, Any]:
 
 def _age_in(nodes: dict[str, Any]) -> Key:
     return lambda node_id: (nodes[node_id].get("createdAt", ""), node_id)
+
+
+def _by_name(key: str) -> tuple[str, str]:
+    return "", key
 
 
 def _merged_children(
@@ -85,37 +103,55 @@ def _merged_children(
     return children
 
 
-def _uproot_cycles(
+def _cut_rings(
     children: dict[str | None, list[str]], parents: dict[str, str | None], written: dict[str, str | None]
 ) -> None:
-    """Make roots of nodes where both sides have hung their own below what the other has."""
-    reached: set[str] = set()
+    """Make a root of one node in each ring: there, both sides have hung their own below what the other one has."""
+    reached: set[str | None] = set()
 
-    def reach(node_ids: Iterable[str]) -> None:
+    def reach(node_ids: list[str]) -> None:
         todo = list(node_ids)
         for node_id in todo:  # which grows
             reached.add(node_id)
             todo += children[node_id]
 
     reach(children[None])
-    # First those that are not where they were written: what was written together stays together.
-    for node_id in sorted(parents.keys() - reached, key=lambda lost: (parents[lost] == written[lost], lost)):
-        if node_id not in reached:
-            children[parents[node_id]].remove(node_id)
-            children[None].append(node_id)
-            parents[node_id] = None
-            reach([node_id])
+    for lost in parents:
+        if lost in reached:
+            continue
+        ring: dict[str, None] = {}  # at first, also the way to it
+        while lost not in ring:
+            ring[lost] = None
+            lost = str(parents[lost])
+        way = list(ring)
+        # One that is not where it was written, if there is one: what was written together stays together.
+        cut = min(way[way.index(lost) :], key=lambda node_id: (parents[node_id] == written[node_id], node_id))
+        children[parents[cut]].remove(cut)
+        children[None].append(cut)
+        parents[cut] = None
+        reach([cut])
 
 
-def _merged_items(base: dict[str, Any], ours: dict[str, Any], theirs: dict[str, Any], age: Key) -> dict[str, Any]:
+def _merged_items(
+    base: dict[str, Any], ours: dict[str, Any], theirs: dict[str, Any], age: Key, merged_value: MergeValue
+) -> dict[str, Any]:
     """Merge three-way what is stored under each key."""
     merged = {}
     for key in _merged_order(list(base), list(ours), list(theirs), age):
         if key in ours and key in theirs:
-            merged[key] = _merged_value(base.get(key), ours[key], theirs[key])
+            merged[key] = merged_value(base.get(key), ours[key], theirs[key])
         elif key not in base:
             merged[key] = ours[key] if key in ours else theirs[key]
     return merged
+
+
+def _merged_node(base: Any, ours: Any, theirs: Any) -> Any:
+    if theirs in (base, ours):
+        return ours
+    messages = [(node or {}).get("message") for node in (base, ours, theirs)]
+    if messages[1] != messages[2] and messages[0] not in messages[1:]:
+        raise InvalidHistoryError("another message has the same id, which must be unique", ours["id"])
+    return _merged_items(base or {}, ours, theirs, _by_name, _merged_value)
 
 
 def _merged_value(base: Any, ours: Any, theirs: Any) -> Any:
@@ -123,9 +159,8 @@ def _merged_value(base: Any, ours: Any, theirs: Any) -> Any:
         return ours
     if ours == base:
         return theirs
-    return max(
-        ours, theirs, key=lambda value: json.dumps(value, sort_keys=True)
-    )  # any rule, if it is the same for both
+    # Any rule will do that takes the same one whichever side is ours.
+    return max(ours, theirs, key=lambda value: json.dumps(value, sort_keys=True))
 
 
 def _merged_order(base: list[str], ours: list[str], theirs: list[str], age: Key) -> list[str]:

@@ -170,6 +170,9 @@ class _Django(sync_client.Client):
         lost = isinstance(error, (_django().OperationalError, _django().InterfaceError))
         return lost and not _in_transaction(self._wrapper)
 
+    def may_be_undone(self) -> bool:
+        return _in_transaction(self._wrapper)
+
 
 class _AsyncpgPool(async_client.AsyncClient):
     def __init__(self, pool: Any) -> None:
@@ -198,6 +201,9 @@ class _AsyncpgConnection(async_client.AsyncClient):
 
     def may_recover(self, error: Exception) -> bool:
         return False
+
+    def may_be_undone(self) -> bool:
+        return bool(self._connection.is_in_transaction())
 
 
 def _django() -> Any:

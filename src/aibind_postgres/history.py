@@ -62,9 +62,9 @@ class MessageTree(Generic[M]):
     A message is any JSON value, of dict, list, str, int, float, bool and None; what goes in and what comes out are
     copies. Nodes do not change once they are there: an edited message is a new node beside the old one.
 
-    `generate_id` makes the ids of nodes. A method that is given the id of no node raises `MessageNotFoundError`, one
-    that is given what JSON cannot hold `InvalidDataError`; both leave the tree as it was. Not made for several threads
-    at once.
+    `generate_id` makes the ids of nodes, which must be unique among all who write to the conversation. A method that is
+    given the id of no node raises `MessageNotFoundError`, one that is given what JSON cannot hold `InvalidDataError`;
+    both leave the tree as it was. Not made for several threads at once.
     """
 
     def __init__(self, *, generate_id: Callable[[], str] = new_id) -> None:
@@ -215,6 +215,8 @@ class MessageTree(Generic[M]):
         return children
 
     def _add(self, parent_id: str | None, message: M, metadata: Mapping[str, Any] | None) -> str:
+        if not isinstance(metadata, Mapping | None):
+            raise InvalidDataError("metadata must be a dict")
         node = {
             "id": self._generate_id(),
             "message": copied(message),
@@ -360,8 +362,7 @@ class ChatHistory(Generic[M]):
 class ConversationConflictError(AibindError):
     """The conversation was changed since it was loaded, so it was not saved.
 
-    `ours` is the history that was to be saved, as it was, and `theirs` the one that is stored, empty if it was deleted
-    or has expired.
+    `ours` is the history that was given, and `theirs` the one that is stored, empty if it was deleted or has expired.
     """
 
     def __init__(self, session_id: str, ours: ChatHistory[Any], theirs: ChatHistory[Any]) -> None:

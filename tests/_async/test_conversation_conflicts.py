@@ -12,7 +12,7 @@ import pytest
 from psycopg_pool import AsyncConnectionPool
 from support.concurrency import AsyncBackground, async_gather, async_sleep
 
-from aibind_postgres import AsyncPostgresConversationStore, ChatHistory, ConversationConflictError
+from aibind_postgres import AsyncPostgresConversationStore, ChatHistory, ConversationConflictError, InvalidHistoryError
 
 
 class CountingClient:
@@ -314,6 +314,70 @@ async def test_a_merged_save_whose_reply_is_lost_can_be_made_again(store, client
     await store.save("s", two)
     assert messages(await store.load("s")) == messages(two) == ["first", "one", "three", "two"]
     assert two.messages == ["first", "two", "three"]
+
+
+async def test_a_repeated_merge_goes_on_below_the_summary(store, client):
+    for number in range(10):  # the ids, which are random, must not decide
+        session_id = f"{number}"
+        async with store.edit(session_id) as chat:
+            chat.append("old")
+        ours = await store.load(session_id)
+        ours.append("question")
+        async with store.edit(session_id) as theirs:
+            theirs.compact("summary")
+        client.lose = [None, "reply"]
+        with pytest.raises(psycopg.OperationalError):
+            await store.save(session_id, ours)
+        ours.append("answer")
+        await store.save(session_id, ours)
+        assert ours.messages == (await store.load(session_id)).messages == ["summary", "question", "answer"]
+
+
+async def test_ids_that_are_not_unique_are_told_and_lose_nothing(store):
+    one, two = await begun(store)
+    for chat in (one, two):
+        chat.tree._generate_id = lambda: "m1"
+    one.append("one")
+    two.append("two")
+    await store.save("s", one)
+    with pytest.raises(InvalidHistoryError, match=r"'m1'.*unique"):
+        await store.save("s", two)
+    assert (await store.load("s")).messages == ["first", "one"]
+    assert two.messages == ["first", "two"]
+
+
+@pytest.fixture(params=["pool", "connection"])
+async def any_store(request, store, connection, conversations):
+    """A store on each kind of client, outside of transactions."""
+    if request.param == "pool":
+        return store
+    return AsyncPostgresConversationStore(connection, table=conversations)
+
+
+@pytest.mark.parametrize("on_conflict", ["merge", "raise"])
+@pytest.mark.parametrize("gone", ["deleted", "expired", "compacted"])
+async def test_what_others_have_removed_after_a_save_is_noticed_on_every_client(
+    any_store, store, connection, conversations, gone, on_conflict
+):
+    chat = await any_store.load("s")
+    chat.append("question")
+    await any_store.save("s", chat)
+    chat.append("answer")
+    await any_store.save("s", chat)
+    assert len(chat._origin.digests) == 1
+    if gone == "deleted":
+        await store.delete("s")
+    elif gone == "expired":
+        await connection.execute(f"UPDATE {conversations.as_string(None)} SET expires_at = 0")
+    else:
+        async with store.edit("s") as other:
+            other.compact("summary")
+    chat.append("more")
+    if on_conflict == "raise":
+        with pytest.raises(ConversationConflictError):
+            await any_store.save("s", chat, on_conflict="raise")
+    await any_store.save("s", chat)
+    assert chat.messages == (await store.load("s")).messages == (["summary"] if gone == "compacted" else []) + ["more"]
 
 
 async def test_what_is_undone_with_a_transaction_is_not_lost(dsn, conversations, connection):

@@ -246,6 +246,13 @@ def test_what_json_would_not_give_back_is_refused_and_not_shown(chat, value):
     assert chat.to_json() == before
 
 
+@pytest.mark.parametrize("metadata", [5, "ab", [("a", 1)], b""])
+def test_metadata_must_be_a_dict(chat, metadata):
+    with pytest.raises(InvalidDataError, match="metadata"):
+        chat.append("x", metadata)
+    assert len(chat) == 3
+
+
 @pytest.mark.parametrize("value", [CIRCULAR, DEEP])
 def test_what_has_no_bottom_is_refused(chat, value):
     with pytest.raises(InvalidDataError, match="200 levels"):

@@ -72,10 +72,12 @@ class AsyncPostgresConversationStore:
         the other side has removed comes below that side's active leaf, and the active leaf of `chat` wins if it has
         moved. "raise": `ConversationConflictError`, and nothing is stored. "overwrite": what is stored is replaced,
         whatever it is. A conversation that was deleted or has expired meanwhile counts as one from which everything
-        was removed, and a history that was not loaded here under this id as one that has only added.
+        was removed, and a history that was not loaded here under this id as one that has only added. What a writer has
+        overwritten that does not look before it saves, as the TypeScript package does not, counts as removed by it.
 
-        If the connection breaks, so that the outcome is unknown, the same call can be made again. Raises
-        `InvalidHistoryError` if what is stored is not a conversation and "overwrite" is not asked for.
+        If the connection breaks, so that the outcome is unknown, the same call can be made again; so it can if a
+        transaction of the caller's is rolled back. Raises, unless "overwrite" is asked for, `InvalidHistoryError` if
+        what is stored is not a conversation, or has another message under an id of `chat`; then nothing is stored.
         """
         key = arguments.identifier(session_id, "a session id")
         _check(on_conflict)
@@ -92,10 +94,10 @@ class AsyncPostgresConversationStore:
             stored = await self._store(chat, origin, sent, on_conflict)
         if stored != sent:
             chat._follow(sent, stored)
-        # What takes part in a transaction of the caller's may yet be undone.
-        agreed = origin.agreed if self._database.client.joins_transactions else stored
-        older = origin.digests if self._database.client.joins_transactions else ()
-        chat._origin = origin._replace(agreed=agreed, digests=(*older, _digest(stored)))
+        if self._database.client.may_be_undone():
+            chat._origin = origin._replace(digests=(*origin.digests, _digest(stored)))
+        else:
+            chat._origin = origin._replace(agreed=stored, digests=(_digest(stored),))
 
     async def _store(self, chat: ChatHistory[Any], origin: Origin, sent: str, on_conflict: OnConflict) -> str:
         """Store a text, or what it gives merged with what others have stored, and return it."""
