@@ -265,6 +265,10 @@ class Origin(NamedTuple):
     agreed: str | None  # the text that was stored when both were the same for certain; None: nothing
     digests: tuple[str | None, ...]  # of that, and of what was sent since; the last one is what is most likely there
 
+    def with_sent(self, digest: str) -> Origin:
+        """Return what is known once a text of this digest may be stored as well."""
+        return self._replace(digests=(*(known for known in self.digests if known != digest), digest))
+
 
 class ChatHistory(Generic[M]):
     """A conversation with branches: its current messages, and the alternatives to them.

@@ -45,9 +45,9 @@ async def queued(combiner, *items):
 async def second_batch(combiner, gated, *items):
     """Have one call run and finish, and the others under way together; return the tasks of these."""
     first, *tasks = await queued(combiner, 0, *items)
-    gated.gate.set()
+    gate, gated.gate = gated.gate, asyncio.Event()
+    gate.set()
     await first
-    gated.gate.clear()
     while len(gated.batches) < 2:
         await asyncio.sleep(0)
     assert gated.batches[1] == list(items)

@@ -86,7 +86,7 @@ class AsyncPostgresConversationStore:
         sent = chat.to_json()
         origin = self._origin(key, chat)
         # From now on, if no reply comes, it may be what is stored.
-        chat._origin = origin._replace(digests=(*origin.digests, _digest(sent)))
+        chat._origin = origin.with_sent(_digest(sent))
         if on_conflict == "overwrite":
             await self._database.query(self._sql.overwrite, [key, sent, self._ttl])
             stored = sent
@@ -95,7 +95,7 @@ class AsyncPostgresConversationStore:
         if stored != sent:
             chat._follow(sent, stored)
         if self._database.client.may_be_undone():
-            chat._origin = origin._replace(digests=(*origin.digests, _digest(stored)))
+            chat._origin = origin.with_sent(_digest(stored))
         else:
             chat._origin = origin._replace(agreed=stored, digests=(_digest(stored),))
 
@@ -108,7 +108,7 @@ class AsyncPostgresConversationStore:
             [(saved, found)] = await self._database.query(self._sql.save, params)
             if saved:
                 return text
-            expected = _digest(found)
+            expected = None if found is None else _digest(found)
             if expected in own:  # a call had no reply, or was undone, and nobody else was here
                 text = sent
             elif on_conflict == "raise":
@@ -181,7 +181,7 @@ class AsyncPostgresConversationStore:
 
     def _history(self, session_id: str, text: str | None) -> ChatHistory[Any]:
         chat: ChatHistory[Any] = ChatHistory() if text is None else ChatHistory.from_json(text)
-        chat._origin = Origin(self._name, session_id, text, (_digest(text),))
+        chat._origin = Origin(self._name, session_id, text, (None if text is None else _digest(text),))
         return chat
 
     def _origin(self, session_id: str, chat: ChatHistory[Any]) -> Origin:
@@ -197,5 +197,5 @@ def _check(on_conflict: OnConflict) -> None:
         raise ValueError(f"on_conflict must be one of {', '.join(get_args(OnConflict))}, not {on_conflict!r}")
 
 
-def _digest(text: str | None) -> str | None:
-    return None if text is None else sha256(text.encode()).hexdigest()
+def _digest(text: str) -> str:
+    return sha256(text.encode()).hexdigest()
