@@ -146,48 +146,48 @@ def spawn(run: Callable[[], None], name: str) -> Worker:
 _uninterrupted: set[asyncio.Task[None]] = set()  # asyncio itself holds its tasks by weak references
 
 
-def _nothing() -> None: ...
-
-
 async def async_uninterrupted(
-    run: Callable[[], Coroutine[Any, Any, None]], over: Callable[[], None] = _nothing
+    run: Callable[[], Coroutine[Any, Any, None]], over: Callable[[], None] | None = None
 ) -> None:
     """Run `run` to its end, also if the caller is cancelled meanwhile, and call `over` when it has ended in any way.
 
     `over` is called even if the event loop is shut down before `run` could begin.
     """
+
+    def conclude(task: asyncio.Task[None] | None = None) -> None:
+        if task is not None:
+            _uninterrupted.discard(task)
+        if over is not None:
+            over()
+
     if isinstance(sys.exc_info()[1], GeneratorExit):  # the caller is thrown away, and its event loop is no more
         try:
             await run()
         finally:
-            over()
+            conclude()
         return
     loop = asyncio.get_running_loop()
     if sys.version_info >= (3, 12):
         # What has nothing to wait for is done at once, and costs no turns of the loop.
         task = asyncio.Task(run(), loop=loop, eager_start=True)
         if task.done():
-            over()
+            conclude()
             task.result()
             return
     else:
         task = loop.create_task(run())
     _uninterrupted.add(task)
-
-    def conclude(task: asyncio.Task[None]) -> None:
-        _uninterrupted.discard(task)
-        over()
-
     task.add_done_callback(conclude)
     await asyncio.shield(task)
 
 
-def uninterrupted(run: Callable[[], None], over: Callable[[], None] = _nothing) -> None:
+def uninterrupted(run: Callable[[], None], over: Callable[[], None] | None = None) -> None:
     """Run `run`, and call `over` when it has ended in any way."""
     try:
         run()
     finally:
-        over()
+        if over is not None:
+            over()
 
 
 def async_is_flavour(call: object) -> bool:

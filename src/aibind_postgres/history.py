@@ -62,13 +62,13 @@ class MessageTree(Generic[M]):
     A message is any JSON value, of dict, list, str, int, float, bool and None; what goes in and what comes out are
     copies. Nodes do not change once they are there: an edited message is a new node beside the old one.
 
-    `generate_id` makes the ids of nodes, which must be unique among all who write to the conversation. A method that is
-    given the id of no node raises `MessageNotFoundError`, one that is given what JSON cannot hold `InvalidDataError`;
-    both leave the tree as it was. Not made for several threads at once.
+    `generate_id` makes the ids of nodes, which must be unique among all who write to the conversation; without it they
+    are random. A method that is given the id of no node raises `MessageNotFoundError`, one that is given what JSON
+    cannot hold `InvalidDataError`; both leave the tree as it was. Not made for several threads at once.
     """
 
-    def __init__(self, *, generate_id: Callable[[], str] = new_id) -> None:
-        self._generate_id = generate_id
+    def __init__(self, *, generate_id: Callable[[], str] | None = None) -> None:
+        self._generate_id = generate_id or new_id
         self._document = empty_document()
 
     def __len__(self) -> int:
@@ -179,7 +179,7 @@ class MessageTree(Generic[M]):
         return document
 
     @classmethod
-    def deserialize(cls, data: Document, *, generate_id: Callable[[], str] = new_id) -> MessageTree[M]:
+    def deserialize(cls, data: Document, *, generate_id: Callable[[], str] | None = None) -> MessageTree[M]:
         """Make a tree of a document, or raise `InvalidHistoryError`."""
         tree = cls(generate_id=generate_id)
         tree._document = valid_document(data)
@@ -276,7 +276,7 @@ class ChatHistory(Generic[M]):
     What holds for `MessageTree` holds here. `tree` is there for what goes beyond the usual operations of a chat.
     """
 
-    def __init__(self, *, generate_id: Callable[[], str] = new_id) -> None:
+    def __init__(self, *, generate_id: Callable[[], str] | None = None) -> None:
         self.tree: MessageTree[M] = MessageTree(generate_id=generate_id)
         self._origin: Origin | None = None
 
@@ -349,7 +349,7 @@ class ChatHistory(Generic[M]):
         return document_text(self.tree._document)
 
     @classmethod
-    def from_json(cls, text: str, *, generate_id: Callable[[], str] = new_id) -> ChatHistory[M]:
+    def from_json(cls, text: str, *, generate_id: Callable[[], str] | None = None) -> ChatHistory[M]:
         """Make a history of a document's text, or raise `InvalidHistoryError`."""
         chat = cls(generate_id=generate_id)
         chat.tree._document = parsed_document(text)
