@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+import signal
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,9 @@ if converter["outdated"]():
 from support import servers  # noqa: E402
 
 from aibind_postgres import schema  # noqa: E402
+
+# A process that is started in the background ignores Ctrl-C, and so would all that it starts: some are sent it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # How long an example takes depends on what else the machine does.
 hypothesis.settings.register_profile("untimed", deadline=None)
