@@ -11,6 +11,7 @@ from ._sync.stream_writer import StreamWriter
 from .adapters import wrap_asyncpg, wrap_django, wrap_sqlalchemy
 from .errors import (
     AibindError,
+    ForkedError,
     InvalidDataError,
     InvalidHistoryError,
     MessageNotFoundError,
@@ -35,6 +36,7 @@ __all__ = [
     "CleanupResult",
     "ConversationConflictError",
     "ConversationInfo",
+    "ForkedError",
     "InvalidDataError",
     "InvalidHistoryError",
     "MessageNotFoundError",

@@ -100,6 +100,10 @@ class SchemaError(AibindError):
     """A table or a column is missing. The text names it and the command that creates it."""
 
 
+class ForkedError(AibindError):
+    """The store belongs to the process from which this one was forked: make a store in each process, after the fork."""
+
+
 class StoreClosedError(AibindError):
     """The store was closed."""
 

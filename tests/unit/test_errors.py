@@ -22,6 +22,7 @@ EXAMPLES = [
     errors.InvalidHistoryError("why", "n"),
     errors.InvalidDataError("why"),
     errors.SchemaError("what"),
+    errors.ForkedError("this store belongs to another process"),
     errors.StoreClosedError("this store is closed"),
 ]
 

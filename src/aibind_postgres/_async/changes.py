@@ -61,6 +61,7 @@ class AsyncChanges:
 
     def place(self, stream_id: str, alarm: Callable[[], None] | None = None) -> AsyncPlace:
         """Return a place at the feed of a stream; in transactions of the callers, each sees a stream of his own."""
+        self.database.keep_to_process()
         place = AsyncPlace(self, stream_id, alarm)
         with self.mutex:
             self._clear_left()

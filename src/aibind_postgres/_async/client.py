@@ -59,6 +59,10 @@ class AsyncClient:
         self._connection_errors = tuple(getattr(client, "connection_errors", ()))
         self.joins_transactions = bool(getattr(client, "joins_transactions", False))
 
+    def is_connected(self) -> bool:
+        """Say whether there are connections that a process forked now would share."""
+        return False
+
     async def query(self, sql: str, params: Sequence[Any]) -> Sequence[Row]:
         """Run one statement and return its rows as tuples."""
         rows = await self._client.query(sql, params)
@@ -117,6 +121,9 @@ class AsyncPoolClient(AsyncPsycopgClient):
         self._opening = AsyncLock()
         self._closed = False
 
+    def is_connected(self) -> bool:
+        return not self._pool.closed
+
     async def query(self, sql: str, params: Sequence[Any]) -> Sequence[Row]:
         if self._owned and self._pool.closed:
             await self._open()
@@ -172,6 +179,9 @@ class AsyncConnectionClient(AsyncPsycopgClient):
 
     def __init__(self, connection: psycopg.AsyncConnection[Any]) -> None:
         self._connection = connection
+
+    def is_connected(self) -> bool:
+        return True
 
     async def query(self, sql: str, params: Sequence[Any]) -> Sequence[Row]:
         return await self._run(self._connection, sql, params)

@@ -168,6 +168,8 @@ class AsyncPostgresConversationStore:
 
     async def close(self) -> None:
         """Close the store, and the pool if the store owns it. Safe to repeat."""
+        if self._database.inherited:
+            return
         self._database.closing.set()
         await self._database.client.close()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from functools import partial
 from random import uniform
@@ -10,7 +11,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from .._concurrency import AsyncEvent
-from ..errors import StoreClosedError, translated
+from ..errors import ForkedError, StoreClosedError, translated
 from .client import as_client
 
 if TYPE_CHECKING:
@@ -39,9 +40,30 @@ class AsyncDatabase:
         self.client = as_client(client)
         self.closing = AsyncEvent()
         self._retry_for = retry_for
+        # The process whose connections and workers these are; none before there are any.
+        self._process = os.getpid() if self.client.is_connected() else None
+
+    @property
+    def inherited(self) -> bool:
+        """Whether this belongs to another process, from which this one was forked."""
+        return self._process is not None and self._process != os.getpid()
+
+    def keep_to_process(self) -> None:
+        """Raise `ForkedError` in another process than the one that has used this first.
+
+        To be called before a mutex is taken: one that is held by a thread of the parent is never released here.
+        """
+        if self._process is None:
+            self._process = os.getpid()
+        elif self.inherited:
+            raise ForkedError(
+                "this store belongs to the process that this one was forked from, and so do its connections: "
+                "make a store in each process, after the fork"
+            )
 
     async def query(self, statement: str, params: Sequence[object]) -> Sequence[Row]:
         """Run one statement and return its rows."""
+        self.keep_to_process()
         if self.closing.is_set():
             raise StoreClosedError("this store is closed")
         try:

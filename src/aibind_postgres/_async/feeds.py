@@ -261,6 +261,7 @@ class AsyncPlace:
         """
         while True:
             feed = self.feed
+            self._changes.database.keep_to_process()
             with self._changes.mutex:
                 if self._failure is not None:
                     failure, self._failure = self._failure, None

@@ -358,6 +358,8 @@ class AsyncPostgresStreamStore:
 
     async def close(self) -> None:
         """Close the store, and the pool if the store owns it. Whoever waits gets `StoreClosedError`. Safe to repeat."""
+        if self._database.inherited:
+            return
         self._database.closing.set()
         async with self._database.client:
             await self._changes.close()

@@ -93,6 +93,7 @@ class AsyncStreamWriter:
         text = arguments.storable_text(chunk, "a chunk")
         size = len(text.encode())
         while True:
+            self._database.keep_to_process()
             with self._mutex:
                 self._check()
                 if self._left:
@@ -112,6 +113,7 @@ class AsyncStreamWriter:
 
     async def flush(self) -> int:
         """Wait until all that has been written is durable; return the number of the last chunk."""
+        self._database.keep_to_process()
         with self._mutex:
             last = self._seq + len(self._unsaved)
         while True:
@@ -145,6 +147,7 @@ class AsyncStreamWriter:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._database.keep_to_process()
         with self._mutex:
             self._left = True
         self._problem = error
@@ -210,7 +213,7 @@ class AsyncStreamWriter:
 
     def _check(self) -> None:
         if self._error is not None:
-            raise copied(self._error) from self._error
+            raise copied(self._error) from self._error.__cause__ or self._error
 
     def _be_alarmed(self) -> None:
         with self._mutex:
