@@ -61,6 +61,20 @@ def package(session: nox.Session) -> None:
 
 
 @nox.session
+def faults(session: nox.Session) -> None:
+    """Break servers, networks and processes, as often as the promises say; one flavour beside the other."""
+    session.install(".[dev]")
+    session.run("pytest", "tests/faults", "--long", "--ignore-glob=*/test_soak.py", "--timeout=1200", *session.posargs)
+
+
+@nox.session
+def soak(session: nox.Session) -> None:
+    """Run many chats for ten minutes in each flavour, with a restart of the server in the middle."""
+    session.install(".[dev]")
+    session.run("pytest", "tests/faults", "--long", "-k", "soak", "--timeout=1200", *session.posargs)
+
+
+@nox.session
 def benchmarks(session: nox.Session) -> None:
     """Measure beside pgbench, Redis and plain psycopg, and write the results into the benchmarks' page."""
     session.install(".[benchmarks]")

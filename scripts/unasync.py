@@ -21,7 +21,7 @@ sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != ROOT / "s
 
 import unasync  # noqa: E402  # after the line above
 
-FOLDERS = [ROOT / "src" / "aibind_postgres", ROOT / "tests"]
+FOLDERS = [ROOT / "src" / "aibind_postgres", ROOT / "tests", ROOT / "tests" / "faults"]
 
 # Every paired name, since unasync alone would turn AsyncX into SyncX.
 RENAMES = {

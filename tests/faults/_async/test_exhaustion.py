@@ -1,0 +1,230 @@
+"""Too little of everything: connections, pools that close too early, disks that are full. Errors, and then recovery."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import psycopg
+import pytest
+from psycopg_pool import AsyncConnectionPool
+from support.concurrency import AsyncBackground, async_gather, async_sleep
+from support.exhaustion import FullDisk, fill_up, limit_connections
+
+from aibind_postgres import (
+    AsyncPostgresConversationStore,
+    AsyncPostgresStreamStore,
+    ChatHistory,
+    StoreClosedError,
+    StreamWriteError,
+)
+
+CALLERS = 100
+HANG = 90  # seconds that nothing here takes, unless it hangs
+
+
+async def texts(store, id):
+    return [chunk.data async for chunk in store.read_from(id, follow=False)]
+
+
+async def read_to_the_end(store, id):
+    return [tuple(chunk) async for chunk in store.read_from(id)]
+
+
+async def until(condition):
+    while not condition():
+        await async_sleep(0.01)
+
+
+async def refuse_nothing(call):
+    """Call until no driver's error comes any more."""
+    while True:
+        try:
+            return await call()
+        except psycopg.OperationalError:
+            await async_sleep(0.05)
+
+
+@pytest.mark.parametrize("autocommit", [True, False])
+async def test_a_pool_of_one_serves_a_hundred_callers(dsn, tables, conversations, long, autocommit):
+    rounds = 50 if long else 2
+    options = {"min_size": 1, "max_size": 1, "timeout": HANG, "kwargs": {"autocommit": autocommit}, "open": False}
+    async with AsyncConnectionPool(dsn, **options) as pool:
+        async with AsyncPostgresStreamStore(pool, **tables) as store:
+            chats = AsyncPostgresConversationStore(pool, table=conversations)
+            ids = [await store.create() for _ in range(5)]
+            live = await store.create()
+            acknowledged = {id: [] for id in ids}
+
+            async def append(number, rnd):
+                id = ids[number % 5]
+                seq = await store.append(id, f"{rnd}/{number}")
+                acknowledged[id].append((seq, f"{rnd}/{number}"))
+
+            async def read(number, rnd):
+                assert len(await texts(store, ids[number % 5])) <= (rnd + 1) * CALLERS
+
+            async def save(number, rnd):
+                async with chats.edit(f"session {number % 10}") as chat:
+                    chat.append({"by": f"{rnd}/{number}"})
+
+            async def write():
+                async with store.writer(live, max_chunks=10) as writer:
+                    for number in range(rounds * CALLERS):
+                        await writer.write(f"{number}")
+
+            kinds = [append, read, save]
+            readers = [partial(read_to_the_end, store, id) for id in [live] * 5 + ids]
+            async with AsyncBackground(partial(async_gather, *readers)) as reading:
+                async with AsyncBackground(write) as writing:
+                    for rnd in range(rounds):
+                        await async_gather(*(partial(kinds[number % 3], number, rnd) for number in range(CALLERS)))
+                    await writing.result(HANG)
+                for id in ids:
+                    await store.complete(id)
+                seen = await reading.result(HANG)
+            assert seen[:5] == [[(number + 1, f"{number}") for number in range(rounds * CALLERS)]] * 5
+            # A caller's text may be taken by one of the five streams only, so each list is complete.
+            assert [sorted(acknowledged[id]) for id in ids] == seen[5:]
+            assert sum(map(len, seen[5:])) == rounds * len(range(0, CALLERS, 3))
+            saved = [node["by"] for number in range(10) for node in messages(await chats.load(f"session {number}"))]
+            assert sorted(saved) == sorted(f"{rnd}/{n}" for rnd in range(rounds) for n in range(2, CALLERS, 3))
+
+
+def messages(chat):
+    return [node["message"] for node in chat.tree.serialize()["nodes"].values()]
+
+
+@pytest.mark.parametrize("closed", ["pool", "store"])
+async def test_closing_in_mid_call_loses_nothing_that_was_acknowledged(dsn, tables, long, closed):
+    async with AsyncPostgresStreamStore(dsn, **tables) as witness:
+        for rnd in range(40 if long else 4):
+            id, live = await witness.create(), await witness.create()
+            pool = AsyncConnectionPool(dsn, min_size=1, max_size=2, timeout=HANG, open=False)
+            await pool.open()
+            store = AsyncPostgresStreamStore(pool if closed == "pool" else dsn, **tables, retry_for=HANG)
+            acknowledged, ends, begun = [], [], []
+
+            async def append(worker, store=store, id=id, acknowledged=acknowledged):
+                number = 0
+                while True:
+                    number += 1
+                    acknowledged.append((await store.append(id, f"{worker}/{number}"), f"{worker}/{number}"))
+
+            async def write(store=store, live=live, begun=begun):
+                async with store.writer(live) as writer:
+                    while True:
+                        await writer.write("x")
+                        begun.append(await writer.flush())
+
+            async def count(store=store, id=id):
+                return len(await read_to_the_end(store, id))
+
+            calls = [partial(append, worker) for worker in range(20)] + [count] * 5 + [partial(store.wait, id)] * 5
+            everything = partial(async_gather, *calls, write, errors=True)
+            async with AsyncBackground(everything) as working:
+                await until(lambda begun=begun, done=acknowledged: begun and len(done) > 20)
+                await async_sleep(0.001 * rnd)
+                await (pool if closed == "pool" else store).close()
+                ends = await working.result(HANG)
+            *callers, writer = ends
+            clear = psycopg.OperationalError if closed == "pool" else StoreClosedError
+            assert [error for error in callers if not isinstance(error, clear)] == []
+            assert isinstance(writer, (StreamWriteError, clear)), writer
+            if isinstance(writer, StreamWriteError):
+                assert begun[-1] == writer.durable
+            await store.close()
+            await pool.close()
+            stored = [tuple(chunk) async for chunk in witness.read_from(id, follow=False)]
+            assert [seq for seq, _ in stored] == list(range(1, len(stored) + 1))
+            assert set(acknowledged) <= set(stored)
+            assert len({text for _, text in stored}) == len(stored)
+            assert len(await texts(witness, live)) in (begun[-1], begun[-1] + 1)
+
+
+async def test_a_server_without_room_refuses_and_all_goes_on_once_there_is_some(victim, long):
+    limit_connections(victim, 10)
+    async with AsyncPostgresStreamStore(victim.dsn, retry_for=HANG) as store:
+        for _ in range(3 if long else 1):
+            id, other = await store.create(), await store.create()
+
+            async def append(number, store=store, other=other):
+                await store.append(other, f"{number}")
+
+            async with AsyncBackground(partial(read_to_the_end, store, id)) as reading:
+                async with store.writer(id) as writer:
+                    await writer.write("before")
+                    await writer.flush()
+                    with fill_up(victim.dsn) as evict:
+                        # On the connections that it has, the store works on.
+                        await async_gather(*(partial(append, number) for number in range(CALLERS)))
+                        evict()
+                        for number in range(10):
+                            await writer.write(f"meanwhile {number}")
+                        with pytest.raises(psycopg.OperationalError):
+                            await store.append(id, "refused")
+                        async with AsyncPostgresStreamStore(victim.dsn) as late:
+                            with pytest.raises(psycopg.OperationalError, match="too many clients"):
+                                await late.create()
+                    await refuse_nothing(partial(store.get_status, other))
+                    # Also who was refused at the first attempt is served.
+                    async with AsyncPostgresStreamStore(victim.dsn) as late:
+                        assert len(await texts(late, other)) == CALLERS
+                seen = await reading.result(HANG)
+            expected = ["before", *(f"meanwhile {number}" for number in range(10))]
+            assert seen == list(enumerate(expected, 1))
+
+
+@pytest.mark.parametrize("patience", [0.2, HANG])
+async def test_a_full_disk_leaves_nothing_half_written_and_nothing_broken(
+    dsn, tables, conversations, schema_name, long, patience
+):
+    disk = FullDisk(dsn, schema_name, [*tables.values(), conversations])
+    chats = AsyncPostgresConversationStore(dsn, table=conversations)
+    async with AsyncPostgresStreamStore(dsn, **tables, retry_for=patience) as store, chats:
+        for _ in range(10 if long else 1):
+            id, live = await store.create(), await store.create()
+            chat = ChatHistory()
+            chat.append({"text": "stored"})
+            await chats.save("session", chat, on_conflict="overwrite")
+            stored = chat.to_json()
+            chat.append({"text": "not yet"})
+
+            async def append(number, store=store, id=id):
+                return await store.append(id, f"{number}")
+
+            async def write(disk=disk, store=store, live=live):
+                async with store.writer(live) as writer:
+                    await writer.write("1")
+                    await writer.flush()
+                    disk.fill()
+                    for number in range(2, 12):
+                        await writer.write(f"{number}")
+                    await writer.flush()
+
+            async with AsyncBackground(partial(read_to_the_end, store, live)) as reading:
+                async with AsyncBackground(write) as writing:
+                    await until(lambda: disk.is_full)
+                    calls = [partial(append, number) for number in range(CALLERS)]
+                    many = partial(store.append_many, id, ["a", "b"])
+                    calls += [many, store.create, partial(store.stop, id), partial(chats.save, "session", chat)]
+                    errors = await async_gather(*calls, errors=True)
+                    assert [error for error in errors if not isinstance(error, psycopg.errors.DiskFull)] == []
+                    # What is there can be read.
+                    assert await texts(store, id) == []
+                    assert (await chats.load("session")).to_json() == stored
+                    if patience < HANG:
+                        with pytest.raises(StreamWriteError) as caught:
+                            await writing.result(HANG)
+                        assert (caught.value.durable, caught.value.unsaved) == (1, 10)
+                        assert isinstance(caught.value.__cause__, psycopg.errors.DiskFull)
+                        assert await texts(store, live) == ["1"]
+                    disk.free()
+                    if patience == HANG:
+                        await writing.result(HANG)
+                    else:  # whose stream could not be ended either
+                        await store.fail(live, "disk full")
+                seen = await reading.result(HANG)
+            assert [text for _, text in seen] == [f"{n}" for n in range(1, 12 if patience == HANG else 2)]
+            assert sorted(await async_gather(*(partial(append, n) for n in range(CALLERS)))) == [*range(1, CALLERS + 1)]
+            await chats.save("session", chat)
+            assert (await chats.load("session")).to_json() == chat.to_json() != stored

@@ -1,0 +1,165 @@
+"""PgBouncer in transaction mode, under load, and restarted: nothing is lost, and no prepared statement is missed."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, asynccontextmanager
+from functools import partial
+from itertools import count
+from time import monotonic
+
+import psycopg
+import pytest
+from psycopg_pool import AsyncConnectionPool
+from support import pgbouncer, proxy
+from support.concurrency import AsyncBackground, async_gather, async_sleep, async_workers
+
+from aibind_postgres import AsyncPostgresStreamStore
+
+pytestmark = pytest.mark.skipif(
+    pgbouncer.BINARY is None, reason="PgBouncer is not installed (Debian and Ubuntu: apt-get install pgbouncer)"
+)
+
+HANG = 60  # seconds after which it counts as hanging
+
+# The pools of users, by their `kwargs`.
+POOLS = {
+    "pool": {},
+    "pool that prepares at once": {"autocommit": True, "prepare_threshold": 0},
+    "pool that prepares nothing": {"autocommit": True, "prepare_threshold": None},
+}
+
+
+class Pooler:
+    """PgBouncer at an address that stays the same, also when it is another process."""
+
+    def __init__(self, server, folder):
+        self._server = server
+        self._folder = folder
+        self._running = ExitStack()
+        self._address = self._running.enter_context(proxy.proxy(server.dsn))
+        self.dsn = self._address.dsn
+        self._start()
+
+    def restart(self):
+        self._address.refuse()
+        self._process.close()
+        self._start()
+        self._address.heal()
+
+    def _start(self):
+        self._process = ExitStack()
+        through = self._process.enter_context(pgbouncer.pgbouncer(self._server.dsn, self._folder))
+        self._address.lead_to(through)
+
+    def close(self):
+        self._process.close()
+        self._running.close()
+
+
+@pytest.fixture
+def pooler(victim, tmp_path):
+    pooler = Pooler(victim, tmp_path)
+    yield pooler
+    pooler.close()
+
+
+@asynccontextmanager
+async def store_for(client, dsn):
+    if client == "connection string":
+        async with AsyncPostgresStreamStore(dsn) as store:
+            yield store
+    else:
+        async with (
+            AsyncConnectionPool(dsn, kwargs=POOLS[client], min_size=2, max_size=8, timeout=5, open=False) as pool,
+            AsyncPostgresStreamStore(pool) as store,
+        ):
+            yield store
+
+
+class Load:
+    """Writers that go on until they are told to stop, and the errors that they met on the way."""
+
+    def __init__(self, store):
+        self._store = store
+        self.over = False
+        self.written = {}
+        self.errors = []
+
+    async def persistently(self, call):
+        give_up_at = monotonic() + HANG
+        while True:
+            try:
+                return await call()
+            except psycopg.OperationalError as error:
+                self.errors.append(error)
+                assert monotonic() < give_up_at
+                await async_sleep(0.02)
+
+    async def append(self, id, size):
+        """Append chunks by so many, each call again until it is acknowledged."""
+        texts = self.written[id] = []
+        while not self.over:
+            new = [f"{id} {len(texts) + number}" for number in range(size)]
+            first = len(texts) + 1
+            if size == 1:
+                last = await self.persistently(partial(self._store.append, id, new[0], expected_seq=first))
+            else:
+                last = await self.persistently(partial(self._store.append_many, id, new, expected_seq=first))
+            texts += new
+            assert last == len(texts)
+        await self.persistently(partial(self._store.complete, id))
+
+    async def write(self, id):
+        texts = self.written[id] = []
+        async with self._store.writer(id) as writer:
+            for number in count():
+                if self.over:
+                    break
+                await writer.write(f"{id} {number}")
+                texts.append(f"{id} {number}")
+                await async_sleep(0.001)
+
+    async def read(self, id):
+        return [(chunk.seq, chunk.data) async for chunk in self._store.read_from(id)]
+
+
+@pytest.mark.parametrize("client", ["connection string", *POOLS])
+async def test_nothing_is_lost_when_it_is_restarted_under_load(pooler, victim, client, long):
+    phase = 10 if long else 1
+    async with AsyncPostgresStreamStore(victim.dsn) as direct, store_for(client, pooler.dsn) as store:
+        ids = [await direct.create() for _ in range(8)]
+        load = Load(store)
+        writers = [partial(load.append, id, 1) for id in ids[:3]]
+        writers += [partial(load.append, id, 10) for id in ids[3:6]]
+        writers += [partial(load.write, id) for id in ids[6:]]
+
+        async def restart_twice():
+            for _ in range(2):
+                await async_sleep(phase)
+                before = sum(map(len, load.written.values()))
+                assert before
+                pooler.restart()
+                give_up_at = monotonic() + HANG
+                while sum(map(len, load.written.values())) < before + 100:
+                    assert monotonic() < give_up_at, "no progress after a restart"
+                    await async_sleep(0.05)
+            await async_sleep(phase)
+
+        async def disturb():
+            try:
+                await restart_twice()
+            finally:
+                load.over = True
+
+        async with AsyncBackground(partial(async_gather, *[partial(load.read, id) for id in ids])) as readers:
+            async with AsyncBackground(partial(async_gather, disturb, *writers)) as all_writers:
+                await all_writers.result(HANG + 3 * phase)
+            read = await readers.result(HANG)
+        for id, found in zip(ids, read, strict=True):
+            assert found == list(enumerate(load.written[id], 1))
+            assert [tuple(chunk) async for chunk in direct.read_from(id)] == found
+            assert (await direct.get_status(id)).state == "done"
+    # invalid_sql_statement_name and duplicate_prepared_statement are no loss of a connection.
+    assert {error.sqlstate for error in load.errors} & {"26000", "42P05"} == set()
+    assert load.errors  # the restarts have been felt
+    assert async_workers() == []

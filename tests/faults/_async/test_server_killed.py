@@ -1,0 +1,212 @@
+"""A server that is killed while many write and read: what was acknowledged is there, once, and everybody sees it once.
+
+All writers try again until their call succeeds. So in the end what is stored has to be exactly what was acknowledged.
+"""
+
+from __future__ import annotations
+
+import random
+from functools import partial
+
+import psycopg
+import pytest
+from support.concurrency import async_gather, async_sleep, async_workers
+from support.killing import Killing
+
+from aibind_postgres import AsyncPostgresConversationStore, AsyncPostgresStreamStore, SequenceConflictError
+
+SEED = 5
+RETRY_FOR = 300  # seconds: much longer than the server is ever away
+MESSAGES = 20  # that each worker adds to a conversation before it turns to the next one
+
+pytestmark = pytest.mark.timeout(600)
+
+
+async def persistently(call, losses):
+    """Repeat a call as it is while the server is lost, and keep the errors that told so."""
+    while True:
+        try:
+            return await call()
+        except psycopg.OperationalError as error:
+            losses.append(error)
+            await async_sleep(0.05)
+
+
+async def append_each(store, id, name, log, killing, losses):
+    seq = 1
+    while not killing.over:
+        text = f"{name}/{len(log)}"
+        try:
+            seq = await persistently(partial(store.append, id, text, expected_seq=seq), losses)
+        except SequenceConflictError as conflict:  # somebody else has taken this number
+            seq = conflict.actual
+        else:
+            log.append((seq, text))
+            seq += 1
+
+
+async def append_batches(store, id, name, log, killing, losses):
+    chance = random.Random(f"{SEED} {name}")
+    seq = 1
+    while not killing.over:
+        texts = [f"{name}/{len(log) + place}" for place in range(chance.randint(2, 20))]
+        try:
+            last = await persistently(partial(store.append_many, id, texts, expected_seq=seq), losses)
+        except SequenceConflictError as conflict:
+            seq = conflict.actual
+        else:
+            log += zip(range(seq, last + 1), texts, strict=True)
+            seq = last + 1
+
+
+async def write(store, id, name, log, killing, losses):
+    chance = random.Random(f"{SEED} {name}")
+    texts = []
+    async with store.writer(id) as writer:
+        while not killing.over:
+            for _ in range(chance.randint(1, 20)):
+                texts.append(f"{name}/{len(texts)}")
+                await writer.write(texts[-1])
+            if chance.random() < 0.5:
+                last = await writer.flush()
+                assert last == len(texts)
+                log += zip(range(len(log) + 1, last + 1), texts[len(log) :], strict=True)
+    log += enumerate(texts[len(log) :], len(log) + 1)
+
+
+async def follow(store, id, name, log):
+    async for chunk in store.read_from(id):
+        log.append(tuple(chunk))
+
+
+async def resume(store, id, name, log):
+    """Read, break off, and go on after the last number that was seen."""
+    chance = random.Random(f"{SEED} {name}")
+    broken_off = True
+    while broken_off:
+        broken_off = False
+        enough = len(log) + chance.randint(1, 100)
+        async for chunk in store.read_from(id, log[-1][0] if log else 0):
+            log.append(tuple(chunk))
+            if len(log) == enough:
+                broken_off = True
+                break
+
+
+WRITERS = [
+    (append_each, "shared"),
+    (append_each, "shared"),
+    (append_batches, "shared"),
+    (append_each, "appended to"),
+    (append_batches, "of batches"),
+    (write, "of a writer"),
+    (write, "of another writer"),
+    (write, "of a third writer"),
+]
+READERS = [
+    (follow, "shared"),
+    (resume, "shared"),
+    (resume, "appended to"),
+    (follow, "of batches"),
+    (follow, "of a writer"),
+    (resume, "of a writer"),
+    (resume, "of another writer"),
+    (follow, "of a third writer"),
+]
+STREAMS = {id for _, id in WRITERS}
+
+
+def named(workers):
+    return {f"{call.__name__} {place}": (call, id) for place, (call, id) in enumerate(workers)}
+
+
+async def test_a_killed_server_loses_and_repeats_nothing(victim, long):
+    writers, readers = named(WRITERS), named(READERS)
+    written = {name: [] for name in writers}
+    read = {name: [] for name in readers}
+    losses = []
+    # One store is told of the chunks by its own writers, the other one by announcements.
+    async with (
+        AsyncPostgresStreamStore(victim.dsn, retry_for=RETRY_FOR) as store,
+        AsyncPostgresStreamStore(victim.dsn, retry_for=RETRY_FOR) as other,
+    ):
+        for id in STREAMS:
+            await store.create(id)
+        with Killing(victim, 20 if long else 2, {**written, **read}, SEED) as killing:
+            writing = [
+                partial(call, store, id, name, written[name], killing, losses) for name, (call, id) in writers.items()
+            ]
+            reading = [
+                partial(call, (store, other)[place % 2], id, name, read[name])
+                for place, (name, (call, id)) in enumerate(readers.items())
+            ]
+
+            async def write_and_end():
+                try:
+                    await async_gather(*writing)
+                finally:
+                    for id in STREAMS:
+                        await store.complete(id)
+
+            await async_gather(write_and_end, *reading)
+    assert async_workers() == []
+    print(f"{killing.kills} kills, {len(losses)} lost calls, {sum(map(len, written.values()))} acknowledged chunks")
+    assert losses, "no kill has hit a call"
+    async with await psycopg.AsyncConnection.connect(victim.dsn) as connection:
+        for id in STREAMS:
+            statement = "SELECT seq, data FROM aibind_stream_chunks WHERE id = %s ORDER BY seq"
+            stored = await (await connection.execute(statement, [id])).fetchall()
+            assert [seq for seq, _ in stored] == list(range(1, len(stored) + 1)), id
+            assert stored == sorted(chunk for name in writers if writers[name][1] == id for chunk in written[name]), id
+            for name in readers:
+                assert readers[name][1] != id or read[name] == stored, name
+            statement = "SELECT state, total_chunks FROM aibind_stream_status WHERE id = %s"
+            assert await (await connection.execute(statement, [id])).fetchone() == ("done", len(stored))
+
+
+async def keep_and_save(store, name, log, killing, losses):
+    """Go on with the history that was saved last."""
+    while not killing.over:
+        session_id = f"conversation {len(log) // MESSAGES}"
+        chat = await persistently(partial(store.load, session_id), losses)
+        for _ in range(MESSAGES):
+            message = f"{name}/{len(log)}"
+            node_id = chat.append(message)
+            await persistently(partial(store.save, session_id, chat), losses)
+            log.append((session_id, node_id, message))
+
+
+async def load_and_save(store, name, log, killing, losses):
+    """Load the conversation anew for each message."""
+    while not killing.over:
+        session_id = f"conversation {len(log) // MESSAGES}"
+        chat = await persistently(partial(store.load, session_id), losses)
+        message = f"{name}/{len(log)}"
+        node_id = chat.append(message)
+        await persistently(partial(store.save, session_id, chat), losses)
+        log.append((session_id, node_id, message))
+
+
+async def test_a_killed_server_loses_no_message(victim, long):
+    losses = []
+    async with (
+        AsyncPostgresConversationStore(victim.dsn) as store,
+        AsyncPostgresConversationStore(victim.dsn) as other,
+    ):
+        workers = {
+            f"{call.__name__} {place}": partial(call, (store, other)[place % 2])
+            for place in range(4)
+            for call in (keep_and_save, load_and_save)
+        }
+        written = {name: [] for name in workers}
+        with Killing(victim, 20 if long else 2, written, SEED) as killing:
+            await async_gather(*(partial(work, name, written[name], killing, losses) for name, work in workers.items()))
+        acknowledged = sorted(entry for log in written.values() for entry in log)
+        stored = []
+        async for info in store.list():
+            chat = await other.load(info.session_id)
+            nodes = chat.tree.serialize()["nodes"]
+            stored += [(info.session_id, node_id, node["message"]) for node_id, node in nodes.items()]
+    print(f"{killing.kills} kills, {len(losses)} lost calls, {len(acknowledged)} acknowledged messages")
+    assert losses, "no kill has hit a call"
+    assert sorted(stored) == acknowledged

@@ -1,0 +1,109 @@
+"""Many chats for a long time, with a restart of the server in the middle: everything comes back to where it began."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+from functools import partial
+from pathlib import Path
+from random import Random
+from time import monotonic
+
+import psycopg
+import pytest
+from psycopg.conninfo import make_conninfo
+from support.concurrency import async_gather, async_sleep, async_workers
+
+from aibind_postgres import AsyncPostgresStreamStore
+
+CHATS, READERS = 200, 2  # of each chat
+LONGEST_GROWTH = 32 * 2**20  # bytes of memory, between the first quarter and the end
+
+pytestmark = pytest.mark.timeout(900)
+
+
+def resident():
+    """Return the bytes of memory that this process has."""
+    gc.collect()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def sessions(dsn):
+    """Return how many sessions of the store the server has."""
+    with psycopg.connect(dsn) as connection:
+        statement = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'soak'"
+        return connection.execute(statement).fetchone()[0]
+
+
+async def patiently(call):
+    """Make a call that can be made again, until the server is there."""
+    while True:
+        try:
+            return await call()
+        except psycopg.OperationalError:
+            await async_sleep(0.2)
+
+
+async def test_chats_readers_and_a_restart_leave_nothing_behind(victim, long):
+    seconds = 600 if long else 30
+    begin = monotonic()
+    store = AsyncPostgresStreamStore(make_conninfo(victim.dsn, application_name="soak"), ttl=10, retry_for=60)
+    chance = Random(7)
+    pauses = [chance.uniform(0.05, 0.2) for _ in range(CHATS)]
+    memory, threads = [], threading.active_count()
+    streams = []
+
+    def time_left():
+        return begin + seconds - monotonic()
+
+    async def produce(stream, pause):
+        async with store.writer(stream) as writer:
+            for number in range(1, 31):
+                await writer.write(f"{stream} {number}")
+                await async_sleep(pause)
+
+    async def follow(stream):
+        seen = [chunk async for chunk in store.read_from(stream)]
+        assert seen == [(number, f"{stream} {number}") for number in range(1, 31)]
+
+    async def chat(number):
+        turn = 0
+        while time_left() > 0:
+            turn += 1
+            stream = f"chat {number} turn {turn}"
+            await patiently(partial(store.acquire, stream))
+            readers = [partial(follow, stream)] * READERS
+            await async_gather(partial(produce, stream, pauses[number]), *readers)
+            streams.append(stream)
+
+    async def clean():
+        while time_left() > 0:
+            await patiently(store.cleanup)
+            if not memory and time_left() < 0.75 * seconds:
+                memory.append(resident())
+            await async_sleep(1)
+
+    async def restart():
+        await async_sleep(seconds / 2)
+        victim.stop("fast")
+        await async_sleep(1)
+        victim.start()
+
+    await async_gather(*(partial(chat, number) for number in range(CHATS)), clean, restart)
+    memory.append(resident())
+    assert len(set(streams)) == len(streams) >= CHATS
+    assert sessions(victim.dsn) <= 11  # the pool's and the one that listens
+    assert store._changes.followed() == []
+    with psycopg.connect(victim.dsn) as connection:
+        connection.execute("UPDATE aibind_stream_status SET expires_at = 0")
+    await store.cleanup()
+    assert [info async for info in store.list()] == []
+    await store.close()
+    assert async_workers() == []
+    for _ in range(100):
+        if sessions(victim.dsn) == 0 and threading.active_count() <= threads:
+            break
+        await async_sleep(0.1)
+    assert (sessions(victim.dsn), threading.active_count()) == (0, threads)
+    assert memory[1] - memory[0] < LONGEST_GROWTH, memory

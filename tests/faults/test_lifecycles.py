@@ -1,0 +1,365 @@
+"""What becomes of a store when its process forks or ends, or its event loop does."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from contextlib import contextmanager
+from functools import partial
+
+import psycopg
+import pytest
+from psycopg_pool import ConnectionPool
+from support.lifecycles import in_a_child, run_to_the_end
+
+from aibind_postgres import (
+    AibindError,
+    AsyncPostgresStreamStore,
+    ChatHistory,
+    PostgresConversationStore,
+    PostgresStreamStore,
+)
+
+CHUNKS = 200
+USES = ["unused", "used", "watching", "busy"]
+
+# psycopg and its pools warn, and Python from 3.12 on, where a process forks that has threads.
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+
+
+@contextmanager
+def client_of(kind, dsn):
+    """Give what a store is made of."""
+    if kind == "string":
+        yield dsn
+    elif kind == "pool":
+        with ConnectionPool(dsn, min_size=2, max_size=4, open=True) as pool:
+            pool.wait()
+            yield pool
+    elif kind == "closed pool":
+        pool = ConnectionPool(dsn, min_size=1, max_size=4, open=False)
+        yield pool
+        pool.close()
+    else:
+        with psycopg.connect(dsn, autocommit=True) as connection:
+            yield connection
+
+
+@contextmanager
+def in_use(store, use):
+    """Have a store in use, as far as the case says, while the block runs."""
+    if use == "unused":
+        yield
+        return
+    id = store.create()
+    over = threading.Event()
+    seen = []
+
+    def read():
+        seen.extend(store.read_from(id))
+
+    def append():
+        while not over.is_set():
+            store.append(id, "x")
+
+    calls = {"used": [], "watching": [read], "busy": [read, append, append]}[use]
+    threads = [threading.Thread(target=call) for call in calls]
+    for thread in threads:
+        thread.start()
+    while threads and not store._changes.followed():
+        time.sleep(0.001)
+    try:
+        yield
+    finally:
+        over.set()
+        for thread in threads[1:]:
+            thread.join(60)
+        store.complete(id)
+        for thread in threads[:1]:
+            thread.join(60)
+    assert not threads or [seq for seq, _ in seen] == [*range(1, store.get_status(id).total_chunks + 1)]
+
+
+def was_refused(call):
+    """Call in a child; return whether that was refused, with an error that says why and comes at once."""
+    began = time.monotonic()
+    try:
+        call()
+    except AibindError as refusal:
+        if "process" not in str(refusal) or time.monotonic() - began > 20:
+            raise
+        return True
+    return False
+
+
+# A connection of the caller's serves one thread.
+KINDS = [(kind, use) for kind in ("string", "pool", "closed pool") for use in USES]
+KINDS += [("connection", use) for use in USES if use not in ("watching", "busy")]
+
+
+@pytest.mark.parametrize(("kind", "use"), KINDS)
+def test_a_store_in_a_forked_process_works_or_refuses_at_once(dsn, tables, long, kind, use):
+    for rnd in range(10 if long else 1):
+        mine = f"child {rnd}"
+        with client_of(kind, dsn) as client, PostgresStreamStore(client, **tables) as store:
+            if kind == "closed pool" and use != "unused":
+                client.open()
+
+            def child(store=store, client=client, mine=mine):
+                if kind == "closed pool" and use == "unused":
+                    client.open()
+                calls = [partial(store.create, mine)]
+                calls += [partial(store.append, mine, f"{number}") for number in range(20)]
+                calls += [lambda: list(store.read_from(mine, follow=False)), partial(write, store, mine)]
+                calls += [partial(store.wait, mine, 60)]
+                [refused] = {was_refused(call) for call in calls}
+                store.close()
+                return refused
+
+            def work(store=store, client=client):
+                if kind == "closed pool":
+                    client.open()
+                id = store.create()
+                for number in range(CHUNKS):
+                    assert store.append(id, f"{number}", expected_seq=number + 1) == number + 1
+                    assert store.get_status(id) == ("active", None, number + 1)
+
+            with in_use(store, use):
+                refused = in_a_child(child, work) == "True"
+                work()  # also once the child is gone
+        with PostgresStreamStore(dsn, **tables) as other:
+            assert other.get_status(mine) == (None if refused else ("done", None, 40))
+        # What gunicorn does with `preload`, if there is no connection yet.
+        assert not (refused and use == "unused" and kind in ("string", "closed pool"))
+
+
+def write(store, id):
+    with store.writer(id) as writer:
+        for number in range(20):
+            writer.write(f"{number}")
+
+
+def test_readers_and_writers_of_the_parent_are_refused_in_a_child(dsn, tables):
+    with PostgresStreamStore(dsn, **tables) as store:
+        id = store.create()
+        store.append(id, "a")
+        reader = store.read_from(id)
+        assert next(reader).data == "a"
+        with store.writer(id) as writer:
+            writer.write("b")
+            writer.flush()
+
+            def child():
+                return [
+                    was_refused(lambda: next(reader) and next(reader)),
+                    was_refused(lambda: writer.write("c")),
+                    was_refused(lambda: writer.flush()),
+                ]
+
+            assert in_a_child(child) == "[True, True, True]"
+            writer.write("d")
+        assert [chunk.data for chunk in reader] == ["b", "d"]
+
+
+def test_a_conversation_store_in_a_forked_process_works_or_refuses_at_once(dsn, conversations):
+    with PostgresConversationStore(dsn, table=conversations) as store:
+        chat = ChatHistory()
+        chat.append({"by": "parent"})
+        store.save("parent", chat)
+
+        def child():
+            for number in range(20):
+                with store.edit("child") as chat:
+                    chat.append({"by": number})
+            assert len(store.load("child")) == 20
+
+        refused = in_a_child(lambda: was_refused(child)) == "True"
+        for _ in range(20):
+            assert store.load("parent").to_json() == chat.to_json()
+        assert len(store.load("child")) == (0 if refused else 20)
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_an_asynchronous_store_in_a_forked_process_works_or_refuses_at_once(dsn, tables, used):
+    store = AsyncPostgresStreamStore(dsn, **tables)
+
+    async def use(id):
+        await store.acquire(id)
+        for number in range(20):
+            await store.append(id, f"{number}")
+        assert (await store.get_status(id)).total_chunks % 20 == 0
+
+    async def use_and_close(id):
+        try:
+            await use(id)
+        finally:
+            await store.close()
+
+    def child():
+        return was_refused(lambda: asyncio.run(use_and_close("child")))
+
+    async def parent():
+        await use("parent")
+        refused = in_a_child(child)
+        await use_and_close("parent")
+        return refused
+
+    refused = asyncio.run(parent()) if used else in_a_child(child)
+    assert used or refused == "False"
+    with PostgresStreamStore(dsn, **tables) as other:
+        status = other.get_status("child")
+        assert (None if status is None else status.total_chunks) == (None if refused == "True" else 20)
+        assert not used or other.get_status("parent").total_chunks == 40
+
+
+async def follow(store, id):
+    return [chunk.data async for chunk in store.read_from(id)]
+
+
+@pytest.mark.parametrize("same_store", [True, False])
+@pytest.mark.parametrize("closed", [True, False])
+def test_two_event_loops_in_sequence(dsn, tables, long, same_store, closed):
+    stores = [AsyncPostgresStreamStore(dsn, **tables) for _ in range(20 if long else 3)]
+
+    async def use(store, number):
+        id = f"stream {number}"
+        await store.create(id)
+        reader = asyncio.create_task(follow(store, id))
+        async with store.writer(id) as writer:
+            await writer.write("a")
+            await writer.flush()
+            assert await asyncio.gather(*(store.get_status(id) for _ in range(20))) == [("active", None, 1)] * 20
+        assert await asyncio.wait_for(reader, 20) == ["a"]
+        # Readers and writers that the end of their loop cuts off.
+        await store.create(f"{id} to cut")
+        cut = [asyncio.create_task(follow(store, f"{id} to cut")) for _ in range(10)]
+        cut += [asyncio.create_task(hold(store, f"{id} to cut"))]
+        while not store._changes.followed():
+            await asyncio.sleep(0.01)
+        if closed and not same_store:
+            await store.close()
+        return cut
+
+    async def hold(store, id):
+        async with store.writer(id) as writer:
+            await writer.write("b")
+            await writer.flush()
+            await asyncio.sleep(60)
+
+    for number in range(len(stores)):
+        store = stores[0 if same_store else number]
+        try:
+            asyncio.run(asyncio.wait_for(use(store, number), 40))
+        except AibindError as refusal:
+            if not (number and same_store and "loop" in str(refusal)):
+                raise
+        assert store._changes.followed() == []
+
+
+PROGRAM = """
+import asyncio, sys, threading, time
+from contextlib import suppress
+from psycopg.sql import Identifier
+from aibind_postgres import AsyncPostgresStreamStore, PostgresStreamStore, StoreClosedError
+
+how, dsn, schema = sys.argv[1:]
+options = {f"{kind}_table": Identifier(schema, kind) for kind in ("chunks", "status")}
+
+
+def end():
+    print("end", flush=True)
+    if "raise" in how:
+        sys.exit(3)
+
+
+def with_threads():
+    store = PostgresStreamStore(dsn, **options)
+    store.acquire("s")
+
+    def read():
+        with suppress(StoreClosedError):
+            for chunk in store.read_from("s"):
+                pass
+
+    def write():
+        with store.writer("s") as writer:
+            writer.write("x")
+            time.sleep(60)
+
+    if "readers" in how:
+        for _ in range(20):
+            threading.Thread(target=read, daemon=True).start()
+    if "writer" in how:
+        threading.Thread(target=write, daemon=True).start()
+    if "left" in how:
+        global left
+        left = store.writer("s").__enter__()
+        left.write("x")
+    if "reader here" in how:
+        left = store.read_from("s")
+        store.append("s", "x")
+        next(left)
+    while "readers" in how and not store._changes.followed():
+        time.sleep(0.01)
+    time.sleep(0.3)
+    if "closed" in how:
+        store.close()
+    end()
+
+
+async def with_tasks():
+    store = AsyncPostgresStreamStore(dsn, **options)
+    await store.acquire("s")
+
+    async def read():
+        async for chunk in store.read_from("s"):
+            pass
+
+    async def write():
+        async with store.writer("s") as writer:
+            await writer.write("x")
+            await asyncio.sleep(60)
+
+    tasks = []
+    if "readers" in how:
+        tasks += [asyncio.create_task(read()) for _ in range(20)]
+    if "writer" in how:
+        tasks += [asyncio.create_task(write())]
+    if "left" in how:
+        global left
+        left = await store.writer("s").__aenter__()
+        await left.write("x")
+    if "reader here" in how:
+        left = store.read_from("s")
+        await store.append("s", "x")
+        await anext(left)
+    await asyncio.sleep(0.3)
+    if "closed" in how:
+        await store.close()
+        await asyncio.wait(tasks)
+        for task in tasks:
+            task.exception()
+    end()
+
+
+if "threads" in how:
+    with_threads()
+else:
+    asyncio.run(with_tasks())
+"""
+
+SITUATIONS = ["readers", "writer", "readers and writer", "left", "reader here", "readers, raise", "readers, closed"]
+# A writer that `asyncio.run` cuts off has its end announced by a task that comes too late to be cancelled, of which
+# asyncio warns on standard error.
+ENDINGS = [("threads", situation) for situation in SITUATIONS]
+ENDINGS += [("tasks", situation) for situation in SITUATIONS if "writer" not in situation]
+
+
+@pytest.mark.parametrize(("kind", "situation"), ENDINGS)
+def test_an_interpreter_ends_without_a_word(dsn, tables, schema_name, long, kind, situation):
+    for _ in range(10 if long else 1):
+        code, said, errors = run_to_the_end(PROGRAM, f"{kind}: {situation}", dsn, schema_name)
+        assert (code, said, errors) == (3 if "raise" in situation else 0, "end\n", "")
+        with PostgresStreamStore(dsn, **tables) as store:
+            assert store.delete("s")

@@ -1,0 +1,85 @@
+"""Servers without room: for connections, or on the disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import psycopg
+from psycopg import sql
+
+if TYPE_CHECKING:
+    from support.servers import Server
+
+EVICT = """
+SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+WHERE backend_type = 'client backend' AND pid <> ALL(%s)
+"""
+
+FULL = """
+CREATE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    RAISE 'could not extend file: No space left on device' USING ERRCODE = '53100';
+END $$
+"""
+
+
+def limit_connections(server: Server, connections: int) -> None:
+    """Have a server admit so many connections, and no more."""
+    with psycopg.connect(server.dsn, autocommit=True) as admin:
+        admin.execute(sql.SQL("ALTER SYSTEM SET max_connections = {}").format(connections))
+        # The tests connect as a superuser, who may use the reserved ones as well.
+        admin.execute("ALTER SYSTEM SET max_wal_senders = 0")
+    server.stop()
+    server.start()
+
+
+@contextmanager
+def fill_up(dsn: str) -> Iterator[Callable[[], None]]:
+    """Take every connection that a server has left; give what takes those of all others as well."""
+    taken: list[psycopg.Connection] = []
+
+    def take() -> None:
+        while True:
+            try:
+                taken.append(psycopg.connect(dsn, autocommit=True))
+            except psycopg.OperationalError:
+                return
+
+    def evict() -> None:
+        # What goes is taken, until there is nobody else any more.
+        while taken[0].execute(EVICT, [[connection.info.backend_pid for connection in taken]]).fetchall():
+            take()
+
+    try:
+        take()
+        yield evict
+    finally:
+        for connection in taken:
+            connection.close()
+
+
+class FullDisk:
+    """The disk of some tables, as far as their writers can tell: while it is full they get SQLSTATE 53100."""
+
+    def __init__(self, dsn: str, schema_name: str, tables: Sequence[sql.Identifier]) -> None:
+        self.is_full = False
+        self._dsn = dsn
+        self._tables = tables
+        self._function = sql.Identifier(schema_name, "full_disk")
+        self._run([sql.SQL(FULL).format(function=self._function)])
+
+    def fill(self) -> None:
+        trigger = "CREATE TRIGGER full_disk AFTER INSERT OR UPDATE ON {} FOR EACH ROW EXECUTE FUNCTION {}()"
+        self._run([sql.SQL(trigger).format(table, self._function) for table in self._tables])
+        self.is_full = True
+
+    def free(self) -> None:
+        self._run([sql.SQL("DROP TRIGGER full_disk ON {}").format(table) for table in self._tables])
+        self.is_full = False
+
+    def _run(self, statements: Sequence[sql.Composed]) -> None:
+        with psycopg.connect(self._dsn, autocommit=True) as admin:
+            for statement in statements:
+                admin.execute(statement)
