@@ -60,8 +60,9 @@ def parsed_document(text: str) -> Document:
     try:
         text.encode()
         data = json.loads(text, parse_constant=_refuse)
-    except (ValueError, RecursionError, AttributeError) as error:
-        raise InvalidHistoryError("it is not JSON text, or has too many levels") from error
+    except (ValueError, RecursionError, AttributeError):
+        # The causes hold the text.
+        raise InvalidHistoryError("it is not JSON text, or has too many levels") from None
     return valid_document(data)
 
 

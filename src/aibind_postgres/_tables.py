@@ -29,7 +29,11 @@ class Table(NamedTuple):
         that is empty, longer than 63 bytes, or not storable as a name.
         """
         if isinstance(name, Identifier):
-            quoted = re.findall(r'"((?:[^"]|"")*)"', name.as_string(None))
+            try:
+                text = name.as_string(None)
+            except UnicodeEncodeError:
+                raise ValueError("a table name contains a lone surrogate") from None
+            quoted = re.findall(r'"((?:[^"]|"")*)"', text)
             parts = [part.replace('""', '"') for part in quoted]
         elif isinstance(name, str):
             parts = name.split(".")

@@ -213,50 +213,6 @@ def test_an_asynchronous_store_in_a_forked_process_works_or_refuses_at_once(dsn,
         assert not used or other.get_status("parent").total_chunks == 40
 
 
-async def follow(store, id):
-    return [chunk.data async for chunk in store.read_from(id)]
-
-
-@pytest.mark.parametrize("same_store", [True, False])
-@pytest.mark.parametrize("closed", [True, False])
-def test_two_event_loops_in_sequence(dsn, tables, long, same_store, closed):
-    stores = [AsyncPostgresStreamStore(dsn, **tables) for _ in range(20 if long else 3)]
-
-    async def use(store, number):
-        id = f"stream {number}"
-        await store.create(id)
-        reader = asyncio.create_task(follow(store, id))
-        async with store.writer(id) as writer:
-            await writer.write("a")
-            await writer.flush()
-            assert await asyncio.gather(*(store.get_status(id) for _ in range(20))) == [("active", None, 1)] * 20
-        assert await asyncio.wait_for(reader, 20) == ["a"]
-        # Readers and writers that the end of their loop cuts off.
-        await store.create(f"{id} to cut")
-        cut = [asyncio.create_task(follow(store, f"{id} to cut")) for _ in range(10)]
-        cut += [asyncio.create_task(hold(store, f"{id} to cut"))]
-        while not store._changes.followed():
-            await asyncio.sleep(0.01)
-        if closed and not same_store:
-            await store.close()
-        return cut
-
-    async def hold(store, id):
-        async with store.writer(id) as writer:
-            await writer.write("b")
-            await writer.flush()
-            await asyncio.sleep(60)
-
-    for number in range(len(stores)):
-        store = stores[0 if same_store else number]
-        try:
-            asyncio.run(asyncio.wait_for(use(store, number), 40))
-        except AibindError as refusal:
-            if not (number and same_store and "loop" in str(refusal)):
-                raise
-        assert store._changes.followed() == []
-
-
 PROGRAM = """
 import asyncio, sys, threading, time
 from contextlib import suppress

@@ -129,15 +129,15 @@ class AsyncAppender:
     async def _explain(self, append: Append) -> int | None:
         """Return the last number if these texts have been written already, raise what forbids to write them."""
         stream_id, texts, expected_seq = append
-        if expected_seq is not None:
-            rows = await self._database.query(self._sql.read, [stream_id, expected_seq - 1, len(texts)])
-            if texts and [data for _, data in rows[1:]] == list(texts):
-                await self._changes.tell_appended([(stream_id, expected_seq - 1, texts)])
-                return expected_seq + len(texts) - 1
-        rows = await self._database.query(self._sql.status, [stream_id])
+        # One statement, so one snapshot: in two, the same append, sent twice, could land between them.
+        after, number = (0, 0) if expected_seq is None else (expected_seq - 1, len(texts))
+        rows = await self._database.query(self._sql.read, [stream_id, after, number])
         if not rows:
             raise StreamNotFoundError(stream_id)
-        state, _, total_chunks = rows[0]
+        if expected_seq is not None and texts and [data for _, data in rows[1:]] == list(texts):
+            await self._changes.tell_appended([(stream_id, expected_seq - 1, texts)])
+            return expected_seq + len(texts) - 1
+        total_chunks, state = -rows[0][0], rows[0][1]
         if state != "active":
             raise StreamNotActiveError(stream_id, state)
         if expected_seq is not None and expected_seq != total_chunks + 1:

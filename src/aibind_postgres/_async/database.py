@@ -72,7 +72,8 @@ class AsyncDatabase:
             if self.closing.is_set():
                 raise StoreClosedError("this store was closed meanwhile") from error
             if (known := translated(error)) is not None:
-                raise known from error
+                # What cannot be encoded is quoted in full by Python's error.
+                raise known from (None if isinstance(error, UnicodeError) else error)
             raise
 
     async def persist(self, attempt: AsyncAttempt[Result], deadline: float = math.inf) -> Result:

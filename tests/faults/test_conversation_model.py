@@ -1,0 +1,216 @@
+"""Conversation stores of both flavours, on one table, held to one plain model: two who hold histories, three modes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+
+import psycopg
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+from support.model import FLAVOURS, Both, Tables, both
+
+from aibind_postgres import (
+    AsyncPostgresConversationStore,
+    ChatHistory,
+    ConversationConflictError,
+    PostgresConversationStore,
+)
+
+pytestmark = pytest.mark.timeout(1800)
+
+SESSIONS = st.sampled_from(["s", "ü '; --"])
+# Who holds a history, and through which store: each of them has its own.
+HOLDERS = st.sampled_from(FLAVOURS)
+MODES = st.sampled_from(["merge", "merge", "raise", "overwrite"])
+CHANGES = st.sampled_from(["append", "append", "edit", "root", "go", "remove", "remove"])
+
+
+@dataclass
+class Held:
+    """A history, and what a store may remember of it."""
+
+    chat: ChatHistory
+    session: str | None = None
+    base: str | None = None  # the text that was stored when both were the same
+    known: frozenset[str | None] = frozenset([None])  # what may be stored if nobody else has been there
+
+    def under(self, session: str) -> Held:
+        """The same history as it is known under a session: under another one than its own, from nowhere."""
+        return self if self.session == session else Held(self.chat, session)
+
+
+@dataclass
+class Row:
+    text: str
+    expired: bool = False
+
+
+def messages(text: str | None) -> dict[str, object]:
+    """Return the messages of a document by the ids of their nodes."""
+    nodes = {} if text is None else json.loads(text)["nodes"]
+    return {node_id: node["message"] for node_id, node in nodes.items()}
+
+
+class Conversations(RuleBasedStateMachine):
+    def __init__(self, stores: Both, tables: Tables) -> None:
+        super().__init__()
+        self.stores = stores
+        self.tables = tables
+        self.rows: dict[str, Row] = {}
+        self.numbers = count(1)
+        self.held = {holder: Held(ChatHistory()) for holder in FLAVOURS}
+        tables.run("DELETE FROM {conversations}")
+
+    def current(self, session: str) -> str | None:
+        row = self.rows.get(session)
+        return None if row is None or row.expired else row.text
+
+    def stored(self, session: str) -> str:
+        [(text,)] = self.tables.run("SELECT data FROM {conversations} WHERE session_id = $1", session)
+        return text
+
+    def change_history(self, chat: ChatHistory, change: str, place: int) -> None:
+        node_ids = list(chat.tree.serialize()["nodes"])
+        message = {"number": next(self.numbers)}
+        if change == "append" or not node_ids:
+            chat.append(message)
+            return
+        node_id = node_ids[place % len(node_ids)]
+        if change == "edit":
+            chat.edit(node_id, message)
+        elif change == "root":
+            chat.tree.add_root(message)
+        elif change == "go":
+            chat.tree.set_active_leaf(node_id)
+        else:
+            chat.tree.remove(node_id)
+
+    @rule(holder=HOLDERS, session=SESSIONS)
+    def load(self, holder, session):
+        chat = self.stores.call(holder, "load", session)
+        current = self.current(session)
+        assert chat.to_json() == (ChatHistory().to_json() if current is None else current)
+        self.held[holder] = Held(chat, session, current, frozenset([current]))
+
+    @rule(holder=HOLDERS, change=CHANGES, place=st.integers(0, 20))
+    def change(self, holder, change, place):
+        self.change_history(self.held[holder].chat, change, place)
+
+    @rule(holder=HOLDERS, session=SESSIONS, mode=MODES)
+    def save(self, holder, session, mode):
+        held = self.held[holder].under(session)
+        ours, current = held.chat.to_json(), self.current(session)
+        alone = current in {*held.known, ours}
+        self.held[holder] = held
+        if mode == "raise" and not alone:
+            with pytest.raises(ConversationConflictError) as caught:
+                self.stores.call(holder, "save", session, held.chat, on_conflict=mode)
+            assert caught.value.ours is held.chat
+            assert messages(caught.value.theirs.to_json()) == messages(current)
+            assert held.chat.to_json() == ours
+            held.known |= {ours}
+            return
+        self.stores.call(holder, "save", session, held.chat, on_conflict=mode)
+        stored = self.stored(session)
+        if mode == "overwrite" or alone:
+            assert stored == ours
+        else:
+            self.check_merge(held.base, ours, current, stored)
+        assert held.chat.to_json() == stored
+        self.rows[session] = Row(stored)
+        held.base, held.known = stored, frozenset([stored])
+
+    def check_merge(self, base: str | None, ours: str, theirs: str | None, merged: str) -> None:
+        """What either side has added is there, what either side has removed is not, and it is a document."""
+        before, here, there = messages(base), messages(ours), messages(theirs)
+        kept = {
+            node_id: message
+            for node_id, message in {**here, **there}.items()
+            if (node_id in here and node_id in there) or node_id not in before
+        }
+        assert messages(merged) == kept
+        assert len(ChatHistory.from_json(merged)) == len(kept)
+
+    @rule(holder=HOLDERS, session=SESSIONS, changes=st.lists(st.tuples(CHANGES, st.integers(0, 20)), max_size=3))
+    def edit(self, holder, session, changes):
+        """Load, change and save in one block; nothing comes between."""
+        current = self.current(session)
+        store = self.stores.stores[holder]
+
+        def body(chat):
+            assert messages(chat.to_json()) == messages(current)
+            for change, place in changes:
+                self.change_history(chat, change, place)
+            return chat.to_json()
+
+        async def on_the_loop():
+            async with store.edit(session) as chat:
+                return body(chat)
+
+        if holder == "async":
+            text = self.stores.loop.run_until_complete(on_the_loop())
+        else:
+            with store.edit(session) as chat:
+                text = body(chat)
+        if text != (ChatHistory().to_json() if current is None else current):
+            self.rows[session] = Row(text)
+
+    @rule(session=SESSIONS, changes=st.tuples(*[st.lists(st.tuples(CHANGES, st.integers(0, 20)), max_size=3)] * 2))
+    def both_change_what_both_have(self, session, changes):
+        for holder in FLAVOURS:
+            self.load(holder, session)
+        for holder, steps in zip(FLAVOURS, changes, strict=True):
+            for change, place in steps:
+                self.change(holder, change, place)
+        for holder in FLAVOURS:
+            self.save(holder, session, "merge")
+
+    @rule(session=SESSIONS)
+    def expire(self, session):
+        self.tables.run("UPDATE {conversations} SET expires_at = 0 WHERE session_id = $1", session)
+        if session in self.rows:
+            self.rows[session].expired = True
+
+    @rule(holder=HOLDERS, session=SESSIONS)
+    def touch(self, holder, session):
+        assert self.stores.call(holder, "touch", session) is (self.current(session) is not None)
+
+    @rule(holder=HOLDERS, session=SESSIONS)
+    def delete(self, holder, session):
+        assert self.stores.call(holder, "delete", session) is (self.current(session) is not None)
+        self.rows.pop(session, None)
+
+    @rule(holder=HOLDERS, batch_size=st.integers(1, 2))
+    def cleanup(self, holder, batch_size):
+        over = [session for session, row in self.rows.items() if row.expired]
+        assert self.stores.call(holder, "cleanup", batch_size=batch_size) == len(over)
+        for session in over:
+            del self.rows[session]
+
+    @rule(holder=HOLDERS)
+    def list(self, holder):
+        listed = [info.session_id for info in self.stores.call(holder, "list")]
+        assert listed == sorted(session for session, row in self.rows.items() if not row.expired)
+
+    @invariant()
+    def the_table_holds_what_the_model_does(self):
+        statement = "SELECT session_id, data, expires_at <= extract(epoch FROM now()) * 1000 FROM {conversations}"
+        assert {session: Row(text, over) for session, text, over in self.tables.run(statement)} == self.rows
+
+
+def test_both_flavours_do_what_the_model_does(dsn, conversations, long):
+    with (
+        both(dsn, PostgresConversationStore, AsyncPostgresConversationStore, table=conversations) as stores,
+        psycopg.connect(dsn, autocommit=True) as connection,
+    ):
+        run_state_machine_as_test(
+            partial(Conversations, stores, Tables(connection, conversations=conversations)),
+            settings=settings(
+                deadline=None, derandomize=True, max_examples=2000 if long else 40, stateful_step_count=50
+            ),
+        )

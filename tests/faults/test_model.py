@@ -1,0 +1,267 @@
+"""Stream stores of both flavours, on the same tables, held to one plain model step by step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+
+import psycopg
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+from support.model import FLAVOURS, Both, Tables, both
+
+from aibind_postgres import (
+    AsyncPostgresStreamStore,
+    PostgresStreamStore,
+    SequenceConflictError,
+    StreamExistsError,
+    StreamNotActiveError,
+    StreamNotFoundError,
+)
+
+pytestmark = pytest.mark.timeout(1800)
+
+# Time is counted in hours: what a run itself takes is small beside that.
+HOUR = 3600
+TTL = 10
+
+IDS = st.sampled_from(["a", "b", "ü '; --"])
+TEXTS = st.sampled_from(["x", "y", "", "👩‍👩‍👧 \x01\ufffe", '"\\{}%s$1'])
+# Of a few texts, so that chance often repeats what is there.
+BATCHES = st.lists(TEXTS, max_size=3)
+ON = st.sampled_from(FLAVOURS)
+
+
+@dataclass
+class Stream:
+    born: int
+    state: str = "active"
+    error: str | None = None
+    chunks: list[tuple[str, int]] = field(default_factory=list)  # each with the hour in which it came
+    ended: int = 0
+
+    @property
+    def texts(self) -> list[str]:
+        return [text for text, _ in self.chunks]
+
+    @property
+    def last_sign(self) -> int:
+        return self.chunks[-1][1] if self.chunks else self.born
+
+    def append(self, id: str, texts: list[str], expected: int | None, now: int) -> int:
+        """Do what an append promises: return the last number or raise."""
+        if texts and expected is not None and self.texts[expected - 1 : expected - 1 + len(texts)] == texts:
+            return expected + len(texts) - 1
+        if self.state != "active":
+            raise StreamNotActiveError(id, self.state)
+        if expected not in (None, len(self.chunks) + 1):
+            raise SequenceConflictError(id, expected, len(self.chunks) + 1)
+        self.chunks += [(text, now) for text in texts]
+        return len(self.chunks)
+
+    def end(self, state: str, error: str | None, now: int) -> bool:
+        if self.state != "active":
+            return False
+        self.state, self.error, self.ended = state, error, now
+        return True
+
+
+def outcome(call):
+    """Return what a call gives or, of an error of this package, its kind and all that it says."""
+    try:
+        return call()
+    except (SequenceConflictError, StreamExistsError, StreamNotActiveError, StreamNotFoundError, TimeoutError) as error:
+        return type(error), str(error)
+
+
+class Streams(RuleBasedStateMachine):
+    def __init__(self, stores: Both, tables: Tables) -> None:
+        super().__init__()
+        self.stores = stores
+        self.tables = tables
+        self.now = 0
+        self.model: dict[str, Stream] = {}
+        tables.run("DELETE FROM {status}")
+        tables.run("DELETE FROM {chunks}")
+
+    def known(self, id: str) -> Stream:
+        if id not in self.model:
+            raise StreamNotFoundError(id)
+        return self.model[id]
+
+    def check(self, on: str, expected, method: str, *arguments, **options) -> None:
+        """Hold what the store does to what the model does."""
+        assert outcome(lambda: self.stores.call(on, method, *arguments, **options)) == outcome(expected)
+
+    @rule(on=ON, id=IDS, method=st.sampled_from(["create", "acquire"]))
+    def begin(self, on, id, method):
+        def expected():
+            if id in self.model:
+                if method == "create":
+                    raise StreamExistsError(id)
+                return False
+            self.model[id] = Stream(self.now)
+            return id if method == "create" else True
+
+        self.check(on, expected, method, id)
+
+    @rule(on=ON, id=IDS, text=TEXTS)
+    def append(self, on, id, text):
+        self.check(on, lambda: self.known(id).append(id, [text], None, self.now), "append", id, text)
+
+    @rule(on=ON, id=IDS, texts=BATCHES)
+    def append_many(self, on, id, texts):
+        self.check(on, lambda: self.known(id).append(id, texts, None, self.now), "append_many", id, texts)
+
+    @rule(on=ON, id=IDS, texts=BATCHES.filter(bool), repeats=st.integers(1, 3))
+    def append_at_the_right_number(self, on, id, texts, repeats):
+        """A retry of what was acknowledged writes nothing, on either store."""
+        number = len(self.model[id].chunks) + 1 if id in self.model else 1
+        for _ in range(repeats):
+            expected = partial(lambda: self.known(id).append(id, texts, number, self.now))
+            if len(texts) == 1:
+                self.check(on, expected, "append", id, texts[0], expected_seq=number)
+            else:
+                self.check(on, expected, "append_many", id, texts, expected_seq=number)
+            on = FLAVOURS[FLAVOURS.index(on) - 1]
+
+    @rule(on=ON, id=IDS, texts=BATCHES, number=st.integers(1, 9))
+    def append_at_some_number(self, on, id, texts, number):
+        call = lambda: self.known(id).append(id, texts, number, self.now)  # noqa: E731
+        self.check(on, call, "append_many", id, texts, expected_seq=number)
+
+    @rule(on=ON, id=IDS, place=st.integers(0, 30), length=st.integers(1, 3))
+    def append_what_is_there(self, on, id, place, length):
+        if id in self.model and (texts := self.model[id].texts):
+            place %= len(texts)
+            repeated = texts[place : place + length]
+            call = lambda: self.model[id].append(id, repeated, place + 1, self.now)  # noqa: E731
+            self.check(on, call, "append_many", id, repeated, expected_seq=place + 1)
+
+    @rule(on=ON, id=IDS, texts=BATCHES, fails=st.booleans())
+    def write(self, on, id, texts, fails):
+        def expected():
+            stream = self.known(id)
+            if stream.state != "active":
+                raise StreamNotActiveError(id, stream.state)
+            stream.append(id, texts, None, self.now)
+            stream.end(*(("error", "the block failed") if fails else ("done", None)), self.now)
+
+        def call():
+            try:
+                if on == "async":
+                    self.stores.loop.run_until_complete(self.write_on_the_loop(id, texts, fails))
+                    return
+                with self.stores.stores[on].writer(id) as writer:
+                    for text in texts:
+                        writer.write(text)
+                    if fails:
+                        raise ZeroDivisionError("the block failed")
+            except ZeroDivisionError:
+                assert fails
+
+        assert outcome(call) == outcome(expected)
+
+    async def write_on_the_loop(self, id, texts, fails):
+        async with self.stores.stores["async"].writer(id) as writer:
+            for text in texts:
+                await writer.write(text)
+            if fails:
+                raise ZeroDivisionError("the block failed")
+
+    @rule(on=ON, id=IDS, end=st.sampled_from([("stop", "stopped"), ("complete", "done"), ("fail", "error")]))
+    def end(self, on, id, end):
+        method, state = end
+        reason = ["why"] if method == "fail" else []
+        self.check(on, lambda: self.known(id).end(state, *(reason or [None]), self.now), method, id, *reason)
+
+    @rule(on=ON, id=IDS)
+    def delete(self, on, id):
+        self.check(on, lambda: self.model.pop(id, None) is not None, "delete", id)
+
+    @rule(hours=st.integers(1, 2 * TTL))
+    def let_time_pass(self, hours):
+        self.now += hours
+        self.tables.run(
+            "UPDATE {status} SET expires_at = expires_at - $1::bigint * 1000, "
+            "created_at = created_at - $1 * interval '1 second'",
+            hours * HOUR,
+        )
+        self.tables.run("UPDATE {chunks} SET created_at = created_at - $1 * interval '1 second'", hours * HOUR)
+
+    @rule(on=ON, batch_size=st.integers(1, 3))
+    def cleanup(self, on, batch_size):
+        def expected():
+            over = [
+                id for id, stream in self.model.items() if stream.state != "active" and self.now - stream.ended >= TTL
+            ]
+            return len(over), sum(len(self.model.pop(id).chunks) for id in over)
+
+        self.check(on, expected, "cleanup", batch_size=batch_size)
+
+    @rule(on=ON, hours=st.integers(0, 2 * TTL))
+    def fail_abandoned(self, on, hours):
+        silent = {
+            id for id, stream in self.model.items() if stream.state == "active" and self.now - stream.last_sign >= hours
+        }
+        text = f"abandoned: no sign of life for {hours * HOUR:g} seconds"
+        assert set(self.stores.call(on, "fail_abandoned", hours * HOUR)) == silent
+        for id in silent:
+            self.model[id].end("error", text, self.now)
+
+    @rule(on=ON, state=st.sampled_from([None, "active", "done", "stopped", "error"]))
+    def list(self, on, state):
+        listed = [(info.id, *info[1:4]) for info in self.stores.call(on, "list", state=state)]
+        assert listed == [
+            (id, stream.state, stream.error, len(stream.chunks))
+            for id, stream in sorted(self.model.items())
+            if state in (None, stream.state)
+        ]
+
+    @rule(on=ON, id=IDS)
+    def ask(self, on, id):
+        stream = self.model.get(id)
+        status = None if stream is None else (stream.state, stream.error, len(stream.chunks))
+        assert self.stores.call(on, "get_status", id) == status
+
+        def expected():
+            if self.known(id).state == "active":
+                raise TimeoutError(f"stream {id!r} is still active")
+            return status
+
+        self.check(on, expected, "wait", id, 0)
+
+    @rule(on=ON, id=IDS, after=st.integers(0, 12), follow=st.booleans())
+    def read(self, on, id, after, follow):
+        stream = self.model.get(id)
+        follow = follow and (stream is None or stream.state != "active")
+        chunks = lambda: [*enumerate(self.known(id).texts, 1)][after:]  # noqa: E731
+        self.check(on, chunks, "read_from", id, after, follow=follow)
+        self.check(on, chunks, "replay", id, after, speed=float("inf"))
+
+    @invariant()
+    def the_tables_hold_what_the_model_does(self):
+        status = self.tables.run("SELECT id, state, error, total_chunks FROM {status}")
+        assert {row[0]: row[1:] for row in status} == {
+            id: (stream.state, stream.error, len(stream.chunks)) for id, stream in self.model.items()
+        }
+        chunks = {(id, seq): data for id, seq, data in self.tables.run("SELECT id, seq, data FROM {chunks}")}
+        assert chunks == {
+            (id, seq): text for id, stream in self.model.items() for seq, text in enumerate(stream.texts, 1)
+        }
+
+
+def test_both_flavours_do_what_the_model_does(dsn, tables, long):
+    names = {"status": tables["status_table"], "chunks": tables["chunks_table"]}
+    with (
+        both(dsn, PostgresStreamStore, AsyncPostgresStreamStore, ttl=TTL * HOUR, **tables) as stores,
+        psycopg.connect(dsn, autocommit=True) as connection,
+    ):
+        run_state_machine_as_test(
+            partial(Streams, stores, Tables(connection, **names)),
+            settings=settings(
+                deadline=None, derandomize=True, max_examples=2000 if long else 40, stateful_step_count=50
+            ),
+        )
