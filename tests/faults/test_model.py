@@ -129,16 +129,18 @@ class Streams(RuleBasedStateMachine):
 
     @rule(on=ON, id=IDS, texts=BATCHES, number=st.integers(1, 9))
     def append_at_some_number(self, on, id, texts, number):
-        call = lambda: self.known(id).append(id, texts, number, self.now)  # noqa: E731
-        self.check(on, call, "append_many", id, texts, expected_seq=number)
+        def expected():
+            return self.known(id).append(id, texts, number, self.now)
+
+        self.check(on, expected, "append_many", id, texts, expected_seq=number)
 
     @rule(on=ON, id=IDS, place=st.integers(0, 30), length=st.integers(1, 3))
     def append_what_is_there(self, on, id, place, length):
         if id in self.model and (texts := self.model[id].texts):
             place %= len(texts)
             repeated = texts[place : place + length]
-            call = lambda: self.model[id].append(id, repeated, place + 1, self.now)  # noqa: E731
-            self.check(on, call, "append_many", id, repeated, expected_seq=place + 1)
+            expected = partial(self.model[id].append, id, repeated, place + 1, self.now)
+            self.check(on, expected, "append_many", id, repeated, expected_seq=place + 1)
 
     @rule(on=ON, id=IDS, texts=BATCHES, fails=st.booleans())
     def write(self, on, id, texts, fails):
@@ -237,7 +239,10 @@ class Streams(RuleBasedStateMachine):
     def read(self, on, id, after, follow):
         stream = self.model.get(id)
         follow = follow and (stream is None or stream.state != "active")
-        chunks = lambda: [*enumerate(self.known(id).texts, 1)][after:]  # noqa: E731
+
+        def chunks():
+            return [*enumerate(self.known(id).texts, 1)][after:]
+
         self.check(on, chunks, "read_from", id, after, follow=follow)
         self.check(on, chunks, "replay", id, after, speed=float("inf"))
 
