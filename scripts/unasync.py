@@ -55,6 +55,7 @@ RENAMES = {
     "AsyncRun": "Run",
     "AsyncSignal": "Signal",
     "AsyncStreamWriter": "StreamWriter",
+    "AsyncTimedCursor": "TimedCursor",
     "AsyncWatch": "Watch",
     "AsyncWorker": "Worker",
     "_async": "_sync",
@@ -66,6 +67,7 @@ RENAMES = {
     "async_sleep": "sleep",
     "async_spawn": "spawn",
     "async_uninterrupted": "uninterrupted",
+    "async_until": "until",
     "async_workers": "workers",
     "asynccontextmanager": "contextmanager",
 }

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from functools import partial
-from time import monotonic
 
 import pytest
-from support.concurrency import AsyncBackground, async_gather, async_sleep
+from support.concurrency import AsyncBackground, async_gather, async_sleep, async_until
 
 from aibind_postgres import AibindError
 from aibind_postgres._async import combining
@@ -48,13 +47,6 @@ def patient(monkeypatch):
     monkeypatch.setattr(combining, "PATIENCE", 60)
 
 
-async def until(condition):
-    deadline = monotonic() + 20
-    while not condition():
-        assert monotonic() < deadline
-        await async_sleep(0.001)
-
-
 async def run_together(combiner, recorder, items, sizes=None, errors=False):
     """Have one call run, with 0, and the others queue behind it in this order; return what these give."""
     recorder.gate.clear()
@@ -63,12 +55,12 @@ async def run_together(combiner, recorder, items, sizes=None, errors=False):
     async def queue():
         results = []
         async with AsyncBackground(partial(combiner.call, 0)):
-            await until(lambda: recorder.batches)
+            await async_until(lambda: recorder.batches)
             for place, item in enumerate(items):
                 call = AsyncBackground(partial(combiner.call, item, (sizes or {}).get(item, 1)))
                 await call.__aenter__()
                 calls.append(call)
-                await until(lambda place=place: len(combiner._queue) == place + 1)
+                await async_until(lambda place=place: len(combiner._queue) == place + 1)
             recorder.gate.set()
             for call in calls:
                 try:
@@ -156,7 +148,7 @@ async def test_nobody_waits_for_more_than_two_batches():
 async def test_a_run_that_does_not_return_holds_nobody_up(combiner, recorder):
     recorder.gate.clear()
     async with AsyncBackground(partial(combiner.call, 1)) as stuck:
-        await until(lambda: recorder.batches)
+        await async_until(lambda: recorder.batches)
         gate, recorder.gate = recorder.gate, AsyncEvent()
         recorder.gate.set()
         assert await async_gather(*[partial(combiner.call, item) for item in (2, 3, 4)]) == [20, 30, 40]

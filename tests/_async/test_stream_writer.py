@@ -7,7 +7,7 @@ from functools import partial
 import psycopg
 import pytest
 from psycopg_pool import AsyncConnectionPool
-from support.concurrency import AsyncBackground, async_gather, async_sleep, async_workers
+from support.concurrency import AsyncBackground, async_gather, async_sleep, async_until, async_workers
 
 from aibind_postgres import (
     AsyncPostgresStreamStore,
@@ -85,11 +85,6 @@ async def texts(store, id):
     return [chunk.data async for chunk in store.read_from(id, follow=False)]
 
 
-async def until(condition):
-    while not condition():
-        await async_sleep(0.005)
-
-
 async def test_what_is_written_is_there_and_the_stream_is_done(store, other):
     id = await store.create()
     written = [f"{number}" for number in range(500)] + ["", "\x01\n\"'\\", "😀"]
@@ -121,7 +116,7 @@ async def test_what_gathers_goes_as_one_statement_one_at_a_time(store, client):
     async with store.writer(id) as writer:
         client.gate.clear()
         await writer.write("first")
-        await until(lambda: client.appends == 1)
+        await async_until(lambda: client.appends == 1)
         for number in range(200):
             await writer.write(f"{number}")
         client.gate.set()
@@ -185,7 +180,7 @@ async def test_an_end_by_others_is_noticed_before_the_next_chunk(store, other, w
             await writer.write("a")
             await writer.flush()
             await getattr(ender, end)(id)
-            await until(lambda: not writer.is_active)
+            await async_until(lambda: not writer.is_active)
             await writer.write("b")
     if state:
         assert caught.value.state == state
@@ -207,7 +202,7 @@ async def test_chunks_that_came_too_late_are_told(store, client):
         async with store.writer(id) as writer:
             client.gate.clear()
             await writer.write("a")
-            await until(lambda: client.appends == 1)
+            await async_until(lambda: client.appends == 1)
             await store.stop(id)
             client.gate.set()
     assert await store.get_status(id) == ("stopped", None, 0)
@@ -232,9 +227,9 @@ async def test_a_lost_reply_is_no_loss_if_the_stream_was_stopped_meanwhile(store
         client.gate.clear()
         client.lose = ["reply", "request", "request"]
         await writer.write("a")
-        await until(lambda: client.under_way)
+        await async_until(lambda: client.under_way)
         client.gate.set()
-        await until(lambda: client.appends >= 2)
+        await async_until(lambda: client.appends >= 2)
         await store.stop(id)
     assert await texts(store, id) == ["a"]
 
@@ -337,9 +332,9 @@ async def test_what_is_written_while_the_block_is_left_is_refused(store, client)
     await writer.__aenter__()
     client.gate.clear()
     await writer.write("a")
-    await until(lambda: client.under_way)
+    await async_until(lambda: client.under_way)
     async with AsyncBackground(partial(writer.__aexit__, None, None, None)) as leaving:
-        await until(lambda: writer._left)
+        await async_until(lambda: writer._left)
         with pytest.raises(RuntimeError, match="has been left"):
             await writer.write("b")
         client.gate.set()
@@ -366,7 +361,7 @@ async def test_a_store_that_is_closed_is_told(client, tables):
             await writer.write("a")
             await writer.flush()
             await store.close()
-            await until(lambda: not writer.is_active)
+            await async_until(lambda: not writer.is_active)
             await writer.write("b")
     assert async_workers() == []
 

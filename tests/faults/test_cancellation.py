@@ -7,6 +7,7 @@ import asyncio
 import pytest
 from psycopg.pq import TransactionStatus
 from psycopg_pool import AsyncConnectionPool
+from support import proxy
 from support.concurrency import async_workers
 
 from aibind_postgres import AsyncPostgresConversationStore, AsyncPostgresStreamStore, ChatHistory, StreamNotFoundError
@@ -167,3 +168,18 @@ async def test_a_cancelled_delete_sends_its_readers_away(dsn, tables):
             await store.delete(id)
             with pytest.raises(StreamNotFoundError):
                 await reader
+
+
+@pytest.mark.parametrize("timeout", [None, 0.5])
+async def test_a_call_that_nobody_answers_can_be_cancelled(victim, timeout):
+    with proxy.proxy(victim.dsn) as network:
+        async with AsyncPostgresStreamStore(network.dsn, timeout=timeout) as store:
+            id = await store.create()
+            network.stall(*proxy.BOTH)
+            task = asyncio.create_task(store.append(id, "a", expected_seq=1))
+            await asyncio.sleep(0.2)
+            task.cancel()
+            await asyncio.wait([task], timeout=30)
+            assert task.cancelled()
+            network.heal()
+            assert await store.append(id, "a", expected_seq=1) == 1

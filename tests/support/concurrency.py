@@ -16,6 +16,21 @@ async_sleep = asyncio.sleep
 sleep = time.sleep
 
 
+async def async_until(condition: Callable[[], object], timeout: float = 30) -> None:
+    """Wait until a condition is true."""
+    give_up_at = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < give_up_at, "this does not come true"
+        await async_sleep(0.002)
+
+
+def until(condition: Callable[[], object], timeout: float = 30) -> None:
+    give_up_at = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < give_up_at, "this does not come true"
+        sleep(0.002)
+
+
 async def async_gather(*calls: Callable[[], Awaitable[Any]], errors: bool = False) -> list[Any]:
     """Run all calls at once and return their results; with `errors`, an exception counts as one."""
     return list(await asyncio.gather(*(call() for call in calls), return_exceptions=errors))

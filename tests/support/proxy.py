@@ -209,3 +209,17 @@ def proxy(target: str) -> Iterator[Proxy]:
         yield made
     finally:
         made.close()
+
+
+def _cut_off(network: Proxy) -> None:
+    network.refuse()
+    network.cut()
+
+
+# What lasts until it is healed.
+LASTING: dict[str, Callable[[Proxy], None]] = {
+    "refused": _cut_off,
+    "silent": lambda network: network.stall(*BOTH),
+    "requests held up": lambda network: network.stall(TO_SERVER),
+    "replies held up": lambda network: network.stall(TO_CLIENT),
+}

@@ -19,7 +19,7 @@ from .._concurrency import Mutex, async_spawn
 from .._sql import ANNOUNCE, StreamStatements, announced, announcements, json_array
 from .._tables import quote
 from .announcing import AsyncAnnouncer
-from .client import is_direct
+from .client import execute, is_direct
 from .database import CLOSING_TIMEOUT, LINGER
 from .feeds import AsyncFeed, AsyncFetcher, AsyncPlace
 
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("aibind_postgres")
 
+ANSWER_TIMEOUT = 5.0  # seconds that the connection for announcements may take to answer
+LONGEST_SILENCE = 3.0  # seconds of which news that only a poll has found makes that connection doubtful
 PROBE_TIMEOUT = 2.0  # seconds in which an announcement to oneself must have arrived
 LONGEST_PAUSE = 10  # times poll_interval: what polling backs off to while it finds nothing
 LONGEST_RETRY = 5.0  # seconds between two polls while they fail
@@ -220,6 +222,7 @@ class AsyncWatch:
         self._mutex = Mutex()
         self._connection: psycopg.AsyncConnection[Row] | None = None
         self._unheard_since = math.inf  # when a probe was sent that has not been heard yet
+        self._heard_at = 0.0  # when the connection has last shown that it lives
         self._connect_at = 0.0
         self._reconnect_pause = FIRST_RECONNECT
         self._worker = async_spawn(self._run, "aibind_postgres-watch")
@@ -247,7 +250,8 @@ class AsyncWatch:
                     if monotonic() - polled_at < pause:
                         continue
                     polled_at = monotonic()
-                    news = await self._poll()
+                    if news := await self._poll():
+                        await self._doubt()
                 except Exception as error:
                     if changes.database.closing.is_set():
                         return
@@ -277,8 +281,8 @@ class AsyncWatch:
             if self._changes.database.closing.is_set():  # too early for `close` to see this connection
                 await self._disconnect()
                 return
-            direct = await is_direct(connection)
-            await connection.execute(f"LISTEN {quote(self._changes.channel)}")
+            direct = await is_direct(connection, monotonic() + ANSWER_TIMEOUT)
+            await self._ask(connection, f"LISTEN {quote(self._changes.channel)}")
             if not direct:
                 await self._probe()
         except Exception as error:
@@ -288,13 +292,24 @@ class AsyncWatch:
             self._reconnect_pause = FIRST_RECONNECT
             self._changes.wake()  # announcements may have been missed while nobody listened
 
+    async def _ask(self, connection: psycopg.AsyncConnection[Row], sql: str, *params: object) -> Sequence[Row]:
+        """Run a statement on the connection for announcements; it is closed if that does not answer."""
+        rows = await execute(connection, sql, params, monotonic() + ANSWER_TIMEOUT)
+        self._heard_at = monotonic()
+        return rows
+
+    async def _doubt(self) -> None:
+        """See if the connection for announcements still lives, after news that did not come by it."""
+        if self._connection is not None and monotonic() - self._heard_at > LONGEST_SILENCE:
+            await self._ask(self._connection, "SELECT")
+
     async def _probe(self) -> None:
         # Do announcements come through? One from elsewhere tells; sent from here it could come back by accident.
         other = await self._client.connect()
         if other is not None:
             async with other:
                 payloads = json_array(announcements([""], self._changes.name))
-                await other.execute(ANNOUNCE, [self._changes.channel, payloads])
+                await execute(other, ANNOUNCE, [self._changes.channel, payloads], monotonic() + ANSWER_TIMEOUT)
             self._unheard_since = monotonic()
 
     async def _listen(self, timeout: float) -> None:
@@ -302,11 +317,11 @@ class AsyncWatch:
             await self._changes.database.closing.wait(min(timeout, max(0.0, self._connect_at - monotonic())))
             return
         async for notify in self._connection.notifies(timeout=timeout):
-            self._unheard_since = math.inf
+            self._unheard_since, self._heard_at = math.inf, monotonic()
             self._changes.wake(announced(notify.payload, self._changes.name))
         if monotonic() - self._unheard_since > PROBE_TIMEOUT:
             self._unheard_since = math.inf
-            await self._connection.execute("UNLISTEN *")
+            await self._ask(self._connection, "UNLISTEN *")
             self._changes.warn_of_deafness()
 
     async def _poll(self) -> bool:
@@ -318,8 +333,7 @@ class AsyncWatch:
         statement, params = self._changes.poll_statement, [json_array(stream_ids)]
         if self._connection is not None and self._client.joins_transactions:
             # Not into the caller's transaction, which belongs to another thread.
-            cursor = await self._connection.execute(statement, params)
-            rows: Sequence[Row] = await cursor.fetchall()
+            rows = await self._ask(self._connection, statement, *params)
         else:
             # Through the client, so that the poll sees what the readers see: the caller's search_path, role and rights.
             rows = await self._client.query(statement, params)

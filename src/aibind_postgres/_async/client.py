@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
+from time import monotonic
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
@@ -14,7 +17,7 @@ from psycopg.rows import tuple_row
 from psycopg_pool import AsyncConnectionPool, PoolClosed
 
 from .._concurrency import AsyncLock, async_is_flavour, async_uninterrupted
-from ..errors import InvalidDataError
+from ..errors import InvalidDataError, copied
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -96,29 +99,34 @@ class AsyncPsycopgClient(AsyncClient):
     """What psycopg's pools and connections have in common: how a statement runs on a connection."""
 
     joins_transactions = False
-    _direct: bool | None = None  # once it is known
 
-    async def _run(self, connection: psycopg.AsyncConnection[Any], sql: str, params: Sequence[Any]) -> Sequence[Row]:
+    def __init__(self, timeout: float | None) -> None:
+        self._timeout = math.inf if timeout is None else timeout
+        self._direct: bool | None = None  # once it is known
+
+    async def _run(
+        self, connection: psycopg.AsyncConnection[Any], sql: str, params: Sequence[Any], deadline: float
+    ) -> Sequence[Row]:
         if self._direct is None:
             if connection.info.parameter_status("client_encoding") == "SQL_ASCII":
                 raise InvalidDataError("the client_encoding is SQL_ASCII, which knows no text: connect with UTF8")
-            self._direct = await is_direct(connection)
-        # A cursor of our own kind, whatever factories the caller's connection has. Behind a transaction pooler nothing
-        # is prepared: the next statement may run in another session, where that name stands for another statement.
-        cursor = psycopg.AsyncRawCursor(connection, row_factory=tuple_row)
-        await cursor.execute(sql, params, binary=True, prepare=None if self._direct else False)
-        # Not by the description, which costs as much as the rows.
-        return await cursor.fetchall() if cursor.pgresult is not None and cursor.pgresult.nfields else []
+            self._direct = await is_direct(connection, deadline)
+        # Behind a transaction pooler nothing is prepared: the next statement may run in another session, where that
+        # name stands for another statement.
+        return await execute(connection, sql, params, deadline, prepare=None if self._direct else False)
 
 
 class AsyncPoolClient(AsyncPsycopgClient):
     """A psycopg pool. If it is `owned`, the first statement opens it, and it is closed with the store."""
 
-    def __init__(self, pool: AsyncConnectionPool[Any], *, owned: bool = False) -> None:
+    def __init__(self, pool: AsyncConnectionPool[Any], timeout: float | None, *, owned: bool = False) -> None:
+        super().__init__(timeout)
         self._pool = pool
         self._owned = owned
         self._connected = not owned
         self._opening = AsyncLock()
+        self._refusal: Exception | None = None
+        self._refused_at = 0.0
         self._closed = False
 
     def is_connected(self) -> bool:
@@ -127,17 +135,27 @@ class AsyncPoolClient(AsyncPsycopgClient):
     async def query(self, sql: str, params: Sequence[Any]) -> Sequence[Row]:
         if self._owned and self._pool.closed:
             await self._open()
-        # Not by its context manager, which ends a transaction: in autocommit mode there is none to end.
-        connection = await self._pool.getconn()
+        deadline = monotonic() + self._timeout
+        connection = await self._idle_connection(deadline)
         autocommit = connection.autocommit
         try:
             if not autocommit:
                 # Changing the mode of an idle connection is local: it saves the round trips of BEGIN and COMMIT.
                 await connection.set_autocommit(True)
-            return await self._run(connection, sql, params)
+            return await self._run(connection, sql, params, deadline)
         finally:
             # A pool would lose a connection whose return is interrupted.
             await async_uninterrupted(partial(self._give_back, connection, autocommit))
+
+    async def _idle_connection(self, deadline: float) -> psycopg.AsyncConnection[Any]:
+        while True:
+            # Not by its context manager, which ends a transaction: in autocommit mode there is none to end.
+            timeout = max(0.0, min(self._pool.timeout, deadline - monotonic()))
+            connection: psycopg.AsyncConnection[Any] = await self._pool.getconn(timeout)
+            if not has_ended(connection):
+                return connection
+            # A pool keeps what has died in it, and after a restart of the server each would cost a caller an error.
+            await async_uninterrupted(partial(self._pool.putconn, connection))
 
     async def _give_back(self, connection: psycopg.AsyncConnection[Any], autocommit: bool) -> None:
         try:
@@ -147,11 +165,18 @@ class AsyncPoolClient(AsyncPsycopgClient):
             await self._pool.putconn(connection)
 
     async def _open(self) -> None:
+        asked_at = monotonic()
         async with self._opening:
+            if self._refusal is not None and self._refused_at > asked_at:  # while this caller waited for its turn
+                raise copied(self._refusal) from self._refusal
             if not self._connected:
                 # One connection beforehand: why there is none, the pool would tell the log alone, and us after a time.
-                async with await psycopg.AsyncConnection.connect(str(self._pool.conninfo)):
-                    self._connected = True
+                try:
+                    async with await psycopg.AsyncConnection.connect(str(self._pool.conninfo)):
+                        self._connected = True
+                except Exception as error:
+                    self._refusal, self._refused_at = error, monotonic()
+                    raise
             await self._pool.open()
             if self._closed:  # meanwhile, and too early for `close` to find the pool open
                 await self._pool.close()
@@ -177,14 +202,15 @@ class AsyncConnectionClient(AsyncPsycopgClient):
 
     joins_transactions = True
 
-    def __init__(self, connection: psycopg.AsyncConnection[Any]) -> None:
+    def __init__(self, connection: psycopg.AsyncConnection[Any], timeout: float | None) -> None:
+        super().__init__(timeout)
         self._connection = connection
 
     def is_connected(self) -> bool:
         return True
 
     async def query(self, sql: str, params: Sequence[Any]) -> Sequence[Row]:
-        return await self._run(self._connection, sql, params)
+        return await self._run(self._connection, sql, params, monotonic() + self._timeout)
 
     async def connect(self) -> psycopg.AsyncConnection[Row] | None:
         return await open_connection(parameters_of(self._connection))
@@ -196,23 +222,23 @@ class AsyncConnectionClient(AsyncPsycopgClient):
         return self._connection.info.transaction_status != TransactionStatus.IDLE
 
 
-def as_client(client: AsyncClientLike) -> AsyncClient:
+def as_client(client: AsyncClientLike, timeout: float | None = None) -> AsyncClient:
     """Return what a store talks to. For a connection string this is a pool of its own, closed with the client."""
-    if isinstance(client, AsyncClient):
-        return client
     if isinstance(client, str):
         given = conninfo_to_dict(client)
         conninfo = make_conninfo(client, **{name: value for name, value in DEFAULTS.items() if name not in given})
         pool: AsyncConnectionPool[Any] = AsyncConnectionPool(
             conninfo, kwargs={"autocommit": True}, min_size=1, max_size=10, timeout=10, open=False
         )
-        return AsyncPoolClient(pool, owned=True)
+        return AsyncPoolClient(pool, timeout, owned=True)
     if isinstance(client, AsyncConnectionPool):
-        return AsyncPoolClient(client)
+        return AsyncPoolClient(client, timeout)
     if isinstance(client, psycopg.AsyncConnection):
-        return AsyncConnectionClient(client)
-    if async_is_flavour(getattr(client, "query", None)):
-        return AsyncClient(client)
+        return AsyncConnectionClient(client, timeout)
+    if isinstance(client, AsyncClient) or async_is_flavour(getattr(client, "query", None)):
+        if timeout is not None:
+            raise ValueError("timeout is for psycopg's pools and connections: set the one of your driver")
+        return client if isinstance(client, AsyncClient) else AsyncClient(client)
     accepted = " or ".join(kind.__name__ for kind in (AsyncConnectionPool, psycopg.AsyncConnection))
     raise TypeError(
         f"a client of this store must be a connection string, a psycopg {accepted}, or an object whose query method "
@@ -220,11 +246,68 @@ def as_client(client: AsyncClientLike) -> AsyncClient:
     )
 
 
-async def is_direct(connection: psycopg.AsyncConnection[Any]) -> bool:
+class UnansweredError(psycopg.OperationalError):
+    """A statement was given up: whether it has taken effect is not known."""
+
+
+class AsyncTimedCursor(psycopg.AsyncRawCursor[Row]):
+    """Gives a statement up that has not been answered by a `deadline` of the monotonic clock.
+
+    Of a peer that takes what is sent and says nothing, nobody else takes notice: TCP holds it for alive.
+    """
+
+    def __init__(self, connection: psycopg.AsyncConnection[Any], deadline: float = math.inf) -> None:
+        super().__init__(connection, row_factory=tuple_row)
+        self._deadline = deadline
+
+    def _execute_gen(self, *args: Any, **options: Any) -> Generator[Any, Any, None]:
+        steps = super()._execute_gen(*args, **options)
+        return steps if self._deadline == math.inf else self._in_time(steps)
+
+    def _in_time(self, steps: Generator[Any, Any, None]) -> Generator[Any, Any, None]:
+        # Psycopg goes on with what it waits for several times a second, also if nothing has come.
+        ready = None
+        with suppress(StopIteration):
+            while True:
+                wanted = steps.send(ready)
+                if monotonic() >= self._deadline:
+                    raise UnansweredError("the server has not answered in time")
+                ready = yield wanted
+
+
+async def execute(
+    connection: psycopg.AsyncConnection[Any],
+    sql: str,
+    params: Sequence[Any] = (),
+    deadline: float = math.inf,
+    *,
+    prepare: bool | None = False,
+) -> Sequence[Row]:
+    """Run one statement on a connection, whatever factories that has, and return its rows."""
+    cursor = AsyncTimedCursor(connection, deadline)
+    try:
+        await cursor.execute(sql, params, binary=True, prepare=prepare)
+    except UnansweredError:
+        connection.pgconn.finish()  # what is on its way would be taken for the answer to the next statement
+        raise
+    # Not by the description, which costs as much as the rows.
+    return await cursor.fetchall() if cursor.pgresult is not None and cursor.pgresult.nfields else []
+
+
+def has_ended(connection: psycopg.AsyncConnection[Any]) -> bool:
+    """Say whether the other side has closed an idle connection; this costs no round trip."""
+    try:
+        connection.pgconn.consume_input()  # a last message
+        connection.pgconn.consume_input()  # and what comes after it
+    except psycopg.OperationalError:
+        return True
+    return False
+
+
+async def is_direct(connection: psycopg.AsyncConnection[Any], deadline: float) -> bool:
     """Say whether a connection leads to one server process: the process id that a pooler gives is its own invention."""
-    cursor = psycopg.AsyncRawCursor(connection, row_factory=tuple_row)
-    await cursor.execute("SELECT pg_backend_pid()", prepare=False)
-    return await cursor.fetchone() == (connection.info.backend_pid,)
+    [(process_id,)] = await execute(connection, "SELECT pg_backend_pid()", (), deadline)
+    return bool(process_id == connection.info.backend_pid)
 
 
 def parameters_of(connection: psycopg.AsyncConnection[Any]) -> dict[str, str]:
@@ -238,6 +321,4 @@ async def open_connection(parameters: Mapping[str, Any]) -> psycopg.AsyncConnect
         **{**DEFAULTS, **parameters},
         autocommit=True,
         prepare_threshold=None,
-        row_factory=tuple_row,
-        cursor_factory=psycopg.AsyncRawCursor,
     )

@@ -35,7 +35,7 @@ class AsyncPostgresConversationStore:
 
     `client` is what a stream store takes. A connection that is inside a transaction makes the store take part in it.
     `ttl` is how long, in seconds, a conversation is kept after it was last saved or touched; one that has expired is
-    as good as deleted, by the server's clock.
+    as good as deleted, by the server's clock. `timeout` is what a stream store takes.
 
     Every method raises `InvalidDataError` for a session id that is empty, longer than 1,024 bytes, or not storable,
     `SchemaError` if the table is missing, `StoreClosedError` once the store is closed, and the driver's own error if
@@ -49,10 +49,11 @@ class AsyncPostgresConversationStore:
         *,
         table: str | Identifier = CONVERSATIONS_TABLE,
         ttl: float | timedelta = 1800.0,
+        timeout: float | timedelta | None = None,
     ) -> None:
         self._sql = ConversationStatements(Table.parse(table))
         self._ttl = arguments.milliseconds(ttl, "ttl")
-        self._database = AsyncDatabase(client, retry_for=0.0)
+        self._database = AsyncDatabase(client, retry_for=0.0, timeout=timeout)
         self._name = uuid.uuid4().hex  # by which a history knows that it was loaded here
 
     async def load(self, session_id: str) -> ChatHistory[Any]:

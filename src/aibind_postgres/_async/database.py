@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from datetime import timedelta
 from functools import partial
 from random import uniform
 from time import monotonic
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from .. import _arguments as arguments
 from .._concurrency import AsyncEvent
 from ..errors import ForkedError, StoreClosedError, translated
 from .client import as_client
@@ -36,8 +38,8 @@ class AsyncAttempt(Protocol[ResultOut]):
 class AsyncDatabase:
     """The database of one store. Once `closing` is set, nothing runs any more and nobody sleeps on."""
 
-    def __init__(self, client: AsyncClientLike, retry_for: float) -> None:
-        self.client = as_client(client)
+    def __init__(self, client: AsyncClientLike, retry_for: float, timeout: float | timedelta | None) -> None:
+        self.client = as_client(client, None if timeout is None else arguments.seconds(timeout, "timeout"))
         self.closing = AsyncEvent()
         self._retry_for = retry_for
         # The process whose connections and workers these are; none before there are any.

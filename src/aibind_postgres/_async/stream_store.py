@@ -49,10 +49,15 @@ class AsyncPostgresStreamStore:
     `poll_interval` is how often, in seconds, waiting readers look for chunks that nobody announces, while there are
     some; it backs off to ten times as much. `ttl` is how long, in seconds, a stream is kept after its end. `retry_for`
     is how long, in seconds, a reader or a writer that has lost the server tries to reach it again before the driver's
-    error, or `StreamWriteError`, is raised. `synchronous_commit` is what PostgreSQL waits for before it acknowledges
-    what this store writes, as in its setting of this name; None leaves that to the server. With "off" what was
-    acknowledged in the last moments before a crash of the server may be lost. In a transaction of the caller it holds
-    for all of that transaction.
+    error, or `StreamWriteError`, is raised. `timeout` is how long, in seconds, a statement may take, with the time in
+    which it waits for a connection of the pool, before it is given up, its connection closed, and
+    `psycopg.OperationalError` raised: it may have taken effect. None sets no limit, and a server that is there but
+    silent is waited for. Connecting has a limit of its own, the `connect_timeout` of the connection string. Clients of
+    other drivers take no `timeout`: they have their own.
+
+    `synchronous_commit` is what PostgreSQL waits for before it acknowledges what this store writes, as in its setting
+    of this name; None leaves that to the server. With "off" what was acknowledged in the last moments before a crash of
+    the server may be lost. In a transaction of the caller it holds for all of that transaction.
 
     Appends that several callers make at the same time go out together, as one statement of one of them, unless the
     client's statements take part in the callers' transactions. A client of one's own that tells callers apart, by a
@@ -73,12 +78,13 @@ class AsyncPostgresStreamStore:
         poll_interval: float | timedelta = 0.1,
         ttl: float | timedelta = 300.0,
         retry_for: float | timedelta = 30.0,
+        timeout: float | timedelta | None = None,
         synchronous_commit: SynchronousCommit | None = None,
     ) -> None:
         chunks, status = distinct(chunks_table, status_table)
         poll_seconds = arguments.seconds(poll_interval, "poll_interval")
         self._ttl = arguments.milliseconds(ttl, "ttl")
-        self._database = AsyncDatabase(client, arguments.seconds(retry_for, "retry_for", zero=True))
+        self._database = AsyncDatabase(client, arguments.seconds(retry_for, "retry_for", zero=True), timeout)
         self._sql = StreamStatements(chunks, status, synchronous_commit)
         self._changes = AsyncChanges(self._database, self._sql, status.channel, poll_seconds)
         self._appender = AsyncAppender(self._database, self._sql, self._ttl, self._changes)

@@ -7,7 +7,7 @@ from functools import partial
 import psycopg
 import pytest
 from psycopg_pool import AsyncConnectionPool
-from support.concurrency import AsyncBackground, async_gather, async_sleep
+from support.concurrency import AsyncBackground, async_gather, async_sleep, async_until
 from support.exhaustion import FullDisk, fill_up, limit_connections
 
 from aibind_postgres import (
@@ -28,11 +28,6 @@ async def texts(store, id):
 
 async def read_to_the_end(store, id):
     return [tuple(chunk) async for chunk in store.read_from(id)]
-
-
-async def until(condition):
-    while not condition():
-        await async_sleep(0.01)
 
 
 async def refuse_nothing(call):
@@ -122,7 +117,7 @@ async def test_closing_in_mid_call_loses_nothing_that_was_acknowledged(dsn, tabl
             calls = [partial(append, worker) for worker in range(20)] + [count] * 5 + [partial(store.wait, id)] * 5
             everything = partial(async_gather, *calls, write, errors=True)
             async with AsyncBackground(everything) as working:
-                await until(lambda begun=begun, done=acknowledged: begun and len(done) > 20)
+                await async_until(lambda begun=begun, done=acknowledged: begun and len(done) > 20)
                 await async_sleep(0.001 * rnd)
                 await (pool if closed == "pool" else store).close()
                 ends = await working.result(HANG)
@@ -203,7 +198,7 @@ async def test_a_full_disk_leaves_nothing_half_written_and_nothing_broken(
 
             async with AsyncBackground(partial(read_to_the_end, store, live)) as reading:
                 async with AsyncBackground(write) as writing:
-                    await until(lambda: disk.is_full)
+                    await async_until(lambda: disk.is_full)
                     calls = [partial(append, number) for number in range(CALLERS)]
                     many = partial(store.append_many, id, ["a", "b"])
                     calls += [many, store.create, partial(store.stop, id), partial(chats.save, "session", chat)]

@@ -10,6 +10,7 @@ from functools import partial
 
 import psycopg
 import pytest
+from psycopg_pool import AsyncConnectionPool
 from support.concurrency import async_gather, async_sleep, async_workers
 from support.killing import Killing
 
@@ -210,3 +211,16 @@ async def test_a_killed_server_loses_no_message(victim, long):
     print(f"{killing.kills} kills, {len(losses)} lost calls, {len(acknowledged)} acknowledged messages")
     assert losses, "no kill has hit a call"
     assert sorted(stored) == acknowledged
+
+
+@pytest.mark.parametrize("how", ["stop", "kill"])
+async def test_after_a_restart_nobody_meets_a_connection_that_has_died_in_the_pool(victim, how):
+    async with (
+        AsyncConnectionPool(victim.dsn, kwargs={"autocommit": True}, min_size=5, timeout=30, open=False) as pool,
+        AsyncPostgresStreamStore(pool) as store,
+    ):
+        await pool.wait()
+        id = await store.create()
+        getattr(victim, how)()
+        victim.start()
+        assert [await store.append(id, "a") for _ in range(10)] == list(range(1, 11))

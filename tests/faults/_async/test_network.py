@@ -1,0 +1,335 @@
+"""A network that breaks: nothing is written twice, nothing acknowledged is lost, and no call hangs."""
+
+from __future__ import annotations
+
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+
+import psycopg
+import pytest
+from support import proxy
+from support.concurrency import AsyncBackground, async_gather, async_sleep
+
+from aibind_postgres import (
+    AsyncPostgresConversationStore,
+    AsyncPostgresStreamStore,
+    StreamExistsError,
+    StreamNotActiveError,
+    StreamWriteError,
+)
+
+HANG = 30  # seconds after which a call counts as hanging
+ANSWER_WITHIN = {"timeout": 1.0}  # the option that bounds a call where the server is silent
+LOST = (psycopg.OperationalError, StreamWriteError)
+TEXTS = [f"written {number}" for number in range(1, 31)]
+names = (f"stream {number}" for number in count(1))
+
+
+async def texts_of(store, id):
+    return [(chunk.seq, chunk.data) async for chunk in store.read_from(id, follow=False)]
+
+
+def numbered(texts):
+    return list(enumerate(texts, 1))
+
+
+async def bounded(network, call):
+    """Return the result of a call, or the error by which it says that the server was away; it must not hang."""
+    async with AsyncBackground(call) as running:
+        try:
+            return await running.result(HANG), None
+        except LOST as error:
+            return None, error
+        except BaseException:
+            network.heal()
+            network.cut()  # so that what hangs ends
+            raise
+
+
+async def persistently(network, call):
+    """Call until it succeeds. Each connection of a pool may have been cut, and is found out one by one."""
+    for _ in range(20):
+        result, error = await bounded(network, call)
+        if error is None:
+            return result
+        await async_sleep(0.05)
+    raise error
+
+
+@dataclass
+class Trial:
+    """What an operation works on: stores behind the network, a stream of its own, and how often it was called."""
+
+    store: AsyncPostgresStreamStore
+    conversations: AsyncPostgresConversationStore
+    direct: AsyncPostgresStreamStore
+    directly_conversing: AsyncPostgresConversationStore
+    distant: str
+    id: str
+    calls: int = 0
+
+
+@asynccontextmanager
+async def trial(network, distant, direct, options):
+    """Give a trial with an active stream of three chunks, a conversation, and open connections."""
+    id = await direct.create(next(names))
+    await direct.append_many(id, ["a", "b", "c"])
+    async with (
+        AsyncPostgresConversationStore(distant) as directly_conversing,
+        AsyncPostgresStreamStore(network.dsn, retry_for=2, **options) as store,
+        AsyncPostgresConversationStore(network.dsn, **options) as conversations,
+    ):
+        async with directly_conversing.edit(id) as chat:
+            chat.append({"role": "user"})
+        await store.get_status("nothing")
+        await conversations.touch("nothing")
+        yield Trial(store, conversations, direct, directly_conversing, distant, id)
+
+
+class Append:
+    persists, marker = False, None
+
+    async def prepare(self, it): ...
+
+    async def call(self, it):
+        return await it.store.append(it.id, "d", expected_seq=4)
+
+    async def check(self, it, result):
+        assert result == 4
+        assert await texts_of(it.direct, it.id) == numbered("abcd")
+
+
+class AppendMany(Append):
+    async def call(self, it):
+        return await it.store.append_many(it.id, TEXTS, expected_seq=4)
+
+    async def check(self, it, result):
+        assert result == 3 + len(TEXTS)
+        assert await texts_of(it.direct, it.id) == numbered(["a", "b", "c", *TEXTS])
+
+
+class Write(Append):
+    persists, marker = True, TEXTS[0]
+
+    async def call(self, it):
+        have = len(await texts_of(it.direct, it.id)) - 3
+        try:
+            async with it.store.writer(it.id) as writer:
+                for text in TEXTS[have:]:
+                    await writer.write(text)
+        except StreamNotActiveError:
+            assert it.calls > 1  # a call before has ended it, and had no reply
+
+    async def check(self, it, result):
+        status = await it.direct.get_status(it.id)
+        found = await texts_of(it.direct, it.id)
+        assert found == numbered(["a", "b", "c", *TEXTS])[: len(found)]
+        complete = len(found) == 3 + len(TEXTS)
+        assert complete or status.state == "error"  # as a writer does that gives up, if it can
+        assert it.calls > 1 or (complete and status.state == "done")
+
+
+class Create(Append):
+    async def call(self, it):
+        try:
+            return await it.store.create(f"{it.id}, new")
+        except StreamExistsError:
+            assert it.calls > 1
+            return f"{it.id}, new"
+
+    async def check(self, it, result):
+        assert (await it.direct.get_status(result))[:] == ("active", None, 0)
+
+
+class Complete(Append):
+    state, error = "done", None
+
+    async def call(self, it):
+        return await it.store.complete(it.id)
+
+    async def check(self, it, result):
+        assert result or it.calls > 1
+        assert (await it.direct.get_status(it.id))[:] == (self.state, self.error, 3)
+
+
+class Stop(Complete):
+    state = "stopped"
+
+    async def call(self, it):
+        return await it.store.stop(it.id)
+
+
+class Fail(Complete):
+    state, error = "error", "too hot"
+
+    async def call(self, it):
+        return await it.store.fail(it.id, "too hot")
+
+
+class Delete(Append):
+    async def call(self, it):
+        return await it.store.delete(it.id)
+
+    async def check(self, it, result):
+        assert result or it.calls > 1
+        assert await it.direct.get_status(it.id) is None
+        await it.direct.create(it.id)
+        assert await texts_of(it.direct, it.id) == []
+
+
+class Cleanup(Append):
+    marker = "aibind_stream_chunks"
+
+    async def prepare(self, it):
+        async with AsyncPostgresStreamStore(it.distant, ttl=0.001) as brief:
+            await brief.create(f"{it.id}, expired")
+            await brief.append(f"{it.id}, expired", "x")
+            await brief.complete(f"{it.id}, expired")
+        await async_sleep(0.01)
+
+    async def call(self, it):
+        return await it.store.cleanup()
+
+    async def check(self, it, result):
+        assert result == (1, 1) or it.calls > 1
+        assert await it.direct.get_status(f"{it.id}, expired") is None
+        assert await texts_of(it.direct, it.id) == numbered("abc")
+
+
+class ReadFrom(Append):
+    persists = True
+
+    async def prepare(self, it):
+        await it.direct.complete(it.id)
+
+    async def call(self, it):
+        return [(chunk.seq, chunk.data) async for chunk in it.store.read_from(it.id)]
+
+    async def check(self, it, result):
+        assert result == numbered("abc")
+
+
+class Wait(ReadFrom):
+    async def call(self, it):
+        return await it.store.wait(it.id)
+
+    async def check(self, it, result):
+        assert result[:] == ("done", None, 3)
+
+
+class GetStatus(Append):
+    async def call(self, it):
+        return await it.store.get_status(it.id)
+
+    async def check(self, it, result):
+        assert result[:] == ("active", None, 3)
+
+
+class Load(Append):
+    async def call(self, it):
+        return await it.conversations.load(it.id)
+
+    async def check(self, it, result):
+        assert list(result.messages) == [{"role": "user"}]
+
+
+class Save(Append):
+    async def prepare(self, it):
+        self.chat = await it.conversations.load(it.id)
+        self.chat.append({"role": "assistant"})
+
+    async def call(self, it):
+        await it.conversations.save(it.id, self.chat, on_conflict="raise")
+
+    async def check(self, it, result):
+        stored = await it.directly_conversing.load(it.id)
+        assert stored.to_json() == self.chat.to_json()
+        assert len(stored) == 2
+
+
+OPERATIONS = [Append, AppendMany, Write, Create, Stop, Complete, Fail, Delete, Cleanup, ReadFrom, Wait, GetStatus]
+OPERATIONS += [Load, Save]
+
+PASSING = {
+    "cut": lambda network, marker: network.cut(),
+    "request lost": lambda network, marker: network.cut_at(marker, answered=False),
+    "reply lost": lambda network, marker: network.cut_at(marker, answered=True),
+    "delayed": lambda network, marker: network.delay(0.02),
+}
+
+
+@pytest.mark.parametrize("fault", [*PASSING, *proxy.LASTING])
+@pytest.mark.parametrize("kind", OPERATIONS)
+async def test_an_operation_succeeds_or_raises_in_time_and_its_retry_is_safe(
+    network, distant, direct, kind, fault, long
+):
+    options = ANSWER_WITHIN if fault in proxy.LASTING else {}
+    for _ in range((3 if fault in proxy.LASTING else 10) if long else 1):
+        operation = kind()
+        async with trial(network, distant, direct, options) as it:
+            await operation.prepare(it)
+
+            async def call(operation=operation, it=it):
+                it.calls += 1
+                return await operation.call(it)
+
+            faults = network.faults
+            if fault in PASSING:
+                PASSING[fault](network, operation.marker or it.id)
+            else:
+                proxy.LASTING[fault](network)
+            result, error = await bounded(network, call)
+            assert network.faults == faults + (fault in ("request lost", "reply lost"))
+            network.heal()
+            if fault == "delayed" or (fault in PASSING and operation.persists):
+                assert error is None
+            if fault in proxy.LASTING:
+                assert error is not None
+            if error is not None:
+                result = await persistently(network, call)
+            await operation.check(it, result)
+
+
+@pytest.mark.parametrize("answered", [False, True], ids=["request lost", "reply lost"])
+async def test_appends_that_share_a_statement_share_its_loss_and_are_safe_to_retry(network, direct, answered, long):
+    async with AsyncPostgresStreamStore(network.dsn) as store:
+        await store.get_status("nothing")
+        for _ in range(30 if long else 3):
+            ids = [await direct.create(next(names)) for _ in range(20)]
+
+            async def append(id):
+                assert await persistently(network, partial(store.append, id, id, expected_seq=1)) == 1
+
+            network.cut_at(ids[-1], answered=answered)
+            await async_gather(*[partial(append, id) for id in ids])
+            network.heal()
+            for id in ids:
+                assert await texts_of(direct, id) == [(1, id)]
+
+
+async def test_closing_ends_the_calls_that_nobody_answers(network, direct):
+    id = await direct.create(next(names))
+    store = AsyncPostgresStreamStore(network.dsn, **ANSWER_WITHIN)
+    await store.get_status(id)
+    network.stall(*proxy.BOTH)
+    async with AsyncBackground(partial(async_gather, *[partial(store.append, id, "x")] * 5, errors=True)) as calls:
+        await async_sleep(0.2)
+        try:
+            await bounded(network, store.close)
+            assert all(isinstance(error, Exception) for error in await calls.result(HANG))
+        finally:
+            network.heal()
+            network.cut()
+
+
+async def test_many_who_find_the_server_silent_from_the_start_do_not_queue_for_that(network):
+    network.stall(*proxy.BOTH)
+    async with AsyncPostgresStreamStore(f"{network.dsn} connect_timeout=2") as store:
+        calls = [partial(store.get_status, "nothing")] * 20
+        errors, _ = await bounded(network, partial(async_gather, *calls, errors=True))
+        assert all(isinstance(error, psycopg.OperationalError) for error in errors)
+        assert len(set(map(id, errors))) == len(errors)
+        network.heal()
+        assert await store.get_status("nothing") is None

@@ -1,0 +1,167 @@
+"""A network that breaks while streams are written and read: each chunk is stored once, and seen once."""
+
+from __future__ import annotations
+
+import random
+from functools import partial
+from itertools import count
+from time import monotonic
+
+import psycopg
+import pytest
+from psycopg_pool import AsyncConnectionPool
+from support import proxy
+from support.concurrency import AsyncBackground, async_gather, async_sleep, async_until
+
+from aibind_postgres import AsyncPostgresStreamStore
+
+HANG = 30  # seconds after which a call counts as hanging
+ANSWER_WITHIN = {"timeout": 1.0}  # the option that bounds a call where the server is silent
+TEXTS = [f"written {number}" for number in range(1, 31)]
+
+
+async def texts_of(store, id):
+    return [(chunk.seq, chunk.data) async for chunk in store.read_from(id, follow=False)]
+
+
+def numbered(texts):
+    return list(enumerate(texts, 1))
+
+
+@pytest.mark.parametrize("fault", proxy.LASTING)
+async def test_who_persists_gets_over_it(network, direct, fault, long):
+    options = {} if fault == "refused" else ANSWER_WITHIN
+    async with AsyncPostgresStreamStore(network.dsn, retry_for=HANG, **options) as store:
+        for _ in range(10 if long else 1):
+            id = await direct.create()
+
+            async def write(id=id):
+                async with store.writer(id) as writer:
+                    for text in TEXTS:
+                        await writer.write(text)
+                        await async_sleep(0.1)
+
+            async def read(id=id):
+                return [(chunk.seq, chunk.data) async for chunk in store.read_from(id)]
+
+            async with AsyncBackground(write) as writing, AsyncBackground(read) as reading:
+                async with AsyncBackground(partial(store.wait, id)) as waiting:
+                    try:
+                        await async_sleep(0.5)
+                        proxy.LASTING[fault](network)
+                        await async_sleep(2.5)
+                        network.heal()
+                        await writing.result(HANG)
+                        assert await reading.result(HANG) == numbered(TEXTS)
+                        assert (await waiting.result(HANG)).state == "done"
+                    finally:
+                        network.heal()
+                        await direct.complete(id)
+                        network.cut()
+            assert await texts_of(direct, id) == numbered(TEXTS)
+
+
+async def test_appends_without_a_number_are_stored_once_if_acknowledged_else_once_at_most(network, direct, long):
+    seed = 5
+    chance = random.Random(seed)
+    id = await direct.create()
+    acknowledged, unknown = {}, set()
+    async with AsyncPostgresStreamStore(network.dsn) as store:
+        await store.get_status(id)
+
+        async def append(first):
+            for number in range(first, first + (500 if long else 25)):
+                try:
+                    acknowledged[await store.append(id, f"<{number}>")] = f"<{number}>"
+                except psycopg.OperationalError:
+                    unknown.add(f"<{number}>")
+
+        async def disturb():
+            while len(acknowledged) + len(unknown) < (4000 if long else 200):
+                chance.choice(
+                    [
+                        network.cut,
+                        partial(network.cut_at, "<", answered=True),
+                        partial(network.cut_at, "<", answered=False),
+                    ]
+                )()
+                await async_sleep(chance.uniform(0.005, 0.05))
+
+        async def both():
+            await async_gather(disturb, *[partial(append, 1000 * writer) for writer in range(8)])
+
+        async with AsyncBackground(both) as running:
+            try:
+                await running.result(120 if long else HANG)
+            finally:
+                network.heal()
+    stored = await texts_of(direct, id)
+    texts = [text for _, text in stored]
+    assert [seq for seq, _ in stored] == list(range(1, len(stored) + 1)), seed
+    assert len(set(texts)) == len(texts), seed
+    assert acknowledged.items() <= dict(stored).items(), seed
+    assert set(texts) <= set(acknowledged.values()) | unknown, seed
+    assert acknowledged, seed
+    assert unknown, seed
+
+
+async def test_a_pool_full_of_dead_connections_does_not_use_up_the_attempts(network, direct):
+    id = await direct.create()
+    await direct.complete(id)
+    async with (
+        AsyncConnectionPool(network.dsn, kwargs={"autocommit": True}, min_size=40, timeout=HANG, open=False) as pool,
+        AsyncPostgresStreamStore(pool, retry_for=5) as store,
+    ):
+        await pool.wait(HANG)
+        network.cut()
+        assert [chunk async for chunk in store.read_from(id)] == []
+
+
+async def test_a_reader_sees_each_chunk_once_however_often_it_is_cut_off(network, direct, long):
+    seed = 7
+    chance = random.Random(seed)
+    id = await direct.create()
+    total = 2000 if long else 100
+    # Cuts come as often as attempts here.
+    async with AsyncPostgresStreamStore(network.dsn, retry_for=300) as store:
+
+        async def read():
+            return [(chunk.seq, chunk.data) async for chunk in store.read_from(id)]
+
+        async with AsyncBackground(read) as first, AsyncBackground(read) as second:
+            for number in range(1, total + 1):
+                await direct.append(id, f"{number}")
+                await async_sleep(0.01)
+                if chance.random() < 0.1:
+                    network.cut()
+            await direct.complete(id)
+            assert await first.result(HANG) == numbered(map(str, range(1, total + 1))), seed
+            assert await second.result(HANG) == numbered(map(str, range(1, total + 1))), seed
+
+
+@pytest.mark.parametrize("directions", [proxy.BOTH, (proxy.TO_CLIENT,)], ids=["silent", "announcements held up"])
+async def test_a_listen_connection_that_is_stalled_is_noticed(network, direct, directions):
+    id = await direct.create()
+    arrived = []
+    async with AsyncPostgresStreamStore(network.dsn) as store:
+
+        async def read():
+            async for chunk in store.read_from(id):
+                arrived.append(chunk.data)
+
+        async with AsyncBackground(read) as reader:
+            try:
+                await async_until(lambda: network.listened == 1)
+                network.stall(*directions, listening_only=True)
+                give_up_at = monotonic() + 2 * HANG
+                for number in count(1):
+                    await direct.append(id, f"{number}")
+                    await async_until(lambda number=number: len(arrived) == number)  # by the poll
+                    if network.listened > 1:
+                        break
+                    assert monotonic() < give_up_at, "not noticed"
+                    await async_sleep(0.3)
+            finally:
+                await direct.complete(id)
+            await reader.result(HANG)
+    assert arrived == [f"{number}" for number in range(1, len(arrived) + 1)]
