@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -225,7 +226,7 @@ class AsyncConnectionClient(AsyncPsycopgClient):
 def as_client(client: AsyncClientLike, timeout: float | None = None) -> AsyncClient:
     """Return what a store talks to. For a connection string this is a pool of its own, closed with the client."""
     if isinstance(client, str):
-        given = conninfo_to_dict(client)
+        given = parameters_in(client)
         conninfo = make_conninfo(client, **{name: value for name, value in DEFAULTS.items() if name not in given})
         pool: AsyncConnectionPool[Any] = AsyncConnectionPool(
             conninfo, kwargs={"autocommit": True}, min_size=1, max_size=10, timeout=10, open=False
@@ -243,6 +244,24 @@ def as_client(client: AsyncClientLike, timeout: float | None = None) -> AsyncCli
     raise TypeError(
         f"a client of this store must be a connection string, a psycopg {accepted}, or an object whose query method "
         f"is of the store's flavour, synchronous or asynchronous, not {type(client).__name__}"
+    )
+
+
+def parameters_in(conninfo: str) -> dict[str, Any]:
+    """Return the parameters of a connection string; raise `ValueError` for what is none, without repeating it.
+
+    The driver's errors quote parts of it: those for its syntax, and, when it connects, those for a host or a port. A
+    password that is not percent-encoded may be in each.
+    """
+    with suppress(psycopg.ProgrammingError, UnicodeEncodeError):
+        given = conninfo_to_dict(conninfo)
+        # The folder of a socket may have any character, and the name of an abstract one begins with @.
+        hosts = [host for host in str(given.get("host", "")).split(",") if not host.startswith("/")]
+        if not any("@" in host[1:] for host in hosts) and re.fullmatch("[0-9, ]*", str(given.get("port", ""))):
+            return given
+    raise ValueError(
+        "not a connection string of PostgreSQL, such as postgresql://user@host/database: "
+        "in a user's name or password, @ must be written as %40 there, / as %2F, and % as %25"
     )
 
 
