@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 # Of all the clocks in PostgreSQL, this one moves on inside a transaction and still lets a comparison use an index.
 NOW = "(extract(epoch FROM statement_timestamp()) * 1000)::bigint"
 
+# The times that Python can tell, in any time zone. Others may write earlier and later ones, and infinite ones.
+TELLABLE = "BETWEEN '0001-01-02 00:00Z' AND '9999-12-30 00:00Z'"
+
 CREATE = """
 WITH created AS (
     INSERT INTO {status} (id, state, error, total_chunks, expires_at)
@@ -37,7 +40,7 @@ WITH advanced AS (
     UPDATE {status}
        SET total_chunks = total_chunks + 1,
            expires_at = {renewed_expiry}
-     WHERE id = $1::text AND state = 'active'
+     WHERE id = $1::text AND state = 'active' AND total_chunks >= 0
        AND ($3::bigint IS NULL OR total_chunks = $3::bigint - 1)
     RETURNING total_chunks
 ), stored AS (
@@ -53,7 +56,7 @@ WITH advanced AS (
     UPDATE {status}
        SET total_chunks = total_chunks + json_array_length($2::text::json),
            expires_at = {renewed_expiry}
-     WHERE id = $1::text AND state = 'active'
+     WHERE id = $1::text AND state = 'active' AND total_chunks >= 0
        AND ($3::bigint IS NULL OR total_chunks = $3::bigint - 1)
     RETURNING total_chunks, total_chunks - json_array_length($2::text::json) AS last_before
 ), stored AS (
@@ -74,7 +77,7 @@ WITH wanted AS MATERIALIZED (
 ), locked AS MATERIALIZED (
     SELECT id, total_chunks
       FROM {status}
-     WHERE id = ANY (ARRAY(SELECT id FROM wanted)) AND state = 'active'
+     WHERE id = ANY (ARRAY(SELECT id FROM wanted)) AND state = 'active' AND total_chunks >= 0
        FOR UPDATE SKIP LOCKED
 ), advanced AS (
     UPDATE {status} AS s
@@ -97,7 +100,7 @@ SELECT id, last_before FROM advanced {committed_so}
 # page is a range of numbers and not a LIMIT, which may be planned as a sort of all that follows. (Nothing has a number
 # from 2^62 on.)
 READ = """
-SELECT -total_chunks AS seq, state AS data FROM {status} WHERE id = $1::text
+SELECT -greatest(total_chunks, 0) AS seq, state AS data FROM {status} WHERE id = $1::text
 UNION ALL
 SELECT seq, data FROM {chunks}
  WHERE id = $1::text AND seq > $2::bigint
@@ -111,7 +114,7 @@ READ_BATCH = """
 SELECT wanted.place, found.seq, found.data
   FROM json_to_recordset($1::text::json) AS wanted (place integer, id text, after bigint),
        LATERAL (
-           SELECT -total_chunks AS seq, state AS data FROM {status} WHERE id = wanted.id
+           SELECT -greatest(total_chunks, 0) AS seq, state AS data FROM {status} WHERE id = wanted.id
            UNION ALL
            SELECT seq, data FROM {chunks}
             WHERE id = wanted.id AND seq > wanted.after
@@ -122,16 +125,22 @@ SELECT wanted.place, found.seq, found.data
 """
 
 READ_TIMED = """
-SELECT -total_chunks AS seq, state AS data, NULL::float8 AS written_at FROM {status} WHERE id = $1::text
+SELECT -greatest(total_chunks, 0) AS seq, state AS data, NULL::float8 AS written_at FROM {status} WHERE id = $1::text
 UNION ALL
-SELECT seq, data, extract(epoch FROM created_at)::float8 FROM {chunks}
+SELECT seq, data, CASE WHEN created_at {tellable} THEN extract(epoch FROM created_at)::float8 END FROM {chunks}
  WHERE id = $1::text AND seq > $2::bigint
    AND seq <= least(least($2::bigint, 1::bigint << 62) + $3::bigint,
                     (SELECT total_chunks FROM {status} WHERE id = $1::text))
 ORDER BY seq
 """
 
-STATUS = "SELECT state, error, total_chunks FROM {status} WHERE id = $1::text"
+# Where to read on behind an empty page: a stream may count far more chunks than it has.
+NEXT = """
+SELECT min(seq) FROM {chunks}
+ WHERE id = $1::text AND seq > $2::bigint AND seq <= (SELECT total_chunks FROM {status} WHERE id = $1::text)
+"""
+
+STATUS = "SELECT state, error, greatest(total_chunks, 0) FROM {status} WHERE id = $1::text"
 
 # What waiting readers ask, all in one: where do these streams stand?
 POLL = """
@@ -169,21 +178,25 @@ WITH now AS (
 SELECT (SELECT count(*) FROM orphans) {committed_so}
 """
 
-# The optional column of migration 0002 is read through JSON, which gives NULL where it is missing.
+# The optional column of migration 0002 is read through JSON, which gives NULL where it is missing; with OFFSET, once.
 LIST = """
-SELECT id, state, error, total_chunks, expires_at, (to_jsonb(s) ->> 'created_at')::timestamptz
-  FROM {status} AS s
+SELECT id, state, error, greatest(total_chunks, 0), expires_at,
+       CASE WHEN t.created_at {tellable} THEN t.created_at END
+  FROM {status} AS s, LATERAL (SELECT (to_jsonb(s) ->> 'created_at')::timestamptz OFFSET 0) AS t (created_at)
  WHERE ($1::text IS NULL OR state = $1::text) AND id > $2::text
  ORDER BY id
  LIMIT $3::bigint
 """
 
+# The last column is what the next page gets as $6. As JSON writes it, a time is exact, whatever the session's settings.
 LIST_BY_TIME = """
-SELECT id, state, error, total_chunks, expires_at, created_at
+SELECT id, state, error, greatest(total_chunks, 0), expires_at,
+       CASE WHEN created_at {tellable} THEN created_at END, to_jsonb(created_at) #>> '{{}}'
   FROM {status}
  WHERE ($1::text IS NULL OR state = $1::text)
-   AND created_at >= coalesce($4::timestamptz, '-infinity') AND created_at < coalesce($5::timestamptz, 'infinity')
-   AND (created_at, id) > (coalesce($6::timestamptz, '-infinity'), $2::text)
+   AND created_at >= coalesce($4::timestamptz, '-infinity')
+   AND ($5::timestamptz IS NULL OR created_at < $5::timestamptz)
+   AND (created_at, id) > (coalesce($6::text::timestamptz, '-infinity'), $2::text)
  ORDER BY created_at, id
  LIMIT $3::bigint
 """
@@ -206,18 +219,20 @@ SELECT (SELECT count(*) FROM streams) AS streams, (SELECT count(*) FROM chunks) 
 """
 
 # The last sign of life is the last chunk's created_at, or the stream's own, by migration 0002. Without these it is what
-# expires_at tells for this store's ttl, and may be a quarter of the ttl newer: nobody who showed one is ended.
+# expires_at tells for this store's ttl, and may be a quarter of the ttl newer: nobody who showed one is ended. An
+# expiry too far off to be a time is taken for one that is not: its error would keep all streams from being ended.
 FAIL_ABANDONED = """
 WITH silent AS MATERIALIZED (
     SELECT id FROM {status} AS s
      WHERE state = 'active'
        AND coalesce(
-               CASE WHEN total_chunks = 0
+               CASE WHEN total_chunks <= 0
                     THEN (to_jsonb(s) ->> 'created_at')::timestamptz
                     ELSE (SELECT (to_jsonb(c) ->> 'created_at')::timestamptz
                             FROM {chunks} AS c WHERE c.id = s.id AND c.seq = s.total_chunks)
                END,
-               to_timestamp((expires_at - $1::bigint + least(total_chunks, 1) * ($1::bigint / 4)) / 1000.0))
+               to_timestamp((least(greatest(expires_at, 0), 8000000000000000) - $1::bigint
+                             + least(greatest(total_chunks, 0), 1) * ($1::bigint / 4)) / 1000.0))
            <= statement_timestamp() - $2::bigint * interval '1 millisecond'
      ORDER BY id
        FOR UPDATE SKIP LOCKED
@@ -302,6 +317,7 @@ class StreamStatements:
             "chunks": chunks.quoted,
             "status": status.quoted,
             "now": NOW,
+            "tellable": TELLABLE,
             "committed_so": "" if synchronous_commit is None else setting,
         }
 
@@ -315,6 +331,7 @@ class StreamStatements:
         self.read = fill(READ)
         self.read_batch = fill(READ_BATCH)
         self.read_timed = fill(READ_TIMED)
+        self.next = fill(NEXT)
         self.status = fill(STATUS)
         self.poll = fill(POLL)
         self.end = fill(END)

@@ -36,7 +36,10 @@ class StreamStatus(NamedTuple):
 
 
 class StreamInfo(NamedTuple):
-    """What a listing says of a stream. `created_at` is None where migration 0002 had not been applied."""
+    """What a listing says of a stream.
+
+    `created_at` is None where migration 0002 had not been applied, or where it is no time that Python can tell.
+    """
 
     id: str
     state: StreamState

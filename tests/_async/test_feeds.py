@@ -251,7 +251,7 @@ async def test_a_fetch_that_fails_is_told_to_all_who_wait_for_it(store, other, m
         query = store._database.client.query
 
         async def fail(sql, params):
-            if "-total_chunks" in sql:
+            if "-greatest(total_chunks" in sql:
                 raise psycopg.OperationalError("the server is gone")
             return await query(sql, params)
 
@@ -373,6 +373,18 @@ def test_a_full_page_is_not_all(monkeypatch):
     assert feed.current
     assert feed.over
     assert [seq for seq, _ in feed.after(0)] == [1, 2, 3]
+
+
+def test_a_hole_is_left_to_those_who_follow():
+    feed = AsyncFeed("a")
+    feed.stands(1, 2, 2)
+    feed.happened()
+    feed.take(2, 2, feed.total, rows("active", 2 * LIVE_PAGE))
+    assert feed.current
+    assert feed.after(2) is None
+    assert feed.after(2 * LIVE_PAGE) == ()
+    assert feed.append(2 * LIVE_PAGE, ["x"])
+    assert feed.after(2 * LIVE_PAGE) == [(2 * LIVE_PAGE + 1, "x")]
 
 
 def test_who_asks_from_beyond_or_behind_the_tail():

@@ -73,7 +73,8 @@ class AsyncAppender:
                 return last
             combined = False
         raise AibindError(
-            f"stream {append.stream_id!r} is active, and yet its row cannot be updated: see policies and triggers"
+            f"stream {append.stream_id!r} is active, and yet its row cannot be updated: see policies and triggers, "
+            "and whether its total_chunks is below zero"
         )
 
     async def _append_alone(self, append: Append) -> int | None:

@@ -95,6 +95,8 @@ class AsyncFeed:
             return
         total, state = -rows[0][0], rows[0][1]
         chunks = list(chunks_of(rows[1:]))
+        if not chunks and after + LIVE_PAGE < total:
+            after = total  # a hole, and perhaps a huge one: those who follow read for themselves what is behind it
         if not self._known or after > self.end:
             self._begin(min(after, total))
         if after <= self.end:  # what was appended here meanwhile is in the tail already

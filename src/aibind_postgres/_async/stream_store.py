@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from psycopg.sql import Identifier
     from typing_extensions import Self
 
-    from .client import AsyncClientLike
+    from .client import AsyncClientLike, Row
 
 PAGE = 2000  # rows that one statement reads
 
@@ -173,8 +173,8 @@ class AsyncPostgresStreamStore:
                 total_chunks, state = -rows[0][0], rows[0][1]
                 if len(rows) > 1:
                     delivered = rows[-1][0]
-                if cursor + PAGE < total_chunks:
-                    cursor += PAGE
+                if (read_up_to := await self._read_up_to(stream_id, cursor, rows)) < total_chunks:
+                    cursor = read_up_to
                     continue
                 if state != "active" or not follow:
                     return
@@ -191,7 +191,7 @@ class AsyncPostgresStreamStore:
         """Iterate over the chunks that are there, at the pace at which they were written.
 
         `speed` 2 is twice as fast; infinity leaves out the pauses. The first chunk comes at once, and so does a chunk
-        that was written before migration 0002 was applied. The caller's own time counts as part of a pause.
+        whose time is unknown, as before migration 0002 was applied. The caller's own time counts as part of a pause.
 
         Raises what `read_from` raises, `ValueError` unless `speed` is above zero, and `SchemaError` if migration 0002
         is missing.
@@ -214,11 +214,19 @@ class AsyncPostgresStreamStore:
                     due += max(0.0, written_at - (written_before or written_at)) / speed
                     written_before = written_at
                 if (pause := due - monotonic()) > 0:
-                    await self._database.sleep(pause)
+                    await self._database.sleep(min(pause, arguments.MAX_SECONDS))
                 yield StreamChunk(seq, data)
-            cursor += PAGE
+            cursor = await self._read_up_to(stream_id, cursor, rows)
             if cursor >= -rows[0][0]:
                 return
+
+    async def _read_up_to(self, stream_id: str, cursor: int, page: Sequence[Row]) -> int:
+        """Return the number up to which there is no other chunk than those of a page."""
+        end, total_chunks = cursor + PAGE, -page[0][0]
+        if len(page) > 1 or end >= total_chunks:
+            return end
+        [(following,)] = await self._database.look(self._sql.next, [stream_id, end])
+        return total_chunks if following is None else int(following) - 1
 
     async def get_status(self, id: str) -> StreamStatus | None:
         """Return where a stream stands, or None if there is no such stream."""
@@ -318,18 +326,18 @@ class AsyncPostgresStreamStore:
     ) -> AsyncIterator[StreamInfo]:
         by_time = after is not None or before is not None
         last_id = ""
-        last_time: datetime | None = None
+        last_time: str | None = None
         while True:
             if by_time:
                 params = [state, last_id, PAGE, after, before, last_time]
                 rows = await self._database.query(self._sql.list_by_time, params)
             else:
                 rows = await self._database.query(self._sql.list, [state, last_id, PAGE])
-            for stream_id, found, error, total_chunks, expires_at, created_at in rows:
+            for stream_id, found, error, total_chunks, expires_at, created_at, *_ in rows:
                 yield StreamInfo(stream_id, found, error, total_chunks, moment(expires_at), created_at)
             if len(rows) < PAGE:
                 return
-            last_id, last_time = rows[-1][0], rows[-1][5]
+            last_id, last_time = rows[-1][0], rows[-1][-1]
 
     async def cleanup(self, *, batch_size: int = 1000) -> CleanupResult:
         """Delete the streams that have ended and whose ttl is over, and their chunks; return how many.
