@@ -14,7 +14,9 @@ from zoneinfo import ZoneInfo
 import psycopg
 
 from ._async import client as async_client
+from ._async import connections as async_connections
 from ._sync import client as sync_client
+from ._sync import connections as sync_connections
 from ._tables import quote
 from .errors import sqlstate_of
 
@@ -22,7 +24,8 @@ if TYPE_CHECKING:
     from sqlalchemy import Engine, TextClause
     from sqlalchemy.ext.asyncio import AsyncEngine
 
-    from ._async.client import AsyncPostgresClient, Row
+    from ._async.client import AsyncPostgresClient
+    from ._async.connections import Row
     from ._sync.client import PostgresClient
 
 # SQLSTATE classes after which another attempt may succeed: connection exception, insufficient resources, and, of
@@ -100,12 +103,12 @@ class _SQLAlchemy(sync_client.Client):
         with self._engine.connect() as connection:
             driver: Any = connection.connection.driver_connection
             if isinstance(driver, psycopg.Connection):
-                parameters = sync_client.parameters_of(driver)
+                parameters = sync_connections.parameters_of(driver)
             elif self._engine.driver == "psycopg2":
                 parameters = _known_to_libpq({**driver.info.dsn_parameters, "password": driver.info.password})
             else:
                 return None
-        return sync_client.open_connection(parameters)
+        return sync_connections.open_connection(parameters)
 
     def may_recover(self, error: Exception) -> bool:
         return _engine_may_recover(error)
@@ -126,8 +129,8 @@ class _AsyncSQLAlchemy(async_client.AsyncClient):
             driver = (await connection.get_raw_connection()).driver_connection
             if not isinstance(driver, psycopg.AsyncConnection):
                 return None
-            parameters = async_client.parameters_of(driver)
-        return await async_client.open_connection(parameters)
+            parameters = async_connections.parameters_of(driver)
+        return await async_connections.open_connection(parameters)
 
     def may_recover(self, error: Exception) -> bool:
         return _engine_may_recover(error)
@@ -161,7 +164,7 @@ class _Django(sync_client.Client):
     def connect(self) -> psycopg.Connection[Row] | None:
         self._thread.is_background = True  # who asks for a connection of its own is no thread of Django's
         wrapper = self._wrapper
-        connection = sync_client.open_connection(_known_to_libpq(wrapper.get_connection_params()))
+        connection = sync_connections.open_connection(_known_to_libpq(wrapper.get_connection_params()))
         if role := wrapper.settings_dict["OPTIONS"].get("assume_role"):
             connection.execute(f"SET ROLE {quote(role)}")
         return connection

@@ -19,7 +19,7 @@ from psycopg.conninfo import make_conninfo
 from support.concurrency import Background, gather
 
 from aibind_postgres import PostgresConversationStore, PostgresStreamStore, StreamNotFoundError
-from aibind_postgres._sync import client
+from aibind_postgres._sync import connections as own_connections
 from aibind_postgres.adapters import wrap_django
 
 ALIASES = ["default", "server_side", *(["pooled"] if django.VERSION >= (5, 1) else [])]
@@ -230,7 +230,7 @@ def test_no_connection_of_djangos_is_left_in_the_background(theirs, tables, monk
 
     monkeypatch.setattr(type(connections["default"]), "connect", remember)
     if not listens:
-        monkeypatch.setattr(client, "open_connection", refuse)
+        monkeypatch.setattr(own_connections, "open_connection", refuse)
     with PostgresStreamStore(wrap_django(), **tables, poll_interval=0.05) as store:
         contract.following(store, theirs, leave)
         assert bool([thread for thread in threading.enumerate() if "watch" in thread.name])

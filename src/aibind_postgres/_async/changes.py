@@ -19,12 +19,12 @@ from .._concurrency import Mutex, async_spawn
 from .._sql import ANNOUNCE, StreamStatements, announced, announcements, json_array
 from .._tables import quote
 from .announcing import AsyncAnnouncer
-from .client import execute, is_direct
+from .connections import execute, is_direct
 from .database import CLOSING_TIMEOUT, LINGER
 from .feeds import AsyncFeed, AsyncFetcher, AsyncPlace
 
 if TYPE_CHECKING:
-    from .client import Row
+    from .connections import Row
     from .database import AsyncDatabase
 
 logger = logging.getLogger("aibind_postgres")

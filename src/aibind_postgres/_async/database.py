@@ -17,7 +17,8 @@ from ..errors import ForkedError, StoreClosedError, translated
 from .client import as_client
 
 if TYPE_CHECKING:
-    from .client import AsyncClientLike, Row
+    from .client import AsyncClientLike
+    from .connections import Row
 
 Result = TypeVar("Result")
 ResultOut = TypeVar("ResultOut", covariant=True)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from .changes import AsyncChanges
-    from .client import Row
+    from .connections import Row
     from .database import AsyncDatabase
 
 LIVE_PAGE = 200  # chunks of one stream that one fetch brings at most

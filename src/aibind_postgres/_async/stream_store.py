@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from psycopg.sql import Identifier
     from typing_extensions import Self
 
-    from .client import AsyncClientLike, Row
+    from .client import AsyncClientLike
+    from .connections import Row
 
 PAGE = 2000  # rows that one statement reads
 
