@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import psycopg
+import pytest
 from psycopg import sql
 
 if TYPE_CHECKING:
@@ -58,6 +60,39 @@ def fill_up(dsn: str) -> Iterator[Callable[[], None]]:
     finally:
         for connection in taken:
             connection.close()
+
+
+class SmallDisk:
+    """A file system of a few megabytes, with every table of a server on it."""
+
+    def __init__(self, server: Server) -> None:
+        self._folder = server.folder / "small"
+        self._folder.mkdir()
+        owner = server.folder.stat().st_uid
+        try:
+            self._mount(f"size=4m,mode=700,uid={owner}")
+        except (OSError, subprocess.CalledProcessError):
+            pytest.skip("needs the right to mount a file system")
+        try:
+            with psycopg.connect(server.dsn, autocommit=True) as admin:
+                place = sql.Literal(str(self._folder))
+                admin.execute(sql.SQL("CREATE TABLESPACE small LOCATION {}").format(place))
+                for kind in ("TABLE", "INDEX"):
+                    admin.execute(f"ALTER {kind} ALL IN TABLESPACE pg_default SET TABLESPACE small")
+        except BaseException:
+            self.close()
+            raise
+
+    def grow(self) -> None:
+        self._mount("remount,size=64m")
+
+    def close(self) -> None:
+        # Lazily: the server has files open there.
+        subprocess.run(["umount", "--lazy", str(self._folder)], check=True)
+
+    def _mount(self, options: str) -> None:
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(self._folder)]
+        subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
 
 
 class FullDisk:

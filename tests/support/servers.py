@@ -70,6 +70,7 @@ class Server:
 
     def __init__(self, programs: Path, folder: Path) -> None:
         self._bin = programs
+        self.folder = folder  # which belongs to the user that the server runs as
         self._data = folder / "data"
         self._log = folder / "log"
         with closing(socket.socket()) as probe:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import secrets
 from functools import partial
 
 import psycopg
 import pytest
 from psycopg_pool import AsyncConnectionPool
 from support.concurrency import AsyncBackground, async_gather, async_sleep, async_until
-from support.exhaustion import FullDisk, fill_up, limit_connections
+from support.exhaustion import FullDisk, SmallDisk, fill_up, limit_connections
 
 from aibind_postgres import (
     AsyncPostgresConversationStore,
@@ -223,3 +225,41 @@ async def test_a_full_disk_leaves_nothing_half_written_and_nothing_broken(
             assert sorted(await async_gather(*(partial(append, n) for n in range(CALLERS)))) == [*range(1, CALLERS + 1)]
             await chats.save("session", chat)
             assert (await chats.load("session")).to_json() == chat.to_json() != stored
+
+
+@pytest.fixture
+def small_disk(victim):
+    disk = SmallDisk(victim)
+    yield disk
+    victim.stop("immediate")
+    disk.close()
+
+
+async def test_a_disk_that_runs_full_and_grows(victim, small_disk):
+    async with AsyncPostgresStreamStore(victim.dsn, retry_for=0.2) as store:
+        ids = [await store.create() for _ in range(4)]
+        acknowledged = {id: [] for id in ids}
+
+        async def append(id, at_least=math.inf):
+            while len(acknowledged[id]) < at_least:
+                text = secrets.token_hex(10_000)  # compressed, it is as long
+                assert await store.append(id, text) == len(acknowledged[id]) + 1
+                acknowledged[id].append(text)
+
+        errors = await async_gather(*(partial(append, id) for id in ids), errors=True)
+        assert {type(error) for error in errors} == {psycopg.errors.DiskFull}
+        written = [secrets.token_hex(100_000) for _ in range(20)]
+        with pytest.raises(StreamWriteError) as caught:
+            async with store.writer(ids[0]) as writer:
+                for text in written:
+                    await writer.write(text)
+        assert isinstance(caught.value.__cause__, psycopg.errors.DiskFull)
+        acknowledged[ids[0]] += written[: caught.value.durable - len(acknowledged[ids[0]])]
+        for id in ids:
+            assert await texts(store, id) == acknowledged[id]
+        small_disk.grow()
+        total = max(map(len, acknowledged.values())) + 20
+        await async_gather(*(partial(append, id, total) for id in ids[1:]))
+        for id in ids:
+            assert await texts(store, id) == acknowledged[id]
+        assert min(len(acknowledged[id]) for id in ids[1:]) == total
