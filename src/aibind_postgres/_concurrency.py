@@ -122,6 +122,10 @@ class AsyncWorker:
     def __init__(self, task: asyncio.Task[None]) -> None:
         self._task = task
 
+    def is_alive(self) -> bool:
+        """Say whether it runs, or will. What is cancelled before it has begun ends without its `finally`."""
+        return not self._task.done()
+
     async def join(self, timeout: float | None = None) -> None:
         await asyncio.wait([self._task], timeout=timeout)
 
@@ -141,6 +145,16 @@ def spawn(run: Callable[[], None], name: str) -> Worker:
     thread = threading.Thread(target=run, name=name, daemon=True)
     thread.start()
     return thread
+
+
+def async_home() -> object:
+    """Return what tasks cannot leave: the event loop that runs them."""
+    return asyncio.get_running_loop()
+
+
+def home() -> object:
+    """Return nothing: threads may go anywhere."""
+    return None
 
 
 _uninterrupted: set[asyncio.Task[None]] = set()  # asyncio itself holds its tasks by weak references
@@ -167,8 +181,9 @@ async def async_uninterrupted(
             conclude()
         return
     loop = asyncio.get_running_loop()
-    if sys.version_info >= (3, 12):
-        # What has nothing to wait for is done at once, and costs no turns of the loop.
+    if sys.version_info >= (3, 12) and not isinstance(sys.exc_info()[1], asyncio.CancelledError):
+        # What has nothing to wait for is done at once, and costs no turns of the loop. Not after a cancellation: if all
+        # tasks are cancelled, all are to know it first.
         task = asyncio.Task(run(), loop=loop, eager_start=True)
         if task.done():
             conclude()
@@ -188,6 +203,29 @@ def uninterrupted(run: Callable[[], None], over: Callable[[], None] | None = Non
     finally:
         if over is not None:
             over()
+
+
+def async_at_end_of_loop(run: Callable[[], Coroutine[Any, Any, None]], unless: AsyncEvent) -> None:
+    """Have `run` called when the event loop ends, unless an event is set before.
+
+    `asyncio.run` cancels all tasks and waits for them. What they do then is done first.
+    """
+
+    async def attend() -> None:
+        try:
+            await unless.wait()
+        except asyncio.CancelledError:
+            tasks = [task for task in asyncio.all_tasks() if "aibind_postgres" not in task.get_name()]
+            if tasks:
+                await asyncio.wait(tasks)
+            await run()
+            raise
+
+    async_spawn(attend, "end of the loop of aibind_postgres")
+
+
+def at_end_of_loop(run: Callable[[], None], unless: Event) -> None:
+    """Do nothing: threads have no event loop that ends."""
 
 
 def async_is_flavour(call: object) -> bool:

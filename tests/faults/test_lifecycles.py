@@ -213,6 +213,70 @@ def test_an_asynchronous_store_in_a_forked_process_works_or_refuses_at_once(dsn,
         assert not used or other.get_status("parent").total_chunks == 40
 
 
+async def follow(store, id):
+    return [chunk.data async for chunk in store.read_from(id)]
+
+
+def test_a_store_serves_one_event_loop(dsn, tables):
+    store = AsyncPostgresStreamStore(dsn, **tables)
+
+    async def first():
+        id = await store.create()
+        return id, await store.writer(id).__aenter__()
+
+    async def second(id, writer):
+        calls = [
+            store.create,
+            partial(store.append, id, "b"),
+            partial(store.get_status, id),
+            partial(follow, store, id),
+        ]
+        calls += [store.writer(id).__aenter__, partial(writer.write, "b"), writer.flush, store.cleanup, store.close]
+        for call in calls:
+            with pytest.raises(RuntimeError, match="different event loop"):
+                await call()
+
+    asyncio.run(second(*asyncio.run(first())))
+
+
+async def hold(store, id):
+    async with store.writer(id) as writer:
+        await writer.write("b")
+        await writer.flush()
+        await asyncio.sleep(60)
+
+
+def test_one_event_loop_after_another(dsn, tables, long):
+    async def use(id):
+        async with AsyncPostgresStreamStore(dsn, **tables) as store:
+            await store.create(id)
+            reader = asyncio.create_task(follow(store, id))
+            async with store.writer(id) as writer:
+                await writer.write("a")
+            assert await asyncio.wait_for(reader, 20) == ["a"]
+            # Whom the end of the loop meets at their work, and the store in its closing.
+            await store.create(f"{id} cut off")
+            cut_off = [asyncio.create_task(follow(store, f"{id} cut off")) for _ in range(10)]
+            cut_off += [asyncio.create_task(hold(store, f"{id} cut off"))]
+            while not store._changes.followed():
+                await asyncio.sleep(0.01)
+        return store, cut_off
+
+    for number in range(50 if long else 5):
+        store, cut_off = asyncio.run(asyncio.wait_for(use(f"stream {number}"), 40))
+        assert store._changes.followed() == []
+        assert all(task.done() for task in cut_off)
+
+
+def test_an_event_loop_ends_while_the_pool_of_a_store_that_was_not_closed_grows(dsn, tables, long):
+    async def use():
+        store = AsyncPostgresStreamStore(dsn, **tables)
+        await asyncio.gather(*(store.get_status("nothing") for _ in range(20)))
+
+    for _ in range(50 if long else 10):
+        asyncio.run(use())
+
+
 PROGRAM = """
 import asyncio, sys, threading, time
 from contextlib import suppress
@@ -306,8 +370,8 @@ else:
 """
 
 SITUATIONS = ["readers", "writer", "readers and writer", "left", "reader here", "readers, raise", "readers, closed"]
-# A writer that `asyncio.run` cuts off has its end announced by a task that comes too late to be cancelled, of which
-# asyncio warns on standard error.
+# If the store is not closed, a writer that `asyncio.run` cuts off has its end announced by a task that comes too late to
+# be cancelled, of which asyncio warns on standard error.
 ENDINGS = [("threads", situation) for situation in SITUATIONS]
 ENDINGS += [("tasks", situation) for situation in SITUATIONS if "writer" not in situation]
 

@@ -240,3 +240,29 @@ async def test_many_combined_calls_cancelled_at_random_lose_no_append_of_others(
             assert [seq for seq, _ in chunks] == list(range(1, len(chunks) + 1))
             assert set(acknowledged[id]) <= set(chunks)
             assert len({data for _, data in chunks}) == len(chunks)
+
+
+async def test_workers_that_are_cancelled_before_they_have_begun_are_replaced(dsn, tables):
+    """As when an event loop ends just then: what is cancelled so early does not run its `finally`."""
+
+    def cancel_those_that_have_begun_just_now():
+        new = [task for task in asyncio.all_tasks() - known if task.get_name().startswith("aibind_postgres")]
+        for task in new:
+            task.cancel()
+        return {task.get_name().removeprefix("aibind_postgres-") for task in new}
+
+    async with AsyncPostgresStreamStore(dsn, **tables, poll_interval=0.01) as store, store.writer(await store.create()):
+        pass
+    async with AsyncPostgresStreamStore(dsn, **tables, poll_interval=0.01) as store:
+        id = await store.create()
+        known = asyncio.all_tasks()
+        async with store.writer(id) as writer:
+            assert cancel_those_that_have_begun_just_now() == {"writer", "watch"}
+            await writer.write("a")
+            assert await asyncio.wait_for(writer.flush(), 20) == 1
+            async with AsyncPostgresStreamStore(dsn, **tables) as other:
+                reading = asyncio.create_task(anext(store.read_from(id, 1)))
+                while not store._changes.followed():
+                    await asyncio.sleep(0.001)
+                await other.append(id, "b")
+                assert (await asyncio.wait_for(reading, 20)).data == "b"

@@ -53,7 +53,7 @@ class AsyncAnnouncer:
             if not self._pending:
                 self._filled.set()
             self._pending.update(dict.fromkeys(stream_ids))
-            if self._worker is None:
+            if self._worker is None or not self._worker.is_alive():
                 with suppress(RuntimeError):  # no thread to be had, as when the interpreter ends
                     self._worker = async_spawn(self._work, "aibind_postgres-announcer")
 
@@ -68,26 +68,22 @@ class AsyncAnnouncer:
 
     async def _work(self) -> None:
         taken = math.inf
-        try:
-            while True:
-                await self._filled.wait(0 if self._closing.is_set() else LINGER)
-                with self._mutex:
-                    self._filled.clear()
-                    batch, self._pending = self._pending, {}
-                    if not batch:
-                        self._worker = None
-                        return
-                began = monotonic()
-                try:
-                    await self._send(batch, self._changes.name)
-                except Exception as error:
-                    logger.debug("an announcement was not sent: %s", type(error).__name__)
-                taken, taken_before = monotonic() - began, taken
-                rest = REST * min(taken, taken_before)  # one that was held up by chance does not count
-                await self._closing.wait(min(max(rest, SHORTEST_REST), LONGEST_REST))
-        except BaseException:  # cancelled, as when its event loop ends
-            self._worker = None
-            raise
+        while True:
+            await self._filled.wait(0 if self._closing.is_set() else LINGER)
+            with self._mutex:
+                self._filled.clear()
+                batch, self._pending = self._pending, {}
+                if not batch:
+                    self._worker = None
+                    return
+            began = monotonic()
+            try:
+                await self._send(batch, self._changes.name)
+            except Exception as error:
+                logger.debug("an announcement was not sent: %s", type(error).__name__)
+            taken, taken_before = monotonic() - began, taken
+            rest = REST * min(taken, taken_before)  # one that was held up by chance does not count
+            await self._closing.wait(min(max(rest, SHORTEST_REST), LONGEST_REST))
 
     async def _send(self, stream_ids: Iterable[str], sender: str | None) -> None:
         payloads = json_array(announcements(stream_ids, sender))

@@ -63,7 +63,7 @@ class AsyncChanges:
 
     def place(self, stream_id: str, alarm: Callable[[], None] | None = None) -> AsyncPlace:
         """Return a place at the feed of a stream; in transactions of the callers, each sees a stream of his own."""
-        self.database.keep_to_process()
+        self.database.keep_home()
         place = AsyncPlace(self, stream_id, alarm)
         with self.mutex:
             self._clear_left()
@@ -171,9 +171,10 @@ class AsyncChanges:
 
     def keep_watch(self) -> None:
         """See to it that somebody is looking out."""
-        if self._watch is None:
+        if self._watch is None or not self._watch.is_alive():
             with self.mutex:
-                if self._watch is None and not self.database.closing.is_set():
+                alive = self._watch is not None and self._watch.is_alive()
+                if not alive and not self.database.closing.is_set():
                     self._watch = AsyncWatch(self)
 
     def end_watch(self, watch: AsyncWatch, *, if_idle: bool) -> bool:
@@ -226,6 +227,9 @@ class AsyncWatch:
         self._connect_at = 0.0
         self._reconnect_pause = FIRST_RECONNECT
         self._worker = async_spawn(self._run, "aibind_postgres-watch")
+
+    def is_alive(self) -> bool:
+        return self._worker.is_alive()
 
     async def close(self) -> None:
         with self._mutex:

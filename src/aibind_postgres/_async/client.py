@@ -13,7 +13,7 @@ import psycopg
 from psycopg.pq import TransactionStatus
 from psycopg_pool import AsyncConnectionPool, PoolClosed
 
-from .._concurrency import AsyncLock, async_is_flavour, async_uninterrupted
+from .._concurrency import AsyncEvent, AsyncLock, async_at_end_of_loop, async_is_flavour, async_uninterrupted
 from ..errors import InvalidDataError, copied
 from .connections import Row, execute, has_ended, is_direct, open_connection, parameters_of, with_defaults
 
@@ -113,7 +113,7 @@ class AsyncPoolClient(AsyncPsycopgClient):
         self._opening = AsyncLock()
         self._refusal: Exception | None = None
         self._refused_at = 0.0
-        self._closed = False
+        self._closed = AsyncEvent()
 
     def is_connected(self) -> bool:
         return not self._pool.closed
@@ -163,8 +163,11 @@ class AsyncPoolClient(AsyncPsycopgClient):
                 except Exception as error:
                     self._refusal, self._refused_at = error, monotonic()
                     raise
-            await self._pool.open()
-            if self._closed:  # meanwhile, and too early for `close` to find the pool open
+            if self._pool.closed:
+                await self._pool.open()
+                # A worker of a pool that is cancelled while it connects goes on, and waits for ever to be told to end.
+                async_at_end_of_loop(self._pool.close, unless=self._closed)
+            if self._closed.is_set():  # meanwhile, and too early for `close` to find the pool open
                 await self._pool.close()
 
     async def connect(self) -> psycopg.AsyncConnection[Row] | None:
@@ -178,7 +181,7 @@ class AsyncPoolClient(AsyncPsycopgClient):
         return lost and not isinstance(error, PoolClosed) and self._connected
 
     async def close(self) -> None:
-        self._closed = True
+        self._closed.set()
         if self._owned:
             await self._pool.close()
 
@@ -212,7 +215,13 @@ def as_client(client: AsyncClientLike, timeout: float | None = None) -> AsyncCli
     """Return what a store talks to. For a connection string this is a pool of its own, closed with the client."""
     if isinstance(client, str):
         pool: AsyncConnectionPool[Any] = AsyncConnectionPool(
-            with_defaults(client), kwargs={"autocommit": True}, min_size=1, max_size=10, timeout=10, open=False
+            with_defaults(client),
+            kwargs={"autocommit": True},
+            min_size=1,
+            max_size=10,
+            timeout=10,
+            open=False,
+            name="pool of aibind_postgres",
         )
         return AsyncPoolClient(pool, timeout, owned=True)
     if isinstance(client, AsyncConnectionPool):

@@ -39,8 +39,8 @@ class AsyncPostgresConversationStore:
 
     Every method raises `InvalidDataError` for a session id that is empty, longer than 1,024 bytes, or not storable,
     `SchemaError` if the table is missing, `StoreClosedError` once the store is closed, and the driver's own error if
-    the server cannot be reached. Callers at the same time may share a store, within one event loop if there is one, but
-    not a history. Statements are made for the isolation level READ COMMITTED.
+    the server cannot be reached. Callers at the same time may share a store, as they may a stream store, but not a
+    history. Statements are made for the isolation level READ COMMITTED.
     """
 
     def __init__(
@@ -171,6 +171,7 @@ class AsyncPostgresConversationStore:
         """Close the store, and the pool if the store owns it. Safe to repeat."""
         if self._database.inherited:
             return
+        self._database.keep_home()
         self._database.closing.set()
         await self._database.client.close()
 

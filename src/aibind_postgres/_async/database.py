@@ -12,7 +12,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from .. import _arguments as arguments
-from .._concurrency import AsyncEvent
+from .._concurrency import AsyncEvent, async_home
 from ..errors import ForkedError, StoreClosedError, translated
 from .client import as_client
 
@@ -45,14 +45,15 @@ class AsyncDatabase:
         self._retry_for = retry_for
         # The process whose connections and workers these are; none before there are any.
         self._process = os.getpid() if self.client.is_connected() else None
+        self._home: object = None
 
     @property
     def inherited(self) -> bool:
         """Whether this belongs to another process, from which this one was forked."""
         return self._process is not None and self._process != os.getpid()
 
-    def keep_to_process(self) -> None:
-        """Raise `ForkedError` in another process than the one that has used this first.
+    def keep_home(self) -> None:
+        """Raise `ForkedError` in another process, `RuntimeError` in another event loop, than has used this first.
 
         To be called before a mutex is taken: one that is held by a thread of the parent is never released here.
         """
@@ -63,10 +64,14 @@ class AsyncDatabase:
                 "this store belongs to the process that this one was forked from, and so do its connections: "
                 "make a store in each process, after the fork"
             )
+        if self._home is None:
+            self._home = async_home()
+        elif self._home is not async_home():
+            raise RuntimeError("this store is bound to a different event loop: make one in each")
 
     async def query(self, statement: str, params: Sequence[object]) -> Sequence[Row]:
         """Run one statement and return its rows."""
-        self.keep_to_process()
+        self.keep_home()
         if self.closing.is_set():
             raise StoreClosedError("this store is closed")
         try:

@@ -263,7 +263,7 @@ class AsyncPlace:
         """
         while True:
             feed = self.feed
-            self._changes.database.keep_to_process()
+            self._changes.database.keep_home()
             with self._changes.mutex:
                 if self._failure is not None:
                     failure, self._failure = self._failure, None

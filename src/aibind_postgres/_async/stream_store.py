@@ -65,9 +65,10 @@ class AsyncPostgresStreamStore:
     context variable or by the thread, should therefore set `joins_transactions`.
 
     Every method raises `SchemaError` if a table is missing, `StoreClosedError` once the store is closed, and the
-    driver's own error if the server cannot be reached. Callers at the same time may share a store, within one event
-    loop if there is one. Statements are made for the isolation level READ COMMITTED: at a higher one, writers at the
-    same time get serialization errors, and a reader inside a transaction sees nothing new.
+    driver's own error if the server cannot be reached. Callers at the same time may share a store; where there is an
+    event loop, all within the one that used it first, else `RuntimeError` is raised. Statements are made for the
+    isolation level READ COMMITTED: at a higher one, writers at the same time get serialization errors, and a reader
+    inside a transaction sees nothing new.
     """
 
     def __init__(
@@ -375,6 +376,7 @@ class AsyncPostgresStreamStore:
         """Close the store, and the pool if the store owns it. Whoever waits gets `StoreClosedError`. Safe to repeat."""
         if self._database.inherited:
             return
+        self._database.keep_home()
         self._database.closing.set()
         async with self._database.client:
             await self._changes.close()

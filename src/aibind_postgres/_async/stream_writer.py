@@ -93,7 +93,7 @@ class AsyncStreamWriter:
         text = arguments.storable_text(chunk, "a chunk")
         size = len(text.encode())
         while True:
-            self._database.keep_to_process()
+            self._database.keep_home()
             with self._mutex:
                 self._check()
                 if self._left:
@@ -113,7 +113,7 @@ class AsyncStreamWriter:
 
     async def flush(self) -> int:
         """Wait until all that has been written is durable; return the number of the last chunk."""
-        self._database.keep_to_process()
+        self._database.keep_home()
         with self._mutex:
             last = self._seq + len(self._unsaved)
         while True:
@@ -147,7 +147,7 @@ class AsyncStreamWriter:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._database.keep_to_process()
+        self._database.keep_home()
         with self._mutex:
             self._left = True
         self._problem = error
@@ -221,8 +221,9 @@ class AsyncStreamWriter:
             self._due.set()
 
     def _keep_worker(self) -> None:
-        # The last one may have been cancelled, as when an event loop ends.
-        if self._in_background and self._worker is None and not self._closing:
+        # The last one may have been cancelled, as when an event loop ends, perhaps before it had begun.
+        alive = self._worker is not None and self._worker.is_alive()
+        if self._in_background and not alive and not self._closing:
             self._worker = async_spawn(self._work, "aibind_postgres-writer")
             self._due.set()
 
