@@ -62,9 +62,11 @@ def package(session: nox.Session) -> None:
 
 @nox.session
 def faults(session: nox.Session) -> None:
-    """Break servers, networks and processes, as often as the promises say; one flavour beside the other."""
+    """Break servers, networks and processes, as often as the promises say."""
     session.install(".[dev]")
-    session.run("pytest", "tests/faults", "--long", "--ignore-glob=*/test_soak.py", "--timeout=1200", *session.posargs)
+    # Four side by side, on two processors: they wait for most of the time.
+    options = ["--long", "--ignore-glob=*/test_soak.py", "--timeout=1200", "-n", "4", "--dist", "worksteal"]
+    session.run("pytest", "tests/faults", *options, *session.posargs)
 
 
 @nox.session

@@ -147,6 +147,10 @@ def translated(error: Exception) -> AibindError | None:
             "of aibind_postgres.schema, or with the SQL that `aibind-postgres schema` prints, for the table names that "
             "the store was given; or see whether those are right"
         )
+    if code == "22003":  # numeric_value_out_of_range
+        return AibindError("the number of the last chunk is the highest that there is: the stream takes no more")
+    if code == "23505":  # unique_violation
+        return AibindError("there is a chunk of a number that its stream has not given out: see what else writes to it")
     if code in ("22021", "22P05") or isinstance(error, UnicodeEncodeError):
         # character_not_in_repertoire, untranslatable_character: a database whose encoding is not UTF-8
         return InvalidDataError("the database's encoding has no room for a character of this text")

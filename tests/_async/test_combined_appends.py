@@ -11,6 +11,7 @@ from psycopg_pool import AsyncConnectionPool
 from support.concurrency import AsyncBackground, async_gather, async_sleep
 
 from aibind_postgres import (
+    AibindError,
     AsyncPostgresStreamStore,
     InvalidDataError,
     SequenceConflictError,
@@ -155,7 +156,9 @@ async def test_a_refused_batch_harms_only_the_one_it_was_refused_for(store, clie
         statement = psycopg.sql.SQL("INSERT INTO {} (id, seq, data) VALUES (%s, 1, 'x')").format(tables["chunks_table"])
         await connection.execute(statement, [ids[2]])
     results = await at_once(store, client, [partial(store.append, id, "text") for id in ids])
-    assert isinstance(results.pop(2), psycopg.errors.UniqueViolation)
+    refused = results.pop(2)
+    assert isinstance(refused, AibindError)
+    assert isinstance(refused.__cause__, psycopg.errors.UniqueViolation)
     assert results == [1] * 4
     for id in ids[:2] + ids[3:]:
         assert await texts(store, id) == ["text"]

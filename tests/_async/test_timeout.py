@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+from functools import partial
+
 import psycopg
 import pytest
+from psycopg.conninfo import make_conninfo
 from psycopg_pool import AsyncConnectionPool
 from support.clients import CoroutineClient, PlainClient
-from support.concurrency import AsyncBackground, async_sleep
+from support.concurrency import AsyncBackground, async_gather, async_sleep
 
 from aibind_postgres import AsyncPostgresConversationStore, AsyncPostgresStreamStore
 
@@ -25,18 +29,33 @@ async def blocked(dsn, tables):
 
 async def test_a_statement_that_is_not_answered_is_given_up(dsn, tables, blocked):
     id, other = blocked
-    async with (
-        AsyncConnectionPool(dsn, min_size=1, max_size=1, open=False) as pool,
-        AsyncPostgresStreamStore(pool, timeout=0.2, **tables) as store,
-    ):
-        with pytest.raises(psycopg.OperationalError, match=UNANSWERED):
-            await store.append(id, "a", expected_seq=1)
-        # The pool has another connection in its place, and nothing is left of that statement in it.
-        assert await store.get_status(id) == ("active", None, 0)
-        # As when a reply is lost, the statement may have taken effect: here it does so later.
+    async with AsyncConnectionPool(dsn, min_size=1, max_size=1, open=False) as pool:
+        async with AsyncPostgresStreamStore(pool, timeout=0.2, **tables) as store:
+            with pytest.raises(psycopg.OperationalError, match=UNANSWERED):
+                await store.append(id, "a", expected_seq=1)
         await other.rollback()
-        assert await store.append(id, "a", expected_seq=1) == 1
-        assert await store.get_status(id) == ("active", None, 1)
+        # The pool has another connection in its place, and nothing is left of that statement in it.
+        async with AsyncPostgresStreamStore(pool, **tables) as store:
+            assert await store.append(id, "a", expected_seq=1) == 1
+            assert await store.get_status(id) == ("active", None, 1)
+
+
+async def test_what_is_given_up_does_not_fill_the_server(dsn, tables, blocked):
+    id, _ = blocked
+    sessions = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'given up'"
+    ours = make_conninfo(dsn, application_name="given up")
+    async with AsyncPostgresStreamStore(ours, timeout=0.1, **tables) as store:
+
+        async def call():
+            for _ in range(5):
+                with pytest.raises(psycopg.OperationalError):
+                    await store.complete(id)
+
+        async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as admin:
+            await async_gather(*[call] * 10)
+            cursor = await admin.execute(sessions)
+            [(number,)] = await cursor.fetchall()
+            assert number <= 20  # of 50: the pool's, and those that are just being ended
 
 
 async def test_a_stream_writer_gets_over_it(dsn, tables, blocked):
@@ -57,7 +76,6 @@ async def test_the_wait_for_a_connection_counts(dsn, tables):
         async with pool.connection():
             with pytest.raises(psycopg.OperationalError):
                 await store.get_status("s")
-        assert await store.get_status("s") is None
 
 
 async def test_the_callers_own_connection_is_closed(dsn, tables, blocked):
@@ -69,18 +87,31 @@ async def test_the_callers_own_connection_is_closed(dsn, tables, blocked):
         assert connection.closed
 
 
+async def test_the_callers_own_connection_stays_open_if_it_was_busy_with_something_else(dsn, tables):
+    async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as connection:
+        store = AsyncPostgresStreamStore(connection, timeout=0.2, **tables)
+        await store.get_status("nothing")
+        async with AsyncBackground(partial(connection.execute, "SELECT pg_sleep(1)")):
+            await async_sleep(0.2)
+            with pytest.raises(psycopg.OperationalError, match="nothing was sent"):
+                await store.create("s")
+        async with AsyncPostgresStreamStore(connection, **tables) as patient:
+            assert await patient.get_status("s") is None
+
+
 async def test_conversations_have_it_too(dsn, conversations):
     async with (
+        AsyncPostgresConversationStore(dsn, table=conversations) as patient,
         AsyncPostgresConversationStore(dsn, table=conversations, timeout=0.2) as store,
         await psycopg.AsyncConnection.connect(dsn) as other,
     ):
-        async with store.edit("s") as chat:
+        async with patient.edit("s") as chat:
             chat.append({"role": "user"})
         await other.execute(psycopg.sql.SQL("SELECT FROM {} FOR UPDATE").format(conversations))
         with pytest.raises(psycopg.OperationalError, match=UNANSWERED):
             await store.touch("s")
         await other.rollback()
-        assert await store.touch("s")
+        assert await patient.touch("s")
 
 
 async def test_what_comes_in_time_is_not_disturbed(dsn, tables):
@@ -99,9 +130,10 @@ def test_what_is_no_time_is_refused(timeout, error):
 
 
 def test_other_drivers_have_their_own():
-    refusals = []
-    for client in (CoroutineClient(), PlainClient()):
-        with pytest.raises((ValueError, TypeError)) as refusal:
+    """And a client of the other flavour is none at all."""
+    clients = [CoroutineClient(), PlainClient()]
+    if not inspect.iscoroutinefunction(AsyncPostgresStreamStore.create):
+        clients.reverse()
+    for client, error in zip(clients, [ValueError, TypeError], strict=True):
+        with pytest.raises(error, match=r"driver|flavour"):
             AsyncPostgresStreamStore(client, timeout=1)
-        refusals.append(refusal.type)
-    assert set(refusals) == {ValueError, TypeError}  # and one of the other flavour is none at all

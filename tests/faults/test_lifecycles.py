@@ -370,8 +370,8 @@ else:
 """
 
 SITUATIONS = ["readers", "writer", "readers and writer", "left", "reader here", "readers, raise", "readers, closed"]
-# If the store is not closed, a writer that `asyncio.run` cuts off has its end announced by a task that comes too late to
-# be cancelled, of which asyncio warns on standard error.
+# Where the store is not closed, a writer that `asyncio.run` cuts off has its end announced by a task that comes too
+# late to be cancelled, of which asyncio warns on standard error.
 ENDINGS = [("threads", situation) for situation in SITUATIONS]
 ENDINGS += [("tasks", situation) for situation in SITUATIONS if "writer" not in situation]
 

@@ -76,7 +76,7 @@ def test_a_drivers_error_is_found_inside_its_wrappers():
         assert isinstance(known, errors.SchemaError)
         assert 'relation "x" does not exist. Create what is missing with `aibind-postgres migrate`' in str(known)
         assert "secret" not in str(known)
-    assert errors.translated(psycopg.errors.UniqueViolation()) is None
+    assert errors.translated(psycopg.errors.DivisionByZero()) is None
     assert errors.translated(RuntimeError()) is None
 
 

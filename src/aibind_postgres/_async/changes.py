@@ -19,7 +19,7 @@ from .._concurrency import Mutex, async_spawn
 from .._sql import ANNOUNCE, StreamStatements, announced, announcements, json_array
 from .._tables import quote
 from .announcing import AsyncAnnouncer
-from .connections import execute, is_direct
+from .connections import UnansweredError, execute, is_direct
 from .database import CLOSING_TIMEOUT, LINGER
 from .feeds import AsyncFeed, AsyncFetcher, AsyncPlace
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("aibind_postgres")
 
 ANSWER_TIMEOUT = 5.0  # seconds that the connection for announcements may take to answer
-LONGEST_SILENCE = 3.0  # seconds of which news that only a poll has found makes that connection doubtful
+LONGEST_SILENCE = 3.0  # seconds of it after which news that only a poll has found makes that connection doubtful
 PROBE_TIMEOUT = 2.0  # seconds in which an announcement to oneself must have arrived
 LONGEST_PAUSE = 10  # times poll_interval: what polling backs off to while it finds nothing
 LONGEST_RETRY = 5.0  # seconds between two polls while they fail
@@ -222,8 +222,9 @@ class AsyncWatch:
         self._client = changes.database.client
         self._mutex = Mutex()
         self._connection: psycopg.AsyncConnection[Row] | None = None
+        self._direct = False  # it leads to one server process, and not to a pooler
         self._unheard_since = math.inf  # when a probe was sent that has not been heard yet
-        self._heard_at = 0.0  # when the connection has last shown that it lives
+        self._heard_at = 0.0  # when the connection last showed that it lives
         self._connect_at = 0.0
         self._reconnect_pause = FIRST_RECONNECT
         self._worker = async_spawn(self._run, "aibind_postgres-watch")
@@ -261,7 +262,7 @@ class AsyncWatch:
                         return
                     # Whatever it is: the readers look for themselves, and meet it where it can be raised.
                     logger.debug("looking out for changes failed: %s", type(error).__name__)
-                    if self._connection is not None and self._connection.closed:
+                    if self._connection is not None and (self._connection.closed or isinstance(error, UnansweredError)):
                         await self._disconnect()
                     pause = min(pause * 2, max(LONGEST_RETRY, changes.poll_interval))
                     changes.wake()
@@ -285,9 +286,9 @@ class AsyncWatch:
             if self._changes.database.closing.is_set():  # too early for `close` to see this connection
                 await self._disconnect()
                 return
-            direct = await is_direct(connection, monotonic() + ANSWER_TIMEOUT)
+            self._direct = await is_direct(connection, monotonic() + ANSWER_TIMEOUT)
             await self._ask(connection, f"LISTEN {quote(self._changes.channel)}")
-            if not direct:
+            if not self._direct:
                 await self._probe()
         except Exception as error:
             logger.debug("no connection for announcements: %s", type(error).__name__)
@@ -297,24 +298,33 @@ class AsyncWatch:
             self._changes.wake()  # announcements may have been missed while nobody listened
 
     async def _ask(self, connection: psycopg.AsyncConnection[Row], sql: str, *params: object) -> Sequence[Row]:
-        """Run a statement on the connection for announcements; it is closed if that does not answer."""
+        """Run a statement on the connection for announcements."""
         rows = await execute(connection, sql, params, monotonic() + ANSWER_TIMEOUT)
         self._heard_at = monotonic()
         return rows
-
-    async def _doubt(self) -> None:
-        """See if the connection for announcements still lives, after news that did not come by it."""
-        if self._connection is not None and monotonic() - self._heard_at > LONGEST_SILENCE:
-            await self._ask(self._connection, "SELECT")
 
     async def _probe(self) -> None:
         # Do announcements come through? One from elsewhere tells; sent from here it could come back by accident.
         other = await self._client.connect()
         if other is not None:
-            async with other:
-                payloads = json_array(announcements([""], self._changes.name))
-                await execute(other, ANNOUNCE, [self._changes.channel, payloads], monotonic() + ANSWER_TIMEOUT)
+            try:
+                await execute(other, ANNOUNCE, self._to_oneself(), monotonic() + ANSWER_TIMEOUT)
+            finally:
+                await other.close()
             self._unheard_since = monotonic()
+
+    async def _doubt(self) -> None:
+        """See if the connection for announcements still lives, after news that did not come by it.
+
+        By an announcement, so that polling goes on meanwhile. Where the poll itself goes by that connection, it tells.
+        """
+        silent = monotonic() - self._heard_at > LONGEST_SILENCE and self._unheard_since == math.inf
+        if self._connection is not None and self._direct and silent and not self._client.joins_transactions:
+            await self._client.query(ANNOUNCE, self._to_oneself())
+            self._unheard_since = monotonic()
+
+    def _to_oneself(self) -> Sequence[str]:
+        return [self._changes.channel, json_array(announcements([""], self._changes.name))]
 
     async def _listen(self, timeout: float) -> None:
         if self._connection is None:
@@ -325,8 +335,11 @@ class AsyncWatch:
             self._changes.wake(announced(notify.payload, self._changes.name))
         if monotonic() - self._unheard_since > PROBE_TIMEOUT:
             self._unheard_since = math.inf
-            await self._ask(self._connection, "UNLISTEN *")
-            self._changes.warn_of_deafness()
+            if self._direct:
+                await self._disconnect()
+            else:
+                await self._ask(self._connection, "UNLISTEN *")
+                self._changes.warn_of_deafness()
 
     async def _poll(self) -> bool:
         """Ask where the streams stand that somebody waits for, and say if that brought news."""

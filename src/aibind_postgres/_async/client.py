@@ -15,10 +15,23 @@ from psycopg_pool import AsyncConnectionPool, PoolClosed
 
 from .._concurrency import AsyncEvent, AsyncLock, async_at_end_of_loop, async_is_flavour, async_uninterrupted
 from ..errors import InvalidDataError, copied
-from .connections import Row, execute, has_ended, is_direct, open_connection, parameters_of, with_defaults
+from .connections import (
+    Row,
+    UnansweredError,
+    abandon,
+    execute,
+    has_ended,
+    is_direct,
+    open_connection,
+    parameters_of,
+    with_defaults,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+CONNECTION_TIMEOUT = 5.0  # seconds to wait for a connection of a pool, where the caller has something else to do
 
 
 class AsyncPostgresClient(Protocol):
@@ -93,13 +106,17 @@ class AsyncPsycopgClient(AsyncClient):
     async def _run(
         self, connection: psycopg.AsyncConnection[Any], sql: str, params: Sequence[Any], deadline: float
     ) -> Sequence[Row]:
-        if self._direct is None:
-            if connection.info.parameter_status("client_encoding") == "SQL_ASCII":
-                raise InvalidDataError("the client_encoding is SQL_ASCII, which knows no text: connect with UTF8")
-            self._direct = await is_direct(connection, deadline)
-        # Behind a transaction pooler nothing is prepared: the next statement may run in another session, where that
-        # name stands for another statement.
-        return await execute(connection, sql, params, deadline, prepare=None if self._direct else False)
+        try:
+            if self._direct is None:
+                if connection.info.parameter_status("client_encoding") == "SQL_ASCII":
+                    raise InvalidDataError("the client_encoding is SQL_ASCII, which knows no text: connect with UTF8")
+                self._direct = await is_direct(connection, deadline)
+            # Behind a transaction pooler nothing is prepared: the next statement may run in another session, where that
+            # name stands for another statement.
+            return await execute(connection, sql, params, deadline, prepare=None if self._direct else False)
+        except UnansweredError:
+            await abandon(connection)
+            raise
 
 
 class AsyncPoolClient(AsyncPsycopgClient):
@@ -134,10 +151,10 @@ class AsyncPoolClient(AsyncPsycopgClient):
             await async_uninterrupted(partial(self._give_back, connection, autocommit))
 
     async def _idle_connection(self, deadline: float) -> psycopg.AsyncConnection[Any]:
+        deadline = min(deadline, monotonic() + self._pool.timeout)
         while True:
             # Not by its context manager, which ends a transaction: in autocommit mode there is none to end.
-            timeout = max(0.0, min(self._pool.timeout, deadline - monotonic()))
-            connection: psycopg.AsyncConnection[Any] = await self._pool.getconn(timeout)
+            connection: psycopg.AsyncConnection[Any] = await self._pool.getconn(max(0.0, deadline - monotonic()))
             if not has_ended(connection):
                 return connection
             # A pool keeps what has died in it, and after a restart of the server each would cost a caller an error.
@@ -154,14 +171,14 @@ class AsyncPoolClient(AsyncPsycopgClient):
         asked_at = monotonic()
         async with self._opening:
             if self._refusal is not None and self._refused_at > asked_at:  # while this caller waited for its turn
-                raise copied(self._refusal) from self._refusal
+                raise copied(self._refusal)
             if not self._connected:
                 # One connection beforehand: why there is none, the pool would tell the log alone, and us after a time.
                 try:
                     async with await psycopg.AsyncConnection.connect(str(self._pool.conninfo)):
                         self._connected = True
                 except Exception as error:
-                    self._refusal, self._refused_at = error, monotonic()
+                    self._refusal, self._refused_at = copied(error), monotonic()  # a copy has no traceback
                     raise
             if self._pool.closed:
                 await self._pool.open()
@@ -171,7 +188,8 @@ class AsyncPoolClient(AsyncPsycopgClient):
                 await self._pool.close()
 
     async def connect(self) -> psycopg.AsyncConnection[Row] | None:
-        async with self._pool.connection() as connection:
+        # For announcements, by the worker that polls if there are none: not to be held up by a pool that is busy.
+        async with self._pool.connection(min(self._pool.timeout, CONNECTION_TIMEOUT)) as connection:
             parameters = parameters_of(connection)
         return await open_connection(parameters)
 
@@ -228,10 +246,12 @@ def as_client(client: AsyncClientLike, timeout: float | None = None) -> AsyncCli
         return AsyncPoolClient(client, timeout)
     if isinstance(client, psycopg.AsyncConnection):
         return AsyncConnectionClient(client, timeout)
-    if isinstance(client, AsyncClient) or async_is_flavour(getattr(client, "query", None)):
+    if not isinstance(client, AsyncClient) and async_is_flavour(getattr(client, "query", None)):
+        client = AsyncClient(client)
+    if isinstance(client, AsyncClient):
         if timeout is not None:
             raise ValueError("timeout is for psycopg's pools and connections: set the one of your driver")
-        return client if isinstance(client, AsyncClient) else AsyncClient(client)
+        return client
     accepted = " or ".join(kind.__name__ for kind in (AsyncConnectionPool, psycopg.AsyncConnection))
     raise TypeError(
         f"a client of this store must be a connection string, a psycopg {accepted}, or an object whose query method "

@@ -50,11 +50,11 @@ class AsyncPostgresStreamStore:
     `poll_interval` is how often, in seconds, waiting readers look for chunks that nobody announces, while there are
     some; it backs off to ten times as much. `ttl` is how long, in seconds, a stream is kept after its end. `retry_for`
     is how long, in seconds, a reader or a writer that has lost the server tries to reach it again before the driver's
-    error, or `StreamWriteError`, is raised. `timeout` is how long, in seconds, a statement may take, with the time in
-    which it waits for a connection of the pool, before it is given up, its connection closed, and
-    `psycopg.OperationalError` raised: it may have taken effect. None sets no limit, and a server that is there but
-    silent is waited for. Connecting has a limit of its own, the `connect_timeout` of the connection string. Clients of
-    other drivers take no `timeout`: they have their own.
+    error, or `StreamWriteError`, is raised. `timeout` is how long, in seconds, the answer to a statement is waited for,
+    with the time in which that waits for a connection of the pool. Then its connection is closed, the server asked to
+    end it, and `psycopg.OperationalError` raised: it may have taken effect. None sets no limit, and a server that is
+    there but silent is waited for. Connecting has a limit of its own, the `connect_timeout` of the connection string.
+    Clients of other drivers take no `timeout`: they have their own.
 
     `synchronous_commit` is what PostgreSQL waits for before it acknowledges what this store writes, as in its setting
     of this name; None leaves that to the server. With "off" what was acknowledged in the last moments before a crash of

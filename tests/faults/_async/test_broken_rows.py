@@ -20,7 +20,6 @@ from aibind_postgres import (
     InvalidHistoryError,
     StoreClosedError,
     StreamNotActiveError,
-    StreamWriteError,
 )
 from aibind_postgres._async import stream_store
 
@@ -172,11 +171,11 @@ async def test_more_chunks_than_are_counted_are_neither_read_nor_written_over(st
     await write("a", total=1, chunks=[1, 2, 3])
     assert await numbers(store, "a") == [1]
     for expected in (None, 2):
-        with pytest.raises(psycopg.errors.UniqueViolation):
+        with pytest.raises(AibindError, match="not given out"):
             await store.append("a", "new", expected_seq=expected)
-        with pytest.raises(psycopg.errors.UniqueViolation):
+        with pytest.raises(AibindError, match="not given out"):
             await store.append_many("a", ["new", "newer"], expected_seq=expected)
-    with pytest.raises(StreamWriteError):
+    with pytest.raises(AibindError, match="not given out"):
         async with store.writer("a") as writer:
             await writer.write("new")
     status = await store.get_status("a")
@@ -221,7 +220,7 @@ async def test_no_number_is_left_after_the_last_one(store, write):
         lambda: store.append_many("a", ["x"]),
         lambda: store.append("a", "x", expected_seq=2**31),
     ):
-        with pytest.raises(psycopg.errors.NumericValueOutOfRange):
+        with pytest.raises(AibindError, match="takes no more"):
             await call()
     assert (await store.get_status("a")).total_chunks == 2**31 - 1
     assert await store.complete("a") is True

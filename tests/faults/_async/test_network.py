@@ -194,7 +194,8 @@ class Cleanup(Append):
 
     async def check(self, it, result):
         assert result == (1, 1) or it.calls > 1
-        assert await it.direct.get_status(f"{it.id}, expired") is None
+        while await it.direct.get_status(f"{it.id}, expired"):  # an earlier call may be at it that nobody waits for
+            await async_sleep(0.01)
         assert await texts_of(it.direct, it.id) == numbered("abc")
 
 
@@ -266,7 +267,7 @@ async def test_an_operation_succeeds_or_raises_in_time_and_its_retry_is_safe(
     network, distant, direct, kind, fault, long
 ):
     options = ANSWER_WITHIN if fault in proxy.LASTING else {}
-    for _ in range((3 if fault in proxy.LASTING else 10) if long else 1):
+    for _ in range((2 if fault in proxy.LASTING else 5) if long else 1):
         operation = kind()
         async with trial(network, distant, direct, options) as it:
             await operation.prepare(it)

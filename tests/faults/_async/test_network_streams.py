@@ -32,7 +32,7 @@ def numbered(texts):
 async def test_who_persists_gets_over_it(network, direct, fault, long):
     options = {} if fault == "refused" else ANSWER_WITHIN
     async with AsyncPostgresStreamStore(network.dsn, retry_for=HANG, **options) as store:
-        for _ in range(10 if long else 1):
+        for _ in range(4 if long else 1):
             id = await direct.create()
 
             async def write(id=id):
@@ -102,7 +102,7 @@ async def test_appends_without_a_number_are_stored_once_if_acknowledged_else_onc
     assert acknowledged.items() <= dict(stored).items(), seed
     assert set(texts) <= set(acknowledged.values()) | unknown, seed
     assert acknowledged, seed
-    assert unknown, seed
+    assert network.faults, seed
 
 
 async def test_a_pool_full_of_dead_connections_does_not_use_up_the_attempts(network, direct):

@@ -161,5 +161,4 @@ async def test_nothing_is_lost_when_it_is_restarted_under_load(pooler, victim, c
             assert (await direct.get_status(id)).state == "done"
     # invalid_sql_statement_name and duplicate_prepared_statement are no loss of a connection.
     assert {error.sqlstate for error in load.errors} & {"26000", "42P05"} == set()
-    assert load.errors  # the restarts have been felt
     assert async_workers() == []

@@ -109,6 +109,8 @@ async def test_what_is_refused_is_not_repeated(dsn, tables, conversations, caplo
         "postgresql://u:p@{password}@127.0.0.1/db",
         "postgresql://u:p@{password}@127.0.0.1:1,127.0.0.1:2/db",
         "postgresql://u:{password}/p@127.0.0.1/db",
+        "postgresql://u:p@{password}/x@127.0.0.1/db",
+        "postgresql://u:1/{password}@127.0.0.1/db",
     ],
 )
 async def test_a_connection_string_that_is_none_is_not_repeated(dsn, caplog):
