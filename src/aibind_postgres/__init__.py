@@ -2,10 +2,12 @@
 
 from ._async.client import AsyncPostgresClient
 from ._async.conversation_store import AsyncPostgresConversationStore
+from ._async.durable_stream import AsyncDurableStream
 from ._async.stream_store import AsyncPostgresStreamStore
 from ._async.stream_writer import AsyncStreamWriter
 from ._sync.client import PostgresClient
 from ._sync.conversation_store import PostgresConversationStore
+from ._sync.durable_stream import DurableStream
 from ._sync.stream_store import PostgresStreamStore
 from ._sync.stream_writer import StreamWriter
 from .adapters import wrap_asyncpg, wrap_django, wrap_sqlalchemy
@@ -24,10 +26,11 @@ from .errors import (
     StreamWriteError,
 )
 from .history import ChatHistory, ConversationConflictError, MessageTree, TreeNode, TreePath
-from .models import CleanupResult, ConversationInfo, StreamChunk, StreamInfo, StreamState, StreamStatus
+from .models import CleanupResult, ConversationInfo, StreamChunk, StreamEvent, StreamInfo, StreamState, StreamStatus
 
 __all__ = [
     "AibindError",
+    "AsyncDurableStream",
     "AsyncPostgresClient",
     "AsyncPostgresConversationStore",
     "AsyncPostgresStreamStore",
@@ -36,6 +39,7 @@ __all__ = [
     "CleanupResult",
     "ConversationConflictError",
     "ConversationInfo",
+    "DurableStream",
     "ForkedError",
     "InvalidDataError",
     "InvalidHistoryError",
@@ -48,6 +52,7 @@ __all__ = [
     "SequenceConflictError",
     "StoreClosedError",
     "StreamChunk",
+    "StreamEvent",
     "StreamExistsError",
     "StreamInfo",
     "StreamNotActiveError",

@@ -10,6 +10,7 @@ import inspect
 import sys
 import threading
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from contextvars import Context
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary, ref
@@ -122,6 +123,9 @@ class AsyncWorker:
     def __init__(self, task: asyncio.Task[None]) -> None:
         self._task = task
 
+    def cancel(self) -> None:
+        self._task.cancel()
+
     def is_alive(self) -> bool:
         """Say whether it runs, or will. What is cancelled before it has begun ends without its `finally`."""
         return not self._task.done()
@@ -203,6 +207,29 @@ def uninterrupted(run: Callable[[], None], over: Callable[[], None] | None = Non
     finally:
         if over is not None:
             over()
+
+
+def async_break_off(worker: AsyncWorker, source: object) -> None:
+    """Interrupt a worker that waits for the next item of a source."""
+    worker.cancel()
+
+
+def break_off(worker: Worker, source: object) -> None:
+    """Close a source for which a worker waits; a generator that is running refuses, and goes on to its next item."""
+    close = getattr(source, "close", None)
+    if close is not None:
+        with suppress(Exception):
+            close()
+
+
+async def async_settle(result: Any) -> Any:
+    """Return what a callback has returned, or what that gives when it is awaited."""
+    return await result if inspect.isawaitable(result) else result
+
+
+def settle(result: Any) -> Any:
+    """Return what a callback has returned."""
+    return result
 
 
 def async_at_end_of_loop(run: Callable[[], Coroutine[Any, Any, None]], unless: AsyncEvent) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime, timedelta, timezone
 from itertools import repeat
 from typing import Any, Literal, NamedTuple
+
+from .errors import InvalidDataError
 
 EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 
@@ -25,6 +28,40 @@ class StreamChunk(NamedTuple):
 def chunks_of(rows: Iterable[Sequence[Any]]) -> Iterator[StreamChunk]:
     """Turn rows of numbers and texts into chunks, as `StreamChunk._make` does, without calling Python for each."""
     return map(tuple.__new__, repeat(StreamChunk), rows)
+
+
+class StreamEvent(NamedTuple):
+    """A named event in a stream, beside its text: `usage`, `tool_call`, whatever the browser's code knows."""
+
+    event: str
+    data: str
+
+
+# Between the name of an event and its data, in a chunk. A plain text has the empty name, so that it may begin as it
+# likes. This is how the TypeScript packages write them, too.
+_SEPARATOR = "\x01"
+
+# What tells of the stream itself, and not of what is in it.
+_RESERVED = ("stream-id", "error", "stopped", "done", "message")
+
+
+def chunk_text(item: str | StreamEvent) -> str:
+    """Return the text of the chunk that an item becomes. Raises `InvalidDataError` for what is neither."""
+    if isinstance(item, str):
+        return _SEPARATOR + item
+    if not isinstance(item, StreamEvent) or not isinstance(item.event, str) or not isinstance(item.data, str):
+        raise InvalidDataError(f"a source must yield str or StreamEvent, of str, not {type(item).__name__}")
+    if not item.event or item.event in _RESERVED or re.search(f"[\r\n{_SEPARATOR}]", item.event):
+        raise InvalidDataError(f"{item.event!r} cannot be the name of an event in a stream")
+    return item.event + _SEPARATOR + item.data
+
+
+def event_of(text: str) -> tuple[str, str]:
+    """Return the name of the event that a chunk is, `message` for plain text, and its data."""
+    event, separator, data = text.partition(_SEPARATOR)
+    if not separator:
+        return "message", text
+    return re.sub(r"[\r\n]+", " ", event) or "message", data
 
 
 class StreamStatus(NamedTuple):

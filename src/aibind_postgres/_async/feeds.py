@@ -254,13 +254,16 @@ class AsyncPlace:
         self._failure = error
         self.wake()
 
-    async def follow(self, cursor: float, deadline: float = math.inf) -> Sequence[StreamChunk] | None:
+    async def follow(
+        self, cursor: float, deadline: float = math.inf, *, patience: float = math.inf
+    ) -> Sequence[StreamChunk] | None:
         """Wait for chunks after `cursor` and return them; none if the stream has ended, and there are none.
 
         Returns None if the feed does not have them: the caller reads for himself. A cursor of infinity waits for the
         end. Raises `StreamNotFoundError` if the stream is deleted, `TimeoutError` at the `deadline` of the monotonic
-        clock, and what fetching raises.
+        clock, or when nothing has come for `patience` seconds, and what fetching raises.
         """
+        wake_at = min(deadline, monotonic() + patience)
         while True:
             feed = self.feed
             self._changes.database.keep_home()
@@ -282,7 +285,7 @@ class AsyncPlace:
             if to_fetch:
                 await self._fetch(cursor, deadline)
             else:
-                await self._wait(deadline)
+                await self._wait(wake_at)
 
     async def _wait(self, deadline: float) -> None:
         try:

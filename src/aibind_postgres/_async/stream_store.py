@@ -5,7 +5,7 @@ from __future__ import annotations
 import builtins
 import math
 import uuid
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from datetime import datetime, timedelta
 from time import monotonic
 from types import TracebackType
@@ -134,17 +134,27 @@ class AsyncPostgresStreamStore:
             arguments.sequence_number(expected_seq, "expected_seq", least=1)
         return await self._appender.append(Append(stream_id, texts, expected_seq))
 
-    def writer(self, id: str, *, max_chunks: int = 1000, max_bytes: int = 1_000_000) -> AsyncStreamWriter:
+    def writer(
+        self,
+        id: str,
+        *,
+        max_chunks: int = 1000,
+        max_bytes: int = 1_000_000,
+        when_ended: Callable[[Exception], None] | None = None,
+    ) -> AsyncStreamWriter:
         """Return a context manager that writes to a stream from a buffer, each chunk exactly once.
 
         Entering it raises `StreamNotFoundError`, or `StreamNotActiveError` if the stream has ended. What is written
         goes after what is there. `write` waits while the buffer holds `max_chunks` chunks, or would get more than
-        `max_bytes` of them in UTF-8; a single chunk may be larger.
+        `max_bytes` of them in UTF-8; a single chunk may be larger. `when_ended` is called, from the background, once
+        it is known inside the block that nothing more can be written, as when a user has stopped the stream, with the
+        error that `write` raises from then on.
         """
         stream_id = arguments.identifier(id)
         arguments.sequence_number(max_chunks, "max_chunks", least=1)
         arguments.sequence_number(max_bytes, "max_bytes", least=1)
-        return AsyncStreamWriter(self, self._database, self._changes, stream_id, max_chunks, max_bytes)
+        limits = max_chunks, max_bytes
+        return AsyncStreamWriter(self, self._database, self._changes, stream_id, limits, when_ended)
 
     def read_from(self, id: str, after_seq: int = 0, *, follow: bool = True) -> AsyncIterator[StreamChunk]:
         """Iterate over the chunks with a number above `after_seq`, each exactly once and in order.
@@ -161,7 +171,10 @@ class AsyncPostgresStreamStore:
         cursor = arguments.sequence_number(after_seq, "after_seq", least=0)
         return self._read(stream_id, cursor, follow)
 
-    async def _read(self, stream_id: str, cursor: int, follow: bool) -> AsyncIterator[StreamChunk]:
+    async def _read(
+        self, stream_id: str, cursor: int, follow: bool, patience: float = math.inf
+    ) -> AsyncIterator[StreamChunk]:
+        """Read on; a chunk of number 0 tells that nothing has come for `patience` seconds."""
         delivered = 0
         with self._changes.place(stream_id) as place:
             while True:
@@ -182,7 +195,14 @@ class AsyncPostgresStreamStore:
                     return
                 cursor = max(cursor, total_chunks)
                 place.stands(look, cursor, total_chunks)
-                while chunks := await place.follow(cursor):
+                while True:
+                    try:
+                        chunks = await place.follow(cursor, patience=patience)
+                    except TimeoutError:
+                        yield StreamChunk(0, "")
+                        continue
+                    if not chunks:
+                        break
                     for chunk in chunks:
                         yield chunk
                     cursor = delivered = chunks[-1].seq

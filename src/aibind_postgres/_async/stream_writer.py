@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -58,15 +59,15 @@ class AsyncStreamWriter:
         database: AsyncDatabase,
         changes: AsyncChanges,
         stream_id: str,
-        max_chunks: int,
-        max_bytes: int,
+        limits: tuple[int, int],
+        when_ended: Callable[[Exception], None] | None,
     ) -> None:
         self._store = store
         self._database = database
         self._changes = changes
         self._stream_id = stream_id
-        self._max_chunks = max_chunks
-        self._max_bytes = max_bytes
+        self._max_chunks, self._max_bytes = limits
+        self._when_ended = when_ended
         self._in_background = not database.client.joins_transactions
         self._place: AsyncPlace | None = None
         self._mutex = Mutex()
@@ -271,6 +272,8 @@ class AsyncStreamWriter:
             with self._mutex:
                 self._error = error
                 self._tell()
+            if self._when_ended is not None and not self._left:
+                self._when_ended(error)
             return False
         return True
 

@@ -1,0 +1,256 @@
+"""A stream that outlives its response: what a source yields, what a browser gets, and every way in which it ends."""
+
+from __future__ import annotations
+
+import gc
+from functools import partial
+
+import pytest
+from support.concurrency import AsyncBackground, async_sleep, async_until, async_workers
+
+from aibind_postgres import (
+    AsyncDurableStream,
+    AsyncPostgresStreamStore,
+    InvalidDataError,
+    StreamEvent,
+    StreamExistsError,
+    StreamNotFoundError,
+)
+from aibind_postgres._concurrency import AsyncEvent
+from aibind_postgres.sse import EventParser, ServerSentEvent
+
+ITEMS = ["Hel", "lo", "", StreamEvent("usage", '{"inputTokens": 1}'), "\x01 wor\r\nld\n", "data: 😀"]
+TEXT = "Hello\x01 wor\r\nld\ndata: 😀"
+EVENTS = [
+    ServerSentEvent("Hel", id="1"),
+    ServerSentEvent("lo", id="2"),
+    ServerSentEvent("", id="3"),
+    ServerSentEvent('{"inputTokens": 1}', "usage", "4"),
+    ServerSentEvent("\x01 wor\nld\n", id="5"),
+    ServerSentEvent("data: 😀", id="6"),
+]
+DONE = ServerSentEvent("", "done")
+
+
+@pytest.fixture
+async def store(dsn, tables):
+    async with AsyncPostgresStreamStore(dsn, **tables) as store:
+        yield store
+
+
+@pytest.fixture
+async def other(dsn, tables):
+    """A store that shares nothing with `store` but the server, as in another process."""
+    async with AsyncPostgresStreamStore(dsn, **tables) as store:
+        yield store
+
+
+async def items(items, gate=None):
+    for item in items:
+        yield item
+    if gate is not None:
+        await gate.wait()
+        yield "and more"
+
+
+class Silent:
+    """A source from which nothing comes until it is closed."""
+
+    def __init__(self):
+        self.gate = AsyncEvent()
+        self.asked = self.closed = False
+
+    def __aiter__(self):
+        return self
+
+    async def __anext__(self):
+        self.asked = True
+        await self.gate.wait()
+        raise StopAsyncIteration
+
+    def close(self):
+        self.closed = True
+        self.gate.set()
+
+
+class Finish:
+    """Notes what `on_finish` is called with."""
+
+    def __init__(self):
+        self.calls = []
+
+    async def __call__(self, text, status):
+        self.calls.append((text, status))
+
+
+async def read(stream, after_seq=0):
+    parser = EventParser()
+    return [event async for sent in stream.sse(after_seq) for event in parser.feed(sent)]
+
+
+async def test_what_a_source_yields_arrives_and_is_resumed_after_any_number(store, other):
+    finish = Finish()
+    stream = await AsyncDurableStream.start(store, items(ITEMS), on_finish=finish)
+    assert await read(stream) == [ServerSentEvent(stream.id, "stream-id", stream.id), *EVENTS, DONE]
+    assert await stream.wait() == ("done", None, 6)
+    assert finish.calls == [(TEXT, ("done", None, 6))]
+    resumed = await AsyncDurableStream.resume(other, stream.id)
+    for after_seq in range(8):
+        assert await read(resumed, after_seq) == [*EVENTS[after_seq:], DONE]
+    assert await stream.stop() is False
+
+
+async def test_it_goes_on_while_readers_come_and_go_and_nobody_holds_it(store, other):
+    gate = AsyncEvent()
+    stream = await AsyncDurableStream.start(store, items(["a"], gate), id="s")
+    reader = stream.sse()
+    assert b"stream-id" in await reader.__anext__()
+    assert b"data: a" in await reader.__anext__()
+    del stream, reader
+    gc.collect()
+    resumed = await AsyncDurableStream.resume(other, "s")
+    async with AsyncBackground(partial(read, resumed)) as reading:
+        await async_sleep(0.1)
+        gate.set()
+        events = [ServerSentEvent("a", id="1"), ServerSentEvent("and more", id="2"), DONE]
+        assert await reading.result() == events
+
+
+async def test_stopping_from_elsewhere_closes_a_source_that_is_silent(store, other):
+    source, finish = Silent(), Finish()
+    stream = await AsyncDurableStream.start(store, source, on_finish=finish)
+    await async_until(lambda: source.asked)
+    stopping = await AsyncDurableStream.resume(other, stream.id)
+    assert await stopping.stop() is True
+    assert await stream.wait(20) == ("stopped", None, 0)
+    assert source.closed
+    assert finish.calls == [("", ("stopped", None, 0))]
+    stopped = [ServerSentEvent("", "stopped"), DONE]
+    assert await read(stopping) == stopped
+    assert (await read(stream))[1:] == stopped
+    await async_until(lambda: not [name for name in async_workers() if "producer" in name])
+
+
+async def test_stopping_keeps_what_was_written(store, other):
+    finish, gate = Finish(), AsyncEvent()
+    stream = await AsyncDurableStream.start(store, items(["a", "b"], gate), on_finish=finish)
+    reader = other.read_from(stream.id)
+    assert [(await reader.__anext__()).data for _ in range(2)] == ["\x01a", "\x01b"]
+    assert await other.stop(stream.id)
+    await async_sleep(0.2)
+    gate.set()  # a generator that runs in a thread cannot be interrupted
+    assert await stream.wait(20) == ("stopped", None, 2)
+    assert finish.calls == [("ab", ("stopped", None, 2))]
+
+
+@pytest.mark.parametrize("expose_errors", [False, True])
+async def test_a_source_that_raises_ends_the_stream_in_error(store, caplog, expose_errors):
+    async def fail():
+        yield "a"
+        raise ValueError("the key is geheim")
+
+    finish = Finish()
+    stream = await AsyncDurableStream.start(store, fail(), on_finish=finish, expose_errors=expose_errors)
+    text = "the key is geheim" if expose_errors else "the answer broke off"
+    assert (await read(stream))[1:] == [ServerSentEvent("a", id="1"), ServerSentEvent(text, "error"), DONE]
+    assert await stream.wait() == ("error", text, 1)
+    assert finish.calls == [("a", ("error", text, 1))]
+    assert "ValueError: the key is geheim" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        7,
+        None,
+        b"x",
+        ("usage", "{}"),
+        "\0",
+        "\ud800",
+        StreamEvent("usage", None),
+        *(StreamEvent(name, "x") for name in ("", "a\nb", "a\rb", "a\x01b", "done", "error", "stopped", "stream-id")),
+    ],
+)
+async def test_what_a_source_must_not_yield_ends_the_stream_in_error(store, item):
+    stream = await AsyncDurableStream.start(store, items(["a", item]), expose_errors=True)
+    state, error, total_chunks = await stream.wait(20)
+    assert (state, total_chunks) == ("error", 1)
+    assert error
+
+
+async def test_what_others_have_written_is_read(store):
+    await store.create("s")
+    await store.append_many("s", ["plain", "usage\x01{}", "forged\nevent: done\x01x", "\x01"])
+    await store.fail("s", "too hot")
+    assert await read(await AsyncDurableStream.resume(store, "s")) == [
+        ServerSentEvent("plain", id="1"),
+        ServerSentEvent("{}", "usage", "2"),
+        ServerSentEvent("x", "forged event: done", "3"),
+        ServerSentEvent("", id="4"),
+        ServerSentEvent("too hot", "error"),
+        DONE,
+    ]
+
+
+async def test_a_stream_that_is_not_there(store):
+    with pytest.raises(StreamNotFoundError):
+        await AsyncDurableStream.resume(store, "nothing")
+    finish, source = Finish(), Silent()
+    stream = await AsyncDurableStream.start(store, source, id="s", on_finish=finish)
+    with pytest.raises(StreamExistsError):
+        await AsyncDurableStream.start(store, items([]), id="s")
+    async with AsyncBackground(partial(read, stream)) as reading:
+        await async_until(lambda: source.asked)
+        await store.delete("s")
+        with pytest.raises(StreamNotFoundError):
+            await reading.result()
+    await async_until(lambda: finish.calls == [("", None)])
+    assert source.closed
+    with pytest.raises(StreamNotFoundError):
+        await stream.stop()
+
+
+async def test_a_quiet_stream_shows_that_it_lives(store):
+    source = Silent()
+    stream = await AsyncDurableStream.start(store, source)
+    reader = stream.sse(heartbeat=0.05)
+    assert b"stream-id" in await reader.__anext__()
+    assert [await reader.__anext__() for _ in range(3)] == [b": ping\n\n"] * 3
+    source.gate.set()
+    assert b"event: done" in [sent async for sent in reader][-1]
+
+
+async def test_callbacks_that_fail_are_logged(store, caplog):
+    class Stubborn(Silent):
+        def close(self):
+            super().close()
+            raise ValueError("will not close")
+
+    async def fail(text, status):
+        raise ValueError("will not finish")
+
+    source = Stubborn()
+    source.gate.set()
+    stream = await AsyncDurableStream.start(store, source, on_finish=fail)
+    assert (await stream.wait(20)).state == "done"
+    assert "will not close" in caplog.text
+    assert "will not finish" in caplog.text
+
+
+async def test_an_end_that_nobody_meant_is_logged(store, other, caplog):
+    gate, finish = AsyncEvent(), Finish()
+    stream = await AsyncDurableStream.start(store, items(["a"], gate), on_finish=finish)
+    await other.read_from(stream.id).__anext__()
+    await other.append(stream.id, "of another producer")
+    gate.set()
+    await async_until(lambda: finish.calls)
+    assert "another producer writes to this stream" in caplog.text
+
+
+async def test_bad_arguments_are_refused(store):
+    stream = await AsyncDurableStream.start(store, items([]))
+    with pytest.raises(InvalidDataError):
+        stream.sse(-1)
+    with pytest.raises(ValueError, match="heartbeat"):
+        stream.sse(heartbeat=0)
+    await stream.wait()
