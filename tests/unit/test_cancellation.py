@@ -9,7 +9,7 @@ import psycopg
 from psycopg.pq import TransactionStatus
 from psycopg_pool import AsyncConnectionPool
 
-from aibind_postgres import AsyncPostgresStreamStore, PostgresStreamStore
+from aibind_postgres import AsyncDurableStream, AsyncPostgresStreamStore, PostgresStreamStore
 
 
 async def test_cancelled_calls_leave_no_connection_checked_out_and_no_hole(dsn, tables):
@@ -266,3 +266,25 @@ async def test_workers_that_are_cancelled_before_they_have_begun_are_replaced(ds
                     await asyncio.sleep(0.001)
                 await other.append(id, "b")
                 assert (await asyncio.wait_for(reading, 20)).data == "b"
+
+
+def test_an_answer_that_the_end_of_its_event_loop_cuts_off_ends_in_error_and_its_source_is_closed(dsn, tables):
+    closed = []
+
+    async def source():
+        try:
+            yield "a"
+            await asyncio.sleep(60)
+        finally:
+            closed.append(True)
+
+    async def serve():
+        store = AsyncPostgresStreamStore(dsn, **tables)
+        stream = await AsyncDurableStream.start(store, source())
+        await anext(store.read_from(stream.id))
+        return stream.id
+
+    id = asyncio.run(serve())
+    assert closed == [True]
+    with PostgresStreamStore(dsn, **tables) as store:
+        assert store.get_status(id) == ("error", "the answer broke off", 1)

@@ -161,6 +161,8 @@ class AsyncProducer:
                 raise
             logger.exception("the source of stream %r failed", self._stream_id)
             raise SourceError(str(error) if self._expose_errors else GENERIC_ERROR) from error
+        except BaseException as interruption:  # by the end of the event loop, say: the writer stores its text
+            raise type(interruption)(GENERIC_ERROR) from interruption
         finally:
             self._piping = False
             await self._close_source()
