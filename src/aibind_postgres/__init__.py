@@ -3,11 +3,13 @@
 from ._async.client import AsyncPostgresClient
 from ._async.conversation_store import AsyncPostgresConversationStore
 from ._async.durable_stream import AsyncDurableStream
+from ._async.handler import AsyncStreamHandler, AsyncWebResponse
 from ._async.stream_store import AsyncPostgresStreamStore
 from ._async.stream_writer import AsyncStreamWriter
 from ._sync.client import PostgresClient
 from ._sync.conversation_store import PostgresConversationStore
 from ._sync.durable_stream import DurableStream
+from ._sync.handler import StreamHandler, WebResponse
 from ._sync.stream_store import PostgresStreamStore
 from ._sync.stream_writer import StreamWriter
 from .adapters import wrap_asyncpg, wrap_django, wrap_sqlalchemy
@@ -27,6 +29,7 @@ from .errors import (
 )
 from .history import ChatHistory, ConversationConflictError, MessageTree, TreeNode, TreePath
 from .models import CleanupResult, ConversationInfo, StreamChunk, StreamEvent, StreamInfo, StreamState, StreamStatus
+from .web import Generation, WebError, WebRequest
 
 __all__ = [
     "AibindError",
@@ -34,13 +37,16 @@ __all__ = [
     "AsyncPostgresClient",
     "AsyncPostgresConversationStore",
     "AsyncPostgresStreamStore",
+    "AsyncStreamHandler",
     "AsyncStreamWriter",
+    "AsyncWebResponse",
     "ChatHistory",
     "CleanupResult",
     "ConversationConflictError",
     "ConversationInfo",
     "DurableStream",
     "ForkedError",
+    "Generation",
     "InvalidDataError",
     "InvalidHistoryError",
     "MessageNotFoundError",
@@ -54,6 +60,7 @@ __all__ = [
     "StreamChunk",
     "StreamEvent",
     "StreamExistsError",
+    "StreamHandler",
     "StreamInfo",
     "StreamNotActiveError",
     "StreamNotFoundError",
@@ -63,6 +70,9 @@ __all__ = [
     "StreamWriter",
     "TreeNode",
     "TreePath",
+    "WebError",
+    "WebRequest",
+    "WebResponse",
     "wrap_asyncpg",
     "wrap_django",
     "wrap_sqlalchemy",

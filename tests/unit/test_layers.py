@@ -13,7 +13,7 @@ PACKAGE = Path(aibind_postgres.__file__).parent
 # From the bottom up. A module may import those of lower layers and those beside it.
 LAYERS = [
     {"errors", "_concurrency"},
-    {"models", "_document", "_merging", "history", "sse"},
+    {"models", "_document", "_merging", "history", "sse", "web"},
     {"_tables", "_arguments", "_sql"},
     {"_async", "_sync"},
     {"schema", "adapters", "embedded"},

@@ -45,8 +45,9 @@ class AsyncDurableStream:
         Nothing but the end of the source or of the stream ends this: readers may come and go. When the stream is ended
         by somebody else, wherever that is, the source is closed; one that is a generator, and busy in a thread, when it
         next yields. If the source raises, the stream ends in state error, with a generic text, or with that of the
-        exception if `expose_errors`; the log gets all. Then, and after every other end, `on_finish` is called with the
-        text that was written and the status; None if the stream was deleted.
+        exception if `expose_errors`; the log gets all. `on_finish` is called with the text that was written and the
+        status: before the stream is done, if the source comes to its end, and after every other end. The status is None
+        if the stream was deleted.
 
         Raises what `create` raises. If the process dies, see `fail_abandoned`.
         """
@@ -125,6 +126,7 @@ class AsyncProducer:
         self._text: list[str] = []
         self._piping = False
         self._ended = False  # by somebody else
+        self._finished = False
         self._running.add(self)
         self.worker = async_spawn(self._run, "aibind_postgres-producer")
 
@@ -133,6 +135,10 @@ class AsyncProducer:
             try:
                 async with self._store.writer(self._stream_id, when_ended=self._break_off) as writer:
                     await self._pipe(writer)
+                    last = await writer.flush()
+                    if not self._ended:
+                        # Before the stream is done, so that who sees that finds what is kept here.
+                        await self._finish(StreamStatus("done", None, last))
             except (SourceError, StreamNotActiveError, StreamNotFoundError):
                 pass  # the log has the one, and the others were meant
             except Exception as error:
@@ -141,7 +147,8 @@ class AsyncProducer:
             except BaseException:
                 if not self._ended:
                     raise
-            await self._finish()
+            if not self._finished:
+                await self._finish()
         finally:
             self._running.discard(self)
 
@@ -183,10 +190,11 @@ class AsyncProducer:
             except Exception:
                 logger.exception("the source of stream %r failed when it was closed", self._stream_id)
 
-    async def _finish(self) -> None:
+    async def _finish(self, status: StreamStatus | None = None) -> None:
+        self._finished = True
         if self._on_finish is not None:
             try:
-                status = await self._store.get_status(self._stream_id)
+                status = status or await self._store.get_status(self._stream_id)
                 await async_settle(self._on_finish("".join(self._text), status))
             except Exception:
                 logger.exception("on_finish of stream %r failed", self._stream_id)

@@ -1,0 +1,204 @@
+"""The HTTP surface that aibind's browser client talks to, for any framework."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from .._concurrency import async_settle
+from ..errors import InvalidDataError, StreamNotFoundError
+from ..web import Generation, Kind, WebError, WebRequest, generation_of, parsed_body, resume_point, text_in
+from .durable_stream import GENERIC_ERROR, AsyncDurableStream
+
+if TYPE_CHECKING:
+    from ..history import ChatHistory
+    from ..models import StreamEvent, StreamStatus
+    from .conversation_store import AsyncPostgresConversationStore
+    from .stream_store import AsyncPostgresStreamStore
+
+logger = logging.getLogger("aibind_postgres")
+
+EVENT_STREAM = {
+    "Content-Type": "text/event-stream",
+    "Cache-Control": "no-cache",
+    "X-Accel-Buffering": "no",  # nginx would hold events back
+    "Access-Control-Expose-Headers": "X-Stream-Id",
+}
+PLAIN_TEXT = {"Content-Type": "text/plain; charset=utf-8", "Cache-Control": "no-cache"}
+
+
+@dataclass(frozen=True)
+class AsyncWebResponse:
+    """An answer, for any framework. The body is complete, or an iterator of events to be sent as they come."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes | AsyncIterator[bytes]
+
+
+class AsyncStreamHandler:
+    """Answers the requests of aibind's browser client.
+
+    `generate` is called with a `Generation` and returns an iterable of `str` and `StreamEvent`, such as a generator.
+    What it yields becomes a stream in `store` that survives a reload, a lost connection and a restarted worker; for the
+    routes that answer with plain text or JSON it is put together. `compact`, if given, is called in its place for the
+    summary of a conversation. Both may yield a `usage` event.
+
+    With `conversations`, a request with a session id gets what was said before, the last `max_messages` of it, and the
+    turn is saved when the stream has ended, by a merging save: also when it was stopped or broke off, with what was
+    written until then, and the state in the metadata of the answer.
+
+    `authorize` is called with the request and an id, that of a stream or of a session, before anything of it is read,
+    resumed, stopped or saved; if it returns something false, the answer is 403. Without it, who knows an id may use it:
+    those of streams cannot be guessed. `max_body` is the most bytes that a request may have, `heartbeat` and
+    `expose_errors` are those of a durable stream.
+    """
+
+    def __init__(
+        self,
+        generate: Callable[[Generation], Any],
+        *,
+        store: AsyncPostgresStreamStore,
+        conversations: AsyncPostgresConversationStore | None = None,
+        prefix: str = "/__aibind__",
+        authorize: Callable[[WebRequest, str], Any] | None = None,
+        max_messages: int | None = None,
+        compact: Callable[[Generation], Any] | None = None,
+        max_body: int = 1_000_000,
+        heartbeat: float | timedelta = 15.0,
+        expose_errors: bool = False,
+    ) -> None:
+        self.prefix = prefix.rstrip("/")
+        self.max_body = max_body
+        self._generate = generate
+        self._compact = compact or generate
+        self._store = store
+        self._conversations = conversations
+        self._authorize = authorize
+        self._max_messages = max_messages
+        self._heartbeat = heartbeat
+        self._expose_errors = expose_errors
+        self._routes: dict[str, tuple[str, Callable[[WebRequest], Any]]] = {
+            "/stream": ("POST", partial(self._stream, "stream")),
+            "/structured": ("POST", partial(self._stream, "structured")),
+            "/chat": ("POST", partial(self._stream, "chat")),
+            "/complete": ("POST", partial(self._text, "complete")),
+            "/title": ("POST", partial(self._text, "title")),
+        }
+        for path in ("/stream", "/structured"):
+            self._routes[f"{path}/stop"] = ("POST", self._stop)
+            self._routes[f"{path}/resume"] = ("GET", self._resume)
+        for path in ("", "/stream"):
+            self._routes[f"{path}/compact"] = ("POST", self._summarize)
+
+    async def handle(self, request: WebRequest) -> AsyncWebResponse:
+        """Answer a request; what is wrong with it, or with the answer, becomes a status and a text in JSON."""
+        route = request.path.removeprefix(self.prefix) if request.path.startswith(self.prefix) else None
+        method, respond = self._routes.get(route or "", ("", None))
+        try:
+            if respond is None:
+                raise WebError(404, "not found")
+            if request.method != method:
+                return _json({"error": f"use {method}"}, 405, {"Allow": method})
+            if len(request.body) > self.max_body:
+                raise WebError(413, f"the body must be at most {self.max_body} bytes long")
+            response: AsyncWebResponse = await respond(request)
+        except WebError as refusal:
+            return _json({"error": refusal.text}, refusal.status)
+        except StreamNotFoundError:
+            return _json({"error": "there is no such stream"}, 404)
+        except InvalidDataError as refusal:
+            return _json({"error": str(refusal)}, 400)
+        except Exception:
+            logger.exception("%s %s failed", request.method, request.path)
+            return _json({"error": GENERIC_ERROR}, 500)
+        return response
+
+    async def _stream(self, kind: Kind, request: WebRequest) -> AsyncWebResponse:
+        generation = generation_of(kind, request)
+        save = None
+        if self._conversations is not None and generation.session_id is not None and kind == "stream":
+            await self._check(request, generation.session_id)
+            chat = await self._conversations.load(generation.session_id)
+            said = chat.messages if self._max_messages is None else chat.messages[-self._max_messages :]
+            save = partial(self._save_turn, self._conversations, generation, chat)
+            generation = generation._replace(messages=[*said, *generation.messages])
+        source = await async_settle(self._generate(generation))
+        stream = await AsyncDurableStream.start(self._store, source, on_finish=save, expose_errors=self._expose_errors)
+        return self._events(stream, 0)
+
+    async def _save_turn(
+        self,
+        conversations: AsyncPostgresConversationStore,
+        generation: Generation,
+        chat: ChatHistory[Any],
+        text: str,
+        status: StreamStatus | None,
+    ) -> None:
+        chat.append({"role": "user", "content": generation.prompt})
+        state = "deleted" if status is None else status.state
+        if text or state == "done":
+            metadata = None if state == "done" else {"state": state}
+            chat.append({"role": "assistant", "content": text}, metadata)
+        await conversations.save(str(generation.session_id), chat)
+
+    async def _resume(self, request: WebRequest) -> AsyncWebResponse:
+        stream_id = request.query.get("id")
+        if not stream_id:
+            raise WebError(400, "id parameter is required")
+        after_seq = resume_point(request, stream_id)
+        await self._check(request, stream_id)
+        return self._events(await AsyncDurableStream.resume(self._store, stream_id), after_seq)
+
+    def _events(self, stream: AsyncDurableStream, after_seq: int) -> AsyncWebResponse:
+        headers = {**EVENT_STREAM, "X-Stream-Id": stream.id}
+        return AsyncWebResponse(200, headers, stream.sse(after_seq, heartbeat=self._heartbeat))
+
+    async def _stop(self, request: WebRequest) -> AsyncWebResponse:
+        stream_id = text_in(parsed_body(request), "id")
+        await self._check(request, stream_id)
+        await self._store.stop(stream_id)
+        return _json({"ok": True})
+
+    async def _text(self, kind: Kind, request: WebRequest) -> AsyncWebResponse:
+        text, _ = await _put_together(await async_settle(self._generate(generation_of(kind, request))))
+        return AsyncWebResponse(200, PLAIN_TEXT, text.encode())
+
+    async def _summarize(self, request: WebRequest) -> AsyncWebResponse:
+        generation = generation_of("compact", request)
+        chat = None
+        if self._conversations is not None and generation.session_id is not None:
+            await self._check(request, generation.session_id)
+            chat = await self._conversations.load(generation.session_id)
+        summary, saved = await _put_together(await async_settle(self._compact(generation)))
+        if self._conversations is not None and chat is not None:
+            chat.compact({"role": "system", "content": summary})
+            await self._conversations.save(str(generation.session_id), chat)
+        return _json({"summary": summary, "tokensSaved": saved})
+
+    async def _check(self, request: WebRequest, id: str) -> None:
+        if self._authorize is not None and not await async_settle(self._authorize(request, id)):
+            raise WebError(403, "forbidden")
+
+
+async def _put_together(source: AsyncIterable[str | StreamEvent]) -> tuple[str, int]:
+    """Return the text of a source, and how many tokens of its input the output does without."""
+    texts: list[str] = []
+    saved = 0
+    async for item in source:
+        if isinstance(item, str):
+            texts.append(item)
+        elif item.event == "usage":
+            usage = json.loads(item.data)
+            saved = usage.get("inputTokens", 0) - usage.get("outputTokens", 0)
+    return "".join(texts), saved
+
+
+def _json(content: object, status: int = 200, headers: Mapping[str, str] | None = None) -> AsyncWebResponse:
+    all_headers = {"Content-Type": "application/json", **(headers or {})}
+    return AsyncWebResponse(status, all_headers, json.dumps(content).encode())

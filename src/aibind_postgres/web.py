@@ -1,0 +1,126 @@
+"""The HTTP surface as plain data: a request, what it asks to be generated, and why it is refused. Pure.
+
+Paths, bodies and texts are those that aibind's browser client knows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+from .errors import AibindError
+
+Kind = Literal["stream", "structured", "chat", "compact", "complete", "title"]
+
+
+class WebError(AibindError):
+    """Refuses a request with an HTTP status and a text. `generate` and `authorize` may raise it."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(text)
+        self.status = status
+        self.text = text
+
+
+class WebRequest(NamedTuple):
+    """A request, from any framework. The names of headers are in lower case; `original` is the framework's own."""
+
+    method: str
+    path: str
+    query: Mapping[str, str]
+    headers: Mapping[str, str]
+    body: bytes
+    original: Any = None
+
+
+class Generation(NamedTuple):
+    """What `generate` is asked for.
+
+    `messages` is the conversation, what was said before included, each with `role` and `content`, and the last one is
+    `prompt`. `body` is all that the client sent, with whatever else is agreed on: `attachments`, `toolset`, `maxSteps`.
+    """
+
+    kind: Kind
+    prompt: str
+    messages: list[dict[str, Any]]
+    system: str | None
+    model: str | None
+    session_id: str | None
+    schema: Any
+    body: Mapping[str, Any]
+    request: WebRequest
+
+
+def parsed_body(request: WebRequest) -> dict[str, Any]:
+    """Return the JSON object in the body of a request; raise `WebError` for anything else."""
+    try:
+        body = json.loads(request.body)
+    except (ValueError, RecursionError):
+        raise WebError(400, "the body is not JSON") from None
+    if not isinstance(body, dict):
+        raise WebError(400, "the body must be a JSON object")
+    return body
+
+
+def generation_of(kind: Kind, request: WebRequest) -> Generation:
+    """Return what a request asks to be generated; raise `WebError` for one that does not say so."""
+    body = parsed_body(request)
+    if kind in ("chat", "compact", "title"):
+        messages = _messages(body, may_be_empty=kind == "compact")
+        prompt = messages[-1]["content"] if messages else ""
+    else:
+        prompt = text_in(body, "input" if kind == "complete" else "prompt")
+        messages = [{"role": "user", "content": prompt}]
+    return Generation(
+        kind=kind,
+        prompt=prompt,
+        messages=messages,
+        system=_optional_text(body, "system"),
+        model=_optional_text(body, "model"),
+        session_id=_optional_text(body, "sessionId") or None,
+        schema=body.get("schema"),
+        body=body,
+        request=request,
+    )
+
+
+def text_in(body: Mapping[str, Any], name: str) -> str:
+    """Return a text that must be there, and more than white space."""
+    text = _optional_text(body, name)
+    if text is None or not text.strip():
+        raise WebError(400, f"{name} is required")
+    return text
+
+
+def _optional_text(body: Mapping[str, Any], name: str) -> str | None:
+    text = body.get(name)
+    if text is not None and not isinstance(text, str):
+        raise WebError(400, f"{name} must be a string")
+    return text
+
+
+def _messages(body: Mapping[str, Any], *, may_be_empty: bool) -> list[dict[str, Any]]:
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not (messages or may_be_empty):
+        raise WebError(400, "messages is required")
+    for message in messages:
+        if not isinstance(message, dict) or message.get("role") not in ("user", "assistant", "system"):
+            raise WebError(400, "each of the messages must have the role user, assistant or system")
+        if not isinstance(message.get("content"), str):
+            raise WebError(400, "each of the messages must have a content, a string")
+    return messages
+
+
+def resume_point(request: WebRequest, stream_id: str) -> int:
+    """Return the number after which to resume.
+
+    A browser's `EventSource` says it in a header, later than the address that it was made with: and there the id of the
+    stream stands for its beginning, since that is the id of the first event.
+    """
+    point = request.headers.get("last-event-id") or request.query.get("after") or "0"
+    if point == stream_id:
+        return 0
+    if not point.isascii() or not point.isdigit() or len(point) > 15:
+        raise WebError(400, "after must be the number of an event")
+    return int(point)

@@ -1,0 +1,267 @@
+"""The HTTP surface, without a framework: what each route answers, what it refuses, and what it keeps."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from psycopg.sql import Identifier
+
+from aibind_postgres import (
+    AsyncPostgresConversationStore,
+    AsyncPostgresStreamStore,
+    AsyncStreamHandler,
+    StreamEvent,
+    WebError,
+    WebRequest,
+)
+from aibind_postgres.sse import EventParser, ServerSentEvent
+
+DONE = ServerSentEvent("", "done")
+
+
+class World:
+    """A handler, what it was asked to generate, and what it will."""
+
+    def __init__(self, store, conversations):
+        self.store = store
+        self.conversations = conversations
+        self.asked = []
+        self.items = ["Hello", " world"]
+        self.handler = self.with_options()
+
+    def with_options(self, **options):
+        return AsyncStreamHandler(self.generate, store=self.store, conversations=self.conversations, **options)
+
+    async def generate(self, generation):
+        self.asked.append(generation)
+        for item in self.items:
+            if isinstance(item, Exception):
+                raise item
+            yield item
+
+    async def request(self, method, path, body=None, query=None, headers=None, handler=None):
+        sent = body if isinstance(body, bytes) else json.dumps(body).encode()
+        request = WebRequest(method, f"/__aibind__{path}", query or {}, headers or {}, sent)
+        return await (handler or self.handler).handle(request)
+
+    async def post(self, path, body, **options):
+        return await self.request("POST", path, body, **options)
+
+    async def said(self, session_id):
+        """Return a conversation once its turn has been saved."""
+        chat = await self.conversations.load(session_id)
+        return [(message["role"], message["content"]) for message in chat.messages]
+
+
+@pytest.fixture
+async def world(dsn, tables, schema_name):
+    conversations = Identifier(schema_name, "conversations")
+    async with (
+        AsyncPostgresStreamStore(dsn, **tables) as store,
+        AsyncPostgresConversationStore(dsn, table=conversations) as chats,
+    ):
+        yield World(store, chats)
+
+
+async def events(response):
+    parser = EventParser()
+    return [event async for sent in response.body for event in parser.feed(sent)]
+
+
+def refusal(response):
+    assert response.headers["Content-Type"] == "application/json"
+    return response.status, json.loads(response.body)["error"]
+
+
+@pytest.mark.parametrize("path", ["/stream", "/structured", "/chat"])
+async def test_an_answer_is_streamed_and_resumed(world, path):
+    world.items = ["Hello", StreamEvent("usage", "{}"), " world"]
+    body = {"prompt": "hi", "messages": [{"role": "user", "content": "hi"}], "system": "be brief", "model": "fast"}
+    response = await world.post(path, body)
+    id = response.headers["X-Stream-Id"]
+    assert response.status == 200
+    assert response.headers["Content-Type"] == "text/event-stream"
+    assert response.headers["Cache-Control"] == "no-cache"
+    arrived = [ServerSentEvent("Hello", id="1"), ServerSentEvent("{}", "usage", "2"), ServerSentEvent(" world", id="3")]
+    assert await events(response) == [ServerSentEvent(id, "stream-id", id), *arrived, DONE]
+    [asked] = world.asked
+    assert (asked.kind, asked.prompt, asked.system, asked.model) == (path[1:], "hi", "be brief", "fast")
+    assert asked.messages == body["messages"]
+    for after in range(4):
+        for query, headers in (
+            ({"id": id, "after": str(after)}, {}),
+            ({"id": id, "after": "0"}, {"last-event-id": str(after)}),
+        ):
+            resumed = await world.request("GET", "/stream/resume", query=query, headers=headers)
+            assert resumed.headers["X-Stream-Id"] == id
+            assert await events(resumed) == [*arrived[after:], DONE]
+    begun = await world.request("GET", "/structured/resume", query={"id": id}, headers={"last-event-id": id})
+    assert await events(begun) == [*arrived, DONE]
+
+
+async def test_stopping(world):
+    await world.store.create("s")
+    assert json.loads((await world.post("/stream/stop", {"id": "s"})).body) == {"ok": True}
+    assert json.loads((await world.post("/structured/stop", {"id": "s"})).body) == {"ok": True}
+    assert (await world.store.get_status("s")).state == "stopped"
+    resumed = await world.request("GET", "/stream/resume", query={"id": "s"})
+    assert await events(resumed) == [ServerSentEvent("", "stopped"), DONE]
+
+
+async def test_texts_and_summaries(world):
+    for path, body in (("/complete", {"input": "Once"}), ("/title", {"messages": [{"role": "user", "content": "hi"}]})):
+        response = await world.post(path, body)
+        assert (response.status, response.body) == (200, b"Hello world")
+        assert response.headers["Content-Type"] == "text/plain; charset=utf-8"
+    assert [(asked.kind, asked.prompt) for asked in world.asked] == [("complete", "Once"), ("title", "hi")]
+    world.items = ["in short", StreamEvent("usage", '{"inputTokens": 9, "outputTokens": 2}')]
+    for path in ("/compact", "/stream/compact"):
+        response = await world.post(path, {"messages": []})
+        assert json.loads(response.body) == {"summary": "in short", "tokensSaved": 7}
+        assert world.asked[-1].kind == "compact"
+
+
+async def test_a_summary_replaces_a_conversation(world):
+    async def compact(generation):
+        yield f"{len(generation.messages)} messages"
+
+    handler = world.with_options(compact=compact)
+    await events(await world.post("/stream", {"prompt": "hi", "sessionId": "a"}))
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Hello world"}]
+    response = await world.post("/compact", {"messages": messages, "sessionId": "a"}, handler=handler)
+    assert json.loads(response.body) == {"summary": "2 messages", "tokensSaved": 0}
+    assert await world.said("a") == [("system", "2 messages")]
+
+
+async def test_a_conversation_goes_on_and_is_saved_before_an_answer_is_done(world):
+    handler = world.with_options(max_messages=3)
+    for number in range(1, 4):
+        await events(await world.post("/stream", {"prompt": f"{number}", "sessionId": "a"}, handler=handler))
+        assert (await world.said("a"))[-2:] == [("user", f"{number}"), ("assistant", "Hello world")]
+    asked = [[message["content"] for message in generation.messages] for generation in world.asked]
+    assert asked == [["1"], ["1", "Hello world", "2"], ["Hello world", "2", "Hello world", "3"]]
+    assert world.asked[-1].prompt == "3"
+
+
+@pytest.mark.parametrize("end", ["stopped", "error", "deleted"])
+async def test_half_an_answer_is_saved_and_marked(world, end):
+    if end == "error":
+        world.items = ["Hel", ValueError("the model is gone")]
+    response = None
+
+    async def generate(generation):
+        yield "Hel"
+        await {"stopped": world.store.stop, "deleted": world.store.delete}[end](response.headers["X-Stream-Id"])
+        for number in range(1000):
+            yield f"{number}"
+
+    handler = world.handler if end == "error" else world.with_options()
+    if end != "error":
+        handler._generate = generate
+    response = await world.post("/stream", {"prompt": "hi", "sessionId": "a"}, handler=handler)
+    if end == "error":
+        assert (await events(response))[-2:] == [ServerSentEvent("the answer broke off", "error"), DONE]
+    chats = []
+    while not chats:
+        chat = await world.conversations.load("a")
+        chats = chat.messages
+    assert chats[0] == {"role": "user", "content": "hi"}
+    assert chats[1]["content"].startswith("Hel")
+    assert chat.tree.get(chat.node_ids[1]).metadata == {"state": end}
+    assert chat.tree.get(chat.node_ids[0]).metadata == {}
+
+
+async def test_what_is_not_authorized_is_neither_read_nor_changed(world):
+    await world.store.create("s")
+    await events(await world.post("/stream", {"prompt": "hi", "sessionId": "a"}))
+    asked = []
+
+    async def authorize(request, id):
+        asked.append((request.original, id))
+        return request.headers.get("user") == "me"
+
+    handler = world.with_options(authorize=authorize)
+    calls = [
+        ("GET", "/stream/resume", None, {"id": "s"}),
+        ("GET", "/stream/resume", None, {"id": "nothing"}),
+        ("POST", "/stream/stop", {"id": "s"}, None),
+        ("POST", "/stream", {"prompt": "hi", "sessionId": "a"}, None),
+        ("POST", "/compact", {"messages": [], "sessionId": "a"}, None),
+    ]
+    generated = len(world.asked)
+    for method, path, body, query in calls:
+        assert refusal(await world.request(method, path, body, query, handler=handler)) == (403, "forbidden")
+    assert [id for _, id in asked] == ["s", "nothing", "s", "a", "a"]
+    assert len(world.asked) == generated
+    assert (await world.store.get_status("s")).state == "active"
+    assert len(await world.said("a")) == 2
+    mine = await world.post("/stream/stop", {"id": "s"}, headers={"user": "me"}, handler=handler)
+    assert mine.status == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status", "error"),
+    [
+        ("POST", "/nothing", {}, 404, "not found"),
+        ("POST", "", {}, 404, "not found"),
+        ("GET", "/stream", None, 405, "use POST"),
+        ("POST", "/stream/resume", {}, 405, "use GET"),
+        ("POST", "/stream", b"{", 400, "JSON"),
+        ("POST", "/stream", b"\xff", 400, "JSON"),
+        ("POST", "/stream", b"[" * 100_000, 400, "JSON"),
+        ("POST", "/stream", [], 400, "object"),
+        ("POST", "/stream", {}, 400, "prompt is required"),
+        ("POST", "/stream", {"prompt": "  "}, 400, "prompt is required"),
+        ("POST", "/stream", {"prompt": 7}, 400, "prompt must be a string"),
+        ("POST", "/stream", {"prompt": "x", "sessionId": 7}, 400, "sessionId must be a string"),
+        ("POST", "/stream", {"prompt": "x", "sessionId": "\0"}, 400, "NUL"),
+        ("POST", "/stream", {"prompt": "x", "sessionId": "x" * 2000}, 400, "1024"),
+        ("POST", "/chat", {"messages": []}, 400, "messages is required"),
+        ("POST", "/chat", {"messages": ["x"]}, 400, "role"),
+        ("POST", "/chat", {"messages": [{"role": "user", "content": 7}]}, 400, "content"),
+        ("POST", "/title", {}, 400, "messages is required"),
+        ("POST", "/compact", {}, 400, "messages is required"),
+        ("POST", "/complete", {"input": ""}, 400, "input is required"),
+        ("POST", "/stream/stop", {}, 400, "id is required"),
+        ("POST", "/stream/stop", {"id": "nothing"}, 404, "no such stream"),
+        ("GET", "/stream/resume", None, 400, "id parameter is required"),
+        ("POST", "/stream", {"prompt": "x" * 1_000_000}, 413, "1000000"),
+    ],
+)
+async def test_what_is_wrong_is_told(world, method, path, body, status, error):
+    told = refusal(await world.request(method, path, body))
+    assert told[0] == status
+    assert error in told[1]
+
+
+@pytest.mark.parametrize("after", ["-1", "1.5", "x", "٣", "9" * 16])
+async def test_a_place_that_is_none_is_refused(world, after):
+    await world.store.create("s")
+    response = await world.request("GET", "/stream/resume", query={"id": "s", "after": after})
+    assert refusal(response)[0] == 400
+    missing = await world.request("GET", "/stream/resume", query={"id": "nothing"})
+    assert refusal(missing) == (404, "there is no such stream")
+
+
+async def test_what_generate_refuses_or_fails_at(world, caplog):
+    def refuse(generation):
+        raise WebError(402, "no money left")
+
+    def fail(generation):
+        raise ValueError("geheim")
+
+    for generate, answer in ((refuse, (402, "no money left")), (fail, (500, "the answer broke off"))):
+        handler = AsyncStreamHandler(generate, store=world.store)
+        assert refusal(await world.post("/stream", {"prompt": "hi"}, handler=handler)) == answer
+    assert "geheim" in caplog.text
+    world.items = [ValueError("geheim")]
+    assert refusal(await world.post("/complete", {"input": "x"})) == (500, "the answer broke off")
+
+
+async def test_another_prefix(world):
+    handler = world.with_options(prefix="/ai/")
+    request = WebRequest("POST", "/ai/complete", {}, {}, b'{"input": "x"}')
+    assert (await handler.handle(request)).status == 200
+    assert (await handler.handle(request._replace(path="/aiz/complete"))).status == 404
+    assert (await handler.handle(request._replace(path="/complete"))).status == 404
