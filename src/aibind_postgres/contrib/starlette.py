@@ -1,0 +1,42 @@
+"""Starlette, and FastAPI, which takes its routes: `Starlette(routes=routes(handler))`, `app.routes.extend(…)`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+
+from .. import AsyncStreamHandler, WebRequest
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+
+METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]  # those that are wrong are told so
+
+
+def routes(handler: AsyncStreamHandler) -> list[Route]:
+    """Return the routes of a handler. The request that `generate` and `authorize` get as `original` is Starlette's."""
+
+    async def answer(request: Request) -> Response:
+        body = bytearray()
+        async for part in request.stream():
+            body += part
+            if len(body) > handler.max_body:  # the handler refuses it, so the rest need not be read
+                break
+        response = await handler.handle(
+            WebRequest(
+                request.method,
+                f"{handler.prefix}/{request.path_params['path']}",
+                dict(request.query_params),
+                dict(request.headers),
+                bytes(body),
+                request,
+            )
+        )
+        headers = dict(response.headers)
+        if isinstance(response.body, bytes):
+            return Response(response.body, response.status, headers)
+        return StreamingResponse(response.body, response.status, headers)
+
+    return [Route(f"{handler.prefix}/{{path:path}}", answer, methods=METHODS, name="aibind")]
