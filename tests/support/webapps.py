@@ -77,15 +77,8 @@ def starlette() -> Any:
 
 
 SERVERS = {
-    "flask": ["gunicorn", "--workers=2", "--threads=20", "--bind=127.0.0.1:{port}", "support.webapps:flask()"],
-    "starlette": [
-        "uvicorn",
-        "--workers=2",
-        "--factory",
-        "--host=127.0.0.1",
-        "--port={port}",
-        "support.webapps:starlette",
-    ],
+    "flask": "gunicorn --workers=2 --threads=20 --bind=127.0.0.1:{port} support.webapps:flask()",
+    "starlette": "uvicorn --workers=2 --host=127.0.0.1 --port={port} --factory support.webapps:starlette",
 }
 
 
@@ -95,7 +88,7 @@ def running(framework: str, dsn: str) -> Iterator[Client]:
     with closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", *(part.format(port=port) for part in SERVERS[framework])]
+    command = [sys.executable, "-m", *SERVERS[framework].format(port=port).split()]
     tests = str(Path(__file__).parents[1])
     environment = {**os.environ, "DATABASE_URL": dsn, "PYTHONPATH": os.pathsep.join([tests, *sys.path])}
     process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
