@@ -210,7 +210,7 @@ class _AsyncpgConnection(async_client.AsyncClient):
 
 
 def _django() -> Any:
-    from django import db  # type: ignore[import-untyped]  # Django ships no types
+    from django import db
 
     return db
 

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import closing, contextmanager
 from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from aibind_postgres import (
@@ -76,8 +77,39 @@ def starlette() -> Any:
     return Starlette(routes=routes(handler))
 
 
+def _configure_django(handler: StreamHandler | AsyncStreamHandler) -> None:
+    import django
+    from django.conf import settings
+
+    from aibind_postgres.contrib.django import urlpatterns
+
+    urls = ModuleType("urls")
+    urls.urlpatterns = urlpatterns(handler)  # type: ignore[attr-defined]
+    sys.modules["urls"] = urls
+    settings.configure(ROOT_URLCONF="urls", ALLOWED_HOSTS=["*"], SECRET_KEY="-")
+    django.setup()
+
+
+def django_wsgi() -> Any:
+    from django.core.wsgi import get_wsgi_application
+
+    store = PostgresStreamStore(os.environ["DATABASE_URL"])
+    _configure_django(StreamHandler(answer, store=store, authorize=allowed, **OPTIONS))
+    return get_wsgi_application()
+
+
+def django_asgi() -> Any:
+    from django.core.asgi import get_asgi_application
+
+    store = AsyncPostgresStreamStore(os.environ["DATABASE_URL"])
+    _configure_django(AsyncStreamHandler(async_answer, store=store, authorize=allowed, **OPTIONS))
+    return get_asgi_application()
+
+
 SERVERS = {
     "flask": "gunicorn --workers=2 --threads=20 --bind=127.0.0.1:{port} support.webapps:flask()",
+    "django, wsgi": "gunicorn --workers=2 --threads=20 --bind=127.0.0.1:{port} support.webapps:django_wsgi()",
+    "django, asgi": "uvicorn --workers=2 --host=127.0.0.1 --port={port} --factory support.webapps:django_asgi",
     "starlette": "uvicorn --workers=2 --host=127.0.0.1 --port={port} --factory support.webapps:starlette",
 }
 
