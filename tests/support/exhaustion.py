@@ -50,8 +50,10 @@ def fill_up(dsn: str) -> Iterator[Callable[[], None]]:
                 return
 
     def evict() -> None:
-        # What goes is taken, until there is nobody else any more.
-        while taken[0].execute(EVICT, [[connection.info.backend_pid for connection in taken]]).fetchall():
+        # Until each connection that there can be is one of these: somebody may be connecting just now, unseen.
+        [(number,)] = taken[0].execute("SELECT current_setting('max_connections')::int").fetchall()
+        while len(taken) < number:
+            taken[0].execute(EVICT, [[connection.info.backend_pid for connection in taken]])
             take()
 
     try:
