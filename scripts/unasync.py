@@ -55,6 +55,7 @@ RENAMES = {
     "AsyncProducer": "Producer",
     "AsyncPsycopgClient": "PsycopgClient",
     "AsyncRawCursor": "RawCursor",
+    "AsyncReader": "Reader",
     "AsyncRun": "Run",
     "AsyncSignal": "Signal",
     "AsyncStreamHandler": "StreamHandler",

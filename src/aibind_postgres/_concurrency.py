@@ -235,16 +235,21 @@ def settle(result: Any) -> Any:
 def async_at_end_of_loop(run: Callable[[], Coroutine[Any, Any, None]], unless: AsyncEvent) -> None:
     """Have `run` called when the event loop ends, unless an event is set before.
 
-    `asyncio.run` cancels all tasks and waits for them. What they do then is done first.
+    `asyncio.run` cancels all tasks and waits for them. What they have left to do is done first; the workers that they
+    begin then, nobody would wait for, so those are cancelled.
     """
 
     async def attend() -> None:
         try:
             await unless.wait()
         except asyncio.CancelledError:
-            tasks = [task for task in asyncio.all_tasks() if "aibind_postgres" not in task.get_name()]
-            if tasks:
+            # But for the pools, whose workers wait for `run`, and those who wait as this one does.
+            if tasks := {task for task in asyncio.all_tasks() if " of aibind_postgres" not in task.get_name()}:
                 await asyncio.wait(tasks)
+            if workers := {task for task in asyncio.all_tasks() if task.get_name().startswith("aibind_postgres-")}:
+                for worker in workers:
+                    worker.cancel()
+                await asyncio.wait(workers)
             await run()
             raise
 

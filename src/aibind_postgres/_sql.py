@@ -1,4 +1,4 @@
-"""Every statement, for given table names. Pure.
+"""The statements on streams, for given table names, and announcements. Pure.
 
 Parameters are numbered (`$1`), so that psycopg's raw cursors and asyncpg take the text as it is. Times are milliseconds
 since the epoch, by the server's clock. A statement that concerns one stream names it as `id = $1` on each table that it
@@ -245,60 +245,6 @@ WITH silent AS MATERIALIZED (
 SELECT id FROM ended {committed_so}
 """
 
-LOAD = "SELECT data FROM {conversations} WHERE session_id = $1::text AND expires_at > {now}"
-
-# If what is stored has the digest of $4, or nothing is stored and that is NULL: what has expired is not stored any
-# more. The row is locked first, so that it stays what was compared. A digest spares sending the text back, and does not
-# depend on a collation, of which some take different texts for equal.
-SAVE = """
-WITH found AS MATERIALIZED (
-    SELECT data FROM {conversations} WHERE session_id = $1::text AND expires_at > {now} FOR UPDATE
-), saved AS (
-    INSERT INTO {conversations} AS c (session_id, data, expires_at)
-    SELECT $1::text, $2::text, {now} + $3::bigint
-     WHERE $4::text IS NOT DISTINCT FROM (SELECT encode(sha256(convert_to(data, 'UTF8')), 'hex') FROM found)
-    ON CONFLICT (session_id) DO UPDATE
-       SET data = excluded.data, expires_at = excluded.expires_at
-     WHERE $4::text IS NOT NULL OR c.expires_at <= {now}
-    RETURNING 1
-)
-SELECT EXISTS (SELECT FROM saved), (SELECT data FROM found WHERE NOT EXISTS (SELECT FROM saved))
-"""
-
-OVERWRITE = """
-INSERT INTO {conversations} (session_id, data, expires_at)
-VALUES ($1::text, $2::text, {now} + $3::bigint)
-ON CONFLICT (session_id) DO UPDATE SET data = excluded.data, expires_at = excluded.expires_at
-"""
-
-TOUCH = """
-UPDATE {conversations} SET expires_at = {now} + $2::bigint
- WHERE session_id = $1::text AND expires_at > {now}
-RETURNING 1
-"""
-
-FORGET = "DELETE FROM {conversations} WHERE session_id = $1::text RETURNING expires_at > {now}"
-
-LIST_CONVERSATIONS = """
-SELECT session_id, expires_at FROM {conversations}
- WHERE session_id > $1::text AND expires_at > {now}
- ORDER BY session_id
- LIMIT $2::bigint
-"""
-
-FORGET_EXPIRED = """
-WITH expired AS MATERIALIZED (
-    SELECT session_id FROM {conversations}
-     WHERE expires_at <= {now}
-     ORDER BY expires_at
-     LIMIT $1::bigint
-       FOR UPDATE SKIP LOCKED
-), deleted AS (
-    DELETE FROM {conversations} WHERE session_id = ANY (ARRAY(SELECT session_id FROM expired)) RETURNING 1
-)
-SELECT count(*) FROM deleted
-"""
-
 ANNOUNCE = "SELECT pg_notify($1::text, payload) FROM json_array_elements_text($2::text::json) AS payload"
 
 MAX_PAYLOAD_BYTES = 7_999
@@ -341,20 +287,6 @@ class StreamStatements:
         self.list_by_time = fill(LIST_BY_TIME)
         self.cleanup = fill(CLEANUP)
         self.fail_abandoned = fill(FAIL_ABANDONED)
-
-
-class ConversationStatements:
-    """The statements of a conversation store, for its table."""
-
-    def __init__(self, conversations: Table) -> None:
-        values = {"conversations": conversations.quoted, "now": NOW}
-        self.load = LOAD.format_map(values)
-        self.save = SAVE.format_map(values)
-        self.overwrite = OVERWRITE.format_map(values)
-        self.touch = TOUCH.format_map(values)
-        self.delete = FORGET.format_map(values)
-        self.list = LIST_CONVERSATIONS.format_map(values)
-        self.cleanup = FORGET_EXPIRED.format_map(values)
 
 
 def renewed_expiry(ttl: str) -> str:

@@ -14,6 +14,7 @@ from aibind_postgres import (
     InvalidDataError,
     StreamEvent,
     StreamExistsError,
+    StreamNotActiveError,
     StreamNotFoundError,
 )
 from aibind_postgres._concurrency import AsyncEvent
@@ -34,13 +35,6 @@ DONE = ServerSentEvent("", "done")
 
 @pytest.fixture
 async def store(dsn, tables):
-    async with AsyncPostgresStreamStore(dsn, **tables) as store:
-        yield store
-
-
-@pytest.fixture
-async def other(dsn, tables):
-    """A store that shares nothing with `store` but the server, as in another process."""
     async with AsyncPostgresStreamStore(dsn, **tables) as store:
         yield store
 
@@ -254,3 +248,61 @@ async def test_bad_arguments_are_refused(store):
     with pytest.raises(ValueError, match="heartbeat"):
         stream.sse(heartbeat=0)
     await stream.wait()
+
+
+class Ending:
+    """A store of which each writer has ended as soon as it is entered, before anything is written."""
+
+    def __init__(self, store):
+        self._store = store
+
+    def __getattr__(self, name):
+        return getattr(self._store, name)
+
+    def writer(self, id, when_ended):
+        return EndedWriter(self._store, id, when_ended)
+
+
+class EndedWriter:
+    def __init__(self, store, id, when_ended):
+        self._store, self._id, self._when_ended = store, id, when_ended
+
+    async def __aenter__(self):
+        await self._store.stop(self._id)
+        self._when_ended(StreamNotActiveError(self._id, "stopped"))
+        return self
+
+    async def __aexit__(self, *error):
+        pass
+
+    async def flush(self):
+        return 0
+
+
+async def test_an_end_before_the_first_item_closes_the_source(store):
+    source, finish = Silent(), Finish()
+    stream = await AsyncDurableStream.start(Ending(store), source, on_finish=finish)
+    assert (await stream.wait(20)).state == "stopped"
+    assert source.closed
+    assert finish.calls == [("", ("stopped", None, 0))]
+
+
+async def test_a_producer_that_cannot_begin_closes_its_source(store, caplog):
+    class Away(Ending):
+        def writer(self, id, when_ended):
+            raise ConnectionError("no server")
+
+    source, finish = Silent(), Finish()
+    await AsyncDurableStream.start(Away(store), source, on_finish=finish)
+    await async_until(lambda: finish.calls)
+    assert source.closed
+    assert "no server" in caplog.text
+
+
+async def test_waiting_has_its_bound(store):
+    source = Silent()
+    stream = await AsyncDurableStream.start(store, source)
+    with pytest.raises(TimeoutError):
+        await stream.wait(0.1)
+    source.gate.set()
+    assert (await stream.wait(20)).state == "done"

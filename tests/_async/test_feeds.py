@@ -25,13 +25,6 @@ async def store(dsn, tables):
 
 
 @pytest.fixture
-async def other(dsn, tables):
-    """A store that shares nothing with `store` but the server, as in another process."""
-    async with AsyncPostgresStreamStore(dsn, **tables) as store:
-        yield store
-
-
-@pytest.fixture
 def fetches(store, monkeypatch):
     """What the store has fetched so far for those who follow streams: a list of stream ids for each statement."""
     done = []
@@ -244,7 +237,8 @@ async def test_a_place_that_was_interrupted_before_it_fetched_lets_others_fetch(
         assert await reader.result() == [(1, "x")]
 
 
-async def test_a_fetch_that_fails_is_told_to_all_who_wait_for_it(store, other, monkeypatch):
+@pytest.mark.parametrize("kind", [psycopg.OperationalError, TimeoutError])  # asyncpg raises the other one, too
+async def test_a_fetch_that_fails_is_told_to_all_who_wait_for_it(store, other, monkeypatch, kind):
     id = await store.create()
     async with AsyncBackground(partial(async_gather, *[partial(collect, store, id)] * 5, errors=True)) as readers:
         await all_waiting(store, id, 5)
@@ -252,13 +246,13 @@ async def test_a_fetch_that_fails_is_told_to_all_who_wait_for_it(store, other, m
 
         async def fail(sql, params):
             if "-greatest(total_chunks" in sql:
-                raise psycopg.OperationalError("the server is gone")
+                raise kind("the server is gone")
             return await query(sql, params)
 
         monkeypatch.setattr(store._database.client, "query", fail)
         await other.append(id, "x")
         errors = await readers.result()
-    assert {(type(error), str(error)) for error in errors} == {(psycopg.OperationalError, "the server is gone")}
+    assert {(type(error), str(error)) for error in errors} == {(kind, "the server is gone")}
     assert len(set(map(builtins.id, errors))) == 5
     monkeypatch.undo()
     await store.complete(id)

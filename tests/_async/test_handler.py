@@ -11,6 +11,7 @@ from aibind_postgres import (
     AsyncPostgresConversationStore,
     AsyncPostgresStreamStore,
     AsyncStreamHandler,
+    InvalidDataError,
     StreamEvent,
     WebError,
     WebRequest,
@@ -265,3 +266,9 @@ async def test_another_prefix(world):
     assert (await handler.handle(request)).status == 200
     assert (await handler.handle(request._replace(path="/aiz/complete"))).status == 404
     assert (await handler.handle(request._replace(path="/complete"))).status == 404
+
+
+@pytest.mark.parametrize("max_messages", [0, -1])
+async def test_a_number_of_messages_that_is_none_is_refused(world, max_messages):
+    with pytest.raises(InvalidDataError, match="max_messages"):
+        world.with_options(max_messages=max_messages)

@@ -34,13 +34,6 @@ async def store(dsn, tables):
         yield store
 
 
-@pytest.fixture
-async def other(dsn, tables):
-    """A store that shares nothing with `store` but the server, as in another process."""
-    async with AsyncPostgresStreamStore(dsn, **tables) as store:
-        yield store
-
-
 async def collect(store, id, after_seq=0):
     return [tuple(chunk) async for chunk in store.read_from(id, after_seq)]
 

@@ -74,13 +74,6 @@ async def store(client, tables):
         yield store
 
 
-@pytest.fixture
-async def other(dsn, tables):
-    """A store that shares nothing with `store` but the server, as in another process."""
-    async with AsyncPostgresStreamStore(dsn, **tables) as store:
-        yield store
-
-
 async def texts(store, id):
     return [chunk.data async for chunk in store.read_from(id, follow=False)]
 

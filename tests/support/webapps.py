@@ -13,7 +13,6 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import closing, contextmanager
 from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from aibind_postgres import (
@@ -83,10 +82,13 @@ def _configure_django(handler: StreamHandler | AsyncStreamHandler) -> None:
 
     from aibind_postgres.contrib.django import urlpatterns
 
-    urls = ModuleType("urls")
-    urls.urlpatterns = urlpatterns(handler)  # type: ignore[attr-defined]
-    sys.modules["urls"] = urls
-    settings.configure(ROOT_URLCONF="urls", ALLOWED_HOSTS=["*"], SECRET_KEY="-")
+    # In place of the name of a module: the patterns themselves.
+    settings.configure(
+        ROOT_URLCONF=tuple(urlpatterns(handler)),
+        MIDDLEWARE=["django.middleware.csrf.CsrfViewMiddleware"],  # as every Django project has it
+        ALLOWED_HOSTS=["*"],
+        SECRET_KEY="-",
+    )
     django.setup()
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 
 import psycopg
+import pytest
 from psycopg.pq import TransactionStatus
 from psycopg_pool import AsyncConnectionPool
 
@@ -268,7 +270,26 @@ async def test_workers_that_are_cancelled_before_they_have_begun_are_replaced(ds
                 assert (await asyncio.wait_for(reading, 20)).data == "b"
 
 
-def test_an_answer_that_the_end_of_its_event_loop_cuts_off_ends_in_error_and_its_source_is_closed(dsn, tables):
+def run_and_cancel(main, by):
+    """Do what `asyncio.run` does, which cancels the tasks in an order of chance, in this one."""
+    loop = asyncio.new_event_loop()
+    try:
+        result = loop.run_until_complete(main)
+        tasks = sorted(asyncio.all_tasks(loop), key=by)
+        for task in tasks:
+            task.cancel()
+        loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        loop.run_until_complete(loop.shutdown_asyncgens())
+    finally:
+        loop.close()
+    return result
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("last", ["end of the loop", "producer", "watch"])
+def test_answers_that_the_end_of_their_event_loop_cuts_off_end_in_error_and_their_sources_are_closed(
+    dsn, tables, caplog, last, reverse
+):
     closed = []
 
     async def source():
@@ -280,11 +301,14 @@ def test_an_answer_that_the_end_of_its_event_loop_cuts_off_ends_in_error_and_its
 
     async def serve():
         store = AsyncPostgresStreamStore(dsn, **tables)
-        stream = await AsyncDurableStream.start(store, source())
-        await anext(store.read_from(stream.id))
-        return stream.id
+        streams = [await AsyncDurableStream.start(store, source()) for _ in range(5)]
+        for stream in streams:
+            await anext(store.read_from(stream.id))
+        return [stream.id for stream in streams]
 
-    id = asyncio.run(serve())
-    assert closed == [True]
+    ids = run_and_cancel(serve(), by=lambda task: (last in task.get_name()) != reverse)
+    gc.collect()
+    assert len(closed) == len(ids)
+    assert "destroyed" not in caplog.text
     with PostgresStreamStore(dsn, **tables) as store:
-        assert store.get_status(id) == ("error", "the answer broke off", 1)
+        assert {store.get_status(id) for id in ids} == {("error", "the answer broke off", 1)}

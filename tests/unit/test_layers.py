@@ -14,7 +14,7 @@ PACKAGE = Path(aibind_postgres.__file__).parent
 LAYERS = [
     {"errors", "_concurrency"},
     {"models", "_document", "_merging", "history", "sse", "web"},
-    {"_tables", "_arguments", "_sql"},
+    {"_tables", "_arguments", "_sql", "_conversation_sql"},
     {"_async", "_sync"},
     {"schema", "adapters", "embedded"},
     {"__init__"},

@@ -5,7 +5,8 @@ from __future__ import annotations
 import psycopg
 import pytest
 
-from aibind_postgres._sql import ConversationStatements, StreamStatements
+from aibind_postgres._conversation_sql import ConversationStatements
+from aibind_postgres._sql import StreamStatements
 from aibind_postgres._tables import CHUNKS_TABLE, CONVERSATIONS_TABLE, STATUS_TABLE, Table
 
 STATEMENTS = StreamStatements(Table(None, CHUNKS_TABLE), Table(None, STATUS_TABLE))

@@ -171,11 +171,14 @@ class AsyncChanges:
 
     def keep_watch(self) -> None:
         """See to it that somebody is looking out."""
-        if self._watch is None or not self._watch.is_alive():
+        if not self._is_watched():
             with self.mutex:
-                alive = self._watch is not None and self._watch.is_alive()
-                if not alive and not self.database.closing.is_set():
+                if not self._is_watched() and not self.database.closing.is_set():
                     self._watch = AsyncWatch(self)
+
+    def _is_watched(self) -> bool:
+        watch = self._watch  # which another thread may let go at any moment
+        return watch is not None and watch.is_alive()
 
     def end_watch(self, watch: AsyncWatch, *, if_idle: bool) -> bool:
         """Let a watch go: the next who waits starts another. With `if_idle`, only if nobody follows anything."""

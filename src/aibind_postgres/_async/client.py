@@ -181,9 +181,9 @@ class AsyncPoolClient(AsyncPsycopgClient):
                     self._refusal, self._refused_at = copied(error), monotonic()  # a copy has no traceback
                     raise
             if self._pool.closed:
-                await self._pool.open()
                 # A worker of a pool that is cancelled while it connects goes on, and waits for ever to be told to end.
                 async_at_end_of_loop(self._pool.close, unless=self._closed)
+                await self._pool.open()
             if self._closed.is_set():  # meanwhile, and too early for `close` to find the pool open
                 await self._pool.close()
 

@@ -40,7 +40,8 @@ def with_defaults(conninfo: str) -> str:
     """
     with suppress(psycopg.ProgrammingError, UnicodeEncodeError):
         given = conninfo_to_dict(conninfo)
-        is_clear = re.fullmatch(r"\w+://([^@/?]*@)?[^@?]*(\?.*)?", conninfo, re.DOTALL) or "://" not in conninfo[:13]
+        is_uri = re.match(r"postgres(ql)?://", conninfo)
+        is_clear = not is_uri or re.fullmatch(r"\w+://([^@/?]*@)?[^@?]*(\?.*)?", conninfo, re.DOTALL)
         if is_clear and re.fullmatch("[0-9, ]*", str(given.get("port", ""))):
             return make_conninfo(conninfo, **_missing_from(given))
     raise ValueError(

@@ -11,9 +11,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from .. import _arguments as arguments
+from .._conversation_sql import ConversationStatements
 from .._document import document_text, empty_document, known_document, parsed_document
 from .._merging import merge
-from .._sql import ConversationStatements
 from .._tables import CONVERSATIONS_TABLE, Table
 from ..history import ChatHistory, ConversationConflictError, Origin
 from ..models import ConversationInfo, moment

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterable, AsyncIterator, Callable
 from datetime import timedelta
+from time import monotonic
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .. import _arguments as arguments
@@ -75,7 +76,7 @@ class AsyncDurableStream:
     async def _sse(self, after_seq: int, heartbeat: float) -> AsyncIterator[bytes]:
         if self._producer is not None and after_seq == 0:
             yield encode(ServerSentEvent(self.id, "stream-id", self.id))
-        async for chunk in self._store._read(self.id, after_seq, True, heartbeat):
+        async for chunk in self._store._reader.read(self.id, after_seq, True, heartbeat):
             if not chunk.seq:
                 yield comment("ping")
                 continue
@@ -97,11 +98,16 @@ class AsyncDurableStream:
     async def wait(self, timeout: float | timedelta | None = None) -> StreamStatus:
         """Wait until the stream has ended, and, where it was started, `on_finish` has returned; return the status.
 
-        Raises what the store's `wait` raises.
+        Raises `TimeoutError` if that takes longer than `timeout` seconds, and what else the store's `wait` raises. A
+        generator that is busy in a thread is waited for.
         """
-        status = await self._store.wait(self.id, timeout)
+        seconds = None if timeout is None else arguments.seconds(timeout, "timeout", zero=True)
+        begun_at = monotonic()
+        status = await self._store.wait(self.id, seconds)
         if self._producer is not None:
-            await self._producer.worker.join()
+            await self._producer.worker.join(None if seconds is None else max(0.0, begun_at + seconds - monotonic()))
+            if self._producer.worker.is_alive():
+                raise TimeoutError(f"stream {self.id!r} has ended, and its source has not")
         return status
 
 
@@ -124,7 +130,7 @@ class AsyncProducer:
         self._on_finish = on_finish
         self._expose_errors = expose_errors
         self._text: list[str] = []
-        self._piping = False
+        self._source_open = True
         self._ended = False  # by somebody else
         self._finished = False
         self._running.add(self)
@@ -147,6 +153,7 @@ class AsyncProducer:
             except BaseException:
                 if not self._ended:
                     raise
+            await self._close_source()  # if it did not come to writing
             if not self._finished:
                 await self._finish()
         finally:
@@ -154,7 +161,6 @@ class AsyncProducer:
 
     async def _pipe(self, writer: AsyncStreamWriter) -> None:
         writing = False
-        self._piping = True
         try:
             async for item in self._source:
                 text = chunk_text(item)
@@ -171,7 +177,6 @@ class AsyncProducer:
         except BaseException as interruption:  # by the end of the event loop, say: the writer stores its text
             raise type(interruption)(GENERIC_ERROR) from interruption
         finally:
-            self._piping = False
             await self._close_source()
 
     def _break_off(self, error: Exception) -> None:
@@ -179,10 +184,13 @@ class AsyncProducer:
         self._ended = True
         if not isinstance(error, (StreamNotActiveError, StreamNotFoundError)):
             logger.error("the producer of stream %r gave up: %s", self._stream_id, error)
-        if self._piping:
+        if self._source_open:
             async_break_off(self.worker, self._source)
 
     async def _close_source(self) -> None:
+        if not self._source_open:
+            return
+        self._source_open = False
         close = getattr(self._source, "aclose", None) or getattr(self._source, "close", None)
         if close is not None:
             try:

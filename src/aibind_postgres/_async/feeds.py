@@ -201,6 +201,10 @@ class AsyncFeed:
             self.waiting.pop().wake()
 
 
+class QuietError(Exception):
+    """A reader has lost patience. No `TimeoutError`: that may come from a driver, and means something else."""
+
+
 class Look(NamedTuple):
     """What a feed knew when a look at the stream began."""
 
@@ -261,9 +265,9 @@ class AsyncPlace:
 
         Returns None if the feed does not have them: the caller reads for himself. A cursor of infinity waits for the
         end. Raises `StreamNotFoundError` if the stream is deleted, `TimeoutError` at the `deadline` of the monotonic
-        clock, or when nothing has come for `patience` seconds, and what fetching raises.
+        clock, `QuietError` when nothing has come for `patience` seconds, and what fetching raises.
         """
-        wake_at = min(deadline, monotonic() + patience)
+        quiet_at = monotonic() + patience
         while True:
             feed = self.feed
             self._changes.database.keep_home()
@@ -285,12 +289,15 @@ class AsyncPlace:
             if to_fetch:
                 await self._fetch(cursor, deadline)
             else:
-                await self._wait(wake_at)
+                await self._wait(deadline, quiet_at)
 
-    async def _wait(self, deadline: float) -> None:
+    async def _wait(self, deadline: float, quiet_at: float) -> None:
         try:
             self._changes.keep_watch()
-            if not await self._woken.wait(None if deadline == math.inf else max(0.0, deadline - monotonic())):
+            until = min(deadline, quiet_at)
+            if not await self._woken.wait(None if until == math.inf else max(0.0, until - monotonic())):
+                if quiet_at < deadline:
+                    raise QuietError
                 raise TimeoutError(f"stream {self.feed.stream_id!r} is still active")
         except GeneratorExit:  # by the garbage collector perhaps, which may have come while the mutex is held
             raise

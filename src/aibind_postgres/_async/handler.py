@@ -10,6 +10,7 @@ from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from .. import _arguments as arguments
 from .._concurrency import async_settle
 from ..errors import InvalidDataError, StreamNotFoundError
 from ..web import Generation, Kind, WebError, WebRequest, generation_of, parsed_body, resume_point, text_in
@@ -49,9 +50,9 @@ class AsyncStreamHandler:
     routes that answer with plain text or JSON it is put together. `compact`, if given, is called in its place for the
     summary of a conversation. Both may yield a `usage` event.
 
-    With `conversations`, a request with a session id gets what was said before, the last `max_messages` of it, and the
-    turn is saved when the stream has ended, by a merging save: also when it was stopped or broke off, with what was
-    written until then, and the state in the metadata of the answer.
+    With `conversations`, a request to `stream` with a session id gets what was said before, the last `max_messages` of
+    it, and the turn is saved by a merging save: before the stream is done, or when it was stopped or broke off, with
+    what was written until then, and the state in the metadata of the answer.
 
     `authorize` is called with the request and an id, that of a stream or of a session, before anything of it is read,
     resumed, stopped or saved; if it returns something false, the answer is 403. Without it, who knows an id may use it:
@@ -80,6 +81,8 @@ class AsyncStreamHandler:
         self._store = store
         self._conversations = conversations
         self._authorize = authorize
+        if max_messages is not None:
+            arguments.sequence_number(max_messages, "max_messages", least=1)
         self._max_messages = max_messages
         self._heartbeat = heartbeat
         self._expose_errors = expose_errors

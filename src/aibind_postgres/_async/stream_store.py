@@ -22,12 +22,12 @@ from ..models import (
     StreamState,
     StreamStatus,
     SynchronousCommit,
-    chunks_of,
     moment,
 )
 from .appending import Append, AsyncAppender
 from .changes import AsyncChanges
 from .database import AsyncDatabase
+from .reading import AsyncReader
 from .stream_writer import AsyncStreamWriter
 
 if TYPE_CHECKING:
@@ -35,9 +35,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from .client import AsyncClientLike
-    from .connections import Row
 
-PAGE = 2000  # rows that one statement reads
+PAGE = 2000  # streams that one statement lists
 
 
 class AsyncPostgresStreamStore:
@@ -89,6 +88,7 @@ class AsyncPostgresStreamStore:
         self._database = AsyncDatabase(client, arguments.seconds(retry_for, "retry_for", zero=True), timeout)
         self._sql = StreamStatements(chunks, status, synchronous_commit)
         self._changes = AsyncChanges(self._database, self._sql, status.channel, poll_seconds)
+        self._reader = AsyncReader(self._database, self._sql, self._changes)
         self._appender = AsyncAppender(self._database, self._sql, self._ttl, self._changes)
 
     async def create(self, id: str | None = None) -> str:
@@ -169,45 +169,7 @@ class AsyncPostgresStreamStore:
         """
         stream_id = arguments.identifier(id)
         cursor = arguments.sequence_number(after_seq, "after_seq", least=0)
-        return self._read(stream_id, cursor, follow)
-
-    async def _read(
-        self, stream_id: str, cursor: int, follow: bool, patience: float = math.inf
-    ) -> AsyncIterator[StreamChunk]:
-        """Read on; a chunk of number 0 tells that nothing has come for `patience` seconds."""
-        delivered = 0
-        with self._changes.place(stream_id) as place:
-            while True:
-                look = place.before_look()
-                rows = await self._database.look(self._sql.read, [stream_id, cursor, PAGE])
-                # A stream never gets shorter: if this one has, it is another one of the same id.
-                if not rows or -rows[0][0] < delivered:
-                    raise StreamNotFoundError(stream_id)
-                for chunk in chunks_of(rows[1:]):
-                    yield chunk
-                total_chunks, state = -rows[0][0], rows[0][1]
-                if len(rows) > 1:
-                    delivered = rows[-1][0]
-                if (read_up_to := await self._read_up_to(stream_id, cursor, rows)) < total_chunks:
-                    cursor = read_up_to
-                    continue
-                if state != "active" or not follow:
-                    return
-                cursor = max(cursor, total_chunks)
-                place.stands(look, cursor, total_chunks)
-                while True:
-                    try:
-                        chunks = await place.follow(cursor, patience=patience)
-                    except TimeoutError:
-                        yield StreamChunk(0, "")
-                        continue
-                    if not chunks:
-                        break
-                    for chunk in chunks:
-                        yield chunk
-                    cursor = delivered = chunks[-1].seq
-                if chunks is not None:
-                    return
+        return self._reader.read(stream_id, cursor, follow)
 
     def replay(self, id: str, after_seq: int = 0, *, speed: float = 1.0) -> AsyncIterator[StreamChunk]:
         """Iterate over the chunks that are there, at the pace at which they were written.
@@ -222,33 +184,7 @@ class AsyncPostgresStreamStore:
         cursor = arguments.sequence_number(after_seq, "after_seq", least=0)
         if not speed > 0:
             raise ValueError(f"speed must be above zero, not {speed!r}")
-        return self._replay(stream_id, cursor, speed)
-
-    async def _replay(self, stream_id: str, cursor: int, speed: float) -> AsyncIterator[StreamChunk]:
-        due = monotonic()
-        written_before: float | None = None
-        while True:
-            rows = await self._database.look(self._sql.read_timed, [stream_id, cursor, PAGE])
-            if not rows:
-                raise StreamNotFoundError(stream_id)
-            for seq, data, written_at in rows[1:]:
-                if written_at is not None:
-                    due += max(0.0, written_at - (written_before or written_at)) / speed
-                    written_before = written_at
-                if (pause := due - monotonic()) > 0:
-                    await self._database.sleep(min(pause, arguments.MAX_SECONDS))
-                yield StreamChunk(seq, data)
-            cursor = await self._read_up_to(stream_id, cursor, rows)
-            if cursor >= -rows[0][0]:
-                return
-
-    async def _read_up_to(self, stream_id: str, cursor: int, page: Sequence[Row]) -> int:
-        """Return the number up to which there is no other chunk than those of a page."""
-        end, total_chunks = cursor + PAGE, -page[0][0]
-        if len(page) > 1 or end >= total_chunks:
-            return end
-        [(following,)] = await self._database.look(self._sql.next, [stream_id, end])
-        return total_chunks if following is None else int(following) - 1
+        return self._reader.replay(stream_id, cursor, speed)
 
     async def get_status(self, id: str) -> StreamStatus | None:
         """Return where a stream stands, or None if there is no such stream."""

@@ -32,7 +32,7 @@ def urlpatterns(handler: StreamHandler | AsyncStreamHandler) -> list[URLPattern]
     else:
         synchronous = handler
 
-        def view(request: HttpRequest, path: str) -> HttpResponseBase:  # type: ignore[misc]
+        def view(request: HttpRequest, path: str) -> HttpResponseBase:  # type: ignore[misc]  # one name, two flavours
             return _answer(synchronous.handle(_asked(synchronous, request, path)))
 
     root = re.escape(f"{handler.prefix}/"[1:])

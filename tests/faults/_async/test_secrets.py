@@ -132,7 +132,14 @@ async def test_a_connection_string_that_is_none_is_not_repeated(dsn, caplog):
 
 
 @pytest.mark.parametrize(
-    "dsn", ["host=/tmp/a@b", "host=@abstract port=5432", "postgresql://a,b/db", "postgresql:///?port=1,2"]
+    "dsn",
+    [
+        "host=/tmp/a@b",
+        "host=@abstract port=5432",
+        "postgresql://a,b/db",
+        "postgresql:///?port=1,2",
+        "password=://@ host=/tmp",
+    ],
 )
 async def test_a_connection_string_with_an_odd_place_is_one(dsn):
     async with AsyncPostgresStreamStore(dsn) as store:

@@ -1,0 +1,78 @@
+"""The statements on conversations, for a given table name. Pure; what `_sql` says of statements holds here, too."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ._sql import NOW
+
+if TYPE_CHECKING:
+    from ._tables import Table
+
+LOAD = "SELECT data FROM {conversations} WHERE session_id = $1::text AND expires_at > {now}"
+
+# If what is stored has the digest of $4, or nothing is stored and that is NULL: what has expired is not stored any
+# more. The row is locked first, so that it stays what was compared. A digest spares sending the text back, and does not
+# depend on a collation, of which some take different texts for equal.
+SAVE = """
+WITH found AS MATERIALIZED (
+    SELECT data FROM {conversations} WHERE session_id = $1::text AND expires_at > {now} FOR UPDATE
+), saved AS (
+    INSERT INTO {conversations} AS c (session_id, data, expires_at)
+    SELECT $1::text, $2::text, {now} + $3::bigint
+     WHERE $4::text IS NOT DISTINCT FROM (SELECT encode(sha256(convert_to(data, 'UTF8')), 'hex') FROM found)
+    ON CONFLICT (session_id) DO UPDATE
+       SET data = excluded.data, expires_at = excluded.expires_at
+     WHERE $4::text IS NOT NULL OR c.expires_at <= {now}
+    RETURNING 1
+)
+SELECT EXISTS (SELECT FROM saved), (SELECT data FROM found WHERE NOT EXISTS (SELECT FROM saved))
+"""
+
+OVERWRITE = """
+INSERT INTO {conversations} (session_id, data, expires_at)
+VALUES ($1::text, $2::text, {now} + $3::bigint)
+ON CONFLICT (session_id) DO UPDATE SET data = excluded.data, expires_at = excluded.expires_at
+"""
+
+TOUCH = """
+UPDATE {conversations} SET expires_at = {now} + $2::bigint
+ WHERE session_id = $1::text AND expires_at > {now}
+RETURNING 1
+"""
+
+FORGET = "DELETE FROM {conversations} WHERE session_id = $1::text RETURNING expires_at > {now}"
+
+LIST_CONVERSATIONS = """
+SELECT session_id, expires_at FROM {conversations}
+ WHERE session_id > $1::text AND expires_at > {now}
+ ORDER BY session_id
+ LIMIT $2::bigint
+"""
+
+FORGET_EXPIRED = """
+WITH expired AS MATERIALIZED (
+    SELECT session_id FROM {conversations}
+     WHERE expires_at <= {now}
+     ORDER BY expires_at
+     LIMIT $1::bigint
+       FOR UPDATE SKIP LOCKED
+), deleted AS (
+    DELETE FROM {conversations} WHERE session_id = ANY (ARRAY(SELECT session_id FROM expired)) RETURNING 1
+)
+SELECT count(*) FROM deleted
+"""
+
+
+class ConversationStatements:
+    """The statements of a conversation store, for its table."""
+
+    def __init__(self, conversations: Table) -> None:
+        values = {"conversations": conversations.quoted, "now": NOW}
+        self.load = LOAD.format_map(values)
+        self.save = SAVE.format_map(values)
+        self.overwrite = OVERWRITE.format_map(values)
+        self.touch = TOUCH.format_map(values)
+        self.delete = FORGET.format_map(values)
+        self.list = LIST_CONVERSATIONS.format_map(values)
+        self.cleanup = FORGET_EXPIRED.format_map(values)
