@@ -224,10 +224,9 @@ async def test_without_the_second_migration(dsn, tables):
 
 @pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII"])
 async def test_a_database_of_another_encoding(server, encoding):
-    name = f"aibind_{encoding.lower()}"
+    name = f"aibind_{encoding.lower()}_{uuid.uuid4().hex}"  # both flavours may be at it at the same time
     latin = make_conninfo(server, dbname=name)
     async with await psycopg.AsyncConnection.connect(server, autocommit=True) as admin:
-        await admin.execute(f"DROP DATABASE IF EXISTS {name}")
         await admin.execute(f"CREATE DATABASE {name} TEMPLATE template0 ENCODING '{encoding}' LOCALE 'C'")
         try:
             schema.migrate(latin)

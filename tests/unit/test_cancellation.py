@@ -306,6 +306,8 @@ def test_answers_that_the_end_of_their_event_loop_cuts_off_end_in_error_and_thei
             await anext(store.read_from(stream.id))
         return [stream.id for stream in streams]
 
+    gc.collect()  # what earlier tests have left
+    caplog.clear()
     ids = run_and_cancel(serve(), by=lambda task: (last in task.get_name()) != reverse)
     gc.collect()
     assert len(closed) == len(ids)
