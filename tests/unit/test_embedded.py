@@ -240,3 +240,26 @@ def test_without_the_extra_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'aibind-postgres\[embedded\]'"), embedded.server():
         pass
+
+
+# In a mount namespace of its own: a copy of /etc, without the user.
+FIRST_TIME = """
+cp -a /etc "$1/etc" && sed -i '/^pgserver:/d' "$1"/etc/passwd "$1"/etc/shadow "$1"/etc/group "$1"/etc/gshadow &&
+mount --bind "$1/etc" /etc || exit 77
+for number in 1 2 3 4; do
+    "$2" -c 'from aibind_postgres import embedded
+with embedded.server() as dsn: print("served")' & running="$running $!"
+done
+wait $running
+"""
+
+
+def test_many_that_are_the_first_on_a_machine_make_its_user_once(place: Path) -> None:
+    command = ["unshare", "--mount", "sh", "-c", FIRST_TIME, "sh", str(place), sys.executable]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    except FileNotFoundError:
+        pytest.skip("this system has no unshare")
+    if done.returncode == 77 or done.stderr.startswith("unshare:"):
+        pytest.skip(f"this user has no mount namespace: {done.stderr}")
+    assert done.stdout.split() == ["served"] * 4, done.stderr
