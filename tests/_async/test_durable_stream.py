@@ -77,7 +77,7 @@ class Finish:
         self.calls.append((text, status))
 
 
-async def read(stream, after_seq=0):
+async def read(stream, after_seq=None):
     parser = EventParser()
     return [event async for sent in stream.sse(after_seq) for event in parser.feed(sent)]
 
@@ -91,6 +91,7 @@ async def test_what_a_source_yields_arrives_and_is_resumed_after_any_number(stor
     resumed = await AsyncDurableStream.resume(other, stream.id)
     for after_seq in range(8):
         assert await read(resumed, after_seq) == [*EVENTS[after_seq:], DONE]
+        assert await read(await AsyncDurableStream.resume(other, stream.id, after_seq)) == [*EVENTS[after_seq:], DONE]
     assert await stream.stop() is False
 
 
@@ -306,3 +307,51 @@ async def test_waiting_has_its_bound(store):
         await stream.wait(0.1)
     source.gate.set()
     assert (await stream.wait(20)).state == "done"
+
+
+async def test_draining_lets_answers_end_and_breaks_off_those_that_do_not(store, other):
+    assert await AsyncDurableStream.drain(store) == []
+    finish, late, gate, never = Finish(), Finish(), AsyncEvent(), Silent()
+    ending = await AsyncDurableStream.start(store, items(["a"], gate), on_finish=finish)
+    silent = await AsyncDurableStream.start(store, never, on_finish=late)
+    elsewhere = await AsyncDurableStream.start(other, items(["a"], gate))
+    await async_until(lambda: never.asked)
+    async with AsyncBackground(partial(AsyncDurableStream.drain, store, 1)) as draining:
+        await async_sleep(0.1)
+        gate.set()
+        assert await draining.result() == [silent.id]
+    assert finish.calls == [("aand more", ("done", None, 2))]
+    assert late.calls == [("", ("error", "the answer broke off", 0))]
+    assert never.closed
+    assert await store.get_status(ending.id) == ("done", None, 2)
+    assert (await elsewhere.wait(20)).state == "done"
+    assert await AsyncDurableStream.drain(store, 0) == []
+
+
+async def test_draining_does_not_wait_for_what_cannot_be_closed(store):
+    gate = AsyncEvent()
+
+    class Deaf(Silent):
+        async def __anext__(self):
+            self.asked = True
+            while not gate.is_set():
+                try:
+                    await gate.wait()
+                except BaseException:
+                    continue
+
+            raise StopAsyncIteration
+
+        def close(self):
+            pass
+
+    source = Deaf()
+    stream = await AsyncDurableStream.start(store, source)
+    await async_until(lambda: source.asked)
+    try:
+        assert await AsyncDurableStream.drain(store, 0) == [stream.id]
+        assert await store.get_status(stream.id) == ("error", "the answer broke off", 0)
+        await store.delete(stream.id)
+        assert await AsyncDurableStream.drain(store, 0) == []
+    finally:
+        gate.set()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterable, AsyncIterator, Callable
+from contextlib import suppress
 from datetime import timedelta
 from time import monotonic
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .. import _arguments as arguments
-from .._concurrency import async_break_off, async_settle, async_spawn
+from .._concurrency import Mutex, async_break_off, async_settle, async_spawn
 from ..errors import StreamNotActiveError, StreamNotFoundError
 from ..models import StreamEvent, StreamStatus, chunk_text, event_of
 from ..sse import ServerSentEvent, comment, encode
@@ -26,10 +27,13 @@ GENERIC_ERROR = "the answer broke off"  # what is told of an exception of the so
 class AsyncDurableStream:
     """An answer on its way: made by `start` where it is produced, by `resume` where it is read."""
 
-    def __init__(self, store: AsyncPostgresStreamStore, id: str, producer: AsyncProducer | None = None) -> None:
+    def __init__(
+        self, store: AsyncPostgresStreamStore, id: str, producer: AsyncProducer | None = None, after_seq: int = 0
+    ) -> None:
         self.id = id
         self._store = store
         self._producer = producer
+        self._after_seq = after_seq
 
     @classmethod
     async def start(
@@ -50,27 +54,57 @@ class AsyncDurableStream:
         status: before the stream is done, if the source comes to its end, and after every other end. The status is None
         if the stream was deleted.
 
-        Raises what `create` raises. If the process dies, see `fail_abandoned`.
+        Raises what `create` raises. Before the process ends, see `drain`; if it dies, `fail_abandoned`.
         """
         stream_id = await store.create(id)
         return cls(store, stream_id, AsyncProducer(store, stream_id, source, on_finish, expose_errors))
 
     @classmethod
-    async def resume(cls, store: AsyncPostgresStreamStore, id: str) -> AsyncDurableStream:
-        """Return a stream that is there, whoever produces it. Raises `StreamNotFoundError`."""
+    async def resume(cls, store: AsyncPostgresStreamStore, id: str, after_seq: int = 0) -> AsyncDurableStream:
+        """Return a stream that is there, whoever produces it, to be read from the number after `after_seq` on.
+
+        Raises `StreamNotFoundError`.
+        """
+        cursor = arguments.sequence_number(after_seq, "after_seq", least=0)
         if await store.get_status(id) is None:
             raise StreamNotFoundError(id)
-        return cls(store, id)
+        return cls(store, id, after_seq=cursor)
 
-    def sse(self, after_seq: int = 0, *, heartbeat: float | timedelta = 15.0) -> AsyncIterator[bytes]:
-        """Iterate over the stream as Server-Sent Events, from the number after `after_seq` on, until it has ended.
+    @classmethod
+    async def drain(cls, store: AsyncPostgresStreamStore, timeout: float | timedelta = 5.0) -> list[str]:
+        """Let the answers end that this process writes into a store; return the ids of those that were broken off.
+
+        To be called at the end of the process, while the stores are still open. After `timeout` seconds, what still is
+        written ends in state error, and `on_finish` has two seconds to return.
+        """
+        deadline = monotonic() + arguments.seconds(timeout, "timeout", zero=True)
+        producers = AsyncProducer.writing(store)
+        for producer in producers:
+            await producer.worker.join(max(0.0, deadline - monotonic()))
+        late = [producer for producer in producers if producer.worker.is_alive()]
+        broken_off = []
+        for producer in late:
+            with suppress(StreamNotFoundError):
+                if await store.fail(producer.stream_id, GENERIC_ERROR):
+                    broken_off.append(producer.stream_id)
+        deadline = monotonic() + 2.0
+        for producer in late:
+            await producer.worker.join(max(0.0, deadline - monotonic()))
+        return broken_off
+
+    def sse(self, after_seq: int | None = None, *, heartbeat: float | timedelta = 15.0) -> AsyncIterator[bytes]:
+        """Iterate over the stream as Server-Sent Events until it has ended.
+
+        It begins after the number `after_seq`, else where `resume` was told to, else at the first event.
 
         Where it was started here and is read from the beginning, the first event is `stream-id`. Each event of the
         source has its number as id, named or not. At the end comes `error` with its text, or `stopped`, or neither, and
         always `done`: without that the connection broke off. A comment is sent when nothing has come for `heartbeat`
         seconds, so that proxies keep the connection. Raises what `read_from` raises.
         """
-        cursor = arguments.sequence_number(after_seq, "after_seq", least=0)
+        cursor = self._after_seq
+        if after_seq is not None:
+            cursor = arguments.sequence_number(after_seq, "after_seq", least=0)
         return self._sse(cursor, arguments.seconds(heartbeat, "heartbeat"))
 
     async def _sse(self, after_seq: int, heartbeat: float) -> AsyncIterator[bytes]:
@@ -114,6 +148,7 @@ class AsyncDurableStream:
 class AsyncProducer:
     """The worker that writes a source into a stream."""
 
+    _mutex: ClassVar[Mutex] = Mutex()
     _running: ClassVar[set[AsyncProducer]] = set()  # nobody else may hold on to them
 
     def __init__(
@@ -125,7 +160,7 @@ class AsyncProducer:
         expose_errors: bool,
     ) -> None:
         self._store = store
-        self._stream_id = stream_id
+        self.stream_id = stream_id
         self._source = source
         self._on_finish = on_finish
         self._expose_errors = expose_errors
@@ -133,13 +168,20 @@ class AsyncProducer:
         self._source_open = True
         self._ended = False  # by somebody else
         self._finished = False
-        self._running.add(self)
-        self.worker = async_spawn(self._run, "aibind_postgres-producer")
+        with self._mutex:  # a thread may have ended before this goes on
+            self.worker = async_spawn(self._run, "aibind_postgres-producer")
+            self._running.add(self)
+
+    @classmethod
+    def writing(cls, store: AsyncPostgresStreamStore) -> list[AsyncProducer]:
+        """Return those that write into a store."""
+        with cls._mutex:
+            return [producer for producer in cls._running if producer._store is store]
 
     async def _run(self) -> None:
         try:
             try:
-                async with self._store.writer(self._stream_id, when_ended=self._break_off) as writer:
+                async with self._store.writer(self.stream_id, when_ended=self._break_off) as writer:
                     await self._pipe(writer)
                     last = await writer.flush()
                     if not self._ended:
@@ -149,7 +191,7 @@ class AsyncProducer:
                 pass  # the log has the one, and the others were meant
             except Exception as error:
                 if not self._ended:
-                    logger.error("the producer of stream %r gave up: %s", self._stream_id, error)
+                    logger.error("the producer of stream %r gave up: %s", self.stream_id, error)
             except BaseException:
                 if not self._ended:
                     raise
@@ -157,7 +199,8 @@ class AsyncProducer:
             if not self._finished:
                 await self._finish()
         finally:
-            self._running.discard(self)
+            with self._mutex:
+                self._running.discard(self)
 
     async def _pipe(self, writer: AsyncStreamWriter) -> None:
         writing = False
@@ -172,7 +215,7 @@ class AsyncProducer:
         except Exception as error:
             if writing or self._ended:
                 raise
-            logger.exception("the source of stream %r failed", self._stream_id)
+            logger.exception("the source of stream %r failed", self.stream_id)
             raise SourceError(str(error) if self._expose_errors else GENERIC_ERROR) from error
         except BaseException as interruption:  # by the end of the event loop, say: the writer stores its text
             raise type(interruption)(GENERIC_ERROR) from interruption
@@ -183,7 +226,7 @@ class AsyncProducer:
         """Interrupt the source: nothing that it yields can be stored any more."""
         self._ended = True
         if not isinstance(error, (StreamNotActiveError, StreamNotFoundError)):
-            logger.error("the producer of stream %r gave up: %s", self._stream_id, error)
+            logger.error("the producer of stream %r gave up: %s", self.stream_id, error)
         if self._source_open:
             async_break_off(self.worker, self._source)
 
@@ -196,16 +239,16 @@ class AsyncProducer:
             try:
                 await async_settle(close())
             except Exception:
-                logger.exception("the source of stream %r failed when it was closed", self._stream_id)
+                logger.exception("the source of stream %r failed when it was closed", self.stream_id)
 
     async def _finish(self, status: StreamStatus | None = None) -> None:
         self._finished = True
         if self._on_finish is not None:
             try:
-                status = status or await self._store.get_status(self._stream_id)
+                status = status or await self._store.get_status(self.stream_id)
                 await async_settle(self._on_finish("".join(self._text), status))
             except Exception:
-                logger.exception("on_finish of stream %r failed", self._stream_id)
+                logger.exception("on_finish of stream %r failed", self.stream_id)
 
 
 class SourceError(Exception):
