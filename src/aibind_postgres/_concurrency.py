@@ -6,12 +6,12 @@ A `Mutex` serves both flavours: it guards state for a few instructions and is ne
 from __future__ import annotations
 
 import asyncio
+import atexit
 import inspect
 import sys
 import threading
 from collections.abc import Callable, Coroutine
-from contextlib import suppress
-from contextvars import Context
+from contextvars import Context, copy_context
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary, ref
 
@@ -137,16 +137,21 @@ class AsyncWorker:
 Worker = threading.Thread
 
 
-def async_spawn(run: Callable[[], Coroutine[Any, Any, None]], name: str) -> AsyncWorker:
-    """Run `run` in a task of its own, outside the context (variables, tracing) of whoever happened to start it."""
+def async_spawn(run: Callable[[], Coroutine[Any, Any, None]], name: str, *, inherit: bool = False) -> AsyncWorker:
+    """Run `run` in a task of its own, outside the context (variables, tracing) of whoever happened to start it.
+
+    With `inherit` it gets that context: what it runs belongs to the one who starts it.
+    """
     loop = asyncio.get_running_loop()
+    context = copy_context() if inherit else Context()
     # Not by the loop's factory, which may start it at once: whoever spawns may hold a mutex.
-    return AsyncWorker(Context().run(lambda: asyncio.Task(run(), loop=loop, name=name)))
+    return AsyncWorker(context.run(lambda: asyncio.Task(run(), loop=loop, name=name)))
 
 
-def spawn(run: Callable[[], None], name: str) -> Worker:
-    """Run `run` in a daemon thread."""
-    thread = threading.Thread(target=run, name=name, daemon=True)
+def spawn(run: Callable[[], None], name: str, *, inherit: bool = False) -> Worker:
+    """Run `run` in a daemon thread, with `inherit` in the context of the caller."""
+    context = copy_context() if inherit else Context()
+    thread = threading.Thread(target=context.run, args=[run], name=name, daemon=True)
     thread.start()
     return thread
 
@@ -209,17 +214,35 @@ def uninterrupted(run: Callable[[], None], over: Callable[[], None] | None = Non
             over()
 
 
-def async_break_off(worker: AsyncWorker, source: object) -> None:
-    """Interrupt a worker that waits for the next item of a source."""
+def async_is_source(source: object) -> bool:
+    """Say whether `async for` takes this."""
+    return hasattr(source, "__aiter__")
+
+
+def is_source(source: object) -> bool:
+    """Say whether `for` takes this, and not letter by letter."""
+    return hasattr(source, "__iter__") and not isinstance(source, (str, bytes))
+
+
+def async_break_off(worker: AsyncWorker, source: object) -> bool:
+    """Interrupt a worker that waits for the next item of a source. False: it is for the worker to close that."""
     worker.cancel()
+    return False
 
 
-def break_off(worker: Worker, source: object) -> None:
-    """Close a source for which a worker waits; a generator that is running refuses, and goes on to its next item."""
+def break_off(worker: Worker, source: object) -> bool:
+    """Close a source for which a worker waits, and say whether that was done.
+
+    A generator that is running refuses, and goes on to its next item.
+    """
     close = getattr(source, "close", None)
-    if close is not None:
-        with suppress(Exception):
-            close()
+    if close is None:
+        return False
+    try:
+        close()
+    except Exception:
+        return False
+    return True
 
 
 async def async_settle(result: Any) -> Any:
@@ -228,7 +251,11 @@ async def async_settle(result: Any) -> Any:
 
 
 def settle(result: Any) -> Any:
-    """Return what a callback has returned."""
+    """Return what a callback has returned. One that must be awaited would be taken for true: `TypeError`."""
+    if inspect.iscoroutine(result):
+        result.close()
+    if inspect.isawaitable(result):
+        raise TypeError("a callback of this flavour must not be asynchronous")
     return result
 
 
@@ -258,6 +285,15 @@ def async_at_end_of_loop(run: Callable[[], Coroutine[Any, Any, None]], unless: A
 
 def at_end_of_loop(run: Callable[[], None], unless: Event) -> None:
     """Do nothing: threads have no event loop that ends."""
+
+
+def async_at_exit(run: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Do nothing: an event loop that ends cancels its tasks, and lets them do what they have left to do."""
+
+
+def at_exit(run: Callable[[], None]) -> None:
+    """Have `run` called when the interpreter exits, while the threads that it would not wait for still run."""
+    atexit.register(run)
 
 
 def async_is_flavour(call: object) -> bool:

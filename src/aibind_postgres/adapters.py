@@ -176,6 +176,9 @@ class _Django(sync_client.Client):
     def may_be_undone(self) -> bool:
         return _in_transaction(self._wrapper)
 
+    def leave(self) -> None:
+        self._wrapper.close()
+
 
 class _AsyncpgPool(async_client.AsyncClient):
     def __init__(self, pool: Any) -> None:

@@ -61,7 +61,8 @@ def event_of(text: str) -> tuple[str, str]:
     event, separator, data = text.partition(_SEPARATOR)
     if not separator:
         return "message", text
-    return re.sub(r"[\r\n]+", " ", event) or "message", data
+    event = re.sub(r"[\r\n]+", " ", event)
+    return "message" if not event or event in _RESERVED else event, data
 
 
 class StreamStatus(NamedTuple):

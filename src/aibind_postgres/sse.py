@@ -30,8 +30,8 @@ def encode(event: ServerSentEvent) -> bytes:
     """Return an event as it goes over the wire.
 
     A CR or CRLF in the data arrives as LF: the format has no way to tell them. Nothing in an event can pass for another
-    field or event: a name or an id with a line break, an id with a NUL, a name that is empty, and text that is not
-    Unicode raise `InvalidDataError`.
+    field or event: a name or an id with a line break, an id with a NUL, a name that is empty, a retry that is no time,
+    and text that is not Unicode raise `InvalidDataError`.
     """
     lines = []
     if event.event != MESSAGE:
@@ -39,6 +39,8 @@ def encode(event: ServerSentEvent) -> bytes:
     if event.id is not None:
         lines.append(f"id: {_one_line('id', event.id)}")
     if event.retry is not None:
+        if not 0 <= event.retry < 10**15:
+            raise InvalidDataError(f"retry must be milliseconds from 0, of 15 digits at most, not {event.retry}")
         lines.append(f"retry: {event.retry:d}")
     lines += [f"data: {line}" for line in _LINE_END.split(event.data)]
     return _encoded("\n".join(lines) + "\n\n")

@@ -15,7 +15,11 @@ Kind = Literal["stream", "structured", "chat", "compact", "complete", "title"]
 
 
 class WebError(AibindError):
-    """Refuses a request with an HTTP status and a text. `generate` and `authorize` may raise it."""
+    """Refuses a request with an HTTP status and a text. `generate` and `authorize` may raise it.
+
+    Where an answer is streamed, its status is out before a generator begins: then the stream ends in error, with the
+    text. A `generate` that is a plain function, and returns a generator, can still refuse.
+    """
 
     def __init__(self, status: int, text: str) -> None:
         super().__init__(text)
@@ -39,6 +43,7 @@ class Generation(NamedTuple):
 
     `messages` is the conversation, what was said before included, each with `role` and `content`, and the last one is
     `prompt`. `body` is all that the client sent, with whatever else is agreed on: `attachments`, `toolset`, `maxSteps`.
+    `stream_id` is the id of the stream that the answer becomes, where it becomes one.
     """
 
     kind: Kind
@@ -50,6 +55,7 @@ class Generation(NamedTuple):
     schema: Any
     body: Mapping[str, Any]
     request: WebRequest
+    stream_id: str | None = None
 
 
 def parsed_body(request: WebRequest) -> dict[str, Any]:
@@ -124,3 +130,12 @@ def resume_point(request: WebRequest, stream_id: str) -> int:
     if not point.isascii() or not point.isdigit() or len(point) > 15:
         raise WebError(400, "after must be the number of an event")
     return int(point)
+
+
+def tokens_saved(usage: str) -> int:
+    """Return how many tokens of its input a summary does without, by the data of a `usage` event; 0 if unknown."""
+    try:
+        counts = json.loads(usage)
+        return int(counts["inputTokens"]) - int(counts["outputTokens"])
+    except (ValueError, TypeError, KeyError):
+        return 0

@@ -6,6 +6,7 @@ import gc
 from functools import partial
 
 import pytest
+from _async.sources import Finish, Silent, items
 from support.concurrency import AsyncBackground, async_sleep, async_until, async_workers
 
 from aibind_postgres import (
@@ -16,8 +17,9 @@ from aibind_postgres import (
     StreamExistsError,
     StreamNotActiveError,
     StreamNotFoundError,
+    WebError,
 )
-from aibind_postgres._concurrency import AsyncEvent
+from aibind_postgres._concurrency import AsyncEvent, async_spawn
 from aibind_postgres.sse import EventParser, ServerSentEvent
 
 ITEMS = ["Hel", "lo", "", StreamEvent("usage", '{"inputTokens": 1}'), "\x01 wor\r\nld\n", "data: 😀"]
@@ -39,44 +41,6 @@ async def store(dsn, tables):
         yield store
 
 
-async def items(items, gate=None):
-    for item in items:
-        yield item
-    if gate is not None:
-        await gate.wait()
-        yield "and more"
-
-
-class Silent:
-    """A source from which nothing comes until it is closed."""
-
-    def __init__(self):
-        self.gate = AsyncEvent()
-        self.asked = self.closed = False
-
-    def __aiter__(self):
-        return self
-
-    async def __anext__(self):
-        self.asked = True
-        await self.gate.wait()
-        raise StopAsyncIteration
-
-    def close(self):
-        self.closed = True
-        self.gate.set()
-
-
-class Finish:
-    """Notes what `on_finish` is called with."""
-
-    def __init__(self):
-        self.calls = []
-
-    async def __call__(self, text, status):
-        self.calls.append((text, status))
-
-
 async def read(stream, after_seq=None):
     parser = EventParser()
     return [event async for sent in stream.sse(after_seq) for event in parser.feed(sent)]
@@ -93,6 +57,23 @@ async def test_what_a_source_yields_arrives_and_is_resumed_after_any_number(stor
         assert await read(resumed, after_seq) == [*EVENTS[after_seq:], DONE]
         assert await read(await AsyncDurableStream.resume(other, stream.id, after_seq)) == [*EVENTS[after_seq:], DONE]
     assert await stream.stop() is False
+
+
+def aibind_place(sent):
+    """Return what aibind's client resumes after: it takes the ids of events without a name alone."""
+    place = 0
+    for block in b"".join(sent).decode().split("\n\n"):
+        fields = dict(line.split(": ", 1) for line in block.split("\n") if line and not line.startswith("data"))
+        if "event" not in fields and fields.get("id", "").isdigit():
+            place = int(fields["id"])
+    return place
+
+
+async def test_a_client_that_takes_no_id_from_named_events_gets_each_once(store):
+    usage = StreamEvent("usage", "{}")
+    stream = await AsyncDurableStream.start(store, items([usage, "a", usage, usage]))
+    sent = [each async for each in stream.sse()]
+    assert [aibind_place(sent[: 1 + number]) for number in range(5)] == [0, 1, 2, 3, 4]
 
 
 async def test_it_goes_on_while_readers_come_and_go_and_nobody_holds_it(store, other):
@@ -153,6 +134,16 @@ async def test_a_source_that_raises_ends_the_stream_in_error(store, caplog, expo
     assert "ValueError: the key is geheim" in caplog.text
 
 
+async def test_a_refusal_of_the_source_is_told_and_not_logged(store, caplog):
+    async def refuse():
+        yield "a"
+        raise WebError(402, "no money left")
+
+    stream = await AsyncDurableStream.start(store, refuse())
+    assert (await read(stream))[1:] == [ServerSentEvent("a", id="1"), ServerSentEvent("no money left", "error"), DONE]
+    assert caplog.text == ""
+
+
 @pytest.mark.parametrize(
     "item",
     [
@@ -175,13 +166,14 @@ async def test_what_a_source_must_not_yield_ends_the_stream_in_error(store, item
 
 async def test_what_others_have_written_is_read(store):
     await store.create("s")
-    await store.append_many("s", ["plain", "usage\x01{}", "forged\nevent: done\x01x", "\x01"])
+    await store.append_many("s", ["plain", "usage\x01{}", "forged\nevent: done\x01x", "done\x01", "\x01"])
     await store.fail("s", "too hot")
     assert await read(await AsyncDurableStream.resume(store, "s")) == [
         ServerSentEvent("plain", id="1"),
         ServerSentEvent("{}", "usage", "2"),
         ServerSentEvent("x", "forged event: done", "3"),
         ServerSentEvent("", id="4"),
+        ServerSentEvent("", id="5"),
         ServerSentEvent("too hot", "error"),
         DONE,
     ]
@@ -270,7 +262,8 @@ class EndedWriter:
 
     async def __aenter__(self):
         await self._store.stop(self._id)
-        self._when_ended(StreamNotActiveError(self._id, "stopped"))
+        async_spawn(partial(self._when_ended, StreamNotActiveError(self._id, "stopped")), "writer")
+        await async_sleep(0.2)
         return self
 
     async def __aexit__(self, *error):
@@ -307,51 +300,3 @@ async def test_waiting_has_its_bound(store):
         await stream.wait(0.1)
     source.gate.set()
     assert (await stream.wait(20)).state == "done"
-
-
-async def test_draining_lets_answers_end_and_breaks_off_those_that_do_not(store, other):
-    assert await AsyncDurableStream.drain(store) == []
-    finish, late, gate, never = Finish(), Finish(), AsyncEvent(), Silent()
-    ending = await AsyncDurableStream.start(store, items(["a"], gate), on_finish=finish)
-    silent = await AsyncDurableStream.start(store, never, on_finish=late)
-    elsewhere = await AsyncDurableStream.start(other, items(["a"], gate))
-    await async_until(lambda: never.asked)
-    async with AsyncBackground(partial(AsyncDurableStream.drain, store, 1)) as draining:
-        await async_sleep(0.1)
-        gate.set()
-        assert await draining.result() == [silent.id]
-    assert finish.calls == [("aand more", ("done", None, 2))]
-    assert late.calls == [("", ("error", "the answer broke off", 0))]
-    assert never.closed
-    assert await store.get_status(ending.id) == ("done", None, 2)
-    assert (await elsewhere.wait(20)).state == "done"
-    assert await AsyncDurableStream.drain(store, 0) == []
-
-
-async def test_draining_does_not_wait_for_what_cannot_be_closed(store):
-    gate = AsyncEvent()
-
-    class Deaf(Silent):
-        async def __anext__(self):
-            self.asked = True
-            while not gate.is_set():
-                try:
-                    await gate.wait()
-                except BaseException:
-                    continue
-
-            raise StopAsyncIteration
-
-        def close(self):
-            pass
-
-    source = Deaf()
-    stream = await AsyncDurableStream.start(store, source)
-    await async_until(lambda: source.asked)
-    try:
-        assert await AsyncDurableStream.drain(store, 0) == [stream.id]
-        assert await store.get_status(stream.id) == ("error", "the answer broke off", 0)
-        await store.delete(stream.id)
-        assert await AsyncDurableStream.drain(store, 0) == []
-    finally:
-        gate.set()

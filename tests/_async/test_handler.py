@@ -8,10 +8,10 @@ import pytest
 from psycopg.sql import Identifier
 
 from aibind_postgres import (
+    AsyncDurableStream,
     AsyncPostgresConversationStore,
     AsyncPostgresStreamStore,
     AsyncStreamHandler,
-    InvalidDataError,
     StreamEvent,
     WebError,
     WebRequest,
@@ -49,6 +49,10 @@ class World:
     async def post(self, path, body, **options):
         return await self.request("POST", path, body, **options)
 
+    async def ended(self):
+        """Wait until all that was begun has ended, and what is owed then is done."""
+        assert await AsyncDurableStream.drain(self.store, 20) == []
+
     async def said(self, session_id):
         """Return a conversation once its turn has been saved."""
         chat = await self.conversations.load(session_id)
@@ -84,9 +88,12 @@ async def test_an_answer_is_streamed_and_resumed(world, path):
     assert response.status == 200
     assert response.headers["Content-Type"] == "text/event-stream"
     assert response.headers["Cache-Control"] == "no-cache"
+    assert response.headers["X-Accel-Buffering"] == "no"
+    assert response.headers["Access-Control-Expose-Headers"] == "X-Stream-Id"
     arrived = [ServerSentEvent("Hello", id="1"), ServerSentEvent("{}", "usage", "2"), ServerSentEvent(" world", id="3")]
     assert await events(response) == [ServerSentEvent(id, "stream-id", id), *arrived, DONE]
     [asked] = world.asked
+    assert asked.stream_id == id
     assert (asked.kind, asked.prompt, asked.system, asked.model) == (path[1:], "hi", "be brief", "fast")
     assert asked.messages == body["messages"]
     for after in range(4):
@@ -117,10 +124,12 @@ async def test_texts_and_summaries(world):
         assert response.headers["Content-Type"] == "text/plain; charset=utf-8"
     assert [(asked.kind, asked.prompt) for asked in world.asked] == [("complete", "Once"), ("title", "hi")]
     world.items = ["in short", StreamEvent("usage", '{"inputTokens": 9, "outputTokens": 2}')]
-    for path in ("/compact", "/stream/compact"):
+    for path in ("/compact", "/stream/compact", "/structured/compact"):
         response = await world.post(path, {"messages": []})
         assert json.loads(response.body) == {"summary": "in short", "tokensSaved": 7}
         assert world.asked[-1].kind == "compact"
+    world.items = [StreamEvent("usage", '{"inputTokens": null}')]
+    assert json.loads((await world.post("/compact", {"messages": []})).body) == {"summary": "", "tokensSaved": 0}
 
 
 async def test_a_summary_replaces_a_conversation(world):
@@ -163,10 +172,9 @@ async def test_half_an_answer_is_saved_and_marked(world, end):
     response = await world.post("/stream", {"prompt": "hi", "sessionId": "a"}, handler=handler)
     if end == "error":
         assert (await events(response))[-2:] == [ServerSentEvent("the answer broke off", "error"), DONE]
-    chats = []
-    while not chats:
-        chat = await world.conversations.load("a")
-        chats = chat.messages
+    await world.ended()
+    chat = await world.conversations.load("a")
+    chats = chat.messages
     assert chats[0] == {"role": "user", "content": "hi"}
     assert chats[1]["content"].startswith("Hel")
     assert chat.tree.get(chat.node_ids[1]).metadata == {"state": end}
@@ -189,11 +197,15 @@ async def test_what_is_not_authorized_is_neither_read_nor_changed(world):
         ("POST", "/stream/stop", {"id": "s"}, None),
         ("POST", "/stream", {"prompt": "hi", "sessionId": "a"}, None),
         ("POST", "/compact", {"messages": [], "sessionId": "a"}, None),
+        ("POST", "/structured", {"prompt": "hi", "sessionId": "a"}, None),
+        ("POST", "/chat", {"messages": [{"role": "user", "content": "hi"}], "sessionId": "a"}, None),
+        ("POST", "/complete", {"input": "hi", "sessionId": "a"}, None),
+        ("POST", "/title", {"messages": [{"role": "user", "content": "hi"}], "sessionId": "a"}, None),
     ]
     generated = len(world.asked)
     for method, path, body, query in calls:
         assert refusal(await world.request(method, path, body, query, handler=handler)) == (403, "forbidden")
-    assert [id for _, id in asked] == ["s", "nothing", "s", "a", "a"]
+    assert [id for _, id in asked] == ["s", "nothing", "s", *"aaaaaa"]
     assert len(world.asked) == generated
     assert (await world.store.get_status("s")).state == "active"
     assert len(await world.said("a")) == 2
@@ -227,7 +239,7 @@ async def test_what_is_not_authorized_is_neither_read_nor_changed(world):
         ("POST", "/stream/stop", {}, 400, "id is required"),
         ("POST", "/stream/stop", {"id": "nothing"}, 404, "no such stream"),
         ("GET", "/stream/resume", None, 400, "id parameter is required"),
-        ("POST", "/stream", {"prompt": "x" * 1_000_000}, 413, "1000000"),
+        ("POST", "/stream", {"prompt": "x" * 10_000_000}, 413, "10000000"),
     ],
 )
 async def test_what_is_wrong_is_told(world, method, path, body, status, error):
@@ -268,7 +280,46 @@ async def test_another_prefix(world):
     assert (await handler.handle(request._replace(path="/complete"))).status == 404
 
 
-@pytest.mark.parametrize("max_messages", [0, -1])
-async def test_a_number_of_messages_that_is_none_is_refused(world, max_messages):
-    with pytest.raises(InvalidDataError, match="max_messages"):
-        world.with_options(max_messages=max_messages)
+@pytest.mark.parametrize(
+    "option", [{"max_messages": 0}, {"max_messages": -1}, {"max_body": -1}, {"heartbeat": 0}, {"prefix": "ai"}], ids=str
+)
+async def test_an_option_that_is_none_is_refused(world, option):
+    with pytest.raises(ValueError, match=next(iter(option))):
+        world.with_options(**option)
+
+
+@pytest.mark.parametrize(
+    ("id", "shown"), [("demo:1 ~", "demo:1 ~"), ("ключ", "%D0%BA%D0%BB%D1%8E%D1%87"), ("a\nb", "a%0Ab")]
+)
+async def test_an_id_that_no_header_can_hold_is_encoded_there(world, id, shown):
+    await world.store.create(id)
+    await world.store.complete(id)
+    response = await world.request("GET", "/stream/resume", query={"id": id})
+    assert response.headers["X-Stream-Id"] == shown
+    assert await events(response) == [DONE]
+
+
+@pytest.mark.parametrize("summary", ["", " \n"])
+async def test_a_summary_that_says_nothing_replaces_nothing(world, summary):
+    await events(await world.post("/stream", {"prompt": "hi", "sessionId": "a"}))
+    world.items = [summary]
+    response = await world.post("/compact", {"messages": [], "sessionId": "a"})
+    assert refusal(response) == (502, "the summary is empty")
+    assert await world.said("a") == [("user", "hi"), ("assistant", "Hello world")]
+
+
+@pytest.mark.parametrize("items", [["a"], [ValueError("geheim")]], ids=["whole", "broken off"])
+async def test_what_is_put_together_is_closed(world, items):
+    closed = []
+
+    async def generate(generation):
+        try:
+            for item in items:
+                if isinstance(item, Exception):
+                    raise item
+                yield item
+        finally:
+            closed.append(generation.kind)
+
+    await world.post("/complete", {"input": "x"}, handler=AsyncStreamHandler(generate, store=world.store))
+    assert closed == ["complete"]

@@ -14,8 +14,10 @@ from aibind_postgres._concurrency import (
     AsyncSignal,
     Event,
     Signal,
+    async_settle,
     async_spawn,
     async_uninterrupted,
+    settle,
     spawn,
     uninterrupted,
 )
@@ -69,6 +71,22 @@ async def test_a_worker_has_none_of_its_starters_context():
     assert seen == ["none", "none"]
     assert thread.daemon
     assert thread.name == "thread"
+    await async_spawn(work, "worker", inherit=True).join(10)
+    spawn(lambda: seen.append(request.get()), "thread", inherit=True).join(10)
+    assert seen[2:] == ["of one caller", "of one caller"]
+
+
+async def test_a_callback_of_the_other_flavour_is_not_taken_for_true():
+    async def refuse():
+        return False
+
+    assert await async_settle(refuse()) is False
+    assert await async_settle(False) is False
+    assert settle(False) is False
+    with pytest.raises(TypeError, match="must not be asynchronous"):
+        settle(refuse())
+    with pytest.raises(TypeError, match="must not be asynchronous"):
+        settle(asyncio.get_running_loop().create_future())
 
 
 async def test_a_signal_is_waited_for_by_one():

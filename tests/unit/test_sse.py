@@ -125,6 +125,8 @@ def test_a_reader_knows_where_to_resume_and_when():
         ServerSentEvent("x", id="1\ndata: forged"),
         ServerSentEvent("x", id="\0"),
         ServerSentEvent("\ud800"),
+        ServerSentEvent("x", retry=-1),
+        ServerSentEvent("x", retry=10**15),
     ],
 )
 def test_what_cannot_be_told_is_refused(event):

@@ -82,6 +82,9 @@ class AsyncClient:
         """Say whether the caller may yet roll back what has just run."""
         return self.joins_transactions
 
+    async def leave(self) -> None:
+        """Release what the current thread holds. To be called by a worker of a store at its end."""
+
     async def close(self) -> None:
         """Release what this client has opened itself."""
 

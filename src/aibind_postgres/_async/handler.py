@@ -9,12 +9,25 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from .. import _arguments as arguments
 from .._concurrency import async_settle
 from ..errors import InvalidDataError, StreamNotFoundError
-from ..web import Generation, Kind, WebError, WebRequest, generation_of, parsed_body, resume_point, text_in
-from .durable_stream import GENERIC_ERROR, AsyncDurableStream
+from ..history import new_id
+from ..web import (
+    Generation,
+    Kind,
+    WebError,
+    WebRequest,
+    generation_of,
+    parsed_body,
+    resume_point,
+    text_in,
+    tokens_saved,
+)
+from .durable_stream import AsyncDurableStream
+from .producing import GENERIC_ERROR, close_source
 
 if TYPE_CHECKING:
     from ..history import ChatHistory
@@ -55,9 +68,11 @@ class AsyncStreamHandler:
     what was written until then, and the state in the metadata of the answer.
 
     `authorize` is called with the request and an id, that of a stream or of a session, before anything of it is read,
-    resumed, stopped or saved; if it returns something false, the answer is 403. Without it, who knows an id may use it:
-    those of streams cannot be guessed. `max_body` is the most bytes that a request may have, `heartbeat` and
-    `expose_errors` are those of a durable stream.
+    resumed, stopped or saved; if it returns something false, the answer is 403. Whose a stream is, `generate` can note
+    by its `stream_id`. Without `authorize`, who knows an id may use it: those of streams cannot be guessed.
+
+    `max_body` is the most bytes that a request may have: the browser sends what is attached to a conversation in each
+    of its requests, a third longer than the files are. `heartbeat` and `expose_errors` are those of a durable stream.
     """
 
     def __init__(
@@ -70,12 +85,14 @@ class AsyncStreamHandler:
         authorize: Callable[[WebRequest, str], Any] | None = None,
         max_messages: int | None = None,
         compact: Callable[[Generation], Any] | None = None,
-        max_body: int = 1_000_000,
+        max_body: int = 10_000_000,
         heartbeat: float | timedelta = 15.0,
         expose_errors: bool = False,
     ) -> None:
         self.prefix = prefix.rstrip("/")
-        self.max_body = max_body
+        if self.prefix and not self.prefix.startswith("/"):
+            raise ValueError(f"prefix must begin with a slash, not {prefix!r}")
+        self.max_body = arguments.sequence_number(max_body, "max_body", least=0)
         self._generate = generate
         self._compact = compact or generate
         self._store = store
@@ -84,7 +101,7 @@ class AsyncStreamHandler:
         if max_messages is not None:
             arguments.sequence_number(max_messages, "max_messages", least=1)
         self._max_messages = max_messages
-        self._heartbeat = heartbeat
+        self._heartbeat = arguments.seconds(heartbeat, "heartbeat")
         self._expose_errors = expose_errors
         self._routes: dict[str, tuple[str, Callable[[WebRequest], Any]]] = {
             "/stream": ("POST", partial(self._stream, "stream")),
@@ -96,7 +113,7 @@ class AsyncStreamHandler:
         for path in ("/stream", "/structured"):
             self._routes[f"{path}/stop"] = ("POST", self._stop)
             self._routes[f"{path}/resume"] = ("GET", self._resume)
-        for path in ("", "/stream"):
+        for path in ("", "/stream", "/structured"):
             self._routes[f"{path}/compact"] = ("POST", self._summarize)
 
     async def handle(self, request: WebRequest) -> AsyncWebResponse:
@@ -123,17 +140,18 @@ class AsyncStreamHandler:
         return response
 
     async def _stream(self, kind: Kind, request: WebRequest) -> AsyncWebResponse:
-        generation = generation_of(kind, request)
+        generation = (await self._asked(kind, request))._replace(stream_id=new_id())
         save = None
         if self._conversations is not None and generation.session_id is not None and kind == "stream":
-            await self._check(request, generation.session_id)
             chat = await self._conversations.load(generation.session_id)
             said = chat.messages if self._max_messages is None else chat.messages[-self._max_messages :]
             save = partial(self._save_turn, self._conversations, generation, chat)
             generation = generation._replace(messages=[*said, *generation.messages])
         source = await async_settle(self._generate(generation))
-        stream = await AsyncDurableStream.start(self._store, source, on_finish=save, expose_errors=self._expose_errors)
-        return self._events(stream, 0)
+        stream = await AsyncDurableStream.start(
+            self._store, source, id=generation.stream_id, on_finish=save, expose_errors=self._expose_errors
+        )
+        return self._events(stream)
 
     async def _save_turn(
         self,
@@ -156,11 +174,12 @@ class AsyncStreamHandler:
             raise WebError(400, "id parameter is required")
         after_seq = resume_point(request, stream_id)
         await self._check(request, stream_id)
-        return self._events(await AsyncDurableStream.resume(self._store, stream_id), after_seq)
+        return self._events(await AsyncDurableStream.resume(self._store, stream_id, after_seq))
 
-    def _events(self, stream: AsyncDurableStream, after_seq: int) -> AsyncWebResponse:
-        headers = {**EVENT_STREAM, "X-Stream-Id": stream.id}
-        return AsyncWebResponse(200, headers, stream.sse(after_seq, heartbeat=self._heartbeat))
+    def _events(self, stream: AsyncDurableStream) -> AsyncWebResponse:
+        # What a header cannot hold is encoded; the ids of this handler are never.
+        shown = stream.id if stream.id.isascii() and stream.id.isprintable() else quote(stream.id)
+        return AsyncWebResponse(200, {**EVENT_STREAM, "X-Stream-Id": shown}, stream.sse(heartbeat=self._heartbeat))
 
     async def _stop(self, request: WebRequest) -> AsyncWebResponse:
         stream_id = text_in(parsed_body(request), "id")
@@ -169,37 +188,46 @@ class AsyncStreamHandler:
         return _json({"ok": True})
 
     async def _text(self, kind: Kind, request: WebRequest) -> AsyncWebResponse:
-        text, _ = await _put_together(await async_settle(self._generate(generation_of(kind, request))))
+        text, _ = await _put_together(await async_settle(self._generate(await self._asked(kind, request))))
         return AsyncWebResponse(200, PLAIN_TEXT, text.encode())
 
     async def _summarize(self, request: WebRequest) -> AsyncWebResponse:
-        generation = generation_of("compact", request)
+        generation = await self._asked("compact", request)
         chat = None
         if self._conversations is not None and generation.session_id is not None:
-            await self._check(request, generation.session_id)
             chat = await self._conversations.load(generation.session_id)
-        summary, saved = await _put_together(await async_settle(self._compact(generation)))
+        summary, usage = await _put_together(await async_settle(self._compact(generation)))
         if self._conversations is not None and chat is not None:
+            if not summary.strip():
+                raise WebError(502, "the summary is empty")
             chat.compact({"role": "system", "content": summary})
             await self._conversations.save(str(generation.session_id), chat)
-        return _json({"summary": summary, "tokensSaved": saved})
+        return _json({"summary": summary, "tokensSaved": tokens_saved(usage)})
+
+    async def _asked(self, kind: Kind, request: WebRequest) -> Generation:
+        generation = generation_of(kind, request)
+        if generation.session_id is not None:
+            await self._check(request, generation.session_id)
+        return generation
 
     async def _check(self, request: WebRequest, id: str) -> None:
         if self._authorize is not None and not await async_settle(self._authorize(request, id)):
             raise WebError(403, "forbidden")
 
 
-async def _put_together(source: AsyncIterable[str | StreamEvent]) -> tuple[str, int]:
-    """Return the text of a source, and how many tokens of its input the output does without."""
+async def _put_together(source: AsyncIterable[str | StreamEvent]) -> tuple[str, str]:
+    """Return the text of a source, and the data of its last `usage` event."""
     texts: list[str] = []
-    saved = 0
-    async for item in source:
-        if isinstance(item, str):
-            texts.append(item)
-        elif item.event == "usage":
-            usage = json.loads(item.data)
-            saved = usage.get("inputTokens", 0) - usage.get("outputTokens", 0)
-    return "".join(texts), saved
+    usage = ""
+    try:
+        async for item in source:
+            if isinstance(item, str):
+                texts.append(item)
+            elif item.event == "usage":
+                usage = item.data
+    finally:
+        await close_source(source)
+    return "".join(texts), usage
 
 
 def _json(content: object, status: int = 200, headers: Mapping[str, str] | None = None) -> AsyncWebResponse:

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from datetime import datetime, timedelta
 from time import monotonic
 from types import TracebackType
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from .. import _arguments as arguments
 from .._sql import StreamStatements
@@ -27,6 +27,7 @@ from ..models import (
 from .appending import Append, AsyncAppender
 from .changes import AsyncChanges
 from .database import AsyncDatabase
+from .producing import drain
 from .reading import AsyncReader
 from .stream_writer import AsyncStreamWriter
 
@@ -140,7 +141,7 @@ class AsyncPostgresStreamStore:
         *,
         max_chunks: int = 1000,
         max_bytes: int = 1_000_000,
-        when_ended: Callable[[Exception], None] | None = None,
+        when_ended: Callable[[Exception], Any] | None = None,
     ) -> AsyncStreamWriter:
         """Return a context manager that writes to a stream from a buffer, each chunk exactly once.
 
@@ -148,7 +149,8 @@ class AsyncPostgresStreamStore:
         goes after what is there. `write` waits while the buffer holds `max_chunks` chunks, or would get more than
         `max_bytes` of them in UTF-8; a single chunk may be larger. `when_ended` is called, from the background, once
         it is known inside the block that nothing more can be written, as when a user has stopped the stream, with the
-        error that `write` raises from then on.
+        error that `write` raises from then on. A writer with it works in the background on every client, in Django
+        outside of the caller's transaction.
         """
         stream_id = arguments.identifier(id)
         arguments.sequence_number(max_chunks, "max_chunks", least=1)
@@ -329,10 +331,15 @@ class AsyncPostgresStreamStore:
         return stream_ids
 
     async def close(self) -> None:
-        """Close the store, and the pool if the store owns it. Whoever waits gets `StoreClosedError`. Safe to repeat."""
+        """Close the store, and the pool if the store owns it. Whoever waits gets `StoreClosedError`. Safe to repeat.
+
+        Before, the durable streams that are still written here end in state error; see their `drain` to give them time.
+        """
         if self._database.inherited:
             return
         self._database.keep_home()
+        if not self._database.closing.is_set():
+            await drain(self, 0.0)
         self._database.closing.set()
         async with self._database.client:
             await self._changes.close()

@@ -6,10 +6,10 @@ import logging
 from collections.abc import Callable
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .. import _arguments as arguments
-from .._concurrency import AsyncEvent, AsyncLock, AsyncWorker, Mutex, async_spawn, async_uninterrupted
+from .._concurrency import AsyncEvent, AsyncLock, AsyncWorker, Mutex, async_settle, async_spawn, async_uninterrupted
 from ..errors import (
     AibindError,
     SequenceConflictError,
@@ -60,7 +60,7 @@ class AsyncStreamWriter:
         changes: AsyncChanges,
         stream_id: str,
         limits: tuple[int, int],
-        when_ended: Callable[[Exception], None] | None,
+        when_ended: Callable[[Exception], Any] | None,
     ) -> None:
         self._store = store
         self._database = database
@@ -68,7 +68,7 @@ class AsyncStreamWriter:
         self._stream_id = stream_id
         self._max_chunks, self._max_bytes = limits
         self._when_ended = when_ended
-        self._in_background = not database.client.joins_transactions
+        self._in_background = when_ended is not None or not database.client.joins_transactions
         self._place: AsyncPlace | None = None
         self._mutex = Mutex()
         self._sending = AsyncLock()  # without a worker, the callers take turns
@@ -225,7 +225,8 @@ class AsyncStreamWriter:
         # The last one may have been cancelled, as when an event loop ends, perhaps before it had begun.
         alive = self._worker is not None and self._worker.is_alive()
         if self._in_background and not alive and not self._closing:
-            self._worker = async_spawn(self._work, "aibind_postgres-writer")
+            inherit = self._when_ended is not None  # what that does is the caller's
+            self._worker = async_spawn(self._work, "aibind_postgres-writer", inherit=inherit)
             self._due.set()
 
     async def _work(self) -> None:
@@ -238,6 +239,7 @@ class AsyncStreamWriter:
             with self._mutex:
                 self._worker = None
                 self._tell()
+            await self._database.client.leave()
 
     async def _advance(self, progress: AsyncEvent) -> None:
         """Wait until more is durable, and see to it that somebody works on that."""
@@ -273,7 +275,7 @@ class AsyncStreamWriter:
                 self._error = error
                 self._tell()
             if self._when_ended is not None and not self._left:
-                self._when_ended(error)
+                await async_settle(self._when_ended(error))
             return False
         return True
 

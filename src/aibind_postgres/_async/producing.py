@@ -1,0 +1,219 @@
+"""Who writes a source into a stream, in the background, and does what is owed when that has ended."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterable, Callable
+from time import monotonic
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from .. import _arguments as arguments
+from .._concurrency import AsyncEvent, Mutex, async_at_exit, async_break_off, async_settle, async_spawn
+from ..errors import StreamNotActiveError, StreamNotFoundError
+from ..models import StreamEvent, StreamStatus, chunk_text
+from ..web import WebError
+
+if TYPE_CHECKING:
+    from .stream_store import AsyncPostgresStreamStore
+    from .stream_writer import AsyncStreamWriter
+
+logger = logging.getLogger("aibind_postgres")
+
+GENERIC_ERROR = "the answer broke off"  # what is told of an exception of the source
+
+LAST_WORDS = 2.0  # seconds that `on_finish` has, where the process is about to end
+
+
+class AsyncProducer:
+    """The worker that writes a source into a stream.
+
+    An end that somebody else has made is dealt with by the writer's worker, since the source may be busy for long.
+    """
+
+    _mutex: ClassVar[Mutex] = Mutex()
+    _all: ClassVar[set[AsyncProducer]] = set()  # nobody else may hold on to them
+    _is_first: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        store: AsyncPostgresStreamStore,
+        stream_id: str,
+        source: AsyncIterable[str | StreamEvent],
+        on_finish: Callable[[str, StreamStatus | None], Any] | None,
+        expose_errors: bool,
+    ) -> None:
+        self.stream_id = stream_id
+        self.finished = AsyncEvent()  # `on_finish` has returned
+        self._store = store
+        self._source = source
+        self._source_open = True
+        self._source_left = False
+        self._on_finish = on_finish
+        self._expose_errors = expose_errors
+        self._texts: list[str] = []  # what the source has yielded, if somebody wants it
+        self._ended = False  # by somebody else
+        self._finishing = False
+        with self._mutex:
+            self._all.add(self)
+            is_first, AsyncProducer._is_first = AsyncProducer._is_first, False
+        if is_first:
+            async_at_exit(break_off_all)
+        # In the context of who began it: the source is his.
+        self._worker = async_spawn(self._run, "aibind_postgres-producer", inherit=True)
+
+    @classmethod
+    def writing(cls, store: AsyncPostgresStreamStore) -> list[AsyncProducer]:
+        """Return those that write into a store."""
+        with cls._mutex:
+            return [producer for producer in cls._all if producer._store is store]
+
+    async def _run(self) -> None:
+        begun = False
+        interruption: BaseException | None = None
+        try:
+            async with self._store.writer(self.stream_id, when_ended=self._break_off) as writer:
+                begun = True
+                await self._store._database.client.leave()  # the source may take long
+                await self._write(writer)
+        except (SourceError, StreamNotActiveError):
+            pass  # the log has the one, and the other was meant
+        except StreamNotFoundError:
+            if not begun:
+                logger.error("stream %r is not there for its producer: is its transaction not over?", self.stream_id)
+        except Exception as error:
+            if not self._ended:
+                logger.error("the producer of stream %r gave up: %s", self.stream_id, error)
+        except BaseException as error:
+            if not self._ended:
+                logger.error("the producer of stream %r was interrupted", self.stream_id)
+                interruption = error.__cause__ or error
+        await self._close_source()  # if it did not come to writing
+        await self._finish()
+        await self._store._database.client.leave()
+        if interruption is not None:
+            raise interruption
+
+    async def _write(self, writer: AsyncStreamWriter) -> None:
+        try:
+            await self._pipe(writer)
+            last = await writer.flush()
+            if not self._ended:
+                # Before the stream is done, so that who sees that finds what is kept here.
+                await self._finish(StreamStatus("done", None, last))
+        except Exception:
+            raise
+        except BaseException as interruption:  # by the end of the event loop, say: the writer stores its text
+            raise SourceInterrupted(GENERIC_ERROR) from interruption
+
+    async def _pipe(self, writer: AsyncStreamWriter) -> None:
+        writing = False
+        try:
+            async for item in self._source:
+                text = arguments.storable_text(chunk_text(item), "a chunk")
+                writing = True
+                await writer.write(text)
+                writing = False
+                if self._on_finish is not None and isinstance(item, str):
+                    self._texts.append(item)
+        except WebError as refusal:
+            raise SourceError(refusal.text) from None
+        except Exception as error:
+            if writing or self._ended:
+                raise
+            logger.exception("the source of stream %r failed", self.stream_id)
+            raise SourceError(str(error) if self._expose_errors else GENERIC_ERROR) from error
+        finally:
+            await self._close_source()
+
+    async def _break_off(self, error: Exception) -> None:
+        """Interrupt the source: nothing that it yields can be stored any more."""
+        self._ended = True
+        if not isinstance(error, (StreamNotActiveError, StreamNotFoundError)):
+            logger.error("the producer of stream %r gave up: %s", self.stream_id, error)
+        with self._mutex:
+            interrupting, self._source_open = self._source_open, False
+        if interrupting and not async_break_off(self._worker, self._source):
+            with self._mutex:
+                self._source_open = True  # it is for the one who reads from it
+            if self._source_left:
+                await self._close_source()
+        await self._finish()
+
+    async def _close_source(self) -> None:
+        with self._mutex:
+            self._source_left = True
+            closing, self._source_open = self._source_open, False
+        if closing:
+            await close_source(self._source)
+
+    async def _finish(self, status: StreamStatus | None = None) -> None:
+        with self._mutex:
+            if self._finishing:
+                return
+            self._finishing = True
+        try:
+            if self._on_finish is not None:
+                status = status or await self._last_status()
+                await async_settle(self._on_finish("".join(self._texts), status))
+        except Exception:
+            logger.exception("on_finish of stream %r failed", self.stream_id)
+        finally:
+            self._texts.clear()
+            with self._mutex:
+                self._all.discard(self)
+            self.finished.set()
+
+    async def _last_status(self) -> StreamStatus | None:
+        try:
+            return await self._store.get_status(self.stream_id)
+        except Exception as error:
+            logger.error("how stream %r has ended is not known to its producer: %s", self.stream_id, error)
+            return None
+
+
+async def drain(store: AsyncPostgresStreamStore, timeout: float) -> list[str]:
+    """Let the streams end that are written here; after `timeout` seconds end the others, and return their ids."""
+    deadline = monotonic() + timeout
+    producers = AsyncProducer.writing(store)
+    late = [producer for producer in producers if not await producer.finished.wait(max(0.0, deadline - monotonic()))]
+    broken_off = []
+    for producer in late:
+        try:
+            if await store.fail(producer.stream_id, GENERIC_ERROR):
+                broken_off.append(producer.stream_id)
+        except StreamNotFoundError:
+            pass
+        except Exception as error:
+            logger.error("%d streams could not be ended: %s", len(late) - len(broken_off), error)
+            break  # rather than to wait for a server that is away once for each
+    else:
+        deadline = monotonic() + LAST_WORDS
+        for producer in late:
+            await producer.finished.wait(max(0.0, deadline - monotonic()))
+    return broken_off
+
+
+async def break_off_all() -> None:
+    """End what this process still writes."""
+    with AsyncProducer._mutex:
+        stores = {producer._store for producer in AsyncProducer._all if not producer._store._database.inherited}
+    for store in stores:
+        await drain(store, 0.0)
+
+
+async def close_source(source: object) -> None:
+    """Close a source, if it can be closed; the log tells of one that fails at it."""
+    close = getattr(source, "aclose", None) or getattr(source, "close", None)
+    if close is not None:
+        try:
+            await async_settle(close())
+        except Exception:
+            logger.exception("a source failed when it was closed")
+
+
+class SourceError(Exception):
+    """Ends a stream in state error, with this text."""
+
+
+class SourceInterrupted(BaseException):
+    """Ends a stream in state error, with this text, in place of what is no `Exception` and may have no text to tell."""

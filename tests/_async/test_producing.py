@@ -1,0 +1,193 @@
+"""The end of a durable stream: whoever makes it, whenever it comes, what is owed is done once."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from functools import partial
+
+import pytest
+from _async.sources import Deaf, Finish, Silent, items
+from support.concurrency import AsyncBackground, async_sleep, async_until, async_workers
+
+from aibind_postgres import (
+    AsyncDurableStream,
+    AsyncPostgresStreamStore,
+    InvalidDataError,
+    StreamExistsError,
+)
+from aibind_postgres._concurrency import AsyncEvent
+
+BROKEN_OFF = ("error", "the answer broke off", 1)
+
+
+@pytest.fixture
+async def store(dsn, tables):
+    async with AsyncPostgresStreamStore(dsn, **tables) as store:
+        yield store
+
+
+async def spoken(store, stream):
+    """Wait for the first word."""
+    assert (await store.read_from(stream.id).__anext__()).data == "\x01word"
+
+
+async def test_a_source_that_cannot_be_interrupted_holds_up_neither_the_end_nor_what_is_owed(store, other):
+    source, finish = Deaf(), Finish()
+    stream = await AsyncDurableStream.start(store, source, on_finish=finish)
+    try:
+        await spoken(other, stream)
+        assert await other.stop(stream.id)
+        assert await stream.wait(20) == ("stopped", None, 1)
+        assert finish.calls == [("word", ("stopped", None, 1))]
+    finally:
+        source.gate.set()
+    await async_until(lambda: not [name for name in async_workers() if "producer" in name])
+    assert len(finish.calls) == 1
+
+
+async def test_a_source_is_closed_once(store, other):
+    sources = [Silent() for _ in range(50)]
+    streams = [await AsyncDurableStream.start(store, source) for source in sources]
+    await async_until(lambda: all(source.asked for source in sources))
+    for stream in streams:
+        await other.stop(stream.id)
+    for stream in streams:
+        await stream.wait(20)
+    await async_until(lambda: not [name for name in async_workers() if "producer" in name])
+    assert [source.closed for source in sources] == [1] * 50
+
+
+class OddInterruption(BaseException):
+    def __init__(self, first, second):
+        super().__init__(first, second)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # it ends its thread
+async def test_what_is_no_exception_ends_a_stream_too(store, other):
+    class Raising(Deaf):
+        async def __anext__(self):
+            if not self.asked:
+                return await super().__anext__()
+            raise OddInterruption("geheim", 2)
+
+    finish = Finish()
+    stream = await AsyncDurableStream.start(store, Raising(), on_finish=finish)
+    assert await stream.wait(20) == BROKEN_OFF
+    assert finish.calls == [("word", BROKEN_OFF)]
+
+
+async def test_closing_a_store_ends_what_is_written_there(store, other, dsn, tables):
+    sources, finish = [Silent(), Deaf()], Finish()
+    async with AsyncPostgresStreamStore(dsn, **tables) as closing:
+        streams = [await AsyncDurableStream.start(closing, source, on_finish=finish) for source in sources]
+        await async_until(lambda: all(source.asked for source in sources))
+        await spoken(other, streams[1])
+    sources[1].gate.set()
+    assert await other.get_status(streams[0].id) == ("error", "the answer broke off", 0)
+    assert await other.get_status(streams[1].id) == BROKEN_OFF
+    assert sorted(finish.calls) == [("", ("error", "the answer broke off", 0)), ("word", BROKEN_OFF)]
+    assert sources[0].closed == 1
+
+
+async def test_draining_lets_answers_end_and_breaks_off_those_that_do_not(store, other):
+    assert await AsyncDurableStream.drain(store) == []
+    finish, late, gate, never = Finish(), Finish(), AsyncEvent(), Silent()
+    ending = await AsyncDurableStream.start(store, items(["a"], gate), on_finish=finish)
+    silent = await AsyncDurableStream.start(store, never, on_finish=late)
+    elsewhere = await AsyncDurableStream.start(other, items(["a"], gate))
+    await async_until(lambda: never.asked)
+    async with AsyncBackground(partial(AsyncDurableStream.drain, store, 1)) as draining:
+        await async_sleep(0.1)
+        gate.set()
+        assert await draining.result() == [silent.id]
+    assert finish.calls == [("aand more", ("done", None, 2))]
+    assert late.calls == [("", ("error", "the answer broke off", 0))]
+    assert never.closed
+    assert await store.get_status(ending.id) == ("done", None, 2)
+    assert (await elsewhere.wait(20)).state == "done"
+    assert await AsyncDurableStream.drain(store, 0) == []
+
+
+async def test_draining_a_stream_that_was_deleted(store):
+    source = Silent()
+    stream = await AsyncDurableStream.start(store, source)
+    await async_until(lambda: source.asked)
+    await store.delete(stream.id)
+    assert await AsyncDurableStream.drain(store, 0) == []
+    await async_until(lambda: source.closed)
+
+
+async def test_draining_while_the_server_is_away_raises_nothing(store, caplog, monkeypatch):
+    async def away(id, error):
+        raise ConnectionError("no server")
+
+    source = Silent()
+    stream = await AsyncDurableStream.start(store, source)
+    await async_until(lambda: source.asked)
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "fail", away)
+        assert await AsyncDurableStream.drain(store, 0) == []
+    assert "1 streams could not be ended: no server" in caplog.text
+    assert await stream.stop()
+
+
+@pytest.mark.parametrize("source", [None, "one text", 7, object()])
+async def test_what_is_no_source_is_refused_before_anything_is_there(store, source):
+    with pytest.raises(TypeError, match="a source must be an iterable"):
+        await AsyncDurableStream.start(store, source)
+    assert [info async for info in store.list()] == []
+
+
+async def test_a_stream_that_cannot_begin_closes_its_source(store):
+    source = Silent()
+    await store.create("taken")
+    with pytest.raises(StreamExistsError):
+        await AsyncDurableStream.start(store, source, id="taken")
+    for number, id in enumerate(("two\nlines", "", "\0"), start=2):
+        with pytest.raises(InvalidDataError):
+            await AsyncDurableStream.start(store, source, id=id)
+        assert source.closed == number
+    assert [info.id async for info in store.list()] == ["taken"]
+
+
+async def test_a_source_and_its_end_see_the_context_that_they_were_begun_in(store, other):
+    tenant, seen = ContextVar("tenant"), []
+
+    async def see():
+        yield tenant.get("nobody")
+
+    async def finish(text, status):
+        seen.append((status.state, tenant.get("nobody")))
+
+    tenant.set("tenant 7")
+    silent = Silent()
+    stream = await AsyncDurableStream.start(store, see(), on_finish=finish)
+    stopped = await AsyncDurableStream.start(store, silent, on_finish=finish)
+    tenant.set("tenant 8")
+    await stream.wait(20)
+    await async_until(lambda: silent.asked)
+    await other.stop(stopped.id)
+    await stopped.wait(20)
+    assert [chunk.data async for chunk in store.read_from(stream.id)] == ["\x01tenant 7"]
+    assert seen == [("done", "tenant 7"), ("stopped", "tenant 7")]
+
+
+async def test_an_end_that_nobody_can_ask_for_is_told_as_unknown(store, caplog, monkeypatch):
+    async def away(id):
+        raise ConnectionError("no server")
+
+    finish, source = Finish(), Silent()
+    stream = await AsyncDurableStream.start(store, source, on_finish=finish)
+    await async_until(lambda: source.asked)
+    with monkeypatch.context() as patch:
+        await store.stop(stream.id)
+        patch.setattr(stream._producer._store, "get_status", away)
+        await stream._producer._break_off(ConnectionError("no server"))
+    assert finish.calls == [("", None)]
+    assert "is not known to its producer: no server" in caplog.text
+
+
+async def test_what_cannot_be_stored_is_told_to_the_log_alone(store, caplog):
+    stream = await AsyncDurableStream.start(store, items(["word", "geheim\0"]))
+    assert await stream.wait(20) == BROKEN_OFF
+    assert "contains a NUL character" in caplog.text
