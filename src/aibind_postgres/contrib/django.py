@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from django.core.exceptions import ImproperlyConfigured
+from django.core.handlers.asgi import ASGIRequest
+from django.db.transaction import non_atomic_requests
 from django.http import HttpResponse, StreamingHttpResponse
 from django.urls import re_path
 from django.views.decorators.csrf import csrf_exempt
@@ -21,22 +24,34 @@ def urlpatterns(handler: StreamHandler | AsyncStreamHandler) -> list[URLPattern]
     """Return the URL patterns of a handler, to be put at the root.
 
     The request that `generate` and `authorize` get as `original` is Django's own. Under the other kind of server than
-    the handler's, Django would hold an answer back until it is complete. The views are exempt from the CSRF check, for
-    which aibind's browser client sends no token: see `authorize`, and to it that session cookies are SameSite.
+    the handler's, `ImproperlyConfigured` is raised. The views are exempt from the CSRF check, for which aibind's
+    browser client sends no token: see `authorize`, and to it that session cookies are SameSite. They are exempt from
+    `ATOMIC_REQUESTS` as well: an answer is stored while it is written, and not in the transaction of its request.
     """
     if isinstance(handler, AsyncStreamHandler):
         asynchronous = handler
 
         async def view(request: HttpRequest, path: str) -> HttpResponseBase:
+            _serve_by(asynchronous, request)
             return _answer(await asynchronous.handle(_asked(asynchronous, request, path)))
     else:
         synchronous = handler
 
         def view(request: HttpRequest, path: str) -> HttpResponseBase:  # type: ignore[misc]  # one name, two flavours
+            _serve_by(synchronous, request)
             return _answer(synchronous.handle(_asked(synchronous, request, path)))
 
     root = re.escape(f"{handler.prefix}/"[1:])
-    return [re_path(f"^{root}(?P<path>.*)$", csrf_exempt(view), name="aibind")]
+    return [re_path(f"^{root}(?P<path>.*)$", csrf_exempt(non_atomic_requests(view)), name="aibind")]
+
+
+def _serve_by(handler: StreamHandler | AsyncStreamHandler, request: HttpRequest) -> None:
+    if isinstance(handler, AsyncStreamHandler) != isinstance(request, ASGIRequest):
+        # Django would hold an answer back until it is complete, or run each request in an event loop of its own.
+        raise ImproperlyConfigured(
+            f"{type(handler).__name__} is for another kind of server: use AsyncStreamHandler under ASGI, StreamHandler "
+            "under WSGI"
+        )
 
 
 def _asked(handler: StreamHandler | AsyncStreamHandler, request: HttpRequest, path: str) -> WebRequest:
@@ -51,5 +66,8 @@ def _asked(handler: StreamHandler | AsyncStreamHandler, request: HttpRequest, pa
 
 
 def _answer(response: WebResponse | AsyncWebResponse) -> HttpResponseBase:
-    kind = HttpResponse if isinstance(response.body, bytes) else StreamingHttpResponse
-    return kind(response.body, status=response.status, headers=dict(response.headers))
+    headers = dict(response.headers)
+    if isinstance(response.body, bytes):
+        return HttpResponse(response.body, status=response.status, headers=headers)
+    headers["Content-Encoding"] = "identity"  # else GZipMiddleware would hold events back
+    return StreamingHttpResponse(response.body, status=response.status, headers=headers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
@@ -20,10 +21,13 @@ def routes(handler: AsyncStreamHandler) -> list[Route]:
 
     async def answer(request: Request) -> Response:
         body = bytearray()
-        async for part in request.stream():
-            body += part
-            if len(body) > handler.max_body:  # the handler refuses it, so the rest need not be read
-                break
+        try:
+            async for part in request.stream():
+                body += part
+                if len(body) > handler.max_body:  # the handler refuses it, so the rest need not be read
+                    break
+        except ClientDisconnect:
+            return Response(status_code=400)  # to nobody
         response = await handler.handle(
             WebRequest(
                 request.method,
