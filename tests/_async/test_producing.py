@@ -108,6 +108,21 @@ async def test_draining_lets_answers_end_and_breaks_off_those_that_do_not(store,
     assert await AsyncDurableStream.drain(store, 0) == []
 
 
+async def test_draining_waits_until_streams_have_ended(store, monkeypatch):
+    complete = store.complete
+
+    async def slow(id):
+        await async_sleep(0.3)
+        return await complete(id)
+
+    monkeypatch.setattr(store, "complete", slow)
+    finish = Finish()
+    stream = await AsyncDurableStream.start(store, items(["a"]), on_finish=finish)
+    assert await AsyncDurableStream.drain(store, 20) == []
+    assert await store.get_status(stream.id) == ("done", None, 1)
+    assert finish.calls == [("a", ("done", None, 1))]
+
+
 async def test_draining_a_stream_that_was_deleted(store):
     source = Silent()
     stream = await AsyncDurableStream.start(store, source)
@@ -180,10 +195,10 @@ async def test_an_end_that_nobody_can_ask_for_is_told_as_unknown(store, caplog, 
     stream = await AsyncDurableStream.start(store, source, on_finish=finish)
     await async_until(lambda: source.asked)
     with monkeypatch.context() as patch:
-        await store.stop(stream.id)
-        patch.setattr(stream._producer._store, "get_status", away)
+        patch.setattr(store, "get_status", away)
         await stream._producer._break_off(ConnectionError("no server"))
     assert finish.calls == [("", None)]
+    await stream.stop()
     assert "is not known to its producer: no server" in caplog.text
 
 

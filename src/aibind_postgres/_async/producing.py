@@ -43,7 +43,8 @@ class AsyncProducer:
         expose_errors: bool,
     ) -> None:
         self.stream_id = stream_id
-        self.finished = AsyncEvent()  # `on_finish` has returned
+        self.finished = AsyncEvent()  # nothing is owed any more
+        self._owed = {"the end of the stream", "on_finish"}
         self._store = store
         self._source = source
         self._source_open = True
@@ -87,6 +88,7 @@ class AsyncProducer:
             if not self._ended:
                 logger.error("the producer of stream %r was interrupted", self.stream_id)
                 interruption = error.__cause__ or error
+        self._strike("the end of the stream")
         await self._close_source()  # if it did not come to writing
         await self._finish()
         await self._store._database.client.leave()
@@ -128,6 +130,7 @@ class AsyncProducer:
     async def _break_off(self, error: Exception) -> None:
         """Interrupt the source: nothing that it yields can be stored any more."""
         self._ended = True
+        self._strike("the end of the stream")
         if not isinstance(error, (StreamNotActiveError, StreamNotFoundError)):
             logger.error("the producer of stream %r gave up: %s", self.stream_id, error)
         with self._mutex:
@@ -159,9 +162,15 @@ class AsyncProducer:
             logger.exception("on_finish of stream %r failed", self.stream_id)
         finally:
             self._texts.clear()
-            with self._mutex:
-                self._all.discard(self)
-            self.finished.set()
+            self._strike("on_finish")
+
+    def _strike(self, done: str) -> None:
+        with self._mutex:
+            self._owed.discard(done)
+            if self._owed:
+                return
+            self._all.discard(self)
+        self.finished.set()
 
     async def _last_status(self) -> StreamStatus | None:
         try:
