@@ -1,0 +1,108 @@
+"""Django's views, as an application may have them around: the other kind of server, transactions, middleware."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import django
+import psycopg
+import pytest
+from contrib import contract
+from django.conf import settings
+from django.core.exceptions import ImproperlyConfigured
+from django.core.handlers.base import BaseHandler
+from django.db import connections, transaction
+from django.middleware.gzip import GZipMiddleware
+from django.test import AsyncRequestFactory, RequestFactory
+from support.concurrency import until
+
+from aibind_postgres import (
+    AsyncPostgresStreamStore,
+    AsyncStreamHandler,
+    DurableStream,
+    PostgresStreamStore,
+    StreamHandler,
+    wrap_django,
+)
+from aibind_postgres.contrib.django import urlpatterns
+
+
+@pytest.fixture(scope="module", autouse=True)
+def databases(dsn):
+    names = {"dbname": "NAME", "host": "HOST", "port": "PORT", "user": "USER", "password": "PASSWORD"}
+    found = contract.parameters(dsn, **names)
+    database = {name: found.pop(name) for name in names.values() if name in found}
+    database |= {"ENGINE": "django.db.backends.postgresql", "OPTIONS": found, "ATOMIC_REQUESTS": True}
+    settings.configure(DATABASES={"default": database}, USE_TZ=True, LOGGING_CONFIG=None)
+    django.setup()
+    yield
+    connections.close_all()
+
+
+@pytest.fixture
+def store(tables):
+    with PostgresStreamStore(wrap_django(), **tables) as store:
+        yield store
+
+
+def view_of(handler):
+    [pattern] = urlpatterns(handler)
+    return pattern.callback
+
+
+def prompt(factory):
+    return factory.post("/__aibind__/stream", json.dumps({"prompt": "hi"}), "application/json")
+
+
+def generate(generation):
+    yield "Hello"
+
+
+def test_an_answer_is_stored_while_its_request_is_in_a_transaction_of_its_own(store):
+    view = view_of(StreamHandler(generate, store=store))
+    assert BaseHandler().make_view_atomic(view) is view  # with ATOMIC_REQUESTS
+    answer = view(prompt(RequestFactory()), path="stream")
+    assert b"data: Hello" in b"".join(answer)
+
+
+def test_the_views_of_an_asynchronous_handler_may_be_used_with_atomic_requests(store):
+    view = view_of(AsyncStreamHandler(generate, store=AsyncPostgresStreamStore("")))
+    assert BaseHandler().make_view_atomic(view) is view
+
+
+def test_events_are_not_held_back_to_be_compressed(store):
+    view = view_of(StreamHandler(generate, store=store))
+    request = prompt(RequestFactory(headers={"Accept-Encoding": "gzip"}))
+    answer = GZipMiddleware(lambda request: view(request, path="stream"))(request)
+    assert answer["Content-Encoding"] == "identity"
+    assert b"data: Hello" in b"".join(answer)
+
+
+def test_the_other_kind_of_server_is_refused(store):
+    with pytest.raises(ImproperlyConfigured, match="use AsyncStreamHandler under ASGI"):
+        view_of(StreamHandler(generate, store=store))(prompt(AsyncRequestFactory()), path="stream")
+    asynchronous = view_of(AsyncStreamHandler(generate, store=AsyncPostgresStreamStore("")))
+    with pytest.raises(ImproperlyConfigured, match="StreamHandler under WSGI"):
+        asyncio.run(asynchronous(prompt(RequestFactory()), path="stream"))
+
+
+def test_producers_leave_no_connections(store, dsn):
+    count = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'producers'"
+    connections["default"].settings_dict["OPTIONS"]["application_name"] = "producers"
+    connections.close_all()
+    with psycopg.connect(dsn, autocommit=True) as observer:
+        for _ in range(3):
+            streams = [DurableStream.start(store, iter(["a", "b"])) for _ in range(5)]
+            assert [stream.wait(20).state for stream in streams] == ["done"] * 5
+        connections.close_all()
+        store.close()
+        until(lambda: observer.execute(count).fetchone() == (0,))
+
+
+def test_a_stream_in_a_transaction_that_is_not_over_is_told_to_the_log(store, caplog):
+    with transaction.atomic():
+        stream = DurableStream.start(store, generate(None))
+        until(lambda: "is its transaction not over?" in caplog.text)
+    assert store.get_status(stream.id).state == "active"
+    assert store.fail_abandoned(0) == [stream.id]
