@@ -88,7 +88,9 @@ def test_the_other_kind_of_server_is_refused(store):
 
 
 def test_producers_leave_no_connections(store, dsn):
-    count = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'producers'"
+    count = (
+        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'producers'"
+    )
     connections["default"].settings_dict["OPTIONS"]["application_name"] = "producers"
     connections.close_all()
     with psycopg.connect(dsn, autocommit=True) as observer:

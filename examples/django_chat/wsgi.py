@@ -1,0 +1,8 @@
+"""Where a WSGI server finds the chat."""
+
+import os
+
+from django.core.wsgi import get_wsgi_application
+
+os.environ.setdefault("DJANGO_SETTINGS_MODULE", "django_chat.settings")
+application = get_wsgi_application()

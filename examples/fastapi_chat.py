@@ -1,0 +1,83 @@
+"""A chat in FastAPI whose answers survive a reload, a lost network and a restart of the server.
+
+pip install 'aibind-postgres[binary,starlette]' fastapi uvicorn
+DATABASE_URL=postgresql://… uvicorn --app-dir examples fastapi_chat:app
+"""
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, HTTPException
+from fastapi.responses import FileResponse
+from shared import DAY, PAGE, turns
+from shared.model import LONGEST_PAUSE, async_answer
+
+from aibind_postgres import (
+    AsyncDurableStream,
+    AsyncPostgresConversationStore,
+    AsyncPostgresStreamStore,
+    AsyncStreamHandler,
+    Generation,
+    schema,
+)
+from aibind_postgres.contrib.starlette import routes
+
+DSN = os.environ["DATABASE_URL"]
+store = AsyncPostgresStreamStore(DSN, ttl=DAY)
+conversations = AsyncPostgresConversationStore(DSN, ttl=30 * DAY)
+
+
+async def generate(generation: Generation) -> AsyncIterator[str]:
+    async for token in async_answer(generation.messages):
+        yield token
+
+
+async def housekeeping() -> None:
+    """End the answers whose process has died, and delete what has expired. Many processes may do so at once."""
+    while True:
+        await asyncio.sleep(5)
+        try:
+            await store.fail_abandoned(LONGEST_PAUSE)
+            await store.cleanup()
+            await conversations.cleanup()
+        except Exception:
+            logging.exception("housekeeping failed")
+
+
+@asynccontextmanager
+async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    await schema.async_migrate(DSN)  # an application of yours would do so when it is deployed
+    async with store, conversations:
+        task = asyncio.create_task(housekeeping())
+        yield
+        task.cancel()
+        await AsyncDurableStream.drain(store)  # what is being written when the server ends
+
+
+app = FastAPI(lifespan=lifespan)
+# Who knows the id of a conversation may read and write it here; authorize=… asks who is there.
+app.router.routes.extend(routes(AsyncStreamHandler(generate, store=store, conversations=conversations)))
+
+
+@app.get("/")
+async def page() -> FileResponse:
+    return FileResponse(PAGE)
+
+
+@app.get("/conversation/{session}")
+async def conversation(session: str) -> list[dict[str, Any]]:
+    async with conversations.edit(session) as chat:
+        return turns.shown(chat)
+
+
+@app.post("/conversation/{session}/{action}/{id}")
+async def change(session: str, action: str, id: str) -> list[dict[str, Any]]:
+    try:
+        async with conversations.edit(session) as chat:
+            return turns.change(chat, action, id)
+    except LookupError:
+        raise HTTPException(404) from None

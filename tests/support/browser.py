@@ -1,0 +1,119 @@
+"""A real browser, and the chat of the examples as somebody sees it who sits before it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+# Without a sandbox, since root has none; and without what it does behind a user's back.
+OPTIONS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+@contextmanager
+def chromium() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=OPTIONS)
+        yield browser
+        browser.close()
+
+
+class Demo:
+    """`aibind-postgres demo --web`, in a process of its own. It may be killed and started again."""
+
+    def __init__(self, framework: str, dsn: str, *, port: int = 0, delay: float = 0.02) -> None:
+        self._arguments = ["demo", "--web", f"--framework={framework}", f"--dsn={dsn}"]
+        self._environment = {**os.environ, "AIBIND_DEMO_DELAY": f"{delay}", "PYTHONWARNINGS": "ignore"}
+        for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
+            self._environment.pop(name, None)
+        self.port = port
+        self.start()
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "aibind_postgres.cli", *self._arguments, f"--port={self.port}"]
+        self._process = subprocess.Popen(
+            command, env=self._environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True
+        )
+        assert self._process.stdout is not None
+        said = self._process.stdout.readline()
+        self.url = said.split()[4]
+        self.port = int(self.url.rstrip("/").rpartition(":")[2])
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def terminate(self) -> int:
+        self._process.terminate()
+        self._process.communicate(timeout=30)
+        return self._process.returncode
+
+    def __enter__(self) -> Demo:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+
+class Chat:
+    """One tab."""
+
+    def __init__(self, context: BrowserContext, url: str) -> None:
+        self.page: Page = context.new_page()
+        self.faults: list[str] = []  # of the page's script
+        self.page.on("pageerror", lambda error: self.faults.append(str(error)))
+        self.page.goto(url)
+
+    @property
+    def url(self) -> str:
+        return self.page.url
+
+    @property
+    def session(self) -> str:
+        return self.page.url.partition("#")[2]
+
+    @property
+    def stream(self) -> str:
+        """The id of the answer that is not yet part of the conversation."""
+        return str(self.page.evaluate("JSON.parse(localStorage['pending ' + location.hash.slice(1)]).id"))
+
+    def say(self, text: str) -> None:
+        self.page.fill("#prompt", text)
+        self.page.click("#send")
+
+    def press(self, label: str, *, last: bool = True) -> None:
+        found = self.page.get_by_role("button", name=label, exact=True)
+        (found.last if last else found.first).click()
+
+    def sees(self, text: str) -> None:
+        """Wait until the answer that is being written contains a text."""
+        expect(self.page.locator("#writing")).to_contain_text(text, timeout=20_000)
+
+    def rests(self, *, empty: bool = False) -> None:
+        """Wait until nothing is being written any more, and what was written is stored."""
+        expect(self.page.locator("#writing")).to_have_count(0, timeout=30_000)
+        expect(self.page.locator("#send")).to_be_visible()
+        if not empty:
+            expect(self.page.get_by_role("button", name="Try again").last).to_be_visible(timeout=20_000)
+
+    def notes(self, text: str) -> None:
+        expect(self.page.locator("#note")).to_contain_text(text, timeout=30_000)
+
+    @property
+    def turns(self) -> list[Any]:
+        """What stands there, without the buttons."""
+        return self.page.locator("#turns p").all_text_contents()

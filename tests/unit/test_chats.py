@@ -1,0 +1,169 @@
+"""The chats of the examples, without a browser: the model, the conversation, and the command that runs them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+import pytest
+from support.browser import Demo
+
+from aibind_postgres.sse import EventParser
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+ASK = """
+import asyncio, sys
+from shared import model
+
+MESSAGES = [model.SYSTEM, {"role": "user", "content": "Why {so}?"}]
+
+async def ask():
+    return [token async for token in model.async_answer(MESSAGES)]
+
+tokens = list(model.answer(MESSAGES))
+assert asyncio.run(ask()) == tokens
+sys.stdout.write("|".join(tokens))
+"""
+
+
+def ask(**environment: str) -> subprocess.CompletedProcess[str]:
+    """Have the model answer, in both flavours."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("OPENAI_")}
+    return subprocess.run(
+        [sys.executable, "-c", ASK],
+        cwd=EXAMPLES,
+        env={**inherited, "AIBIND_DEMO_DELAY": "0", **environment},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=60,
+    )
+
+
+def test_the_stand_in_types_a_text() -> None:
+    tokens = ask().stdout.split("|")
+    assert "".join(tokens).startswith("You wrote: “Why {so}?”\n\nI am no language model")
+    assert len(tokens) > 150
+
+
+@pytest.mark.parametrize("delay", ["soon", "-1", "nan", "inf"])
+def test_a_delay_that_is_none_is_told(delay: str) -> None:
+    assert "AIBIND_DEMO_DELAY must be a number of seconds" in ask(AIBIND_DEMO_DELAY=delay).stderr
+
+
+@contextmanager
+def openai_server(asked: list[Any]) -> Iterator[str]:
+    """Run a server that speaks as OpenAI's does."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            asked.append((self.path, self.headers["Authorization"], body))
+            self.send_response(200)
+            self.send_header("Content-Type", "text/event-stream")
+            self.end_headers()
+            for delta in ({"role": "assistant", "content": ""}, {"content": "Be"}, {"content": "cause."}, {}):
+                choice = {"index": 0, "delta": delta, "finish_reason": None}
+                self.wfile.write(f"data: {json.dumps({'id': 'x', 'choices': [choice]})}\n\n".encode())
+            self.wfile.write(b'data: {"id": "x", "choices": [], "usage": {}}\n\ndata: [DONE]\n\n')
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/v1"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_real_model_is_asked_where_there_is_one() -> None:
+    asked: list[Any] = []
+    with openai_server(asked) as url:
+        done = ask(OPENAI_BASE_URL=url, OPENAI_API_KEY="key", OPENAI_MODEL="clever")
+        assert done.stdout == "Be|cause.", done.stderr
+        assert ask(OPENAI_BASE_URL=url).stdout == "Be|cause."
+    path, key, body = asked[0]
+    assert (path, key, body["model"]) == ("/v1/chat/completions", "Bearer key", "clever")
+    assert body["stream"] is True
+    assert [message["role"] for message in body["messages"]] == ["system", "user"]
+    assert len(asked) == 4
+
+
+def call(url: str, method: str = "GET") -> tuple[int, Any]:
+    try:
+        with urlopen(Request(url, method=method), timeout=20) as answer:
+            return answer.status, json.load(answer)
+    except HTTPError as error:
+        error.close()
+        return error.code, None
+
+
+@pytest.mark.parametrize("framework", ["fastapi", "flask", "django"])
+def test_a_chat_by_its_addresses(empty_database: str, framework: str) -> None:
+    with Demo(framework, empty_database, delay=0) as demo:
+        with urlopen(demo.url, timeout=20) as page:
+            assert b"<title>A chat that loses nothing</title>" in page.read()
+        status, [system] = call(f"{demo.url}conversation/a%20b")
+        assert (status, system["role"]) == (200, "system")
+        body = json.dumps({"prompt": "hi", "sessionId": "a b"}).encode()
+        with urlopen(Request(f"{demo.url}__aibind__/stream", body), timeout=20) as answer:
+            events = EventParser().feed(answer.read())
+        said = "".join(event.data for event in events if event.event == "message")
+        assert (events[0].event, events[-1].event) == ("stream-id", "done")
+        status, [again, question, reply] = call(f"{demo.url}conversation/a%20b")
+        assert (again, question["content"], reply["content"], reply["state"]) == (system, "hi", said, "done")
+        conversation = f"{demo.url}conversation/a%20b"
+        assert call(f"{conversation}/branch/{question['id']}", "POST") == (200, [system])
+        assert call(f"{conversation}/branch/nothing", "POST")[0] == 404
+        assert call(f"{conversation}/branch/{system['id']}", "POST")[0] == 404
+        assert call(f"{conversation}/burn/{question['id']}", "POST")[0] in (404, 422)
+        assert call(f"{conversation}/branch/{question['id']}")[0] == 405
+        assert call(f"{conversation}/next/{question['id']}", "POST")[0] == 200
+
+
+def demo(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "error", "-m", "aibind_postgres.cli", "demo", "--web", *arguments]
+    return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=60)
+
+
+def test_what_is_wrong_is_told(empty_database: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        done = demo(f"--port={taken.getsockname()[1]}", f"--dsn={empty_database}")
+    assert (done.returncode, "already in use" in done.stderr) == (1, True)
+    done = demo("--status-table=x")
+    assert (done.returncode, "tables of the usual names" in done.stderr) == (2, True)
+    done = demo("--port=0", f"--dsn={empty_database}", AIBIND_DEMO_DELAY="soon")
+    assert (done.returncode, "AIBIND_DEMO_DELAY must be" in done.stderr) == (2, True)
+    for wrong in ("--port=70000", "--framework=rails"):
+        assert demo(wrong).returncode == 2
+
+
+@pytest.mark.parametrize("framework", ["fastapi", "flask"])
+def test_ctrl_c_ends_it_and_its_server(framework: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "aibind_postgres.cli", "demo", "--web", "--port=0", f"--framework={framework}"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "AIBIND_DEMO_DELAY": "0.1"}
+    tmp_path.chmod(0o755)
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    url = process.stdout.readline().split()[4]
+    body = json.dumps({"prompt": "hi"}).encode()
+    with urlopen(Request(f"{url}__aibind__/stream", body), timeout=20) as answer:
+        assert b"stream-id" in answer.readline()
+        process.send_signal(signal.SIGINT)
+        _, complaint = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in complaint
+    assert list(tmp_path.glob("aibind-postgres-*")) == []
