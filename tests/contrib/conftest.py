@@ -1,9 +1,14 @@
-"""The other side of each test of a client: a store on a connection string, as another process has it."""
+"""The other side of each test of a client: a store on a connection string, as another process has it.
+
+And for the tests of web frameworks: the servers, one after the other for each module.
+"""
 
 from __future__ import annotations
 
 import pytest
 from psycopg.conninfo import make_conninfo
+from support import servers, webapps
+from support.webapps import SERVERS
 
 from aibind_postgres import AsyncPostgresStreamStore, PostgresStreamStore
 
@@ -18,4 +23,23 @@ def theirs(dsn, tables):
 @pytest.fixture
 async def async_theirs(dsn, tables):
     async with AsyncPostgresStreamStore(make_conninfo(dsn, application_name="stays"), **tables) as store:
+        yield store
+
+
+@pytest.fixture(scope="module")
+def web_database(server, template):
+    with servers.own_database(server, template) as dsn:
+        yield dsn
+
+
+@pytest.fixture(scope="module", params=SERVERS)
+def client(request, web_database):
+    with webapps.running(request.param, web_database) as client:
+        yield client
+
+
+@pytest.fixture
+def store(web_database):
+    """A store on the database of the servers, in the process of the tests."""
+    with PostgresStreamStore(make_conninfo(web_database, application_name="test")) as store:
         yield store

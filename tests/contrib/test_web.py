@@ -6,31 +6,29 @@ import json
 from contextlib import closing
 
 import pytest
-from support import servers, webapps
-from support.webapps import SERVERS, events
+from support.webapps import events
 
-from aibind_postgres import PostgresStreamStore
-from aibind_postgres.sse import ServerSentEvent
+from aibind_postgres.sse import EventParser, ServerSentEvent
 
 DONE = ServerSentEvent("", "done")
+BLUE = '{"colour": "blue"}'
+USAGE = ("usage", '{"outputTokens": 3}')
+CALL = ("tool_call", '{"name": "look", "args": {"where": "up"}}')
 
-
-@pytest.fixture(scope="module")
-def web_database(server, template):
-    with servers.own_database(server, template) as dsn:
-        yield dsn
-
-
-@pytest.fixture(scope="module", params=SERVERS)
-def client(request, web_database):
-    with webapps.running(request.param, web_database) as client:
-        yield client
-
-
-@pytest.fixture
-def store(web_database):
-    with PostgresStreamStore(web_database) as store:
-        yield store
+# The routes that stream: what is asked, where it is resumed, and the events of the answer.
+ROUTES = {
+    "stream": ({"prompt": "to be"}, "/stream", [("message", "to "), ("message", "be "), USAGE]),
+    "structured": (
+        {"prompt": "the sky", "schema": {"type": "object"}},
+        "/structured",
+        [("partial", "{}"), ("partial", '{"colour": "b"}'), ("partial", BLUE), ("data", BLUE), USAGE],
+    ),
+    "chat": (
+        {"messages": [{"role": "user", "content": "which colour?"}]},
+        "/stream",
+        [("message", "The sky "), CALL, CALL, ("message", "is "), ("message", "blue"), USAGE],
+    ),
+}
 
 
 def test_an_answer_is_streamed_and_resumed_at_every_number(client):
@@ -51,14 +49,77 @@ def test_an_answer_is_streamed_and_resumed_at_every_number(client):
             assert list(events(client.resume(id, 0 if headers else after, headers))) == [*told[after:], DONE]
 
 
-def test_an_answer_comes_as_it_is_made_and_stopping_in_another_process_ends_its_silence(client, store):
+@pytest.mark.parametrize("route", ROUTES)
+def test_events_come_once_also_to_a_client_that_breaks_off_after_any_of_them(client, route):
+    asked, resumed, answered = ROUTES[route]
+    told = [ServerSentEvent(data, event, f"{number}") for number, (event, data) in enumerate(answered, start=1)]
+    for length in range(len(told) + 1):
+        response = client.post(f"/{route}", asked)
+        with closing(response):
+            reader = events(response)
+            id = next(reader).id
+            received = [next(reader) for _ in range(length)]
+        received += events(client.resume(id, received[-1].id if received else 0, path=resumed))
+        assert received == [*told, DONE]
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_events_come_once_to_a_client_that_breaks_off_after_each_of_them(client, route):
+    asked, resumed, answered = ROUTES[route]
+    response = client.post(f"/{route}", asked)
+    received = []
+    with closing(response):
+        last = id = next(events(response)).id
+    while DONE not in received:
+        # As a browser's EventSource does it: there the id of the first event, too, is one to go on from.
+        response = client.resume(id, 0, {"Last-Event-ID": last}, resumed)
+        with closing(response):
+            received.append(next(events(response)))
+        last = received[-1].id
+    assert [(event.event, event.data) for event in received] == [*answered, ("done", "")]
+    assert [event.id for event in received[:-1]] == [f"{number}" for number in range(1, len(received))]
+
+
+def test_an_answer_that_fails_says_so_and_nothing_of_the_exception(client, store):
+    response = client.post("/stream", {"prompt": "fail"})
+    id = response.getheader("X-Stream-Id")
+    with closing(response):
+        received = response.read()
+    assert b"secret" not in received
+    [_, *told] = EventParser().feed(received)
+    error = ServerSentEvent("the answer broke off", "error")
+    assert told == [ServerSentEvent("half ", id="1"), ServerSentEvent("way", id="2"), error, DONE]
+    for after in range(3):
+        assert list(events(client.resume(id, after))) == told[after:]
+    assert store.get_status(id) == ("error", "the answer broke off", 2)
+
+
+def test_an_answer_comes_as_it_is_made_and_can_be_stopped_in_its_silence(client, store):
     reader = events(client.post("/stream", {"prompt": "silence"}))
     id = next(reader).data
     assert next(reader).data == "one"
     assert store.get_status(id).state == "active"
-    assert json.loads(client.post("/stream/stop", {"id": id}).read()) == {"ok": True}
+    for _ in range(2):  # the second time there is nothing to stop any more
+        assert json.loads(client.post("/stream/stop", {"id": id}).read()) == {"ok": True}
     assert list(reader) == [ServerSentEvent("", "stopped"), DONE]
     assert store.get_status(id) == ("stopped", None, 1)
+    assert list(events(client.resume(id, 0))) == [ServerSentEvent("one", id="1"), ServerSentEvent("", "stopped"), DONE]
+
+
+@pytest.mark.parametrize("path", ["/stream", "/structured"])
+def test_a_stop_that_another_process_gets_closes_the_source(client, store, path):
+    trace = store.create()
+    reader = events(client.post("/stream", {"prompt": f"hold {trace}"}))
+    id, producer = next(reader).data, next(reader).data
+    answers = []
+    while 200 not in answers:  # the process of the producer refuses it
+        response = client.post(f"{path}/stop", {"id": id}, {"Not-In": producer})
+        with closing(response):
+            answers.append(response.status)
+            assert json.loads(response.read()) in ({"error": "forbidden"}, {"ok": True})
+    assert list(reader) == [ServerSentEvent("", "stopped"), DONE]
+    assert store.wait(trace, 30).state == "done"
+    assert [chunk.data for chunk in store.read_from(trace)] == [f"closed in {producer}"]
 
 
 def test_a_client_that_goes_away_leaves_the_answer_to_be_finished(client, store):
@@ -88,6 +149,10 @@ def test_a_quiet_answer_shows_that_it_lives(client, store):
         ("PUT", "/stream", b"{}", {}, 405),
         ("POST", "/nothing", b"{}", {}, 404),
         ("GET", "/stream/resume?id=nothing", None, {}, 404),
+        ("GET", "/structured/resume?id=nothing", None, {}, 404),
+        ("GET", "/stream/resume", None, {}, 400),
+        ("POST", "/stream/stop", b'{"id": "nothing"}', {}, 404),
+        ("POST", "/stream/stop", b"{}", {}, 400),
         ("GET", "/stream/resume?id=nothing", None, {"User": "stranger"}, 403),
         ("POST", "/stream/stop", b'{"id": "nothing"}', {"User": "stranger"}, 403),
     ],

@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import closing, contextmanager
@@ -30,29 +31,100 @@ OPTIONS: dict[str, Any] = {"heartbeat": 0.2, "max_body": 10_000}
 
 
 def allowed(request: WebRequest, id: str) -> bool:
-    return request.headers.get("user") != "stranger"
+    """Refuse a stranger, and who wants the answer of another process than one."""
+    return request.headers.get("user") != "stranger" and request.headers.get("not-in") != f"{os.getpid()}"
 
 
-def script(generation: Generation) -> list[tuple[float, str | StreamEvent]]:
+def script(generation: Generation) -> list[tuple[float, str | StreamEvent | Exception]]:
     """Return what a prompt makes the model say, and the seconds before each."""
     kind, _, rest = generation.prompt.partition(" ")
+    usage = StreamEvent("usage", '{"outputTokens": 3}')
+    if generation.kind == "structured":
+        partials = [StreamEvent("partial", text) for text in ("{}", '{"colour": "b"}', '{"colour": "blue"}')]
+        return [(0.01, item) for item in (*partials, StreamEvent("data", '{"colour": "blue"}'), usage)]
+    if generation.kind == "chat":
+        call = StreamEvent("tool_call", '{"name": "look", "args": {"where": "up"}}')
+        return [(0.01, item) for item in ("The sky ", call, call, "is ", "blue", usage)]
     if kind == "slowly":
         return [(0.3, word) for word in rest.split()]
     if kind == "silence":
         return [(0, "one"), (60, "never")]
-    return [(0, f"{word} ") for word in generation.prompt.split()] + [(0, StreamEvent("usage", '{"outputTokens": 3}'))]
+    if kind == "fail":
+        return [(0, "half "), (0, "way"), (0, RuntimeError("password=secret"))]
+    return [(0, f"{word} ") for word in generation.prompt.split()] + [(0, usage)]
 
 
 def answer(generation: Generation) -> Iterator[str | StreamEvent]:
     for pause, item in script(generation):
         time.sleep(pause)
+        if isinstance(item, Exception):
+            raise item
         yield item
 
 
 async def async_answer(generation: Generation) -> AsyncIterator[str | StreamEvent]:
     for pause, item in script(generation):
         await asyncio.sleep(pause)
+        if isinstance(item, Exception):
+            raise item
         yield item
+
+
+class Held:
+    """A source that tells its process and then waits until it is closed; that it was, it writes into a stream.
+
+    Not a generator: one that waits in a thread cannot be closed from another.
+    """
+
+    def __init__(self, store: PostgresStreamStore, trace: str) -> None:
+        self._store = store
+        self._trace = trace
+        self._told = False
+        self._closed = threading.Event()
+
+    def __iter__(self) -> Held:
+        return self
+
+    def __next__(self) -> str:
+        if not self._told:
+            self._told = True
+            return f"{os.getpid()}"
+        self._closed.wait()
+        self._store.append(self._trace, f"closed in {os.getpid()}")
+        self._store.complete(self._trace)
+        raise StopIteration
+
+    def close(self) -> None:
+        self._closed.set()
+
+
+async def async_held(store: AsyncPostgresStreamStore, trace: str) -> AsyncIterator[str]:
+    try:
+        yield f"{os.getpid()}"
+        await asyncio.Event().wait()
+    finally:
+        await store.append(trace, f"closed in {os.getpid()}")
+        await store.complete(trace)
+
+
+def handler() -> StreamHandler:
+    store = PostgresStreamStore(os.environ["DATABASE_URL"])
+
+    def generate(generation: Generation) -> Any:
+        kind, _, rest = generation.prompt.partition(" ")
+        return Held(store, rest) if kind == "hold" else answer(generation)
+
+    return StreamHandler(generate, store=store, authorize=allowed, **OPTIONS)
+
+
+def async_handler() -> AsyncStreamHandler:
+    store = AsyncPostgresStreamStore(os.environ["DATABASE_URL"])
+
+    def generate(generation: Generation) -> Any:
+        kind, _, rest = generation.prompt.partition(" ")
+        return async_held(store, rest) if kind == "hold" else async_answer(generation)
+
+    return AsyncStreamHandler(generate, store=store, authorize=allowed, **OPTIONS)
 
 
 def flask() -> Any:
@@ -60,9 +132,8 @@ def flask() -> Any:
 
     from aibind_postgres.contrib.flask import blueprint
 
-    store = PostgresStreamStore(os.environ["DATABASE_URL"])
     app = Flask(__name__)
-    app.register_blueprint(blueprint(StreamHandler(answer, store=store, authorize=allowed, **OPTIONS)))
+    app.register_blueprint(blueprint(handler()))
     return app
 
 
@@ -71,12 +142,20 @@ def starlette() -> Any:
 
     from aibind_postgres.contrib.starlette import routes
 
-    store = AsyncPostgresStreamStore(os.environ["DATABASE_URL"])
-    handler = AsyncStreamHandler(async_answer, store=store, authorize=allowed, **OPTIONS)
-    return Starlette(routes=routes(handler))
+    return Starlette(routes=routes(async_handler()))
 
 
-def _configure_django(handler: StreamHandler | AsyncStreamHandler) -> None:
+def fastapi() -> Any:
+    from fastapi import FastAPI
+
+    from aibind_postgres.contrib.starlette import routes
+
+    app = FastAPI()
+    app.router.routes.extend(routes(async_handler()))  # as README has it
+    return app
+
+
+def _configure_django(either: StreamHandler | AsyncStreamHandler) -> None:
     import django
     from django.conf import settings
 
@@ -84,7 +163,7 @@ def _configure_django(handler: StreamHandler | AsyncStreamHandler) -> None:
 
     # In place of the name of a module: the patterns themselves.
     settings.configure(
-        ROOT_URLCONF=tuple(urlpatterns(handler)),
+        ROOT_URLCONF=tuple(urlpatterns(either)),
         MIDDLEWARE=["django.middleware.csrf.CsrfViewMiddleware"],  # as every Django project has it
         ALLOWED_HOSTS=["*"],
         SECRET_KEY="-",
@@ -95,16 +174,14 @@ def _configure_django(handler: StreamHandler | AsyncStreamHandler) -> None:
 def django_wsgi() -> Any:
     from django.core.wsgi import get_wsgi_application
 
-    store = PostgresStreamStore(os.environ["DATABASE_URL"])
-    _configure_django(StreamHandler(answer, store=store, authorize=allowed, **OPTIONS))
+    _configure_django(handler())
     return get_wsgi_application()
 
 
 def django_asgi() -> Any:
     from django.core.asgi import get_asgi_application
 
-    store = AsyncPostgresStreamStore(os.environ["DATABASE_URL"])
-    _configure_django(AsyncStreamHandler(async_answer, store=store, authorize=allowed, **OPTIONS))
+    _configure_django(async_handler())
     return get_asgi_application()
 
 
@@ -113,6 +190,7 @@ SERVERS = {
     "django, wsgi": "gunicorn --workers=2 --threads=20 --bind=127.0.0.1:{port} support.webapps:django_wsgi()",
     "django, asgi": "uvicorn --workers=2 --host=127.0.0.1 --port={port} --factory support.webapps:django_asgi",
     "starlette": "uvicorn --workers=2 --host=127.0.0.1 --port={port} --factory support.webapps:starlette",
+    "fastapi": "uvicorn --workers=2 --host=127.0.0.1 --port={port} --factory support.webapps:fastapi",
 }
 
 
@@ -127,8 +205,8 @@ def running(framework: str, dsn: str) -> Iterator[Client]:
     environment = {**os.environ, "DATABASE_URL": dsn, "PYTHONPATH": os.pathsep.join([tests, *sys.path])}
     process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        client = Client(port)
-        client.wait_for(process)
+        client = Client(port, process)
+        client.wait()
         yield client
     finally:
         process.terminate()
@@ -140,32 +218,33 @@ def running(framework: str, dsn: str) -> Iterator[Client]:
 
 
 class Client:
-    def __init__(self, port: int) -> None:
-        self._port = port
+    def __init__(self, port: int, process: subprocess.Popen[bytes]) -> None:
+        self.port = port
+        self._process = process
 
-    def wait_for(self, process: subprocess.Popen[bytes]) -> None:
+    def wait(self) -> None:
         give_up_at = time.monotonic() + 60
         while True:
             try:
                 return self.post("/complete", {"input": "x"}).close()
             except OSError:
-                assert process.poll() is None, "the server has ended"
+                assert self._process.poll() is None, "the server has ended"
                 assert time.monotonic() < give_up_at, "the server does not answer"
                 time.sleep(0.05)
 
-    def request(
-        self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
-    ) -> HTTPResponse:
+    def request(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> HTTPResponse:
         """Send a request, on a connection of its own, which is closed with the response."""
-        connection = HTTPConnection("127.0.0.1", self._port, timeout=30)
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=30)
         connection.request(method, f"/__aibind__{path}", body, {"Connection": "close", **(headers or {})})
         return connection.getresponse()
 
     def post(self, path: str, body: object, headers: dict[str, str] | None = None) -> HTTPResponse:
         return self.request("POST", path, json.dumps(body).encode(), headers)
 
-    def resume(self, id: str, after: int, headers: dict[str, str] | None = None) -> HTTPResponse:
-        return self.request("GET", f"/stream/resume?id={id}&after={after}", headers=headers)
+    def resume(
+        self, id: str, after: int | str, headers: dict[str, str] | None = None, path: str = "/stream"
+    ) -> HTTPResponse:
+        return self.request("GET", f"{path}/resume?id={id}&after={after}", headers=headers)
 
 
 def events(response: HTTPResponse) -> Iterator[ServerSentEvent]:
