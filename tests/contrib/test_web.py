@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import socket
+import struct
 from contextlib import closing
 
 import pytest
@@ -169,3 +171,40 @@ def test_texts(client):
     with closing(response):
         assert response.getheader("Content-Type") == "text/plain; charset=utf-8"
         assert response.read() == b"once upon "
+
+
+# Each is the head of a request and a piece of its body.
+CUT_OFF = {
+    "of a known length": b'Content-Length: 1000\r\n\r\n{"prompt": "to be',
+    "in chunks": b'Transfer-Encoding: chunked\r\n\r\nff\r\n{"prompt": "to be',
+}
+
+
+@pytest.mark.parametrize("piece", CUT_OFF.values(), ids=CUT_OFF)
+@pytest.mark.parametrize("abruptly", [False, True])
+def test_a_request_that_is_cut_off_is_no_fault_of_the_application(client, piece, abruptly):
+    logged = len(client.logged())
+    for _ in range(10):
+        with client.line() as line:
+            line.sendall(b"POST /__aibind__/stream HTTP/1.1\r\nHost: test\r\n" + piece)
+            if abruptly:  # with a reset
+                line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            else:
+                line.shutdown(socket.SHUT_WR)
+                with line.makefile("rb") as answer:
+                    assert answer.readline().lower() in (b"", b"http/1.1 400 bad request\r\n")
+    # Each process has others to answer, and so has seen what came before.
+    for _ in range(20):
+        assert client.post("/complete", {"input": "x"}).read() == b"x "
+    assert "Traceback" not in client.logged()[logged:]
+
+
+def test_a_body_in_chunks_is_refused_where_it_gets_too_long(client):
+    for size, status in ((9_000, 200), (12_000, 413)):
+        text = b'{"input": "%s"}' % (b"x" * size)
+        response = client.request("POST", "/complete", iter([text[:5000], text[5000:]]))
+        with closing(response):
+            # Django reads nothing under WSGI of which nobody tells the length.
+            assert response.status == (400 if client.framework == "django, wsgi" else status)
+            response.read()
+    assert client.post("/complete", {"input": "x"}).read() == b"x "

@@ -8,13 +8,14 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import closing, contextmanager
 from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from aibind_postgres import (
     AsyncPostgresStreamStore,
@@ -167,6 +168,7 @@ def _configure_django(either: StreamHandler | AsyncStreamHandler) -> None:
         MIDDLEWARE=["django.middleware.csrf.CsrfViewMiddleware"],  # as every Django project has it
         ALLOWED_HOSTS=["*"],
         SECRET_KEY="-",
+        LOGGING_CONFIG=None,  # errors go to the server's log, as elsewhere
     )
     django.setup()
 
@@ -203,24 +205,29 @@ def running(framework: str, dsn: str) -> Iterator[Client]:
     command = [sys.executable, "-m", *SERVERS[framework].format(port=port).split()]
     tests = str(Path(__file__).parents[1])
     environment = {**os.environ, "DATABASE_URL": dsn, "PYTHONPATH": os.pathsep.join([tests, *sys.path])}
-    process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        client = Client(port, process)
-        client.wait()
-        yield client
-    finally:
-        process.terminate()
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stderr=log)
         try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:  # a server may wait for threads that are busy
-            process.kill()
-            process.wait()
+            client = Client(framework, port, process, log)
+            client.wait()
+            yield client
+        finally:
+            process.terminate()
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:  # a server may wait for threads that are busy
+                process.kill()
+                process.wait()
 
 
 class Client:
-    def __init__(self, port: int, process: subprocess.Popen[bytes]) -> None:
+    """What a browser does, and what a test sees of the server besides."""
+
+    def __init__(self, framework: str, port: int, process: subprocess.Popen[bytes], log: BinaryIO) -> None:
+        self.framework = framework
         self.port = port
         self._process = process
+        self._log = log
 
     def wait(self) -> None:
         give_up_at = time.monotonic() + 60
@@ -245,6 +252,16 @@ class Client:
         self, id: str, after: int | str, headers: dict[str, str] | None = None, path: str = "/stream"
     ) -> HTTPResponse:
         return self.request("GET", f"{path}/resume?id={id}&after={after}", headers=headers)
+
+    @contextmanager
+    def line(self) -> Iterator[socket.socket]:
+        """Connect, to send what no client library would."""
+        with closing(socket.create_connection(("127.0.0.1", self.port), 30)) as line:
+            yield line
+
+    def logged(self) -> str:
+        """Return what the server has written to its log."""
+        return os.pread(self._log.fileno(), os.fstat(self._log.fileno()).st_size, 0).decode()
 
 
 def events(response: HTTPResponse) -> Iterator[ServerSentEvent]:

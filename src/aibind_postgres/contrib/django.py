@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from django.core.exceptions import ImproperlyConfigured
 from django.core.handlers.asgi import ASGIRequest
 from django.db.transaction import non_atomic_requests
-from django.http import HttpResponse, StreamingHttpResponse
+from django.http import HttpResponse, StreamingHttpResponse, UnreadablePostError
 from django.urls import re_path
 from django.views.decorators.csrf import csrf_exempt
 
@@ -60,9 +60,16 @@ def _asked(handler: StreamHandler | AsyncStreamHandler, request: HttpRequest, pa
         f"{handler.prefix}/{path}",
         request.GET.dict(),
         {name.lower(): value for name, value in request.headers.items()},
-        request.read(handler.max_body + 1),  # the handler refuses what is longer
+        _body(request, handler.max_body + 1),  # the handler refuses what is longer
         request,
     )
+
+
+def _body(request: HttpRequest, most: int) -> bytes:
+    try:
+        return bytes(request.read(most))
+    except UnreadablePostError:  # the client has gone away: no fault of the application, and nobody is left to be told
+        return b""
 
 
 def _answer(response: WebResponse | AsyncWebResponse) -> HttpResponseBase:

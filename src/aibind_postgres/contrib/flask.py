@@ -21,21 +21,26 @@ def blueprint(handler: StreamHandler) -> Blueprint:
     @made.route("/<path:path>", methods=METHODS)
     def answer(path: str) -> Response:
         original = request._get_current_object()  # type: ignore[attr-defined]  # a thread of a producer has no other
-        length = request.content_length
-        if length is not None and length <= handler.max_body:
-            body = request.get_data()  # which others may have asked for before
-        else:
-            body = request.stream.read(handler.max_body + 1)  # the handler refuses what is longer
         response = handler.handle(
             WebRequest(
                 request.method,
                 f"{handler.prefix}/{path}",
                 request.args.to_dict(),
                 {name.lower(): value for name, value in request.headers},
-                body,
+                _body(handler.max_body),
                 original,
             )
         )
         return Response(response.body, response.status, dict(response.headers))
 
     return made
+
+
+def _body(longest: int) -> bytes:
+    length = request.content_length
+    try:
+        if length is not None and length <= longest:
+            return request.get_data()  # which others may have asked for before
+        return request.stream.read(longest + 1)  # the handler refuses what is longer
+    except OSError:  # the client has gone away: no fault of the application, and nobody is left to be told
+        return b""

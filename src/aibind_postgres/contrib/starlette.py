@@ -1,4 +1,4 @@
-"""Starlette, and FastAPI, which takes its routes: `Starlette(routes=routes(handler))`, `app.routes.extend(…)`."""
+"""Starlette: `Starlette(routes=routes(handler))`, and FastAPI: `app.router.routes.extend(routes(handler))`."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def routes(handler: AsyncStreamHandler) -> list[Route]:
                 body += part
                 if len(body) > handler.max_body:  # the handler refuses it, so the rest need not be read
                     break
-        except ClientDisconnect:
-            return Response(status_code=400)  # to nobody
+        except ClientDisconnect:  # no fault of the application, and nobody is left to be told
+            return Response(status_code=400)
         response = await handler.handle(
             WebRequest(
                 request.method,
