@@ -78,6 +78,7 @@ RENAMES = {
     "async_migrate": "migrate",
     "async_sleep": "sleep",
     "async_spawn": "spawn",
+    "async_take": "take",
     "async_uninterrupted": "uninterrupted",
     "async_until": "until",
     "async_workers": "workers",

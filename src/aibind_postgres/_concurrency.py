@@ -12,8 +12,11 @@ import sys
 import threading
 from collections.abc import Callable, Coroutine
 from contextvars import Context, copy_context
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any, ClassVar, TypeVar
 from weakref import WeakKeyDictionary, ref
+
+T = TypeVar("T")
 
 Mutex = threading.Lock
 AsyncLock = asyncio.Lock
@@ -212,6 +215,45 @@ def uninterrupted(run: Callable[[], None], over: Callable[[], None] | None = Non
     finally:
         if over is not None:
             over()
+
+
+async def async_take(
+    take: Callable[[], Coroutine[Any, Any, T]], give_back: Callable[[T], Coroutine[Any, Any, None]]
+) -> T:
+    """Return what `take` gives; if the caller has been cancelled meanwhile, give it back and let him know.
+
+    A pool waits by `asyncio.wait_for`, which before Python 3.12 swallows a cancellation that comes together with what
+    is waited for: a reader who is not wanted any more would read on for ever.
+    """
+    if sys.version_info >= (3, 12):
+        return await take()
+    if sys.version_info >= (3, 11):
+        task = asyncio.current_task()
+        assert task is not None
+        cancelled = task.cancelling()
+        taken = await take()
+        if task.cancelling() == cancelled:
+            return taken
+        await async_uninterrupted(partial(give_back, taken))
+        raise asyncio.CancelledError
+    taking = asyncio.get_running_loop().create_task(take())
+    try:
+        return await asyncio.shield(taking)
+    except asyncio.CancelledError:
+
+        async def undo() -> None:
+            taking.cancel()
+            await asyncio.wait([taking])
+            if not taking.cancelled() and taking.exception() is None:
+                await give_back(taking.result())
+
+        await async_uninterrupted(undo)
+        raise
+
+
+def take(take: Callable[[], T], give_back: Callable[[T], None]) -> T:
+    """Return what `take` gives."""
+    return take()
 
 
 def async_is_source(source: object) -> bool:

@@ -71,6 +71,22 @@ async def test_a_call_that_is_cancelled_at_any_step_leaves_the_pool_as_it_was(ds
                 assert connection.autocommit == is_autocommit
 
 
+async def test_a_cancellation_that_comes_together_with_a_connection_is_not_lost(dsn, tables):
+    async with AsyncConnectionPool(dsn, min_size=1, max_size=1, timeout=5, open=False) as pool:
+        async with AsyncPostgresStreamStore(pool, **tables) as store:
+            id = await store.create()
+            for turns in range(20):
+                async with pool.connection():
+                    waiting = asyncio.create_task(store.get_status(id))
+                    await asyncio.sleep(0.01)
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                if waiting.cancel():
+                    with pytest.raises(asyncio.CancelledError):
+                        await waiting
+                assert await store.get_status(id) == ("active", None, 0)
+
+
 async def test_a_cancelled_producer_ends_its_stream(dsn, tables):
     async with AsyncPostgresStreamStore(dsn, **tables) as store:
         id = await store.create()

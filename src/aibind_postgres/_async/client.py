@@ -13,7 +13,14 @@ import psycopg
 from psycopg.pq import TransactionStatus
 from psycopg_pool import AsyncConnectionPool, PoolClosed
 
-from .._concurrency import AsyncEvent, AsyncLock, async_at_end_of_loop, async_is_flavour, async_uninterrupted
+from .._concurrency import (
+    AsyncEvent,
+    AsyncLock,
+    async_at_end_of_loop,
+    async_is_flavour,
+    async_take,
+    async_uninterrupted,
+)
 from ..errors import InvalidDataError, copied
 from .connections import (
     Row,
@@ -157,7 +164,10 @@ class AsyncPoolClient(AsyncPsycopgClient):
         deadline = min(deadline, monotonic() + self._pool.timeout)
         while True:
             # Not by its context manager, which ends a transaction: in autocommit mode there is none to end.
-            connection: psycopg.AsyncConnection[Any] = await self._pool.getconn(max(0.0, deadline - monotonic()))
+            remaining = max(0.0, deadline - monotonic())
+            connection: psycopg.AsyncConnection[Any] = await async_take(
+                partial(self._pool.getconn, remaining), self._pool.putconn
+            )
             if not has_ended(connection):
                 return connection
             # A pool keeps what has died in it, and after a restart of the server each would cost a caller an error.
