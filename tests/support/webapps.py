@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -206,7 +207,9 @@ def running(framework: str, dsn: str) -> Iterator[Client]:
     tests = str(Path(__file__).parents[1])
     environment = {**os.environ, "DATABASE_URL": dsn, "PYTHONPATH": os.pathsep.join([tests, *sys.path])}
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stderr=log)
+        process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stderr=log, start_new_session=True
+        )
         try:
             client = Client(framework, port, process, log)
             client.wait()
@@ -216,7 +219,7 @@ def running(framework: str, dsn: str) -> Iterator[Client]:
             try:
                 process.wait(30)
             except subprocess.TimeoutExpired:  # a server may wait for threads that are busy
-                process.kill()
+                os.killpg(process.pid, signal.SIGKILL)  # with its workers
                 process.wait()
 
 
@@ -258,6 +261,13 @@ class Client:
         """Connect, to send what no client library would."""
         with closing(socket.create_connection(("127.0.0.1", self.port), 30)) as line:
             yield line
+
+    def processes(self) -> list[Path]:
+        """Return the folders in /proc of the server's processes."""
+        found = [self._process.pid]
+        for pid in found:
+            found += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+        return [Path(f"/proc/{pid}") for pid in found]
 
     def logged(self) -> str:
         """Return what the server has written to its log."""
