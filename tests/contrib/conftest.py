@@ -6,6 +6,7 @@ And for the tests of web frameworks: the servers, one after the other for each m
 from __future__ import annotations
 
 import pytest
+from contrib import contract
 from psycopg.conninfo import make_conninfo
 from support import servers, webapps
 from support.webapps import SERVERS
@@ -43,3 +44,29 @@ def store(web_database):
     """A store on the database of the servers, in the process of the tests."""
     with PostgresStreamStore(make_conninfo(web_database, application_name="test")) as store:
         yield store
+
+
+@pytest.fixture(scope="session")
+def django_databases(dsn):
+    """Django's settings, of which a process can have one."""
+    import django
+    from django.conf import settings
+
+    names = {"dbname": "NAME", "host": "HOST", "port": "PORT", "user": "USER", "password": "PASSWORD"}
+    found = contract.parameters(dsn, **names)
+    base = {name: found.pop(name) for name in names.values() if name in found}
+    base |= {"ENGINE": "django.db.backends.postgresql", "OPTIONS": found}
+    pool = {"min_size": 1, "max_size": 4}
+    settings.configure(
+        DATABASES={
+            "default": base,
+            "server_side": base | {"OPTIONS": {**found, "server_side_binding": True}},
+            "pooled": base | {"OPTIONS": {**found, "pool": pool}},
+            "elsewhere": base | {"HOST": "127.0.0.1", "PORT": "1"},
+            "lite": {"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:"},
+        },
+        USE_TZ=True,
+        TIME_ZONE="America/New_York",
+        LOGGING_CONFIG=None,
+    )
+    django.setup()

@@ -11,7 +11,6 @@ import django
 import psycopg
 import pytest
 from contrib import contract
-from django.conf import settings
 from django.db import OperationalError, connections, transaction
 from django.test import override_settings
 from django.utils.connection import ConnectionDoesNotExist
@@ -26,25 +25,7 @@ ALIASES = ["default", "server_side", *(["pooled"] if django.VERSION >= (5, 1) el
 
 
 @pytest.fixture(scope="module", autouse=True)
-def databases(dsn):
-    names = {"dbname": "NAME", "host": "HOST", "port": "PORT", "user": "USER", "password": "PASSWORD"}
-    found = contract.parameters(dsn, **names)
-    base = {name: found.pop(name) for name in names.values() if name in found}
-    base |= {"ENGINE": "django.db.backends.postgresql", "OPTIONS": found}
-    pool = {"min_size": 1, "max_size": 4}
-    settings.configure(
-        DATABASES={
-            "default": base,
-            "server_side": base | {"OPTIONS": {**found, "server_side_binding": True}},
-            "pooled": base | {"OPTIONS": {**found, "pool": pool}},
-            "elsewhere": base | {"HOST": "127.0.0.1", "PORT": "1"},
-            "lite": {"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:"},
-        },
-        USE_TZ=True,
-        TIME_ZONE="America/New_York",
-        LOGGING_CONFIG=None,
-    )
-    django.setup()
+def databases(django_databases):
     yield
     leave()
     if "pooled" in ALIASES:

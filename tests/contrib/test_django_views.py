@@ -5,11 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 
-import django
 import psycopg
 import pytest
-from contrib import contract
-from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
 from django.core.handlers.base import BaseHandler
 from django.db import connections, transaction
@@ -28,14 +25,9 @@ from aibind_postgres import (
 from aibind_postgres.contrib.django import urlpatterns
 
 
-@pytest.fixture(scope="module", autouse=True)
-def databases(dsn):
-    names = {"dbname": "NAME", "host": "HOST", "port": "PORT", "user": "USER", "password": "PASSWORD"}
-    found = contract.parameters(dsn, **names)
-    database = {name: found.pop(name) for name in names.values() if name in found}
-    database |= {"ENGINE": "django.db.backends.postgresql", "OPTIONS": found, "ATOMIC_REQUESTS": True}
-    settings.configure(DATABASES={"default": database}, USE_TZ=True, LOGGING_CONFIG=None)
-    django.setup()
+@pytest.fixture(autouse=True)
+def databases(django_databases, monkeypatch):
+    monkeypatch.setitem(connections.settings["default"], "ATOMIC_REQUESTS", True)
     yield
     connections.close_all()
 
@@ -87,11 +79,11 @@ def test_the_other_kind_of_server_is_refused(store):
         asyncio.run(asynchronous(prompt(RequestFactory()), path="stream"))
 
 
-def test_producers_leave_no_connections(store, dsn):
+def test_producers_leave_no_connections(store, dsn, monkeypatch):
     count = (
         "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'producers'"
     )
-    connections["default"].settings_dict["OPTIONS"]["application_name"] = "producers"
+    monkeypatch.setitem(connections["default"].settings_dict["OPTIONS"], "application_name", "producers")
     connections.close_all()
     with psycopg.connect(dsn, autocommit=True) as observer:
         for _ in range(3):
