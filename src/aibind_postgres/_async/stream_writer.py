@@ -33,6 +33,10 @@ logger = logging.getLogger("aibind_postgres")
 
 LONGEST_ERROR = 1000  # characters of an exception's text that are stored
 
+# Seconds after which those who wait see to it that somebody works for them. A worker that is cancelled before it has
+# begun, as at the end of an event loop, cannot tell them.
+LOOK_AFTER = 1.0
+
 
 class AsyncStreamWriter:
     """Writes to one stream. Made by a store's `writer`, and used as a context manager.
@@ -244,9 +248,11 @@ class AsyncStreamWriter:
     async def _advance(self, progress: AsyncEvent) -> None:
         """Wait until more is durable, and see to it that somebody works on that."""
         if self._in_background:
-            with self._mutex:
-                self._keep_worker()
-            await progress.wait()
+            over = False
+            while not over:
+                with self._mutex:
+                    self._keep_worker()
+                over = await progress.wait(LOOK_AFTER)
         else:
             await self._send_here()
 
