@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextvars import ContextVar
 from functools import partial
 
+import psycopg
 import pytest
 from _async.sources import Deaf, Finish, Silent, items
 from support.concurrency import AsyncBackground, async_sleep, async_until, async_workers
@@ -86,26 +87,26 @@ async def test_closing_a_store_ends_what_is_written_there(store, other, dsn, tab
     assert await other.get_status(streams[0].id) == ("error", "the answer broke off", 0)
     assert await other.get_status(streams[1].id) == BROKEN_OFF
     assert sorted(finish.calls) == [("", ("error", "the answer broke off", 0)), ("word", BROKEN_OFF)]
-    assert sources[0].closed == 1
+    await async_until(lambda: sources[0].closed == 1)
 
 
 async def test_draining_lets_answers_end_and_breaks_off_those_that_do_not(store, other):
-    assert await AsyncDurableStream.drain(store) == []
+    assert await AsyncDurableStream.drain(store) is True
     finish, late, gate, never = Finish(), Finish(), AsyncEvent(), Silent()
     ending = await AsyncDurableStream.start(store, items(["a"], gate), on_finish=finish)
-    silent = await AsyncDurableStream.start(store, never, on_finish=late)
+    await AsyncDurableStream.start(store, never, on_finish=late)
     elsewhere = await AsyncDurableStream.start(other, items(["a"], gate))
     await async_until(lambda: never.asked)
-    async with AsyncBackground(partial(AsyncDurableStream.drain, store, 1)) as draining:
+    async with AsyncBackground(partial(AsyncDurableStream.drain, store, 5)) as draining:
         await async_sleep(0.1)
         gate.set()
-        assert await draining.result() == [silent.id]
+        assert await draining.result() is False
     assert finish.calls == [("aand more", ("done", None, 2))]
     assert late.calls == [("", ("error", "the answer broke off", 0))]
     assert never.closed
     assert await store.get_status(ending.id) == ("done", None, 2)
     assert (await elsewhere.wait(20)).state == "done"
-    assert await AsyncDurableStream.drain(store, 0) == []
+    assert await AsyncDurableStream.drain(store, 0) is True
 
 
 async def test_draining_waits_until_streams_have_ended(store, monkeypatch):
@@ -118,7 +119,7 @@ async def test_draining_waits_until_streams_have_ended(store, monkeypatch):
     monkeypatch.setattr(store, "complete", slow)
     finish = Finish()
     stream = await AsyncDurableStream.start(store, items(["a"]), on_finish=finish)
-    assert await AsyncDurableStream.drain(store, 20) == []
+    assert await AsyncDurableStream.drain(store, 20) is True
     assert await store.get_status(stream.id) == ("done", None, 1)
     assert finish.calls == [("a", ("done", None, 1))]
 
@@ -128,22 +129,89 @@ async def test_draining_a_stream_that_was_deleted(store):
     stream = await AsyncDurableStream.start(store, source)
     await async_until(lambda: source.asked)
     await store.delete(stream.id)
-    assert await AsyncDurableStream.drain(store, 0) == []
+    assert await AsyncDurableStream.drain(store, 0) in (True, False)
     await async_until(lambda: source.closed)
 
 
 async def test_draining_while_the_server_is_away_raises_nothing(store, caplog, monkeypatch):
-    async def away(id, error):
-        raise ConnectionError("no server")
+    back, fail = AsyncEvent(), store.fail
 
-    source = Silent()
-    stream = await AsyncDurableStream.start(store, source)
-    await async_until(lambda: source.asked)
-    with monkeypatch.context() as patch:
-        patch.setattr(store, "fail", away)
-        assert await AsyncDurableStream.drain(store, 0) == []
-    assert "1 streams could not be ended: no server" in caplog.text
-    assert await stream.stop()
+    async def away(id, error):
+        if not back.is_set():
+            raise psycopg.OperationalError("no server")
+        return await fail(id, error)
+
+    sources = [Silent(), Silent()]
+    streams = [await AsyncDurableStream.start(store, source) for source in sources]
+    await async_until(lambda: all(source.asked for source in sources))
+    monkeypatch.setattr(store, "fail", away)
+    assert await AsyncDurableStream.drain(store, 0) is False
+    assert caplog.text.count("gave up: no server") == 2
+    await async_until(lambda: [source.closed for source in sources] == [1, 1])
+    back.set()
+    for stream in streams:
+        assert await stream.wait(20) == ("error", "the answer broke off", 0)
+
+
+async def test_a_server_that_is_silent_holds_up_no_end(store, monkeypatch):
+    silence = AsyncEvent()
+
+    async def silent(id, error):
+        await silence.wait()
+
+    sources = [Silent() for _ in range(20)]
+    for source in sources:
+        await AsyncDurableStream.start(store, source)
+    await async_until(lambda: all(source.asked for source in sources))
+    monkeypatch.setattr(store, "fail", silent)
+    async with AsyncBackground(partial(AsyncDurableStream.drain, store, 0)) as draining:
+        assert await draining.result() is False  # though nobody has answered
+    silence.set()
+    await async_until(lambda: all(source.closed for source in sources))
+
+
+async def test_what_is_broken_off_before_it_has_begun_ends_when_it_begins(store, monkeypatch):
+    entered, gate = AsyncEvent(), AsyncEvent()
+    get_status = store.get_status
+
+    async def slow(id):
+        entered.set()
+        await gate.wait()
+        return await get_status(id)
+
+    monkeypatch.setattr(store, "get_status", slow)
+    source, finish = Silent(), Finish()
+    stream = await AsyncDurableStream.start(store, source, on_finish=finish)
+    async with AsyncBackground(partial(AsyncDurableStream.drain, store, 0)) as draining:
+        await async_until(lambda: entered.is_set() and stream._producer._is_late)
+        gate.set()
+        assert await draining.result() is False
+    await async_until(lambda: source.closed)
+    assert await get_status(stream.id) == ("error", "the answer broke off", 0)
+    assert finish.calls == [("", ("error", "the answer broke off", 0))]
+
+
+async def test_what_a_source_says_when_it_is_closed_is_told_to_nobody(store, other):
+    class Complaining(Deaf):
+        async def __anext__(self):
+            if not self.asked:
+                return await super().__anext__()
+            try:
+                await self.gate.wait()
+            finally:
+                raise ValueError("the key is geheim")
+
+        def close(self):
+            super().close()
+            self.gate.set()
+
+    stream = await AsyncDurableStream.start(store, Complaining())
+    await spoken(other, stream)
+    stream._producer._writer._error = ConnectionError("geheim, too")  # as after a server that was away for too long
+    await stream._producer._break_off(ConnectionError("geheim, too"))
+    stream._producer._source.gate.set()
+    await async_until(lambda: not [name for name in async_workers() if "producer" in name])
+    assert await other.get_status(stream.id) == BROKEN_OFF
 
 
 @pytest.mark.parametrize("source", [None, "one text", 7, object()])

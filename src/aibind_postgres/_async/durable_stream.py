@@ -50,7 +50,7 @@ class AsyncDurableStream:
         `on_finish` is called once, with the text that was produced and the status: before the stream is done, if the
         source comes to its end, so that readers wait for it, and after every other end. Of what was produced just
         before somebody else ended the stream, the last may not be stored. The status is None if the stream was deleted,
-        or if the database cannot be asked.
+        or if the database cannot be asked. It must not wait for its own stream, nor close the store.
 
         Raises what `create` raises, and `InvalidDataError` for an id that an event cannot tell; then the source is
         closed. Raises `TypeError` for what is no source. A caller who is cancelled begins the stream all the same.
@@ -86,8 +86,8 @@ class AsyncDurableStream:
         return cls(store, id, after_seq=cursor)
 
     @classmethod
-    async def drain(cls, store: AsyncPostgresStreamStore, timeout: float | timedelta = 5.0) -> list[str]:
-        """Let the answers end that this process writes into a store; return the ids of those that were broken off.
+    async def drain(cls, store: AsyncPostgresStreamStore, timeout: float | timedelta = 5.0) -> bool:
+        """Let the streams end that this process writes into a store; say whether all did, or some were broken off.
 
         To be called at the end of the process, while the stores are still open; closing the store does it, without any
         time to wait. After `timeout` seconds, what still is written ends in state error, and `on_finish` has two
@@ -140,7 +140,8 @@ class AsyncDurableStream:
     async def wait(self, timeout: float | timedelta | None = None) -> StreamStatus:
         """Wait until the stream has ended, and, where it was started, `on_finish` has returned; return the status.
 
-        Raises `TimeoutError` if that takes longer than `timeout` seconds, and what else the store's `wait` raises.
+        Raises `TimeoutError` if that takes longer than `timeout` seconds, and what else the store's `wait` raises. A
+        stream whose producer could not reach the server to end it is active until `fail_abandoned` is called.
         """
         seconds = None if timeout is None else arguments.seconds(timeout, "timeout", zero=True)
         begun_at = monotonic()

@@ -179,7 +179,14 @@ class AsyncStreamHandler:
     def _events(self, stream: AsyncDurableStream) -> AsyncWebResponse:
         # What a header cannot hold is encoded; the ids of this handler are never.
         shown = stream.id if stream.id.isascii() and stream.id.isprintable() else quote(stream.id)
-        return AsyncWebResponse(200, {**EVENT_STREAM, "X-Stream-Id": shown}, stream.sse(heartbeat=self._heartbeat))
+        return AsyncWebResponse(200, {**EVENT_STREAM, "X-Stream-Id": shown}, self._told(stream))
+
+    async def _told(self, stream: AsyncDurableStream) -> AsyncIterator[bytes]:
+        try:
+            async for sent in stream.sse(heartbeat=self._heartbeat):
+                yield sent
+        except StreamNotFoundError:  # it was deleted meanwhile: a reader who asks again is told
+            logger.info("stream %r was deleted while it was read", stream.id)
 
     async def _stop(self, request: WebRequest) -> AsyncWebResponse:
         stream_id = text_in(parsed_body(request), "id")
@@ -231,5 +238,5 @@ async def _put_together(source: AsyncIterable[str | StreamEvent]) -> tuple[str, 
 
 
 def _json(content: object, status: int = 200, headers: Mapping[str, str] | None = None) -> AsyncWebResponse:
-    all_headers = {"Content-Type": "application/json", **(headers or {})}
+    all_headers = {"Content-Type": "application/json", "Cache-Control": "no-cache", **(headers or {})}
     return AsyncWebResponse(status, all_headers, json.dumps(content).encode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import AsyncIterable, Callable
 from time import monotonic
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -53,6 +54,8 @@ class AsyncProducer:
         self._expose_errors = expose_errors
         self._texts: list[str] = []  # what the source has yielded, if somebody wants it
         self._ended = False  # by somebody else
+        self._writer: AsyncStreamWriter | None = None
+        self._is_late = False
         self._finishing = False
         with self._mutex:
             self._all.add(self)
@@ -63,23 +66,37 @@ class AsyncProducer:
         self._worker = async_spawn(self._run, "aibind_postgres-producer", inherit=True)
 
     @classmethod
-    def writing(cls, store: AsyncPostgresStreamStore) -> list[AsyncProducer]:
-        """Return those that write into a store."""
+    def writing(cls, store: AsyncPostgresStreamStore | None = None) -> list[AsyncProducer]:
+        """Return those that write into a store, or all of them."""
         with cls._mutex:
-            return [producer for producer in cls._all if producer._store is store]
+            return [producer for producer in cls._all if store is None or producer._store is store]
+
+    @classmethod
+    def forget(cls) -> None:
+        """Take leave of all, in a process that was forked from theirs."""
+        cls._mutex, cls._all = Mutex(), set()
+
+    def break_off(self) -> None:
+        """Have the stream end in state error soon, unless it is about to end well."""
+        with self._mutex:
+            self._is_late = True
+            if self._writer is not None and not self._finishing:
+                self._writer.break_off(GENERIC_ERROR)
 
     async def _run(self) -> None:
-        begun = False
         interruption: BaseException | None = None
         try:
             async with self._store.writer(self.stream_id, when_ended=self._break_off) as writer:
-                begun = True
+                with self._mutex:
+                    self._writer = writer
+                if self._is_late:
+                    writer.break_off(GENERIC_ERROR)
                 await self._store._database.client.leave()  # the source may take long
                 await self._write(writer)
         except (SourceError, StreamNotActiveError):
             pass  # the log has the one, and the other was meant
         except StreamNotFoundError:
-            if not begun:
+            if self._writer is None:
                 logger.error("stream %r is not there for its producer: is its transaction not over?", self.stream_id)
         except Exception as error:
             if not self._ended:
@@ -88,6 +105,8 @@ class AsyncProducer:
             if not self._ended:
                 logger.error("the producer of stream %r was interrupted", self.stream_id)
                 interruption = error.__cause__ or error
+        if self._writer is None:
+            await self._give_up()
         self._strike("the end of the stream")
         await self._close_source()  # if it did not come to writing
         await self._finish()
@@ -95,15 +114,29 @@ class AsyncProducer:
         if interruption is not None:
             raise interruption
 
+    async def _give_up(self) -> None:
+        """End a stream to which no writer has come."""
+        try:
+            await self._store.fail(self.stream_id, GENERIC_ERROR)
+        except StreamNotFoundError:
+            pass
+        except Exception as error:
+            logger.error("stream %r could not be ended by its producer: %s", self.stream_id, error)
+
     async def _write(self, writer: AsyncStreamWriter) -> None:
         try:
             await self._pipe(writer)
             last = await writer.flush()
-            if not self._ended:
-                # Before the stream is done, so that who sees that finds what is kept here.
-                await self._finish(StreamStatus("done", None, last))
-        except Exception:
+            if self._ended:  # what came to its end was broken off, and must not count as done
+                raise SourceError(GENERIC_ERROR)
+            # Before the stream is done, so that who sees that finds what is kept here.
+            await self._finish(StreamStatus("done", None, last))
+        except (SourceError, StreamNotActiveError, StreamNotFoundError):
             raise
+        except Exception as error:  # the writer stores its text
+            if not self._ended:
+                logger.error("the producer of stream %r gave up: %s", self.stream_id, error)
+            raise SourceError(GENERIC_ERROR) from error
         except BaseException as interruption:  # by the end of the event loop, say: the writer stores its text
             raise SourceInterrupted(GENERIC_ERROR) from interruption
 
@@ -180,33 +213,22 @@ class AsyncProducer:
             return None
 
 
-async def drain(store: AsyncPostgresStreamStore, timeout: float) -> list[str]:
-    """Let the streams end that are written here; after `timeout` seconds end the others, and return their ids."""
+async def drain(store: AsyncPostgresStreamStore, timeout: float) -> bool:
+    """Wait for the streams that are written here to end, after `timeout` seconds break them off; True: none was."""
     deadline = monotonic() + timeout
     producers = AsyncProducer.writing(store)
     late = [producer for producer in producers if not await producer.finished.wait(max(0.0, deadline - monotonic()))]
-    broken_off = []
     for producer in late:
-        try:
-            if await store.fail(producer.stream_id, GENERIC_ERROR):
-                broken_off.append(producer.stream_id)
-        except StreamNotFoundError:
-            pass
-        except Exception as error:
-            logger.error("%d streams could not be ended: %s", len(late) - len(broken_off), error)
-            break  # rather than to wait for a server that is away once for each
-    else:
-        deadline = monotonic() + LAST_WORDS
-        for producer in late:
-            await producer.finished.wait(max(0.0, deadline - monotonic()))
-    return broken_off
+        producer.break_off()
+    deadline = monotonic() + LAST_WORDS
+    for producer in late:
+        await producer.finished.wait(max(0.0, deadline - monotonic()))
+    return not late
 
 
 async def break_off_all() -> None:
     """End what this process still writes."""
-    with AsyncProducer._mutex:
-        stores = {producer._store for producer in AsyncProducer._all if not producer._store._database.inherited}
-    for store in stores:
+    for store in {producer._store for producer in AsyncProducer.writing()}:
         await drain(store, 0.0)
 
 
@@ -226,3 +248,7 @@ class SourceError(Exception):
 
 class SourceInterrupted(BaseException):
     """Ends a stream in state error, with this text, in place of what is no `Exception` and may have no text to tell."""
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=AsyncProducer.forget)

@@ -81,6 +81,7 @@ class AsyncStreamWriter:
         self._in_doubt = 0  # so many of them were in a statement whose outcome is not known
         self._seq = 0  # the number of the last chunk that is known to be durable
         self._alarmed = False
+        self._last_word: str | None = None  # with which to break off
         self._left = False
         self._closing = False
         self._problem: BaseException | None = None
@@ -220,6 +221,15 @@ class AsyncStreamWriter:
         if self._error is not None:
             raise copied(self._error) from self._error.__cause__ or self._error
 
+    def break_off(self, text: str) -> None:
+        """Have the stream end in state error with this text, once what was written is sent. Returns at once.
+
+        Without effect once the block has been left.
+        """
+        with self._mutex:
+            self._last_word = text
+            self._due.set()
+
     def _be_alarmed(self) -> None:
         with self._mutex:
             self._alarmed = True
@@ -276,6 +286,9 @@ class AsyncStreamWriter:
                 await self._send(texts)
             elif alarmed:
                 await self._look()
+            if self._last_word is not None and not self._left:
+                await self._store.fail(self._stream_id, self._last_word)
+                raise StreamNotActiveError(self._stream_id, "error")
         except Exception as error:
             with self._mutex:
                 self._error = error
