@@ -31,9 +31,8 @@ store = AsyncPostgresStreamStore(DSN, ttl=DAY)
 conversations = AsyncPostgresConversationStore(DSN, ttl=30 * DAY)
 
 
-async def generate(generation: Generation) -> AsyncIterator[str]:
-    async for token in async_answer(generation.messages):
-        yield token
+def generate(generation: Generation) -> AsyncIterator[str]:
+    return async_answer(generation.messages)
 
 
 async def housekeeping() -> None:
@@ -70,8 +69,10 @@ async def page() -> FileResponse:
 
 @app.get("/conversation/{session}")
 async def conversation(session: str) -> list[dict[str, Any]]:
-    async with conversations.edit(session) as chat:
-        return turns.shown(chat)
+    try:
+        return turns.shown(await conversations.load(session))
+    except ValueError:  # no id that a conversation can have
+        raise HTTPException(404) from None
 
 
 @app.post("/conversation/{session}/{action}/{id}")
@@ -79,5 +80,5 @@ async def change(session: str, action: str, id: str) -> list[dict[str, Any]]:
     try:
         async with conversations.edit(session) as chat:
             return turns.change(chat, action, id)
-    except LookupError:
+    except (LookupError, ValueError):
         raise HTTPException(404) from None

@@ -27,11 +27,11 @@ DSN = os.environ["DATABASE_URL"]
 schema.migrate(DSN)  # an application of yours would do so when it is deployed
 store = PostgresStreamStore(DSN, ttl=DAY)
 conversations = PostgresConversationStore(DSN, ttl=30 * DAY)
-housekeeping.start(store, conversations)
+housekeeping.start(DSN)
 
 
 def generate(generation: Generation) -> Iterator[str]:
-    yield from answer(generation.messages)
+    return answer(generation.messages)
 
 
 app = Flask(__name__)
@@ -46,8 +46,10 @@ def page() -> Response:
 
 @app.get("/conversation/<session>")
 def conversation(session: str) -> list[dict[str, Any]]:
-    with conversations.edit(session) as chat:
-        return turns.shown(chat)
+    try:
+        return turns.shown(conversations.load(session))
+    except ValueError:  # no id that a conversation can have
+        abort(404)
 
 
 @app.post("/conversation/<session>/<action>/<id>")
@@ -55,5 +57,5 @@ def change(session: str, action: str, id: str) -> list[dict[str, Any]]:
     try:
         with conversations.edit(session) as chat:
             return turns.change(chat, action, id)
-    except LookupError:
+    except (LookupError, ValueError):
         abort(404)

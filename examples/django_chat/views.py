@@ -13,11 +13,11 @@ DSN = os.environ["DATABASE_URL"]
 schema.migrate(DSN)  # an application of yours would do so when it is deployed
 store = PostgresStreamStore(DSN, ttl=DAY)
 conversations = PostgresConversationStore(DSN, ttl=30 * DAY)
-housekeeping.start(store, conversations)
+housekeeping.start(DSN)
 
 
 def generate(generation: Generation) -> Iterator[str]:
-    yield from answer(generation.messages)
+    return answer(generation.messages)
 
 
 def page(request: HttpRequest) -> FileResponse:
@@ -25,13 +25,15 @@ def page(request: HttpRequest) -> FileResponse:
 
 
 def conversation(request: HttpRequest, session: str) -> JsonResponse:
-    with conversations.edit(session) as chat:
-        return JsonResponse(turns.shown(chat), safe=False)
+    try:
+        return JsonResponse(turns.shown(conversations.load(session)), safe=False)
+    except ValueError:  # no id that a conversation can have
+        raise Http404 from None
 
 
 def change(request: HttpRequest, session: str, action: str, id: str) -> JsonResponse:
     try:
         with conversations.edit(session) as chat:
             return JsonResponse(turns.change(chat, action, id), safe=False)
-    except LookupError:
+    except (LookupError, ValueError):
         raise Http404 from None

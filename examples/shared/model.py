@@ -4,6 +4,7 @@ OPENAI_MODEL names the real one. AIBIND_DEMO_DELAY is the seconds that the stand
 """
 
 import asyncio
+import math
 import os
 import re
 import time
@@ -16,12 +17,13 @@ NAME = os.environ.get("OPENAI_MODEL") or "gpt-4o-mini"
 
 try:
     DELAY = float(os.environ.get("AIBIND_DEMO_DELAY") or 0.03)
-    time.sleep(DELAY)
-except (ValueError, OverflowError):
-    raise ValueError("AIBIND_DEMO_DELAY must be a number of seconds") from None
+except ValueError:
+    DELAY = math.nan
+if not 0 <= DELAY < math.inf:
+    raise ValueError("AIBIND_DEMO_DELAY must be a number of seconds")
 
 # Whoever has not sent a token for so many seconds is not thinking, but gone.
-LONGEST_PAUSE = 300 if REAL else 30
+LONGEST_PAUSE = 300 if REAL else 30 + DELAY
 
 SYSTEM = {"role": "system", "content": "You are a helpful assistant. Be brief."}
 
@@ -46,9 +48,10 @@ That is all I know, dear reader, and I shall say it again as often as you like. 
 def answer(messages: list[dict[str, Any]]) -> Iterator[str]:
     """Yield the tokens of an answer to a conversation."""
     if REAL:
-        stream = _client("OpenAI").chat.completions.create(model=NAME, messages=messages, stream=True)
-        for event in stream:
-            yield from _texts(event)
+        asked = {"model": NAME, "messages": [SYSTEM, *messages], "stream": True}
+        with _client("OpenAI").chat.completions.create(**asked) as stream:  # so that stopping stops the model as well
+            for event in stream:
+                yield from _texts(event)
     else:
         for token in _tokens(messages):
             time.sleep(DELAY)
@@ -58,10 +61,11 @@ def answer(messages: list[dict[str, Any]]) -> Iterator[str]:
 async def async_answer(messages: list[dict[str, Any]]) -> AsyncIterator[str]:
     """Do what `answer` does, for asyncio."""
     if REAL:
-        stream = await _client("AsyncOpenAI").chat.completions.create(model=NAME, messages=messages, stream=True)
-        async for event in stream:
-            for text in _texts(event):
-                yield text
+        asked = {"model": NAME, "messages": [SYSTEM, *messages], "stream": True}
+        async with await _client("AsyncOpenAI").chat.completions.create(**asked) as stream:
+            async for event in stream:
+                for text in _texts(event):
+                    yield text
     else:
         for token in _tokens(messages):
             await asyncio.sleep(DELAY)

@@ -144,6 +144,10 @@ class MessageTree(Generic[M]):
         self._document["activeLeafId"] = node_id
         return node_id
 
+    def rewind(self, node_id: str) -> None:
+        """Let the current path end before a node, so that what is appended next becomes an alternative to it."""
+        self._document["activeLeafId"] = self._known(node_id)["parentId"]
+
     def next_sibling(self, node_id: str) -> str | None:
         """Go to the sibling after a node, and from there by first children to a leaf, which becomes the active one.
 

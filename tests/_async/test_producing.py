@@ -75,6 +75,7 @@ async def test_what_is_no_exception_ends_a_stream_too(store, other):
     stream = await AsyncDurableStream.start(store, Raising(), on_finish=finish)
     assert await stream.wait(20) == BROKEN_OFF
     assert finish.calls == [("word", BROKEN_OFF)]
+    await async_until(lambda: not [name for name in async_workers() if "producer" in name])
 
 
 async def test_closing_a_store_ends_what_is_written_there(store, other, dsn, tables):

@@ -42,11 +42,11 @@ def demo(request, web_database):
 
 @pytest.fixture
 def stored(web_database):
-    """Return what is stored of a tab's conversation, without what the model is told."""
+    """Return what is stored of a tab's conversation."""
 
     def stored(chat):
         with PostgresConversationStore(web_database) as store:
-            return [message["content"] for message in store.load(chat.session).messages[1:]]
+            return [message["content"] for message in store.load(chat.session).messages]
 
     return stored
 
@@ -123,6 +123,65 @@ def test_the_branches_of_a_conversation(demo, context, stored):
     chat.page.locator("footer", has_text="1 / 3").wait_for()
     assert [turn for turn in chat.turns if not turn.startswith("You wrote")] == ["first", "second"]
     assert stored(chat) == chat.turns
+    assert chat.faults == []
+
+
+def test_what_is_asked_twice_at_once_is_asked_once(demo, context, stored):
+    chat = Chat(context, demo.url)
+    chat.say("once")
+    chat.sees("You wrote")
+    chat.press("Stop")
+    chat.rests()
+    posts = []
+    chat.page.on("request", lambda request: posts.append(request.url) if request.method == "POST" else None)
+    chat.page.get_by_role("button", name="Try again").dblclick()
+    chat.sees("You wrote")
+    chat.press("Stop")
+    chat.rests()
+    assert [url.rpartition("/")[2] for url in posts if "__aibind__" in url] == ["stream", "stop"]
+    assert chat.page.locator("footer", has_text="2 / 2").count() == 1
+    assert chat.faults == []
+
+
+def test_what_could_not_be_sent_stays_where_it_was(demo, context, stored):
+    chat = Chat(context, demo.url)
+    chat.say("kept")
+    chat.sees("You wrote")
+    chat.press("Stop")
+    chat.rests()
+    before = chat.turns
+    chat.page.route("**/__aibind__/stream", lambda route: route.abort())
+    chat.press("Edit")
+    chat.say("not lost")
+    chat.notes("That failed")
+    assert chat.page.input_value("#prompt") == "not lost"
+    chat.rests()
+    assert chat.turns == before == stored(chat)
+    chat.page.unroute("**/__aibind__/stream")
+    chat.page.press("#prompt", "Enter")
+    chat.sees("You wrote: “not lost”")
+    chat.press("Stop")
+    chat.rests()
+    assert chat.page.locator("footer", has_text="2 / 2").count() == 1
+    chat.press("Edit")
+    chat.press("Cancel")
+    assert chat.page.input_value("#prompt") == ""
+    chat.say("behind it")
+    chat.sees("You wrote: “behind it”")
+    chat.press("Stop")
+    chat.rests()
+    assert [turn for turn in chat.turns if not turn.startswith("You wrote")] == ["not lost", "behind it"]
+    assert chat.faults == []
+
+
+def test_without_a_place_to_keep_anything_it_still_chats(demo, context):
+    context.add_init_script("Object.defineProperty(window, 'localStorage', {get() { throw new Error('denied'); }})")
+    chat = Chat(context, demo.url)
+    chat.say("hi")
+    chat.sees("You wrote: “hi”")
+    chat.press("Stop")
+    chat.rests()
+    assert chat.turns[0] == "hi"
     assert chat.faults == []
 
 

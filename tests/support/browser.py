@@ -35,11 +35,12 @@ def chromium() -> Iterator[Browser]:
 class Demo:
     """`aibind-postgres demo --web`, in a process of its own. It may be killed and started again."""
 
-    def __init__(self, framework: str, dsn: str, *, port: int = 0, delay: float = 0.02) -> None:
+    def __init__(self, framework: str, dsn: str, *, port: int = 0, delay: float = 0.02, **environment: str) -> None:
         self._arguments = ["demo", "--web", f"--framework={framework}", f"--dsn={dsn}"]
         self._environment = {**os.environ, "AIBIND_DEMO_DELAY": f"{delay}", "PYTHONWARNINGS": "ignore"}
         for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
             self._environment.pop(name, None)
+        self._environment |= environment
         self.port = port
         self.start()
 
@@ -50,6 +51,7 @@ class Demo:
         )
         assert self._process.stdout is not None
         said = self._process.stdout.readline()
+        assert "http" in said, "the demo has ended; why, it has told on standard error"
         self.url = said.split()[4]
         self.port = int(self.url.rstrip("/").rpartition(":")[2])
 

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -28,7 +29,7 @@ ASK = """
 import asyncio, sys
 from shared import model
 
-MESSAGES = [model.SYSTEM, {"role": "user", "content": "Why {so}?"}]
+MESSAGES = [{"role": "user", "content": "Why {so}?"}]
 
 async def ask():
     return [token async for token in model.async_answer(MESSAGES)]
@@ -64,8 +65,8 @@ def test_a_delay_that_is_none_is_told(delay: str) -> None:
 
 
 @contextmanager
-def openai_server(asked: list[Any]) -> Iterator[str]:
-    """Run a server that speaks as OpenAI's does."""
+def openai_server(asked: list[Any], left: threading.Event | None = None) -> Iterator[str]:
+    """Run a server that speaks as OpenAI's does; with `left`, one that goes on until nobody listens any more."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -77,6 +78,14 @@ def openai_server(asked: list[Any]) -> Iterator[str]:
             for delta in ({"role": "assistant", "content": ""}, {"content": "Be"}, {"content": "cause."}, {}):
                 choice = {"index": 0, "delta": delta, "finish_reason": None}
                 self.wfile.write(f"data: {json.dumps({'id': 'x', 'choices': [choice]})}\n\n".encode())
+            try:
+                while left is not None:
+                    choice = {"index": 0, "delta": {"content": " more"}, "finish_reason": None}
+                    self.wfile.write(f"data: {json.dumps({'id': 'x', 'choices': [choice]})}\n\n".encode())
+                    time.sleep(0.01)
+            except OSError:
+                left.set()
+                return
             self.wfile.write(b'data: {"id": "x", "choices": [], "usage": {}}\n\ndata: [DONE]\n\n')
 
         def log_message(self, *_: object) -> None:
@@ -102,6 +111,20 @@ def test_a_real_model_is_asked_where_there_is_one() -> None:
     assert len(asked) == 4
 
 
+@pytest.mark.parametrize("framework", ["fastapi", "flask"])
+def test_stopping_an_answer_stops_the_model(empty_database: str, framework: str) -> None:
+    left = threading.Event()
+    with openai_server([], left) as url, Demo(framework, empty_database, OPENAI_BASE_URL=url) as demo:
+        body = json.dumps({"prompt": "hi"}).encode()
+        with urlopen(Request(f"{demo.url}__aibind__/stream", body), timeout=20) as answer:
+            parser, events = EventParser(), []
+            while len(events) < 5:
+                events += parser.feed(answer.read1())
+            stop = json.dumps({"id": events[0].data}).encode()
+            urlopen(Request(f"{demo.url}__aibind__/stream/stop", stop), timeout=20).close()
+            assert left.wait(20)
+
+
 def call(url: str, method: str = "GET") -> tuple[int, Any]:
     try:
         with urlopen(Request(url, method=method), timeout=20) as answer:
@@ -116,22 +139,23 @@ def test_a_chat_by_its_addresses(empty_database: str, framework: str) -> None:
     with Demo(framework, empty_database, delay=0) as demo:
         with urlopen(demo.url, timeout=20) as page:
             assert b"<title>A chat that loses nothing</title>" in page.read()
-        status, [system] = call(f"{demo.url}conversation/a%20b")
-        assert (status, system["role"]) == (200, "system")
+        assert call(f"{demo.url}conversation/a%20b") == (200, [])
+        assert call(f"{demo.url}conversation/a%00b")[0] == 404
         body = json.dumps({"prompt": "hi", "sessionId": "a b"}).encode()
         with urlopen(Request(f"{demo.url}__aibind__/stream", body), timeout=20) as answer:
             events = EventParser().feed(answer.read())
         said = "".join(event.data for event in events if event.event == "message")
         assert (events[0].event, events[-1].event) == ("stream-id", "done")
-        status, [again, question, reply] = call(f"{demo.url}conversation/a%20b")
-        assert (again, question["content"], reply["content"], reply["state"]) == (system, "hi", said, "done")
+        status, [question, reply] = call(f"{demo.url}conversation/a%20b")
+        assert (status, question["content"], reply["content"], reply["state"]) == (200, "hi", said, "done")
         conversation = f"{demo.url}conversation/a%20b"
-        assert call(f"{conversation}/branch/{question['id']}", "POST") == (200, [system])
-        assert call(f"{conversation}/branch/nothing", "POST")[0] == 404
-        assert call(f"{conversation}/branch/{system['id']}", "POST")[0] == 404
-        assert call(f"{conversation}/burn/{question['id']}", "POST")[0] in (404, 422)
-        assert call(f"{conversation}/branch/{question['id']}")[0] == 405
-        assert call(f"{conversation}/next/{question['id']}", "POST")[0] == 200
+        assert call(f"{conversation}/rewind/{reply['id']}", "POST") == (200, [question])
+        assert call(f"{conversation}/rewind/{question['id']}", "POST") == (200, [])
+        assert call(f"{conversation}/return/{reply['id']}", "POST") == (200, [question, reply])
+        assert call(f"{conversation}/rewind/nothing", "POST")[0] == 404
+        assert call(f"{conversation}/burn/{question['id']}", "POST")[0] == 404
+        assert call(f"{conversation}/rewind/{question['id']}")[0] == 405
+        assert call(f"{conversation}/next/{question['id']}", "POST") == (200, [question, reply])
 
 
 def demo(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

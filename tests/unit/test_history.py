@@ -298,3 +298,21 @@ def test_a_history_can_be_copied_and_pickled(chat):
         if twin.tree.next_sibling("b"):
             twin.tree.remove("b")
         assert chat.to_json() == before
+
+
+def test_going_back_to_before_a_message_makes_the_next_one_an_alternative() -> None:
+    chat: ChatHistory[str] = ChatHistory()
+    first = chat.append("first")
+    second = chat.append("second")
+    chat.tree.rewind(second)
+    assert chat.messages == ["first"]
+    other = chat.append("other second")
+    assert chat.tree.siblings(other)[1] == 1
+    chat.tree.rewind(first)
+    assert (chat.messages, chat.tree.active_leaf_id) == ([], None)
+    loaded: ChatHistory[str] = ChatHistory.from_json(chat.to_json())
+    assert loaded.messages == []
+    loaded.append("other first")
+    assert (loaded.messages, loaded.tree.root_ids[0]) == (["other first"], first)
+    with pytest.raises(MessageNotFoundError):
+        chat.tree.rewind("nothing")

@@ -21,7 +21,7 @@ EXAMPLES = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[3] / "exa
 
 def serve(dsn: str, framework: str, host: str, port: int) -> None:
     """Run a chat, which makes its tables if they are not there, and print its address."""
-    os.environ["DATABASE_URL"] = dsn
+    os.environ.update(DATABASE_URL=dsn, DJANGO_SETTINGS_MODULE="django_chat.settings")
     sys.path.insert(0, str(EXAMPLES))
     module, name, run = _CHATS[framework]
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
