@@ -13,14 +13,19 @@ from psycopg_pool import AsyncConnectionPool, ConnectionPool
 from typing_extensions import assert_type
 
 from aibind_postgres import (
+    AsyncDurableStream,
     AsyncPostgresClient,
     AsyncPostgresConversationStore,
     AsyncPostgresStreamStore,
+    AsyncStreamHandler,
     AsyncStreamWriter,
+    AsyncWebResponse,
     ChatHistory,
     CleanupResult,
     ConversationConflictError,
     ConversationInfo,
+    DurableStream,
+    Generation,
     InvalidHistoryError,
     MessageNotFoundError,
     MessageTree,
@@ -29,6 +34,8 @@ from aibind_postgres import (
     PostgresStreamStore,
     SequenceConflictError,
     StreamChunk,
+    StreamEvent,
+    StreamHandler,
     StreamInfo,
     StreamNotActiveError,
     StreamState,
@@ -36,6 +43,8 @@ from aibind_postgres import (
     StreamWriter,
     TreeNode,
     TreePath,
+    WebRequest,
+    WebResponse,
     embedded,
     schema,
     wrap_asyncpg,
@@ -205,6 +214,7 @@ def histories(message: Message) -> None:
     assert_type([tree.depth("id"), len(tree)], list[int])
     assert_type(MessageTree[Message].deserialize(tree.serialize()), MessageTree[Message])
     tree.remove("id")
+    tree.rewind("id")
     tree.clear()
 
 
@@ -243,3 +253,35 @@ async def async_conversations(message: Message) -> None:
         assert_type([await store.touch("id"), await store.delete("id")], list[bool])
         assert_type(store.list(), AsyncIterator[ConversationInfo])
         assert_type(await store.cleanup(), int)
+
+
+def browsers(store: PostgresStreamStore, conversations: PostgresConversationStore, request: WebRequest) -> None:
+    def finish(text: str, status: StreamStatus | None) -> None: ...
+
+    stream = DurableStream.start(store, ["text", StreamEvent("usage", "{}")], id="id", on_finish=finish)
+    assert_type(stream, DurableStream)
+    assert_type(DurableStream.resume(store, "id", 7), DurableStream)
+    assert_type(stream.sse(heartbeat=timedelta(seconds=5)), Iterator[bytes])
+    assert_type(stream.wait(5), StreamStatus)
+    assert_type([stream.stop(), DurableStream.drain(store, timeout=5)], list[bool])
+    DurableStream.start(store, [7])  # type: ignore[list-item]
+
+    def generate(generation: Generation) -> Iterator[str]:
+        assert_type([generation.stream_id, generation.session_id, generation.model], list[str | None])
+        yield generation.prompt
+
+    handler = StreamHandler(generate, store=store, conversations=conversations, authorize=lambda request, id: True)
+    answer = handler.handle(request)
+    assert_type(answer, WebResponse)
+    assert_type(answer.body, bytes | Iterator[bytes])
+    StreamHandler(generate)  # type: ignore[call-arg]
+
+
+async def async_browsers(store: AsyncPostgresStreamStore, source: AsyncIterator[str], request: WebRequest) -> None:
+    stream = await AsyncDurableStream.start(store, source)
+    assert_type(stream, AsyncDurableStream)
+    assert_type(stream.sse(3), AsyncIterator[bytes])
+    assert_type([await stream.stop(), await AsyncDurableStream.drain(store)], list[bool])
+    await AsyncDurableStream.start(store, ["text"])  # type: ignore[arg-type]
+    answer = await AsyncStreamHandler(lambda generation: source, store=store).handle(request)
+    assert_type(answer, AsyncWebResponse)

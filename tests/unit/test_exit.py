@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
-from support.lifecycles import run_to_the_end
+import threading
 
-from aibind_postgres import PostgresStreamStore
+import pytest
+from support.lifecycles import in_a_child, run_to_the_end
+
+from aibind_postgres import DurableStream, PostgresStreamStore
+from aibind_postgres._sync.producing import Producer
 
 PROGRAM = """
 import sys, threading
@@ -36,3 +39,21 @@ def test_a_program_that_ends_breaks_off_what_it_writes(database, end):
     assert exit_code == {"sys.exit(3)": 3, "raise ValueError": 1}.get(end, 0)
     with PostgresStreamStore(database) as store:
         assert store.get_status("s") == ("error", "the answer broke off", 1)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_child_has_none_of_it_to_end(database):
+    over = threading.Event()
+
+    def source():
+        yield "half"
+        over.wait()
+
+    with PostgresStreamStore(database) as store:
+        stream = DurableStream.start(store, source())
+        next(store.read_from(stream.id))
+        with Producer._mutex:  # in the middle of something
+            assert in_a_child(lambda: len(Producer.writing())) == "0"
+        assert Producer.writing(store) == [stream._producer]
+        over.set()
+        assert stream.wait(20).state == "done"
