@@ -35,6 +35,8 @@ def modules() -> dict[str, Path]:
     found = {}
     for file in PACKAGE.rglob("*.py"):
         parts = file.relative_to(PACKAGE).with_suffix("").parts
+        if parts[0] == "examples":  # travels with an installed package, and is none of its modules
+            continue
         found[".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)] = file
     return found
 
