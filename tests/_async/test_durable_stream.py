@@ -99,7 +99,7 @@ async def test_stopping_from_elsewhere_closes_a_source_that_is_silent(store, oth
     stopping = await AsyncDurableStream.resume(other, stream.id)
     assert await stopping.stop() is True
     assert await stream.wait(20) == ("stopped", None, 0)
-    assert source.closed
+    await async_until(lambda: source.closed)
     assert finish.calls == [("", ("stopped", None, 0))]
     stopped = [ServerSentEvent("", "stopped"), DONE]
     assert await read(stopping) == stopped
@@ -192,7 +192,7 @@ async def test_a_stream_that_is_not_there(store):
         with pytest.raises(StreamNotFoundError):
             await reading.result()
     await async_until(lambda: finish.calls == [("", None)])
-    assert source.closed
+    await async_until(lambda: source.closed)
     with pytest.raises(StreamNotFoundError):
         await stream.stop()
 
@@ -277,7 +277,7 @@ async def test_an_end_before_the_first_item_closes_the_source(store):
     source, finish = Silent(), Finish()
     stream = await AsyncDurableStream.start(Ending(store), source, on_finish=finish)
     assert (await stream.wait(20)).state == "stopped"
-    assert source.closed
+    await async_until(lambda: source.closed)
     assert finish.calls == [("", ("stopped", None, 0))]
 
 
