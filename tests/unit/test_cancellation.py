@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import random
+import time
 
 import psycopg
 import pytest
@@ -330,3 +331,25 @@ def test_answers_that_the_end_of_their_event_loop_cuts_off_end_in_error_and_thei
     assert "destroyed" not in caplog.text
     with PostgresStreamStore(dsn, **tables) as store:
         assert {store.get_status(id) for id in ids} == {("error", "the answer broke off", 1)}
+
+
+async def test_a_stream_whose_caller_is_cancelled_at_any_step_begins_all_the_same(dsn, tables):
+    async def source():
+        yield "word"
+
+    async with AsyncPostgresStreamStore(dsn, **tables) as store:
+        cancelled = 0
+        for turns in range(40):
+            starting = asyncio.create_task(AsyncDurableStream.start(store, source()))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            starting.cancel()
+            await asyncio.wait([starting])
+            cancelled += starting.cancelled()
+        assert cancelled > 5
+        states = set()
+        give_up_at = time.monotonic() + 20
+        while states != {"done"}:
+            assert time.monotonic() < give_up_at, states
+            await asyncio.sleep(0.05)
+            states = {info.state async for info in store.list()}
