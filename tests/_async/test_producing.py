@@ -130,7 +130,7 @@ async def test_draining_a_stream_that_was_deleted(store):
     stream = await AsyncDurableStream.start(store, source)
     await async_until(lambda: source.asked)
     await store.delete(stream.id)
-    assert await AsyncDurableStream.drain(store, 0) in (True, False)
+    await AsyncDurableStream.drain(store, 0)
     await async_until(lambda: source.closed)
 
 

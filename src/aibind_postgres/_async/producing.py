@@ -81,7 +81,7 @@ class AsyncProducer:
         with self._mutex:
             self._is_late = True
             if self._writer is not None and not self._finishing:
-                self._writer.break_off(GENERIC_ERROR)
+                self._writer._break_off(GENERIC_ERROR)
 
     async def _run(self) -> None:
         interruption: BaseException | None = None
@@ -90,7 +90,7 @@ class AsyncProducer:
                 with self._mutex:
                     self._writer = writer
                 if self._is_late:
-                    writer.break_off(GENERIC_ERROR)
+                    writer._break_off(GENERIC_ERROR)
                 await self._store._database.client.leave()  # the source may take long
                 await self._write(writer)
         except (SourceError, StreamNotActiveError):

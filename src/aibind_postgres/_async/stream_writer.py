@@ -221,7 +221,7 @@ class AsyncStreamWriter:
         if self._error is not None:
             raise copied(self._error) from self._error.__cause__ or self._error
 
-    def break_off(self, text: str) -> None:
+    def _break_off(self, text: str) -> None:
         """Have the stream end in state error with this text, once what was written is sent. Returns at once.
 
         Without effect once the block has been left.
