@@ -133,7 +133,7 @@ async def test_a_killed_server_loses_and_repeats_nothing(victim, long):
     ):
         for id in STREAMS:
             await store.create(id)
-        with Killing(victim, 20 if long else 2, {**written, **read}, SEED) as killing:
+        with Killing(victim, 20 if long else 2, {**written, **read}, losses, SEED) as killing:
             writing = [
                 partial(call, store, id, name, written[name], killing, losses) for name, (call, id) in writers.items()
             ]
@@ -200,7 +200,7 @@ async def test_a_killed_server_loses_no_message(victim, long):
             for call in (keep_and_save, load_and_save)
         }
         written = {name: [] for name in workers}
-        with Killing(victim, 20 if long else 2, written, SEED) as killing:
+        with Killing(victim, 20 if long else 2, written, losses, SEED) as killing:
             await async_gather(*(partial(work, name, written[name], killing, losses) for name, work in workers.items()))
         acknowledged = sorted(entry for log in written.values() for entry in log)
         stored = []
