@@ -248,9 +248,10 @@ cp -a /etc "$1/etc" && sed -i '/^pgserver:/d' "$1"/etc/passwd "$1"/etc/shadow "$
 mount --bind "$1/etc" /etc || exit 77
 for number in 1 2 3 4; do
     "$2" -c 'from aibind_postgres import embedded
-with embedded.server() as dsn: print("served")' & running="$running $!"
+with embedded.server(): pass' & running="$running $!"
 done
-wait $running
+for process in $running; do wait $process || failed=1; done
+exit ${failed:-0}
 """
 
 
@@ -262,4 +263,4 @@ def test_many_that_are_the_first_on_a_machine_make_its_user_once(place: Path) ->
         pytest.skip("this system has no unshare")
     if done.returncode == 77 or done.stderr.startswith("unshare:"):
         pytest.skip(f"this user has no mount namespace: {done.stderr}")
-    assert done.stdout.split() == ["served"] * 4, done.stderr
+    assert done.returncode == 0, done.stderr
