@@ -242,10 +242,12 @@ def test_without_the_extra_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch
         pass
 
 
-# In a mount namespace of its own: a copy of /etc, without the user.
-FIRST_TIME = """
+# In a mount namespace of its own: a copy of /etc, without the user. To make one takes so long that all find it missing.
+FIRST_TIME = r"""
 cp -a /etc "$1/etc" && sed -i '/^pgserver:/d' "$1"/etc/passwd "$1"/etc/shadow "$1"/etc/group "$1"/etc/gshadow &&
 mount --bind "$1/etc" /etc || exit 77
+useradd=$(command -v useradd) && mkdir "$1/bin" && export PATH="$1/bin:$PATH"
+printf '#!/bin/sh\nsleep 1; exec "%s" "$@"\n' "$useradd" >"$1/bin/useradd" && chmod +x "$1/bin/useradd"
 for number in 1 2 3 4; do
     "$2" -c 'from aibind_postgres import embedded
 with embedded.server(): pass' & running="$running $!"
