@@ -20,6 +20,7 @@ from aibind_postgres import (
     StreamNotFoundError,
     StreamStatus,
 )
+from aibind_postgres._async import reading
 
 pytestmark = pytest.mark.parametrize(
     "tables",
@@ -215,6 +216,27 @@ async def test_a_read_goes_on_over_pages(store):
     expected = [(number, str(number)) for number in range(1, 10_001)]
     assert [tuple(chunk) async for chunk in store.read_from(id)] == expected
     assert [tuple(chunk) async for chunk in store.replay(id, speed=float("inf"))] == expected
+
+
+async def test_pages_of_large_chunks_are_short(store, monkeypatch):
+    pages = []
+
+    async def look(statement, params):
+        rows = await looking(statement, params)
+        pages.append(len(rows) - 1)
+        return rows
+
+    looking = store._database.look
+    monkeypatch.setattr(store._database, "look", look)
+    monkeypatch.setattr(reading, "PAGE_SIZE", 1000)
+    id = await store.create()
+    chunks = ["x" * 10] * 200 + ["x" * 100] * 100 + ["x" * 2000] * 10 + ["x"] * 1500
+    await store.append_many(id, chunks)
+    await store.complete(id)
+    for read in (store.read_from(id), store.replay(id, speed=float("inf"))):
+        assert [tuple(chunk) async for chunk in read] == list(enumerate(chunks, 1))
+        assert pages == [200, 100, 10, 1, 1000, 499]
+        pages.clear()
 
 
 async def test_delete_takes_the_chunks_along(store, admin, tables):

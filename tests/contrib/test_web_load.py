@@ -93,22 +93,20 @@ async def test_a_thousand_readers_get_everything_once_and_wait_without_a_connect
         assert received == expected
 
 
-@pytest.fixture(scope="module")
-def long_stream(web_database):
-    """A stream of 64 MiB."""
+TOTAL = 64 * 1024 * 1024  # characters
+
+
+@pytest.fixture(scope="module", params=[2048, 65536], ids=["small", "large"])
+def long_stream(request, web_database):
+    """A stream of 64 MiB: its id and its chunks."""
+    size = request.param
+    chunks = [f"{number}".ljust(size, ".") for number in range(TOTAL // size)]
     with PostgresStreamStore(web_database) as store:
         id = store.create()
-        for start in range(0, LENGTH, 2048):
-            store.append_many(id, map(text, range(start, start + 2048)))
+        while chunks_left := chunks[store.get_status(id).total_chunks :]:
+            store.append_many(id, chunks_left[:1024])
         store.complete(id)
-    return id
-
-
-LENGTH, SIZE = 32 * 1024, 2048  # chunks, and characters of each
-
-
-def text(number: int) -> str:
-    return f"{number}".ljust(SIZE, ".")
+    return id, chunks
 
 
 def memory(client: Client) -> int:
@@ -119,12 +117,13 @@ def memory(client: Client) -> int:
 
 @pytest.mark.skipif(not PROC, reason="there is no /proc to see into the server with")
 def test_a_client_that_reads_slowly_makes_the_server_hold_no_more_than_a_page(client, long_stream):
-    for _ in range(10):  # so that the processes have what they need for any reader, a page of the stream included
-        client.resume(long_stream, LENGTH - 2000).read()
+    id, chunks = long_stream
+    for _ in range(10):  # so that the processes have what they need for any reader
+        client.resume(id, len(chunks) - 10).read()
     before = memory(client)
     peak = []
     with client.line() as line:
-        line.sendall(resuming(long_stream))
+        line.sendall(resuming(id))
         for _ in range(10):  # nothing is read
             time.sleep(0.1)
             peak.append(memory(client))
@@ -135,11 +134,11 @@ def test_a_client_that_reads_slowly_makes_the_server_hold_no_more_than_a_page(cl
                 time.sleep(0.005)
             if len(peak) * 500_000 < len(received):
                 peak.append(memory(client))
-    assert max(peak) - before < LENGTH * SIZE / 2
+    assert max(peak) - before < TOTAL / 2
     [*told, done] = EventParser().feed(received.partition(b"\r\n\r\n")[2])
     assert done == DONE
-    assert [event.id for event in told] == [f"{number}" for number in range(1, LENGTH + 1)]
-    assert [event.data for event in told] == list(map(text, range(LENGTH)))
+    assert [event.id for event in told] == [f"{number}" for number in range(1, len(chunks) + 1)]
+    assert [event.data for event in told] == chunks
 
 
 POLLED = "query LIKE '%total_chunks FROM % WHERE id = ANY%' AND query_start > clock_timestamp() - interval '2 seconds'"

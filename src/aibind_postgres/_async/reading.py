@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from .connections import Row
     from .database import AsyncDatabase
 
-PAGE = 2000  # chunks that one statement reads
+FIRST_PAGE, PAGE = 200, 2000  # chunks that one statement reads at first, and at most
+PAGE_SIZE = 1_000_000  # characters that one statement is to read, if chunks go on as they were
 
 
 class AsyncReader:
@@ -33,11 +34,11 @@ class AsyncReader:
         self, stream_id: str, cursor: int, follow: bool, patience: float = math.inf
     ) -> AsyncIterator[StreamChunk]:
         """Iterate over chunks; one of number 0 tells that nothing has come for `patience` seconds."""
-        delivered = 0
+        delivered, page = 0, FIRST_PAGE
         with self._changes.place(stream_id) as place:
             while True:
                 look = place.before_look()
-                rows = await self._database.look(self._sql.read, [stream_id, cursor, PAGE])
+                rows = await self._database.look(self._sql.read, [stream_id, cursor, page])
                 # A stream never gets shorter: if this one has, it is another one of the same id.
                 if not rows or -rows[0][0] < delivered:
                     raise StreamNotFoundError(stream_id)
@@ -46,8 +47,8 @@ class AsyncReader:
                 total_chunks, state = -rows[0][0], rows[0][1]
                 if len(rows) > 1:
                     delivered = rows[-1][0]
-                if (read_up_to := await self._read_up_to(stream_id, cursor, rows)) < total_chunks:
-                    cursor = read_up_to
+                if (read_up_to := await self._read_up_to(stream_id, cursor + page, rows)) < total_chunks:
+                    cursor, page = read_up_to, _next_page(rows)
                     continue
                 if state != "active" or not follow:
                     return
@@ -69,10 +70,10 @@ class AsyncReader:
 
     async def replay(self, stream_id: str, cursor: int, speed: float) -> AsyncIterator[StreamChunk]:
         """Iterate over the chunks that are there, at the pace at which they were written."""
-        due = monotonic()
+        due, page = monotonic(), FIRST_PAGE
         written_before: float | None = None
         while True:
-            rows = await self._database.look(self._sql.read_timed, [stream_id, cursor, PAGE])
+            rows = await self._database.look(self._sql.read_timed, [stream_id, cursor, page])
             if not rows:
                 raise StreamNotFoundError(stream_id)
             for seq, data, written_at in rows[1:]:
@@ -82,14 +83,20 @@ class AsyncReader:
                 if (pause := due - monotonic()) > 0:
                     await self._database.sleep(min(pause, arguments.MAX_SECONDS))
                 yield StreamChunk(seq, data)
-            cursor = await self._read_up_to(stream_id, cursor, rows)
+            cursor, page = await self._read_up_to(stream_id, cursor + page, rows), _next_page(rows)
             if cursor >= -rows[0][0]:
                 return
 
-    async def _read_up_to(self, stream_id: str, cursor: int, page: Sequence[Row]) -> int:
-        """Return the number up to which there is no other chunk than those of a page."""
-        end, total_chunks = cursor + PAGE, -page[0][0]
-        if len(page) > 1 or end >= total_chunks:
+    async def _read_up_to(self, stream_id: str, end: int, rows: Sequence[Row]) -> int:
+        """Return the number up to which there is no other chunk than those of a page that was to end at `end`."""
+        total_chunks = -rows[0][0]
+        if len(rows) > 1 or end >= total_chunks:
             return end
         [(following,)] = await self._database.look(self._sql.next, [stream_id, end])
         return total_chunks if following is None else int(following) - 1
+
+
+def _next_page(rows: Sequence[Row]) -> int:
+    """Return how many chunks to read after a page, so that slow readers of large chunks do not fill the memory."""
+    size = sum([len(row[1]) for row in rows[1:]])
+    return max(1, min(PAGE, PAGE_SIZE * (len(rows) - 1) // size)) if size else PAGE
