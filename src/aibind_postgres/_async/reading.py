@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .connections import Row
     from .database import AsyncDatabase
 
-FIRST_PAGE, PAGE = 200, 2000  # chunks that one statement reads at first, and at most
+FIRST_PAGE, PAGE = 50, 2000  # chunks that one statement reads at first, and at most
 PAGE_SIZE = 1_000_000  # characters that one statement is to read, if chunks go on as they were
 
 

@@ -163,9 +163,9 @@ class AsyncPostgresStreamStore:
 
         With `follow` it goes on as chunks arrive and ends when the stream has ended; `get_status` then tells how.
         Without, it ends with the last chunk that is there. It holds no connection while it waits or while the caller
-        is busy, and one page of chunks in memory: 2,000 at most, fewer where those before them were large, so that
-        they are about a million characters. If the server goes away it keeps its place and tries again for `retry_for`
-        seconds, then raises the driver's error.
+        is busy, and one page of chunks in memory: 50 at first, then up to 2,000, but no more than would be a million
+        characters (or one chunk) if they were as large as those of the page before. If the server goes away it keeps
+        its place and tries again for `retry_for` seconds, then raises the driver's error.
 
         Raises `StreamNotFoundError` if there is no such stream, also when it is deleted meanwhile, and
         `InvalidDataError` for a negative `after_seq`.
