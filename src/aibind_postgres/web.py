@@ -42,8 +42,9 @@ class Generation(NamedTuple):
     """What `generate` is asked for.
 
     `messages` is the conversation, what was said before included, each with `role` and `content`, and the last one is
-    `prompt`. `body` is all that the client sent, with whatever else is agreed on: `attachments`, `toolset`, `maxSteps`.
-    `stream_id` is the id of the stream that the answer becomes, where it becomes one.
+    `prompt`; for `compact`, where it is to be summed up, there is no prompt. `body` is all that the client sent, with
+    whatever else is agreed on: `attachments`, `toolset`, `maxSteps`. `stream_id` is the id of the stream that the
+    answer becomes, where it becomes one.
     """
 
     kind: Kind
@@ -74,7 +75,7 @@ def generation_of(kind: Kind, request: WebRequest) -> Generation:
     body = parsed_body(request)
     if kind in ("chat", "compact", "title"):
         messages = _messages(body, may_be_empty=kind == "compact")
-        prompt = messages[-1]["content"] if messages else ""
+        prompt = "" if kind == "compact" else messages[-1]["content"]
     else:
         prompt = text_in(body, "input" if kind == "complete" else "prompt")
         messages = [{"role": "user", "content": prompt}]
@@ -125,11 +126,11 @@ def resume_point(request: WebRequest, stream_id: str) -> int:
     stream stands for its beginning, since that is the id of the first event.
     """
     point = request.headers.get("last-event-id") or request.query.get("after") or "0"
-    if point == stream_id:
-        return 0
-    if not point.isascii() or not point.isdigit() or len(point) > 15:
+    if point.isascii() and point.isdigit() and len(point) <= 15:
+        return int(point)
+    if point != stream_id:
         raise WebError(400, "after must be the number of an event")
-    return int(point)
+    return 0
 
 
 def tokens_saved(usage: str) -> int:

@@ -12,7 +12,9 @@ from aibind_postgres import (
     AsyncPostgresConversationStore,
     AsyncPostgresStreamStore,
     AsyncStreamHandler,
+    InvalidDataError,
     StreamEvent,
+    StreamNotFoundError,
     WebError,
     WebRequest,
 )
@@ -134,14 +136,18 @@ async def test_texts_and_summaries(world):
 
 async def test_a_summary_replaces_a_conversation(world):
     async def compact(generation):
-        yield f"{len(generation.messages)} messages"
+        assert generation.prompt == ""
+        yield ", ".join(message["content"] for message in generation.messages)
 
     handler = world.with_options(compact=compact)
     await events(await world.post("/stream", {"prompt": "hi", "sessionId": "a"}))
-    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Hello world"}]
-    response = await world.post("/compact", {"messages": messages, "sessionId": "a"}, handler=handler)
-    assert json.loads(response.body) == {"summary": "2 messages", "tokensSaved": 0}
-    assert await world.said("a") == [("system", "2 messages")]
+    known = [{"role": "user", "content": "what a page that was left open knows"}]
+    for messages in (known, []):
+        response = await world.post("/compact", {"messages": messages, "sessionId": "a"}, handler=handler)
+        assert json.loads(response.body) == {"summary": "hi, Hello world", "tokensSaved": 0}
+        assert await world.said("a") == [("system", "hi, Hello world")]
+    response = await world.post("/compact", {"messages": known, "sessionId": "new"}, handler=handler)
+    assert json.loads(response.body)["summary"] == "what a page that was left open knows"
 
 
 async def test_a_conversation_goes_on_and_is_saved_before_an_answer_is_done(world):
@@ -248,6 +254,15 @@ async def test_what_is_wrong_is_told(world, method, path, body, status, error):
     assert error in told[1]
 
 
+async def test_a_stream_whose_id_is_a_number_is_resumed_after_the_same_number(world):
+    await world.store.create("1")
+    await world.store.append_many("1", ["one", "two"])
+    await world.store.complete("1")
+    for query, headers in (({"id": "1", "after": "1"}, {}), ({"id": "1"}, {"last-event-id": "1"})):
+        resumed = await world.request("GET", "/stream/resume", query=query, headers=headers)
+        assert await events(resumed) == [ServerSentEvent("two", id="2"), DONE]
+
+
 @pytest.mark.parametrize("after", ["-1", "1.5", "x", "٣", "9" * 16])
 async def test_a_place_that_is_none_is_refused(world, after):
     await world.store.create("s")
@@ -268,8 +283,24 @@ async def test_what_generate_refuses_or_fails_at(world, caplog):
         handler = AsyncStreamHandler(generate, store=world.store)
         assert refusal(await world.post("/stream", {"prompt": "hi"}, handler=handler)) == answer
     assert "geheim" in caplog.text
-    world.items = [ValueError("geheim")]
-    assert refusal(await world.post("/complete", {"input": "x"})) == (500, "the answer broke off")
+
+
+@pytest.mark.parametrize("fault", [ValueError, InvalidDataError, StreamNotFoundError])
+async def test_what_the_application_fails_at_is_not_told_as_a_fault_of_the_client(world, caplog, fault):
+    world.items = [fault("geheim")]
+    session = {"messages": [], "sessionId": "a"}
+    for path, body in (("/complete", {"input": "x"}), ("/compact", session)):
+        caplog.clear()
+        assert refusal(await world.post(path, body)) == (500, "the answer broke off")
+        assert "geheim" in caplog.text
+
+    def fail(request, id):
+        raise fault("geheim")
+
+    caplog.clear()
+    handler = world.with_options(authorize=fail)
+    assert refusal(await world.post("/stream/stop", {"id": "s"}, handler=handler)) == (500, "the answer broke off")
+    assert "geheim" in caplog.text
 
 
 async def test_another_prefix(world):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -130,10 +131,6 @@ class AsyncStreamHandler:
             response: AsyncWebResponse = await respond(request)
         except WebError as refusal:
             return _json({"error": refusal.text}, refusal.status)
-        except StreamNotFoundError:
-            return _json({"error": "there is no such stream"}, 404)
-        except InvalidDataError as refusal:
-            return _json({"error": str(refusal)}, 400)
         except Exception:
             logger.exception("%s %s failed", request.method, request.path)
             return _json({"error": GENERIC_ERROR}, 500)
@@ -143,7 +140,8 @@ class AsyncStreamHandler:
         generation = (await self._asked(kind, request))._replace(stream_id=new_id())
         save = None
         if self._conversations is not None and generation.session_id is not None and kind == "stream":
-            chat = await self._conversations.load(generation.session_id)
+            with _told_to_the_client():
+                chat = await self._conversations.load(generation.session_id)
             said = chat.messages if self._max_messages is None else chat.messages[-self._max_messages :]
             save = partial(self._save_turn, self._conversations, generation, chat)
             generation = generation._replace(messages=[*said, *generation.messages])
@@ -174,7 +172,9 @@ class AsyncStreamHandler:
             raise WebError(400, "id parameter is required")
         after_seq = resume_point(request, stream_id)
         await self._check(request, stream_id)
-        return self._events(await AsyncDurableStream.resume(self._store, stream_id, after_seq))
+        with _told_to_the_client():
+            stream = await AsyncDurableStream.resume(self._store, stream_id, after_seq)
+        return self._events(stream)
 
     def _events(self, stream: AsyncDurableStream) -> AsyncWebResponse:
         # What a header cannot hold is encoded; the ids of this handler are never.
@@ -191,7 +191,8 @@ class AsyncStreamHandler:
     async def _stop(self, request: WebRequest) -> AsyncWebResponse:
         stream_id = text_in(parsed_body(request), "id")
         await self._check(request, stream_id)
-        await self._store.stop(stream_id)
+        with _told_to_the_client():
+            await self._store.stop(stream_id)
         return _json({"ok": True})
 
     async def _text(self, kind: Kind, request: WebRequest) -> AsyncWebResponse:
@@ -202,7 +203,10 @@ class AsyncStreamHandler:
         generation = await self._asked("compact", request)
         chat = None
         if self._conversations is not None and generation.session_id is not None:
-            chat = await self._conversations.load(generation.session_id)
+            with _told_to_the_client():
+                chat = await self._conversations.load(generation.session_id)
+            # What is replaced is what is summed up: a page that was left open may know less of it.
+            generation = generation._replace(messages=chat.messages or generation.messages)
         summary, usage = await _put_together(await async_settle(self._compact(generation)))
         if self._conversations is not None and chat is not None:
             if not summary.strip():
@@ -220,6 +224,17 @@ class AsyncStreamHandler:
     async def _check(self, request: WebRequest, id: str) -> None:
         if self._authorize is not None and not await async_settle(self._authorize(request, id)):
             raise WebError(403, "forbidden")
+
+
+@contextmanager
+def _told_to_the_client() -> Iterator[None]:
+    """Refuse a request for an id that is not there, or cannot be. What the application raises is its own fault."""
+    try:
+        yield
+    except StreamNotFoundError:
+        raise WebError(404, "there is no such stream") from None
+    except InvalidDataError as refusal:
+        raise WebError(400, str(refusal)) from None
 
 
 async def _put_together(source: AsyncIterable[str | StreamEvent]) -> tuple[str, str]:
