@@ -6,7 +6,8 @@ Paths, bodies and texts are those that aibind's browser client knows.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple
 
 from .errors import AibindError
@@ -28,7 +29,10 @@ class WebError(AibindError):
 
 
 class WebRequest(NamedTuple):
-    """A request, from any framework. The names of headers are in lower case; `original` is the framework's own."""
+    """A request, from any framework. The names of headers are in lower case; `original` is the framework's own.
+
+    A source is read when its request may be over: `within` sets up around it what the framework has for a request.
+    """
 
     method: str
     path: str
@@ -36,6 +40,7 @@ class WebRequest(NamedTuple):
     headers: Mapping[str, str]
     body: bytes
     original: Any = None
+    within: Callable[[], AbstractContextManager[object]] = nullcontext
 
 
 class Generation(NamedTuple):

@@ -119,28 +119,35 @@ async def test_stopping_keeps_what_was_written(store, other):
     assert finish.calls == [("ab", ("stopped", None, 2))]
 
 
-@pytest.mark.parametrize("expose_errors", [False, True])
-async def test_a_source_that_raises_ends_the_stream_in_error(store, caplog, expose_errors):
+@pytest.mark.parametrize(
+    ("expose_errors", "error", "text"),
+    [
+        (False, ValueError("the key is geheim"), "the answer broke off"),
+        (True, ValueError("the key is geheim"), "the key is geheim"),
+        (True, TimeoutError(), "TimeoutError"),
+    ],
+)
+async def test_a_source_that_raises_ends_the_stream_in_error(store, caplog, expose_errors, error, text):
     async def fail():
         yield "a"
-        raise ValueError("the key is geheim")
+        raise error
 
     finish = Finish()
     stream = await AsyncDurableStream.start(store, fail(), on_finish=finish, expose_errors=expose_errors)
-    text = "the key is geheim" if expose_errors else "the answer broke off"
     assert (await read(stream))[1:] == [ServerSentEvent("a", id="1"), ServerSentEvent(text, "error"), DONE]
     assert await stream.wait() == ("error", text, 1)
     assert finish.calls == [("a", ("error", text, 1))]
-    assert "ValueError: the key is geheim" in caplog.text
+    assert f"{type(error).__name__}: {error}".rstrip(": ") in caplog.text
 
 
-async def test_a_refusal_of_the_source_is_told_and_not_logged(store, caplog):
+@pytest.mark.parametrize(("text", "told"), [("no money left", "no money left"), ("", "the answer broke off")])
+async def test_a_refusal_of_the_source_is_told_and_not_logged(store, caplog, text, told):
     async def refuse():
         yield "a"
-        raise WebError(402, "no money left")
+        raise WebError(402, text)
 
     stream = await AsyncDurableStream.start(store, refuse())
-    assert (await read(stream))[1:] == [ServerSentEvent("a", id="1"), ServerSentEvent("no money left", "error"), DONE]
+    assert (await read(stream))[1:] == [ServerSentEvent("a", id="1"), ServerSentEvent(told, "error"), DONE]
     assert caplog.text == ""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
 
@@ -254,6 +255,51 @@ async def test_a_source_and_its_end_see_the_context_that_they_were_begun_in(stor
     await stopped.wait(20)
     assert [chunk.data async for chunk in store.read_from(stream.id)] == ["\x01tenant 7"]
     assert seen == [("done", "tenant 7"), ("stopped", "tenant 7")]
+
+
+async def test_a_source_is_read_and_closed_within_what_is_set_up_for_it(store, other, monkeypatch):
+    tenant, seen = ContextVar("tenant"), []
+    gate, writing, held, finish = AsyncEvent(), AsyncEvent(), AsyncEvent(), Finish()
+
+    @contextmanager
+    def within():
+        token = tenant.set("tenant 9")
+        try:
+            yield
+        finally:
+            tenant.reset(token)  # which refuses in any other thread or task
+            seen.append("down")
+
+    async def answer():
+        with within():
+            try:
+                yield tenant.get("nobody")
+                await gate.wait()
+                yield "and more"
+            finally:
+                seen.append(tenant.get("nobody"))
+
+    async def write(text):
+        writing.set()
+        await held.wait()
+
+    tenant.set("tenant 7")
+    stream = await AsyncDurableStream.start(store, answer(), within=within, on_finish=finish)
+    assert (await other.read_from(stream.id).__anext__()).data == "\x01tenant 9"
+    monkeypatch.setattr(stream._producer._writer, "write", write)
+    gate.set()
+    await async_until(writing.is_set)
+    assert await other.stop(stream.id)  # while the source neither runs nor has ended
+    await async_until(lambda: finish.calls)
+    held.set()
+    await async_until(lambda: seen == ["tenant 9", "down", "down"])
+    assert tenant.get() == "tenant 7"
+
+
+async def test_what_cannot_be_set_up_for_a_source_ends_the_stream_in_error(store, caplog):
+    stream = await AsyncDurableStream.start(store, items(["a"]), within=partial(int, "geheim"))
+    assert await stream.wait(20) == ("error", "the answer broke off", 0)
+    assert "geheim" in caplog.text
 
 
 async def test_an_end_that_nobody_can_ask_for_is_told_as_unknown(store, caplog, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 
 import psycopg
@@ -27,7 +28,8 @@ from aibind_postgres.contrib.django import urlpatterns
 
 @pytest.fixture(autouse=True)
 def databases(django_databases, monkeypatch):
-    monkeypatch.setitem(connections.settings["default"], "ATOMIC_REQUESTS", True)
+    for settings in connections.settings.values():
+        monkeypatch.setitem(settings, "ATOMIC_REQUESTS", True)
     yield
     connections.close_all()
 
@@ -53,7 +55,7 @@ def generate(generation):
 
 def test_an_answer_is_stored_while_its_request_is_in_a_transaction_of_its_own(store):
     view = view_of(StreamHandler(generate, store=store))
-    assert BaseHandler().make_view_atomic(view) is view  # with ATOMIC_REQUESTS
+    assert BaseHandler().make_view_atomic(view) is view  # with ATOMIC_REQUESTS for each database
     answer = view(prompt(RequestFactory()), path="stream")
     assert b"data: Hello" in b"".join(answer)
 
@@ -92,6 +94,26 @@ def test_producers_leave_no_connections(store, dsn, monkeypatch):
         connections.close_all()
         store.close()
         until(lambda: observer.execute(count).fetchone() == (0,))
+
+
+def test_what_a_source_asks_of_the_database_leaves_no_connections(store, dsn, monkeypatch):
+    def ask(generation):
+        with connections["default"].cursor() as cursor, connections["server_side"].cursor() as another:
+            yield "".join(str(each.execute("SELECT 1").fetchone()) for each in (cursor, another))
+
+    for alias in ("default", "server_side"):
+        monkeypatch.setitem(connections[alias].settings_dict["OPTIONS"], "application_name", "sources")
+    view = view_of(StreamHandler(ask, store=store))
+    gc.disable()  # it would close them
+    try:
+        with psycopg.connect(dsn, autocommit=True) as observer:
+            assert b"data: (1,)(1,)" in b"".join(view(prompt(RequestFactory()), path="stream"))
+            connections.close_all()
+            store.close()
+            count = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'sources'"
+            until(lambda: observer.execute(count).fetchone() == (0,))
+    finally:
+        gc.enable()
 
 
 def test_a_stream_in_a_transaction_that_is_not_over_is_told_to_the_log(store, caplog):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
-from flask import Flask, current_app, request
+from threading import Event
 
-from aibind_postgres import PostgresStreamStore, StreamHandler
+import pytest
+from flask import Flask, current_app, g, request
+from support.concurrency import until
+
+from aibind_postgres import AsyncPostgresStreamStore, AsyncStreamHandler, PostgresStreamStore, StreamHandler
 from aibind_postgres.contrib.flask import blueprint
 
 
@@ -41,3 +44,40 @@ def test_two_handlers_in_one_application(app):
     assert client.post("/v1.2/ai/complete", json={"input": "two"}).data == b"two in shop"
     assert client.post("/v1.2/ai/complete", json={"input": "x" * 100}).status_code == 200
     assert client.post("/__aibind__/complete", json={"input": "x" * 100}).status_code == 413
+
+
+def test_what_a_source_opens_in_its_application_is_torn_down_when_it_ends(app, dsn, tables):
+    events, request_over = [], Event()
+
+    def resource():
+        if "resource" not in g:
+            g.resource = object()
+            events.append("up")
+        return g.resource
+
+    @app.teardown_appcontext
+    def tear_down(error):
+        if g.pop("resource", None) is not None:
+            events.append("down")
+
+    def use(generation):
+        assert request_over.wait(20)
+        mine = resource()
+        yield "a"
+        assert resource() is mine
+        yield "b"
+        events.append("the end")
+
+    with PostgresStreamStore(dsn, **tables) as store:
+        app.register_blueprint(blueprint(StreamHandler(use, store=store, prefix="/ai")))
+        app.before_request(lambda: resource() and None)
+        answer = app.test_client().post("/ai/stream", json={"prompt": "hi"})
+        assert events == ["up", "down"]
+        request_over.set()
+        assert b"event: done" in answer.data
+        until(lambda: events == ["up", "down", "up", "the end", "down"])
+
+
+def test_an_asynchronous_handler_is_refused():
+    with pytest.raises(TypeError, match="Flask takes a StreamHandler, not AsyncStreamHandler"):
+        blueprint(AsyncStreamHandler(generate, store=AsyncPostgresStreamStore("")))

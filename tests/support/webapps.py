@@ -163,14 +163,13 @@ def _configure_django(either: StreamHandler | AsyncStreamHandler) -> None:
 
     from aibind_postgres.contrib.django import urlpatterns
 
-    # In place of the name of a module: the patterns themselves.
     settings.configure(
-        ROOT_URLCONF=tuple(urlpatterns(either)),
         MIDDLEWARE=["django.middleware.csrf.CsrfViewMiddleware"],  # as every Django project has it
         ALLOWED_HOSTS=["*"],
         SECRET_KEY="-",
         LOGGING_CONFIG=None,  # errors go to the server's log, as elsewhere
     )
+    settings.ROOT_URLCONF = tuple(urlpatterns(either))  # in place of the name of a module, which has settings before
     django.setup()
 
 

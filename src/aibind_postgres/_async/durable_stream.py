@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterable, AsyncIterator, Callable
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,7 @@ class AsyncDurableStream:
         id: str | None = None,
         on_finish: Callable[[str, StreamStatus | None], Any] | None = None,
         expose_errors: bool = False,
+        within: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> AsyncDurableStream:
         """Begin a stream, have it written from `source` in the background, and return at once.
 
@@ -50,7 +52,11 @@ class AsyncDurableStream:
         `on_finish` is called once, with the text that was produced and the status: before the stream is done, if the
         source comes to its end, so that readers wait for it, and after every other end. Of what was produced just
         before somebody else ended the stream, the last may not be stored. The status is None if the stream was deleted,
-        or if the database cannot be asked. It must not wait for its own stream, nor close the store.
+        or if the database cannot be asked. It must not wait for its own stream, nor close the store. If the stream
+        is stopped while it runs before the end, it has been told of a stream that is done, and it is called no more.
+
+        The source is read, and closed, within the context manager that `within` returns, in the thread of the producer.
+        Flask's `app.app_context` is such a one: that of the caller is taken down when his request ends.
 
         Raises what `create` raises, and `InvalidDataError` for an id that an event cannot tell; then the source is
         closed. Raises `TypeError` for what is no source. A caller who is cancelled begins the stream all the same.
@@ -69,7 +75,8 @@ class AsyncDurableStream:
             except BaseException:
                 await close_source(source)
                 raise
-            begun.append(cls(store, stream_id, AsyncProducer(store, stream_id, source, on_finish, expose_errors)))
+            producer = AsyncProducer(store, stream_id, source, on_finish, expose_errors, within)
+            begun.append(cls(store, stream_id, producer))
 
         await async_uninterrupted(begin)
         return begun[0]

@@ -147,7 +147,12 @@ class AsyncStreamHandler:
             generation = generation._replace(messages=[*said, *generation.messages])
         source = await async_settle(self._generate(generation))
         stream = await AsyncDurableStream.start(
-            self._store, source, id=generation.stream_id, on_finish=save, expose_errors=self._expose_errors
+            self._store,
+            source,
+            id=generation.stream_id,
+            on_finish=save,
+            expose_errors=self._expose_errors,
+            within=request.within,
         )
         return self._events(stream)
 

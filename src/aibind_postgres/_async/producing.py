@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 from collections.abc import AsyncIterable, Callable
+from contextlib import AbstractContextManager
 from time import monotonic
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -42,6 +44,7 @@ class AsyncProducer:
         source: AsyncIterable[str | StreamEvent],
         on_finish: Callable[[str, StreamStatus | None], Any] | None,
         expose_errors: bool,
+        within: Callable[[], AbstractContextManager[object]],
     ) -> None:
         self.stream_id = stream_id
         self.finished = AsyncEvent()  # nothing is owed any more
@@ -52,6 +55,7 @@ class AsyncProducer:
         self._source_left = False
         self._on_finish = on_finish
         self._expose_errors = expose_errors
+        self._within = within
         self._texts: list[str] = []  # what the source has yielded, if somebody wants it
         self._ended = False  # by somebody else
         self._writer: AsyncStreamWriter | None = None
@@ -143,22 +147,25 @@ class AsyncProducer:
     async def _pipe(self, writer: AsyncStreamWriter) -> None:
         writing = False
         try:
-            async for item in self._source:
-                text = arguments.storable_text(chunk_text(item), "a chunk")
-                writing = True
-                await writer.write(text)
-                writing = False
-                if self._on_finish is not None and isinstance(item, str):
-                    self._texts.append(item)
+            with self._within():
+                try:
+                    async for item in self._source:
+                        text = arguments.storable_text(chunk_text(item), "a chunk")
+                        writing = True
+                        await writer.write(text)
+                        writing = False
+                        if self._on_finish is not None and isinstance(item, str):
+                            self._texts.append(item)
+                finally:
+                    await self._close_source()
         except WebError as refusal:
-            raise SourceError(refusal.text) from None
+            raise SourceError(refusal.text or GENERIC_ERROR) from None
         except Exception as error:
             if writing or self._ended:
                 raise
             logger.exception("the source of stream %r failed", self.stream_id)
-            raise SourceError(str(error) if self._expose_errors else GENERIC_ERROR) from error
-        finally:
-            await self._close_source()
+            told = str(error) or type(error).__name__
+            raise SourceError(told if self._expose_errors else GENERIC_ERROR) from error
 
     async def _break_off(self, error: Exception) -> None:
         """Interrupt the source: nothing that it yields can be stored any more."""
@@ -167,7 +174,10 @@ class AsyncProducer:
         if not isinstance(error, (StreamNotActiveError, StreamNotFoundError)):
             logger.error("the producer of stream %r gave up: %s", self.stream_id, error)
         with self._mutex:
-            interrupting, self._source_open = self._source_open, False
+            # In threads, a generator is for the one who runs it, since what it has open may be bound to that thread:
+            # while it runs, nobody else can close it, and when it does not, it is about to be closed.
+            interrupting = self._source_open and not inspect.isgenerator(self._source)
+            self._source_open &= not interrupting
         if interrupting and not async_break_off(self._worker, self._source):
             with self._mutex:
                 self._source_open = True  # it is for the one who reads from it

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 from django.core.exceptions import ImproperlyConfigured
 from django.core.handlers.asgi import ASGIRequest
+from django.db import connections
 from django.db.transaction import non_atomic_requests
 from django.http import HttpResponse, StreamingHttpResponse, UnreadablePostError
 from django.urls import re_path
@@ -15,6 +17,8 @@ from django.views.decorators.csrf import csrf_exempt
 from .. import AsyncStreamHandler, AsyncWebResponse, StreamHandler, WebRequest, WebResponse
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from django.http import HttpRequest
     from django.http.response import HttpResponseBase
     from django.urls import URLPattern
@@ -41,8 +45,10 @@ def urlpatterns(handler: StreamHandler | AsyncStreamHandler) -> list[URLPattern]
             _serve_by(synchronous, request)
             return _answer(synchronous.handle(_asked(synchronous, request, path)))
 
+    for alias in connections:
+        non_atomic_requests(using=alias)(view)
     root = re.escape(f"{handler.prefix}/"[1:])
-    return [re_path(f"^{root}(?P<path>.*)$", csrf_exempt(non_atomic_requests(view)), name="aibind")]
+    return [re_path(f"^{root}(?P<path>.*)$", csrf_exempt(view), name="aibind")]
 
 
 def _serve_by(handler: StreamHandler | AsyncStreamHandler, request: HttpRequest) -> None:
@@ -62,7 +68,17 @@ def _asked(handler: StreamHandler | AsyncStreamHandler, request: HttpRequest, pa
         {name.lower(): value for name, value in request.headers.items()},
         _body(request, handler.max_body + 1),  # the handler refuses what is longer
         request,
+        nullcontext if isinstance(handler, AsyncStreamHandler) else _connections_of_its_own,
     )
+
+
+@contextmanager
+def _connections_of_its_own() -> Iterator[None]:
+    """Close the connections that a source has made in the thread of its producer: there, no request ends."""
+    try:
+        yield
+    finally:
+        connections.close_all()
 
 
 def _body(request: HttpRequest, most: int) -> bytes:

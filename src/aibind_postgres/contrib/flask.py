@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flask import Blueprint, Response, request
+from flask import Blueprint, Response, current_app, request
 
 from .. import StreamHandler, WebRequest
 
@@ -12,9 +12,13 @@ METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]  # those that are wrong are 
 def blueprint(handler: StreamHandler) -> Blueprint:
     """Return a blueprint with the routes of a handler.
 
-    The request that `generate` and `authorize` get as `original` is Flask's own. Each reader takes a thread of the
-    server while he reads: use workers with threads.
+    The request that `generate` and `authorize` get as `original` is Flask's own. A generator runs in an application
+    context of its own, with a `g` of its own, and what is torn down with that is torn down at its end. Each reader
+    takes a thread of the server while he reads: use workers with threads. Raises `TypeError` for an asynchronous
+    handler.
     """
+    if not isinstance(handler, StreamHandler):
+        raise TypeError(f"Flask takes a StreamHandler, not {type(handler).__name__}")
     name = "aibind" if handler.prefix == "/__aibind__" else f"aibind at {handler.prefix.replace('.', ' ')}"
     made = Blueprint(name, __name__, url_prefix=handler.prefix or None)
 
@@ -29,6 +33,7 @@ def blueprint(handler: StreamHandler) -> Blueprint:
                 {name.lower(): value for name, value in request.headers},
                 _body(handler.max_body),
                 original,
+                current_app.app_context,
             )
         )
         return Response(response.body, response.status, dict(response.headers))

@@ -17,7 +17,12 @@ METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]  # those that are wrong are 
 
 
 def routes(handler: AsyncStreamHandler) -> list[Route]:
-    """Return the routes of a handler. The request that `generate` and `authorize` get as `original` is Starlette's."""
+    """Return the routes of a handler. The request that `generate` and `authorize` get as `original` is Starlette's.
+
+    Raises `TypeError` for a synchronous handler.
+    """
+    if not isinstance(handler, AsyncStreamHandler):
+        raise TypeError(f"Starlette and FastAPI take an AsyncStreamHandler, not {type(handler).__name__}")
 
     async def answer(request: Request) -> Response:
         body = bytearray()
