@@ -25,6 +25,7 @@ FOLDERS = [ROOT / "src" / "aibind_postgres", ROOT / "tests", ROOT / "tests" / "f
 
 # Every paired name, since unasync alone would turn AsyncX into SyncX.
 RENAMES = {
+    "AbstractAsyncContextManager": "AbstractContextManager",
     "AsyncAnnouncer": "Announcer",
     "AsyncAppender": "Appender",
     "AsyncAttempt": "Attempt",

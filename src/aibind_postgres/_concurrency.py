@@ -273,10 +273,7 @@ def async_break_off(worker: AsyncWorker, source: object) -> bool:
 
 
 def break_off(worker: Worker, source: object) -> bool:
-    """Close a source for which a worker waits, and say whether that was done.
-
-    A generator that is running refuses, and goes on to its next item.
-    """
+    """Close a source for which a worker waits, and say whether that was done."""
     close = getattr(source, "close", None)
     if close is None:
         return False

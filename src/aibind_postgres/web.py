@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple
 
 from .errors import AibindError
@@ -31,7 +31,8 @@ class WebError(AibindError):
 class WebRequest(NamedTuple):
     """A request, from any framework. The names of headers are in lower case; `original` is the framework's own.
 
-    A source is read when its request may be over: `within` sets up around it what the framework has for a request.
+    An answer goes on when its request may be over: `within`, as for a durable stream, sets up what the framework has
+    for a request.
     """
 
     method: str
@@ -40,7 +41,7 @@ class WebRequest(NamedTuple):
     headers: Mapping[str, str]
     body: bytes
     original: Any = None
-    within: Callable[[], AbstractContextManager[object]] = nullcontext
+    within: Callable[[], Any] = nullcontext
 
 
 class Generation(NamedTuple):
@@ -143,5 +144,5 @@ def tokens_saved(usage: str) -> int:
     try:
         counts = json.loads(usage)
         return int(counts["inputTokens"]) - int(counts["outputTokens"])
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, OverflowError):
         return 0

@@ -119,6 +119,11 @@ async def test_stopping_keeps_what_was_written(store, other):
     assert finish.calls == [("ab", ("stopped", None, 2))]
 
 
+async def test_an_id_that_is_a_number_is_not_taken_for_that_of_an_event(store):
+    stream = await AsyncDurableStream.start(store, items(["one", "two"]), id="2")
+    assert (await read(stream))[0] == ServerSentEvent("2", "stream-id", None)
+
+
 @pytest.mark.parametrize(
     ("expose_errors", "error", "text"),
     [

@@ -126,12 +126,14 @@ async def test_texts_and_summaries(world):
         assert response.headers["Content-Type"] == "text/plain; charset=utf-8"
     assert [(asked.kind, asked.prompt) for asked in world.asked] == [("complete", "Once"), ("title", "hi")]
     world.items = ["in short", StreamEvent("usage", '{"inputTokens": 9, "outputTokens": 2}')]
+    said = {"messages": [{"role": "user", "content": "hi"}]}
     for path in ("/compact", "/stream/compact", "/structured/compact"):
-        response = await world.post(path, {"messages": []})
+        response = await world.post(path, said)
         assert json.loads(response.body) == {"summary": "in short", "tokensSaved": 7}
         assert world.asked[-1].kind == "compact"
-    world.items = [StreamEvent("usage", '{"inputTokens": null}')]
-    assert json.loads((await world.post("/compact", {"messages": []})).body) == {"summary": "", "tokensSaved": 0}
+    for count in ("null", "Infinity", '"many"'):
+        world.items = [StreamEvent("usage", f'{{"inputTokens": {count}, "outputTokens": 1}}')]
+        assert json.loads((await world.post("/compact", said)).body) == {"summary": "", "tokensSaved": 0}
 
 
 async def test_a_summary_replaces_a_conversation(world):
@@ -148,6 +150,29 @@ async def test_a_summary_replaces_a_conversation(world):
         assert await world.said("a") == [("system", "hi, Hello world")]
     response = await world.post("/compact", {"messages": known, "sessionId": "new"}, handler=handler)
     assert json.loads(response.body)["summary"] == "what a page that was left open knows"
+
+
+async def test_what_is_not_summed_up_is_not_replaced(world):
+    await events(await world.post("/stream", {"prompt": "hi", "sessionId": "a"}))
+    turn = {"prompt": "said meanwhile", "sessionId": "a"}
+
+    async def compact(generation):
+        await events(await world.post("/stream", turn))
+        yield "in short"
+
+    known = [{"role": "user", "content": "hi"}]
+    handler = world.with_options(compact=compact)
+    response = await world.post("/compact", {"messages": known, "sessionId": "a"}, handler=handler)
+    assert refusal(response) == (409, "the conversation has changed meanwhile")
+    said = ["hi", "Hello world", "said meanwhile", "Hello world"]
+    assert [content for _, content in await world.said("a")] == said
+    async with world.conversations.edit("a") as chat:
+        chat.tree.rewind(chat.node_ids[0])
+    for session in ("a", "new"):
+        response = await world.post("/compact", {"messages": known if session == "a" else [], "sessionId": session})
+        assert refusal(response) == (400, "there is nothing to sum up")
+    assert len(await world.conversations.load("a")) == 4
+    assert (await world.conversations.load("new")).is_empty
 
 
 async def test_a_conversation_goes_on_and_is_saved_before_an_answer_is_done(world):
@@ -241,6 +266,7 @@ async def test_what_is_not_authorized_is_neither_read_nor_changed(world):
         ("POST", "/chat", {"messages": [{"role": "user", "content": 7}]}, 400, "content"),
         ("POST", "/title", {}, 400, "messages is required"),
         ("POST", "/compact", {}, 400, "messages is required"),
+        ("POST", "/compact", {"messages": []}, 400, "nothing to sum up"),
         ("POST", "/complete", {"input": ""}, 400, "input is required"),
         ("POST", "/stream/stop", {}, 400, "id is required"),
         ("POST", "/stream/stop", {"id": "nothing"}, 404, "no such stream"),
@@ -276,10 +302,17 @@ async def test_what_generate_refuses_or_fails_at(world, caplog):
     def refuse(generation):
         raise WebError(402, "no money left")
 
+    def refuse_without_a_word(generation):
+        raise WebError(402, "")
+
     def fail(generation):
         raise ValueError("geheim")
 
-    for generate, answer in ((refuse, (402, "no money left")), (fail, (500, "the answer broke off"))):
+    for generate, answer in (
+        (refuse, (402, "no money left")),
+        (refuse_without_a_word, (402, "the answer broke off")),
+        (fail, (500, "the answer broke off")),
+    ):
         handler = AsyncStreamHandler(generate, store=world.store)
         assert refusal(await world.post("/stream", {"prompt": "hi"}, handler=handler)) == answer
     assert "geheim" in caplog.text
@@ -288,8 +321,8 @@ async def test_what_generate_refuses_or_fails_at(world, caplog):
 @pytest.mark.parametrize("fault", [ValueError, InvalidDataError, StreamNotFoundError])
 async def test_what_the_application_fails_at_is_not_told_as_a_fault_of_the_client(world, caplog, fault):
     world.items = [fault("geheim")]
-    session = {"messages": [], "sessionId": "a"}
-    for path, body in (("/complete", {"input": "x"}), ("/compact", session)):
+    said = {"messages": [{"role": "user", "content": "hi"}], "sessionId": "a"}
+    for path, body in (("/complete", {"input": "x"}), ("/compact", said)):
         caplog.clear()
         assert refusal(await world.post(path, body)) == (500, "the answer broke off")
         assert "geheim" in caplog.text

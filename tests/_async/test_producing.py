@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from functools import partial
 
@@ -99,7 +99,7 @@ async def test_draining_lets_answers_end_and_breaks_off_those_that_do_not(store,
     await AsyncDurableStream.start(store, never, on_finish=late)
     elsewhere = await AsyncDurableStream.start(other, items(["a"], gate))
     await async_until(lambda: never.asked)
-    async with AsyncBackground(partial(AsyncDurableStream.drain, store, 5)) as draining:
+    async with AsyncBackground(partial(AsyncDurableStream.drain, store, 2)) as draining:
         await async_sleep(0.1)
         gate.set()
         assert await draining.result() is False
@@ -257,12 +257,12 @@ async def test_a_source_and_its_end_see_the_context_that_they_were_begun_in(stor
     assert seen == [("done", "tenant 7"), ("stopped", "tenant 7")]
 
 
-async def test_a_source_is_read_and_closed_within_what_is_set_up_for_it(store, other, monkeypatch):
+async def test_a_source_and_its_end_are_within_what_is_set_up_for_them(store, other, monkeypatch):
     tenant, seen = ContextVar("tenant"), []
-    gate, writing, held, finish = AsyncEvent(), AsyncEvent(), AsyncEvent(), Finish()
+    gate, writing, held = AsyncEvent(), AsyncEvent(), AsyncEvent()
 
-    @contextmanager
-    def within():
+    @asynccontextmanager
+    async def within():
         token = tenant.set("tenant 9")
         try:
             yield
@@ -271,13 +271,16 @@ async def test_a_source_is_read_and_closed_within_what_is_set_up_for_it(store, o
             seen.append("down")
 
     async def answer():
-        with within():
+        async with within():
             try:
                 yield tenant.get("nobody")
                 await gate.wait()
                 yield "and more"
             finally:
                 seen.append(tenant.get("nobody"))
+
+    async def finish(text, status):
+        seen.append(f"{status.state} in {tenant.get('nobody')}")
 
     async def write(text):
         writing.set()
@@ -290,9 +293,10 @@ async def test_a_source_is_read_and_closed_within_what_is_set_up_for_it(store, o
     gate.set()
     await async_until(writing.is_set)
     assert await other.stop(stream.id)  # while the source neither runs nor has ended
-    await async_until(lambda: finish.calls)
+    await async_until(lambda: "stopped in tenant 9" in seen)
     held.set()
-    await async_until(lambda: seen == ["tenant 9", "down", "down"])
+    await async_until(lambda: len(seen) == 5)
+    assert sorted(seen) == ["down", "down", "down", "stopped in tenant 9", "tenant 9"]
     assert tenant.get() == "tenant 7"
 
 
@@ -300,6 +304,19 @@ async def test_what_cannot_be_set_up_for_a_source_ends_the_stream_in_error(store
     stream = await AsyncDurableStream.start(store, items(["a"]), within=partial(int, "geheim"))
     assert await stream.wait(20) == ("error", "the answer broke off", 0)
     assert "geheim" in caplog.text
+
+
+async def test_what_fails_to_be_taken_down_leaves_an_answer_whole(store, caplog):
+    @asynccontextmanager
+    async def within():
+        yield
+        raise ValueError("geheim")
+
+    finish = Finish()
+    stream = await AsyncDurableStream.start(store, items(["a"]), within=within, on_finish=finish)
+    assert await stream.wait(20) == ("done", None, 1)
+    assert finish.calls == [("a", ("done", None, 1))]
+    assert "failed to be taken down" in caplog.text
 
 
 async def test_an_end_that_nobody_can_ask_for_is_told_as_unknown(store, caplog, monkeypatch):

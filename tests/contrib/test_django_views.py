@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import threading
 
 import psycopg
 import pytest
+from asgiref.sync import ThreadSensitiveContext, sync_to_async
 from django.core.exceptions import ImproperlyConfigured
 from django.core.handlers.base import BaseHandler
 from django.db import connections, transaction
@@ -16,6 +18,7 @@ from django.test import AsyncRequestFactory, RequestFactory
 from support.concurrency import until
 
 from aibind_postgres import (
+    AsyncDurableStream,
     AsyncPostgresStreamStore,
     AsyncStreamHandler,
     DurableStream,
@@ -96,24 +99,55 @@ def test_producers_leave_no_connections(store, dsn, monkeypatch):
         until(lambda: observer.execute(count).fetchone() == (0,))
 
 
-def test_what_a_source_asks_of_the_database_leaves_no_connections(store, dsn, monkeypatch):
-    def ask(generation):
-        with connections["default"].cursor() as cursor, connections["server_side"].cursor() as another:
-            yield "".join(str(each.execute("SELECT 1").fetchone()) for each in (cursor, another))
-
+@pytest.fixture
+def sources_connections(dsn, monkeypatch):
+    """Return how many connections there are that were made by Django since, and are left to nobody's chance."""
     for alias in ("default", "server_side"):
         monkeypatch.setitem(connections[alias].settings_dict["OPTIONS"], "application_name", "sources")
-    view = view_of(StreamHandler(ask, store=store))
+    count = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'sources'"
     gc.disable()  # it would close them
-    try:
-        with psycopg.connect(dsn, autocommit=True) as observer:
-            assert b"data: (1,)(1,)" in b"".join(view(prompt(RequestFactory()), path="stream"))
-            connections.close_all()
-            store.close()
-            count = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'sources'"
-            until(lambda: observer.execute(count).fetchone() == (0,))
-    finally:
-        gc.enable()
+    with psycopg.connect(dsn, autocommit=True) as observer:
+        yield lambda: observer.execute(count).fetchone()[0]
+    gc.enable()
+
+
+def ask():
+    with connections["default"].cursor() as cursor, connections["server_side"].cursor() as another:
+        return "".join(str(each.execute("SELECT 1").fetchone()) for each in (cursor, another))
+
+
+def test_what_a_source_asks_of_the_database_leaves_no_connections(store, sources_connections):
+    def generate(generation):
+        yield ask()
+        assert sources_connections() >= 2
+
+    view = view_of(StreamHandler(generate, store=store))
+    assert b"data: (1,)(1,)" in b"".join(view(prompt(RequestFactory()), path="stream"))
+    connections.close_all()
+    store.close()
+    until(lambda: sources_connections() == 0)
+
+
+async def test_what_a_source_asks_when_its_request_is_over_leaves_no_connections(dsn, tables, sources_connections):
+    request_over = asyncio.Event()
+
+    async def generate(generation):
+        yield "a"
+        await request_over.wait()
+        yield await sync_to_async(ask)()
+        assert sources_connections() >= 2
+
+    async with AsyncPostgresStreamStore(dsn, **tables) as store:
+        view = view_of(AsyncStreamHandler(generate, store=store))
+        threads = threading.active_count()
+        async with ThreadSensitiveContext():  # as Django has it around each request
+            answer = await view(prompt(AsyncRequestFactory()), path="stream")
+            await sync_to_async(ask)()
+            await sync_to_async(connections.close_all)()
+        request_over.set()
+        assert b"data: (1,)(1,)" in b"".join([part async for part in answer])
+        assert await AsyncDurableStream.drain(store, 20)
+        until(lambda: sources_connections() == 0 and threading.active_count() <= threads)
 
 
 def test_a_stream_in_a_transaction_that_is_not_over_is_told_to_the_log(store, caplog):

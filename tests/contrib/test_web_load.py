@@ -96,17 +96,22 @@ async def test_a_thousand_readers_get_everything_once_and_wait_without_a_connect
 TOTAL = 64 * 1024 * 1024  # characters
 
 
-@pytest.fixture(scope="module", params=[2048, 65536], ids=["small", "large"])
-def long_stream(request, web_database):
-    """A stream of 64 MiB: its id and its chunks."""
-    size = request.param
-    chunks = [f"{number}".ljust(size, ".") for number in range(TOTAL // size)]
+SIZES = {"small": 2048, "large": 65536}
+
+
+@pytest.fixture(scope="module")
+def long_streams(web_database):
+    """Streams of 64 MiB each, by the size of their chunks: their ids and chunks."""
+    streams = {}
     with PostgresStreamStore(web_database) as store:
-        id = store.create()
-        while chunks_left := chunks[store.get_status(id).total_chunks :]:
-            store.append_many(id, chunks_left[:1024])
-        store.complete(id)
-    return id, chunks
+        for size in SIZES.values():
+            chunks = [f"{number}".ljust(size, ".") for number in range(TOTAL // size)]
+            id = store.create()
+            while chunks_left := chunks[store.get_status(id).total_chunks :]:
+                store.append_many(id, chunks_left[:1024])
+            store.complete(id)
+            streams[size] = id, chunks
+    return streams
 
 
 def memory(client: Client) -> int:
@@ -116,8 +121,9 @@ def memory(client: Client) -> int:
 
 
 @pytest.mark.skipif(not PROC, reason="there is no /proc to see into the server with")
-def test_a_client_that_reads_slowly_makes_the_server_hold_no_more_than_a_page(client, long_stream):
-    id, chunks = long_stream
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+def test_a_client_that_reads_slowly_makes_the_server_hold_no_more_than_a_page(client, long_streams, size):
+    id, chunks = long_streams[size]
     for _ in range(10):  # so that the processes have what they need for any reader
         client.resume(id, len(chunks) - 10).read()
     before = memory(client)

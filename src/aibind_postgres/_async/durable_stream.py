@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterable, AsyncIterator, Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractAsyncContextManager, nullcontext
 from datetime import timedelta
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -40,7 +40,7 @@ class AsyncDurableStream:
         id: str | None = None,
         on_finish: Callable[[str, StreamStatus | None], Any] | None = None,
         expose_errors: bool = False,
-        within: Callable[[], AbstractContextManager[object]] = nullcontext,
+        within: Callable[[], AbstractAsyncContextManager[object]] = nullcontext,
     ) -> AsyncDurableStream:
         """Begin a stream, have it written from `source` in the background, and return at once.
 
@@ -53,10 +53,12 @@ class AsyncDurableStream:
         source comes to its end, so that readers wait for it, and after every other end. Of what was produced just
         before somebody else ended the stream, the last may not be stored. The status is None if the stream was deleted,
         or if the database cannot be asked. It must not wait for its own stream, nor close the store. If the stream
-        is stopped while it runs before the end, it has been told of a stream that is done, and it is called no more.
+        is stopped while it runs before the end, or the event loop ends, it has been told of a stream that is done, and
+        is called no more.
 
-        The source is read, and closed, within the context manager that `within` returns, in the thread of the producer.
-        Flask's `app.app_context` is such a one: that of the caller is taken down when his request ends.
+        The source is read, and one that is a generator closed, within what `within` returns, and `on_finish` is called
+        within another: a context manager of this flavour, such as Flask's `app.app_context`, of which that of the
+        caller is taken down when his request ends. One that fails afterwards is told to the log alone.
 
         Raises what `create` raises, and `InvalidDataError` for an id that an event cannot tell; then the source is
         closed. Raises `TypeError` for what is no source. A caller who is cancelled begins the stream all the same.
@@ -161,4 +163,5 @@ class AsyncDurableStream:
 
 
 def _introduction(stream_id: str) -> ServerSentEvent:
-    return ServerSentEvent(stream_id, "stream-id", stream_id)
+    # A number would be taken for that of an event, to go on from.
+    return ServerSentEvent(stream_id, "stream-id", None if stream_id.isdigit() else stream_id)

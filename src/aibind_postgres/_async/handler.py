@@ -15,7 +15,7 @@ from urllib.parse import quote
 from .. import _arguments as arguments
 from .._concurrency import async_settle
 from ..errors import InvalidDataError, StreamNotFoundError
-from ..history import new_id
+from ..history import ConversationConflictError, new_id
 from ..web import (
     Generation,
     Kind,
@@ -130,7 +130,7 @@ class AsyncStreamHandler:
                 raise WebError(413, f"the body must be at most {self.max_body} bytes long")
             response: AsyncWebResponse = await respond(request)
         except WebError as refusal:
-            return _json({"error": refusal.text}, refusal.status)
+            return _json({"error": refusal.text or GENERIC_ERROR}, refusal.status)
         except Exception:
             logger.exception("%s %s failed", request.method, request.path)
             return _json({"error": GENERIC_ERROR}, 500)
@@ -210,14 +210,19 @@ class AsyncStreamHandler:
         if self._conversations is not None and generation.session_id is not None:
             with _told_to_the_client():
                 chat = await self._conversations.load(generation.session_id)
-            # What is replaced is what is summed up: a page that was left open may know less of it.
-            generation = generation._replace(messages=chat.messages or generation.messages)
+            if not chat.is_empty:  # what is replaced is what is summed up: a page that was left open may know less
+                generation = generation._replace(messages=chat.messages)
+        if not generation.messages:
+            raise WebError(400, "there is nothing to sum up")
         summary, usage = await _put_together(await async_settle(self._compact(generation)))
         if self._conversations is not None and chat is not None:
             if not summary.strip():
                 raise WebError(502, "the summary is empty")
             chat.compact({"role": "system", "content": summary})
-            await self._conversations.save(str(generation.session_id), chat)
+            try:
+                await self._conversations.save(str(generation.session_id), chat, on_conflict="raise")
+            except ConversationConflictError:  # what was said meanwhile is not summed up
+                raise WebError(409, "the conversation has changed meanwhile") from None
         return _json({"summary": summary, "tokensSaved": tokens_saved(usage)})
 
     async def _asked(self, kind: Kind, request: WebRequest) -> Generation:

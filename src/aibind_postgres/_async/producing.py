@@ -6,7 +6,7 @@ import inspect
 import logging
 import os
 from collections.abc import AsyncIterable, Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractAsyncContextManager
 from time import monotonic
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -44,7 +44,7 @@ class AsyncProducer:
         source: AsyncIterable[str | StreamEvent],
         on_finish: Callable[[str, StreamStatus | None], Any] | None,
         expose_errors: bool,
-        within: Callable[[], AbstractContextManager[object]],
+        within: Callable[[], AbstractAsyncContextManager[object]],
     ) -> None:
         self.stream_id = stream_id
         self.finished = AsyncEvent()  # nothing is owed any more
@@ -145,9 +145,9 @@ class AsyncProducer:
             raise SourceInterrupted(GENERIC_ERROR) from interruption
 
     async def _pipe(self, writer: AsyncStreamWriter) -> None:
-        writing = False
+        writing = whole = False
         try:
-            with self._within():
+            async with self._within():
                 try:
                     async for item in self._source:
                         text = arguments.storable_text(chunk_text(item), "a chunk")
@@ -156,6 +156,7 @@ class AsyncProducer:
                         writing = False
                         if self._on_finish is not None and isinstance(item, str):
                             self._texts.append(item)
+                    whole = True
                 finally:
                     await self._close_source()
         except WebError as refusal:
@@ -163,6 +164,9 @@ class AsyncProducer:
         except Exception as error:
             if writing or self._ended:
                 raise
+            if whole:
+                logger.exception("what was set up for the source of stream %r failed to be taken down", self.stream_id)
+                return
             logger.exception("the source of stream %r failed", self.stream_id)
             told = str(error) or type(error).__name__
             raise SourceError(told if self._expose_errors else GENERIC_ERROR) from error
@@ -200,7 +204,8 @@ class AsyncProducer:
         try:
             if self._on_finish is not None:
                 status = status or await self._last_status()
-                await async_settle(self._on_finish("".join(self._texts), status))
+                async with self._within():
+                    await async_settle(self._on_finish("".join(self._texts), status))
         except Exception:
             logger.exception("on_finish of stream %r failed", self.stream_id)
         finally:

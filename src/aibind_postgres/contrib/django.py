@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
-from contextlib import contextmanager, nullcontext
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING
 
+from asgiref.sync import ThreadSensitiveContext, sync_to_async
 from django.core.exceptions import ImproperlyConfigured
 from django.core.handlers.asgi import ASGIRequest
 from django.db import connections
@@ -17,7 +19,7 @@ from django.views.decorators.csrf import csrf_exempt
 from .. import AsyncStreamHandler, AsyncWebResponse, StreamHandler, WebRequest, WebResponse
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import AsyncIterator, Iterator
 
     from django.http import HttpRequest
     from django.http.response import HttpResponseBase
@@ -68,17 +70,31 @@ def _asked(handler: StreamHandler | AsyncStreamHandler, request: HttpRequest, pa
         {name.lower(): value for name, value in request.headers.items()},
         _body(request, handler.max_body + 1),  # the handler refuses what is longer
         request,
-        nullcontext if isinstance(handler, AsyncStreamHandler) else _connections_of_its_own,
+        _own_thread if isinstance(handler, AsyncStreamHandler) else _own_connections,
     )
 
 
 @contextmanager
-def _connections_of_its_own() -> Iterator[None]:
-    """Close the connections that a source has made in the thread of its producer: there, no request ends."""
+def _own_connections() -> Iterator[None]:
+    """Close the connections that an answer has made in a thread of its own, in which no request ends."""
     try:
         yield
     finally:
         connections.close_all()
+
+
+@asynccontextmanager
+async def _own_thread() -> AsyncIterator[None]:
+    """Give an answer a thread of its own for what is synchronous, since that of its request ends with the request."""
+    executor = ThreadPoolExecutor(max_workers=1)
+    try:
+        async with ThreadSensitiveContext(executor=executor):
+            try:
+                yield
+            finally:
+                await sync_to_async(connections.close_all)()
+    finally:
+        executor.shutdown(wait=False)
 
 
 def _body(request: HttpRequest, most: int) -> bytes:
