@@ -160,14 +160,14 @@ def test_live_input_is_sent_at_once_and_ctrl_c_stops_the_stream(database: str, s
 
 
 def test_a_delay_spreads_the_chunks_and_replay_keeps_their_pace(database: str) -> None:
-    assert run("write", "slow", "--by", "word", "--delay", "0.2", stdin=b"a b c d", dsn=database).returncode == 0
+    assert run("write", "slow", "--by", "word", "--delay", "0.1", stdin=b"a b c d", dsn=database).returncode == 0
     took = {}
-    for options in (["--speed", "1"], ["--speed", "1000"], ["--instant", "--after", "2"]):
+    for options in (["--speed", "0.1"], ["--speed", "1000"], ["--instant", "--after", "2"]):
         began = time.monotonic()
         done = run("replay", "slow", *options, dsn=database)
         took[options[1]] = time.monotonic() - began
         assert (done.stdout, done.returncode) == (b"c d" if "--after" in options else b"a b c d", 0)
-    assert took["1"] - took["1000"] > 0.35
+    assert took["0.1"] - took["1000"] > 1  # of three seconds: how long a process takes to begin is anybody's guess
 
 
 @pytest.mark.parametrize(
