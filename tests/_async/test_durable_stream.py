@@ -113,7 +113,7 @@ async def test_stopping_keeps_what_was_written(store, other):
     reader = other.read_from(stream.id)
     assert [(await reader.__anext__()).data for _ in range(2)] == ["\x01a", "\x01b"]
     assert await other.stop(stream.id)
-    await async_sleep(0.2)
+    await async_until(lambda: stream._producer._ended)
     gate.set()  # a generator that runs in a thread cannot be interrupted
     assert await stream.wait(20) == ("stopped", None, 2)
     assert finish.calls == [("ab", ("stopped", None, 2))]

@@ -189,11 +189,10 @@ async def test_a_conversation_goes_on_and_is_saved_before_an_answer_is_done(worl
 async def test_half_an_answer_is_saved_and_marked(world, end):
     if end == "error":
         world.items = ["Hel", ValueError("the model is gone")]
-    response = None
 
     async def generate(generation):
         yield "Hel"
-        await {"stopped": world.store.stop, "deleted": world.store.delete}[end](response.headers["X-Stream-Id"])
+        await {"stopped": world.store.stop, "deleted": world.store.delete}[end](generation.stream_id)
         for number in range(1000):
             yield f"{number}"
 

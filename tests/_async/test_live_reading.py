@@ -12,7 +12,7 @@ import psycopg
 import pytest
 from psycopg_pool import AsyncConnectionPool
 from support import servers
-from support.concurrency import AsyncBackground, async_gather, async_sleep, async_workers, run_python
+from support.concurrency import AsyncBackground, async_gather, async_sleep, async_until, async_workers, run_python
 
 from aibind_postgres import (
     AsyncPostgresStreamStore,
@@ -54,7 +54,8 @@ with PostgresStreamStore(dsn, **names) as store:
 
 async def statements_waiting(dsn, query):
     """Wait until the server has a connection whose last statement is like `query`."""
-    async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as connection:
+    # By name: one that has just been closed may still be listed.
+    async with await psycopg.AsyncConnection.connect(dsn, autocommit=True, application_name="test") as connection:
         statement = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND query LIKE %s"
         while (await (await connection.execute(statement, [query])).fetchone()) == (0,):
             await async_sleep(0.01)
@@ -109,7 +110,8 @@ async def test_listening_begins_anew_when_the_connection_is_lost(dsn, tables, st
                     await statements_waiting(dsn, "LISTEN%")
                     await store.append(id, f"{number}")
                     statement = (
-                        "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE query LIKE 'LISTEN%'"
+                        "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity "
+                        "WHERE query LIKE 'LISTEN%' AND datname = current_database()"
                     )
                     await (await admin.execute(statement)).fetchall()
                     await store.append(id, f"{number}, lost")
@@ -206,9 +208,7 @@ async def test_leaving_early_leaves_nothing_behind(store):
     for _ in range(100):
         async for _chunk in store.read_from(id):
             break
-    await async_sleep(0.01)
-    assert store._changes.followed() == []
-    assert store._changes._feeds == {}
+    await async_until(lambda: store._changes.followed() == [] and store._changes._feeds == {})
 
 
 async def test_a_stream_made_anew_is_not_taken_for_the_old_one(store):
@@ -399,7 +399,8 @@ async def test_waiting_readers_cost_one_connection(database):
                 async with await psycopg.AsyncConnection.connect(database, autocommit=True) as admin:
                     statement = (
                         "SELECT count(*) FROM pg_stat_activity "
-                        "WHERE datname = current_database() AND pid <> pg_backend_pid() AND backend_type LIKE 'client%'"
+                        "WHERE datname = current_database() AND backend_type LIKE 'client%' "
+                        "AND pid <> pg_backend_pid() AND application_name <> 'test'"
                     )
                     (connections,) = await (await admin.execute(statement)).fetchone()
                 for id in ids:
@@ -425,7 +426,7 @@ async def test_idle_readers_share_one_poll(dsn, tables):
             id = await store.create()
 
             async def count():
-                await async_sleep(0.5)
+                await async_until(lambda: sum(len(feed.waiting) for feed in store._changes._feeds.get(id, ())) == 100)
                 statements.clear()
                 await async_sleep(1)
                 idle = list(statements)
@@ -468,6 +469,7 @@ async def test_a_reader_gives_up_after_a_time():
     with servers.own_server() as server:
         schema.migrate(server.dsn)
         async with AsyncConnectionPool(server.dsn, min_size=1, timeout=0.2, open=False) as pool:
+            await pool.wait(30)
             async with AsyncPostgresStreamStore(pool, retry_for=1) as store:
                 id = await store.create()
 

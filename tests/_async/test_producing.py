@@ -17,6 +17,7 @@ from aibind_postgres import (
     InvalidDataError,
     StreamExistsError,
 )
+from aibind_postgres._async import producing
 from aibind_postgres._concurrency import AsyncEvent
 
 BROKEN_OFF = ("error", "the answer broke off", 1)
@@ -26,6 +27,12 @@ BROKEN_OFF = ("error", "the answer broke off", 1)
 async def store(dsn, tables):
     async with AsyncPostgresStreamStore(dsn, **tables) as store:
         yield store
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch):
+    """Let `on_finish` have the time that it takes on a busy machine."""
+    monkeypatch.setattr(producing, "LAST_WORDS", 20.0)
 
 
 async def spoken(store, stream):
@@ -99,7 +106,7 @@ async def test_draining_lets_answers_end_and_breaks_off_those_that_do_not(store,
     await AsyncDurableStream.start(store, never, on_finish=late)
     elsewhere = await AsyncDurableStream.start(other, items(["a"], gate))
     await async_until(lambda: never.asked)
-    async with AsyncBackground(partial(AsyncDurableStream.drain, store, 2)) as draining:
+    async with AsyncBackground(partial(AsyncDurableStream.drain, store, 4)) as draining:
         await async_sleep(0.1)
         gate.set()
         assert await draining.result() is False
@@ -166,6 +173,7 @@ async def test_a_server_that_is_silent_holds_up_no_end(store, monkeypatch):
         await AsyncDurableStream.start(store, source)
     await async_until(lambda: all(source.asked for source in sources))
     monkeypatch.setattr(store, "fail", silent)
+    monkeypatch.setattr(producing, "LAST_WORDS", 0.5)
     async with AsyncBackground(partial(AsyncDurableStream.drain, store, 0)) as draining:
         assert await draining.result() is False  # though nobody has answered
     silence.set()

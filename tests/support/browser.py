@@ -35,7 +35,7 @@ def chromium() -> Iterator[Browser]:
 class Demo:
     """`aibind-postgres demo --web`, in a process of its own. It may be killed and started again."""
 
-    def __init__(self, framework: str, dsn: str, *, port: int = 0, delay: float = 0.02, **environment: str) -> None:
+    def __init__(self, framework: str, dsn: str, *, port: int = 0, delay: float = 0.05, **environment: str) -> None:
         self._arguments = ["demo", "--web", f"--framework={framework}", f"--dsn={dsn}"]
         self._environment = {**os.environ, "AIBIND_DEMO_DELAY": f"{delay}", "PYTHONWARNINGS": "ignore"}
         for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):

@@ -65,7 +65,7 @@ def start(*arguments: str, dsn: str) -> subprocess.Popen[bytes]:
 
 
 def eventually(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while not condition():
         assert time.monotonic() < deadline, "it does not happen"
         time.sleep(0.01)
@@ -201,8 +201,10 @@ def test_a_writer_that_is_ended_ends_the_stream(
     database: str, store: PostgresStreamStore, ending: signal.Signals
 ) -> None:
     with start("write", "x", dsn=database) as writer:
-        eventually(lambda: store.get_status("x"))
-        time.sleep(0.1)
+        assert writer.stdin is not None
+        writer.stdin.write(b"one\n")
+        writer.stdin.flush()
+        eventually(lambda: (status := store.get_status("x")) and status.total_chunks == 1)
         writer.send_signal(ending)
     assert writer.returncode == 128 + ending
     status = store.get_status("x")

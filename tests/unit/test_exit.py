@@ -12,8 +12,10 @@ from aibind_postgres._sync.producing import Producer
 
 PROGRAM = """
 import sys, threading
-from aibind_postgres import DurableStream, PostgresConversationStore, PostgresStreamStore
+from aibind_postgres import DurableStream, PostgresStreamStore
+from aibind_postgres._sync import producing
 
+producing.LAST_WORDS = 20.0  # on a busy machine
 store = PostgresStreamStore(sys.argv[1])
 blocked = threading.Event()
 

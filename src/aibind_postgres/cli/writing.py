@@ -30,7 +30,7 @@ class NotTextError(Exception):
 
 
 def write(store: PostgresStreamStore, stream_id: str, by: str, delay: float) -> int:
-    """Store standard input as a new stream and return the exit code. Whatever happens, the stream is ended."""
+    """Store standard input as a new stream and return the exit code. Once it is there, it is ended whatever happens."""
     try:
         store.create(stream_id)
     except StreamExistsError as error:
