@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, nullcontext
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -255,6 +256,11 @@ async def async_conversations(message: Message) -> None:
         assert_type(await store.cleanup(), int)
 
 
+@asynccontextmanager
+async def async_surroundings() -> AsyncIterator[None]:
+    yield
+
+
 def browsers(store: PostgresStreamStore, conversations: PostgresConversationStore, request: WebRequest) -> None:
     def finish(text: str, status: StreamStatus | None) -> None: ...
 
@@ -264,6 +270,8 @@ def browsers(store: PostgresStreamStore, conversations: PostgresConversationStor
     assert_type(stream.sse(heartbeat=timedelta(seconds=5)), Iterator[bytes])
     assert_type(stream.wait(5), StreamStatus)
     assert_type([stream.stop(), DurableStream.drain(store, timeout=5)], list[bool])
+    DurableStream.start(store, ["text"], within=nullcontext)
+    DurableStream.start(store, ["text"], within=async_surroundings)  # type: ignore[arg-type]
     DurableStream.start(store, [7])  # type: ignore[list-item]
 
     def generate(generation: Generation) -> Iterator[str]:
@@ -282,6 +290,8 @@ async def async_browsers(store: AsyncPostgresStreamStore, source: AsyncIterator[
     assert_type(stream, AsyncDurableStream)
     assert_type(stream.sse(3), AsyncIterator[bytes])
     assert_type([await stream.stop(), await AsyncDurableStream.drain(store)], list[bool])
+    await AsyncDurableStream.start(store, source, within=nullcontext)
+    await AsyncDurableStream.start(store, source, within=async_surroundings)
     await AsyncDurableStream.start(store, ["text"])  # type: ignore[arg-type]
     answer = await AsyncStreamHandler(lambda generation: source, store=store).handle(request)
     assert_type(answer, AsyncWebResponse)

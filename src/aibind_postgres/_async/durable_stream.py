@@ -53,12 +53,12 @@ class AsyncDurableStream:
         source comes to its end, so that readers wait for it, and after every other end. Of what was produced just
         before somebody else ended the stream, the last may not be stored. The status is None if the stream was deleted,
         or if the database cannot be asked. It must not wait for its own stream, nor close the store. If the stream
-        is stopped while it runs before the end, or the event loop ends, it has been told of a stream that is done, and
-        is called no more.
+        is stopped while it runs, or the event loop ends, it has been told that the stream is done, and is not called
+        again.
 
-        The source is read, and one that is a generator closed, within what `within` returns, and `on_finish` is called
-        within another: a context manager of this flavour, such as Flask's `app.app_context`, of which that of the
-        caller is taken down when his request ends. One that fails afterwards is told to the log alone.
+        `within` returns a context manager of this flavour, which sets up what the end of the caller's request would
+        take down, such as Flask's `app.app_context`. The source is read within one, and closed if it is a generator;
+        `on_finish` is called within another. When the source has ended well, a failure to take down goes to the log.
 
         Raises what `create` raises, and `InvalidDataError` for an id that an event cannot tell; then the source is
         closed. Raises `TypeError` for what is no source. A caller who is cancelled begins the stream all the same.
