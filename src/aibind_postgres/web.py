@@ -129,7 +129,7 @@ def resume_point(request: WebRequest, stream_id: str) -> int:
     """Return the number after which to resume.
 
     A browser's `EventSource` says it in a header, later than the address that it was made with: and there the id of the
-    stream stands for its beginning, since that is the id of the first event.
+    stream stands for its beginning, since that is the id of the first event, unless it could be that of another.
     """
     point = request.headers.get("last-event-id") or request.query.get("after") or "0"
     if point.isascii() and point.isdigit() and len(point) <= 15:

@@ -309,7 +309,7 @@ async def test_what_generate_refuses_or_fails_at(world, caplog):
 
     for generate, answer in (
         (refuse, (402, "no money left")),
-        (refuse_without_a_word, (402, "the answer broke off")),
+        (refuse_without_a_word, (402, "refused")),
         (fail, (500, "the answer broke off")),
     ):
         handler = AsyncStreamHandler(generate, store=world.store)

@@ -16,6 +16,7 @@ from aibind_postgres import (
     AsyncPostgresStreamStore,
     InvalidDataError,
     StreamExistsError,
+    WebError,
 )
 from aibind_postgres._async import producing
 from aibind_postgres._concurrency import AsyncEvent
@@ -308,23 +309,80 @@ async def test_a_source_and_its_end_are_within_what_is_set_up_for_them(store, ot
     assert tenant.get() == "tenant 7"
 
 
-async def test_what_cannot_be_set_up_for_a_source_ends_the_stream_in_error(store, caplog):
-    stream = await AsyncDurableStream.start(store, items(["a"]), within=partial(int, "geheim"))
+async def test_what_cannot_be_set_up_is_a_failure_of_what_it_is_for(store, caplog):
+    finish, source = Finish(), Silent()
+    stream = await AsyncDurableStream.start(store, source, within=partial(int, "geheim"), on_finish=finish)
     assert await stream.wait(20) == ("error", "the answer broke off", 0)
-    assert "geheim" in caplog.text
+    assert (source.asked, source.closed, finish.calls) == (False, 1, [])
+    for failed in ("the source of stream", "on_finish of stream"):
+        assert failed in caplog.text
+    assert caplog.text.count("ValueError: invalid literal for int() with base 10: 'geheim'") == 2
 
 
-async def test_what_fails_to_be_taken_down_leaves_an_answer_whole(store, caplog):
+@pytest.mark.parametrize("error", [None, WebError(402, "no money left"), ValueError("broken")])
+async def test_what_fails_to_be_taken_down_changes_nothing(store, caplog, error):
+    seen = []
+
     @asynccontextmanager
     async def within():
-        yield
-        raise ValueError("geheim")
+        try:
+            yield
+        except Exception as seen_error:
+            seen.append(seen_error)
+        raise WebError(500, "geheim")
+
+    async def answer():
+        yield "a"
+        if error is not None:
+            raise error
 
     finish = Finish()
-    stream = await AsyncDurableStream.start(store, items(["a"]), within=within, on_finish=finish)
-    assert await stream.wait(20) == ("done", None, 1)
-    assert finish.calls == [("a", ("done", None, 1))]
-    assert "failed to be taken down" in caplog.text
+    stream = await AsyncDurableStream.start(store, answer(), within=within, on_finish=finish, expose_errors=True)
+    status = ("done", None, 1) if error is None else ("error", str(error), 1)
+    assert await stream.wait(20) == status
+    assert finish.calls == [("a", status)]
+    assert seen == ([] if error is None else [error])
+    assert caplog.text.count("could not be taken down") == 2
+
+
+async def test_what_fails_to_be_taken_down_after_a_stop_is_told_to_the_log(store, other, caplog):
+    @asynccontextmanager
+    async def within():
+        try:
+            yield
+        finally:
+            raise ValueError("geheim")
+
+    source = Silent()
+    stream = await AsyncDurableStream.start(store, source, within=within)
+    await async_until(lambda: source.asked)
+    await other.stop(stream.id)
+    assert (await stream.wait(20)).state == "stopped"
+    await async_until(lambda: "could not be taken down" in caplog.text)
+
+
+async def test_a_source_whose_stream_is_stopped_before_it_could_begin_does_not(store, other):
+    entered, gate, asked, finish = AsyncEvent(), AsyncEvent(), [], Finish()
+
+    @asynccontextmanager
+    async def within():
+        entered.set()
+        await gate.wait()
+        yield
+
+    async def answer():
+        asked.append("the model")
+        yield "a"
+
+    stream = await AsyncDurableStream.start(store, answer(), within=within, on_finish=finish)
+    await async_until(entered.is_set)
+    await other.stop(stream.id)
+    await async_until(lambda: stream._producer._ended)
+    gate.set()
+    assert await stream.wait(20) == ("stopped", None, 0)
+    await async_until(lambda: finish.calls)
+    await async_until(lambda: not [name for name in async_workers() if "producer" in name])
+    assert asked == []
 
 
 async def test_an_end_that_nobody_can_ask_for_is_told_as_unknown(store, caplog, monkeypatch):

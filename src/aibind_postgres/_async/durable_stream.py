@@ -52,13 +52,14 @@ class AsyncDurableStream:
         `on_finish` is called once, with the text that was produced and the status: before the stream is done, if the
         source comes to its end, so that readers wait for it, and after every other end. Of what was produced just
         before somebody else ended the stream, the last may not be stored. The status is None if the stream was deleted,
-        or if the database cannot be asked. It must not wait for its own stream, nor close the store. If the stream
-        is stopped while it runs, or the event loop ends, it has been told that the stream is done, and is not called
-        again.
+        or if the database cannot be asked. It must not wait for its own stream, nor close the store. If somebody
+        stops the stream while `on_finish` runs, or the process ends, it has been told that the stream is done, and is
+        not called again.
 
-        `within` returns a context manager of this flavour, which sets up what the end of the caller's request would
-        take down, such as Flask's `app.app_context`. The source is read within one, and closed if it is a generator;
-        `on_finish` is called within another. When the source has ended well, a failure to take down goes to the log.
+        `within` is called for a context manager of this flavour, once for the source, which is read, and closed if it
+        is a generator, inside of it, and once for `on_finish`; both may be open at the same time. It is for what a
+        framework takes down at the end of a request: with threads, Flask's `app.app_context`. If it cannot be entered,
+        that counts as a failure of what it is for; a failure to leave it goes to the log, and changes nothing.
 
         Raises what `create` raises, and `InvalidDataError` for an id that an event cannot tell; then the source is
         closed. Raises `TypeError` for what is no source. A caller who is cancelled begins the stream all the same.

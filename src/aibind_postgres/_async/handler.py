@@ -130,7 +130,7 @@ class AsyncStreamHandler:
                 raise WebError(413, f"the body must be at most {self.max_body} bytes long")
             response: AsyncWebResponse = await respond(request)
         except WebError as refusal:
-            return _json({"error": refusal.text or GENERIC_ERROR}, refusal.status)
+            return _json({"error": refusal.text or "refused"}, refusal.status)
         except Exception:
             logger.exception("%s %s failed", request.method, request.path)
             return _json({"error": GENERIC_ERROR}, 500)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import logging
 import os
-from collections.abc import AsyncIterable, Callable
-from contextlib import AbstractAsyncContextManager
+import sys
+from collections.abc import AsyncIterable, AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from time import monotonic
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -145,9 +146,11 @@ class AsyncProducer:
             raise SourceInterrupted(GENERIC_ERROR) from interruption
 
     async def _pipe(self, writer: AsyncStreamWriter) -> None:
-        writing = whole = False
+        writing = False
         try:
-            async with self._within():
+            async with self._surroundings():
+                if self._ended:  # while that was set up: then the source need not begin
+                    raise SourceError(GENERIC_ERROR)
                 try:
                     async for item in self._source:
                         text = arguments.storable_text(chunk_text(item), "a chunk")
@@ -156,7 +159,6 @@ class AsyncProducer:
                         writing = False
                         if self._on_finish is not None and isinstance(item, str):
                             self._texts.append(item)
-                    whole = True
                 finally:
                     await self._close_source()
         except WebError as refusal:
@@ -164,12 +166,22 @@ class AsyncProducer:
         except Exception as error:
             if writing or self._ended:
                 raise
-            if whole:
-                logger.exception("what was set up for the source of stream %r failed to be taken down", self.stream_id)
-                return
             logger.exception("the source of stream %r failed", self.stream_id)
             told = str(error) or type(error).__name__
             raise SourceError(told if self._expose_errors else GENERIC_ERROR) from error
+
+    @asynccontextmanager
+    async def _surroundings(self) -> AsyncIterator[None]:
+        """Be within what the caller wants; a failure to take that down changes nothing of what was done there."""
+        surroundings = self._within()
+        await surroundings.__aenter__()
+        try:
+            yield
+        finally:
+            try:
+                await surroundings.__aexit__(*sys.exc_info())
+            except Exception:
+                logger.exception("what was set up for stream %r could not be taken down", self.stream_id)
 
     async def _break_off(self, error: Exception) -> None:
         """Interrupt the source: nothing that it yields can be stored any more."""
@@ -204,7 +216,7 @@ class AsyncProducer:
         try:
             if self._on_finish is not None:
                 status = status or await self._last_status()
-                async with self._within():
+                async with self._surroundings():
                     await async_settle(self._on_finish("".join(self._texts), status))
         except Exception:
             logger.exception("on_finish of stream %r failed", self.stream_id)

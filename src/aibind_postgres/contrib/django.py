@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING
 
-from asgiref.sync import ThreadSensitiveContext, sync_to_async
+from asgiref.sync import AsyncToSync, SyncToAsync, ThreadSensitiveContext
 from django.core.exceptions import ImproperlyConfigured
 from django.core.handlers.asgi import ASGIRequest
 from django.db import connections
@@ -85,16 +84,23 @@ def _own_connections() -> Iterator[None]:
 
 @asynccontextmanager
 async def _own_thread() -> AsyncIterator[None]:
-    """Give an answer a thread of its own for what is synchronous, since that of its request ends with the request."""
-    executor = ThreadPoolExecutor(max_workers=1)
+    """Give an answer a thread of its own for what is synchronous, since that of its request ends with the request.
+
+    A `ThreadSensitiveContext` that is entered inside that of a request does nothing; to have it do something takes
+    asgiref 3.13, which Python 3.10 cannot have.
+    """
+    context = ThreadSensitiveContext()
+    token = SyncToAsync.thread_sensitive_context.set(context)
+    outer = getattr(AsyncToSync.executors, "current", None)  # of a synchronous middleware: it would come first
+    AsyncToSync.executors.current = None
     try:
-        async with ThreadSensitiveContext(executor=executor):
-            try:
-                yield
-            finally:
-                await sync_to_async(connections.close_all)()
+        yield
     finally:
-        executor.shutdown(wait=False)
+        AsyncToSync.executors.current = outer
+        SyncToAsync.thread_sensitive_context.reset(token)
+        if (executor := SyncToAsync.context_to_thread_executor.pop(context, None)) is not None:
+            executor.submit(connections.close_all)
+            executor.shutdown(wait=False)
 
 
 def _body(request: HttpRequest, most: int) -> bytes:

@@ -12,9 +12,9 @@ METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]  # those that are wrong are 
 def blueprint(handler: StreamHandler) -> Blueprint:
     """Return a blueprint with the routes of a handler.
 
-    The request that `generate` and `authorize` get as `original` is Flask's own. A generator runs in an application
-    context of its own, with a `g` of its own, and what is torn down with that is torn down at its end. Each reader
-    takes a thread of the server while he reads: use workers with threads. Raises `TypeError` for an asynchronous
+    The request that `generate` and `authorize` get as `original` is Flask's own. A generator whose text becomes
+    a stream runs in an application context of its own, with a `g` of its own, which is torn down when it ends. Each
+    reader takes a thread of the server while he reads: use workers with threads. Raises `TypeError` for an asynchronous
     handler.
     """
     if not isinstance(handler, StreamHandler):
