@@ -9,7 +9,7 @@ import threading
 
 import psycopg
 import pytest
-from asgiref.sync import ThreadSensitiveContext, sync_to_async
+from asgiref.sync import ThreadSensitiveContext, async_to_sync, sync_to_async
 from django.core.exceptions import ImproperlyConfigured
 from django.core.handlers.base import BaseHandler
 from django.db import connections, transaction
@@ -128,7 +128,10 @@ def test_what_a_source_asks_of_the_database_leaves_no_connections(store, sources
     until(lambda: sources_connections() == 0)
 
 
-async def test_what_a_source_asks_when_its_request_is_over_leaves_no_connections(dsn, tables, sources_connections):
+@pytest.mark.parametrize("middleware", ["asynchronous", "synchronous"])
+async def test_what_a_source_asks_when_its_request_is_over_leaves_no_connections(
+    dsn, tables, sources_connections, middleware
+):
     request_over = asyncio.Event()
 
     async def generate(generation):
@@ -141,6 +144,7 @@ async def test_what_a_source_asks_when_its_request_is_over_leaves_no_connections
         view = view_of(AsyncStreamHandler(generate, store=store))
         threads = threading.active_count()
         async with ThreadSensitiveContext():  # as Django has it around each request
+            view = sync_to_async(async_to_sync(view)) if middleware == "synchronous" else view
             answer = await view(prompt(AsyncRequestFactory()), path="stream")
             await sync_to_async(ask)()
             await sync_to_async(connections.close_all)()
