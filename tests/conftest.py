@@ -21,9 +21,9 @@ converter = runpy.run_path(str(ROOT / "scripts" / "unasync.py"))
 if converter["outdated"]():
     converter["convert"]()
 
-from support import servers  # noqa: E402
+from support import servers  # noqa: E402  # after the conversion
 
-from aibind_postgres import schema  # noqa: E402
+from aibind_postgres import schema  # noqa: E402  # after the conversion
 
 # A process that is started in the background ignores Ctrl-C, and so would all that it starts: some are sent it.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -101,11 +101,11 @@ def test_producers_leave_no_connections(store, dsn, monkeypatch):
 
 @pytest.fixture
 def sources_connections(dsn, monkeypatch):
-    """Return how many connections there are that were made by Django since, and are left to nobody's chance."""
+    """Count the connections that Django has made since and not closed, without help from the garbage collector."""
     for alias in ("default", "server_side"):
         monkeypatch.setitem(connections[alias].settings_dict["OPTIONS"], "application_name", "sources")
     count = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'sources'"
-    gc.disable()  # it would close them
+    gc.disable()
     with psycopg.connect(dsn, autocommit=True) as observer:
         yield lambda: observer.execute(count).fetchone()[0]
     gc.enable()

@@ -1,4 +1,7 @@
-"""The public interface as a caller sees it. Checked by mypy, never run."""
+"""The public interface as a caller sees it. Checked by mypy, never run.
+
+A line with `type: ignore` is a mistake that mypy has to notice: it fails where one is not.
+"""
 
 from __future__ import annotations
 

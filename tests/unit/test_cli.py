@@ -188,7 +188,7 @@ def test_somebody_else_ends_the_stream_meanwhile(database: str, store: PostgresS
             assert writer.stdin is not None
             writer.stdin.write(b"one\n")
             writer.stdin.flush()
-            eventually(lambda: (status := store.get_status(f"ended{more!r}")) and status.total_chunks)  # noqa: B023
+            eventually(lambda: (status := store.get_status(f"ended{more!r}")) and status.total_chunks)  # noqa: B023  # at once
             store.stop(f"ended{more!r}")
             _, errors = writer.communicate(more)
         assert writer.returncode == 1
@@ -244,8 +244,8 @@ def test_tail_follows_and_resumes_with_the_command_it_says(database: str, store:
 
 def test_the_command_to_resume_with_names_what_was_named(database: str) -> None:
     tables = {"chunks_table": "my chunks", "status_table": "my status"}
-    schema.migrate(database, **tables)  # type: ignore[arg-type]
-    with PostgresStreamStore(database, **tables) as store:  # type: ignore[arg-type]
+    schema.migrate(database, **tables)  # type: ignore[arg-type]  # not all options are texts
+    with PostgresStreamStore(database, **tables) as store:  # type: ignore[arg-type]  # the same
         store.create("-x")
         store.append("-x", "a")
         options = ["--chunks-table", "my chunks", "--status-table", "my status", "--dsn", database]
@@ -308,7 +308,7 @@ def test_schema_and_migrate_make_the_same_tables(empty_database: str, database: 
     names = ["--chunks-table", "c c", "--status-table", "public.s", "--conversations-table", "k", "--notify-trigger"]
     options = {"chunks_table": "c c", "status_table": "public.s", "conversations_table": "k", "notify_trigger": True}
     printed = run("schema", *names)
-    assert (printed.stdout.decode(), printed.stderr) == (schema.render(**options), b"")  # type: ignore[arg-type]
+    assert (printed.stdout.decode(), printed.stderr) == (schema.render(**options), b"")  # type: ignore[arg-type]  # the same
 
     found = []
     for dsn in (empty_database, database):

@@ -193,7 +193,8 @@ class AsyncProducer:
             # In threads, a generator is for the one who runs it, since what it has open may be bound to that thread:
             # while it runs, nobody else can close it, and when it does not, it is about to be closed.
             interrupting = self._source_open and not inspect.isgenerator(self._source)
-            self._source_open &= not interrupting
+            if interrupting:
+                self._source_open = False
         if interrupting and not async_break_off(self._worker, self._source):
             with self._mutex:
                 self._source_open = True  # it is for the one who reads from it
