@@ -54,7 +54,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         task = asyncio.create_task(housekeeping())
         yield
         task.cancel()
-        await AsyncDurableStream.drain(store)  # what is being written when the server ends
+        await AsyncDurableStream.shutdown(store)  # what is being written when the server ends
 
 
 app = FastAPI(lifespan=lifespan)

@@ -61,7 +61,7 @@ class AsyncEvent:
                 timer.cancel()
 
 
-class AsyncSignal:
+class AsyncOneShotEvent:
     """An event that is set once and waited for by one task; made for many of them.
 
     A wait may time out early: one timer serves all that wait in an event loop, for the same time, since a timer for
@@ -101,7 +101,7 @@ class AsyncSignal:
                 _resolve(waiter, False)
 
 
-class Signal:
+class OneShotEvent:
     """An event that is set once and waited for by one thread: a tenth of the cost of `threading.Event`."""
 
     def __init__(self) -> None:
@@ -159,22 +159,20 @@ def spawn(run: Callable[[], None], name: str, *, inherit: bool = False) -> Worke
     return thread
 
 
-def async_home() -> object:
+def async_running_loop() -> object:
     """Return what tasks cannot leave: the event loop that runs them."""
     return asyncio.get_running_loop()
 
 
-def home() -> object:
+def running_loop() -> object:
     """Return nothing: threads may go anywhere."""
     return None
 
 
-_uninterrupted: set[asyncio.Task[None]] = set()  # asyncio itself holds its tasks by weak references
+_shielded: set[asyncio.Task[None]] = set()  # asyncio itself holds its tasks by weak references
 
 
-async def async_uninterrupted(
-    run: Callable[[], Coroutine[Any, Any, None]], over: Callable[[], None] | None = None
-) -> None:
+async def async_shielded(run: Callable[[], Coroutine[Any, Any, None]], over: Callable[[], None] | None = None) -> None:
     """Run `run` to its end, also if the caller is cancelled meanwhile, and call `over` when it has ended in any way.
 
     `over` is called even if the event loop is shut down before `run` could begin.
@@ -182,7 +180,7 @@ async def async_uninterrupted(
 
     def conclude(task: asyncio.Task[None] | None = None) -> None:
         if task is not None:
-            _uninterrupted.discard(task)
+            _shielded.discard(task)
         if over is not None:
             over()
 
@@ -203,12 +201,12 @@ async def async_uninterrupted(
             return
     else:
         task = loop.create_task(run())
-    _uninterrupted.add(task)
+    _shielded.add(task)
     task.add_done_callback(conclude)
     await asyncio.shield(task)
 
 
-def uninterrupted(run: Callable[[], None], over: Callable[[], None] | None = None) -> None:
+def shielded(run: Callable[[], None], over: Callable[[], None] | None = None) -> None:
     """Run `run`, and call `over` when it has ended in any way."""
     try:
         run()
@@ -234,7 +232,7 @@ async def async_take(
         taken = await take()
         if task.cancelling() == cancelled:
             return taken
-        await async_uninterrupted(partial(give_back, taken))
+        await async_shielded(partial(give_back, taken))
         raise asyncio.CancelledError
     taking = asyncio.get_running_loop().create_task(take())
     try:
@@ -247,7 +245,7 @@ async def async_take(
             if not taking.cancelled() and taking.exception() is None:
                 await give_back(taking.result())
 
-        await async_uninterrupted(undo)
+        await async_shielded(undo)
         raise
 
 
@@ -266,13 +264,13 @@ def is_source(source: object) -> bool:
     return hasattr(source, "__iter__") and not isinstance(source, (str, bytes))
 
 
-def async_break_off(worker: AsyncWorker, source: object) -> bool:
+def async_interrupt(worker: AsyncWorker, source: object) -> bool:
     """Interrupt a worker that waits for the next item of a source. False: it is for the worker to close that."""
     worker.cancel()
     return False
 
 
-def break_off(worker: Worker, source: object) -> bool:
+def interrupt(worker: Worker, source: object) -> bool:
     """Close a source for which a worker waits, and say whether that was done."""
     close = getattr(source, "close", None)
     if close is None:
@@ -284,13 +282,15 @@ def break_off(worker: Worker, source: object) -> bool:
     return True
 
 
-async def async_settle(result: Any) -> Any:
-    """Return what a callback has returned, or what that gives when it is awaited."""
+async def async_call_or_await(callback: Callable[..., Any], *args: object) -> Any:
+    """Call a callback of either flavour and return its result."""
+    result = callback(*args)
     return await result if inspect.isawaitable(result) else result
 
 
-def settle(result: Any) -> Any:
-    """Return what a callback has returned. One that must be awaited would be taken for true: `TypeError`."""
+def call_or_await(callback: Callable[..., Any], *args: object) -> Any:
+    """Call a callback and return its result; raise `TypeError` for an awaitable, which would count as true."""
+    result = callback(*args)
     if inspect.iscoroutine(result):
         result.close()
     if inspect.isawaitable(result):

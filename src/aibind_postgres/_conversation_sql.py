@@ -41,7 +41,7 @@ UPDATE {conversations} SET expires_at = {now} + $2::bigint
 RETURNING 1
 """
 
-FORGET = "DELETE FROM {conversations} WHERE session_id = $1::text RETURNING expires_at > {now}"
+DELETE = "DELETE FROM {conversations} WHERE session_id = $1::text RETURNING expires_at > {now}"
 
 LIST_CONVERSATIONS = """
 SELECT session_id, expires_at FROM {conversations}
@@ -50,7 +50,7 @@ SELECT session_id, expires_at FROM {conversations}
  LIMIT $2::bigint
 """
 
-FORGET_EXPIRED = """
+DELETE_EXPIRED = """
 WITH expired AS MATERIALIZED (
     SELECT session_id FROM {conversations}
      WHERE expires_at <= {now}
@@ -73,6 +73,6 @@ class ConversationStatements:
         self.save = SAVE.format_map(values)
         self.overwrite = OVERWRITE.format_map(values)
         self.touch = TOUCH.format_map(values)
-        self.delete = FORGET.format_map(values)
+        self.delete = DELETE.format_map(values)
         self.list = LIST_CONVERSATIONS.format_map(values)
-        self.cleanup = FORGET_EXPIRED.format_map(values)
+        self.cleanup = DELETE_EXPIRED.format_map(values)

@@ -28,7 +28,7 @@ def now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def copied(value: Any, levels: int = MAX_LEVELS) -> Any:
+def deep_copy(value: Any, levels: int = MAX_LEVELS) -> Any:
     """Return a copy of a JSON value, or raise `InvalidDataError` for what is none."""
     if isinstance(value, str) or value is None:
         return value
@@ -36,11 +36,11 @@ def copied(value: Any, levels: int = MAX_LEVELS) -> Any:
         if not levels:
             raise InvalidDataError(f"not a JSON value that can be kept: it has more than {MAX_LEVELS} levels")
         if isinstance(value, list):
-            return [copied(item, levels - 1) for item in value]
+            return [deep_copy(item, levels - 1) for item in value]
         for key in value:
             if not isinstance(key, str):
                 raise InvalidDataError("not a JSON value: a dict in it has a key that is not a str")
-        return {key: copied(item, levels - 1) for key, item in value.items()}
+        return {key: deep_copy(item, levels - 1) for key, item in value.items()}
     if isinstance(value, float) and isfinite(value):
         return value
     if isinstance(value, int) and value.bit_length() <= MAX_BITS:
@@ -79,7 +79,7 @@ def valid_document(data: Any) -> Document:
     if not isinstance(data.get("nodes"), dict) or not _are_ids(data.get("rootIds")):
         raise InvalidHistoryError("its nodes are not an object, or its rootIds are not a list of ids")
     try:
-        document: Document = copied({**data, "nodes": None})
+        document: Document = deep_copy({**data, "nodes": None})
     except InvalidDataError as error:
         raise InvalidHistoryError(str(error)) from None
     document["nodes"] = {node_id: _valid_node(node_id, node) for node_id, node in data["nodes"].items()}
@@ -97,7 +97,7 @@ def _valid_node(node_id: str, node: Any) -> Document:
     if not isinstance(node.get("metadata", {}), dict) or not isinstance(node.get("createdAt", ""), str):
         raise InvalidHistoryError("its metadata is not an object, or its createdAt is not a text", node_id)
     try:
-        copy: Document = copied(node, MAX_LEVELS + 1)
+        copy: Document = deep_copy(node, MAX_LEVELS + 1)
     except InvalidDataError as error:
         raise InvalidHistoryError(str(error), node_id) from None
     return copy

@@ -110,7 +110,7 @@ class _SQLAlchemy(sync_client.Client):
                 return None
         return sync_connections.open_connection(parameters)
 
-    def may_recover(self, error: Exception) -> bool:
+    def is_recoverable(self, error: Exception) -> bool:
         return _engine_may_recover(error)
 
 
@@ -132,7 +132,7 @@ class _AsyncSQLAlchemy(async_client.AsyncClient):
             parameters = async_connections.parameters_of(driver)
         return await async_connections.open_connection(parameters)
 
-    def may_recover(self, error: Exception) -> bool:
+    def is_recoverable(self, error: Exception) -> bool:
         return _engine_may_recover(error)
 
 
@@ -169,14 +169,14 @@ class _Django(sync_client.Client):
             connection.execute(f"SET ROLE {quote(role)}")
         return connection
 
-    def may_recover(self, error: Exception) -> bool:
+    def is_recoverable(self, error: Exception) -> bool:
         lost = isinstance(error, (_django().OperationalError, _django().InterfaceError))
         return lost and not _in_transaction(self._wrapper)
 
-    def may_be_undone(self) -> bool:
+    def in_transaction(self) -> bool:
         return _in_transaction(self._wrapper)
 
-    def leave(self) -> None:
+    def release_thread(self) -> None:
         self._wrapper.close()
 
 
@@ -188,7 +188,7 @@ class _AsyncpgPool(async_client.AsyncClient):
     async def query(self, sql: str, params: Sequence[Any]) -> Sequence[Row]:
         return list(map(tuple, await self._pool.fetch(sql, *params)))
 
-    def may_recover(self, error: Exception) -> bool:
+    def is_recoverable(self, error: Exception) -> bool:
         import asyncpg
 
         lost = isinstance(error, (OSError, asyncpg.InterfaceError)) or _is_passing(error)
@@ -205,10 +205,10 @@ class _AsyncpgConnection(async_client.AsyncClient):
         async with self._turn:
             return list(map(tuple, await self._connection.fetch(sql, *params)))
 
-    def may_recover(self, error: Exception) -> bool:
+    def is_recoverable(self, error: Exception) -> bool:
         return False
 
-    def may_be_undone(self) -> bool:
+    def in_transaction(self) -> bool:
         return bool(self._connection.is_in_transaction())
 
 

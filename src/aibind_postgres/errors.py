@@ -119,7 +119,7 @@ def sqlstate_of(error: BaseException) -> str | None:
     return None
 
 
-def copied(error: Exception) -> Exception:
+def copy_error(error: Exception) -> Exception:
     """Return an error of one's own to raise: several callers must not hang their context and notes on one object."""
     try:
         return copy.copy(error)

@@ -13,7 +13,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from ._document import (
     MAX_LEVELS,
     Document,
-    copied,
+    deep_copy,
     document_text,
     empty_document,
     known_document,
@@ -106,7 +106,7 @@ class MessageTree(Generic[M]):
     def path_to(self, node_id: str) -> TreePath[M]:
         """Return the path from a root to a node."""
         node_ids = self._path_ids(node_id)
-        return TreePath([copied(self._nodes[each].get("message")) for each in node_ids], node_ids)
+        return TreePath([deep_copy(self._nodes[each].get("message")) for each in node_ids], node_ids)
 
     def siblings(self, node_id: str) -> tuple[list[TreeNode[M]], int]:
         """Return the children of a node's parent, itself among them, and its index there; of a root, the roots."""
@@ -179,7 +179,7 @@ class MessageTree(Generic[M]):
 
     def serialize(self) -> Document:
         """Return the document as JSON would hold it: a copy."""
-        document: Document = copied(self._document, MAX_LEVELS + 3)
+        document: Document = deep_copy(self._document, MAX_LEVELS + 3)
         return document
 
     @classmethod
@@ -204,10 +204,10 @@ class MessageTree(Generic[M]):
         node = self._nodes[node_id]
         return TreeNode(
             node_id,
-            copied(node.get("message")),
+            deep_copy(node.get("message")),
             node["parentId"],
             tuple(node["children"]),
-            copied(node.get("metadata", {})),
+            deep_copy(node.get("metadata", {})),
             node.get("createdAt", ""),
         )
 
@@ -223,10 +223,10 @@ class MessageTree(Generic[M]):
             raise InvalidDataError("metadata must be a dict")
         node = {
             "id": self._generate_id(),
-            "message": copied(message),
+            "message": deep_copy(message),
             "parentId": parent_id,
             "children": [],
-            "metadata": copied(dict(metadata or {})),
+            "metadata": deep_copy(dict(metadata or {})),
             "createdAt": now(),
         }
         node_id = node["id"]

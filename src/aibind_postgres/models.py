@@ -101,7 +101,7 @@ class ConversationInfo(NamedTuple):
     expires_at: datetime
 
 
-def moment(milliseconds: int) -> datetime:
+def from_epoch_ms(milliseconds: int) -> datetime:
     """Return a time since the epoch as a datetime; one that is too far off for Python becomes the last one it knows."""
     try:
         return EPOCH + timedelta(milliseconds=milliseconds)

@@ -31,7 +31,7 @@ class WebError(AibindError):
 class WebRequest(NamedTuple):
     """A request, from any framework. The names of headers are in lower case; `original` is the framework's own.
 
-    An answer goes on when its request may be over: `within`, as for a durable stream, sets up what the framework has
+    An answer goes on when its request may be over: `context`, as for a durable stream, sets up what the framework has
     for a request.
     """
 
@@ -41,7 +41,7 @@ class WebRequest(NamedTuple):
     headers: Mapping[str, str]
     body: bytes
     original: Any = None
-    within: Callable[[], Any] = nullcontext
+    context: Callable[[], Any] = nullcontext
 
 
 class Generation(NamedTuple):

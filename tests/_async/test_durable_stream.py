@@ -264,17 +264,17 @@ class Ending:
     def __getattr__(self, name):
         return getattr(self._store, name)
 
-    def writer(self, id, when_ended):
-        return EndedWriter(self._store, id, when_ended)
+    def writer(self, id, on_end):
+        return EndedWriter(self._store, id, on_end)
 
 
 class EndedWriter:
-    def __init__(self, store, id, when_ended):
-        self._store, self._id, self._when_ended = store, id, when_ended
+    def __init__(self, store, id, on_end):
+        self._store, self._id, self._on_end = store, id, on_end
 
     async def __aenter__(self):
         await self._store.stop(self._id)
-        async_spawn(partial(self._when_ended, StreamNotActiveError(self._id, "stopped")), "writer")
+        async_spawn(partial(self._on_end, StreamNotActiveError(self._id, "stopped")), "writer")
         await async_sleep(0.2)
         return self
 
@@ -295,7 +295,7 @@ async def test_an_end_before_the_first_item_closes_the_source(store):
 
 async def test_a_producer_that_cannot_begin_closes_its_source(store, caplog):
     class Away(Ending):
-        def writer(self, id, when_ended):
+        def writer(self, id, on_end):
             raise ConnectionError("no server")
 
     source, finish = Silent(), Finish()

@@ -53,7 +53,7 @@ class World:
 
     async def ended(self):
         """Wait until all that was begun has ended, and what is owed then is done."""
-        assert await AsyncDurableStream.drain(self.store, 20)
+        assert await AsyncDurableStream.shutdown(self.store, 20)
 
     async def said(self, session_id):
         """Return a conversation once its turn has been saved."""

@@ -101,13 +101,13 @@ async def test_closing_a_store_ends_what_is_written_there(store, other, dsn, tab
 
 
 async def test_draining_lets_answers_end_and_breaks_off_those_that_do_not(store, other):
-    assert await AsyncDurableStream.drain(store) is True
+    assert await AsyncDurableStream.shutdown(store) is True
     finish, late, gate, never = Finish(), Finish(), AsyncEvent(), Silent()
     ending = await AsyncDurableStream.start(store, items(["a"], gate), on_finish=finish)
     await AsyncDurableStream.start(store, never, on_finish=late)
     elsewhere = await AsyncDurableStream.start(other, items(["a"], gate))
     await async_until(lambda: never.asked)
-    async with AsyncBackground(partial(AsyncDurableStream.drain, store, 4)) as draining:
+    async with AsyncBackground(partial(AsyncDurableStream.shutdown, store, 4)) as draining:
         await async_sleep(0.1)
         gate.set()
         assert await draining.result() is False
@@ -116,7 +116,7 @@ async def test_draining_lets_answers_end_and_breaks_off_those_that_do_not(store,
     await async_until(lambda: never.closed)
     assert await store.get_status(ending.id) == ("done", None, 2)
     assert (await elsewhere.wait(20)).state == "done"
-    assert await AsyncDurableStream.drain(store, 0) is True
+    assert await AsyncDurableStream.shutdown(store, 0) is True
 
 
 async def test_draining_waits_until_streams_have_ended(store, monkeypatch):
@@ -129,7 +129,7 @@ async def test_draining_waits_until_streams_have_ended(store, monkeypatch):
     monkeypatch.setattr(store, "complete", slow)
     finish = Finish()
     stream = await AsyncDurableStream.start(store, items(["a"]), on_finish=finish)
-    assert await AsyncDurableStream.drain(store, 20) is True
+    assert await AsyncDurableStream.shutdown(store, 20) is True
     assert await store.get_status(stream.id) == ("done", None, 1)
     assert finish.calls == [("a", ("done", None, 1))]
 
@@ -139,7 +139,7 @@ async def test_draining_a_stream_that_was_deleted(store):
     stream = await AsyncDurableStream.start(store, source)
     await async_until(lambda: source.asked)
     await store.delete(stream.id)
-    await AsyncDurableStream.drain(store, 0)
+    await AsyncDurableStream.shutdown(store, 0)
     await async_until(lambda: source.closed)
 
 
@@ -155,7 +155,7 @@ async def test_draining_while_the_server_is_away_raises_nothing(store, caplog, m
     streams = [await AsyncDurableStream.start(store, source) for source in sources]
     await async_until(lambda: all(source.asked for source in sources))
     monkeypatch.setattr(store, "fail", away)
-    assert await AsyncDurableStream.drain(store, 0) is False
+    assert await AsyncDurableStream.shutdown(store, 0) is False
     assert caplog.text.count("gave up: no server") == 2
     await async_until(lambda: [source.closed for source in sources] == [1, 1])
     back.set()
@@ -175,7 +175,7 @@ async def test_a_server_that_is_silent_holds_up_no_end(store, monkeypatch):
     await async_until(lambda: all(source.asked for source in sources))
     monkeypatch.setattr(store, "fail", silent)
     monkeypatch.setattr(producing, "LAST_WORDS", 0.5)
-    async with AsyncBackground(partial(AsyncDurableStream.drain, store, 0)) as draining:
+    async with AsyncBackground(partial(AsyncDurableStream.shutdown, store, 0)) as draining:
         assert await draining.result() is False  # though nobody has answered
     silence.set()
     await async_until(lambda: all(source.closed for source in sources))
@@ -193,7 +193,7 @@ async def test_what_is_broken_off_before_it_has_begun_ends_when_it_begins(store,
     monkeypatch.setattr(store, "get_status", slow)
     source, finish = Silent(), Finish()
     stream = await AsyncDurableStream.start(store, source, on_finish=finish)
-    async with AsyncBackground(partial(AsyncDurableStream.drain, store, 0)) as draining:
+    async with AsyncBackground(partial(AsyncDurableStream.shutdown, store, 0)) as draining:
         await async_until(lambda: entered.is_set() and stream._producer._is_late)
         gate.set()
         assert await draining.result() is False
@@ -271,7 +271,7 @@ async def test_a_source_and_its_end_are_within_what_is_set_up_for_them(store, ot
     gate, writing, held = AsyncEvent(), AsyncEvent(), AsyncEvent()
 
     @asynccontextmanager
-    async def within():
+    async def context():
         token = tenant.set("tenant 9")
         try:
             yield
@@ -280,7 +280,7 @@ async def test_a_source_and_its_end_are_within_what_is_set_up_for_them(store, ot
             seen.append("down")
 
     async def answer():
-        async with within():
+        async with context():
             try:
                 yield tenant.get("nobody")
                 await gate.wait()
@@ -296,7 +296,7 @@ async def test_a_source_and_its_end_are_within_what_is_set_up_for_them(store, ot
         await held.wait()
 
     tenant.set("tenant 7")
-    stream = await AsyncDurableStream.start(store, answer(), within=within, on_finish=finish)
+    stream = await AsyncDurableStream.start(store, answer(), context=context, on_finish=finish)
     assert (await other.read_from(stream.id).__anext__()).data == "\x01tenant 9"
     monkeypatch.setattr(stream._producer._writer, "write", write)
     gate.set()
@@ -311,7 +311,7 @@ async def test_a_source_and_its_end_are_within_what_is_set_up_for_them(store, ot
 
 async def test_what_cannot_be_set_up_is_a_failure_of_what_it_is_for(store, caplog):
     finish, source = Finish(), Silent()
-    stream = await AsyncDurableStream.start(store, source, within=partial(int, "geheim"), on_finish=finish)
+    stream = await AsyncDurableStream.start(store, source, context=partial(int, "geheim"), on_finish=finish)
     assert await stream.wait(20) == ("error", "the answer broke off", 0)
     assert (source.asked, source.closed, finish.calls) == (False, 1, [])
     for failed in ("the source of stream", "on_finish of stream"):
@@ -324,7 +324,7 @@ async def test_what_fails_to_be_taken_down_changes_nothing(store, caplog, error)
     seen = []
 
     @asynccontextmanager
-    async def within():
+    async def context():
         try:
             yield
         except Exception as seen_error:
@@ -337,7 +337,7 @@ async def test_what_fails_to_be_taken_down_changes_nothing(store, caplog, error)
             raise error
 
     finish = Finish()
-    stream = await AsyncDurableStream.start(store, answer(), within=within, on_finish=finish, expose_errors=True)
+    stream = await AsyncDurableStream.start(store, answer(), context=context, on_finish=finish, expose_errors=True)
     status = ("done", None, 1) if error is None else ("error", str(error), 1)
     assert await stream.wait(20) == status
     assert finish.calls == [("a", status)]
@@ -347,14 +347,14 @@ async def test_what_fails_to_be_taken_down_changes_nothing(store, caplog, error)
 
 async def test_what_fails_to_be_taken_down_after_a_stop_is_told_to_the_log(store, other, caplog):
     @asynccontextmanager
-    async def within():
+    async def context():
         try:
             yield
         finally:
             raise ValueError("geheim")
 
     source = Silent()
-    stream = await AsyncDurableStream.start(store, source, within=within)
+    stream = await AsyncDurableStream.start(store, source, context=context)
     await async_until(lambda: source.asked)
     await other.stop(stream.id)
     assert (await stream.wait(20)).state == "stopped"
@@ -365,7 +365,7 @@ async def test_a_source_whose_stream_is_stopped_before_it_could_begin_does_not(s
     entered, gate, asked, finish = AsyncEvent(), AsyncEvent(), [], Finish()
 
     @asynccontextmanager
-    async def within():
+    async def context():
         entered.set()
         await gate.wait()
         yield
@@ -374,7 +374,7 @@ async def test_a_source_whose_stream_is_stopped_before_it_could_begin_does_not(s
         asked.append("the model")
         yield "a"
 
-    stream = await AsyncDurableStream.start(store, answer(), within=within, on_finish=finish)
+    stream = await AsyncDurableStream.start(store, answer(), context=context, on_finish=finish)
     await async_until(entered.is_set)
     await other.stop(stream.id)
     await async_until(lambda: stream._producer._ended)

@@ -150,7 +150,7 @@ async def test_what_a_source_asks_when_its_request_is_over_leaves_no_connections
             await sync_to_async(connections.close_all)()
         request_over.set()
         assert b"data: (1,)(1,)" in b"".join([part async for part in answer])
-        assert await AsyncDurableStream.drain(store, 20)
+        assert await AsyncDurableStream.shutdown(store, 20)
         until(lambda: sources_connections() == 0 and threading.active_count() <= threads)
 
 

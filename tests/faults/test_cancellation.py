@@ -11,7 +11,7 @@ from support import proxy
 from support.concurrency import async_workers
 
 from aibind_postgres import AsyncPostgresConversationStore, AsyncPostgresStreamStore, ChatHistory, StreamNotFoundError
-from aibind_postgres._concurrency import _uninterrupted
+from aibind_postgres._concurrency import _shielded
 
 FINISHED = 3  # runs in a row that were not cancelled in time: then there is no further step
 
@@ -89,7 +89,7 @@ class World:
 
 async def nothing_is_left(pool, size, autocommit, store):
     """Wait until all that is on its way has come back: what leaks never does."""
-    while pool.get_stats()["pool_available"] < size or _uninterrupted or store._changes.followed():
+    while pool.get_stats()["pool_available"] < size or _shielded or store._changes.followed():
         await asyncio.sleep(0.001)
     stats = pool.get_stats()
     assert (stats["pool_size"], stats.get("requests_waiting", 0)) == (size, 0)

@@ -272,9 +272,9 @@ def browsers(store: PostgresStreamStore, conversations: PostgresConversationStor
     assert_type(DurableStream.resume(store, "id", 7), DurableStream)
     assert_type(stream.sse(heartbeat=timedelta(seconds=5)), Iterator[bytes])
     assert_type(stream.wait(5), StreamStatus)
-    assert_type([stream.stop(), DurableStream.drain(store, timeout=5)], list[bool])
-    DurableStream.start(store, ["text"], within=nullcontext)
-    DurableStream.start(store, ["text"], within=async_surroundings)  # type: ignore[arg-type]
+    assert_type([stream.stop(), DurableStream.shutdown(store, timeout=5)], list[bool])
+    DurableStream.start(store, ["text"], context=nullcontext)
+    DurableStream.start(store, ["text"], context=async_surroundings)  # type: ignore[arg-type]
     DurableStream.start(store, [7])  # type: ignore[list-item]
 
     def generate(generation: Generation) -> Iterator[str]:
@@ -292,9 +292,9 @@ async def async_browsers(store: AsyncPostgresStreamStore, source: AsyncIterator[
     stream = await AsyncDurableStream.start(store, source)
     assert_type(stream, AsyncDurableStream)
     assert_type(stream.sse(3), AsyncIterator[bytes])
-    assert_type([await stream.stop(), await AsyncDurableStream.drain(store)], list[bool])
-    await AsyncDurableStream.start(store, source, within=nullcontext)
-    await AsyncDurableStream.start(store, source, within=async_surroundings)
+    assert_type([await stream.stop(), await AsyncDurableStream.shutdown(store)], list[bool])
+    await AsyncDurableStream.start(store, source, context=nullcontext)
+    await AsyncDurableStream.start(store, source, context=async_surroundings)
     await AsyncDurableStream.start(store, ["text"])  # type: ignore[arg-type]
     answer = await AsyncStreamHandler(lambda generation: source, store=store).handle(request)
     assert_type(answer, AsyncWebResponse)

@@ -11,15 +11,15 @@ import pytest
 
 from aibind_postgres._concurrency import (
     AsyncEvent,
-    AsyncSignal,
+    AsyncOneShotEvent,
     Event,
-    Signal,
-    async_settle,
+    OneShotEvent,
+    async_call_or_await,
+    async_shielded,
     async_spawn,
-    async_uninterrupted,
-    settle,
+    call_or_await,
+    shielded,
     spawn,
-    uninterrupted,
 )
 
 
@@ -80,24 +80,24 @@ async def test_a_callback_of_the_other_flavour_is_not_taken_for_true():
     async def refuse():
         return False
 
-    assert await async_settle(refuse()) is False
-    assert await async_settle(False) is False
-    assert settle(False) is False
+    assert await async_call_or_await(refuse) is False
+    assert await async_call_or_await(bool) is False
+    assert call_or_await(bool) is False
     with pytest.raises(TypeError, match="must not be asynchronous"):
-        settle(refuse())
+        call_or_await(refuse)
     with pytest.raises(TypeError, match="must not be asynchronous"):
-        settle(asyncio.get_running_loop().create_future())
+        call_or_await(asyncio.get_running_loop().create_future)
 
 
 async def test_a_signal_is_waited_for_by_one():
-    for signal in (AsyncSignal(), AsyncSignal()):
+    for signal in (AsyncOneShotEvent(), AsyncOneShotEvent()):
         waiter = asyncio.create_task(signal.wait(0.1))
         await asyncio.sleep(0)
         signal.set()
         assert await waiter is True
         assert await signal.wait(0.1) is True
-    assert await AsyncSignal().wait(0.1) is False
-    plain = Signal()
+    assert await AsyncOneShotEvent().wait(0.1) is False
+    plain = OneShotEvent()
     assert plain.wait(0.01) is False
     plain.set()
     assert plain.wait(0.01) is True
@@ -108,7 +108,7 @@ def test_a_signal_keeps_no_event_loop_alive():
 
     async def main():
         loops.append(weakref.ref(asyncio.get_running_loop()))
-        waiter = asyncio.create_task(AsyncSignal().wait(10))
+        waiter = asyncio.create_task(AsyncOneShotEvent().wait(10))
         await asyncio.sleep(0)
         waiter.cancel()
 
@@ -139,7 +139,7 @@ async def test_what_is_not_to_be_interrupted_goes_on_when_its_caller_is_cancelle
         await asyncio.sleep(0.01)
         done.append("run")
 
-    caller = asyncio.create_task(async_uninterrupted(run, lambda: done.append("over")))
+    caller = asyncio.create_task(async_shielded(run, lambda: done.append("over")))
     await asyncio.sleep(0)
     caller.cancel()
     await asyncio.wait([caller])
@@ -158,7 +158,7 @@ async def test_what_is_thrown_away_is_finished_on_the_spot():
         try:
             await asyncio.sleep(60)
         finally:
-            await async_uninterrupted(run, lambda: done.append("over"))
+            await async_shielded(run, lambda: done.append("over"))
 
     coroutine = caller()
     coroutine.send(None)
@@ -168,8 +168,8 @@ async def test_what_is_thrown_away_is_finished_on_the_spot():
 
 def test_what_is_over_is_told_in_threads_too():
     done = []
-    uninterrupted(lambda: done.append("run"), lambda: done.append("over"))
-    uninterrupted(lambda: done.append("run"))
+    shielded(lambda: done.append("run"), lambda: done.append("over"))
+    shielded(lambda: done.append("run"))
     with pytest.raises(ZeroDivisionError):
-        uninterrupted(lambda: 1 / 0, lambda: done.append("over"))
+        shielded(lambda: 1 / 0, lambda: done.append("over"))
     assert done == ["run", "over", "run", "over"]

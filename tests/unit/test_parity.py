@@ -17,12 +17,12 @@ import pytest
 import aibind_postgres
 from aibind_postgres import _async, _sync, schema
 
-RENAMES = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "unasync.py"))["RENAMES"]
+convert_name = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "unasync.py"))["convert_name"]
 WORD = re.compile(r"\w+")
 
 
 def renamed(text: str) -> str:
-    return WORD.sub(lambda match: RENAMES.get(match[0], match[0]), text)
+    return WORD.sub(lambda match: convert_name(match[0]), text)
 
 
 def names_of_modules(package: ModuleType) -> set[str]:

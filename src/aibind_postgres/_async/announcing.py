@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from .._concurrency import AsyncEvent, AsyncWorker, Mutex, async_spawn
 from .._sql import ANNOUNCE, announcements, json_array
-from .database import CLOSING_TIMEOUT, LINGER
+from .database import CLOSING_TIMEOUT, WORKER_IDLE_TIMEOUT
 
 if TYPE_CHECKING:
     from .changes import AsyncChanges
@@ -69,7 +69,7 @@ class AsyncAnnouncer:
     async def _work(self) -> None:
         taken = math.inf
         while True:
-            await self._filled.wait(0 if self._closing.is_set() else LINGER)
+            await self._filled.wait(0 if self._closing.is_set() else WORKER_IDLE_TIMEOUT)
             with self._mutex:
                 self._filled.clear()
                 batch, self._pending = self._pending, {}

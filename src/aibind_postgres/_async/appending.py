@@ -56,7 +56,7 @@ class AsyncAppender:
 
     async def append(self, append: Append) -> int:
         """Append texts and return the number of the last one; also if they are there already, where expected."""
-        self._database.keep_home()
+        self._database.check_owner()
         size = TEXT_BYTES * len(append.texts)
         if size < LARGEST_COMBINED:
             size += sum([len(text.encode()) for text in append.texts])

@@ -20,7 +20,7 @@ from .._sql import ANNOUNCE, StreamStatements, announced, announcements, json_ar
 from .._tables import quote
 from .announcing import AsyncAnnouncer
 from .connections import UnansweredError, execute, is_direct
-from .database import CLOSING_TIMEOUT, LINGER
+from .database import CLOSING_TIMEOUT, WORKER_IDLE_TIMEOUT
 from .feeds import AsyncFeed, AsyncFetcher, AsyncPlace
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class AsyncChanges:
 
     def place(self, stream_id: str, alarm: Callable[[], None] | None = None) -> AsyncPlace:
         """Return a place at the feed of a stream; in transactions of the callers, each sees a stream of his own."""
-        self.database.keep_home()
+        self.database.check_owner()
         place = AsyncPlace(self, stream_id, alarm)
         with self.mutex:
             self._clear_left()
@@ -249,12 +249,12 @@ class AsyncWatch:
             while not changes.database.closing.is_set():
                 if changes.followed():
                     busy_at = monotonic()
-                elif monotonic() - busy_at > LINGER and changes.end_watch(self, if_idle=True):
+                elif monotonic() - busy_at > WORKER_IDLE_TIMEOUT and changes.end_watch(self, if_idle=True):
                     return
                 if self._connection is None and monotonic() >= self._connect_at:
                     await self._connect()
                 try:
-                    await self._listen(min(pause, LINGER))
+                    await self._listen(min(pause, WORKER_IDLE_TIMEOUT))
                     if monotonic() - polled_at < pause:
                         continue
                     polled_at = monotonic()

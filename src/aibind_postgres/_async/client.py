@@ -18,10 +18,10 @@ from .._concurrency import (
     AsyncLock,
     async_at_end_of_loop,
     async_is_flavour,
+    async_shielded,
     async_take,
-    async_uninterrupted,
 )
-from ..errors import InvalidDataError, copied
+from ..errors import InvalidDataError, copy_error
 from .connections import (
     Row,
     UnansweredError,
@@ -81,15 +81,15 @@ class AsyncClient:
         """Open another connection to the same database, in autocommit mode, if the client knows how."""
         return None
 
-    def may_recover(self, error: Exception) -> bool:
+    def is_recoverable(self, error: Exception) -> bool:
         """Say whether the same statement may succeed later, on another connection."""
         return isinstance(error, self._connection_errors)
 
-    def may_be_undone(self) -> bool:
+    def in_transaction(self) -> bool:
         """Say whether the caller may yet roll back what has just run."""
         return self.joins_transactions
 
-    async def leave(self) -> None:
+    async def release_thread(self) -> None:
         """Release what the current thread holds. To be called by a worker of a store at its end."""
 
     async def close(self) -> None:
@@ -158,7 +158,7 @@ class AsyncPoolClient(AsyncPsycopgClient):
             return await self._run(connection, sql, params, deadline)
         finally:
             # A pool would lose a connection whose return is interrupted.
-            await async_uninterrupted(partial(self._give_back, connection, autocommit))
+            await async_shielded(partial(self._give_back, connection, autocommit))
 
     async def _idle_connection(self, deadline: float) -> psycopg.AsyncConnection[Any]:
         deadline = min(deadline, monotonic() + self._pool.timeout)
@@ -171,7 +171,7 @@ class AsyncPoolClient(AsyncPsycopgClient):
             if not has_ended(connection):
                 return connection
             # A pool keeps what has died in it, and after a restart of the server each would cost a caller an error.
-            await async_uninterrupted(partial(self._pool.putconn, connection))
+            await async_shielded(partial(self._pool.putconn, connection))
 
     async def _give_back(self, connection: psycopg.AsyncConnection[Any], autocommit: bool) -> None:
         try:
@@ -184,14 +184,14 @@ class AsyncPoolClient(AsyncPsycopgClient):
         asked_at = monotonic()
         async with self._opening:
             if self._refusal is not None and self._refused_at > asked_at:  # while this caller waited for its turn
-                raise copied(self._refusal)
+                raise copy_error(self._refusal)
             if not self._connected:
                 # One connection beforehand: why there is none, the pool would tell the log alone, and us after a time.
                 try:
                     async with await psycopg.AsyncConnection.connect(str(self._pool.conninfo)):
                         self._connected = True
                 except Exception as error:
-                    self._refusal, self._refused_at = copied(error), monotonic()  # a copy has no traceback
+                    self._refusal, self._refused_at = copy_error(error), monotonic()  # a copy has no traceback
                     raise
             if self._pool.closed:
                 # A worker of a pool that is cancelled while it connects goes on, and waits for ever to be told to end.
@@ -206,7 +206,7 @@ class AsyncPoolClient(AsyncPsycopgClient):
             parameters = parameters_of(connection)
         return await open_connection(parameters)
 
-    def may_recover(self, error: Exception) -> bool:
+    def is_recoverable(self, error: Exception) -> bool:
         lost = isinstance(error, (psycopg.OperationalError, psycopg.InterfaceError))
         # A server that has never answered may not be there at all.
         return lost and not isinstance(error, PoolClosed) and self._connected
@@ -235,10 +235,10 @@ class AsyncConnectionClient(AsyncPsycopgClient):
     async def connect(self) -> psycopg.AsyncConnection[Row] | None:
         return await open_connection(parameters_of(self._connection))
 
-    def may_recover(self, error: Exception) -> bool:
+    def is_recoverable(self, error: Exception) -> bool:
         return False
 
-    def may_be_undone(self) -> bool:
+    def in_transaction(self) -> bool:
         return self._connection.info.transaction_status != TransactionStatus.IDLE
 
 

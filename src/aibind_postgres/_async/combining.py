@@ -8,8 +8,8 @@ from functools import partial
 from time import monotonic
 from typing import Generic, Protocol, TypeVar
 
-from .._concurrency import AsyncSignal, Mutex, async_uninterrupted
-from ..errors import AibindError, copied
+from .._concurrency import AsyncOneShotEvent, Mutex, async_shielded
+from ..errors import AibindError, copy_error
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -29,7 +29,7 @@ class AsyncRun(Protocol[ItemIn, ResultOut]):
 class AsyncCall(Generic[Item, Result]):
     """One caller's item, and what comes of it."""
 
-    woken: AsyncSignal  # there once the call queues
+    woken: AsyncOneShotEvent  # there once the call queues
 
     def __init__(self, item: Item, size: int) -> None:
         self.item = item
@@ -50,7 +50,7 @@ class AsyncCall(Generic[Item, Result]):
     def outcome(self) -> Result:
         """Return the result, or raise the error: to each caller its own, who may hang notes and context on it."""
         if isinstance(self._results, Exception):
-            raise copied(self._results) from self._results
+            raise copy_error(self._results) from self._results
         if not self._results:
             raise AibindError("this call was combined with others and broken off: it is not known if it took effect")
         return self._results[0]
@@ -85,7 +85,7 @@ class AsyncCombiner(Generic[Item, Result]):
             if self._leader is None:
                 self._appoint(call)
             else:
-                call.woken = AsyncSignal()
+                call.woken = AsyncOneShotEvent()
                 self._queue.append(call)
         if not call.leads:
             try:
@@ -98,7 +98,7 @@ class AsyncCombiner(Generic[Item, Result]):
                 return call.outcome()
         if self._queue:  # without the mutex: who comes just now waits for the next run
             batch = [call]
-            await async_uninterrupted(partial(self._run_batch, batch), partial(self._conclude, batch))
+            await async_shielded(partial(self._run_batch, batch), partial(self._conclude, batch))
             return call.outcome()
         try:
             [result] = await self._run([item])

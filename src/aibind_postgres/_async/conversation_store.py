@@ -16,7 +16,7 @@ from .._document import document_text, empty_document, known_document, parsed_do
 from .._merging import merge
 from .._tables import CONVERSATIONS_TABLE, Table
 from ..history import ChatHistory, ConversationConflictError, Origin
-from ..models import ConversationInfo, moment
+from ..models import ConversationInfo, from_epoch_ms
 from .database import AsyncDatabase
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class AsyncPostgresConversationStore:
             stored = await self._store(chat, origin, sent, on_conflict)
         if stored != sent:
             chat._follow(sent, stored)
-        if self._database.client.may_be_undone():
+        if self._database.client.in_transaction():
             chat._origin = origin.with_sent(_digest(stored))
         else:
             chat._origin = origin._replace(agreed=stored, digests=(_digest(stored),))
@@ -149,7 +149,7 @@ class AsyncPostgresConversationStore:
         while True:
             rows = await self._database.query(self._sql.list, [last_id, PAGE])
             for session_id, expires_at in rows:
-                yield ConversationInfo(session_id, moment(expires_at))
+                yield ConversationInfo(session_id, from_epoch_ms(expires_at))
             if len(rows) < PAGE:
                 return
             last_id = rows[-1][0]
@@ -171,7 +171,7 @@ class AsyncPostgresConversationStore:
         """Close the store, and the pool if the store owns it. Safe to repeat."""
         if self._database.inherited:
             return
-        self._database.keep_home()
+        self._database.check_owner()
         self._database.closing.set()
         await self._database.client.close()
 

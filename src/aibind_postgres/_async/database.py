@@ -12,7 +12,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from .. import _arguments as arguments
-from .._concurrency import AsyncEvent, async_home
+from .._concurrency import AsyncEvent, async_running_loop
 from ..errors import ForkedError, StoreClosedError, translated
 from .client import as_client
 
@@ -24,7 +24,7 @@ Result = TypeVar("Result")
 ResultOut = TypeVar("ResultOut", covariant=True)
 
 # Of the workers in the background, in seconds.
-LINGER = 30.0  # that one with nothing to do stays, before it ends
+WORKER_IDLE_TIMEOUT = 30.0  # that one with nothing to do stays, before it ends
 CLOSING_TIMEOUT = 10.0  # that closing waits for one
 
 FIRST_RETRY, LONGEST_RETRY = 0.05, 2.0  # seconds between two attempts to reach the server, doubled each time
@@ -45,14 +45,14 @@ class AsyncDatabase:
         self._retry_for = retry_for
         # The process whose connections and workers these are; none before there are any.
         self._process = os.getpid() if self.client.is_connected() else None
-        self._home: object = None
+        self._loop: object = None
 
     @property
     def inherited(self) -> bool:
         """Whether this belongs to another process, from which this one was forked."""
         return self._process is not None and self._process != os.getpid()
 
-    def keep_home(self) -> None:
+    def check_owner(self) -> None:
         """Raise `ForkedError` in another process, `RuntimeError` in another event loop, than has used this first.
 
         To be called before a mutex is taken: one that is held by a thread of the parent is never released here.
@@ -64,14 +64,14 @@ class AsyncDatabase:
                 "this store belongs to the process that this one was forked from, and so do its connections: "
                 "make a store in each process, after the fork"
             )
-        if self._home is None:
-            self._home = async_home()
-        elif self._home is not async_home():
+        if self._loop is None:
+            self._loop = async_running_loop()
+        elif self._loop is not async_running_loop():
             raise RuntimeError("this store is bound to a different event loop: make one in each")
 
     async def query(self, statement: str, params: Sequence[object]) -> Sequence[Row]:
         """Run one statement and return its rows."""
-        self.keep_home()
+        self.check_owner()
         if self.closing.is_set():
             raise StoreClosedError("this store is closed")
         try:
@@ -84,7 +84,7 @@ class AsyncDatabase:
                 raise known from (None if isinstance(error, UnicodeError) else error)
             raise
 
-    async def persist(self, attempt: AsyncAttempt[Result], deadline: float = math.inf) -> Result:
+    async def retry(self, attempt: AsyncAttempt[Result], deadline: float = math.inf) -> Result:
         """Make an attempt, and if the server cannot be reached others for `retry_for` seconds, more and more slowly."""
         give_up_at: float | None = None
         pause = FIRST_RETRY
@@ -92,7 +92,7 @@ class AsyncDatabase:
             try:
                 return await attempt()
             except Exception as error:
-                if not self.client.may_recover(error):
+                if not self.client.is_recoverable(error):
                     raise
                 now = monotonic()
                 if give_up_at is None:
@@ -105,9 +105,11 @@ class AsyncDatabase:
                 await self.sleep(min(uniform(pause / 2, pause), give_up_at - now, deadline - now))
                 pause = min(pause * 2, LONGEST_RETRY)
 
-    async def look(self, statement: str, params: Sequence[object], deadline: float = math.inf) -> Sequence[Row]:
+    async def query_with_retry(
+        self, statement: str, params: Sequence[object], deadline: float = math.inf
+    ) -> Sequence[Row]:
         """Read by one statement, persistently."""
-        return await self.persist(partial(self.query, statement, params), deadline)
+        return await self.retry(partial(self.query, statement, params), deadline)
 
     async def sleep(self, seconds: float) -> None:
         if await self.closing.wait(seconds):

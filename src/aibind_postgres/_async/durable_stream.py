@@ -9,12 +9,12 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from .. import _arguments as arguments
-from .._concurrency import async_is_source, async_uninterrupted
+from .._concurrency import async_is_source, async_shielded
 from ..errors import StreamNotFoundError
 from ..history import new_id
 from ..models import StreamEvent, StreamStatus, event_of
 from ..sse import MESSAGE, ServerSentEvent, comment, encode
-from .producing import AsyncProducer, close_source, drain
+from .producing import AsyncProducer, close_source, shutdown
 
 if TYPE_CHECKING:
     from .stream_store import AsyncPostgresStreamStore
@@ -40,7 +40,7 @@ class AsyncDurableStream:
         id: str | None = None,
         on_finish: Callable[[str, StreamStatus | None], Any] | None = None,
         expose_errors: bool = False,
-        within: Callable[[], AbstractAsyncContextManager[object]] = nullcontext,
+        context: Callable[[], AbstractAsyncContextManager[object]] = nullcontext,
     ) -> AsyncDurableStream:
         """Begin a stream, have it written from `source` in the background, and return at once.
 
@@ -56,15 +56,15 @@ class AsyncDurableStream:
         stops the stream while `on_finish` runs, or the process ends, it has been told that the stream is done, and is
         not called again.
 
-        `within` is called for a context manager of this flavour, once for the source, which is read, and closed if it
+        `context` is called for a context manager of this flavour, once for the source, which is read, and closed if it
         is a generator, inside of it, and once for `on_finish`; both may be open at the same time. It is for what a
         framework takes down at the end of a request: with threads, Flask's `app.app_context`. If it cannot be entered,
         that counts as a failure of what it is for; a failure to leave it goes to the log, and changes nothing.
 
         Raises what `create` raises, and `InvalidDataError` for an id that an event cannot tell; then the source is
         closed. Raises `TypeError` for what is no source. A caller who is cancelled begins the stream all the same.
-        Before the process ends, see `drain`; if it dies, `fail_abandoned`. Inside a transaction of Django's, begin it
-        when that is committed.
+        Before the process ends, see `shutdown`; if it dies, `fail_abandoned`. Inside a transaction of Django's, begin
+        it when that is committed.
         """
         if not async_is_source(source):
             raise TypeError(f"a source must be an iterable of this flavour, not {type(source).__name__}")
@@ -78,10 +78,10 @@ class AsyncDurableStream:
             except BaseException:
                 await close_source(source)
                 raise
-            producer = AsyncProducer(store, stream_id, source, on_finish, expose_errors, within)
+            producer = AsyncProducer(store, stream_id, source, on_finish, expose_errors, context)
             begun.append(cls(store, stream_id, producer))
 
-        await async_uninterrupted(begin)
+        await async_shielded(begin)
         return begun[0]
 
     @classmethod
@@ -96,14 +96,14 @@ class AsyncDurableStream:
         return cls(store, id, after_seq=cursor)
 
     @classmethod
-    async def drain(cls, store: AsyncPostgresStreamStore, timeout: float | timedelta = 5.0) -> bool:
+    async def shutdown(cls, store: AsyncPostgresStreamStore, timeout: float | timedelta = 5.0) -> bool:
         """Let the streams end that this process writes into a store; say whether all did, or some were broken off.
 
         To be called at the end of the process, while the stores are still open; closing the store does it, without any
         time to wait. After `timeout` seconds, what still is written ends in state error, and `on_finish` has two
         seconds to return.
         """
-        return await drain(store, arguments.seconds(timeout, "timeout", zero=True))
+        return await shutdown(store, arguments.seconds(timeout, "timeout", zero=True))
 
     def sse(self, after_seq: int | None = None, *, heartbeat: float | timedelta = 15.0) -> AsyncIterator[bytes]:
         """Iterate over the stream as Server-Sent Events until it has ended.

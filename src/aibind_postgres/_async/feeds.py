@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from .._arguments import MAX_NUMBER
 from .._concurrency import AsyncEvent
 from .._sql import StreamStatements, json_text
-from ..errors import StoreClosedError, StreamNotFoundError, copied, nothing_was_written
+from ..errors import StoreClosedError, StreamNotFoundError, copy_error, nothing_was_written
 from ..models import StreamChunk, chunks_of
 from .combining import AsyncCombiner
 
@@ -270,11 +270,11 @@ class AsyncPlace:
         quiet_at = monotonic() + patience
         while True:
             feed = self.feed
-            self._changes.database.keep_home()
+            self._changes.database.check_owner()
             with self._changes.mutex:
                 if self._failure is not None:
                     failure, self._failure = self._failure, None
-                    raise copied(failure) from failure
+                    raise copy_error(failure) from failure
                 if feed.gone:
                     raise StreamNotFoundError(feed.stream_id)
                 chunks = feed.after(cursor)
@@ -358,7 +358,7 @@ class AsyncFetcher:
 
     async def fetch(self, fetch: Fetch, size: int, deadline: float) -> Sequence[Row]:
         """Return the number of chunks, below zero, with the state; then the chunks after `after`, a page at most."""
-        return await self._database.persist(partial(self._fetch, fetch, size), deadline)
+        return await self._database.retry(partial(self._fetch, fetch, size), deadline)
 
     async def _fetch(self, fetch: Fetch, size: int) -> Sequence[Row]:
         rows = None

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from .. import _arguments as arguments
-from .._concurrency import async_settle
+from .._concurrency import async_call_or_await
 from ..errors import InvalidDataError, StreamNotFoundError
 from ..history import ConversationConflictError, new_id
 from ..web import (
@@ -145,14 +145,14 @@ class AsyncStreamHandler:
             said = chat.messages if self._max_messages is None else chat.messages[-self._max_messages :]
             save = partial(self._save_turn, self._conversations, generation, chat)
             generation = generation._replace(messages=[*said, *generation.messages])
-        source = await async_settle(self._generate(generation))
+        source = await async_call_or_await(self._generate, generation)
         stream = await AsyncDurableStream.start(
             self._store,
             source,
             id=generation.stream_id,
             on_finish=save,
             expose_errors=self._expose_errors,
-            within=request.within,
+            context=request.context,
         )
         return self._events(stream)
 
@@ -201,7 +201,7 @@ class AsyncStreamHandler:
         return _json({"ok": True})
 
     async def _text(self, kind: Kind, request: WebRequest) -> AsyncWebResponse:
-        text, _ = await _put_together(await async_settle(self._generate(await self._asked(kind, request))))
+        text, _ = await _put_together(await async_call_or_await(self._generate, await self._asked(kind, request)))
         return AsyncWebResponse(200, PLAIN_TEXT, text.encode())
 
     async def _summarize(self, request: WebRequest) -> AsyncWebResponse:
@@ -214,7 +214,7 @@ class AsyncStreamHandler:
                 generation = generation._replace(messages=chat.messages)
         if not generation.messages:
             raise WebError(400, "there is nothing to sum up")
-        summary, usage = await _put_together(await async_settle(self._compact(generation)))
+        summary, usage = await _put_together(await async_call_or_await(self._compact, generation))
         if self._conversations is not None and chat is not None:
             if not summary.strip():
                 raise WebError(502, "the summary is empty")
@@ -232,7 +232,7 @@ class AsyncStreamHandler:
         return generation
 
     async def _check(self, request: WebRequest, id: str) -> None:
-        if self._authorize is not None and not await async_settle(self._authorize(request, id)):
+        if self._authorize is not None and not await async_call_or_await(self._authorize, request, id):
             raise WebError(403, "forbidden")
 
 

@@ -12,7 +12,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .. import _arguments as arguments
-from .._concurrency import AsyncEvent, Mutex, async_at_exit, async_break_off, async_settle, async_spawn
+from .._concurrency import AsyncEvent, Mutex, async_at_exit, async_call_or_await, async_interrupt, async_spawn
 from ..errors import StreamNotActiveError, StreamNotFoundError
 from ..models import StreamEvent, StreamStatus, chunk_text
 from ..web import WebError
@@ -45,7 +45,7 @@ class AsyncProducer:
         source: AsyncIterable[str | StreamEvent],
         on_finish: Callable[[str, StreamStatus | None], Any] | None,
         expose_errors: bool,
-        within: Callable[[], AbstractAsyncContextManager[object]],
+        context: Callable[[], AbstractAsyncContextManager[object]],
     ) -> None:
         self.stream_id = stream_id
         self.finished = AsyncEvent()  # nothing is owed any more
@@ -56,7 +56,7 @@ class AsyncProducer:
         self._source_left = False
         self._on_finish = on_finish
         self._expose_errors = expose_errors
-        self._within = within
+        self._context = context
         self._texts: list[str] = []  # what the source has yielded, if somebody wants it
         self._ended = False  # by somebody else
         self._writer: AsyncStreamWriter | None = None
@@ -91,12 +91,12 @@ class AsyncProducer:
     async def _run(self) -> None:
         interruption: BaseException | None = None
         try:
-            async with self._store.writer(self.stream_id, when_ended=self._break_off) as writer:
+            async with self._store.writer(self.stream_id, on_end=self._break_off) as writer:
                 with self._mutex:
                     self._writer = writer
                 if self._is_late:
                     writer._break_off(GENERIC_ERROR)
-                await self._store._database.client.leave()  # the source may take long
+                await self._store._database.client.release_thread()  # the source may take long
                 await self._write(writer)
         except (SourceError, StreamNotActiveError):
             pass  # the log has the one, and the other was meant
@@ -115,7 +115,7 @@ class AsyncProducer:
         self._strike("the end of the stream")
         await self._close_source()  # if it did not come to writing
         await self._finish()
-        await self._store._database.client.leave()
+        await self._store._database.client.release_thread()
         if interruption is not None:
             raise interruption
 
@@ -173,7 +173,7 @@ class AsyncProducer:
     @asynccontextmanager
     async def _surroundings(self) -> AsyncIterator[None]:
         """Be within what the caller wants; a failure to take that down changes nothing of what was done there."""
-        surroundings = self._within()
+        surroundings = self._context()
         await surroundings.__aenter__()
         try:
             yield
@@ -195,7 +195,7 @@ class AsyncProducer:
             interrupting = self._source_open and not inspect.isgenerator(self._source)
             if interrupting:
                 self._source_open = False
-        if interrupting and not async_break_off(self._worker, self._source):
+        if interrupting and not async_interrupt(self._worker, self._source):
             with self._mutex:
                 self._source_open = True  # it is for the one who reads from it
             if self._source_left:
@@ -218,7 +218,7 @@ class AsyncProducer:
             if self._on_finish is not None:
                 status = status or await self._last_status()
                 async with self._surroundings():
-                    await async_settle(self._on_finish("".join(self._texts), status))
+                    await async_call_or_await(self._on_finish, "".join(self._texts), status)
         except Exception:
             logger.exception("on_finish of stream %r failed", self.stream_id)
         finally:
@@ -241,7 +241,7 @@ class AsyncProducer:
             return None
 
 
-async def drain(store: AsyncPostgresStreamStore, timeout: float) -> bool:
+async def shutdown(store: AsyncPostgresStreamStore, timeout: float) -> bool:
     """Wait for the streams that are written here to end, after `timeout` seconds break them off; True: none was."""
     deadline = monotonic() + timeout
     producers = AsyncProducer.writing(store)
@@ -257,7 +257,7 @@ async def drain(store: AsyncPostgresStreamStore, timeout: float) -> bool:
 async def break_off_all() -> None:
     """End what this process still writes."""
     for store in {producer._store for producer in AsyncProducer.writing()}:
-        await drain(store, 0.0)
+        await shutdown(store, 0.0)
 
 
 async def close_source(source: object) -> None:
@@ -265,7 +265,7 @@ async def close_source(source: object) -> None:
     close = getattr(source, "aclose", None) or getattr(source, "close", None)
     if close is not None:
         try:
-            await async_settle(close())
+            await async_call_or_await(close)
         except Exception:
             logger.exception("a source failed when it was closed")
 

@@ -38,7 +38,7 @@ class AsyncReader:
         with self._changes.place(stream_id) as place:
             while True:
                 look = place.before_look()
-                rows = await self._database.look(self._sql.read, [stream_id, cursor, page])
+                rows = await self._database.query_with_retry(self._sql.read, [stream_id, cursor, page])
                 # A stream never gets shorter: if this one has, it is another one of the same id.
                 if not rows or -rows[0][0] < delivered:
                     raise StreamNotFoundError(stream_id)
@@ -73,7 +73,7 @@ class AsyncReader:
         due, page = monotonic(), FIRST_PAGE
         written_before: float | None = None
         while True:
-            rows = await self._database.look(self._sql.read_timed, [stream_id, cursor, page])
+            rows = await self._database.query_with_retry(self._sql.read_timed, [stream_id, cursor, page])
             if not rows:
                 raise StreamNotFoundError(stream_id)
             for seq, data, written_at in rows[1:]:
@@ -92,7 +92,7 @@ class AsyncReader:
         total_chunks = -rows[0][0]
         if len(rows) > 1 or end >= total_chunks:
             return end
-        [(following,)] = await self._database.look(self._sql.next, [stream_id, end])
+        [(following,)] = await self._database.query_with_retry(self._sql.next, [stream_id, end])
         return total_chunks if following is None else int(following) - 1
 
 

@@ -22,12 +22,12 @@ from ..models import (
     StreamState,
     StreamStatus,
     SynchronousCommit,
-    moment,
+    from_epoch_ms,
 )
 from .appending import Append, AsyncAppender
 from .changes import AsyncChanges
 from .database import AsyncDatabase
-from .producing import drain
+from .producing import shutdown
 from .reading import AsyncReader
 from .stream_writer import AsyncStreamWriter
 
@@ -141,13 +141,13 @@ class AsyncPostgresStreamStore:
         *,
         max_chunks: int = 1000,
         max_bytes: int = 1_000_000,
-        when_ended: Callable[[Exception], Any] | None = None,
+        on_end: Callable[[Exception], Any] | None = None,
     ) -> AsyncStreamWriter:
         """Return a context manager that writes to a stream from a buffer, each chunk exactly once.
 
         Entering it raises `StreamNotFoundError`, or `StreamNotActiveError` if the stream has ended. What is written
         goes after what is there. `write` waits while the buffer holds `max_chunks` chunks, or would get more than
-        `max_bytes` of them in UTF-8; a single chunk may be larger. `when_ended` is called, from the background, once
+        `max_bytes` of them in UTF-8; a single chunk may be larger. `on_end` is called, from the background, once
         it is known inside the block that nothing more can be written, as when a user has stopped the stream, with the
         error that `write` raises from then on. A writer with it works in the background on every client, in Django
         outside of the caller's transaction.
@@ -156,7 +156,7 @@ class AsyncPostgresStreamStore:
         arguments.sequence_number(max_chunks, "max_chunks", least=1)
         arguments.sequence_number(max_bytes, "max_bytes", least=1)
         limits = max_chunks, max_bytes
-        return AsyncStreamWriter(self, self._database, self._changes, stream_id, limits, when_ended)
+        return AsyncStreamWriter(self, self._database, self._changes, stream_id, limits, on_end)
 
     def read_from(self, id: str, after_seq: int = 0, *, follow: bool = True) -> AsyncIterator[StreamChunk]:
         """Iterate over the chunks with a number above `after_seq`, each exactly once and in order.
@@ -207,7 +207,7 @@ class AsyncPostgresStreamStore:
         with self._changes.place(stream_id) as place:
             while True:
                 look = place.before_look()
-                rows = await self._database.look(self._sql.status, [stream_id], deadline)
+                rows = await self._database.query_with_retry(self._sql.status, [stream_id], deadline)
                 if not rows:
                     raise StreamNotFoundError(stream_id)
                 status = StreamStatus._make(rows[0])
@@ -295,7 +295,7 @@ class AsyncPostgresStreamStore:
             else:
                 rows = await self._database.query(self._sql.list, [state, last_id, PAGE])
             for stream_id, found, error, total_chunks, expires_at, created_at, *_ in rows:
-                yield StreamInfo(stream_id, found, error, total_chunks, moment(expires_at), created_at)
+                yield StreamInfo(stream_id, found, error, total_chunks, from_epoch_ms(expires_at), created_at)
             if len(rows) < PAGE:
                 return
             last_id, last_time = rows[-1][0], rows[-1][-1]
@@ -334,13 +334,13 @@ class AsyncPostgresStreamStore:
     async def close(self) -> None:
         """Close the store, and the pool if the store owns it. Whoever waits gets `StoreClosedError`. Safe to repeat.
 
-        Before, the durable streams that are still written here end in state error; see their `drain` to give them time.
+        Before, the durable streams that are still written here end in state error; `shutdown` gives them time.
         """
         if self._database.inherited:
             return
-        self._database.keep_home()
+        self._database.check_owner()
         if not self._database.closing.is_set():
-            await drain(self, 0.0)
+            await shutdown(self, 0.0)
         self._database.closing.set()
         async with self._database.client:
             await self._changes.close()

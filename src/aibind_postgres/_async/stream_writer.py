@@ -9,14 +9,14 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from .. import _arguments as arguments
-from .._concurrency import AsyncEvent, AsyncLock, AsyncWorker, Mutex, async_settle, async_spawn, async_uninterrupted
+from .._concurrency import AsyncEvent, AsyncLock, AsyncWorker, Mutex, async_call_or_await, async_shielded, async_spawn
 from ..errors import (
     AibindError,
     SequenceConflictError,
     StreamNotActiveError,
     StreamNotFoundError,
     StreamWriteError,
-    copied,
+    copy_error,
 )
 from .database import CLOSING_TIMEOUT
 
@@ -64,15 +64,15 @@ class AsyncStreamWriter:
         changes: AsyncChanges,
         stream_id: str,
         limits: tuple[int, int],
-        when_ended: Callable[[Exception], Any] | None,
+        on_end: Callable[[Exception], Any] | None,
     ) -> None:
         self._store = store
         self._database = database
         self._changes = changes
         self._stream_id = stream_id
         self._max_chunks, self._max_bytes = limits
-        self._when_ended = when_ended
-        self._in_background = when_ended is not None or not database.client.joins_transactions
+        self._on_end = on_end
+        self._in_background = on_end is not None or not database.client.joins_transactions
         self._place: AsyncPlace | None = None
         self._mutex = Mutex()
         self._sending = AsyncLock()  # without a worker, the callers take turns
@@ -99,7 +99,7 @@ class AsyncStreamWriter:
         text = arguments.storable_text(chunk, "a chunk")
         size = len(text.encode())
         while True:
-            self._database.keep_home()
+            self._database.check_owner()
             with self._mutex:
                 self._check()
                 if self._left:
@@ -119,7 +119,7 @@ class AsyncStreamWriter:
 
     async def flush(self) -> int:
         """Wait until all that has been written is durable; return the number of the last chunk."""
-        self._database.keep_home()
+        self._database.check_owner()
         with self._mutex:
             last = self._seq + len(self._unsaved)
         while True:
@@ -140,7 +140,7 @@ class AsyncStreamWriter:
             raise RuntimeError("a stream writer serves one block")
         self._place = self._changes.place(self._stream_id, self._be_alarmed)
         try:
-            self._seq = (await self._database.persist(self._active_status)).total_chunks
+            self._seq = (await self._database.retry(self._active_status)).total_chunks
             self._changes.keep_watch()
             with self._mutex:
                 self._error = None
@@ -153,11 +153,11 @@ class AsyncStreamWriter:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._database.keep_home()
+        self._database.check_owner()
         with self._mutex:
             self._left = True
         self._problem = error
-        await async_uninterrupted(self._conclude, self._let_go)
+        await async_shielded(self._conclude, self._let_go)
         if self._problem is not None and self._problem is not error:
             raise self._problem
 
@@ -207,7 +207,7 @@ class AsyncStreamWriter:
             self._error = StreamNotActiveError(self._stream_id, "error" if problem else "done")
         if problem is None:
             try:
-                await self._database.persist(partial(self._store.complete, self._stream_id))
+                await self._database.retry(partial(self._store.complete, self._stream_id))
             except AibindError:
                 raise
             except Exception as failed:
@@ -215,11 +215,11 @@ class AsyncStreamWriter:
         elif not isinstance(error, (SequenceConflictError, StreamNotActiveError, StreamNotFoundError)):
             attempt = partial(self._store.fail, self._stream_id, _storable(problem))
             # Not persistently once more, if the server could not be reached for so long already.
-            await (attempt() if isinstance(error, StreamWriteError) else self._database.persist(attempt))
+            await (attempt() if isinstance(error, StreamWriteError) else self._database.retry(attempt))
 
     def _check(self) -> None:
         if self._error is not None:
-            raise copied(self._error) from self._error.__cause__ or self._error
+            raise copy_error(self._error) from self._error.__cause__ or self._error
 
     def _break_off(self, text: str) -> None:
         """Have the stream end in state error with this text, once what was written is sent. Returns at once.
@@ -239,7 +239,7 @@ class AsyncStreamWriter:
         # The last one may have been cancelled, as when an event loop ends, perhaps before it had begun.
         alive = self._worker is not None and self._worker.is_alive()
         if self._in_background and not alive and not self._closing:
-            inherit = self._when_ended is not None  # what that does is the caller's
+            inherit = self._on_end is not None  # what that does is the caller's
             self._worker = async_spawn(self._work, "aibind_postgres-writer", inherit=inherit)
             self._due.set()
 
@@ -253,7 +253,7 @@ class AsyncStreamWriter:
             with self._mutex:
                 self._worker = None
                 self._tell()
-            await self._database.client.leave()
+            await self._database.client.release_thread()
 
     async def _advance(self, progress: AsyncEvent) -> None:
         """Wait until more is durable, and see to it that somebody works on that."""
@@ -293,8 +293,8 @@ class AsyncStreamWriter:
             with self._mutex:
                 self._error = error
                 self._tell()
-            if self._when_ended is not None and not self._left:
-                await async_settle(self._when_ended(error))
+            if self._on_end is not None and not self._left:
+                await async_call_or_await(self._on_end, error)
             return False
         return True
 
@@ -318,7 +318,7 @@ class AsyncStreamWriter:
     async def _send(self, texts: list[str]) -> None:
         attempt = partial(self._store.append_many, self._stream_id, texts, expected_seq=self._seq + 1)
         try:
-            last = await self._database.persist(attempt)
+            last = await self._database.retry(attempt)
         except AibindError:
             raise
         except Exception as error:

@@ -21,7 +21,7 @@ from .._tables import CHUNKS_TABLE, CONVERSATIONS_TABLE, STATUS_TABLE
 from . import demo as demonstration
 from . import reading, writing
 from . import web_demo as web_demonstration
-from .session import Target, database, failures_told, playground
+from .target import Target, database, failures_told, playground
 
 Id = Annotated[str, typer.Argument(metavar="ID", help="The stream's id.", show_default=False)]
 Dsn = Annotated[

@@ -20,7 +20,7 @@ from .._sync.stream_store import PostgresStreamStore
 from ..models import StreamChunk
 
 if TYPE_CHECKING:
-    from .session import Target
+    from .target import Target
 
 _DELAY = "0.013"  # seconds between two words
 _ALONE = 0.7  # seconds in which nobody reads

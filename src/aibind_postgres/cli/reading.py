@@ -12,7 +12,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from .._tables import CHUNKS_TABLE, STATUS_TABLE
 from ..errors import StreamNotFoundError
-from .session import DONE, FAILED, INTERRUPTED, Target, say
+from .target import DONE, FAILED, INTERRUPTED, Target, say
 
 if TYPE_CHECKING:
     from .._sync.stream_store import PostgresStreamStore

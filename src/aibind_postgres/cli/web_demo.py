@@ -13,7 +13,7 @@ from typing import Any
 
 import typer
 
-from .session import FAILED, INTERRUPTED, USAGE, end
+from .target import FAILED, INTERRUPTED, USAGE, end
 
 _PACKAGED = Path(__file__).parents[1] / "examples"  # in an installed package; in a checkout the folder is at the top
 EXAMPLES = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[3] / "examples"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import psycopg
 
 from ..errors import AibindError, StreamExistsError
-from .session import DONE, FAILED, INTERRUPTED, USAGE, say
+from .target import DONE, FAILED, INTERRUPTED, USAGE, say
 
 if TYPE_CHECKING:
     from .._sync.stream_store import PostgresStreamStore
