@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection as Pipe
 from typing import TYPE_CHECKING
 from unittest import mock
 
-from aibind_postgres._sync.announcing import Announcer
+from aibind_postgres._sync.notifying import Notifier
 
 from .bench import Bench, with_peer
 from .measure import TOKEN, Figures, Row, at_least, at_most, compare, latencies
@@ -191,7 +191,7 @@ def eight_stores(pipe: Pipe, tables: Tables) -> None:
             seconds, announced = pipe.recv()
             with ExitStack() as stack:
                 if not announced:
-                    stack.enter_context(mock.patch.object(Announcer, "announce", say_nothing))
+                    stack.enter_context(mock.patch.object(Notifier, "_notify", say_nothing))
                 stores: dict[str, PostgresStreamStore] = {}
                 for _ in range(8):
                     store = stack.enter_context(tables.store())

@@ -1,4 +1,4 @@
-"""The statements on streams, for given table names, and announcements. Pure.
+"""The statements on streams, for given table names. Pure.
 
 Parameters are numbered (`$1`), so that psycopg's raw cursors and asyncpg take the text as it is. Times are milliseconds
 since the epoch, by the server's clock. A statement that concerns one stream names it as `id = $1` on each table that it
@@ -8,7 +8,7 @@ touches. The status table is touched before the chunks: both are locked in that 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, get_args
 
 from .models import SynchronousCommit
@@ -21,6 +21,8 @@ NOW = "(extract(epoch FROM statement_timestamp()) * 1000)::bigint"
 
 # The times that Python can tell, in any time zone. Others may write earlier and later ones, and infinite ones.
 TELLABLE = "BETWEEN '0001-01-02 00:00Z' AND '9999-12-30 00:00Z'"
+
+STATUS_ROW = "-greatest(total_chunks, 0) AS seq, state || coalesce(chr(10) || error, '') AS data"
 
 CREATE = """
 WITH created AS (
@@ -95,12 +97,12 @@ WITH wanted AS MATERIALIZED (
 SELECT id, last_before FROM advanced {committed_so}
 """
 
-# One snapshot: in a first row the state and, below zero, the number of chunks; then a page of the chunks that were
-# there in that state. A chunk beyond the number that the status row vouches for is left over from another stream. A
-# page is a range of numbers and not a LIMIT, which may be planned as a sort of all that follows. (Nothing has a number
-# from 2^62 on.)
+# One snapshot: the first row is the status, and `_pages.Page` parses it: the number of chunks, negative, and the state
+# with the error text in a second line. A page of chunks follows. A chunk above the number of chunks in the status is
+# left over from another stream. A page is a range of numbers and not a LIMIT, which may be planned as a sort of all
+# that follows. (No chunk has a number from 2^62 on.)
 READ = """
-SELECT -greatest(total_chunks, 0) AS seq, state AS data FROM {status} WHERE id = $1::text
+SELECT {status_row} FROM {status} WHERE id = $1::text
 UNION ALL
 SELECT seq, data FROM {chunks}
  WHERE id = $1::text AND seq > $2::bigint
@@ -109,12 +111,12 @@ SELECT seq, data FROM {chunks}
 ORDER BY seq
 """
 
-# What READ gives, for many streams: a JSON array of objects with place, id and after.
+# READ for many streams: a JSON array of objects with place, id and after.
 READ_BATCH = """
 SELECT wanted.place, found.seq, found.data
   FROM json_to_recordset($1::text::json) AS wanted (place integer, id text, after bigint),
        LATERAL (
-           SELECT -greatest(total_chunks, 0) AS seq, state AS data FROM {status} WHERE id = wanted.id
+           SELECT {status_row} FROM {status} WHERE id = wanted.id
            UNION ALL
            SELECT seq, data FROM {chunks}
             WHERE id = wanted.id AND seq > wanted.after
@@ -125,7 +127,7 @@ SELECT wanted.place, found.seq, found.data
 """
 
 READ_TIMED = """
-SELECT -greatest(total_chunks, 0) AS seq, state AS data, NULL::float8 AS written_at FROM {status} WHERE id = $1::text
+SELECT {status_row}, NULL::float8 AS written_at FROM {status} WHERE id = $1::text
 UNION ALL
 SELECT seq, data, CASE WHEN created_at {tellable} THEN extract(epoch FROM created_at)::float8 END FROM {chunks}
  WHERE id = $1::text AND seq > $2::bigint
@@ -245,9 +247,7 @@ WITH silent AS MATERIALIZED (
 SELECT id FROM ended {committed_so}
 """
 
-ANNOUNCE = "SELECT pg_notify($1::text, payload) FROM json_array_elements_text($2::text::json) AS payload"
-
-MAX_PAYLOAD_BYTES = 7_999
+NOTIFY = "SELECT pg_notify($1::text, payload) FROM json_array_elements_text($2::text::json) AS payload"
 
 
 class StreamStatements:
@@ -264,6 +264,7 @@ class StreamStatements:
             "status": status.quoted,
             "now": NOW,
             "tellable": TELLABLE,
+            "status_row": STATUS_ROW,
             "committed_so": "" if synchronous_commit is None else setting,
         }
 
@@ -308,35 +309,3 @@ def json_text(value: object) -> str:
 def json_array(texts: Iterable[str]) -> str:
     """Return texts as one JSON parameter: psycopg builds an array of them several times more slowly."""
     return json_text(list(texts))
-
-
-def announcements(ids: Iterable[str], sender: str | None) -> Iterator[str]:
-    """Pack stream ids into as few notification payloads as they fit in.
-
-    `sender` marks the payload, so that a listener can pass over what it has sent itself.
-    """
-    head = "{" if sender is None else f'{{"by":{json.dumps(sender)},'
-    packed = ""
-    for stream_id in ids:
-        item = json.dumps(stream_id)  # ASCII, so that its length in bytes does not depend on the database's encoding
-        if packed and len(head) + len(packed) + len(item) + len('"ids":[,]}') > MAX_PAYLOAD_BYTES:
-            yield f'{head}"ids":[{packed}]}}'
-            packed = ""
-        packed += f",{item}" if packed else item
-    if packed:
-        yield f'{head}"ids":[{packed}]}}'
-
-
-def announced(payload: str, listener: str) -> list[str] | None:
-    """Return the stream ids of a payload: none if `listener` sent it, None if it tells everybody to look.
-
-    Whatever is no announcement of ours is taken as a hint that something has changed.
-    """
-    try:
-        content = json.loads(payload)
-        if content.get("by") == listener:
-            return []
-        ids = content["ids"]
-    except (ValueError, TypeError, KeyError, AttributeError):
-        return None
-    return ids if isinstance(ids, list) and all(isinstance(stream_id, str) for stream_id in ids) else None

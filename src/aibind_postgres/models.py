@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime, timedelta, timezone
-from itertools import repeat
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from .errors import InvalidDataError
 
@@ -23,11 +21,6 @@ class StreamChunk(NamedTuple):
 
     seq: int
     data: str
-
-
-def chunks_of(rows: Iterable[Sequence[Any]]) -> Iterator[StreamChunk]:
-    """Turn rows of numbers and texts into chunks, as `StreamChunk._make` does, without calling Python for each."""
-    return map(tuple.__new__, repeat(StreamChunk), rows)
 
 
 class StreamEvent(NamedTuple):

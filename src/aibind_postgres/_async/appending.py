@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from .._pages import Page
 from .._sql import StreamStatements, json_array, json_text
 from ..errors import (
     AibindError,
@@ -16,8 +17,8 @@ from ..errors import (
 from .combining import AsyncCombiner
 
 if TYPE_CHECKING:
-    from .changes import AsyncChanges
     from .database import AsyncDatabase
+    from .notifying import AsyncNotifier
 
 ATTEMPTS = 5
 LANES = 2  # batches side by side: while PostgreSQL writes the log of one it works on the other
@@ -45,12 +46,12 @@ class AsyncAppender:
         database: AsyncDatabase,
         statements: StreamStatements,
         ttl: int,
-        changes: AsyncChanges,
+        notifier: AsyncNotifier,
     ) -> None:
         self._database = database
         self._sql = statements
         self._ttl = ttl
-        self._changes = changes
+        self._notifier = notifier
         # A stream has its lane, since two batches at once should not want the same row.
         self._lanes = [AsyncCombiner(self._run, max_items=BATCH_ITEMS, max_size=BATCH_BYTES) for _ in range(LANES)]
 
@@ -88,7 +89,7 @@ class AsyncAppender:
         if not rows:
             return None
         last = int(rows[0][0])
-        await self._changes.tell_appended([(stream_id, last - len(texts), texts)])
+        await self._notifier.appended([(stream_id, last - len(texts), texts)])
         return last
 
     async def _run(self, appends: Sequence[Append]) -> Sequence[int | None]:
@@ -124,7 +125,7 @@ class AsyncAppender:
                 last += len(texts)
                 lasts[place] = last
         if appended:
-            await self._changes.tell_appended(appended)
+            await self._notifier.appended(appended)
         return lasts
 
     async def _explain(self, append: Append) -> int | None:
@@ -133,14 +134,14 @@ class AsyncAppender:
         # One statement, so one snapshot: in two, the same append, sent twice, could land between them.
         after, number = (0, 0) if expected_seq is None else (expected_seq - 1, len(texts))
         rows = await self._database.query(self._sql.read, [stream_id, after, number])
-        if not rows:
+        page = Page.parse(rows, after, number)
+        if page is None:
             raise StreamNotFoundError(stream_id)
-        if expected_seq is not None and texts and [data for _, data in rows[1:]] == list(texts):
-            await self._changes.tell_appended([(stream_id, expected_seq - 1, texts)])
+        if expected_seq is not None and texts and [chunk.data for chunk in page.chunks] == list(texts):
+            await self._notifier.appended([(stream_id, expected_seq - 1, texts)])
             return expected_seq + len(texts) - 1
-        total_chunks, state = -rows[0][0], rows[0][1]
-        if state != "active":
-            raise StreamNotActiveError(stream_id, state)
-        if expected_seq is not None and expected_seq != total_chunks + 1:
-            raise SequenceConflictError(stream_id, expected_seq, total_chunks + 1)
+        if page.state != "active":
+            raise StreamNotActiveError(stream_id, page.state)
+        if expected_seq is not None and expected_seq != page.total + 1:
+            raise SequenceConflictError(stream_id, expected_seq, page.total + 1)
         return None

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from .. import _arguments as arguments
 from .._concurrency import async_is_source, async_shielded
+from .._subscriptions import Ended
 from ..errors import StreamNotFoundError
 from ..history import new_id
-from ..models import StreamEvent, StreamStatus, event_of
+from ..models import StreamChunk, StreamEvent, StreamStatus, event_of
 from ..sse import MESSAGE, ServerSentEvent, comment, encode
+from .following import Heartbeat
 from .producing import AsyncProducer, close_source, shutdown
 
 if TYPE_CHECKING:
@@ -123,20 +125,14 @@ class AsyncDurableStream:
     async def _sse(self, after_seq: int, heartbeat: float) -> AsyncIterator[bytes]:
         if self._producer is not None and after_seq == 0:
             yield encode(_introduction(self.id))
-        async for chunk in self._store._reader.read(self.id, after_seq, True, heartbeat):
-            if not chunk.seq:
-                yield comment("ping")
-                continue
-            event, data = event_of(chunk.data)
-            sent = encode(ServerSentEvent(data, event, str(chunk.seq)))
-            if event != MESSAGE:
-                # aibind's client takes no id from an event with a name, and would resume before it. By the standard an
-                # id without data is no event.
-                sent += b"id: %d\n\n" % chunk.seq
-            yield sent
-        status = await self._store.get_status(self.id)
-        if status is None:
-            raise StreamNotFoundError(self.id)
+        with self._store._follow(self.id, after_seq) as follower:
+            while not isinstance(step := await follower.next(idle_timeout=heartbeat), Ended):
+                if isinstance(step, Heartbeat):
+                    yield comment("ping")
+                    continue
+                for chunk in step.chunks:
+                    yield _encode_chunk(chunk)
+        status = step.status
         if status.state == "error":
             yield encode(ServerSentEvent(status.error or "", "error"))
         elif status.state == "stopped":
@@ -166,3 +162,10 @@ class AsyncDurableStream:
 def _introduction(stream_id: str) -> ServerSentEvent:
     # A number would be taken for that of an event, to go on from.
     return ServerSentEvent(stream_id, "stream-id", None if stream_id.isdigit() else stream_id)
+
+
+def _encode_chunk(chunk: StreamChunk) -> bytes:
+    event, data = event_of(chunk.data)
+    sent = encode(ServerSentEvent(data, event, str(chunk.seq)))
+    # aibind's client takes no id from a named event, and would resume before it. An id without data is no event.
+    return sent if event == MESSAGE else sent + b"id: %d\n\n" % chunk.seq

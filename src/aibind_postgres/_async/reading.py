@@ -1,102 +1,124 @@
-"""Reading streams: by pages what is there, then what comes."""
+"""Reads pages of streams: alone, or many streams in one statement."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from time import monotonic
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from .. import _arguments as arguments
-from ..errors import StreamNotFoundError
-from ..models import StreamChunk, chunks_of
-from .feeds import QuietError
+from .._pages import FIRST_PAGE_CHUNKS, Page
+from .._sql import StreamStatements, json_text
+from .._subscriptions import LIVE_PAGE_CHUNKS
+from ..errors import StreamNotFoundError, nothing_was_written
+from .combining import AsyncCombiner
 
 if TYPE_CHECKING:
-    from .._sql import StreamStatements
-    from .changes import AsyncChanges
-    from .connections import Row
+    from ..models import StreamChunk
     from .database import AsyncDatabase
 
-FIRST_PAGE, PAGE = 50, 2000  # chunks that one statement reads at first, and at most
-PAGE_SIZE = 1_000_000  # characters that one statement is to read, if chunks go on as they were
+BATCH_STREAMS, BATCH_CHARACTERS = 200, 8_000_000  # read by one statement at most, the characters as expected
 
 
-class AsyncReader:
+class LiveRead(NamedTuple):
+    """A read of the chunks after a number, at most `LIVE_PAGE_CHUNKS`."""
+
+    stream_id: str
+    after: int
+
+
+class AsyncPageReader:
     """Reads the streams of one store."""
 
-    def __init__(self, database: AsyncDatabase, statements: StreamStatements, changes: AsyncChanges) -> None:
+    def __init__(self, database: AsyncDatabase, statements: StreamStatements) -> None:
         self._database = database
         self._sql = statements
-        self._changes = changes
+        self._combiner = AsyncCombiner(self._run, max_items=BATCH_STREAMS, max_size=BATCH_CHARACTERS)
 
-    async def read(
-        self, stream_id: str, cursor: int, follow: bool, patience: float = math.inf
-    ) -> AsyncIterator[StreamChunk]:
-        """Iterate over chunks; one of number 0 tells that nothing has come for `patience` seconds."""
-        delivered, page = 0, FIRST_PAGE
-        with self._changes.place(stream_id) as place:
-            while True:
-                look = place.before_look()
-                rows = await self._database.query_with_retry(self._sql.read, [stream_id, cursor, page])
-                # A stream never gets shorter: if this one has, it is another one of the same id.
-                if not rows or -rows[0][0] < delivered:
-                    raise StreamNotFoundError(stream_id)
-                for chunk in chunks_of(rows[1:]):
-                    yield chunk
-                total_chunks, state = -rows[0][0], rows[0][1]
-                if len(rows) > 1:
-                    delivered = rows[-1][0]
-                if (read_up_to := await self._read_up_to(stream_id, cursor + page, rows)) < total_chunks:
-                    cursor, page = read_up_to, _next_page(rows)
-                    continue
-                if state != "active" or not follow:
-                    return
-                cursor = max(cursor, total_chunks)
-                place.stands(look, cursor, total_chunks)
-                while True:
-                    try:
-                        chunks = await place.follow(cursor, patience=patience)
-                    except QuietError:
-                        yield StreamChunk(0, "")
-                        continue
-                    if not chunks:
-                        break
-                    for chunk in chunks:
-                        yield chunk
-                    cursor = delivered = chunks[-1].seq
-                if chunks is not None:
-                    return
+    async def page(self, stream_id: str, after: int, limit: int, deadline: float = math.inf) -> Page | None:
+        """Read the chunks after a number, at most `limit`; None if there is no such stream.
+
+        A stream may have gaps that other programs made. The page then ends before the next chunk behind the gap.
+        """
+        rows = await self._database.query_with_retry(self._sql.read, [stream_id, after, limit], deadline)
+        return await self._skip_gap(stream_id, Page.parse(rows, after, limit))
+
+    async def live_page(self, read: LiveRead, characters: int, deadline: float) -> Page | None:
+        """Read the newest chunks of a stream; simultaneous reads share a statement."""
+        return await self._database.retry(partial(self._read_live, read, characters), deadline)
+
+    async def stored(self, stream_id: str, cursor: int) -> AsyncIterator[StreamChunk]:
+        """Iterate over the stored chunks after `cursor`, without waiting for more."""
+        limit, delivered = FIRST_PAGE_CHUNKS, 0
+        while True:
+            page = await self.page(stream_id, cursor, limit)
+            # A stream never gets shorter: a shorter one is another stream of this id.
+            if page is None or page.total < delivered:
+                raise StreamNotFoundError(stream_id)
+            for chunk in page.chunks:
+                yield chunk
+            if page.is_last:
+                return
+            delivered = page.chunks[-1].seq if page.chunks else delivered
+            cursor, limit = page.end, page.next_limit
 
     async def replay(self, stream_id: str, cursor: int, speed: float) -> AsyncIterator[StreamChunk]:
-        """Iterate over the chunks that are there, at the pace at which they were written."""
-        due, page = monotonic(), FIRST_PAGE
+        """Iterate over the stored chunks at the pace at which they were written."""
+        due, limit = monotonic(), FIRST_PAGE_CHUNKS
         written_before: float | None = None
         while True:
-            rows = await self._database.query_with_retry(self._sql.read_timed, [stream_id, cursor, page])
-            if not rows:
+            rows = await self._database.query_with_retry(self._sql.read_timed, [stream_id, cursor, limit])
+            times = [row[2] for row in rows[1:]]
+            page = await self._skip_gap(stream_id, Page.parse([row[:2] for row in rows], cursor, limit))
+            if page is None:
                 raise StreamNotFoundError(stream_id)
-            for seq, data, written_at in rows[1:]:
+            for chunk, written_at in zip(page.chunks, times, strict=True):
                 if written_at is not None:
                     due += max(0.0, written_at - (written_before or written_at)) / speed
                     written_before = written_at
                 if (pause := due - monotonic()) > 0:
                     await self._database.sleep(min(pause, arguments.MAX_SECONDS))
-                yield StreamChunk(seq, data)
-            cursor, page = await self._read_up_to(stream_id, cursor + page, rows), _next_page(rows)
-            if cursor >= -rows[0][0]:
+                yield chunk
+            if page.is_last:
                 return
+            cursor, limit = page.end, page.next_limit
 
-    async def _read_up_to(self, stream_id: str, end: int, rows: Sequence[Row]) -> int:
-        """Return the number up to which there is no other chunk than those of a page that was to end at `end`."""
-        total_chunks = -rows[0][0]
-        if len(rows) > 1 or end >= total_chunks:
-            return end
-        [(following,)] = await self._database.query_with_retry(self._sql.next, [stream_id, end])
-        return total_chunks if following is None else int(following) - 1
+    async def _skip_gap(self, stream_id: str, page: Page | None) -> Page | None:
+        """Extend an empty page to the chunk behind the gap, since a stream may count far more chunks than it has."""
+        if page is None or page.chunks or page.is_last:
+            return page
+        [(following,)] = await self._database.query_with_retry(self._sql.next, [stream_id, page.end])
+        return page._replace(end=page.total if following is None else int(following) - 1)
 
+    async def _read_live(self, read: LiveRead, characters: int) -> Page | None:
+        if self._database.client.joins_transactions:  # its statements cannot be shared with other callers
+            return await self._read_alone(read)
+        [page] = await self._combiner.call(read, characters) or [await self._read_alone(read)]
+        return page
 
-def _next_page(rows: Sequence[Row]) -> int:
-    """Return how many chunks to read after a page, so that slow readers of large chunks do not fill the memory."""
-    size = sum([len(row[1]) for row in rows[1:]])
-    return max(1, min(PAGE, PAGE_SIZE * (len(rows) - 1) // size)) if size else PAGE
+    async def _read_alone(self, read: LiveRead) -> Page | None:
+        rows = await self._database.query(self._sql.read, [*read, LIVE_PAGE_CHUNKS])
+        return Page.parse(rows, read.after, LIVE_PAGE_CHUNKS)
+
+    async def _run(self, reads: Sequence[LiveRead]) -> Sequence[Sequence[Page | None]]:
+        """Return each page in a list, or an empty list for reads that have to run alone.
+
+        The server refuses a shared statement if the text of one stream cannot be converted, for example.
+        """
+        if len(reads) == 1:
+            return [[await self._read_alone(reads[0])]]
+        items = json_text(
+            [{"place": place, "id": read.stream_id, "after": read.after} for place, read in enumerate(reads)]
+        )
+        try:
+            rows = await self._database.query(self._sql.read_batch, [items, LIVE_PAGE_CHUNKS])
+        except Exception as error:
+            if not nothing_was_written(error):
+                raise
+            return [[] for _ in reads]
+        found: list[list[Sequence[object]]] = [[] for _ in reads]
+        for place, *row in rows:
+            found[place].append(row)
+        return [[Page.parse(rows, read.after, LIVE_PAGE_CHUNKS)] for rows, read in zip(found, reads, strict=True)]

@@ -7,12 +7,14 @@ import math
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from datetime import datetime, timedelta
+from functools import partial
 from time import monotonic
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, get_args
 
 from .. import _arguments as arguments
 from .._sql import StreamStatements
+from .._subscriptions import Deliver, Ended, Subscriptions, wake_all
 from .._tables import CHUNKS_TABLE, STATUS_TABLE, distinct
 from ..errors import StreamExistsError, StreamNotFoundError
 from ..models import (
@@ -25,10 +27,12 @@ from ..models import (
     from_epoch_ms,
 )
 from .appending import Append, AsyncAppender
-from .changes import AsyncChanges
 from .database import AsyncDatabase
+from .following import AsyncFollower, watching_end
+from .listening import AsyncListener
+from .notifying import AsyncNotifier
 from .producing import shutdown
-from .reading import AsyncReader
+from .reading import AsyncPageReader
 from .stream_writer import AsyncStreamWriter
 
 if TYPE_CHECKING:
@@ -37,7 +41,7 @@ if TYPE_CHECKING:
 
     from .client import AsyncClientLike
 
-PAGE = 2000  # streams that one statement lists
+LIST_PAGE_ROWS = 2000  # read by one statement
 
 
 class AsyncPostgresStreamStore:
@@ -88,9 +92,14 @@ class AsyncPostgresStreamStore:
         self._ttl = arguments.milliseconds(ttl, "ttl")
         self._database = AsyncDatabase(client, arguments.seconds(retry_for, "retry_for", zero=True), timeout)
         self._sql = StreamStatements(chunks, status, synchronous_commit)
-        self._changes = AsyncChanges(self._database, self._sql, status.channel, poll_seconds)
-        self._reader = AsyncReader(self._database, self._sql, self._changes)
-        self._appender = AsyncAppender(self._database, self._sql, self._ttl, self._changes)
+        runner = self._database.client
+        self._subscriptions = Subscriptions(share=not runner.joins_transactions)
+        self._notifier = AsyncNotifier(runner, self._subscriptions, status.channel)
+        self._listener = AsyncListener(
+            self._database, self._subscriptions, self._notifier, self._sql.poll, poll_seconds
+        )
+        self._pages = AsyncPageReader(self._database, self._sql)
+        self._appender = AsyncAppender(self._database, self._sql, self._ttl, self._notifier)
 
     async def create(self, id: str | None = None) -> str:
         """Begin a stream and return its id; without one, a new and unguessable id is made.
@@ -156,7 +165,8 @@ class AsyncPostgresStreamStore:
         arguments.sequence_number(max_chunks, "max_chunks", least=1)
         arguments.sequence_number(max_bytes, "max_bytes", least=1)
         limits = max_chunks, max_bytes
-        return AsyncStreamWriter(self, self._database, self._changes, stream_id, limits, on_end)
+        subscribe = partial(watching_end, self._subscriptions, self._listener, stream_id)
+        return AsyncStreamWriter(self, self._database, subscribe, stream_id, limits, on_end)
 
     def read_from(self, id: str, after_seq: int = 0, *, follow: bool = True) -> AsyncIterator[StreamChunk]:
         """Iterate over the chunks with a number above `after_seq`, each exactly once and in order.
@@ -172,7 +182,16 @@ class AsyncPostgresStreamStore:
         """
         stream_id = arguments.identifier(id)
         cursor = arguments.sequence_number(after_seq, "after_seq", least=0)
-        return self._reader.read(stream_id, cursor, follow)
+        return self._read(stream_id, cursor) if follow else self._pages.stored(stream_id, cursor)
+
+    async def _read(self, stream_id: str, cursor: int) -> AsyncIterator[StreamChunk]:
+        with self._follow(stream_id, cursor) as follower:
+            while isinstance(step := await follower.next(), Deliver):
+                for chunk in step.chunks:
+                    yield chunk
+
+    def _follow(self, stream_id: str, cursor: float) -> AsyncFollower:
+        return AsyncFollower(self._database, self._subscriptions, self._listener, self._pages, stream_id, cursor)
 
     def replay(self, id: str, after_seq: int = 0, *, speed: float = 1.0) -> AsyncIterator[StreamChunk]:
         """Iterate over the chunks that are there, at the pace at which they were written.
@@ -187,7 +206,7 @@ class AsyncPostgresStreamStore:
         cursor = arguments.sequence_number(after_seq, "after_seq", least=0)
         if not speed > 0:
             raise ValueError(f"speed must be above zero, not {speed!r}")
-        return self._reader.replay(stream_id, cursor, speed)
+        return self._pages.replay(stream_id, cursor, speed)
 
     async def get_status(self, id: str) -> StreamStatus | None:
         """Return where a stream stands, or None if there is no such stream."""
@@ -204,19 +223,10 @@ class AsyncPostgresStreamStore:
         deadline = math.inf
         if timeout is not None:
             deadline = monotonic() + arguments.seconds(timeout, "timeout", zero=True)
-        with self._changes.place(stream_id) as place:
-            while True:
-                look = place.before_look()
-                rows = await self._database.query_with_retry(self._sql.status, [stream_id], deadline)
-                if not rows:
-                    raise StreamNotFoundError(stream_id)
-                status = StreamStatus._make(rows[0])
-                if status.state != "active":
-                    return status
-                if monotonic() >= deadline:
-                    raise TimeoutError(f"stream {stream_id!r} is still active")
-                place.stands(look, status.total_chunks, status.total_chunks)
-                await place.follow(math.inf, deadline)
+        with self._follow(stream_id, math.inf) as follower:
+            while not isinstance(step := await follower.next(deadline=deadline), Ended):
+                pass
+            return step.status
 
     async def stop(self, id: str) -> bool:
         """End a stream as stopped by a user. True if this call ended it, False if it had ended already.
@@ -245,7 +255,7 @@ class AsyncPostgresStreamStore:
         if not exists:
             raise StreamNotFoundError(stream_id)
         # Also if it had ended: the call that ended it may have lost its reply, and announced nothing.
-        await self._changes.tell([stream_id])
+        await self._notifier.changed([stream_id])
         return bool(ended)
 
     async def delete(self, id: str) -> bool:
@@ -259,7 +269,7 @@ class AsyncPostgresStreamStore:
             return False
         if deleted_chunks < total_chunks:
             await self._database.query(self._sql.delete_orphans, [stream_id])
-        await self._changes.tell_deleted(stream_id)
+        await self._notifier.deleted(stream_id)
         return True
 
     def list(
@@ -290,13 +300,13 @@ class AsyncPostgresStreamStore:
         last_time: str | None = None
         while True:
             if by_time:
-                params = [state, last_id, PAGE, after, before, last_time]
+                params = [state, last_id, LIST_PAGE_ROWS, after, before, last_time]
                 rows = await self._database.query(self._sql.list_by_time, params)
             else:
-                rows = await self._database.query(self._sql.list, [state, last_id, PAGE])
+                rows = await self._database.query(self._sql.list, [state, last_id, LIST_PAGE_ROWS])
             for stream_id, found, error, total_chunks, expires_at, created_at, *_ in rows:
                 yield StreamInfo(stream_id, found, error, total_chunks, from_epoch_ms(expires_at), created_at)
-            if len(rows) < PAGE:
+            if len(rows) < LIST_PAGE_ROWS:
                 return
             last_id, last_time = rows[-1][0], rows[-1][-1]
 
@@ -328,7 +338,7 @@ class AsyncPostgresStreamStore:
         rows = await self._database.query(self._sql.fail_abandoned, [self._ttl, round(silence * 1000), text])
         stream_ids = [row[0] for row in rows]
         if stream_ids:
-            await self._changes.tell(stream_ids)
+            await self._notifier.changed(stream_ids)
         return stream_ids
 
     async def close(self) -> None:
@@ -342,8 +352,12 @@ class AsyncPostgresStreamStore:
         if not self._database.closing.is_set():
             await shutdown(self, 0.0)
         self._database.closing.set()
+        wake_all(self._subscriptions.closed())
         async with self._database.client:
-            await self._changes.close()
+            try:
+                await self._listener.close()
+            finally:
+                await self._notifier.close()
 
     async def __aenter__(self) -> Self:
         return self

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -24,9 +25,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from ..models import StreamStatus
-    from .changes import AsyncChanges
     from .database import AsyncDatabase
-    from .feeds import AsyncPlace
     from .stream_store import AsyncPostgresStreamStore
 
 logger = logging.getLogger("aibind_postgres")
@@ -61,19 +60,19 @@ class AsyncStreamWriter:
         self,
         store: AsyncPostgresStreamStore,
         database: AsyncDatabase,
-        changes: AsyncChanges,
+        subscribe: Callable[[Callable[[], None]], AbstractContextManager[None]],
         stream_id: str,
         limits: tuple[int, int],
         on_end: Callable[[Exception], Any] | None,
     ) -> None:
         self._store = store
         self._database = database
-        self._changes = changes
+        self._subscribe = subscribe
         self._stream_id = stream_id
         self._max_chunks, self._max_bytes = limits
         self._on_end = on_end
         self._in_background = on_end is not None or not database.client.joins_transactions
-        self._place: AsyncPlace | None = None
+        self._place: AbstractContextManager[None] | None = None
         self._mutex = Mutex()
         self._sending = AsyncLock()  # without a worker, the callers take turns
         self._unsaved: list[str] = []  # what is not known to be durable, also while it is being sent
@@ -138,15 +137,15 @@ class AsyncStreamWriter:
     async def __aenter__(self) -> Self:
         if self._place is not None:
             raise RuntimeError("a stream writer serves one block")
-        self._place = self._changes.place(self._stream_id, self._be_alarmed)
+        self._place = self._subscribe(self._be_alarmed)
+        self._place.__enter__()
         try:
             self._seq = (await self._database.retry(self._active_status)).total_chunks
-            self._changes.keep_watch()
             with self._mutex:
                 self._error = None
                 self._keep_worker()
         except BaseException:
-            self._changes.leave(self._place)
+            self._place.__exit__(None, None, None)
             raise
         return self
 
@@ -185,7 +184,7 @@ class AsyncStreamWriter:
             self._error = self._error or RuntimeError("the block of this stream writer was broken off")
             self._tell()
         if self._place is not None:
-            self._changes.leave(self._place)
+            self._place.__exit__(None, None, None)
 
     def _prefer(self, later: Exception) -> None:
         """Keep the first of several problems to raise, and log the others."""

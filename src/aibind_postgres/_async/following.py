@@ -1,0 +1,132 @@
+"""Follows streams: carries out the steps that `_subscriptions` decides."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from time import monotonic
+from types import TracebackType
+from typing import TYPE_CHECKING, NamedTuple
+
+from .._concurrency import AsyncEvent
+from .._subscriptions import Deleted, Deliver, Ended, Fetch, Subscriptions, wake_all
+from ..errors import StreamNotFoundError
+from .reading import LiveRead
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from .database import AsyncDatabase
+    from .listening import AsyncListener
+    from .reading import AsyncPageReader
+
+
+class Heartbeat(NamedTuple):
+    """Nothing has arrived for the idle timeout."""
+
+
+class AsyncFollower:
+    """One reader of a stream, from after `cursor` on; a cursor of infinity waits for the end of the stream alone.
+
+    Used as a context manager, and by one caller at a time.
+    """
+
+    def __init__(
+        self,
+        database: AsyncDatabase,
+        subscriptions: Subscriptions,
+        listener: AsyncListener,
+        pages: AsyncPageReader,
+        stream_id: str,
+        cursor: float,
+    ) -> None:
+        database.check_owner()
+        self._database = database
+        self._subscriptions = subscriptions
+        self._listener = listener
+        self._pages = pages
+        self._stream_id = stream_id
+        self._woken = AsyncEvent()
+        self._subscription = subscriptions.subscribe(stream_id, cursor, self._woken.set)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._subscriptions.unsubscribe(self._subscription)
+
+    async def next(self, *, deadline: float = math.inf, idle_timeout: float = math.inf) -> Deliver | Ended | Heartbeat:
+        """Return the next chunks, or the end of the stream.
+
+        Returns a `Heartbeat` if nothing has arrived for `idle_timeout` seconds.
+
+        Raises:
+            StreamNotFoundError: There is no such stream, or it was deleted.
+            TimeoutError: The `deadline` of the monotonic clock has passed while the stream is active.
+            Exception: The error of a read that could not be repeated.
+        """
+        idle_at = monotonic() + idle_timeout
+        while True:
+            self._database.check_owner()
+            step = self._subscriptions.next_step(self._subscription)
+            if isinstance(step, (Deliver, Ended)):
+                return step
+            if isinstance(step, Deleted):
+                raise StreamNotFoundError(self._stream_id)
+            if isinstance(step, Fetch):
+                await self._fetch(step, deadline)
+            elif not await self._wait(min(deadline, idle_at)):
+                if deadline <= idle_at:
+                    raise TimeoutError(f"stream {self._stream_id!r} is still active")
+                return Heartbeat()
+
+    async def _fetch(self, fetch: Fetch, deadline: float) -> None:
+        try:
+            if fetch.shared:
+                read = LiveRead(self._stream_id, fetch.after)
+                page = await self._pages.live_page(read, fetch.characters, deadline)
+            else:
+                page = await self._pages.page(self._stream_id, fetch.after, fetch.limit, deadline)
+        except GeneratorExit:  # perhaps by the garbage collector, in a thread that holds the mutex: `__exit__` follows
+            raise
+        except BaseException as error:
+            # Other readers must not fail by the deadline of this one, nor by its cancellation.
+            failure = error if isinstance(error, Exception) and monotonic() < deadline else None
+            wake_all(self._subscriptions.fetch_failed(self._subscription, fetch, failure))
+            raise
+        wake_all(self._subscriptions.fetched(self._subscription, fetch, page))
+
+    async def _wait(self, until: float) -> bool:
+        """Wait until woken; return False at the time `until`."""
+        woken = False
+        try:
+            timeout = None if until == math.inf else until - monotonic()
+            if timeout is None or timeout > 0:
+                self._listener.ensure_running()
+                woken = await self._woken.wait(timeout)
+        except GeneratorExit:
+            raise
+        except BaseException:
+            wake_all(self._subscriptions.stop_waiting(self._subscription))
+            raise
+        if woken:
+            self._woken.clear()  # before the next step is asked for, so that no later wake-up is lost
+        else:
+            wake_all(self._subscriptions.stop_waiting(self._subscription))
+        return woken
+
+
+@contextmanager
+def watching_end(
+    subscriptions: Subscriptions, listener: AsyncListener, stream_id: str, wake: Callable[[], None]
+) -> Iterator[None]:
+    """Return a context manager in which `wake` is called whenever the stream may have ended."""
+    subscription = subscriptions.subscribe(stream_id, math.inf, wake, ends_only=True)
+    try:
+        listener.ensure_running()
+        yield
+    finally:
+        subscriptions.unsubscribe(subscription)
