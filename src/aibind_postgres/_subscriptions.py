@@ -27,7 +27,7 @@ TYPICAL_CHUNK_CHARACTERS = 100  # assumed until a chunk of the stream is known
 class Deliver(NamedTuple):
     """Give these chunks to the reader."""
 
-    chunks: Sequence[StreamChunk]
+    chunks: Iterable[StreamChunk]
 
 
 class Fetch(NamedTuple):
@@ -61,6 +61,7 @@ class Deleted(NamedTuple):
 
 
 Step: TypeAlias = Deliver | Fetch | Wait | Ended | Deleted
+WAIT, DELETED = Wait(), Deleted()
 
 
 class Subscription:
@@ -70,19 +71,6 @@ class Subscription:
     that the reader has; infinity follows the end of the stream alone. All other fields belong to `Subscriptions`.
     """
 
-    __slots__ = (
-        "cursor",
-        "delivered",
-        "ends_only",
-        "error",
-        "following",
-        "limit",
-        "outcome",
-        "pending",
-        "tail",
-        "wake",
-    )
-
     def __init__(self, tail: StreamTail, cursor: float, wake: Callable[[], None], ends_only: bool) -> None:
         self.tail = tail
         self.cursor = cursor
@@ -90,10 +78,8 @@ class Subscription:
         self.ends_only = ends_only  # woken when the stream may have ended, not when it grows
         self.following = False  # it has caught up and reads from the tail
         self.limit = FIRST_PAGE_CHUNKS
-        self.pending: Sequence[StreamChunk] = ()  # from its own fetch, to be delivered
         self.delivered = 0  # number of the last chunk that was delivered
-        self.outcome: Ended | Deleted | None = None
-        self.error: Exception | None = None
+        self.decided: deque[Step | Exception] = deque()  # steps that do not depend on the tail
 
 
 class StreamTail:
@@ -144,7 +130,7 @@ class StreamTail:
     def outcome(self) -> Ended | Deleted:
         """The last step of each reader, once the stream has ended."""
         if self._state is None:
-            return Deleted()
+            return DELETED
         return Ended(StreamStatus._make((self._state, self._error, self.total)))
 
     def after(self, cursor: float) -> Sequence[StreamChunk] | None:
@@ -168,12 +154,12 @@ class StreamTail:
             self._state = None
             return
         after = fetch.after
-        if not page.chunks and not page.is_last:
+        if not page.rows and not page.is_last:
             after = page.total  # a hole, perhaps a huge one: each reader catches up behind it on its own
         if not self._known or after > self.end:
             self._begin(min(after, page.total))
         if after <= self.end:  # chunks that were appended in this process meanwhile are cached already
-            self._extend(page.chunks[bisect_right(page.chunks, self.end, key=itemgetter(0)) :])
+            self._extend([chunk for chunk in page.chunks if chunk.seq > self.end])
             self.end = max(self.end, min(page.end, page.total))
         self.total = max(self.total, page.total)
         if page.is_last:
@@ -296,18 +282,17 @@ class Subscriptions:
             StoreClosedError: The store was closed.
         """
         with self._mutex:
-            if (error := subscription.error) is not None:
-                subscription.error = None
-                raise copy_error(error) from error
+            if subscription.decided:
+                step = subscription.decided.popleft()
+                if isinstance(step, Exception):
+                    raise copy_error(step) from step
+                return step
             tail = subscription.tail
-            if subscription.pending:
-                chunks, subscription.pending = subscription.pending, ()
-                return Deliver(chunks)
-            if subscription.outcome is not None:
-                return subscription.outcome
-            cached = tail.after(subscription.cursor) if subscription.following else None
-            if tail.deleted and subscription.following:
-                return Deleted()
+            if not subscription.following:
+                return self._catch_up(subscription)
+            if tail.deleted:
+                return DELETED
+            cached = tail.after(subscription.cursor)
             if cached is None:
                 return self._catch_up(subscription)
             if cached:
@@ -317,7 +302,7 @@ class Subscriptions:
                 return tail.outcome
             if tail.is_current or tail.fetching is not None:
                 tail.waiting.add(subscription)
-                return Wait()
+                return WAIT
             tail.fetching = subscription
             after = tail.fetch_after(subscription.cursor)
             return Fetch(after, LIVE_PAGE_CHUNKS, True, tail.expected_characters, tail.version, tail.total, False)
@@ -348,7 +333,7 @@ class Subscriptions:
                 return tail.wake_one()
             failed, tail.waiting = list(tail.waiting), set()
             for waiting in failed:
-                waiting.error = error
+                waiting.decided.append(error)
             return failed
 
     def stop_waiting(self, subscription: Subscription) -> list[Subscription]:
@@ -419,7 +404,7 @@ class Subscriptions:
         with self._mutex:
             every = [each for tails in self._tails.values() for tail in tails for each in tail.subscriptions]
             for subscription in every:
-                subscription.error = StoreClosedError("this store was closed meanwhile")
+                subscription.decided.append(StoreClosedError("this store was closed meanwhile"))
             return every
 
     def _catch_up(self, subscription: Subscription) -> Fetch:
@@ -431,17 +416,17 @@ class Subscriptions:
     def _caught_up(self, subscription: Subscription, fetch: Fetch, page: Page | None) -> list[Subscription]:
         """Take the page of a reader that catches up."""
         if page is None or page.total < subscription.delivered:
-            subscription.outcome = Deleted()
+            subscription.decided.append(DELETED)
             return []
-        if page.chunks:
-            subscription.pending = page.chunks
-            subscription.delivered = page.chunks[-1].seq
+        if page.rows:
+            subscription.decided.append(Deliver(page.chunks))
+            subscription.delivered = page.rows[-1][0]
         if not page.is_last:
             subscription.cursor, subscription.limit = page.end, page.next_limit
             return []
         subscription.cursor = max(subscription.cursor, page.total)
         if page.state != "active":
-            subscription.outcome = Ended(page.status)
+            subscription.decided.append(Ended(page.status))
             return []
         woken: list[Subscription] = []
         version = fetch.version

@@ -137,7 +137,7 @@ class AsyncAppender:
         page = Page.parse(rows, after, number)
         if page is None:
             raise StreamNotFoundError(stream_id)
-        if expected_seq is not None and texts and [chunk.data for chunk in page.chunks] == list(texts):
+        if expected_seq is not None and texts and [text for _, text in page.rows] == list(texts):
             await self._notifier.appended([(stream_id, expected_seq - 1, texts)])
             return expected_seq + len(texts) - 1
         if page.state != "active":

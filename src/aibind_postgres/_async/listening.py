@@ -66,10 +66,14 @@ class AsyncListener:
 
     def ensure_running(self) -> None:
         """Start the worker if it does not run; called after a subscription is registered."""
-        with self._mutex:
-            running = self._worker is not None and self._worker.is_alive()
-            if not running and not self._database.closing.is_set():
-                self._worker = async_spawn(self._run, "aibind_postgres-listener")
+        if not self._is_running():
+            with self._mutex:
+                if not self._is_running() and not self._database.closing.is_set():
+                    self._worker = async_spawn(self._run, "aibind_postgres-listener")
+
+    def _is_running(self) -> bool:
+        worker = self._worker  # which another thread may remove
+        return worker is not None and worker.is_alive()
 
     async def close(self) -> None:
         """End the worker."""
@@ -120,11 +124,14 @@ class AsyncListener:
             await connection.disconnect()
 
     def _end_if_idle(self) -> bool:
-        # Under the mutex: a subscription registered later finds no worker, and starts one.
         with self._mutex:
+            worker = self._worker
+            # First, so that a subscription that comes after the check finds no worker, and starts one.
+            self._worker = None
             if not self._subscriptions.is_empty():
+                self._worker = worker
                 return False
-            self._worker = self._connection = None
+            self._connection = None
             return True
 
     async def _receive(self, connection: AsyncListenConnection, timeout: float) -> None:

@@ -13,10 +13,11 @@ from .._pages import FIRST_PAGE_CHUNKS, Page
 from .._sql import StreamStatements, json_text
 from .._subscriptions import LIVE_PAGE_CHUNKS
 from ..errors import StreamNotFoundError, nothing_was_written
+from ..models import StreamChunk
 from .combining import AsyncCombiner
 
 if TYPE_CHECKING:
-    from ..models import StreamChunk
+    from .connections import Row
     from .database import AsyncDatabase
 
 BATCH_STREAMS, BATCH_CHARACTERS = 200, 8_000_000  # read by one statement at most, the characters as expected
@@ -61,7 +62,7 @@ class AsyncPageReader:
                 yield chunk
             if page.is_last:
                 return
-            delivered = page.chunks[-1].seq if page.chunks else delivered
+            delivered = page.rows[-1][0] if page.rows else delivered
             cursor, limit = page.end, page.next_limit
 
     async def replay(self, stream_id: str, cursor: int, speed: float) -> AsyncIterator[StreamChunk]:
@@ -70,24 +71,23 @@ class AsyncPageReader:
         written_before: float | None = None
         while True:
             rows = await self._database.query_with_retry(self._sql.read_timed, [stream_id, cursor, limit])
-            times = [row[2] for row in rows[1:]]
-            page = await self._skip_gap(stream_id, Page.parse([row[:2] for row in rows], cursor, limit))
+            page = await self._skip_gap(stream_id, Page.parse(rows, cursor, limit))
             if page is None:
                 raise StreamNotFoundError(stream_id)
-            for chunk, written_at in zip(page.chunks, times, strict=True):
+            for seq, data, written_at in page.rows:
                 if written_at is not None:
                     due += max(0.0, written_at - (written_before or written_at)) / speed
                     written_before = written_at
                 if (pause := due - monotonic()) > 0:
                     await self._database.sleep(min(pause, arguments.MAX_SECONDS))
-                yield chunk
+                yield StreamChunk(seq, data)
             if page.is_last:
                 return
             cursor, limit = page.end, page.next_limit
 
     async def _skip_gap(self, stream_id: str, page: Page | None) -> Page | None:
         """Extend an empty page to the chunk behind the gap, since a stream may count far more chunks than it has."""
-        if page is None or page.chunks or page.is_last:
+        if page is None or page.rows or page.is_last:
             return page
         [(following,)] = await self._database.query_with_retry(self._sql.next, [stream_id, page.end])
         return page._replace(end=page.total if following is None else int(following) - 1)
@@ -118,7 +118,7 @@ class AsyncPageReader:
             if not nothing_was_written(error):
                 raise
             return [[] for _ in reads]
-        found: list[list[Sequence[object]]] = [[] for _ in reads]
+        found: list[list[Row]] = [[] for _ in reads]
         for place, *row in rows:
-            found[place].append(row)
+            found[place].append(tuple(row))
         return [[Page.parse(rows, read.after, LIVE_PAGE_CHUNKS)] for rows, read in zip(found, reads, strict=True)]

@@ -45,34 +45,41 @@ LIST_PAGE_ROWS = 2000  # read by one statement
 
 
 class AsyncPostgresStreamStore:
-    """Streams of text chunks in two tables, written by anyone, read from anywhere, resumed after any chunk.
+    """Streams of text chunks in two tables: written by any process, read from any process, resumed after any chunk.
 
-    `client` is a psycopg pool, a psycopg connection, a connection string (the store then owns a pool), or anything
-    with the `PostgresClient` protocol. A connection that is inside a transaction makes the store take part in it:
-    what is said below of durability then holds once that transaction commits.
+    Callers may share a store between threads, or between the tasks of one event loop.
 
-    `poll_interval` is how often, in seconds, waiting readers look for chunks that nobody announces, while there are
-    some; it backs off to ten times as much. `ttl` is how long, in seconds, a stream is kept after its end. `retry_for`
-    is how long, in seconds, a reader or a writer that has lost the server tries to reach it again before the driver's
-    error, or `StreamWriteError`, is raised. `timeout` is how long, in seconds, the answer to a statement is waited for,
-    with the time in which that waits for a connection of the pool. Then its connection is closed, the server asked to
-    end it, and `psycopg.OperationalError` raised: it may have taken effect. None sets no limit, and a server that is
-    there but silent is waited for. Connecting has a limit of its own, the `connect_timeout` of the connection string.
-    Clients of other drivers take no `timeout`: they have their own.
+    Simultaneous appends share statements, unless the client joins the callers' transactions. A client that tells its
+    callers apart, by a context variable or by the thread, should therefore set `joins_transactions`. The statements are
+    made for the isolation level READ COMMITTED: at a higher one, simultaneous writers get serialization errors, and a
+    reader inside a transaction sees nothing new.
 
-    `synchronous_commit` is what PostgreSQL waits for before it acknowledges what this store writes, as in its setting
-    of this name; None leaves that to the server. With "off" what was acknowledged in the last moments before a crash of
-    the server may be lost. In a transaction of the caller it holds for all of that transaction.
+    Args:
+        client: A psycopg pool, a psycopg connection, a connection string (the store then owns a pool), or an object
+            with the `PostgresClient` protocol. On a connection that is inside a transaction the store takes part in it:
+            its writes become durable when that transaction commits.
+        chunks_table: Table of the chunks, as "table", "schema.table" or `psycopg.sql.Identifier`.
+        status_table: Table of the streams.
+        poll_interval: Seconds between two looks for chunks without a notification, 0.1 by default. It grows to ten
+            times as much while none arrive.
+        ttl: Seconds for which a stream is kept after its end, 300 by default.
+        retry_for: Seconds for which a reader or a writer that has lost the server tries to reach it again, 30 by
+            default. Then it raises the driver's error, or `StreamWriteError`.
+        timeout: Seconds to wait for the answer to a statement, including the wait for a connection of the pool. Then
+            the connection is closed, the server is asked to cancel the statement, and `psycopg.OperationalError` is
+            raised: the statement may have taken effect. None, the default, sets no limit. Connecting has its own limit,
+            `connect_timeout` in the connection string. Clients of other drivers have their own timeouts.
+        synchronous_commit: PostgreSQL's setting of this name for the writes of this store; None, the default, leaves
+            it to the server. With "off", a crash of the server may lose the last acknowledged writes. In a transaction
+            of the caller it holds for the whole transaction.
 
-    Appends that several callers make at the same time go out together, as one statement of one of them, unless the
-    client's statements take part in the callers' transactions. A client of one's own that tells callers apart, by a
-    context variable or by the thread, should therefore set `joins_transactions`.
-
-    Every method raises `SchemaError` if a table is missing, `StoreClosedError` once the store is closed, and the
-    driver's own error if the server cannot be reached. Callers at the same time may share a store; where there is an
-    event loop, all within the one that used it first, else `RuntimeError` is raised. Statements are made for the
-    isolation level READ COMMITTED: at a higher one, writers at the same time get serialization errors, and a reader
-    inside a transaction sees nothing new.
+    Raises:
+        SchemaError: From every method, if a table or a column is missing.
+        StoreClosedError: From every method, once the store is closed.
+        RuntimeError: From every method, in another event loop than that of the first call.
+        ForkedError: From every method, in a process that was forked after the first call.
+        psycopg.Error: From every method, the driver's own error if the server cannot be reached.
+        ValueError: A table name or a setting is invalid.
     """
 
     def __init__(
@@ -102,10 +109,14 @@ class AsyncPostgresStreamStore:
         self._appender = AsyncAppender(self._database, self._sql, self._ttl, self._notifier)
 
     async def create(self, id: str | None = None) -> str:
-        """Begin a stream and return its id; without one, a new and unguessable id is made.
+        """Create a stream and return its id. Of several simultaneous callers with one id, one succeeds.
 
-        Raises `StreamExistsError` if there is a stream of this id, whatever its state, and `InvalidDataError` if the
-        id is empty, longer than 1,024 bytes, or not storable. Of several callers at once, one succeeds.
+        Args:
+            id: 1 to 1,024 bytes in UTF-8. None, the default, makes a new one that cannot be guessed.
+
+        Raises:
+            StreamExistsError: A stream of this id exists, in any state.
+            InvalidDataError: The id cannot be stored.
         """
         stream_id = str(uuid.uuid4()) if id is None else id
         if not await self.acquire(stream_id):
@@ -113,28 +124,37 @@ class AsyncPostgresStreamStore:
         return stream_id
 
     async def acquire(self, id: str) -> bool:
-        """Begin a stream unless there is one of this id. True: begun, the caller produces. False: the caller reads."""
+        """Create a stream unless one of this id exists.
+
+        Returns:
+            True if this call created it, so that the caller produces; False if the caller is to read it.
+        """
         rows = await self._database.query(self._sql.create, [arguments.identifier(id), self._ttl])
         return bool(rows[0][0])
 
     async def append(self, id: str, chunk: str, *, expected_seq: int | None = None) -> int:
-        """Append one chunk and return its number. When this returns, the chunk is durable.
+        """Append one chunk and return its number. The chunk is durable when this returns.
 
-        `expected_seq` is the number that the chunk must get. If that number is taken by the same text, nothing is
-        written and the number is returned: so an append whose outcome is unknown can be sent again. If it is taken by
-        another text, or is not the next one, `SequenceConflictError` is raised.
+        Args:
+            id: The stream.
+            chunk: Text without NUL.
+            expected_seq: The number that the chunk must get. If the same text already has it, nothing is written and
+                the call succeeds: so an append whose outcome is unknown can be repeated.
 
-        Raises `StreamNotFoundError`, `StreamNotActiveError` if the stream has ended, and `InvalidDataError` for what
-        is not text or cannot be stored. In each case nothing was written.
+        Raises:
+            StreamNotFoundError: There is no such stream.
+            StreamNotActiveError: The stream has ended.
+            SequenceConflictError: Another text has the expected number, or it is not the next one.
+            InvalidDataError: The chunk cannot be stored. After any of these errors nothing was written.
         """
         return await self._append(id, [arguments.storable_text(chunk, "a chunk")], expected_seq)
 
     async def append_many(self, id: str, chunks: Iterable[str], *, expected_seq: int | None = None) -> int:
         """Append chunks, all of them or none, and return the number of the last one.
 
-        They get consecutive numbers, the first one `expected_seq` if that is given; if these are taken by the same
-        texts, nothing is written. Without any chunk, the last number in the stream is returned. Raises what `append`
-        raises, also then.
+        They get consecutive numbers, the first one `expected_seq` if that is given. If the same texts already have
+        these numbers, nothing is written. Without chunks the last number of the stream is returned. Raises the errors
+        of `append`, also without chunks.
         """
         return await self._append(id, arguments.chunk_list(chunks), expected_seq)
 
@@ -154,12 +174,21 @@ class AsyncPostgresStreamStore:
     ) -> AsyncStreamWriter:
         """Return a context manager that writes to a stream from a buffer, each chunk exactly once.
 
-        Entering it raises `StreamNotFoundError`, or `StreamNotActiveError` if the stream has ended. What is written
-        goes after what is there. `write` waits while the buffer holds `max_chunks` chunks, or would get more than
-        `max_bytes` of them in UTF-8; a single chunk may be larger. `on_end` is called, from the background, once
-        it is known inside the block that nothing more can be written, as when a user has stopped the stream, with the
-        error that `write` raises from then on. A writer with it works in the background on every client, in Django
-        outside of the caller's transaction.
+        Its chunks follow the stored ones.
+
+        Args:
+            id: An active stream.
+            max_chunks: `write` waits while the buffer holds this many chunks, 1,000 by default.
+            max_bytes: `write` waits while the buffer would exceed this many bytes of UTF-8, 1,000,000 by default. A
+                single chunk may be larger.
+            on_end: Called in the background when the stream ended before the block did, for example since a user
+                stopped it, with the error that `write` raises from then on. It may be a coroutine function in the
+                asynchronous flavour. A writer with it works in the background on every client, in Django outside of the
+                caller's transaction.
+
+        Raises:
+            StreamNotFoundError: When entered, if there is no such stream.
+            StreamNotActiveError: When entered, if the stream has ended.
         """
         stream_id = arguments.identifier(id)
         arguments.sequence_number(max_chunks, "max_chunks", least=1)
@@ -171,14 +200,19 @@ class AsyncPostgresStreamStore:
     def read_from(self, id: str, after_seq: int = 0, *, follow: bool = True) -> AsyncIterator[StreamChunk]:
         """Iterate over the chunks with a number above `after_seq`, each exactly once and in order.
 
-        With `follow` it goes on as chunks arrive and ends when the stream has ended; `get_status` then tells how.
-        Without, it ends with the last chunk that is there. It holds no connection while it waits or while the caller
-        is busy, and one page of chunks in memory: 50 at first, then up to 2,000, but no more than would be a million
-        characters (or one chunk) if they were as large as those of the page before. If the server goes away it keeps
-        its place and tries again for `retry_for` seconds, then raises the driver's error.
+        It holds no connection while it waits or while the caller is busy. It holds one page of chunks in memory: 50
+        at first, then up to 2,000, but about a million characters. If the server goes away it keeps its position and
+        tries again for `retry_for` seconds.
 
-        Raises `StreamNotFoundError` if there is no such stream, also when it is deleted meanwhile, and
-        `InvalidDataError` for a negative `after_seq`.
+        Args:
+            id: The stream.
+            after_seq: The number of the last chunk that the caller has, 0 by default.
+            follow: If true, the default, wait for new chunks until the stream ends; `get_status` then returns how. If
+                false, end with the last stored chunk.
+
+        Raises:
+            StreamNotFoundError: There is no such stream, or it was deleted meanwhile.
+            InvalidDataError: `after_seq` is negative.
         """
         stream_id = arguments.identifier(id)
         cursor = arguments.sequence_number(after_seq, "after_seq", least=0)
@@ -194,13 +228,20 @@ class AsyncPostgresStreamStore:
         return AsyncFollower(self._database, self._subscriptions, self._listener, self._pages, stream_id, cursor)
 
     def replay(self, id: str, after_seq: int = 0, *, speed: float = 1.0) -> AsyncIterator[StreamChunk]:
-        """Iterate over the chunks that are there, at the pace at which they were written.
+        """Iterate over the stored chunks at the pace at which they were written.
 
-        `speed` 2 is twice as fast; infinity leaves out the pauses. The first chunk comes at once, and so does a chunk
-        whose time is unknown, as before migration 0002 was applied. The caller's own time counts as part of a pause.
+        The first chunk comes at once, and so does a chunk without a known time, written before migration 0002. The
+        caller's own time counts as part of a pause.
 
-        Raises what `read_from` raises, `ValueError` unless `speed` is above zero, and `SchemaError` if migration 0002
-        is missing.
+        Args:
+            id: The stream.
+            after_seq: The number of the last chunk that the caller has, 0 by default.
+            speed: 2 is twice as fast; infinity leaves out the pauses; 1 by default.
+
+        Raises:
+            StreamNotFoundError: There is no such stream.
+            ValueError: `speed` is not above zero.
+            SchemaError: Migration 0002 is missing.
         """
         stream_id = arguments.identifier(id)
         cursor = arguments.sequence_number(after_seq, "after_seq", least=0)
@@ -209,15 +250,23 @@ class AsyncPostgresStreamStore:
         return self._pages.replay(stream_id, cursor, speed)
 
     async def get_status(self, id: str) -> StreamStatus | None:
-        """Return where a stream stands, or None if there is no such stream."""
+        """Return the state, the error text and the number of chunks of a stream, or None if there is none."""
         rows = await self._database.query(self._sql.status, [arguments.identifier(id)])
         return StreamStatus._make(rows[0]) if rows else None
 
     async def wait(self, id: str, timeout: float | timedelta | None = None) -> StreamStatus:
-        """Wait until a stream has ended and return its status.
+        """Wait until a stream has ended, and return its status.
 
-        Raises `TimeoutError` if that takes longer than `timeout` seconds, and `StreamNotFoundError`. If the server
-        goes away it tries again as `read_from` does; a statement under way is waited for, as long as the driver does.
+        If the server goes away it tries again as `read_from` does.
+
+        Args:
+            id: The stream.
+            timeout: Seconds to wait; None, the default, waits without limit. A statement that has been sent is waited
+                for beyond it, as long as the driver does.
+
+        Raises:
+            TimeoutError: The stream is still active after `timeout` seconds.
+            StreamNotFoundError: There is no such stream, or it was deleted meanwhile.
         """
         stream_id = arguments.identifier(id)
         deadline = math.inf
@@ -229,23 +278,36 @@ class AsyncPostgresStreamStore:
             return step.status
 
     async def stop(self, id: str) -> bool:
-        """End a stream as stopped by a user. True if this call ended it, False if it had ended already.
+        """End a stream as stopped by a user.
 
-        Raises `StreamNotFoundError`.
+        Returns:
+            True if this call ended it, False if it had ended already.
+
+        Raises:
+            StreamNotFoundError: There is no such stream.
         """
         return await self._end(id, "stopped", None)
 
     async def complete(self, id: str) -> bool:
-        """End a stream as done. True if this call ended it, False if it had ended already.
+        """End a stream as done.
 
-        Raises `StreamNotFoundError`.
+        Returns:
+            True if this call ended it, False if it had ended already.
+
+        Raises:
+            StreamNotFoundError: There is no such stream.
         """
         return await self._end(id, "done", None)
 
     async def fail(self, id: str, error: str) -> bool:
-        """End a stream with an error text. True if this call ended it, False if it had ended already.
+        """End a stream with an error text, which its readers get.
 
-        Raises `StreamNotFoundError`, and `InvalidDataError` for a text that cannot be stored.
+        Returns:
+            True if this call ended it, False if it had ended already.
+
+        Raises:
+            StreamNotFoundError: There is no such stream.
+            InvalidDataError: The text cannot be stored.
         """
         return await self._end(id, "error", arguments.storable_text(error, "an error text"))
 
@@ -259,9 +321,10 @@ class AsyncPostgresStreamStore:
         return bool(ended)
 
     async def delete(self, id: str) -> bool:
-        """Delete a stream and its chunks, active or not. True if there was one.
+        """Delete a stream and its chunks, active or not. Its readers and writers get `StreamNotFoundError`.
 
-        Those who read it or append to it get `StreamNotFoundError`.
+        Returns:
+            True if there was one.
         """
         stream_id = arguments.identifier(id)
         [(total_chunks, deleted_chunks)] = await self._database.query(self._sql.delete, [stream_id])
@@ -279,11 +342,18 @@ class AsyncPostgresStreamStore:
         created_after: datetime | None = None,
         created_before: datetime | None = None,
     ) -> AsyncIterator[StreamInfo]:
-        """Iterate over the streams, or over those in one state, in the order of their ids.
+        """Iterate over the streams in the order of their ids, or with a time in the order of their creation.
 
-        With a time, in the order of their creation: those created at `created_after` or later and before
-        `created_before`, each with a time zone; this raises `SchemaError` if migration 0002 is missing. A stream that
-        is created or deleted meanwhile may appear or not. Raises `ValueError` for an unknown state or a naive time.
+        A stream that is created or deleted meanwhile may appear or not.
+
+        Args:
+            state: Only streams in this state; None, the default, for all.
+            created_after: Only streams created at this time or later, with a time zone.
+            created_before: Only streams created before this time, with a time zone.
+
+        Raises:
+            ValueError: The state is unknown, or a time has no time zone.
+            SchemaError: A time is given and migration 0002 is missing.
         """
         if state is not None and state not in get_args(StreamState):
             raise ValueError(f"state must be one of {', '.join(get_args(StreamState))}, not {state!r}")
@@ -311,10 +381,15 @@ class AsyncPostgresStreamStore:
             last_id, last_time = rows[-1][0], rows[-1][-1]
 
     async def cleanup(self, *, batch_size: int = 1000) -> CleanupResult:
-        """Delete the streams that have ended and whose ttl is over, and their chunks; return how many.
+        """Delete the ended streams whose ttl is over, with their chunks. Safe to run in many processes at once.
 
-        Each statement deletes at most `batch_size` streams. Safe to run in many processes at once. Active streams are
-        left alone: see `fail_abandoned`.
+        Active streams remain: see `fail_abandoned`.
+
+        Args:
+            batch_size: Streams that one statement deletes at most, 1,000 by default.
+
+        Returns:
+            The numbers of deleted streams and chunks.
         """
         arguments.sequence_number(batch_size, "batch_size", least=1)
         streams = chunks = 0
@@ -326,12 +401,14 @@ class AsyncPostgresStreamStore:
                 return CleanupResult(streams, chunks)
 
     async def fail_abandoned(self, older_than: float | timedelta) -> builtins.list[str]:
-        """End, in state error, the active streams that have shown no sign of life for `older_than` seconds.
+        """End, in state error, the active streams that have been silent for `older_than` seconds, and return their ids.
 
-        Returns their ids. For streams whose producer died: choose a time longer than the longest pause that a living
-        producer makes. The last sign of life is the last chunk, else the creation. If migration 0002 is missing it is
-        told by the expiry: then every writer must have this store's ttl, and a stream is ended up to a quarter of the
-        ttl later.
+        It is for streams whose producer died. Without migration 0002 the silence is derived from the expiry: then
+        every writer must have this store's ttl, and a stream is ended up to a quarter of the ttl later.
+
+        Args:
+            older_than: Seconds since the last chunk, or since the creation of a stream without chunks. Choose more than
+                the longest pause of a living producer.
         """
         silence = arguments.seconds(older_than, "older_than", zero=True)
         text = f"abandoned: no sign of life for {silence:g} seconds"
@@ -342,9 +419,10 @@ class AsyncPostgresStreamStore:
         return stream_ids
 
     async def close(self) -> None:
-        """Close the store, and the pool if the store owns it. Whoever waits gets `StoreClosedError`. Safe to repeat.
+        """Close the store, and its pool if it owns that. Safe to repeat.
 
-        Before, the durable streams that are still written here end in state error; `shutdown` gives them time.
+        The streams that are still produced here end in state error first; `DurableStream.shutdown` gives them time to
+        end well. Callers that wait get `StoreClosedError`.
         """
         if self._database.inherited:
             return
