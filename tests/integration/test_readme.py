@@ -17,7 +17,9 @@ from pathlib import Path
 
 import pytest
 
+import aibind_postgres
 from aibind_postgres import (
+    AibindError,
     AsyncPostgresConversationStore,
     AsyncPostgresStreamStore,
     AsyncStreamHandler,
@@ -192,6 +194,20 @@ def test_the_tables_have_every_option_of_a_store_with_its_default(store: type) -
 def test_the_table_has_every_option_of_a_handler(handler: type) -> None:
     for option in list(inspect.signature(handler).parameters)[1:]:
         assert f"\n| `{option}` |" in DOCS["docs/http.md"], option
+
+
+def test_the_table_has_every_error() -> None:
+    family = [error for error in vars(aibind_postgres).values() if isinstance(error, type)]
+    names = {error.__name__ for error in family if issubclass(error, AibindError) and error is not AibindError}
+    assert names == set(re.findall(r"^\| `(\w+Error)` \|", DOCS["docs/operations.md"], re.MULTILINE))
+
+
+def test_the_architecture_has_a_line_for_every_module() -> None:
+    package = Path(aibind_postgres.__file__).parent
+    modules = {file.stem for file in package.rglob("*.py") if not {"_sync", "examples"} & set(file.parts)}
+    rows = re.findall(r"^\| (`.*?`) \|", DOCS["docs/architecture.md"], re.MULTILINE)
+    described = {name.rpartition(".")[2] for row in rows for name in re.findall(r"`([\w.]+)`", row)}
+    assert modules - {"__main__"} - described == set()
 
 
 def prose_of(text: str) -> str:
