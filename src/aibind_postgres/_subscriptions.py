@@ -391,14 +391,6 @@ class Subscriptions:
                     woken += tail.wake_ends_only() if state != "active" else []
         return woken
 
-    def is_empty(self) -> bool:
-        """Return whether there are no subscriptions."""
-        with self._mutex:
-            woken = self._remove_left()
-            empty = not self._tails
-        wake_all(woken)
-        return empty
-
     def closed(self) -> list[Subscription]:
         """End all subscriptions with `StoreClosedError`, since the store is closed."""
         with self._mutex:

@@ -126,9 +126,9 @@ class AsyncListener:
     def _end_if_idle(self) -> bool:
         with self._mutex:
             worker = self._worker
-            # First, so that a subscription that comes after the check finds no worker, and starts one.
+            # First, so that a subscription that waits after the check finds no worker, and starts one.
             self._worker = None
-            if not self._subscriptions.is_empty():
+            if self._subscriptions.awaited():
                 self._worker = worker
                 return False
             self._connection = None
