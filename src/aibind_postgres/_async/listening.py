@@ -8,6 +8,7 @@ import os
 import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
+from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +70,10 @@ class AsyncListener:
         if not self._is_running():
             with self._mutex:
                 if not self._is_running() and not self._database.closing.is_set():
-                    self._worker = async_spawn(self._run, "aibind_postgres-listener")
+                    # The connection also tells the current worker from one that is about to end.
+                    connection = AsyncListenConnection(self._client, self._notifier, self._database.closing)
+                    self._connection = connection
+                    self._worker = async_spawn(partial(self._run, connection), "aibind_postgres-listener")
 
     def _is_running(self) -> bool:
         worker = self._worker  # which another thread may remove
@@ -84,17 +88,14 @@ class AsyncListener:
         if worker is not None:
             await worker.join(CLOSING_TIMEOUT)
 
-    async def _run(self) -> None:
-        connection = AsyncListenConnection(self._client, self._notifier, self._database.closing)
-        with self._mutex:
-            self._connection = connection
+    async def _run(self, connection: AsyncListenConnection) -> None:
         pause = self._poll_interval
         awaited_at = polled_at = monotonic()
         try:
             while not self._database.closing.is_set():
                 if self._subscriptions.awaited():
                     awaited_at = monotonic()
-                elif monotonic() - awaited_at > WORKER_IDLE_TIMEOUT and self._end_if_idle():
+                elif monotonic() - awaited_at > WORKER_IDLE_TIMEOUT and self._ends_idle():
                     return
                 if await connection.connect_if_due():
                     wake_all(self._subscriptions.changed(None))  # notifications may have been missed
@@ -123,16 +124,17 @@ class AsyncListener:
             wake_all(self._subscriptions.changed(None))  # a reader that still waits starts another worker
             await connection.disconnect()
 
-    def _end_if_idle(self) -> bool:
+    def _ends_idle(self) -> bool:
+        """Return whether the worker ends, since nobody waits."""
         with self._mutex:
-            worker = self._worker
-            # First, so that a subscription that waits after the check finds no worker, and starts one.
-            self._worker = None
-            if self._subscriptions.awaited():
-                self._worker = worker
-                return False
-            self._connection = None
+            worker, self._worker = self._worker, None
+        # A subscription that waits from here on finds no worker, and starts one.
+        if not self._subscriptions.awaited():
             return True
+        with self._mutex:
+            another = self._worker is not None
+            self._worker = self._worker or worker
+        return another
 
     async def _receive(self, connection: AsyncListenConnection, timeout: float) -> None:
         if not connection.is_connected:
