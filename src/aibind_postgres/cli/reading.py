@@ -1,4 +1,4 @@
-"""`tail`, `replay` and `status`: what is stored, to the byte, on standard output; everything else on standard error."""
+"""`tail`, `replay` and `status`. Standard output gets the exact stored text; messages go to standard error."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from .._tables import CHUNKS_TABLE, STATUS_TABLE
 from ..errors import StreamNotFoundError
-from .target import DONE, FAILED, INTERRUPTED, Target, say
+from .target import DONE, FAILED, INTERRUPTED, Target, print_message
 
 if TYPE_CHECKING:
     from .._sync.stream_store import PostgresStreamStore
@@ -20,19 +20,19 @@ if TYPE_CHECKING:
 _SECRETS = ("password", "sslpassword", "oauth_client_secret")
 
 
-class _Interruption:
-    """Ctrl-C that never comes between printing a chunk and counting it: the place to resume at is exact.
+class _DeferredInterrupt:
+    """Context manager that delays Ctrl-C until its block ends.
 
-    As a context manager it protects its body: an interruption takes effect behind it. A second Ctrl-C gets through, for
-    an output that nobody reads.
+    `tail` prints and counts a chunk in one block, so that the position to resume from is exact. A second Ctrl-C
+    interrupts at once, in case the output is blocked.
     """
 
     def __init__(self) -> None:
         self._protected = False
         self._pending = False
-        signal.signal(signal.SIGINT, self._interrupt)
+        signal.signal(signal.SIGINT, self._handle)
 
-    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         if not self._protected or self._pending:
             raise KeyboardInterrupt
         self._pending = True
@@ -47,25 +47,25 @@ class _Interruption:
 
 
 def tail(store: PostgresStreamStore, stream_id: str, after: int, target: Target) -> int:
-    """Print the chunks as they arrive, and return the exit code that says how the stream ended."""
-    interruption = _Interruption()
+    """Print chunks as they arrive. Return the exit code for the final state of the stream."""
+    deferred_interrupt = _DeferredInterrupt()
     last = ""
     try:
         for seq, last in store.read_from(stream_id, after):
-            with interruption:
+            with deferred_interrupt:
                 sys.stdout.buffer.write(last.encode())
                 sys.stdout.buffer.flush()
                 after = seq
         _finish_line(last)
-        return _how_it_ended(store, stream_id)
+        return _report_state(store, stream_id)
     except KeyboardInterrupt:
         _finish_line(last)
-        say(f"interrupted; this goes on from here: {_resume(stream_id, after, target)}")
+        print_message(f"interrupted; to resume from here: {_resume_command(stream_id, after, target)}")
         return INTERRUPTED
 
 
 def replay(store: PostgresStreamStore, stream_id: str, after: int, speed: float | None) -> int:
-    """Print what is there, without pauses if there is no `speed`, and return the exit code for the stream's state."""
+    """Print the stored chunks, without pauses if `speed` is None. Return the exit code for the state of the stream."""
     last = ""
     if speed is None:
         for _, last in store.read_from(stream_id, after, follow=False):
@@ -76,11 +76,11 @@ def replay(store: PostgresStreamStore, stream_id: str, after: int, speed: float 
             sys.stdout.buffer.write(last.encode())
             sys.stdout.buffer.flush()
     _finish_line(last)
-    return _how_it_ended(store, stream_id)
+    return _report_state(store, stream_id)
 
 
 def status(store: PostgresStreamStore, stream_id: str) -> int:
-    """Print where a stream stands, and return the exit code for it."""
+    """Print the state of a stream and return the exit code for it."""
     found = store.get_status(stream_id)
     if found is None:
         raise StreamNotFoundError(stream_id)
@@ -93,12 +93,12 @@ def status(store: PostgresStreamStore, stream_id: str) -> int:
 
 
 def _finish_line(last: str) -> None:
-    # On a screen, what is said next begins a line of its own.
+    # On a terminal, the next message starts on a new line.
     if last and not last.endswith("\n") and sys.stdout.isatty() and sys.stderr.isatty():
         print(file=sys.stderr)
 
 
-def _how_it_ended(store: PostgresStreamStore, stream_id: str) -> int:
+def _report_state(store: PostgresStreamStore, stream_id: str) -> int:
     found = store.get_status(stream_id)
     if found is None:
         raise StreamNotFoundError(stream_id)
@@ -106,17 +106,17 @@ def _how_it_ended(store: PostgresStreamStore, stream_id: str) -> int:
         case "done":
             return DONE
         case "active":
-            say(f"stream {stream_id!r} is still being written: this is what there is so far")
+            print_message(f"stream {stream_id!r} is still being written: this is its text so far")
             return DONE
         case "stopped":
-            say(f"stream {stream_id!r} was stopped")
+            print_message(f"stream {stream_id!r} was stopped")
         case "error":
-            say(f"stream {stream_id!r} ended in an error: {found.error}")
+            print_message(f"stream {stream_id!r} ended in an error: {found.error}")
     return FAILED
 
 
-def _resume(stream_id: str, after: int, target: Target) -> str:
-    """Return the command that goes on behind chunk number `after`, without any secret in it."""
+def _resume_command(stream_id: str, after: int, target: Target) -> str:
+    """Return the command that resumes after chunk number `after`, without secrets."""
     options = ["--after", str(after)]
     if target.chunks_table != CHUNKS_TABLE:
         options += ["--chunks-table", target.chunks_table]
@@ -130,6 +130,6 @@ def _resume(stream_id: str, after: int, target: Target) -> str:
         else:
             public = {name: value for name, value in parameters.items() if name not in _SECRETS}
             options += ["--dsn", make_conninfo("", **public)]
-            note = " (the password is left out: give it in the variable PGPASSWORD)"
+            note = " (without the password: set the variable PGPASSWORD)"
     words = [*options, "--", stream_id] if stream_id.startswith("-") else [stream_id, *options]
     return shlex.join(["aibind-postgres", "tail", *words]) + note

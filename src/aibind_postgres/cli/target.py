@@ -1,4 +1,4 @@
-"""What every command shares: which database it talks to, and how its failures are told."""
+"""Code that all commands share: choice of the database, messages, errors and exit codes."""
 
 from __future__ import annotations
 
@@ -22,91 +22,91 @@ DONE, FAILED, USAGE, NOT_FOUND, INTERRUPTED = 0, 1, 2, 3, 130
 
 
 class Target(NamedTuple):
-    """Where a command's tables are, as its options say it."""
+    """Database and tables of a command, as given by its options."""
 
     dsn: str | None = None
     chunks_table: str = CHUNKS_TABLE
     status_table: str = STATUS_TABLE
 
 
-def say(text: str) -> None:
-    """Tell the user something, on standard error."""
+def print_message(text: str) -> None:
+    """Print a message to standard error."""
     print(f"aibind-postgres: {text}", file=sys.stderr, flush=True)
 
 
-def end(code: int, text: str) -> NoReturn:
-    """Say how it ended and end the command with an exit code."""
-    say(text)
+def exit_with(code: int, text: str) -> NoReturn:
+    """Print a message and end the command with an exit code."""
+    print_message(text)
     raise typer.Exit(code)
 
 
 @contextmanager
-def failures_told() -> Iterator[None]:
-    """Turn what can go wrong into one line on standard error and an exit code."""
+def report_errors() -> Iterator[None]:
+    """Report expected errors as one line on standard error and an exit code."""
     try:
         yield
     except StreamNotFoundError as error:
-        end(NOT_FOUND, str(error))
+        exit_with(NOT_FOUND, str(error))
     except (InvalidDataError, ValueError) as error:
-        end(USAGE, str(error))
+        exit_with(USAGE, str(error))
     except AibindError as error:
-        end(FAILED, str(error))
+        exit_with(FAILED, str(error))
     except psycopg.Error as error:
-        end(FAILED, _without_secrets(error))
+        exit_with(FAILED, _redacted_message(error))
     except BrokenPipeError:
-        # Who read the output has left. Python would complain when it flushes what is left of it.
+        # The reader closed the pipe, as `head` does. Without this, Python reports the error again when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(DONE) from None
     except OSError as error:
-        end(FAILED, str(error))
+        exit_with(FAILED, str(error))
     except KeyboardInterrupt:
         raise typer.Exit(INTERRUPTED) from None
 
 
 @contextmanager
 def database(target: Target) -> Iterator[str]:
-    """Give the connection string of a server that answers: the one of --dsn, of DATABASE_URL, or the embedded one."""
-    with failures_told():
+    """Yield the connection string of --dsn, of DATABASE_URL, or of the embedded server, after a test connection."""
+    with report_errors():
         if target.dsn:
-            yield _checked(target.dsn, "--dsn")
+            yield _check_dsn(target.dsn, "--dsn")
         elif dsn := os.environ.get("DATABASE_URL"):
-            yield _checked(dsn, "DATABASE_URL")
+            yield _check_dsn(dsn, "DATABASE_URL")
         else:
-            with _embedded(target, "no --dsn and no DATABASE_URL", _data_folder()) as dsn:
+            with _embedded_server(target, "no --dsn and no DATABASE_URL", _data_folder()) as dsn:
                 yield dsn
 
 
 @contextmanager
-def playground(target: Target) -> Iterator[str]:
-    """Give the connection string of a server to play on: the one of --dsn, or a temporary one.
+def demo_database(target: Target) -> Iterator[str]:
+    """Yield the connection string of --dsn, or of a temporary embedded server.
 
-    DATABASE_URL may well be where an application works.
+    DATABASE_URL is ignored: it may name the database of an application.
     """
-    with failures_told():
+    with report_errors():
         if target.dsn:
-            yield _checked(target.dsn, "--dsn")
+            yield _check_dsn(target.dsn, "--dsn")
         else:
-            with _embedded(target, "no --dsn", None) as dsn:
+            with _embedded_server(target, "no --dsn", None) as dsn:
                 yield dsn
 
 
 @contextmanager
-def _embedded(target: Target, reason: str, folder: Path | None) -> Iterator[str]:
-    """Run the embedded server, say why, and make its tables; those of any other server are its owner's."""
+def _embedded_server(target: Target, reason: str, folder: Path | None) -> Iterator[str]:
+    """Run the embedded server, print the reason, and create its tables."""
     with ExitStack() as stack:
         try:
             dsn = stack.enter_context(embedded.server(folder))
         except ModuleNotFoundError as error:
-            end(USAGE, f"{error}, or give --dsn or DATABASE_URL")
+            exit_with(USAGE, f"{error}, or give --dsn or DATABASE_URL")
         except (OSError, RuntimeError) as error:
-            end(FAILED, f"the embedded PostgreSQL cannot be used: {error}")
-        say(f"{reason}: using the embedded PostgreSQL in {folder or 'a temporary folder'}")
+            exit_with(FAILED, f"the embedded PostgreSQL cannot be used: {error}")
+        print_message(f"{reason}: using the embedded PostgreSQL in {folder or 'a temporary folder'}")
         schema.migrate(dsn, chunks_table=target.chunks_table, status_table=target.status_table)
         yield dsn
 
 
 def _data_folder() -> Path:
-    # What platformdirs says, which comes with the extra alone; typer.get_app_dir() is for configuration.
+    # The user data folder as in platformdirs, which is not a dependency; typer.get_app_dir() is for configuration.
     if sys.platform == "darwin":
         base = Path.home() / "Library" / "Application Support"
     else:
@@ -114,28 +114,28 @@ def _data_folder() -> Path:
     return base / "aibind-postgres" / "postgresql"
 
 
-def _checked(dsn: str, source: str) -> str:
-    """Return a connection string with which a server answers; refuse what is none."""
+def _check_dsn(dsn: str, source: str) -> str:
+    """Return the connection string after a test connection. Exit if it is malformed."""
     try:
         parameters = conninfo_to_dict(dsn)
     except psycopg.ProgrammingError:
-        # libpq's own text quotes the string.
-        end(USAGE, f"{source} is not a connection string of PostgreSQL, such as postgresql://user@host/database")
+        # The message of libpq is not shown, since it quotes the string with its password.
+        exit_with(USAGE, f"{source} is not a connection string of PostgreSQL, such as postgresql://user@host/database")
     if "@" in str(parameters.get("host", "")):
-        end(USAGE, f"{source}: an @ that is part of the user's name or password must be written as %40")
+        exit_with(USAGE, f"{source}: an @ in the user name or password must be written as %40")
     psycopg.connect(dsn, connect_timeout=int(parameters.get("connect_timeout") or 10)).close()
     return dsn
 
 
-def _without_secrets(error: psycopg.Error) -> str:
-    # The driver's text may quote parts of the connection string. What follows the last "failed:" is the reason given
-    # by the server or by the operating system.
+def _redacted_message(error: psycopg.Error) -> str:
+    # The driver's message may quote parts of the connection string. The text after the last "failed:" is safe: it is
+    # the reason given by the server or the operating system.
     if error.diag.message_primary:
-        return f"PostgreSQL says: {error.diag.message_primary}"
+        return f"PostgreSQL: {error.diag.message_primary}"
     if reasons := re.findall(r"connection to server [^\n]* failed: ([^\n]+)", str(error)):
         return f"cannot connect to PostgreSQL: {reasons[-1]}"
     if isinstance(error, psycopg.errors.ConnectionTimeout):
-        return "cannot connect to PostgreSQL: no answer in time"
+        return "cannot connect to PostgreSQL: the server did not answer in time"
     if isinstance(error, psycopg.OperationalError):
         return "cannot connect to PostgreSQL: check the host, the port and the options of the connection string"
-    return f"the database driver failed: {type(error).__name__}"
+    return f"the database driver failed with {type(error).__name__}"

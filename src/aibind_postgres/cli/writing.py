@@ -1,4 +1,4 @@
-"""`write`: standard input becomes a stream while it comes in."""
+"""`write`: stores standard input as a stream while it arrives."""
 
 from __future__ import annotations
 
@@ -14,43 +14,43 @@ from typing import TYPE_CHECKING
 import psycopg
 
 from ..errors import AibindError, StreamExistsError
-from .target import DONE, FAILED, INTERRUPTED, USAGE, say
+from .target import DONE, FAILED, INTERRUPTED, USAGE, print_message
 
 if TYPE_CHECKING:
     from .._sync.stream_store import PostgresStreamStore
 
-_READ = 65536  # bytes at most at a time; what is there is read at once
+_READ_SIZE = 65536  # bytes; a read returns the available bytes without waiting for more
 
-# A chunk of each kind. The text that these are applied to ends with one, so that no search runs on in vain.
-_PIECE = {"char": re.compile(".", re.DOTALL), "word": re.compile(r"\S*\s+"), "line": re.compile(r"[^\n]*\n")}
+# Matches one chunk. Applied only to text that ends with a whole chunk, so that no search backtracks to the end.
+_CHUNK = {"char": re.compile(".", re.DOTALL), "word": re.compile(r"\S*\s+"), "line": re.compile(r"[^\n]*\n")}
 
 
 class NotTextError(Exception):
-    """The input has a byte that is no part of a text that can be stored."""
+    """The input contains a byte that is not UTF-8, or a NUL, which PostgreSQL cannot store."""
 
 
 def write(store: PostgresStreamStore, stream_id: str, by: str, delay: float) -> int:
-    """Store standard input as a new stream and return the exit code. Once it is there, it is ended whatever happens."""
+    """Store standard input as a new stream and return the exit code. A stream that was created is always ended."""
     try:
         store.create(stream_id)
     except StreamExistsError as error:
-        say(f"{error}: choose another id")
+        print_message(f"{error}: choose another id")
         return USAGE
     try:
-        for pieces in split(decode(sys.stdin.fileno()), by):
+        for chunks in split(decode(sys.stdin.fileno()), by):
             if delay == 0:
-                store.append_many(stream_id, pieces)
+                store.append_many(stream_id, chunks)
             else:
-                for piece in pieces:
-                    store.append(stream_id, piece)
+                for chunk in chunks:
+                    store.append(stream_id, chunk)
                     time.sleep(delay)
     except NotTextError as error:
         store.fail(stream_id, str(error))
-        say(f"{error}; what came before is stored, and the stream has ended in an error")
+        print_message(f"{error}; the text before it is stored, and the stream has ended in an error")
         return FAILED
     except KeyboardInterrupt:
         store.stop(stream_id)
-        say(f"interrupted; stream {stream_id!r} is stopped")
+        print_message(f"interrupted; stream {stream_id!r} was stopped")
         return INTERRUPTED
     except BaseException as error:
         with suppress(AibindError, psycopg.Error):
@@ -58,28 +58,31 @@ def write(store: PostgresStreamStore, stream_id: str, by: str, delay: float) -> 
         raise
     if store.complete(stream_id):
         return DONE
-    ended = store.get_status(stream_id)
-    say(f"somebody else has ended stream {stream_id!r}" + (f": its state is {ended.state!r}" if ended else ""))
+    status = store.get_status(stream_id)
+    print_message(
+        f"stream {stream_id!r} was ended by another process" + (f": its state is {status.state!r}" if status else "")
+    )
     return FAILED
 
 
 def decode(source: int) -> Iterator[str]:
-    """Yield the text that a file descriptor gives, as soon as it is there.
+    """Yield the text from a file descriptor as it arrives.
 
-    Raises `NotTextError` at the first byte that is not UTF-8 or is NUL, when all text before it has been yielded.
+    Raises:
+        NotTextError: At the first byte that is NUL or not UTF-8, after all text before it was yielded.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
     bytes_read = 0
     while True:
-        data = os.read(source, _READ)
+        data = os.read(source, _READ_SIZE)
         good, nul, _ = data.partition(b"\0")
         try:
             text = decoder.decode(good, final=bool(nul) or not data)
         except UnicodeDecodeError as error:
-            # The decoder had kept the beginning of a character from earlier reads: it stands in front.
+            # error.object begins with the bytes of an incomplete character that the decoder kept from earlier reads.
             yield error.object[: error.start].decode()
-            place = bytes_read + len(good) - len(error.object) + error.start
-            raise NotTextError(f"the input is not UTF-8: byte {place} is {error.object[error.start]:#04x}") from None
+            position = bytes_read + len(good) - len(error.object) + error.start
+            raise NotTextError(f"the input is not UTF-8: byte {position} is {error.object[error.start]:#04x}") from None
         if text:
             yield text
         if nul:
@@ -90,18 +93,18 @@ def decode(source: int) -> Iterator[str]:
 
 
 def split(texts: Iterator[str], by: str) -> Iterator[list[str]]:
-    """Yield, for each text that arrives, the whole pieces there are; at the end the rest. Together they are the text.
+    """Split texts into chunks and yield those that are complete after each text, and the rest at the end.
 
-    A word has the white space behind it. A line ends with a line feed.
+    The chunks joined are the texts joined. A word includes the white space after it. A line ends with a line feed.
     """
     rest = ""
     try:
         for text in texts:
             rest += text
-            whole = _whole(rest, by)
-            if pieces := _PIECE[by].findall(rest[:whole]):
-                yield pieces
-            rest = rest[whole:]
+            complete = _complete_length(rest, by)
+            if chunks := _CHUNK[by].findall(rest[:complete]):
+                yield chunks
+            rest = rest[complete:]
     except NotTextError:
         if rest:
             yield [rest]
@@ -110,8 +113,8 @@ def split(texts: Iterator[str], by: str) -> Iterator[list[str]]:
         yield [rest]
 
 
-def _whole(text: str, by: str) -> int:
-    """Return where the last piece of a text ends that nothing can be added to."""
+def _complete_length(text: str, by: str) -> int:
+    """Return the length of the beginning of `text` that consists of complete chunks."""
     if by == "line":
         return text.rfind("\n") + 1
     if by == "word" and text and not text[-1].isspace():
