@@ -1,4 +1,4 @@
-"""The checks: `nox` runs those that a change must pass, `nox -s tests` all versions of Python and PostgreSQL."""
+"""Sessions of nox. `nox` runs the checks that a change must pass; `nox -s tests` tests all versions."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from pathlib import Path
 import nox
 
 HERE = f"{sys.version_info.major}.{sys.version_info.minor}"
-PYTHONS = list(dict.fromkeys(["3.10", "3.11", "3.12", "3.13", HERE]))
+PROJECT = nox.project.load_toml("pyproject.toml")
+PYTHONS = nox.project.python_versions(PROJECT)
+POSTGRES = ["14", "15", "16", "17", "18"]
 
-# 16 and 18 come with the `embedded` extra, 15 from the system, where it is installed.
-SYSTEM_SERVERS = {"15": Path("/usr/lib/postgresql/15/bin/initdb")}
+# The extra `embedded` brings 16 and 18. The others are packages of Debian or apt.postgresql.org.
+SYSTEM_SERVERS = {version: Path(f"/usr/lib/postgresql/{version}/bin/initdb") for version in ("14", "15", "17")}
 
 nox.needs_version = ">=2024.10.9"
 nox.options.sessions = ["lint", "types", f"tests-{HERE}(postgres='18')", "package"]
@@ -21,14 +23,14 @@ nox.options.reuse_existing_virtualenvs = True
 
 @nox.session
 def sync(session: nox.Session) -> None:
-    """Write the synchronous flavour; `nox -s sync -- --check` only tells whether it is what the sources give."""
-    session.install(*nox.project.load_toml("pyproject.toml")["build-system"]["requires"])
+    """Generate the synchronous flavour. `nox -s sync -- --check` only compares."""
+    session.install(*PROJECT["build-system"]["requires"])
     session.run("python", "scripts/unasync.py", *session.posargs)
 
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check style and format, and that the conversion is complete."""
+    """Check the style, the format, and that the generated code is up to date."""
     session.install(".[dev]")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
@@ -37,48 +39,55 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def types(session: nox.Session) -> None:
-    """Check the types of both flavours, and those that a caller sees."""
+    """Check the types of both flavours and of the public API."""
     session.install(".[dev]")
     session.run("mypy")
 
 
-@nox.session(python=PYTHONS)
-@nox.parametrize("postgres", ["15", "16", "18"])
+@nox.session(python=list(dict.fromkeys([*PYTHONS, HERE])))
+@nox.parametrize("postgres", POSTGRES)
 def tests(session: nox.Session, postgres: str) -> None:
-    """Run the tests, on what pip installs."""
+    """Run the tests with one version of Python and PostgreSQL."""
     program = SYSTEM_SERVERS.get(postgres)
     if program is not None and not program.exists():
-        session.skip(f"there is no PostgreSQL {postgres} here: {program} is missing")
+        session.skip(f"PostgreSQL {postgres} is not installed: {program} is missing")
     session.install(".[dev]")
     session.run("pytest", *session.posargs, env={"AIBIND_TEST_POSTGRES": postgres, "AIBIND_TEST_DSN": None})
 
 
 @nox.session
 def package(session: nox.Session) -> None:
-    """Build the wheel and the sdist, and check both where nothing else is installed."""
+    """Build the wheel and the sdist, and test them in new environments."""
     session.install(".[dev]")
     session.run("pytest", "tests/packaging", *session.posargs)
 
 
 @nox.session
 def faults(session: nox.Session) -> None:
-    """Break servers, networks and processes, as often as the promises say."""
+    """Test failures of servers, networks and processes, as often as the guarantees state."""
     session.install(".[dev]")
-    # Four side by side, on two processors: they wait for most of the time.
+    # Four processes also on two processors, since the tests wait most of the time.
     options = ["--long", "--ignore-glob=*/test_soak.py", "--timeout=1200", "-n", "4", "--dist", "worksteal"]
     session.run("pytest", "tests/faults", *options, *session.posargs)
 
 
+@nox.session(name="faults-short")
+def faults_short(session: nox.Session) -> None:
+    """Test the same failures, each a few times."""
+    session.install(".[dev]")
+    session.run("pytest", "tests/faults", "-n", "4", *session.posargs)
+
+
 @nox.session
 def soak(session: nox.Session) -> None:
-    """Run many chats for ten minutes in each flavour, with a restart of the server in the middle."""
+    """Run many chats for ten minutes in each flavour, with a server restart halfway."""
     session.install(".[dev]")
     session.run("pytest", "tests/faults", "--long", "-k", "soak", "--timeout=1200", *session.posargs)
 
 
 @nox.session
 def benchmarks(session: nox.Session) -> None:
-    """Measure beside pgbench, Redis and plain psycopg, and write the results into the benchmarks' page."""
+    """Compare with pgbench, Redis and plain psycopg, and write the results to benchmarks/README.md."""
     session.install(".[benchmarks]")
     session.run("python", "-m", "benchmarks", "--json", "results.json", *session.posargs)
     session.run("python", "-m", "benchmarks.report", "results.json")

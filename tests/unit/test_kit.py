@@ -1,0 +1,83 @@
+"""The files around the package agree: classifiers, nox sessions, the CI workflow, versions and links."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+from pathlib import Path
+from typing import Any
+
+import nox
+import pytest
+from support import servers
+
+ROOT = Path(__file__).parents[2]
+PYPROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
+PROJECT = PYPROJECT["project"]
+WORKFLOW = (ROOT / ".github" / "workflows" / "ci.yml").read_text("utf-8")
+
+
+def lists_of(name: str) -> list[list[str]]:
+    """Return the values of each line `name: [...]` of the workflow."""
+    return [json.loads(values) for values in re.findall(rf"^ +{name}: (\[.*\])$", WORKFLOW, re.MULTILINE)]
+
+
+@pytest.fixture(scope="module")
+def noxfile() -> dict[str, Any]:
+    """The variables of noxfile.py. Nox warns if the file runs twice in a process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        return runpy.run_path("noxfile.py")
+
+
+def test_python_versions(noxfile: dict[str, Any]) -> None:
+    prefix = "Programming Language :: Python :: "
+    versions = [line.removeprefix(prefix) for line in PROJECT["classifiers"] if line.startswith(prefix)]
+    assert lists_of("python") == [versions]
+    assert noxfile["PYTHONS"] == versions
+    assert PROJECT["requires-python"] == f">={versions[0]}"
+
+
+def test_postgres_versions(noxfile: dict[str, Any]) -> None:
+    assert lists_of("postgres") == [noxfile["POSTGRES"]]
+    [installed] = re.findall(r"contains\(fromJSON\('(\[.*?\])'\), matrix\.postgres\)", WORKFLOW)
+    assert json.loads(installed) == list(noxfile["SYSTEM_SERVERS"])
+    assert sorted([*noxfile["SYSTEM_SERVERS"], *servers.EMBEDDED_VERSIONS]) == noxfile["POSTGRES"]
+
+
+def test_workflow_runs_sessions_of_nox(noxfile: dict[str, Any]) -> None:
+    [sessions] = lists_of("session")
+    functions = [noxfile[name.replace("-", "_")] for name in sessions]
+    assert [function.__name__.replace("_", "-") for function in functions] == sessions
+    commands = re.findall(r"^ +- run: nox (.*)$", WORKFLOW, re.MULTILINE)
+    assert [re.sub(r"\$\{\{.*?\}\}", "X", command.split("-s ")[1]) for command in commands] == [
+        '"X"',
+        "\"tests-X(postgres='X')\"",
+    ]
+
+
+def test_actions_are_pinned() -> None:
+    actions = re.findall(r"uses: (\S+)", WORKFLOW)
+    assert len(actions) == 4
+    assert all(re.fullmatch(r"[\w/-]+@v\d+", action) for action in actions)
+
+
+def test_changelog_begins_with_this_version() -> None:
+    changelog = (ROOT / "CHANGELOG.md").read_text("utf-8")
+    assert re.findall(r"^## (\S+)", changelog, re.MULTILINE)[0] == PROJECT["version"]
+
+
+def test_pre_commit_installs_the_requirements_of_the_build() -> None:
+    config = (ROOT / ".pre-commit-config.yaml").read_text("utf-8")
+    [requirements] = re.findall(r"additional_dependencies: \[(.*)\]", config)
+    assert set(requirements.split(", ")) < set(PYPROJECT["build-system"]["requires"])
+
+
+def test_urls_have_one_root() -> None:
+    root = PROJECT["urls"]["Homepage"]
+    assert all(url.startswith(root) for url in PROJECT["urls"].values())
+    assert f"{root}/security" in (ROOT / "SECURITY.md").read_text("utf-8")
+    for url in PROJECT["urls"].values():
+        if path := re.fullmatch(rf"{re.escape(root)}/(?:tree|blob)/main/(.+)", url):
+            assert (ROOT / path[1]).exists()
