@@ -1,1 +1,1 @@
-"""Where this package stands, measured beside what people use instead: `python -m benchmarks`."""
+"""Comparison of this package with its alternatives: `python -m benchmarks`."""

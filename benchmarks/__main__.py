@@ -1,4 +1,4 @@
-"""The command: `python -m benchmarks` starts the servers, measures everything, and prints one table."""
+"""`python -m benchmarks` starts the servers, runs the benchmarks and prints one table."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from .measure import Row
 from .peers import pgbench_program, redis_server
 from .readers import fan_out, idle
 from .reading import memory, replay
-from .report import as_json, draw, surroundings, table
+from .report import as_json, draw, environment, table
 from .writing import batches, importing, one_producer, ten_million
 
-WORKS = {
+BENCHMARKS = {
     "one-producer": one_producer,
     "100-threads": hundred_threads,
     "8-threads": eight_threads,
@@ -50,36 +50,42 @@ WORKS = {
 
 
 def main(
-    only: Annotated[list[str] | None, typer.Option(help=f"One work, repeatable: {', '.join(WORKS)}.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Short rounds, and a tenth of the ten million.")] = False,
-    json: Annotated[Path | None, typer.Option(help="Write everything that was measured to this file.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the comparisons into this file, .svg or .png.")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help=f"Run this benchmark only, repeatable: {', '.join(BENCHMARKS)}.")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fewer and shorter rounds, and one million chunks instead of ten.")
+    ] = False,
+    json: Annotated[Path | None, typer.Option(help="Write all measurements to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the comparisons to this file, .svg or .png.")] = None,
 ) -> None:
-    """Measure this package beside what people use instead, all in one run."""
-    if unknown := set(only or ()) - WORKS.keys():
-        raise typer.BadParameter(f"there is no {', '.join(sorted(unknown))}; there are {', '.join(WORKS)}")
+    """Compare this package with its alternatives in one run."""
+    if unknown := set(only or ()) - BENCHMARKS.keys():
+        raise typer.BadParameter(
+            f"unknown benchmark: {', '.join(sorted(unknown))}; choose from {', '.join(BENCHMARKS)}"
+        )
     if plot is not None and (plot.suffix not in (".svg", ".png") or find_spec("matplotlib") is None):
-        raise typer.BadParameter("--plot needs a name that ends in .svg or .png, and the package matplotlib")
-    works = {name: work for name, work in WORKS.items() if not only or name in only}
-    console = Console(width=None if sys.stdout.isatty() else 180)  # a file has room for whole lines
+        raise typer.BadParameter("--plot needs a file name that ends in .svg or .png, and the package matplotlib")
+    benchmarks = {name: run for name, run in BENCHMARKS.items() if not only or name in only}
+    console = Console(width=None if sys.stdout.isatty() else 180)  # do not wrap lines in a file
     rows: list[Row] = []
     failed = False
-    begun = time.monotonic()
+    start = time.monotonic()
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
-    # No refreshing thread: it would take its time from what is measured in this process.
+    # A thread that refreshes the display would slow down the measurements in this process.
     with ExitStack() as stack, Progress(*columns, console=console, auto_refresh=False) as progress:
-        task = progress.add_task("starting the servers", total=len(works))
+        task = progress.add_task("starting the servers", total=len(benchmarks))
         progress.refresh()
         dsn = stack.enter_context(embedded.server(version=18))
         redis = {policy: stack.enter_context(redis_server(policy)) for policy in ("always", "everysec")}
-        for name, work in works.items():
+        for name, run in benchmarks.items():
 
             def step(text: str, name: str = name) -> None:
                 progress.update(task, description=f"{name}: {text}", refresh=True)
 
             step("preparing")
             try:
-                rows += work(Bench(dsn, pgbench_program(), redis, quick, step))
+                rows += run(Bench(dsn, pgbench_program(), redis, quick, step))
             except Exception as error:
                 failed = True
                 rows.append(Row(name, note=f"failed: {type(error).__name__}: {error}"))
@@ -88,8 +94,8 @@ def main(
             postgres = connection.info.parameter_status("server_version") or ""
     console.print(table(rows))
     if json is not None:
-        run = {"quick": quick, "seconds": round(time.monotonic() - begun)}
-        json.write_text(as_json(rows, {**run, **surroundings(postgres, redis_version())}), "utf-8")
+        about = {"quick": quick, "seconds": round(time.monotonic() - start)}
+        json.write_text(as_json(rows, {**about, **environment(postgres, redis_version())}), "utf-8")
     if plot is not None:
         draw(rows, plot)
     raise typer.Exit(failed)
@@ -98,9 +104,9 @@ def main(
 def redis_version() -> str:
     if shutil.which("redis-server") is None:
         return "not installed"
-    said = subprocess.run(["redis-server", "--version"], check=True, capture_output=True, text=True).stdout
-    found = re.search(r"v=(\S+)", said)
-    return found[1] if found else said
+    output = subprocess.run(["redis-server", "--version"], check=True, capture_output=True, text=True).stdout
+    found = re.search(r"v=(\S+)", output)
+    return found[1] if found else output
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What every work is given: the servers, the length of its rounds, and a way to tell how far it is."""
+"""Context of a benchmark: the servers, the number and length of rounds, and the progress display."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Bench:
 
     @property
     def seconds(self) -> float:
-        """How long one contestant runs in one round."""
+        """Duration of one contestant in one round."""
         return 0.5 if self.quick else 1.25
 
     def tables(self, name: str) -> Tables:
@@ -40,7 +40,7 @@ class Bench:
         return tables
 
     def database(self, name: str) -> Tables:
-        """Return tables in a database of their own, where no announcement and no count of others' comes in."""
+        """Return tables in a new database, isolated from the notifications and statistics of other benchmarks."""
         with psycopg.connect(self.dsn, autocommit=True) as admin:
             admin.execute(f"CREATE DATABASE {name}")
         tables = Tables(make_conninfo(self.dsn, dbname=name), name)
@@ -54,5 +54,5 @@ class Bench:
 
 
 def with_peer(peer: Peer | Missing, run: Callable[[Peer], Figures]) -> Callable[[], Figures] | Missing:
-    """Return how to run a contestant that needs this peer, or why it cannot run."""
+    """Return a contestant that runs with this peer, or the reason why the peer is missing."""
     return peer if isinstance(peer, Missing) else partial(run, peer)

@@ -1,4 +1,4 @@
-"""Conversations: what it costs to save one and to load one, by its length, and what of that is the check for others."""
+"""Time to save and load a conversation, by its length, and the cost of detecting and merging other saves."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 LENGTHS = (10, 1_000, 10_000)  # in messages
 MESSAGE_LENGTH = 200  # in characters
-LIFETIME = 1_800_000  # milliseconds; what a store takes if it is told nothing
+LIFETIME = 1_800_000  # milliseconds; the default of a store
 
-WARM_UP = 10  # of each, until connections are open and statements prepared
+WARM_UP = 10  # runs of each operation, to open connections and prepare statements
 
-# A server compresses long texts, so they are of words, in no order.
+# Random words, since the server compresses long texts.
 WORDS = """
     about after again answer because before between build change check could customer database every example first from
     have how invoice is it keep letter little make message month never not number of on one order other payment people
@@ -41,7 +41,7 @@ Message: TypeAlias = dict[str, str]
 
 @dataclass(frozen=True)
 class Conversation:
-    """One conversation, and what is done with it. Each method begins with the same text stored, and gives its times."""
+    """One conversation with the operations to measure. Each stores the same text first and returns its times."""
 
     text: str
     length: int
@@ -52,7 +52,7 @@ class Conversation:
     connection: psycopg.Connection[Any]
 
     @property
-    def works(self) -> dict[str, Callable[[], Figures]]:
+    def operations(self) -> dict[str, Callable[[], Figures]]:
         return {
             "save": self.save,
             "seed's save": self.save_as_seed,
@@ -62,49 +62,49 @@ class Conversation:
         }
 
     def save(self) -> Figures:
-        """Save after an append. The JSON work of it is timed by doing it once more."""
+        """Save after an append. The JSON part is repeated on its own to measure its share."""
         chat = self._appended()
-        begun = time.perf_counter()
+        start = time.perf_counter()
         self.store.save(self.key, chat)
         saved = time.perf_counter()
         chat.to_json()
         sha256(self.text.encode()).hexdigest()
-        share = (time.perf_counter() - saved) / (saved - begun) * 100
-        return {"p50": (saved - begun) * 1e3, "json": share, "database": 100 - share}
+        share = (time.perf_counter() - saved) / (saved - start) * 100
+        return {"p50": (saved - start) * 1e3, "json": share, "database": 100 - share}
 
     def save_merging(self) -> Figures:
-        """Save after an append, when another store has saved an append of its own in between."""
+        """Save after an append, with a conflicting append saved by another store."""
         chat, theirs = self._appended(), self.other_store.load(self.key)
         theirs.append(message(Random()))
         self.other_store.save(self.key, theirs)
-        begun = time.perf_counter()
+        start = time.perf_counter()
         self.store.save(self.key, chat)
-        taken = time.perf_counter() - begun
+        elapsed = time.perf_counter() - start
         if len(chat) != self.length + 2:
             raise RuntimeError(f"{self.length} messages and two appends were merged into {len(chat)}")
-        return {"p50": taken * 1e3}
+        return {"p50": elapsed * 1e3}
 
     def save_as_seed(self) -> Figures:
-        """Save after an append as the seed does: the same text, and whatever is stored is replaced."""
+        """Save after an append as the seed does: overwrite the stored text."""
         chat = self._appended()
-        begun = time.perf_counter()
+        start = time.perf_counter()
         self._write(chat.to_json())
-        return {"p50": (time.perf_counter() - begun) * 1e3}
+        return {"p50": (time.perf_counter() - start) * 1e3}
 
     def load(self) -> Figures:
         self._write(self.text)
-        begun = time.perf_counter()
+        start = time.perf_counter()
         self.store.load(self.key)
-        return {"p50": (time.perf_counter() - begun) * 1e3}
+        return {"p50": (time.perf_counter() - start) * 1e3}
 
     def load_as_seed(self) -> Figures:
-        """Load as the seed does, which takes the JSON text as it is."""
+        """Load as the seed does: parse the JSON text without checks."""
         self._write(self.text)
-        begun = time.perf_counter()
+        start = time.perf_counter()
         statement = f"SELECT data FROM {self.table} WHERE session_id = $1 AND expires_at > $2"
         [(text,)] = self.connection.execute(statement, [self.key, milliseconds()], binary=True).fetchall()
         json.loads(text)
-        return {"p50": (time.perf_counter() - begun) * 1e3}
+        return {"p50": (time.perf_counter() - start) * 1e3}
 
     def _appended(self) -> ChatHistory[Message]:
         self._write(self.text)
@@ -113,7 +113,7 @@ class Conversation:
         return chat
 
     def _write(self, text: str) -> None:
-        """Run the seed's statement. Unlike the seed's client, psycopg may prepare it, as it does with ours."""
+        """Run the seed's statement. psycopg may prepare it as it prepares ours; the seed's client does not."""
         statement = f"""
             INSERT INTO {self.table} (session_id, data, expires_at) VALUES ($1, $2, $3)
             ON CONFLICT (session_id) DO UPDATE SET data = EXCLUDED.data, expires_at = EXCLUDED.expires_at"""
@@ -121,11 +121,11 @@ class Conversation:
 
 
 def conversations(bench: Bench) -> list[Row]:
-    """Save and load conversations of each length in turn; in the short form, without the longest."""
+    """Save and load conversations of each length in turn. The quick form omits the longest."""
     tables = bench.tables("conversations")
     table = f"{tables.schema}.conversations"
     lengths = LENGTHS[:-1] if bench.quick else LENGTHS
-    seconds = bench.seconds / 20  # short turns, so that those of contestants are close to each other
+    seconds = bench.seconds / 20  # short turns, so that contestants run close together in time
     turns: dict[str, Callable[[], Figures] | Missing] = {}
     with ExitStack() as stack:
         store, other = (stack.enter_context(PostgresConversationStore(tables.dsn, table=table)) for _ in range(2))
@@ -133,10 +133,10 @@ def conversations(bench: Bench) -> list[Row]:
         for length in lengths:
             text = conversation_text(length)
             conversation = Conversation(text, length, str(length), table, store, other, connection)
-            for name, work in conversation.works.items():
-                turns[f"{length:,} messages, {name}"] = partial(repeat, work, seconds)
+            for name, operation in conversation.operations.items():
+                turns[f"{length:,} messages, {name}"] = partial(repeat, operation, seconds)
                 if length == lengths[0]:
-                    repeat(work, 0, least=WARM_UP)
+                    repeat(operation, 0, least=WARM_UP)
         found = bench.take_turns(turns, rounds=bench.rounds if bench.quick else 2 * bench.rounds)
     return [row for length in lengths for row in rows_of(f"{length:,} messages", found)]
 
@@ -154,17 +154,17 @@ def rows_of(messages: str, found: dict[str, Results]) -> list[Row]:
     ]
 
 
-def repeat(work: Callable[[], Figures], seconds: float, least: int = 1) -> Figures:
-    """Do something for a while, and return the medians of its figures."""
-    taken: list[Figures] = []
+def repeat(operation: Callable[[], Figures], seconds: float, least: int = 1) -> Figures:
+    """Repeat an operation for some seconds. Return the medians of its figures."""
+    runs: list[Figures] = []
     end = time.perf_counter() + seconds
-    while len(taken) < least or time.perf_counter() < end:
-        taken.append(work())
-    return {name: median(figures[name] for figures in taken) for name in taken[0]}
+    while len(runs) < least or time.perf_counter() < end:
+        runs.append(operation())
+    return {name: median(figures[name] for figures in runs) for name in runs[0]}
 
 
 def conversation_text(length: int) -> str:
-    """Return a conversation with one path, as it is stored."""
+    """Return the stored text of a conversation with one path."""
     chat: ChatHistory[Message] = ChatHistory()
     random = Random(length)
     for _ in range(length):
@@ -178,5 +178,5 @@ def message(random: Random) -> Message:
 
 
 def milliseconds() -> int:
-    """Return the time as a row has it."""
+    """Return the current time in the unit of `expires_at`."""
     return round(time.time() * 1e3)

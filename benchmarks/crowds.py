@@ -1,4 +1,4 @@
-"""Appends by many at once: threads, asyncio tasks, and stores in several processes."""
+"""Concurrent appends: by threads, by asyncio tasks, and by stores in several processes."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ from .peers import TTL, Tables, pgbench, process
 if TYPE_CHECKING:
     from aibind_postgres import PostgresStreamStore
 
-WARM_UP = 10  # appends by each, until connections are open and statements prepared
+WARM_UP = 10  # appends by each caller, to open connections and prepare statements
 
 
 def threads(streams: Sequence[str], seconds: float, append: Callable[[str, str], object]) -> Figures:
-    """Let one thread for each stream append to it for a while, each append after the answer to the one before."""
+    """Run one thread per stream. Each appends for some seconds and waits for each acknowledgement."""
     ready = threading.Barrier(len(streams), timeout=60)
 
     def work(stream: str) -> tuple[float, list[float]]:
         for _ in range(WARM_UP):
             append(stream, TOKEN)
         ready.wait()
-        taken = []
-        before = begun = time.perf_counter()
-        while before < begun + seconds:
+        durations = []
+        before = start = time.perf_counter()
+        while before < start + seconds:
             append(stream, TOKEN)
             after = time.perf_counter()
-            taken.append(after - before)
+            durations.append(after - before)
             before = after
-        return before - begun, taken
+        return before - start, durations
 
     with ThreadPoolExecutor(len(streams)) as pool:
         outcomes = list(pool.map(work, streams))
@@ -48,18 +48,18 @@ def threads(streams: Sequence[str], seconds: float, append: Callable[[str, str],
 
 
 async def tasks(streams: Sequence[str], seconds: float, append: Callable[[str, str], Awaitable[object]]) -> Figures:
-    """Do what `threads` does with one asyncio task for each stream."""
+    """Do the same as `threads` with one asyncio task per stream."""
 
     async def work(stream: str, begin: asyncio.Event) -> tuple[float, list[float]]:
         await begin.wait()
-        taken = []
-        before = begun = time.perf_counter()
-        while before < begun + seconds:
+        durations = []
+        before = start = time.perf_counter()
+        while before < start + seconds:
             await append(stream, TOKEN)
             after = time.perf_counter()
-            taken.append(after - before)
+            durations.append(after - before)
             before = after
-        return before - begun, taken
+        return before - start, durations
 
     for _ in range(WARM_UP):
         await asyncio.gather(*(append(stream, TOKEN) for stream in streams))
@@ -70,9 +70,9 @@ async def tasks(streams: Sequence[str], seconds: float, append: Callable[[str, s
 
 
 def summary(outcomes: Sequence[tuple[float, list[float]]]) -> Figures:
-    """Return the rate and the latencies of all together."""
-    taken = [duration for _, durations in outcomes for duration in durations]
-    return {"rate": len(taken) / max(elapsed for elapsed, _ in outcomes), **latencies(taken)}
+    """Return the total rate and the latencies of all appends."""
+    all_durations = [duration for _, durations in outcomes for duration in durations]
+    return {"rate": len(all_durations) / max(elapsed for elapsed, _ in outcomes), **latencies(all_durations)}
 
 
 def shared_store(tables: Tables, count: int, seconds: float) -> Figures:
@@ -81,7 +81,7 @@ def shared_store(tables: Tables, count: int, seconds: float) -> Figures:
 
 
 def pooled_appends(tables: Tables, count: int, seconds: float) -> Figures:
-    """Run our append statement by itself, each time on a connection of a pool: what one writes without a store."""
+    """Run our append statement on pooled connections, as an application without a store would."""
     statement = tables.sql.append
     with tables.store() as store:
         streams = [store.create() for _ in range(count)]
@@ -129,7 +129,7 @@ def eight_threads(bench: Bench) -> list[Row]:
 
 
 def follow(pipe: Pipe, tables: Tables, stream: str) -> None:
-    """In a process of its own: read a stream to its end, so that there is somebody to announce to."""
+    """Child process: read a stream to its end, so that the writers have a reader to notify."""
     with tables.store() as store:
         for chunk in store.read_from(stream):
             if chunk.seq == 1:
@@ -138,20 +138,20 @@ def follow(pipe: Pipe, tables: Tables, stream: str) -> None:
 
 @contextmanager
 def followed_stream(tables: Tables) -> Iterator[str]:
-    """Make a stream that a reader in another process follows."""
+    """Yield a new stream that a reader in another process follows."""
     with tables.store() as store:
         stream = store.create()
         store.append(stream, TOKEN)
         with process(follow, tables, stream) as pipe:
             pipe.recv()
-            time.sleep(0.5)  # until it listens
+            time.sleep(0.5)  # until the reader listens
             yield stream
             store.complete(stream)
 
 
 def five_hundred_tasks(bench: Bench) -> list[Row]:
     tables = bench.tables("five_hundred_tasks")
-    seconds = bench.seconds + 1  # a task has its turn only a few times in a second
+    seconds = bench.seconds + 1  # each task appends only a few times per second
 
     async def store(followed: str) -> Figures:
         async with tables.async_store() as store:
@@ -185,24 +185,24 @@ def five_hundred_tasks(bench: Bench) -> list[Row]:
 
 
 def eight_stores(pipe: Pipe, tables: Tables) -> None:
-    """In a process of its own: let eight threads append, each through its own store, as often as the parent asks."""
+    """Child process: run eight threads, each with its own store. Repeat on each request of the parent."""
     with suppress(EOFError):
         while True:
             seconds, announced = pipe.recv()
             with ExitStack() as stack:
                 if not announced:
-                    stack.enter_context(mock.patch.object(Notifier, "_notify", say_nothing))
+                    stack.enter_context(mock.patch.object(Notifier, "_notify", skip_notification))
                 stores: dict[str, PostgresStreamStore] = {}
                 for _ in range(8):
                     store = stack.enter_context(tables.store())
                     stores[store.create()] = store
                 pipe.send("ready")
-                pipe.recv()  # until the others are
+                pipe.recv()  # wait for the other processes
                 pipe.send(threads(list(stores), seconds, partial(append_to, stores)))
 
 
-def say_nothing(self: object, stream_ids: object) -> None:
-    """Stand in for the method that announces. The package has no such option: readers elsewhere would have to poll."""
+def skip_notification(self: object, stream_ids: object) -> None:
+    """Replace the method that notifies. The package has no option for this, since other readers would have to poll."""
 
 
 def append_to(stores: dict[str, PostgresStreamStore], stream: str, chunk: str) -> None:

@@ -1,6 +1,6 @@
-"""What `import aibind_postgres` costs beyond `import psycopg, psycopg_pool`: medians of fresh processes, taken in turn.
+"""Import time of `aibind_postgres` in addition to `psycopg` and `psycopg_pool`: medians over new processes.
 
-Run it where the package is installed: `python benchmarks/import_cost.py [ROUNDS]`. The bar is 30 ms.
+Usage, with the package installed: `python benchmarks/import_cost.py [ROUNDS]`. The bar is 30 ms.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ print((perf_counter() - start) * 1000)
 
 
 def measure(statement: str) -> float:
-    """Return the milliseconds that an import takes in a process of its own."""
+    """Return the milliseconds of an import in a new process."""
     command = [sys.executable, "-c", MEASURE.format(statement=statement)]
-    # With bytecode, as pip installs it, also from a checkout.
+    # Bytecode is written, since pip installs packages with bytecode.
     variables = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     return float(subprocess.run(command, env=variables, check=True, capture_output=True, text=True).stdout)
 
@@ -33,9 +33,9 @@ def main() -> None:
     times: dict[str, list[float]] = {name: [] for name in STATEMENTS}
     for number in range(rounds + 1):
         for name, statement in STATEMENTS.items():
-            taken = measure(statement)
-            if number:  # the first round only warms the file cache and writes bytecode
-                times[name].append(taken)
+            elapsed = measure(statement)
+            if number:  # the first round warms the file cache and writes bytecode
+                times[name].append(elapsed)
     for name, statement in STATEMENTS.items():
         print(f"{statement:46} {median(times[name]):7.1f} ms")
     difference = median(ours - base for base, ours in zip(times["base"], times["ours"], strict=True))

@@ -1,4 +1,4 @@
-"""Readers that keep up with writers: many chats in one process, and one reader in another process."""
+"""Live reading: many chats in one process, and a reader in another process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection as Pipe
 from typing import TYPE_CHECKING, Any
 
 from .measure import Figures, Missing, Results, Row, at_most, compare, latencies
-from .peers import Redis, Seed, Tables, process, together
+from .peers import Redis, Seed, Tables, process, run_all
 
 if TYPE_CHECKING:
     import redis
@@ -22,7 +22,7 @@ CHATS = 200
 TOKENS_PER_SECOND = 30
 
 CHUNKS_PER_ROUND = 100
-PAUSE = 0.02  # seconds between two chunks of the same writer: 50 chunks a second
+PAUSE = 0.02  # seconds after each chunk of a writer: 50 chunks per second
 
 
 def chats(bench: Bench) -> list[Row]:
@@ -38,16 +38,16 @@ def chats(bench: Bench) -> list[Row]:
 
 
 async def chat(tables: Tables, seconds: int) -> Figures:
-    """Write all streams at their pace, each through its own writer, and read each by one reader in this process."""
+    """Write all streams at a fixed pace, each with its own writer, and read each with one reader in this process."""
     tokens = seconds * TOKENS_PER_SECOND
-    taken: list[float] = []
+    delays: list[float] = []
     async with tables.async_store() as store:
         streams = [await store.create() for _ in range(CHATS)]
-        begin = time.monotonic() + 1  # when all readers are in place
+        begin = time.monotonic() + 1  # by then all readers wait
 
         async def read(stream: str) -> None:
             async for chunk in store.read_from(stream):
-                taken.append(time.monotonic() - float(chunk.data))
+                delays.append(time.monotonic() - float(chunk.data))
 
         async def write(stream: str, first: float) -> None:
             async with store.writer(stream) as writer:
@@ -55,19 +55,19 @@ async def chat(tables: Tables, seconds: int) -> Figures:
                     await asyncio.sleep(first + number / TOKENS_PER_SECOND - time.monotonic())
                     await writer.write(str(time.monotonic()))
 
-        await together(
+        await run_all(
             *map(read, streams),
-            # Not all at the same moment: chats do not beat in time.
-            *(write(s, begin + place / CHATS / TOKENS_PER_SECOND) for place, s in enumerate(streams)),
+            # The writers start at different times, since real chats are not synchronized.
+            *(write(s, begin + index / CHATS / TOKENS_PER_SECOND) for index, s in enumerate(streams)),
         )
         elapsed = time.monotonic() - begin
-    if len(taken) != CHATS * tokens:
-        raise RuntimeError(f"of {CHATS * tokens} tokens, {len(taken)} reached a reader")
-    return {"pace": elapsed / seconds, **latencies(taken)}
+    if len(delays) != CHATS * tokens:
+        raise RuntimeError(f"readers received {len(delays)} of {CHATS * tokens} tokens")
+    return {"pace": elapsed / seconds, **latencies(delays)}
 
 
 def tail(bench: Bench) -> list[Row]:
-    """Send a chunk the one way, then the other: each reader is in a process of its own, and all share one clock."""
+    """Send chunks in each way in turn. Each reader is a process; all processes share one clock."""
     tables, silent_tables = bench.tables("tail"), bench.database("silent")
     ways: dict[str, Callable[[str], object]] = {}
     missing: dict[str, str] = {}
@@ -88,17 +88,17 @@ def tail(bench: Bench) -> list[Row]:
         }
         for policy, server in bench.redis.items():
             if isinstance(server, Missing):
-                missing[policy] = server.why
+                missing[policy] = server.reason
                 continue
             client = stack.enter_context(server.connect())
             ways[policy] = partial(add_entry, client)
             readers[policy] = stack.enter_context(process(tail_redis, server))
 
         for send in ways.values():
-            send("the first chunk, by which a reader tells that it is there")
+            send("first chunk: its reader reports that it is ready")
         for pipe in readers.values():
             pipe.recv()
-        time.sleep(1)  # until all listen
+        time.sleep(1)  # until all readers listen
         due = time.monotonic()
         for number in range(bench.rounds):
             bench.step(f"round {number + 1} of {bench.rounds}")
@@ -112,7 +112,7 @@ def tail(bench: Bench) -> list[Row]:
         for policy in bench.redis.keys() & ways.keys():
             ways[policy](END)
         found = {way: in_rounds(pipe.recv()) for way, pipe in readers.items()}
-    found |= {policy: Results(missing=why) for policy, why in missing.items()}
+    found |= {policy: Results(missing=reason) for policy, reason in missing.items()}
     work, blocked = "chunk to a reader in another process", "Redis XREAD BLOCK, appendfsync"
     ours, polled = found["announced"], "the seed's poll"
     return [
@@ -125,10 +125,10 @@ def tail(bench: Bench) -> list[Row]:
     ]
 
 
-def in_rounds(taken: list[float]) -> Results:
+def in_rounds(delays: list[float]) -> Results:
     results = Results()
-    for start in range(0, len(taken), CHUNKS_PER_ROUND):
-        results.add(latencies(taken[start : start + CHUNKS_PER_ROUND]))
+    for start in range(0, len(delays), CHUNKS_PER_ROUND):
+        results.add(latencies(delays[start : start + CHUNKS_PER_ROUND]))
     return results
 
 
@@ -168,11 +168,11 @@ def redis_entries(server: Redis) -> Iterator[str]:
 
 
 def report(pipe: Pipe, texts: Iterable[str]) -> None:
-    """Say that the first chunk is here, and at the end how long each of the others was under way."""
-    taken = []
+    """Report the arrival of the first chunk, and at the end the delays of the others."""
+    delays = []
     for number, text in enumerate(texts):
         if number == 0:
             pipe.send("reading")
         else:
-            taken.append(time.monotonic() - float(text))
-    pipe.send(taken)
+            delays.append(time.monotonic() - float(text))
+    pipe.send(delays)

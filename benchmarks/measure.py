@@ -1,4 +1,4 @@
-"""How things are measured: contestants take turns, a round is one figure of each, and rows compare their medians."""
+"""Measuring: contestants take turns, each round gives one figure per contestant, and rows compare medians."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import NamedTuple, TypeAlias
 
-TOKEN = " token"  # what is appended where the text does not matter
+TOKEN = " token"  # appended where the text does not matter
 
 Figures: TypeAlias = dict[str, float]
 
@@ -15,13 +15,13 @@ UNITS = {"rate": "/s", "p50": "ms", "p99": "ms", "growth": "MiB"}
 
 
 class Missing(NamedTuple):
-    """A peer that is not here, and why."""
+    """A peer that is not available."""
 
-    why: str
+    reason: str
 
 
 class Bar(NamedTuple):
-    """What a row has to reach: a ratio if it has a peer, else the figure itself."""
+    """Target of a row: for the ratio if it has a peer, else for the figure itself."""
 
     value: float
     at_most: bool
@@ -44,7 +44,7 @@ def at_most(value: float) -> Bar:
 
 @dataclass
 class Results:
-    """What one contestant reached: for each figure one value a round. Empty, with the reason, if it is not here."""
+    """Figures of one contestant, with one value per round. Empty if it is missing, with the reason."""
 
     figures: dict[str, list[float]] = field(default_factory=dict)
     missing: str = ""
@@ -56,7 +56,7 @@ class Results:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: a figure of ours, alone or beside a peer's, round by round."""
+    """One line of the table: our figures of all rounds, alone or with those of a peer."""
 
     work: str
     unit: str = ""
@@ -64,11 +64,11 @@ class Row:
     peer: str = ""
     theirs: Sequence[float] = ()
     bar: Bar | None = None
-    note: str = ""  # why there is no figure
+    note: str = ""  # reason why figures are missing
 
     @property
     def ratio(self) -> float | None:
-        """The median of the rounds' ratios: what disturbs a round disturbs both sides of it."""
+        """Median of the ratios of the rounds. A disturbance affects both sides of a round."""
         if not (self.ours and self.theirs):
             return None
         return median(ours / theirs for ours, theirs in zip(self.ours, self.theirs, strict=True))
@@ -82,7 +82,7 @@ class Row:
 
 
 def compare(work: str, figure: str, ours: Results, peer: str, theirs: Results, bar: Bar | None = None) -> Row:
-    """Return the row that sets one figure of ours beside the same figure of a peer."""
+    """Return the row that compares one of our figures with the same figure of a peer."""
     measured = ours.figures[figure]
     return Row(work, UNITS[figure], measured, peer, theirs.figures.get(figure, ()), bar, theirs.missing)
 
@@ -90,9 +90,9 @@ def compare(work: str, figure: str, ours: Results, peer: str, theirs: Results, b
 def take_turns(
     rounds: int, contestants: dict[str, Callable[[], Figures] | Missing], step: Callable[[str], None]
 ) -> dict[str, Results]:
-    """Let every contestant run once a round: A B C, A B C, …, so that a machine's changing load meets them all."""
+    """Run each contestant once per round: A B C, A B C, …, so that a changing load affects all of them."""
     results = {
-        name: Results(missing=contestant.why if isinstance(contestant, Missing) else "")
+        name: Results(missing=contestant.reason if isinstance(contestant, Missing) else "")
         for name, contestant in contestants.items()
     }
     for number in range(rounds):
@@ -104,7 +104,7 @@ def take_turns(
 
 
 def quantile(values: Iterable[float], share: float) -> float:
-    """Return the value that this share of all values stays below."""
+    """Return the quantile of the values for a share between 0 and 1."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(len(ordered) * share))]
 

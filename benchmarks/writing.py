@@ -1,4 +1,4 @@
-"""Appends by one: chunk by chunk, in batches, and to a table that holds ten million."""
+"""Appends by one producer: single chunks, batches, and appends to a table with ten million chunks."""
 
 from __future__ import annotations
 
@@ -82,12 +82,12 @@ def batches(bench: Bench) -> list[Row]:
     tables = bench.tables("batches")
 
     def repeat(write: Callable[[], object]) -> Figures:
-        """Write batches for a while, and return how many chunks that is in a second."""
+        """Write batches for some seconds. Return the chunks per second."""
         for _ in range(6):  # until the statement is prepared
             write()
         written = 0
-        begun = time.perf_counter()
-        while (elapsed := time.perf_counter() - begun) < bench.seconds:
+        start = time.perf_counter()
+        while (elapsed := time.perf_counter() - start) < bench.seconds:
             write()
             written += len(BATCH)
         return {"rate": written / elapsed}
@@ -129,7 +129,7 @@ def batches(bench: Bench) -> list[Row]:
 
 
 def ten_million(bench: Bench) -> list[Row]:
-    """Append in turn, one by one, to a table with that many chunks and to one with none."""
+    """Append single chunks in turn to a table with ten million chunks and to an empty table."""
     stored = 1_000_000 if bench.quick else 10_000_000
     full, empty = bench.tables("ten_million_full"), bench.tables("ten_million_empty")
     bench.step(f"storing {stored:,} chunks")
@@ -139,13 +139,13 @@ def ten_million(bench: Bench) -> list[Row]:
         streams = {"full": full_store.create(), "empty": empty_store.create()}
 
         def alternate(appends_each: int) -> dict[str, Figures]:
-            taken: dict[str, list[float]] = {"full": [], "empty": []}
+            durations: dict[str, list[float]] = {"full": [], "empty": []}
             for _ in range(appends_each):
                 for name, append in appends.items():
                     before = time.perf_counter()
                     append(streams[name], TOKEN)
-                    taken[name].append(time.perf_counter() - before)
-            return {name: latencies(durations) for name, durations in taken.items()}
+                    durations[name].append(time.perf_counter() - before)
+            return {name: latencies(values) for name, values in durations.items()}
 
         alternate(100)
         results = {"full": Results(), "empty": Results()}
@@ -158,10 +158,10 @@ def ten_million(bench: Bench) -> list[Row]:
 
 
 def fill(tables: Tables, stored: int) -> None:
-    """Store that many chunks in ended streams of a thousand each."""
+    """Store `stored` chunks in ended streams of 1,000 chunks each."""
     chunks, status = tables.chunks, tables.status
     with tables.connect() as admin:
-        # The index comes last, since it is built several times faster so. No row and no index is left out of the log.
+        # Building the index at the end is several times faster. All changes are written to the WAL.
         admin.execute(f"ALTER TABLE {chunks} DROP CONSTRAINT chunks_pkey")
         admin.execute(
             f"""
@@ -175,7 +175,7 @@ def fill(tables: Tables, stored: int) -> None:
         )
         admin.execute("SET maintenance_work_mem = '512MB'")
         admin.execute(f"ALTER TABLE {chunks} ADD PRIMARY KEY (id, seq)")
-        # What the server would do in the background by itself, after so many rows, and in the middle of a round.
+        # Otherwise the server would do this in the background during a round.
         admin.execute(f"VACUUM (ANALYZE) {chunks}, {status}")
         admin.execute("CHECKPOINT")
 
@@ -191,5 +191,5 @@ def importing(bench: Bench) -> list[Row]:
         {name: partial(import_time, statement) for name, statement in STATEMENTS.items()}, rounds=3 * bench.rounds
     )
     ours, base = found["ours"].figures["p50"], found["base"].figures["p50"]
-    extra = [all_of_it - psycopg for all_of_it, psycopg in zip(ours, base, strict=True)]
+    extra = [total - psycopg for total, psycopg in zip(ours, base, strict=True)]
     return [Row("import, beyond psycopg and its pool", "ms", extra, bar=at_most(30))]

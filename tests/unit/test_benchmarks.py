@@ -47,4 +47,4 @@ def test_every_row_is_printed_and_written_and_a_missing_peer_is_told(tmp_path):
 def test_an_unknown_work_is_refused():
     done = run("--only", "nothing")
     assert done.returncode == 2
-    assert "there is no nothing" in done.stderr
+    assert "unknown benchmark: nothing" in done.stderr
