@@ -1,4 +1,7 @@
-"""Print, as JSON, what an installed package offers. Runs in the environments that the packaging tests make."""
+"""Print the public names, modules and signatures of the installed package as JSON.
+
+Runs in the environments that the packaging tests create.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from aibind_postgres import schema
 
 
 def signatures(module: ModuleType) -> dict[str, str]:
-    """Return the functions that a module defines, and the methods of its classes, each with its signature."""
+    """Return the signatures of the functions of a module and of the methods of its classes."""
     found: dict[str, str] = {}
     for name, value in vars(module).items():
         if getattr(value, "__module__", None) != module.__name__:
@@ -27,7 +30,7 @@ def signatures(module: ModuleType) -> dict[str, str]:
 
 
 def modules() -> list[str]:
-    """Return the names of all modules but those that need an extra."""
+    """Return the names of the modules that need no extra."""
     walk = pkgutil.walk_packages(aibind_postgres.__path__, "aibind_postgres.")
     return sorted(module.name for module in walk if module.name.split(".")[1] not in ("cli", "contrib"))
 

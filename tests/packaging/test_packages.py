@@ -1,4 +1,4 @@
-"""The wheel and the sdist, built from a copy of the checkout without generated files, installed with nothing else."""
+"""The wheel and the sdist, built from a copy without generated files, and installed in new environments."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ INSPECTION = Path(__file__).with_name("inspection.py")
 NOT_COPIED = shutil.ignore_patterns(".git", ".nox", ".*_cache", ".venv", "__pycache__", "_sync", "build", "dist")
 
 
-pytestmark = pytest.mark.timeout(600)  # packages are fetched
+pytestmark = pytest.mark.timeout(600)  # pip downloads packages
 
 
 class Built(NamedTuple):
@@ -34,9 +34,9 @@ class Built(NamedTuple):
 
 
 def run(*command: str | Path, cwd: Path | None = None, env: dict[str, str] | None = None) -> str:
-    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    result = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def contents(wheel: Path) -> dict[str, bytes]:
         return {name: archive.read(name) for name in archive.namelist()}
 
 
-def test_the_wheel_has_all_of_the_package_and_nothing_else(built: Built) -> None:
+def test_wheel_contents(built: Built) -> None:
     names = contents(built.wheel).keys()
     info = built.wheel.name.removesuffix("-py3-none-any.whl") + ".dist-info"
     assert {name.partition("/")[0] for name in names} == {"aibind_postgres", info}
@@ -77,55 +77,56 @@ def test_the_wheel_has_all_of_the_package_and_nothing_else(built: Built) -> None
     assert package == written | generated | sql | examples
 
 
-def test_the_sdist_gives_the_same_wheel(built: Built) -> None:
+def test_sdist_builds_the_same_wheel(built: Built) -> None:
     assert contents(built.wheel_of_sdist) == contents(built.wheel)
 
 
-def test_the_sdist_has_what_a_packager_needs(built: Built) -> None:
+def test_sdist_contents(built: Built) -> None:
     with tarfile.open(built.sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    wanted = ["pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "noxfile.py"]
-    wanted += ["scripts/unasync.py", "scripts/hatch_build.py", "sql/0001_tables.sql", "tests/conftest.py"]
-    wanted += ["src/aibind_postgres/_async/stream_store.py", "src/aibind_postgres/_sync/stream_store.py"]
-    assert set(wanted) - names == set()
+    required = ["pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"]
+    required += ["noxfile.py", ".github/workflows/ci.yml", ".pre-commit-config.yaml"]
+    required += ["scripts/unasync.py", "scripts/hatch_build.py", "sql/0001_tables.sql", "tests/conftest.py"]
+    required += ["src/aibind_postgres/_async/stream_store.py", "src/aibind_postgres/_sync/stream_store.py"]
+    assert set(required) - names == set()
     assert not [name for name in names if name.startswith("tests/_sync/")]
 
 
-def installed(folder: Path, artifact: Path) -> dict[str, Any]:
-    """Install a package with `psycopg[binary]` in an environment of its own, and return what it offers."""
+def inspect_installed(folder: Path, artifact: Path) -> dict[str, Any]:
+    """Install a package with `psycopg[binary]` in a new environment. Return the output of the inspection."""
     venv.create(folder, with_pip=True, symlinks=True)
     python = folder / "bin" / "python"
     run(python, "-m", "pip", "install", "--quiet", "psycopg[binary]", artifact)
-    offers: dict[str, Any] = json.loads(run(python, "-I", INSPECTION, cwd=folder))
-    assert folder in Path(offers.pop("file")).parents
-    return offers
+    inspected: dict[str, Any] = json.loads(run(python, "-I", INSPECTION, cwd=folder))
+    assert folder in Path(inspected.pop("file")).parents
+    return inspected
 
 
-def test_both_install_and_offer_the_same_in_both_flavours(built: Built, tmp_path: Path) -> None:
-    offers = installed(tmp_path / "wheel", built.wheel)
-    assert installed(tmp_path / "sdist", built.sdist) == offers
-    assert offers["schema"] == schema.render(notify_trigger=True)
+def test_installed_packages_are_equal_and_have_both_flavours(built: Built, tmp_path: Path) -> None:
+    inspected = inspect_installed(tmp_path / "wheel", built.wheel)
+    assert inspect_installed(tmp_path / "sdist", built.sdist) == inspected
+    assert inspected["schema"] == schema.render(notify_trigger=True)
     flavours = {"_async": set(), "_sync": set()}  # type: dict[str, set[str]]
-    for name in offers["modules"]:
+    for name in inspected["modules"]:
         _, part, *rest = name.split(".")
         if part in flavours:
             flavours[part].add(".".join(rest))
     assert flavours["_async"] == flavours["_sync"] >= {"client", "stream_store"}
-    assert {"PostgresStreamStore", "AsyncPostgresStreamStore"} <= set(offers["public"])
+    assert {"PostgresStreamStore", "AsyncPostgresStreamStore"} <= set(inspected["public"])
 
 
-def test_an_editable_install_has_both_flavours(tmp_path: Path) -> None:
+def test_editable_install(tmp_path: Path) -> None:
     tree = tmp_path / "tree"
     shutil.copytree(ROOT, tree, ignore=NOT_COPIED)
     venv.create(tmp_path / "venv", with_pip=True, symlinks=True)
     python = tmp_path / "venv" / "bin" / "python"
     run(python, "-m", "pip", "install", "--quiet", "psycopg[binary]", "--editable", tree)
-    offers = json.loads(run(python, "-I", INSPECTION, cwd=tmp_path))
-    assert tree in Path(offers["file"]).parents
-    assert offers["schema"] == schema.render(notify_trigger=True)
+    inspected = json.loads(run(python, "-I", INSPECTION, cwd=tmp_path))
+    assert tree in Path(inspected["file"]).parents
+    assert inspected["schema"] == schema.render(notify_trigger=True)
 
 
-def test_the_first_command_of_the_readme_does_all_the_set_up(tmp_path: Path) -> None:
+def test_first_command_of_the_readme(tmp_path: Path) -> None:
     [command] = [line for line in (ROOT / "README.md").read_text("utf-8").splitlines() if line.endswith(" demo")]
     tree, environment, home = tmp_path / "tree", tmp_path / "venv", tmp_path / "home"
     shutil.copytree(ROOT, tree, ignore=NOT_COPIED)
@@ -137,7 +138,7 @@ def test_the_first_command_of_the_readme_does_all_the_set_up(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("framework", ["fastapi", "flask", "django"])
-def test_the_chat_comes_with_the_package_and_its_extra(built: Built, web: Path, framework: str) -> None:
+def test_web_demo_with_the_extra(built: Built, web: Path, framework: str) -> None:
     command = [web / "bin" / "aibind-postgres", "demo", "--web", "--port=0", f"--framework={framework}"]
     with subprocess.Popen(command, cwd=web, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -151,10 +152,10 @@ def test_the_chat_comes_with_the_package_and_its_extra(built: Built, web: Path, 
 
 @pytest.fixture(scope="module")
 def web(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An environment with the wheel and the extra `web`, and nothing else."""
+    """An environment with the wheel and its extra `web`."""
     folder = tmp_path_factory.mktemp("web")
-    for passed in (folder, *folder.parents[:-1]):  # by the user that the embedded server runs as
-        passed.chmod(passed.stat().st_mode | 0o001)
+    for parent in (folder, *folder.parents[:-1]):  # the user of the embedded server must be able to enter
+        parent.chmod(parent.stat().st_mode | 0o001)
     venv.create(folder, with_pip=True, symlinks=True)
     run(folder / "bin" / "python", "-m", "pip", "install", "--quiet", f"{built.wheel}[web]")
     return folder

@@ -1,6 +1,6 @@
-"""The public interface as a caller sees it. Checked by mypy, never run.
+"""Types of the public API. Checked by mypy, never run.
 
-A line with `type: ignore` is a mistake that mypy has to notice: it fails where one is not.
+A line with `type: ignore` is wrong on purpose. An ignore without an error makes mypy fail.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ async def async_streams(since: datetime) -> None:
         await store.close()
 
 
-def others(status: StreamStatus, info: StreamInfo) -> None:
+def models(status: StreamStatus, info: StreamInfo) -> None:
     assert_type(status.error, str | None)
     assert_type(info.expires_at, datetime)
     assert_type(info.created_at, datetime | None)
@@ -165,8 +165,8 @@ def others(status: StreamStatus, info: StreamInfo) -> None:
         PostgresStreamStore("").append("id", "text")
     except SequenceConflictError as conflict:
         assert_type((conflict.expected, conflict.actual), tuple[int, int])
-    except StreamNotActiveError as ended:
-        assert_type(ended.state, str)
+    except StreamNotActiveError as not_active:
+        assert_type(not_active.state, str)
 
 
 def writers(store: PostgresStreamStore) -> None:
@@ -260,7 +260,7 @@ async def async_conversations(message: Message) -> None:
 
 
 @asynccontextmanager
-async def async_surroundings() -> AsyncIterator[None]:
+async def async_context() -> AsyncIterator[None]:
     yield
 
 
@@ -274,7 +274,7 @@ def browsers(store: PostgresStreamStore, conversations: PostgresConversationStor
     assert_type(stream.wait(5), StreamStatus)
     assert_type([stream.stop(), DurableStream.shutdown(store, timeout=5)], list[bool])
     DurableStream.start(store, ["text"], context=nullcontext)
-    DurableStream.start(store, ["text"], context=async_surroundings)  # type: ignore[arg-type]
+    DurableStream.start(store, ["text"], context=async_context)  # type: ignore[arg-type]
     DurableStream.start(store, [7])  # type: ignore[list-item]
 
     def generate(generation: Generation) -> Iterator[str]:
@@ -294,7 +294,7 @@ async def async_browsers(store: AsyncPostgresStreamStore, source: AsyncIterator[
     assert_type(stream.sse(3), AsyncIterator[bytes])
     assert_type([await stream.stop(), await AsyncDurableStream.shutdown(store)], list[bool])
     await AsyncDurableStream.start(store, source, context=nullcontext)
-    await AsyncDurableStream.start(store, source, context=async_surroundings)
+    await AsyncDurableStream.start(store, source, context=async_context)
     await AsyncDurableStream.start(store, ["text"])  # type: ignore[arg-type]
     answer = await AsyncStreamHandler(lambda generation: source, store=store).handle(request)
     assert_type(answer, AsyncWebResponse)
