@@ -75,7 +75,7 @@ def run() -> None:
     """Run the command and exit."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for messages; stored text is written as bytes
-    # The command reports an unreachable server once; psycopg_pool logs every attempt.
+    # psycopg_pool logs every failed attempt. The command reports an unreachable server once.
     logging.getLogger("psycopg").addHandler(logging.NullHandler())
     # Exit by an exception, so that the embedded server is stopped and a stream in progress is ended.
     for name in ("SIGTERM", "SIGHUP"):
@@ -223,7 +223,7 @@ def replay(
 ) -> None:
     """Print the stored text of a stream at the pace at which it was written."""
     if instant and speed is not None:
-        raise typer.BadParameter("--speed and --instant exclude each other")
+        raise typer.BadParameter("give --speed or --instant, not both")
     if speed is not None and not speed > 0:
         raise typer.BadParameter(f"--speed must be above zero, not {speed:g}")
     with _open_store(Target(dsn, chunks_table, status_table)) as store:
