@@ -213,7 +213,7 @@ def replay(
     id: Id,
     speed: Annotated[
         float | None,
-        typer.Option("--speed", metavar="N", help="Speed factor: 2 is twice as fast as written.  [default: 1]"),
+        typer.Option("--speed", metavar="N", help="Speed factor, 1 by default: 2 is twice as fast as written."),
     ] = None,
     instant: Annotated[bool, typer.Option("--instant", help="Print without pauses.")] = False,
     after: After = 0,
