@@ -15,6 +15,7 @@ from ._sync.stream_writer import StreamWriter
 from .adapters import wrap_asyncpg, wrap_django, wrap_sqlalchemy
 from .errors import (
     AibindError,
+    ConversationConflictError,
     ForkedError,
     InvalidDataError,
     InvalidHistoryError,
@@ -26,10 +27,11 @@ from .errors import (
     StreamNotActiveError,
     StreamNotFoundError,
     StreamWriteError,
+    WebError,
 )
-from .history import ChatHistory, ConversationConflictError, MessageTree, TreeNode, TreePath
+from .history import ChatHistory, MessageTree, TreeNode, TreePath
 from .models import CleanupResult, ConversationInfo, StreamChunk, StreamEvent, StreamInfo, StreamState, StreamStatus
-from .web import Generation, WebError, WebRequest
+from .web import Generation, WebRequest
 
 __all__ = [
     "AibindError",

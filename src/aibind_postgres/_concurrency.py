@@ -1,6 +1,7 @@
-"""The only place where the two flavours differ: primitives in pairs, `AsyncX` or `async_x` beside `X` or `x`.
+"""The only place where the two flavours differ: primitives in pairs, `AsyncX` and `X`, `async_x` and `x`.
 
-A `Mutex` serves both flavours: it guards state for a few instructions and is never held across an `await`.
+`Mutex` is the same in both flavours: it guards state for a few instructions, and is never held across an `await`.
+This module imports the standard library only.
 """
 
 from __future__ import annotations
@@ -12,11 +13,8 @@ import sys
 import threading
 from collections.abc import Callable, Coroutine
 from contextvars import Context, copy_context
-from functools import partial
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 from weakref import WeakKeyDictionary, ref
-
-T = TypeVar("T")
 
 Mutex = threading.Lock
 AsyncLock = asyncio.Lock
@@ -25,10 +23,10 @@ Event = threading.Event
 
 
 class AsyncEvent:
-    """Twin of `threading.Event`: unlike asyncio's own, its `wait` takes a timeout and says whether it was set.
+    """Like `threading.Event`: unlike asyncio's event, `wait` has a timeout and returns whether the event is set.
 
-    Each waiter has a future of its own instead of a task around `asyncio.wait_for`, which before Python 3.12 could
-    swallow a cancellation that came together with the event.
+    Each waiter is a future, without `asyncio.wait_for`: that needs a task, and before Python 3.12 it may swallow a
+    cancellation.
     """
 
     def __init__(self) -> None:
@@ -62,13 +60,13 @@ class AsyncEvent:
 
 
 class AsyncOneShotEvent:
-    """An event that is set once and waited for by one task; made for many of them.
+    """An event that is set once, for one waiting task.
 
-    A wait may time out early: one timer serves all that wait in an event loop, for the same time, since a timer for
-    each would cost more than the rest of it.
+    All waiters of an event loop must use the same timeout, and may time out early: they share one timer, since a timer
+    for each would cost more than the rest of the wait.
     """
 
-    # By weak references, since a future refers to its loop, and nothing here is to keep one alive.
+    # Weak references: a future refers to its loop, and this dictionary must not keep a loop alive.
     _waiting: ClassVar[WeakKeyDictionary[asyncio.AbstractEventLoop, list[ref[asyncio.Future[bool]]]]] = (
         WeakKeyDictionary()
     )
@@ -102,7 +100,7 @@ class AsyncOneShotEvent:
 
 
 class OneShotEvent:
-    """An event that is set once and waited for by one thread: a tenth of the cost of `threading.Event`."""
+    """An event that is set once, for one waiting thread, at a tenth of the cost of `threading.Event`."""
 
     def __init__(self) -> None:
         self._unset = threading.Lock()
@@ -121,7 +119,7 @@ def _resolve(waiter: asyncio.Future[bool], result: bool) -> None:
 
 
 class AsyncWorker:
-    """A running task, seen as a thread."""
+    """A task with the interface of `threading.Thread`."""
 
     def __init__(self, task: asyncio.Task[None]) -> None:
         self._task = task
@@ -130,7 +128,7 @@ class AsyncWorker:
         self._task.cancel()
 
     def is_alive(self) -> bool:
-        """Say whether it runs, or will. What is cancelled before it has begun ends without its `finally`."""
+        """Return True until the task has ended. A task cancelled before its first step never runs its `finally`."""
         return not self._task.done()
 
     async def join(self, timeout: float | None = None) -> None:
@@ -141,18 +139,28 @@ Worker = threading.Thread
 
 
 def async_spawn(run: Callable[[], Coroutine[Any, Any, None]], name: str, *, inherit: bool = False) -> AsyncWorker:
-    """Run `run` in a task of its own, outside the context (variables, tracing) of whoever happened to start it.
+    """Run `run` in a new task.
 
-    With `inherit` it gets that context: what it runs belongs to the one who starts it.
+    Args:
+        run: The coroutine function.
+        name: The name of the task.
+        inherit: Copy the caller's context variables, for work on the caller's behalf. By default the context is empty,
+            so that a background worker does not keep the request that happened to start it.
     """
     loop = asyncio.get_running_loop()
     context = copy_context() if inherit else Context()
-    # Not by the loop's factory, which may start it at once: whoever spawns may hold a mutex.
+    # Without the loop's task factory, which may run the first step at once: the caller may hold a mutex.
     return AsyncWorker(context.run(lambda: asyncio.Task(run(), loop=loop, name=name)))
 
 
 def spawn(run: Callable[[], None], name: str, *, inherit: bool = False) -> Worker:
-    """Run `run` in a daemon thread, with `inherit` in the context of the caller."""
+    """Run `run` in a new daemon thread.
+
+    Args:
+        run: The function.
+        name: The name of the thread.
+        inherit: Copy the caller's context variables, as `async_spawn` does.
+    """
     context = copy_context() if inherit else Context()
     thread = threading.Thread(target=context.run, args=[run], name=name, daemon=True)
     thread.start()
@@ -160,118 +168,83 @@ def spawn(run: Callable[[], None], name: str, *, inherit: bool = False) -> Worke
 
 
 def async_running_loop() -> object:
-    """Return what tasks cannot leave: the event loop that runs them."""
+    """Return the running event loop, to which tasks are bound."""
     return asyncio.get_running_loop()
 
 
 def running_loop() -> object:
-    """Return nothing: threads may go anywhere."""
+    """Return None: threads are bound to no event loop."""
     return None
 
 
-_shielded: set[asyncio.Task[None]] = set()  # asyncio itself holds its tasks by weak references
+_shielded: set[asyncio.Task[None]] = set()  # asyncio holds only weak references to tasks
 
 
-async def async_shielded(run: Callable[[], Coroutine[Any, Any, None]], over: Callable[[], None] | None = None) -> None:
-    """Run `run` to its end, also if the caller is cancelled meanwhile, and call `over` when it has ended in any way.
+async def async_shielded(
+    run: Callable[[], Coroutine[Any, Any, None]], on_done: Callable[[], None] | None = None
+) -> None:
+    """Run `run` to its end, also if the caller is cancelled meanwhile.
 
-    `over` is called even if the event loop is shut down before `run` could begin.
+    Args:
+        run: The coroutine function.
+        on_done: Called when `run` has returned or raised, or when the event loop ends before its first step.
     """
 
-    def conclude(task: asyncio.Task[None] | None = None) -> None:
+    def finish(task: asyncio.Task[None] | None = None) -> None:
         if task is not None:
             _shielded.discard(task)
-        if over is not None:
-            over()
+        if on_done is not None:
+            on_done()
 
-    if isinstance(sys.exc_info()[1], GeneratorExit):  # the caller is thrown away, and its event loop is no more
+    if isinstance(sys.exc_info()[1], GeneratorExit):  # the coroutine is being finalised; no loop runs
         try:
             await run()
         finally:
-            conclude()
+            finish()
         return
     loop = asyncio.get_running_loop()
     if sys.version_info >= (3, 12) and not isinstance(sys.exc_info()[1], asyncio.CancelledError):
-        # What has nothing to wait for is done at once, and costs no turns of the loop. Not after a cancellation: if all
-        # tasks are cancelled, all are to know it first.
+        # A task that never waits ends here, without a turn of the loop. Not after a cancellation: when a loop ends, all
+        # its tasks must receive theirs first.
         task = asyncio.Task(run(), loop=loop, eager_start=True)
         if task.done():
-            conclude()
+            finish()
             task.result()
             return
     else:
         task = loop.create_task(run())
     _shielded.add(task)
-    task.add_done_callback(conclude)
+    task.add_done_callback(finish)
     await asyncio.shield(task)
 
 
-def shielded(run: Callable[[], None], over: Callable[[], None] | None = None) -> None:
-    """Run `run`, and call `over` when it has ended in any way."""
+def shielded(run: Callable[[], None], on_done: Callable[[], None] | None = None) -> None:
+    """Run `run`, and call `on_done` when it has returned or raised."""
     try:
         run()
     finally:
-        if over is not None:
-            over()
-
-
-async def async_take(
-    take: Callable[[], Coroutine[Any, Any, T]], give_back: Callable[[T], Coroutine[Any, Any, None]]
-) -> T:
-    """Return what `take` gives; if the caller has been cancelled meanwhile, give it back and let him know.
-
-    A pool waits by `asyncio.wait_for`, which before Python 3.12 swallows a cancellation that comes together with what
-    is waited for: a reader who is not wanted any more would read on for ever.
-    """
-    if sys.version_info >= (3, 12):
-        return await take()
-    if sys.version_info >= (3, 11):
-        task = asyncio.current_task()
-        assert task is not None
-        cancelled = task.cancelling()
-        taken = await take()
-        if task.cancelling() == cancelled:
-            return taken
-        await async_shielded(partial(give_back, taken))
-        raise asyncio.CancelledError
-    taking = asyncio.get_running_loop().create_task(take())
-    try:
-        return await asyncio.shield(taking)
-    except asyncio.CancelledError:
-
-        async def undo() -> None:
-            taking.cancel()
-            await asyncio.wait([taking])
-            if not taking.cancelled() and taking.exception() is None:
-                await give_back(taking.result())
-
-        await async_shielded(undo)
-        raise
-
-
-def take(take: Callable[[], T], give_back: Callable[[T], None]) -> T:
-    """Return what `take` gives."""
-    return take()
+        if on_done is not None:
+            on_done()
 
 
 def async_is_source(source: object) -> bool:
-    """Say whether `async for` takes this."""
+    """Return True if `async for` accepts this."""
     return hasattr(source, "__aiter__")
 
 
 def is_source(source: object) -> bool:
-    """Say whether `for` takes this, and not letter by letter."""
+    """Return True if `for` accepts this, except a text, which would yield single characters."""
     return hasattr(source, "__iter__") and not isinstance(source, (str, bytes))
 
 
 def async_interrupt(worker: AsyncWorker, source: object) -> bool:
-    """Interrupt a worker that waits for the next item of a source. False: it is for the worker to close that."""
+    """Interrupt a worker that waits for the next item of a source. Return False: the worker closes the source."""
     worker.cancel()
     return False
 
 
 def interrupt(worker: Worker, source: object) -> bool:
-    """Close a source for which a worker waits, and say whether that was done."""
+    """Close a source for which a worker waits. Return True if it is closed."""
     close = getattr(source, "close", None)
     if close is None:
         return False
@@ -289,57 +262,33 @@ async def async_call_or_await(callback: Callable[..., Any], *args: object) -> An
 
 
 def call_or_await(callback: Callable[..., Any], *args: object) -> Any:
-    """Call a callback and return its result; raise `TypeError` for an awaitable, which would count as true."""
+    """Call a callback and return its result.
+
+    Raises:
+        TypeError: The result is awaitable: nothing awaits it here, and it would count as true.
+    """
     result = callback(*args)
     if inspect.iscoroutine(result):
         result.close()
     if inspect.isawaitable(result):
-        raise TypeError("a callback of this flavour must not be asynchronous")
+        raise TypeError(f"the callback must not be asynchronous: {callback!r} returned an awaitable")
     return result
 
 
-def async_at_end_of_loop(run: Callable[[], Coroutine[Any, Any, None]], unless: AsyncEvent) -> None:
-    """Have `run` called when the event loop ends, unless an event is set before.
-
-    `asyncio.run` cancels all tasks and waits for them. What they have left to do is done first; the workers that they
-    begin then, nobody would wait for, so those are cancelled.
-    """
-
-    async def attend() -> None:
-        try:
-            await unless.wait()
-        except asyncio.CancelledError:
-            # But for the pools, whose workers wait for `run`, and those who wait as this one does.
-            if tasks := {task for task in asyncio.all_tasks() if " of aibind_postgres" not in task.get_name()}:
-                await asyncio.wait(tasks)
-            if workers := {task for task in asyncio.all_tasks() if task.get_name().startswith("aibind_postgres-")}:
-                for worker in workers:
-                    worker.cancel()
-                await asyncio.wait(workers)
-            await run()
-            raise
-
-    async_spawn(attend, "end of the loop of aibind_postgres")
-
-
-def at_end_of_loop(run: Callable[[], None], unless: Event) -> None:
-    """Do nothing: threads have no event loop that ends."""
-
-
 def async_at_exit(run: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """Do nothing: an event loop that ends cancels its tasks, and lets them do what they have left to do."""
+    """Do nothing: an event loop that ends cancels its tasks, and waits until they have cleaned up."""
 
 
 def at_exit(run: Callable[[], None]) -> None:
-    """Have `run` called when the interpreter exits, while the threads that it would not wait for still run."""
+    """Call `run` when the interpreter exits, while daemon threads still run."""
     atexit.register(run)
 
 
 def async_is_flavour(call: object) -> bool:
-    """Say whether this can be called by code of the asynchronous flavour."""
+    """Return True for a coroutine function."""
     return inspect.iscoroutinefunction(call)
 
 
 def is_flavour(call: object) -> bool:
-    """Say whether this can be called by code of the synchronous flavour."""
+    """Return True for a callable that is no coroutine function."""
     return callable(call) and not inspect.iscoroutinefunction(call)

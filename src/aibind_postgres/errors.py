@@ -1,4 +1,4 @@
-"""The errors that aibind_postgres raises itself. Connection errors stay those of the driver."""
+"""Every error that this package raises itself. Connection errors stay those of the driver."""
 
 from __future__ import annotations
 
@@ -7,24 +7,32 @@ from typing import Any
 
 
 class AibindError(Exception):
-    """Base of every error defined by this package."""
+    """Base class of every error of this package."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Made again of what it was made of, for a trip between processes: its attributes, or just a text.
+        # The arguments of `__init__` are the public attributes, in order; an error without attributes has its text.
         attributes = [value for name, value in vars(self).items() if not name.startswith("_")]
         return type(self), tuple(attributes) or self.args
 
 
 class StreamNotFoundError(AibindError):
-    """There is no stream of this id: it was never created, was deleted, or was cleaned up after its ttl."""
+    """The stream was never created, was deleted, or was cleaned up after its ttl.
+
+    Attributes:
+        stream_id: The id that was not found.
+    """
 
     def __init__(self, stream_id: str) -> None:
-        super().__init__(f"there is no stream {stream_id!r}")
+        super().__init__(f"stream {stream_id!r} not found: it was never created, was deleted, or has expired")
         self.stream_id = stream_id
 
 
 class StreamExistsError(AibindError):
-    """A stream of this id exists already; `acquire` tells without raising."""
+    """`create` was called with the id of an existing stream. `acquire` returns False instead of raising.
+
+    Attributes:
+        stream_id: The id of the existing stream.
+    """
 
     def __init__(self, stream_id: str) -> None:
         super().__init__(f"stream {stream_id!r} exists already")
@@ -32,7 +40,12 @@ class StreamExistsError(AibindError):
 
 
 class StreamNotActiveError(AibindError):
-    """The stream has ended, so nothing can be appended to it. `state` says how it ended."""
+    """The stream has ended, so it accepts no chunks.
+
+    Attributes:
+        stream_id: The id of the stream.
+        state: Its final state: "done", "stopped" or "error".
+    """
 
     def __init__(self, stream_id: str, state: str) -> None:
         super().__init__(f"stream {stream_id!r} has ended: its state is {state!r}")
@@ -41,14 +54,17 @@ class StreamNotActiveError(AibindError):
 
 
 class SequenceConflictError(AibindError):
-    """The expected number is not the one that the chunk would get: somebody else writes to this stream.
+    """`expected_seq` is not the next sequence number: another producer writes to this stream.
 
-    `expected` is the number that was asked for, `actual` the one that the next chunk of the stream gets.
+    Attributes:
+        stream_id: The id of the stream.
+        expected: The sequence number given as `expected_seq`.
+        actual: The sequence number of the next chunk.
     """
 
     def __init__(self, stream_id: str, expected: int, actual: int) -> None:
         super().__init__(
-            f"a chunk of stream {stream_id!r} was to get number {expected}, but the next number is {actual}: "
+            f"sequence conflict in stream {stream_id!r}: expected number {expected}, but the next number is {actual}: "
             "another producer writes to this stream"
         )
         self.stream_id = stream_id
@@ -57,15 +73,17 @@ class SequenceConflictError(AibindError):
 
 
 class StreamWriteError(AibindError):
-    """A stream writer could not store its chunks; its cause says why.
+    """A stream writer could not store its chunks. `__cause__` is the reason.
 
-    `durable` is the number of the last chunk of the stream that is known to be durable. `unsaved` chunks after it are
-    not: whether those that were being sent are stored is not known.
+    Attributes:
+        stream_id: The id of the stream.
+        durable: The sequence number of the last chunk known to be durable.
+        unsaved: The number of chunks after it. Those that were being sent may or may not be stored.
     """
 
     def __init__(self, stream_id: str, durable: int, unsaved: int) -> None:
         super().__init__(
-            f"stream {stream_id!r} could not be written to: its chunks are known to be durable up to number {durable}, "
+            f"writing to stream {stream_id!r} failed: its chunks are known to be durable up to number {durable}, "
             f"and {unsaved} more are not"
         )
         self.stream_id = stream_id
@@ -74,90 +92,88 @@ class StreamWriteError(AibindError):
 
 
 class MessageNotFoundError(AibindError, LookupError):
-    """There is no message of this id in the conversation."""
+    """The conversation has no message with this id.
+
+    Attributes:
+        node_id: The id that was not found.
+    """
 
     def __init__(self, node_id: str) -> None:
-        super().__init__(f"there is no message {node_id!r} in this conversation")
+        super().__init__(f"message {node_id!r} not found: it was never added to this conversation, or was removed")
         self.node_id = node_id
 
 
 class InvalidHistoryError(AibindError, ValueError):
-    """A conversation's document is not one. `node_id` is the node in which that shows, or None."""
+    """A conversation's document is invalid.
+
+    Attributes:
+        reason: The rule that the document breaks.
+        node_id: The id of the invalid node, or None if the fault is not in one node.
+    """
 
     def __init__(self, reason: str, node_id: str | None = None) -> None:
-        super().__init__(
-            f"not the document of a conversation: {'' if node_id is None else f'node {node_id!r}: '}{reason}"
-        )
+        super().__init__(f"invalid conversation document: {'' if node_id is None else f'node {node_id!r}: '}{reason}")
         self.reason = reason
         self.node_id = node_id
 
 
+class ConversationConflictError(AibindError):
+    """The conversation changed since it was loaded, so it was not saved.
+
+    Attributes:
+        session_id: The id of the conversation.
+        ours: The `ChatHistory` that was to be saved.
+        theirs: The stored `ChatHistory`; empty if the conversation was deleted or has expired.
+    """
+
+    # `Any`: this module is below `history`, and imports nothing from it, not even for types.
+    def __init__(self, session_id: str, ours: Any, theirs: Any) -> None:
+        super().__init__(
+            f"conversation {session_id!r} was changed since it was loaded, and was not saved: load it again, "
+            "or save with on_conflict='merge' or 'overwrite'"
+        )
+        self.session_id = session_id
+        self.ours = ours
+        self.theirs = theirs
+
+
+class WebError(AibindError):
+    """Rejects a request with an HTTP status and a text. `generate` and `authorize` may raise it.
+
+    A streamed answer has sent its status before its generator begins. If the generator raises this error, the stream
+    ends in state "error", with the text. A plain function `generate` that returns a generator can still reject the
+    request.
+
+    Attributes:
+        status: The HTTP status of the response.
+        text: The error text in the response.
+    """
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(text)
+        self.status = status
+        self.text = text
+
+
 class InvalidDataError(AibindError, ValueError):
-    """An argument that PostgreSQL could not store as it is; refused before anything was sent."""
+    """PostgreSQL cannot store an argument unchanged, or the argument is malformed. Nothing was written."""
 
 
 class SchemaError(AibindError):
-    """A table or a column is missing. The text names it and the command that creates it."""
+    """A table or a column is missing. The text names it, and the command that creates it."""
 
 
 class ForkedError(AibindError):
-    """The store belongs to the process from which this one was forked: make a store in each process, after the fork."""
+    """The store was made in the parent of this process. Make a store in each process, after the fork."""
 
 
 class StoreClosedError(AibindError):
-    """The store was closed."""
-
-
-def sqlstate_of(error: BaseException) -> str | None:
-    """Return the SQLSTATE code of a driver's error, looking through what SQLAlchemy and Django wrap around it."""
-    seen: BaseException | None = error
-    while seen is not None:
-        code = getattr(seen, "sqlstate", None) or getattr(seen, "pgcode", None)
-        if isinstance(code, str):
-            return code
-        seen = getattr(seen, "orig", None) or seen.__cause__
-    return None
+    """The store is closed."""
 
 
 def copy_error(error: Exception) -> Exception:
-    """Return an error of one's own to raise: several callers must not hang their context and notes on one object."""
+    """Copy an error, so that each caller raises its own instance."""
     try:
         return copy.copy(error)
     except Exception:
         return error
-
-
-# By which class or code the server tells that it has refused a statement or given it up before its commit: features,
-# data, constraints, privileges, objects that are missing, limits, what a trigger raised; a read-only transaction, the
-# two rollbacks that leave nothing open, a lock that was not to be had, a statement that took too long.
-_REFUSALS = ("0A", "21", "22", "23", "42", "44", "54", "P0", "25006", "40001", "40P01", "55P03", "57014")
-
-
-def nothing_was_written(error: Exception) -> bool:
-    """Say whether it is certain that a statement which raised this has changed nothing."""
-    return isinstance(error, InvalidDataError) or (sqlstate_of(error) or "").startswith(_REFUSALS)
-
-
-def translated(error: Exception) -> AibindError | None:
-    """Return the error of this package that says what a driver's error means, if there is one."""
-    code = sqlstate_of(error)
-    if code in ("42P01", "42703"):  # undefined_table, undefined_column
-        return SchemaError(
-            f"{_first_line(error)}. Create what is missing with `aibind-postgres migrate`, with (async_)migrate "
-            "of aibind_postgres.schema, or with the SQL that `aibind-postgres schema` prints, for the table names that "
-            "the store was given; or see whether those are right"
-        )
-    if code == "22003":  # numeric_value_out_of_range
-        return AibindError("the number of the last chunk is the highest that there is: the stream takes no more")
-    if code == "23505":  # unique_violation
-        return AibindError("there is a chunk of a number that its stream has not given out: see what else writes to it")
-    if code in ("22021", "22P05") or isinstance(error, UnicodeEncodeError):
-        # character_not_in_repertoire, untranslatable_character: a database whose encoding is not UTF-8
-        return InvalidDataError("the database's encoding has no room for a character of this text")
-    return None
-
-
-def _first_line(error: BaseException) -> str:
-    while (inner := getattr(error, "orig", None) or error.__cause__) is not None:
-        error = inner
-    return str(error).partition("\n")[0]

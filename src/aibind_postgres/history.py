@@ -22,7 +22,7 @@ from ._document import (
     valid_document,
 )
 from ._merging import merge
-from .errors import AibindError, InvalidDataError, MessageNotFoundError
+from .errors import InvalidDataError, MessageNotFoundError
 
 M = TypeVar("M")
 
@@ -365,16 +365,3 @@ class ChatHistory(Generic[M]):
         if self.to_json() != before:
             document = merge(known_document(before), self.tree._document, document)
         self.tree._document = document
-
-
-class ConversationConflictError(AibindError):
-    """The conversation was changed since it was loaded, so it was not saved.
-
-    `ours` is the history that was given, and `theirs` the one that is stored, empty if it was deleted or has expired.
-    """
-
-    def __init__(self, session_id: str, ours: ChatHistory[Any], theirs: ChatHistory[Any]) -> None:
-        super().__init__(f"conversation {session_id!r} was changed since it was loaded, and is not saved")
-        self.session_id = session_id
-        self.ours = ours
-        self.theirs = theirs

@@ -10,22 +10,9 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple
 
-from .errors import AibindError
+from .errors import WebError
 
 Kind = Literal["stream", "structured", "chat", "compact", "complete", "title"]
-
-
-class WebError(AibindError):
-    """Refuses a request with an HTTP status and a text. `generate` and `authorize` may raise it.
-
-    Where an answer is streamed, its status is out before a generator begins: then the stream ends in error, with the
-    text. A `generate` that is a plain function, and returns a generator, can still refuse.
-    """
-
-    def __init__(self, status: int, text: str) -> None:
-        super().__init__(text)
-        self.status = status
-        self.text = text
 
 
 class WebRequest(NamedTuple):

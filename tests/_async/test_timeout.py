@@ -14,7 +14,7 @@ from support.concurrency import AsyncBackground, async_gather, async_sleep
 
 from aibind_postgres import AsyncPostgresConversationStore, AsyncPostgresStreamStore
 
-UNANSWERED = "has not answered in time"
+UNANSWERED = "has not answered within the timeout"
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ async def test_the_callers_own_connection_stays_open_if_it_was_busy_with_somethi
         await store.get_status("nothing")
         async with AsyncBackground(partial(connection.execute, "SELECT pg_sleep(1)")):
             await async_sleep(0.2)
-            with pytest.raises(psycopg.OperationalError, match="nothing was sent"):
+            with pytest.raises(psycopg.OperationalError, match="was not sent"):
                 await store.create("s")
         async with AsyncPostgresStreamStore(connection, **tables) as patient:
             assert await patient.get_status("s") is None

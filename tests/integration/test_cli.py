@@ -283,7 +283,9 @@ def test_exit_code_depends_on_the_state(database: str, store: PostgresStreamStor
     for command in ("tail", "replay", "status"):
         missing = run(command, "nobody", dsn=database)
         assert (missing.stdout, missing.returncode) == (b"", 3)
-        assert missing.stderr == b"aibind-postgres: there is no stream 'nobody'\n"
+        assert missing.stderr == (
+            b"aibind-postgres: stream 'nobody' not found: it was never created, was deleted, or has expired\n"
+        )
 
 
 def test_closed_output_pipe(database: str, store: PostgresStreamStore) -> None:

@@ -1,1 +1,1 @@
-"""All input and output, in the flavour it is written in. `scripts/unasync.py` makes the synchronous one of it."""
+"""All input and output. `scripts/unasync.py` converts this package to the synchronous flavour."""

@@ -1,4 +1,4 @@
-"""Appends: each one a statement, or many of them one."""
+"""Append chunks to streams: simultaneous appends share a statement."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from .._pages import Page
 from .._sql import StreamStatements, json_array, json_text
+from .._sqlstate import wrote_nothing
 from ..errors import (
     AibindError,
     SequenceConflictError,
     StreamNotActiveError,
     StreamNotFoundError,
-    nothing_was_written,
 )
 from .combining import AsyncCombiner
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from .notifying import AsyncNotifier
 
 ATTEMPTS = 5
-LANES = 2  # batches side by side: while PostgreSQL writes the log of one it works on the other
+LANES = 2  # concurrent batches: PostgreSQL executes one while it writes the WAL of the other
 BATCH_ITEMS, BATCH_BYTES = 500, 500_000
-LARGEST_COMBINED = 20_000  # bytes; what is larger would hold up the others of its batch
-TEXT_BYTES = 100  # what a text counts beyond its own bytes
+LARGEST_COMBINED = 20_000  # bytes; a larger append runs alone, since it would delay the others of its batch
+TEXT_BYTES = 100  # added to the size of each text, for its row
 
 
 class Append(NamedTuple):
@@ -34,11 +34,16 @@ class Append(NamedTuple):
 
 
 class AsyncAppender:
-    """Appends to streams; appends at the same time share statements.
+    """Appends to streams. Simultaneous appends share statements.
 
-    An append that a shared statement left out runs a statement of its own, which tells why or waits for what stands in
-    the way. What is left out are appends to streams that are not there or have ended, whose number is not the expected
-    one, or whose row is locked by another transaction; and the whole batch if the server refuses it.
+    A shared statement skips an append in these cases:
+
+    - The stream does not exist or has ended.
+    - The next sequence number is not the expected one.
+    - Another transaction has locked the stream's row.
+    - The server rejects the statement: then all its appends are skipped.
+
+    A skipped append runs alone, which raises its own error or waits for the lock.
     """
 
     def __init__(
@@ -52,34 +57,42 @@ class AsyncAppender:
         self._sql = statements
         self._ttl = ttl
         self._notifier = notifier
-        # A stream has its lane, since two batches at once should not want the same row.
+        # A stream always uses the same lane, so that concurrent batches do not lock the same row.
         self._lanes = [AsyncCombiner(self._run, max_items=BATCH_ITEMS, max_size=BATCH_BYTES) for _ in range(LANES)]
 
     async def append(self, append: Append) -> int:
-        """Append texts and return the number of the last one; also if they are there already, where expected."""
+        """Append texts and return the sequence number of the last one.
+
+        If the same texts are already stored at `expected_seq`, return that number without writing.
+
+        Raises:
+            StreamNotFoundError: The stream does not exist.
+            StreamNotActiveError: The stream has ended.
+            SequenceConflictError: `expected_seq` is not the next sequence number.
+        """
         self._database.check_owner()
         size = TEXT_BYTES * len(append.texts)
         if size < LARGEST_COMBINED:
             size += sum([len(text.encode()) for text in append.texts])
-        # A caller's own transaction is nobody else's.
+        # A statement in a caller's transaction must not contain the appends of other callers.
         combined = size < LARGEST_COMBINED and not self._database.client.joins_transactions
         for _ in range(ATTEMPTS):
             if combined:
                 last = await self._lanes[hash(append.stream_id) % LANES].call(append, size)
             else:
                 last = await self._append_alone(append)
-            if last is None:  # Why? If nothing speaks against it, it was left out, or the stream has changed meanwhile.
-                last = await self._explain(append)
+            if last is None:
+                last = await self._check_skipped(append)
             if last is not None:
                 return last
             combined = False
         raise AibindError(
-            f"stream {append.stream_id!r} is active, and yet its row cannot be updated: see policies and triggers, "
-            "and whether its total_chunks is below zero"
+            f"stream {append.stream_id!r} is active, but its row cannot be updated: check the policies and triggers "
+            "of its table, and that its total_chunks is not negative"
         )
 
     async def _append_alone(self, append: Append) -> int | None:
-        """Return the last number, None if nothing was written."""
+        """Return the last sequence number, or None if nothing was written."""
         stream_id, texts, expected_seq = append
         if len(texts) == 1:
             statement, data = self._sql.append, texts[0]
@@ -93,20 +106,20 @@ class AsyncAppender:
         return last
 
     async def _run(self, appends: Sequence[Append]) -> Sequence[int | None]:
-        """Return the last number of each append, None for one that was left out."""
+        """Return the last sequence number of each append, or None for a skipped one."""
         if len(appends) == 1:
             return [await self._append_alone(appends[0])]
-        # The texts of one stream go in together, so only the first of them can have a number that it must get.
+        # The texts of one stream are appended together, so only the first append can have an `expected_seq`.
         groups: dict[str, list[int]] = {}
-        for place, append in enumerate(appends):
+        for index, append in enumerate(appends):
             group = groups.setdefault(append.stream_id, [])
             if not group or append.expected_seq is None:
-                group.append(place)
+                group.append(index)
         items = [
             {
                 "id": stream_id,
                 "expected": appends[group[0]].expected_seq,
-                "texts": [text for place in group for text in appends[place].texts],
+                "texts": [text for index in group for text in appends[index].texts],
             }
             for stream_id, group in groups.items()
         ]
@@ -114,24 +127,27 @@ class AsyncAppender:
         try:
             rows = await self._database.query(self._sql.append_batch, [json_text(items), self._ttl])
         except Exception as error:
-            if not nothing_was_written(error):
+            if not wrote_nothing(error):
                 raise
             return lasts
         appended = []
         for stream_id, last in rows:
-            for place in groups[stream_id]:
-                texts = appends[place].texts
+            for index in groups[stream_id]:
+                texts = appends[index].texts
                 appended.append((stream_id, last, texts))
                 last += len(texts)
-                lasts[place] = last
+                lasts[index] = last
         if appended:
             await self._notifier.appended(appended)
         return lasts
 
-    async def _explain(self, append: Append) -> int | None:
-        """Return the last number if these texts have been written already, raise what forbids to write them."""
+    async def _check_skipped(self, append: Append) -> int | None:
+        """Return the last sequence number if these texts are stored already, or raise the reason for the skip.
+
+        Return None if there is no reason any more: another append may succeed.
+        """
         stream_id, texts, expected_seq = append
-        # One statement, so one snapshot: in two, the same append, sent twice, could land between them.
+        # One statement, so one snapshot: between two statements the same append, sent twice, could be stored.
         after, number = (0, 0) if expected_seq is None else (expected_seq - 1, len(texts))
         rows = await self._database.query(self._sql.read, [stream_id, after, number])
         page = Page.parse(rows, after, number)

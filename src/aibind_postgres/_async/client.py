@@ -1,4 +1,4 @@
-"""What a store talks to: one protocol, and what turns psycopg's pools and connections into it."""
+"""The client of a store: the public protocol, and psycopg's pools and connections behind the same interface."""
 
 from __future__ import annotations
 
@@ -16,18 +16,16 @@ from psycopg_pool import AsyncConnectionPool, PoolClosed
 from .._concurrency import (
     AsyncEvent,
     AsyncLock,
-    async_at_end_of_loop,
     async_is_flavour,
     async_shielded,
-    async_take,
 )
+from .._workarounds import async_at_end_of_loop, async_take, has_ended
 from ..errors import InvalidDataError, copy_error
 from .connections import (
     Row,
     UnansweredError,
     abandon,
     execute,
-    has_ended,
     is_direct,
     open_connection,
     parameters_of,
@@ -38,29 +36,39 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-CONNECTION_TIMEOUT = 5.0  # seconds to wait for a connection of a pool, where the caller has something else to do
+CONNECTION_TIMEOUT = 5.0  # seconds to wait for a pool's connection from which to copy the parameters
 
 
 class AsyncPostgresClient(Protocol):
-    """Anything that runs a statement: the adapter for a driver that is not psycopg.
+    """The protocol for a driver other than psycopg: any object with this `query` method.
 
-    `query` runs one statement with numbered parameters (`$1` …) and returns its rows, each a sequence or a mapping in
-    the order of the select list. It must be safe to call from several tasks or threads at once.
-
-    Two attributes are optional: `connection_errors`, the exceptions after which another attempt may succeed, and
-    `joins_transactions`, true if statements take part in a transaction of the caller.
+    Two attributes are optional:
+        connection_errors: A tuple of the exceptions after which another attempt may succeed. Default: none.
+        joins_transactions: True if statements run inside a transaction of the caller. Default: False.
     """
 
-    async def query(self, sql: str, params: Sequence[Any], /) -> Sequence[Any]: ...
+    async def query(self, sql: str, params: Sequence[Any], /) -> Sequence[Any]:
+        """Run one statement and return its rows.
+
+        Several tasks or threads may call this at the same time.
+
+        Args:
+            sql: The statement, with numbered parameters: `$1`, `$2` and so on.
+            params: The values of the parameters.
+
+        Returns:
+            The rows, each a sequence or a mapping in the order of the select list. Empty for a statement without rows.
+        """
+        ...
 
 
 AsyncClientLike: TypeAlias = str | AsyncConnectionPool[Any] | psycopg.AsyncConnection[Any] | AsyncPostgresClient
 
 
 class AsyncClient:
-    """A client as the stores see it; in this plain form, around an object with the `PostgresClient` protocol.
+    """The interface that stores use. This class wraps an object with the `PostgresClient` protocol.
 
-    The clients for psycopg, and the adapters for other drivers, are its subclasses.
+    The clients for psycopg and the adapters for other drivers are subclasses.
     """
 
     def __init__(self, client: AsyncPostgresClient) -> None:
@@ -68,8 +76,11 @@ class AsyncClient:
         self._connection_errors = tuple(getattr(client, "connection_errors", ()))
         self.joins_transactions = bool(getattr(client, "joins_transactions", False))
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {type(self._client).__name__}>"
+
     def is_connected(self) -> bool:
-        """Say whether there are connections that a process forked now would share."""
+        """Return True if there are connections that a forked process would share."""
         return False
 
     async def query(self, sql: str, params: Sequence[Any]) -> Sequence[Row]:
@@ -78,22 +89,22 @@ class AsyncClient:
         return [tuple(row.values()) if isinstance(row, Mapping) else tuple(row) for row in rows]
 
     async def connect(self) -> psycopg.AsyncConnection[Row] | None:
-        """Open another connection to the same database, in autocommit mode, if the client knows how."""
+        """Open another connection to the same database, in autocommit mode. Return None if that is not possible."""
         return None
 
     def is_recoverable(self, error: Exception) -> bool:
-        """Say whether the same statement may succeed later, on another connection."""
+        """Return True if the same statement may succeed later, on another connection."""
         return isinstance(error, self._connection_errors)
 
     def in_transaction(self) -> bool:
-        """Say whether the caller may yet roll back what has just run."""
+        """Return True if the caller can still roll back the last statement."""
         return self.joins_transactions
 
     async def release_thread(self) -> None:
-        """Release what the current thread holds. To be called by a worker of a store at its end."""
+        """Release the resources of the current thread. A store's worker calls this at its end."""
 
     async def close(self) -> None:
-        """Release what this client has opened itself."""
+        """Close the connections that this client has opened."""
 
     async def __aenter__(self) -> Self:
         return self
@@ -105,13 +116,13 @@ class AsyncClient:
 
 
 class AsyncPsycopgClient(AsyncClient):
-    """What psycopg's pools and connections have in common: how a statement runs on a connection."""
+    """Base class of the clients for psycopg: runs a statement on a connection."""
 
     joins_transactions = False
 
     def __init__(self, timeout: float | None) -> None:
         self._timeout = math.inf if timeout is None else timeout
-        self._direct: bool | None = None  # once it is known
+        self._direct: bool | None = None  # None: not known yet
 
     async def _run(
         self, connection: psycopg.AsyncConnection[Any], sql: str, params: Sequence[Any], deadline: float
@@ -119,10 +130,12 @@ class AsyncPsycopgClient(AsyncClient):
         try:
             if self._direct is None:
                 if connection.info.parameter_status("client_encoding") == "SQL_ASCII":
-                    raise InvalidDataError("the client_encoding is SQL_ASCII, which knows no text: connect with UTF8")
+                    raise InvalidDataError(
+                        "the client_encoding is SQL_ASCII, with which psycopg returns bytes: connect with UTF8"
+                    )
                 self._direct = await is_direct(connection, deadline)
-            # Behind a transaction pooler nothing is prepared: the next statement may run in another session, where that
-            # name stands for another statement.
+            # Behind a transaction pooler the next statement may run in another session, in which a prepared statement
+            # of the same name may be a different one.
             return await execute(connection, sql, params, deadline, prepare=None if self._direct else False)
         except UnansweredError:
             await abandon(connection)
@@ -130,7 +143,7 @@ class AsyncPsycopgClient(AsyncClient):
 
 
 class AsyncPoolClient(AsyncPsycopgClient):
-    """A psycopg pool. If it is `owned`, the first statement opens it, and it is closed with the store."""
+    """A psycopg pool. The first statement opens an `owned` pool, and closing the store closes it."""
 
     def __init__(self, pool: AsyncConnectionPool[Any], timeout: float | None, *, owned: bool = False) -> None:
         super().__init__(timeout)
@@ -138,9 +151,12 @@ class AsyncPoolClient(AsyncPsycopgClient):
         self._owned = owned
         self._connected = not owned
         self._opening = AsyncLock()
-        self._refusal: Exception | None = None
-        self._refused_at = 0.0
+        self._connect_error: Exception | None = None
+        self._connect_failed_at = 0.0
         self._closed = AsyncEvent()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {type(self._pool).__name__} {self._pool.name!r}>"
 
     def is_connected(self) -> bool:
         return not self._pool.closed
@@ -153,24 +169,24 @@ class AsyncPoolClient(AsyncPsycopgClient):
         autocommit = connection.autocommit
         try:
             if not autocommit:
-                # Changing the mode of an idle connection is local: it saves the round trips of BEGIN and COMMIT.
+                # Saves the round trips of BEGIN and COMMIT; the change of mode itself needs none.
                 await connection.set_autocommit(True)
             return await self._run(connection, sql, params, deadline)
         finally:
-            # A pool would lose a connection whose return is interrupted.
+            # A pool loses a connection if its return is cancelled.
             await async_shielded(partial(self._give_back, connection, autocommit))
 
     async def _idle_connection(self, deadline: float) -> psycopg.AsyncConnection[Any]:
         deadline = min(deadline, monotonic() + self._pool.timeout)
         while True:
-            # Not by its context manager, which ends a transaction: in autocommit mode there is none to end.
+            # The pool's context manager would end a transaction: in autocommit mode there is none.
             remaining = max(0.0, deadline - monotonic())
             connection: psycopg.AsyncConnection[Any] = await async_take(
                 partial(self._pool.getconn, remaining), self._pool.putconn
             )
             if not has_ended(connection):
                 return connection
-            # A pool keeps what has died in it, and after a restart of the server each would cost a caller an error.
+            # The pool replaces a closed connection that is returned.
             await async_shielded(partial(self._pool.putconn, connection))
 
     async def _give_back(self, connection: psycopg.AsyncConnection[Any], autocommit: bool) -> None:
@@ -181,34 +197,34 @@ class AsyncPoolClient(AsyncPsycopgClient):
             await self._pool.putconn(connection)
 
     async def _open(self) -> None:
-        asked_at = monotonic()
+        called_at = monotonic()
         async with self._opening:
-            if self._refusal is not None and self._refused_at > asked_at:  # while this caller waited for its turn
-                raise copy_error(self._refusal)
+            if self._connect_error is not None and self._connect_failed_at > called_at:
+                raise copy_error(self._connect_error)  # failed while this caller waited for the lock
             if not self._connected:
-                # One connection beforehand: why there is none, the pool would tell the log alone, and us after a time.
+                # One connection first: the pool itself only logs the error, and its callers get a timeout.
                 try:
                     async with await psycopg.AsyncConnection.connect(str(self._pool.conninfo)):
                         self._connected = True
                 except Exception as error:
-                    self._refusal, self._refused_at = copy_error(error), monotonic()  # a copy has no traceback
+                    # A copy has no traceback, which would keep the caller's frames alive.
+                    self._connect_error, self._connect_failed_at = copy_error(error), monotonic()
                     raise
             if self._pool.closed:
-                # A worker of a pool that is cancelled while it connects goes on, and waits for ever to be told to end.
                 async_at_end_of_loop(self._pool.close, unless=self._closed)
                 await self._pool.open()
-            if self._closed.is_set():  # meanwhile, and too early for `close` to find the pool open
+            if self._closed.is_set():  # `close` was called before the pool was open
                 await self._pool.close()
 
     async def connect(self) -> psycopg.AsyncConnection[Row] | None:
-        # For announcements, by the worker that polls if there are none: not to be held up by a pool that is busy.
+        # The listener calls this: it polls meanwhile without a connection, and must not wait long for a busy pool.
         async with self._pool.connection(min(self._pool.timeout, CONNECTION_TIMEOUT)) as connection:
             parameters = parameters_of(connection)
         return await open_connection(parameters)
 
     def is_recoverable(self, error: Exception) -> bool:
         lost = isinstance(error, (psycopg.OperationalError, psycopg.InterfaceError))
-        # A server that has never answered may not be there at all.
+        # If no connection has ever succeeded, the address may be wrong: retries would hide that.
         return lost and not isinstance(error, PoolClosed) and self._connected
 
     async def close(self) -> None:
@@ -218,13 +234,16 @@ class AsyncPoolClient(AsyncPsycopgClient):
 
 
 class AsyncConnectionClient(AsyncPsycopgClient):
-    """One psycopg connection of the caller's, in its transaction if it is inside one."""
+    """A psycopg connection of the caller. Statements take part in its transaction."""
 
     joins_transactions = True
 
     def __init__(self, connection: psycopg.AsyncConnection[Any], timeout: float | None) -> None:
         super().__init__(timeout)
         self._connection = connection
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {self._connection!r}>"
 
     def is_connected(self) -> bool:
         return True
@@ -243,7 +262,7 @@ class AsyncConnectionClient(AsyncPsycopgClient):
 
 
 def as_client(client: AsyncClientLike, timeout: float | None = None) -> AsyncClient:
-    """Return what a store talks to. For a connection string this is a pool of its own, closed with the client."""
+    """Return the client for an argument of a store. A connection string becomes a pool that the client owns."""
     if isinstance(client, str):
         pool: AsyncConnectionPool[Any] = AsyncConnectionPool(
             with_defaults(client),
@@ -263,10 +282,10 @@ def as_client(client: AsyncClientLike, timeout: float | None = None) -> AsyncCli
         client = AsyncClient(client)
     if isinstance(client, AsyncClient):
         if timeout is not None:
-            raise ValueError("timeout is for psycopg's pools and connections: set the one of your driver")
+            raise ValueError("timeout applies to psycopg's pools and connections only: set a timeout in your driver")
         return client
     accepted = " or ".join(kind.__name__ for kind in (AsyncConnectionPool, psycopg.AsyncConnection))
     raise TypeError(
-        f"a client of this store must be a connection string, a psycopg {accepted}, or an object whose query method "
-        f"is of the store's flavour, synchronous or asynchronous, not {type(client).__name__}"
+        f"the client must be a connection string, a psycopg {accepted}, or an object with a query method of the "
+        f"store's flavour, synchronous or asynchronous, not {type(client).__name__}"
     )

@@ -1,4 +1,4 @@
-"""Many calls at the same time, one run: what queues while a run is under way goes out together in the next."""
+"""Combine simultaneous calls: those that queue during one run share the next."""
 
 from __future__ import annotations
 
@@ -17,56 +17,60 @@ Result = TypeVar("Result")
 ItemIn = TypeVar("ItemIn", contravariant=True)
 ResultOut = TypeVar("ResultOut", covariant=True)
 
-PATIENCE = 0.1  # seconds after which a run that has not returned no longer holds up the others
+TAKEOVER_TIMEOUT = 0.1  # seconds that a queued call waits for a run before it becomes a second leader
 
 
 class AsyncRun(Protocol[ItemIn, ResultOut]):
-    """Takes the items of a batch and returns their results, in the same order."""
+    """Processes the items of a batch and returns their results, in the same order."""
 
     async def __call__(self, items: Sequence[ItemIn], /) -> Sequence[ResultOut]: ...
 
 
 class AsyncCall(Generic[Item, Result]):
-    """One caller's item, and what comes of it."""
+    """One caller's item and its result: a future that several threads or tasks can set."""
 
-    woken: AsyncOneShotEvent  # there once the call queues
+    woken: AsyncOneShotEvent  # set only for a queued call
 
     def __init__(self, item: Item, size: int) -> None:
         self.item = item
         self.size = size
-        self.leads = False
+        self.is_leader = False
         self._results: Sequence[Result] | Exception = ()
 
     @property
-    def settled(self) -> bool:
+    def done(self) -> bool:
         return self._results != ()
 
-    def settle(self, result: Result) -> None:
+    def set_result(self, result: Result) -> None:
         self._results = (result,)
 
-    def fail(self, error: Exception) -> None:
+    def set_exception(self, error: Exception) -> None:
         self._results = error
 
-    def outcome(self) -> Result:
-        """Return the result, or raise the error: to each caller its own, who may hang notes and context on it."""
+    def result(self) -> Result:
+        """Return the result, or raise a copy of the error, so that each caller raises its own instance."""
         if isinstance(self._results, Exception):
             raise copy_error(self._results) from self._results
         if not self._results:
-            raise AibindError("this call was combined with others and broken off: it is not known if it took effect")
+            raise AibindError("this call was combined with others, whose run was interrupted: it is not known if it took effect")
         return self._results[0]
 
 
 class AsyncCombiner(Generic[Item, Result]):
-    """Combines calls into runs.
+    """Runs the items of simultaneous calls in batches.
 
-    The first caller runs its own item at once. Callers that come meanwhile queue, each with a wake-up of its own. When
-    the run returns, the one who has waited longest becomes the leader and runs all that has queued, at most `max_items`
-    of a total size of at most `max_size`: so a caller waits for the run under way and for its own, unless more has
-    queued than one batch takes. An exception of `run` is raised in each caller of the batch.
+    - The first caller is the leader, and runs its own item at once. Later callers queue.
+    - When a run returns, the longest waiting caller becomes the leader, and runs the queue as one batch. The other
+      callers of the batch are its followers. A caller waits for at most the current run and its own, unless the queue
+      exceeds a batch.
+    - An exception of `run` is raised in every caller of the batch.
+    - A cancelled caller leaves the queue. If its batch is running, the batch continues for the others.
+    - If a run exceeds `TAKEOVER_TIMEOUT`, the next caller becomes a leader as well, and runs at the same time.
 
-    A caller that is cancelled leaves the queue if its item has not been sent, and breaks nothing off if others have
-    theirs in the same batch. A run that takes longer than `PATIENCE` stops holding up the queue: the next leader runs
-    beside it.
+    Args:
+        run: Processes the items of a batch.
+        max_items: The most items of a batch.
+        max_size: The largest sum of their sizes.
     """
 
     def __init__(self, run: AsyncRun[Item, Result], *, max_items: int, max_size: int) -> None:
@@ -79,59 +83,64 @@ class AsyncCombiner(Generic[Item, Result]):
         self._led_since = 0.0
 
     async def call(self, item: Item, size: int = 1) -> Result:
-        """Have `item` run, alone or with others, and return its result."""
+        """Run `item`, alone or in a batch, and return its result.
+
+        Args:
+            item: The item.
+            size: Its part of `max_size`.
+        """
         call: AsyncCall[Item, Result] = AsyncCall(item, size)
         with self._mutex:
             if self._leader is None:
-                self._appoint(call)
+                self._make_leader(call)
             else:
                 call.woken = AsyncOneShotEvent()
                 self._queue.append(call)
-        if not call.leads:
+        if not call.is_leader:
             try:
-                while not (await call.woken.wait(PATIENCE) or call.settled):
-                    self._lose_patience(call)
+                while not (await call.woken.wait(TAKEOVER_TIMEOUT) or call.done):
+                    self._take_over(call)
             except BaseException:
-                self._leave(call)
+                self._release(call)
                 raise
-            if not call.leads:
-                return call.outcome()
-        if self._queue:  # without the mutex: who comes just now waits for the next run
+            if not call.is_leader:
+                return call.result()
+        if self._queue:  # without the mutex: a call that queues at this moment runs in the next batch
             batch = [call]
-            await async_shielded(partial(self._run_batch, batch), partial(self._conclude, batch))
-            return call.outcome()
+            await async_shielded(partial(self._run_batch, batch), partial(self._finish_batch, batch))
+            return call.result()
         try:
             [result] = await self._run([item])
         finally:
-            self._leave(call)
+            self._release(call)
         return result
 
-    def _appoint(self, call: AsyncCall[Item, Result]) -> None:
+    def _make_leader(self, call: AsyncCall[Item, Result]) -> None:
         self._leader, self._led_since = call, monotonic()
-        call.leads = True
+        call.is_leader = True
 
-    def _lose_patience(self, call: AsyncCall[Item, Result]) -> None:
-        """Make a queued call the leader, beside the one who has not returned for too long."""
+    def _take_over(self, call: AsyncCall[Item, Result]) -> None:
+        """Make a queued call the leader if the current leader exceeds the takeover timeout."""
         with self._mutex:
-            if monotonic() - self._led_since > PATIENCE and call in self._queue:
+            if monotonic() - self._led_since > TAKEOVER_TIMEOUT and call in self._queue:
                 self._queue.remove(call)
-                self._appoint(call)
+                self._make_leader(call)
                 call.woken.set()
 
-    def _leave(self, call: AsyncCall[Item, Result]) -> None:
-        """Let go of a call whose caller is leaving: out of the queue, or from the lead, which goes to the next."""
+    def _release(self, call: AsyncCall[Item, Result]) -> None:
+        """Remove a call from the queue or, if it is the leader, hand over to the next call."""
         with self._mutex:
             if self._leader is call:
                 self._leader = None
                 if self._queue:
                     successor = self._queue.popleft()
-                    self._appoint(successor)
+                    self._make_leader(successor)
                     successor.woken.set()
             elif call in self._queue:
                 self._queue.remove(call)
 
     async def _run_batch(self, batch: list[AsyncCall[Item, Result]]) -> None:
-        """Add to a batch what has queued, and run it. Whoever is added is sure to be concluded."""
+        """Move queued calls into the batch and run it. `_finish_batch` runs for every added call."""
         with self._mutex:
             size = batch[0].size
             while self._queue and len(batch) < self._max_items and size + self._queue[0].size <= self._max_size:
@@ -141,14 +150,14 @@ class AsyncCombiner(Generic[Item, Result]):
             results = await self._run([call.item for call in batch])
         except Exception as error:
             for call in batch:
-                call.fail(error)
+                call.set_exception(error)
         else:
             for call, result in zip(batch, results, strict=True):
-                call.settle(result)
+                call.set_result(result)
 
-    def _conclude(self, batch: Sequence[AsyncCall[Item, Result]]) -> None:
-        """Hand on first, so that the next batch is under way while this one's callers wake up."""
+    def _finish_batch(self, batch: Sequence[AsyncCall[Item, Result]]) -> None:
+        """Hand over, then wake the followers: the next batch starts while they wake up."""
         leader, *followers = batch
-        self._leave(leader)
+        self._release(leader)
         for call in followers:
             call.woken.set()

@@ -1,4 +1,4 @@
-"""One connection of psycopg: how it is opened, and how a statement runs on it."""
+"""Open a psycopg connection, and run a statement on it."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from time import monotonic
 from typing import Any, TypeAlias
 
 import psycopg
-from psycopg import capabilities
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.pq import Conninfo
 from psycopg.rows import tuple_row
 
+from .._workarounds import can_cancel_in_time
+
 Row: TypeAlias = tuple[Any, ...]
 
-# What a connection of our own has where neither the caller's connection string nor the environment says anything. A
-# server or a network that has gone away is noticed within a minute (tcp_user_timeout is in milliseconds), and text is
-# text, also in a database without an encoding.
+# Defaults for parameters set neither in the connection string nor in the environment. They detect a lost server or
+# network within a minute (tcp_user_timeout is in milliseconds), and return text from a database without an encoding.
 DEFAULTS = {
     "connect_timeout": "10",
     "keepalives_idle": "30",
@@ -29,14 +29,16 @@ DEFAULTS = {
     "client_encoding": "UTF8",
 }
 
-CANCEL_TIMEOUT = 1.0  # seconds in which the server must take the request to end a statement
+CANCEL_TIMEOUT = 1.0  # seconds within which the server must accept a cancel request
 
 
 def with_defaults(conninfo: str) -> str:
-    """Return a connection string with what is ours where it says nothing; raise `ValueError` for what is none.
+    """Add `DEFAULTS` for parameters that are not set.
 
-    That does not repeat it, as the driver's errors do: those for its syntax, and, when it connects, those for a host, a
-    port or a database. A password that is not percent-encoded may be in each.
+    Raises:
+        ValueError: The string is malformed, or the driver would take a part of the password for the host, the port or
+            the database, since the password is not percent-encoded. The driver's errors would quote that part; this
+            error quotes nothing.
     """
     with suppress(psycopg.ProgrammingError, UnicodeEncodeError):
         given = conninfo_to_dict(conninfo)
@@ -46,12 +48,12 @@ def with_defaults(conninfo: str) -> str:
             return make_conninfo(conninfo, **_missing_from(given))
     raise ValueError(
         "not a connection string of PostgreSQL, such as postgresql://user@host/database: "
-        "in a user's name or password, @ must be written as %40 there, / as %2F, and % as %25"
+        "in a user's name or password, write @ as %40, / as %2F, and % as %25"
     )
 
 
 def _missing_from(given: Mapping[str, Any]) -> dict[str, str]:
-    """Return those of our defaults for which neither these parameters of libpq nor its environment have a value."""
+    """Return the `DEFAULTS` set neither in these parameters of libpq nor in the environment."""
     variables = {option.keyword.decode(): option.envvar for option in Conninfo.get_defaults()}
     return {
         name: value
@@ -61,25 +63,25 @@ def _missing_from(given: Mapping[str, Any]) -> dict[str, str]:
 
 
 def parameters_of(connection: psycopg.AsyncConnection[Any]) -> dict[str, str]:
-    """Return what opens another connection like this one."""
+    """Return the parameters that open another connection like this one, with the password."""
     return {**connection.info.get_parameters(), "password": connection.info.password}
 
 
 async def open_connection(parameters: Mapping[str, Any]) -> psycopg.AsyncConnection[Row]:
-    """Open a connection of our own kind, in autocommit mode, with these parameters of libpq."""
+    """Open a connection in autocommit mode, with these parameters of libpq and `DEFAULTS` for the others."""
     return await psycopg.AsyncConnection.connect(
         **{**_missing_from(parameters), **parameters}, autocommit=True, prepare_threshold=None
     )
 
 
 class UnansweredError(psycopg.OperationalError):
-    """A statement was not answered in time: whether it has taken effect is not known."""
+    """The server did not answer a statement in time: it may or may not have taken effect."""
 
 
 class AsyncTimedCursor(psycopg.AsyncRawCursor[Row]):
-    """Gives up waiting for a statement that has not been answered by a `deadline` of the monotonic clock.
+    """Stops waiting for the answer to a statement at `deadline`, a value of `monotonic()`.
 
-    Of a peer that takes what is sent and says nothing, nobody else takes notice: TCP holds it for alive.
+    TCP does not detect a peer that accepts data but never replies.
     """
 
     def __init__(self, connection: psycopg.AsyncConnection[Any], deadline: float = math.inf) -> None:
@@ -92,16 +94,16 @@ class AsyncTimedCursor(psycopg.AsyncRawCursor[Row]):
 
     def _in_time(self, steps: Generator[Any, Any, None]) -> Generator[Any, Any, None]:
         if monotonic() >= self._deadline:
-            raise psycopg.OperationalError("the connection was not free in time: nothing was sent")
-        # Psycopg goes on with what it waits for several times a second, also if nothing has come.
+            raise psycopg.OperationalError("the connection was not free within the timeout: the statement was not sent")
+        # Psycopg resumes this generator several times a second, also if nothing has arrived.
         ready = None
         with suppress(StopIteration):
             while True:
                 wanted = steps.send(ready)
                 if monotonic() >= self._deadline:
-                    raise UnansweredError("the server has not answered in time")
+                    raise UnansweredError("the server has not answered within the timeout: the statement may or may not have taken effect")
                 ready = yield wanted
-                if ready is None:  # begun again: an interruption, for which psycopg has a limit of its own
+                if ready is None:  # psycopg starts over after an interruption, with a limit of its own
                     self._deadline = math.inf
 
 
@@ -113,23 +115,31 @@ async def execute(
     *,
     prepare: bool | None = False,
 ) -> Sequence[Row]:
-    """Run one statement on a connection, whatever factories that has, and return its rows.
+    """Run one statement on a connection and return its rows, independently of the connection's factories.
 
-    After `UnansweredError` that connection is of no more use: the answer may still come.
+    Args:
+        connection: The connection.
+        sql: The statement, with numbered parameters.
+        params: Their values.
+        deadline: The value of `monotonic()` at which to stop waiting.
+        prepare: As in psycopg: None prepares a repeated statement, False never does.
+
+    Raises:
+        UnansweredError: The deadline has passed. Abandon the connection: the answer may still arrive.
     """
     cursor = AsyncTimedCursor(connection, deadline)
     await cursor.execute(sql, params, binary=True, prepare=prepare)
-    # Not by the description, which costs as much as the rows.
+    # Reading `cursor.description` would cost as much as reading the rows.
     return await cursor.fetchall() if cursor.pgresult is not None and cursor.pgresult.nfields else []
 
 
 async def abandon(connection: psycopg.AsyncConnection[Any]) -> None:
-    """Close a connection on which a statement was not answered, and have the server end that, if it can be reached.
+    """Close a connection on which a statement was not answered, and cancel the statement if the server can be reached.
 
-    Else statements that wait there, for a lock perhaps, would take up all the connections that it has.
+    A statement that waits for a lock would otherwise occupy one of the server's connections.
     """
     try:
-        if capabilities.has_cancel_safe():  # what older versions of libpq have instead may wait for ever itself
+        if can_cancel_in_time():
             with suppress(psycopg.Error):
                 await connection.cancel_safe(timeout=CANCEL_TIMEOUT)
     finally:
@@ -137,16 +147,6 @@ async def abandon(connection: psycopg.AsyncConnection[Any]) -> None:
 
 
 async def is_direct(connection: psycopg.AsyncConnection[Any], deadline: float) -> bool:
-    """Say whether a connection leads to one server process: the process id that a pooler gives is its own invention."""
+    """Return True if a connection leads to one server process. Poolers report a fake backend PID."""
     [(process_id,)] = await execute(connection, "SELECT pg_backend_pid()", (), deadline)
     return bool(process_id == connection.info.backend_pid)
-
-
-def has_ended(connection: psycopg.AsyncConnection[Any]) -> bool:
-    """Say whether the other side has closed an idle connection; this costs no round trip."""
-    try:
-        connection.pgconn.consume_input()  # a last message
-        connection.pgconn.consume_input()  # and what comes after it
-    except psycopg.OperationalError:
-        return True
-    return False

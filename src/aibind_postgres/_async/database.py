@@ -1,4 +1,4 @@
-"""What a store runs its statements through: a client, with the errors of this package, and further attempts."""
+"""The database of a store: runs statements, translates errors, retries."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from .. import _arguments as arguments
 from .._concurrency import AsyncEvent, async_running_loop
-from ..errors import ForkedError, StoreClosedError, translated
+from .._sqlstate import translate
+from ..errors import ForkedError, StoreClosedError
 from .client import as_client
 
 if TYPE_CHECKING:
@@ -23,69 +24,80 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 ResultOut = TypeVar("ResultOut", covariant=True)
 
-# Of the workers in the background, in seconds.
-WORKER_IDLE_TIMEOUT = 30.0  # that one with nothing to do stays, before it ends
-CLOSING_TIMEOUT = 10.0  # that closing waits for one
+WORKER_IDLE_TIMEOUT = 30.0  # seconds after which an idle background worker ends
+CLOSING_TIMEOUT = 10.0  # seconds that `close` waits for a background worker
 
-FIRST_RETRY, LONGEST_RETRY = 0.05, 2.0  # seconds between two attempts to reach the server, doubled each time
+FIRST_RETRY, LONGEST_RETRY = 0.05, 2.0  # seconds between two attempts; the pause doubles each time
 
 
 class AsyncAttempt(Protocol[ResultOut]):
-    """What may be tried again."""
+    """An operation that can be repeated."""
 
     async def __call__(self) -> ResultOut: ...
 
 
 class AsyncDatabase:
-    """The database of one store. Once `closing` is set, nothing runs any more and nobody sleeps on."""
+    """The database of one store. Once `closing` is set, statements and pauses raise `StoreClosedError`."""
 
     def __init__(self, client: AsyncClientLike, retry_for: float, timeout: float | timedelta | None) -> None:
         self.client = as_client(client, None if timeout is None else arguments.seconds(timeout, "timeout"))
         self.closing = AsyncEvent()
         self._retry_for = retry_for
-        # The process whose connections and workers these are; none before there are any.
+        # The process that owns the connections and workers; None before there are any.
         self._process = os.getpid() if self.client.is_connected() else None
         self._loop: object = None
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {'closed' if self.closing.is_set() else 'open'}, {self.client!r}>"
+
     @property
     def inherited(self) -> bool:
-        """Whether this belongs to another process, from which this one was forked."""
+        """True in a process that was forked from the owner."""
         return self._process is not None and self._process != os.getpid()
 
     def check_owner(self) -> None:
-        """Raise `ForkedError` in another process, `RuntimeError` in another event loop, than has used this first.
+        """Raise if the process or event loop differs from the one of the first call.
 
-        To be called before a mutex is taken: one that is held by a thread of the parent is never released here.
+        Call this before taking a mutex: one that a thread of the parent process held at the fork is never released.
+
+        Raises:
+            ForkedError: The process differs.
+            RuntimeError: The event loop differs.
         """
         if self._process is None:
             self._process = os.getpid()
         elif self.inherited:
             raise ForkedError(
-                "this store belongs to the process that this one was forked from, and so do its connections: "
+                "this store and its connections belong to the process from which this one was forked: "
                 "make a store in each process, after the fork"
             )
         if self._loop is None:
             self._loop = async_running_loop()
         elif self._loop is not async_running_loop():
-            raise RuntimeError("this store is bound to a different event loop: make one in each")
+            raise RuntimeError("this store is bound to a different event loop: make a store in each event loop")
 
     async def query(self, statement: str, params: Sequence[object]) -> Sequence[Row]:
         """Run one statement and return its rows."""
         self.check_owner()
         if self.closing.is_set():
-            raise StoreClosedError("this store is closed")
+            raise StoreClosedError("this store is closed: make a new one")
         try:
             return await self.client.query(statement, params)
         except Exception as error:
             if self.closing.is_set():
-                raise StoreClosedError("this store was closed meanwhile") from error
-            if (known := translated(error)) is not None:
-                # What cannot be encoded is quoted in full by Python's error.
+                raise StoreClosedError("this store was closed during the call") from error
+            if (known := translate(error)) is not None:
+                # Python's error quotes the whole text that cannot be encoded.
                 raise known from (None if isinstance(error, UnicodeError) else error)
             raise
 
     async def retry(self, attempt: AsyncAttempt[Result], deadline: float = math.inf) -> Result:
-        """Make an attempt, and if the server cannot be reached others for `retry_for` seconds, more and more slowly."""
+        """Run `attempt`, and repeat it with growing pauses for `retry_for` seconds while the server is unreachable.
+
+        Args:
+            attempt: The operation.
+            deadline: The value of `monotonic()` at which to raise `TimeoutError` instead.
+        """
         give_up_at: float | None = None
         pause = FIRST_RETRY
         while True:
@@ -98,19 +110,19 @@ class AsyncDatabase:
                 if give_up_at is None:
                     give_up_at = now + self._retry_for
                 if now >= deadline:
-                    raise TimeoutError("the server could not be reached in time") from error
+                    raise TimeoutError("the server could not be reached within the timeout") from error
                 if now >= give_up_at:
                     raise
-                # Spread out: many callers lose the server at the same moment.
+                # Random pauses: many callers lose the server at the same moment.
                 await self.sleep(min(uniform(pause / 2, pause), give_up_at - now, deadline - now))
                 pause = min(pause * 2, LONGEST_RETRY)
 
     async def query_with_retry(
         self, statement: str, params: Sequence[object], deadline: float = math.inf
     ) -> Sequence[Row]:
-        """Read by one statement, persistently."""
+        """Run one statement that only reads, with retries."""
         return await self.retry(partial(self.query, statement, params), deadline)
 
     async def sleep(self, seconds: float) -> None:
         if await self.closing.wait(seconds):
-            raise StoreClosedError("this store was closed meanwhile")
+            raise StoreClosedError("this store was closed during the call")

@@ -14,12 +14,11 @@ from urllib.parse import quote
 
 from .. import _arguments as arguments
 from .._concurrency import async_call_or_await
-from ..errors import InvalidDataError, StreamNotFoundError
-from ..history import ConversationConflictError, new_id
+from ..errors import ConversationConflictError, InvalidDataError, StreamNotFoundError, WebError
+from ..history import new_id
 from ..web import (
     Generation,
     Kind,
-    WebError,
     WebRequest,
     generation_of,
     parsed_body,

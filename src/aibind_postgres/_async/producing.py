@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from .. import _arguments as arguments
 from .._concurrency import AsyncEvent, Mutex, async_at_exit, async_call_or_await, async_interrupt, async_spawn
-from ..errors import StreamNotActiveError, StreamNotFoundError
+from ..errors import StreamNotActiveError, StreamNotFoundError, WebError
 from ..models import StreamEvent, StreamStatus, chunk_text
-from ..web import WebError
 
 if TYPE_CHECKING:
     from .stream_store import AsyncPostgresStreamStore

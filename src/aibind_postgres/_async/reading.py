@@ -12,7 +12,8 @@ from .. import _arguments as arguments
 from .._pages import FIRST_PAGE_CHUNKS, Page
 from .._sql import StreamStatements, json_text
 from .._subscriptions import LIVE_PAGE_CHUNKS
-from ..errors import StreamNotFoundError, nothing_was_written
+from .._sqlstate import wrote_nothing
+from ..errors import StreamNotFoundError
 from ..models import StreamChunk
 from .combining import AsyncCombiner
 
@@ -115,7 +116,7 @@ class AsyncPageReader:
         try:
             rows = await self._database.query(self._sql.read_batch, [items, LIVE_PAGE_CHUNKS])
         except Exception as error:
-            if not nothing_was_written(error):
+            if not wrote_nothing(error):
                 raise
             return [[] for _ in reads]
         found: list[list[Row]] = [[] for _ in reads]

@@ -1,0 +1,119 @@
+"""Code for bugs and limits of other projects. Each entry names the affected versions and the condition for its removal.
+
+`_concurrency` describes the pairs `async_x`/`x`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Callable, Coroutine
+from functools import partial
+from typing import Any, TypeVar
+
+import psycopg
+from psycopg import capabilities
+
+from ._concurrency import AsyncEvent, Event, async_shielded, async_spawn
+
+T = TypeVar("T")
+
+
+# asyncio, before Python 3.12: `wait_for` swallows a cancellation that arrives together with the result.
+# https://github.com/python/cpython/issues/86296
+# psycopg_pool waits for a connection by `wait_for`, so a cancelled reader would continue to read.
+# Remove when Python 3.12 is the oldest supported version.
+
+
+async def async_take(
+    take: Callable[[], Coroutine[Any, Any, T]], give_back: Callable[[T], Coroutine[Any, Any, None]]
+) -> T:
+    """Return the result of `take`. If the caller was cancelled meanwhile, give it back and raise `CancelledError`."""
+    if sys.version_info >= (3, 12):
+        return await take()
+    if sys.version_info >= (3, 11):
+        task = asyncio.current_task()
+        assert task is not None
+        cancelled = task.cancelling()
+        taken = await take()
+        if task.cancelling() == cancelled:
+            return taken
+        await async_shielded(partial(give_back, taken))
+        raise asyncio.CancelledError
+    taking = asyncio.get_running_loop().create_task(take())
+    try:
+        return await asyncio.shield(taking)
+    except asyncio.CancelledError:
+
+        async def undo() -> None:
+            taking.cancel()
+            await asyncio.wait([taking])
+            if not taking.cancelled() and taking.exception() is None:
+                await give_back(taking.result())
+
+        await async_shielded(undo)
+        raise
+
+
+def take(take: Callable[[], T], give_back: Callable[[T], None]) -> T:
+    """Return the result of `take`: threads cannot be cancelled."""
+    return take()
+
+
+# psycopg_pool, from 3.2.8 to at least 3.3.3: a worker that is cancelled while it connects logs the cancellation
+# and waits for its next task. `asyncio.run` cancels all tasks and waits for them, so it would never return.
+# Remove when a pool's workers end on the first cancellation.
+
+
+def async_at_end_of_loop(run: Callable[[], Coroutine[Any, Any, None]], unless: AsyncEvent) -> None:
+    """Call `run` when the event loop cancels its tasks at its end, unless the event is set before.
+
+    The other tasks finish first, but for the pools' workers, which wait for `run`. Workers of this package that were
+    started in that time are cancelled, since `asyncio.run` does not wait for them.
+    """
+
+    async def attend() -> None:
+        try:
+            await unless.wait()
+        except asyncio.CancelledError:
+            # Tasks with this text in their name are the pools' workers, and other tasks like this one.
+            if tasks := {task for task in asyncio.all_tasks() if " of aibind_postgres" not in task.get_name()}:
+                await asyncio.wait(tasks)
+            if workers := {task for task in asyncio.all_tasks() if task.get_name().startswith("aibind_postgres-")}:
+                for worker in workers:
+                    worker.cancel()
+                await asyncio.wait(workers)
+            await run()
+            raise
+
+    async_spawn(attend, "end of the loop of aibind_postgres")
+
+
+def at_end_of_loop(run: Callable[[], None], unless: Event) -> None:
+    """Do nothing: threads have no event loop."""
+
+
+# psycopg_pool, all versions: a pool hands out idle connections that the server has closed; its `check` callback costs
+# a round trip for each use. After a restart of the server each of them would fail one call.
+# https://github.com/psycopg/psycopg/issues/656
+# Remove when a pool discards closed connections without a round trip.
+
+
+def has_ended(connection: psycopg.Connection[Any] | psycopg.AsyncConnection[Any]) -> bool:
+    """Return True if the server has closed an idle connection. This costs no round trip."""
+    try:
+        connection.pgconn.consume_input()  # may return the server's last message
+        connection.pgconn.consume_input()  # and only then the end of the connection
+    except psycopg.OperationalError:
+        return True
+    return False
+
+
+# libpq, before 17: its cancel request blocks without a timeout, and `cancel_safe` of psycopg falls back to it.
+# https://github.com/psycopg/psycopg/issues/534
+# Remove when psycopg requires libpq 17.
+
+
+def can_cancel_in_time() -> bool:
+    """Return True if `cancel_safe` obeys its timeout."""
+    return capabilities.has_cancel_safe()
