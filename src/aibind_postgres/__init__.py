@@ -1,5 +1,7 @@
 """Durable, resumable token streams and branching conversations on the PostgreSQL you already run."""
 
+from typing import TYPE_CHECKING
+
 from ._async.client import AsyncPostgresClient
 from ._async.conversation_store import AsyncPostgresConversationStore
 from ._async.durable_stream import AsyncDurableStream
@@ -79,3 +81,14 @@ __all__ = [
     "wrap_django",
     "wrap_sqlalchemy",
 ]
+
+if TYPE_CHECKING:
+    __version__: str
+else:
+
+    def __getattr__(name: str) -> str:
+        if name == "__version__":  # on first use: reading the metadata of the distribution takes about a millisecond
+            from importlib.metadata import version
+
+            return version("aibind-postgres")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

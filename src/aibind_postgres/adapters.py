@@ -1,4 +1,4 @@
-"""Other drivers as clients of the stores: SQLAlchemy, Django and asyncpg, each imported only by the one who uses it."""
+"""Clients for other drivers: SQLAlchemy, Django and asyncpg. Each is imported on first use."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from ._async import client as async_client
 from ._async import connections as async_connections
 from ._sync import client as sync_client
 from ._sync import connections as sync_connections
+from ._sqlstate import is_temporary
 from ._tables import quote
-from .errors import sqlstate_of
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine, TextClause
@@ -28,11 +28,7 @@ if TYPE_CHECKING:
     from ._async.connections import Row
     from ._sync.client import PostgresClient
 
-# SQLSTATE classes after which another attempt may succeed: connection exception, insufficient resources, and, of
-# operator intervention, the shutdown and start of a server.
-_PASSING = ("08", "53", "57P")
-
-# What is quoted or a comment is matched so that it stays as it is.
+# Matches quoted names, literals and comments as well, so that a `$1` inside them stays unchanged.
 _TOKENS = re.compile(r'"[^"]*"|\'[^\']*\'|--[^\n]*|/\*.*?\*/|\$(?P<number>\d+)', re.DOTALL)
 
 
@@ -41,51 +37,82 @@ def wrap_sqlalchemy(engine: Engine) -> PostgresClient: ...
 @overload
 def wrap_sqlalchemy(engine: AsyncEngine) -> AsyncPostgresClient: ...
 def wrap_sqlalchemy(engine: Engine | AsyncEngine) -> PostgresClient | AsyncPostgresClient:
-    """Let a store use an SQLAlchemy engine, with any driver: an `Engine` or, for an asynchronous store, `AsyncEngine`.
+    """Use an SQLAlchemy engine as the client of a store.
 
-    Each statement takes a connection from the engine's pool, in autocommit mode, and gives it back: a store never takes
-    part in a `Session`'s transaction. With the drivers psycopg and psycopg2 readers are woken by announcements, on one
-    more connection, which is opened with the parameters of the engine's; with other drivers they are woken by polling.
+    Each statement takes a connection from the engine's pool, in autocommit mode, and returns it: a store never takes
+    part in a `Session`'s transaction. Notifications wake readers with the drivers psycopg and psycopg2: the listener
+    opens one more connection with the parameters of the engine. With other drivers readers poll.
 
-    Raises `TypeError` for anything but an engine of PostgreSQL. Disposing of the engine is left to the caller.
+    Args:
+        engine: An `Engine`, or an `AsyncEngine` for an asynchronous store, with any driver. The caller disposes of it.
+
+    Returns:
+        The client.
+
+    Raises:
+        TypeError: The argument is no engine, or its database is not PostgreSQL.
+
+    Example:
+        store = PostgresStreamStore(wrap_sqlalchemy(engine))
     """
     from sqlalchemy import Engine
     from sqlalchemy.ext.asyncio import AsyncEngine
 
     if not isinstance(engine, (Engine, AsyncEngine)):
-        raise TypeError(f"an SQLAlchemy Engine or AsyncEngine is needed, not {type(engine).__name__}")
+        raise TypeError(f"engine must be an SQLAlchemy Engine or AsyncEngine, not {type(engine).__name__}")
     if engine.dialect.name != "postgresql":
-        raise TypeError(f"the engine must be one of PostgreSQL, not of {engine.dialect.name}")
+        raise TypeError(f"engine must have the dialect postgresql, not {engine.dialect.name}")
     return _SQLAlchemy(engine) if isinstance(engine, Engine) else _AsyncSQLAlchemy(engine)
 
 
 def wrap_django(alias: str = "default") -> PostgresClient:
-    """Let a store use the connection that Django has for this database in the current thread.
+    """Use Django's connection of the current thread as the client of a store.
 
-    So the store takes part in `transaction.atomic()`: what is appended in it becomes visible, and is announced, when it
-    is committed, and is gone when it is rolled back. Readers are woken by announcements on one more connection, which
-    is opened with the parameters of Django's. For code that runs in threads, not in an event loop.
+    The store takes part in `transaction.atomic()`: chunks appended inside it become visible, and readers are notified,
+    at its commit; a rollback removes them. The listener opens one more connection with the parameters of Django's. For
+    code that runs in threads, not in an event loop.
 
-    Raises Django's `ConnectionDoesNotExist` for an unknown alias, and `TypeError` if that is not a PostgreSQL database.
+    Args:
+        alias: The database's name in Django's setting DATABASES. Default: "default".
+
+    Returns:
+        The client.
+
+    Raises:
+        django.db.utils.ConnectionDoesNotExist: The alias is unknown.
+        TypeError: The database is not PostgreSQL.
+
+    Example:
+        store = PostgresStreamStore(wrap_django())
     """
     vendor = _django().connections[alias].vendor
     if vendor != "postgresql":
-        raise TypeError(f"Django's database {alias!r} must be one of PostgreSQL, not of {vendor}")
+        raise TypeError(f"Django's database {alias!r} must have the vendor postgresql, not {vendor}")
     return _Django(alias)
 
 
 def wrap_asyncpg(client: Any) -> AsyncPostgresClient:
-    """Let an asynchronous store use an asyncpg pool or connection.
+    """Use an asyncpg pool or connection as the client of an asynchronous store.
 
-    With a connection the store takes part in its transaction, and nothing else may use the connection while a reader
-    waits, since asyncpg refuses two statements at a time. Readers are woken by polling.
+    With a connection the store takes part in its transaction. Nothing else may use that connection while a reader
+    waits, since asyncpg refuses simultaneous statements. Readers poll.
 
-    Raises `TypeError` for anything else. Closing the pool or connection is left to the caller.
+    Args:
+        client: The asyncpg pool or connection. The caller closes it.
+
+    Returns:
+        The client.
+
+    Raises:
+        TypeError: The argument is neither a pool nor a connection.
+
+    Example:
+        store = AsyncPostgresStreamStore(wrap_asyncpg(pool))
     """
     import asyncpg
 
     if not isinstance(client, (asyncpg.Pool, asyncpg.Connection)):
-        raise TypeError(f"an asyncpg Pool or Connection is needed, not {type(client).__name__}")
+        raise TypeError(f"client must be an asyncpg Pool or Connection, not {type(client).__name__}")
     return _AsyncpgPool(client) if isinstance(client, asyncpg.Pool) else _AsyncpgConnection(client)
 
 
@@ -93,6 +120,9 @@ class _SQLAlchemy(sync_client.Client):
     def __init__(self, engine: Engine) -> None:
         self._engine = engine.execution_options(isolation_level="AUTOCOMMIT")
         self.joins_transactions = False
+
+    def __repr__(self) -> str:  # without the URL, whose query may hold a password
+        return f"<SQLAlchemy client with driver {self._engine.driver}>"
 
     def query(self, sql: str, params: Sequence[Any]) -> Sequence[Row]:
         with self._engine.connect() as connection:
@@ -119,6 +149,9 @@ class _AsyncSQLAlchemy(async_client.AsyncClient):
         self._engine = engine.execution_options(isolation_level="AUTOCOMMIT")
         self.joins_transactions = False
 
+    def __repr__(self) -> str:  # without the URL, whose query may hold a password
+        return f"<SQLAlchemy client with driver {self._engine.driver}>"
+
     async def query(self, sql: str, params: Sequence[Any]) -> Sequence[Row]:
         async with self._engine.connect() as connection:
             result = await connection.execute(_text_clause(sql), _named(params))
@@ -142,6 +175,9 @@ class _Django(sync_client.Client):
         self._thread = threading.local()
         self.joins_transactions = True
 
+    def __repr__(self) -> str:
+        return f"<Django client of database {self._alias!r}>"
+
     @property
     def _wrapper(self) -> Any:
         return _django().connections[self._alias]
@@ -156,13 +192,14 @@ class _Django(sync_client.Client):
                     cursor.execute(sql)
                 rows = cursor.fetchall() if cursor.description else []
         finally:
-            # In the background nobody else closes it. A lost one Django keeps until the end of the request.
+            # Django closes the connections of its own threads at the end of a request, also lost ones; nothing closes
+            # those of background threads.
             if getattr(self._thread, "is_background", False) or _is_lost(wrapper):
                 wrapper.close()
         return rows if wrapper.timezone is not None else [_aware(row, wrapper.timezone_name) for row in rows]
 
     def connect(self) -> psycopg.Connection[Row] | None:
-        self._thread.is_background = True  # who asks for a connection of its own is no thread of Django's
+        self._thread.is_background = True  # only the listener's thread calls this
         wrapper = self._wrapper
         connection = sync_connections.open_connection(_known_to_libpq(wrapper.get_connection_params()))
         if role := wrapper.settings_dict["OPTIONS"].get("assume_role"):
@@ -185,13 +222,16 @@ class _AsyncpgPool(async_client.AsyncClient):
         self._pool = pool
         self.joins_transactions = False
 
+    def __repr__(self) -> str:
+        return "<asyncpg client of a pool>"
+
     async def query(self, sql: str, params: Sequence[Any]) -> Sequence[Row]:
         return list(map(tuple, await self._pool.fetch(sql, *params)))
 
     def is_recoverable(self, error: Exception) -> bool:
         import asyncpg
 
-        lost = isinstance(error, (OSError, asyncpg.InterfaceError)) or _is_passing(error)
+        lost = isinstance(error, (OSError, asyncpg.InterfaceError)) or is_temporary(error)
         return lost and not isinstance(error, ValueError) and not self._pool.is_closing()
 
 
@@ -200,6 +240,9 @@ class _AsyncpgConnection(async_client.AsyncClient):
         self._connection = connection
         self._turn = asyncio.Lock()
         self.joins_transactions = True
+
+    def __repr__(self) -> str:
+        return "<asyncpg client of a connection>"
 
     async def query(self, sql: str, params: Sequence[Any]) -> Sequence[Row]:
         async with self._turn:
@@ -219,7 +262,7 @@ def _django() -> Any:
 
 
 def _translated(sql: str, placeholder: str) -> str:
-    """Write `$1` as a driver has it, outside of names, literals and comments."""
+    """Replace `$1` by a driver's placeholder, except in quoted names, literals and comments."""
     return _TOKENS.sub(lambda token: placeholder.format(token["number"]) if token["number"] else token[0], sql)
 
 
@@ -236,7 +279,7 @@ def _for_django(sql: str) -> str:
 
 
 def _named(params: Sequence[Any]) -> dict[str, Any]:
-    # For some drivers SQLAlchemy replaces `%(name)s` wherever it stands, in a table's name too: the name is unlikely.
+    # For some drivers SQLAlchemy replaces `%(name)s` also in a table's name: this prefix is unlikely there.
     return {f"aibind_{number}": value for number, value in enumerate(params, start=1)}
 
 
@@ -245,18 +288,14 @@ def _known_to_libpq(parameters: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in parameters.items() if name in known}
 
 
-def _is_passing(error: Exception) -> bool:
-    return (sqlstate_of(error) or "").startswith(_PASSING)
-
-
 def _engine_may_recover(error: Exception) -> bool:
     from sqlalchemy import exc
 
     if isinstance(error, exc.DBAPIError) and error.connection_invalidated:
         return True
     lost = isinstance(error, (exc.OperationalError, exc.InterfaceError, exc.TimeoutError))
-    # What asyncpg raises while it connects comes as it is.
-    return lost or isinstance(error, OSError) or _is_passing(error)
+    # SQLAlchemy does not wrap the errors that asyncpg raises while it connects.
+    return lost or isinstance(error, OSError) or is_temporary(error)
 
 
 def _in_transaction(wrapper: Any) -> bool:
@@ -268,5 +307,5 @@ def _is_lost(wrapper: Any) -> bool:
 
 
 def _aware(row: Row, zone: str) -> Row:
-    # With USE_TZ off, Django gives times in the session's zone and takes the zone off.
+    # With USE_TZ off, Django returns naive times in the session's time zone.
     return tuple(value.replace(tzinfo=ZoneInfo(zone)) if isinstance(value, datetime) else value for value in row)

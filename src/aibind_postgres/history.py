@@ -71,6 +71,9 @@ class MessageTree(Generic[M]):
         self._generate_id = generate_id or new_id
         self._document = empty_document()
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {len(self)} messages, active leaf {self.active_leaf_id!r}>"
+
     def __len__(self) -> int:
         """Return the number of nodes, in all branches."""
         return len(self._nodes)
@@ -283,6 +286,9 @@ class ChatHistory(Generic[M]):
     def __init__(self, *, generate_id: Callable[[], str] | None = None) -> None:
         self.tree: MessageTree[M] = MessageTree(generate_id=generate_id)
         self._origin: Origin | None = None
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {len(self)} messages, active leaf {self.tree.active_leaf_id!r}>"
 
     def __len__(self) -> int:
         """Return the number of messages, in all branches."""

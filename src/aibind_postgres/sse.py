@@ -85,6 +85,9 @@ class EventParser:
         self._id: str | None = None
         self._retry: int | None = None
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} with last_event_id={self.last_event_id!r}, retry={self.retry!r}>"
+
     def feed(self, received: bytes) -> list[ServerSentEvent]:
         """Take the next bytes and return the events that they complete."""
         text = self._decoder.decode(received)

@@ -30,6 +30,14 @@ class WebRequest(NamedTuple):
     original: Any = None
     context: Callable[[], Any] = nullcontext
 
+    def __repr__(self) -> str:
+        """Leave out values that may be secret: of the query, of headers such as Cookie, and the body."""
+        query, headers = ", ".join(self.query), ", ".join(self.headers)
+        return (
+            f"<{type(self).__name__} {self.method} {self.path}, query: [{query}], headers: [{headers}], "
+            f"{len(self.body)} bytes>"
+        )
+
 
 class Generation(NamedTuple):
     """What `generate` is asked for.
@@ -50,6 +58,13 @@ class Generation(NamedTuple):
     body: Mapping[str, Any]
     request: WebRequest
     stream_id: str | None = None
+
+    def __repr__(self) -> str:
+        """Leave out texts and the request's values, which may be secret."""
+        return (
+            f"<{type(self).__name__} {self.kind}, {len(self.messages)} messages, model={self.model!r}, "
+            f"session_id={self.session_id!r}, stream_id={self.stream_id!r}, {self.request!r}>"
+        )
 
 
 def parsed_body(request: WebRequest) -> dict[str, Any]:

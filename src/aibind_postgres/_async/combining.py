@@ -27,7 +27,7 @@ class AsyncRun(Protocol[ItemIn, ResultOut]):
 
 
 class AsyncCall(Generic[Item, Result]):
-    """One caller's item and its result: a future that several threads or tasks can set."""
+    """One caller's item, and its result once a run has returned."""
 
     woken: AsyncOneShotEvent  # set only for a queued call
 
@@ -52,7 +52,9 @@ class AsyncCall(Generic[Item, Result]):
         if isinstance(self._results, Exception):
             raise copy_error(self._results) from self._results
         if not self._results:
-            raise AibindError("this call was combined with others, whose run was interrupted: it is not known if it took effect")
+            raise AibindError(
+                "this call was combined with others, and their run was interrupted: it is not known if it took effect"
+            )
         return self._results[0]
 
 

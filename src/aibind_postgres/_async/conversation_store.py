@@ -51,10 +51,14 @@ class AsyncPostgresConversationStore:
         ttl: float | timedelta = 1800.0,
         timeout: float | timedelta | None = None,
     ) -> None:
-        self._sql = ConversationStatements(Table.parse(table))
+        self._table = Table.parse(table)
+        self._sql = ConversationStatements(self._table)
         self._ttl = arguments.milliseconds(ttl, "ttl")
         self._database = AsyncDatabase(client, retry_for=0.0, timeout=timeout)
         self._name = uuid.uuid4().hex  # by which a history knows that it was loaded here
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} in {self._table.quoted}, {self._database.client!r}, {self._database.state}>"
 
     async def load(self, session_id: str) -> ChatHistory[Any]:
         """Return a conversation, empty if there is none.

@@ -48,7 +48,12 @@ class AsyncDatabase:
         self._loop: object = None
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {'closed' if self.closing.is_set() else 'open'}, {self.client!r}>"
+        return f"<{type(self).__name__} of {self.client!r}, {self.state}>"
+
+    @property
+    def state(self) -> str:
+        """Return "open" or "closed"."""
+        return "closed" if self.closing.is_set() else "open"
 
     @property
     def inherited(self) -> bool:

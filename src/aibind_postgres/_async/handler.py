@@ -54,6 +54,10 @@ class AsyncWebResponse:
     headers: Mapping[str, str]
     body: bytes | AsyncIterator[bytes]
 
+    def __repr__(self) -> str:
+        body = f"{len(self.body)} bytes" if isinstance(self.body, bytes) else "event stream"
+        return f"<{type(self).__name__} {self.status}, {body}>"
+
 
 class AsyncStreamHandler:
     """Answers the requests of aibind's browser client.
@@ -115,6 +119,9 @@ class AsyncStreamHandler:
             self._routes[f"{path}/resume"] = ("GET", self._resume)
         for path in ("", "/stream", "/structured"):
             self._routes[f"{path}/compact"] = ("POST", self._summarize)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} at {self.prefix!r}, {self._store!r}>"
 
     async def handle(self, request: WebRequest) -> AsyncWebResponse:
         """Answer a request; what is wrong with it, or with the answer, becomes a status and a text in JSON."""

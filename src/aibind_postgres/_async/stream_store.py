@@ -97,6 +97,7 @@ class AsyncPostgresStreamStore:
         chunks, status = distinct(chunks_table, status_table)
         poll_seconds = arguments.seconds(poll_interval, "poll_interval")
         self._ttl = arguments.milliseconds(ttl, "ttl")
+        self._tables = (status, chunks)
         self._database = AsyncDatabase(client, arguments.seconds(retry_for, "retry_for", zero=True), timeout)
         self._sql = StreamStatements(chunks, status, synchronous_commit)
         runner = self._database.client
@@ -107,6 +108,10 @@ class AsyncPostgresStreamStore:
         )
         self._pages = AsyncPageReader(self._database, self._sql)
         self._appender = AsyncAppender(self._database, self._sql, self._ttl, self._notifier)
+
+    def __repr__(self) -> str:
+        tables = " and ".join(table.quoted for table in self._tables)
+        return f"<{type(self).__name__} in {tables}, {self._database.client!r}, {self._database.state}>"
 
     async def create(self, id: str | None = None) -> str:
         """Create a stream and return its id. Of several simultaneous callers with one id, one succeeds.
