@@ -242,7 +242,7 @@ def conversations(message: Message) -> None:
         store.save("id", chat)
     except ConversationConflictError as conflict:
         assert_type(conflict.session_id, str)
-        assert_type([conflict.ours, conflict.theirs], list[ChatHistory[Any]])
+        assert_type([conflict.ours, conflict.theirs], list[Any])
     except (MessageNotFoundError, InvalidHistoryError) as error:
         assert_type(error.node_id, str | None)
 

@@ -1,4 +1,4 @@
-"""The errors: one family, each says what it means, and each survives a trip between processes."""
+"""The errors: one hierarchy, texts, pickling, and SQLSTATE codes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import psycopg
 import pytest
 
 import aibind_postgres
-from aibind_postgres import ChatHistory, errors
+from aibind_postgres import ChatHistory, _sqlstate, errors
 
 EXAMPLES = [
     errors.StreamNotFoundError("s"),
@@ -21,30 +21,32 @@ EXAMPLES = [
     errors.InvalidHistoryError("why"),
     errors.InvalidHistoryError("why", "n"),
     errors.InvalidDataError("why"),
-    errors.SchemaError("what"),
+    errors.ConversationConflictError("s", None, None),
+    errors.WebError(402, "payment required"),
+    errors.SchemaError("why"),
     errors.ForkedError("this store belongs to another process"),
     errors.StoreClosedError("this store is closed"),
 ]
 
 
 @pytest.mark.parametrize("error", EXAMPLES, ids=lambda error: type(error).__name__)
-def test_an_error_can_be_pickled_and_copied(error):
+def test_pickle_and_copy(error):
     for twin in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
         assert type(twin) is type(error)
         assert str(twin) == str(error)
         assert vars(twin) == vars(error)
 
 
-def test_every_error_is_of_the_family_and_public():
-    family = {kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)}
-    assert {type(error) for error in EXAMPLES} | {errors.AibindError} == family
-    for kind in family:
+def test_hierarchy_and_public_names():
+    hierarchy = {kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)}
+    assert {type(error) for error in EXAMPLES} | {errors.AibindError} == hierarchy
+    for kind in hierarchy:
         assert issubclass(kind, errors.AibindError)
         assert kind.__name__ in aibind_postgres.__all__
         assert getattr(aibind_postgres, kind.__name__) is kind
 
 
-def test_a_conflict_holds_both_histories_also_after_a_trip():
+def test_pickled_conflict_keeps_both_histories():
     ours, theirs = ChatHistory(), ChatHistory()
     ours.append("ours")
     conflict = aibind_postgres.ConversationConflictError("s", ours, theirs)
@@ -57,13 +59,13 @@ def test_invalid_data_is_a_value_error():
     assert issubclass(errors.InvalidDataError, ValueError)
 
 
-def test_the_state_and_the_numbers_can_be_read():
+def test_attributes():
     assert errors.StreamNotActiveError("s", "done").state == "done"
     conflict = errors.SequenceConflictError("s", 3, 5)
     assert (conflict.expected, conflict.actual) == (3, 5)
 
 
-def test_a_drivers_error_is_found_inside_its_wrappers():
+def test_translation_of_wrapped_driver_errors():
     class WrappedError(Exception):
         def __init__(self, orig):
             self.orig = orig
@@ -72,27 +74,45 @@ def test_a_drivers_error_is_found_inside_its_wrappers():
     wrapper = RuntimeError("with [SQL: … parameters: secret]")
     wrapper.__cause__ = missing
     for error in (missing, WrappedError(missing), wrapper, WrappedError(WrappedError(missing))):
-        known = errors.translated(error)
+        known = _sqlstate.translate(error)
         assert isinstance(known, errors.SchemaError)
-        assert 'relation "x" does not exist. Create what is missing with `aibind-postgres migrate`' in str(known)
+        assert 'relation "x" does not exist. Create it with `aibind-postgres migrate`' in str(known)
         assert "secret" not in str(known)
-    assert errors.translated(psycopg.errors.DivisionByZero()) is None
-    assert errors.translated(RuntimeError()) is None
+    assert _sqlstate.translate(psycopg.errors.DivisionByZero()) is None
+    assert _sqlstate.translate(RuntimeError()) is None
 
 
 @pytest.mark.parametrize(
     ("code", "certain"),
     [
         *[(code, True) for code in ("21000", "22P02", "23505", "42501", "44000", "P0001", "40001", "40P01", "57014")],
-        # Unknown completion, connection lost, out of resources, shut down, input and output, internal.
+        # Statement completion unknown, connection failure, disk full, admin shutdown, I/O error, internal error.
         *[(code, False) for code in ("40003", "08006", "53100", "57P01", "58030", "XX000", None)],
     ],
 )
-def test_what_the_server_has_refused_for_certain(code, certain):
+def test_rejected_statement_wrote_nothing(code, certain):
     error = RuntimeError("from a driver")
     error.sqlstate = code
-    assert errors.nothing_was_written(error) is certain
+    assert _sqlstate.wrote_nothing(error) is certain
 
 
-def test_a_text_that_was_never_sent_was_not_written():
-    assert errors.nothing_was_written(errors.InvalidDataError("no room for a character"))
+def test_unsent_text_was_not_written():
+    assert _sqlstate.wrote_nothing(errors.InvalidDataError("lone surrogate"))
+
+
+@pytest.mark.parametrize(
+    ("code", "temporary"),
+    [("08006", True), ("53300", True), ("57P01", True), ("57P03", True), ("57014", False), ("23505", False), (None, False)],
+)
+def test_temporary_errors(code, temporary):
+    error = RuntimeError("from a driver")
+    error.sqlstate = code
+    assert _sqlstate.is_temporary(error) is temporary
+
+
+def test_texts_name_object_value_and_next_step():
+    assert str(errors.StreamNotFoundError("a")) == (
+        "stream 'a' not found: it was never created, was deleted, or has expired"
+    )
+    assert "stream 'a': expected number 3, but the next number is 5" in str(errors.SequenceConflictError("a", 3, 5))
+    assert "load it again" in str(errors.ConversationConflictError("s", None, None))

@@ -1,10 +1,15 @@
-"""Importing the package loads nothing that an extra brings. What it costs: benchmarks/import_cost.py."""
+"""Importing the package loads no package of an extra. benchmarks/import_cost.py measures its cost."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+from importlib.metadata import version
+
+import pytest
+
+import aibind_postgres
 
 EXTRAS = {
     "typer",
@@ -20,7 +25,7 @@ EXTRAS = {
 
 
 def loaded_by(statement: str) -> set[str]:
-    """Return the top-level names of the modules that a fresh interpreter has loaded after a statement."""
+    """Return the top-level names of the modules that a fresh interpreter loads for a statement."""
     code = f"import json, sys\n{statement}\nprint(json.dumps(list(sys.modules)))"
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, capture_output=True, text=True)
     return {name.partition(".")[0] for name in json.loads(done.stdout)}
@@ -30,11 +35,20 @@ def test_no_extra_is_loaded() -> None:
     assert loaded_by("import aibind_postgres").isdisjoint(EXTRAS)
 
 
-def test_the_modules_that_have_a_use_for_extras_load_none_until_then() -> None:
+def test_modules_that_use_extras_load_none_on_import() -> None:
     assert loaded_by("import aibind_postgres.schema, aibind_postgres.embedded").isdisjoint(EXTRAS)
 
 
-def test_only_psycopg_and_its_pool_are_needed() -> None:
+def test_psycopg_and_its_pool_are_the_only_dependencies() -> None:
     needed = loaded_by("import psycopg, psycopg_pool")
     others = loaded_by("import aibind_postgres") - needed - set(sys.stdlib_module_names)
     assert others == {"aibind_postgres"}
+
+
+def test_version_of_the_distribution() -> None:
+    assert aibind_postgres.__version__ == version("aibind-postgres")
+
+
+def test_unknown_name() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'unknown'"):
+        aibind_postgres.unknown  # noqa: B018
