@@ -1,4 +1,4 @@
-"""The build hook: the synchronous flavour is generated for every wheel, sdist and editable install."""
+"""The build hook: generates the synchronous flavour for each wheel, sdist and editable install."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Clients for other drivers: SQLAlchemy, Django and asyncpg. Each is imported on first use."""
+"""Clients for other drivers: SQLAlchemy, Django and asyncpg. Each driver is imported on first use."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import psycopg
 
 from ._async import client as async_client
 from ._async import connections as async_connections
+from ._sqlstate import is_temporary
 from ._sync import client as sync_client
 from ._sync import connections as sync_connections
-from ._sqlstate import is_temporary
 from ._tables import quote
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ class _SQLAlchemy(sync_client.Client):
         self._engine = engine.execution_options(isolation_level="AUTOCOMMIT")
         self.joins_transactions = False
 
-    def __repr__(self) -> str:  # without the URL, whose query may hold a password
+    def __repr__(self) -> str:  # without the URL: its query may hold a password
         return f"<SQLAlchemy client with driver {self._engine.driver}>"
 
     def query(self, sql: str, params: Sequence[Any]) -> Sequence[Row]:
@@ -149,7 +149,7 @@ class _AsyncSQLAlchemy(async_client.AsyncClient):
         self._engine = engine.execution_options(isolation_level="AUTOCOMMIT")
         self.joins_transactions = False
 
-    def __repr__(self) -> str:  # without the URL, whose query may hold a password
+    def __repr__(self) -> str:  # without the URL: its query may hold a password
         return f"<SQLAlchemy client with driver {self._engine.driver}>"
 
     async def query(self, sql: str, params: Sequence[Any]) -> Sequence[Row]:
@@ -261,7 +261,7 @@ def _django() -> Any:
     return db
 
 
-def _translated(sql: str, placeholder: str) -> str:
+def _with_placeholder(sql: str, placeholder: str) -> str:
     """Replace `$1` by a driver's placeholder, except in quoted names, literals and comments."""
     return _TOKENS.sub(lambda token: placeholder.format(token["number"]) if token["number"] else token[0], sql)
 
@@ -270,12 +270,12 @@ def _translated(sql: str, placeholder: str) -> str:
 def _text_clause(sql: str) -> TextClause:
     from sqlalchemy import text
 
-    return text(_translated(sql.replace(":", "\\:"), ":aibind_{}"))
+    return text(_with_placeholder(sql.replace(":", "\\:"), ":aibind_{}"))
 
 
 @lru_cache
 def _for_django(sql: str) -> str:
-    return _translated(sql.replace("%", "%%"), "%(aibind_{})s")
+    return _with_placeholder(sql.replace("%", "%%"), "%(aibind_{})s")
 
 
 def _named(params: Sequence[Any]) -> dict[str, Any]:

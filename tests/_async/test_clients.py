@@ -1,4 +1,4 @@
-"""psycopg's pools and connections, however the user has set them up."""
+"""psycopg's pools and connections in various configurations."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from aibind_postgres import AibindError, AsyncPostgresStreamStore, InvalidDataEr
 
 
 async def round_trip(store):
-    """Use every statement; the first ones more often than it takes psycopg to prepare them."""
+    """Use every statement; the first ones so often that psycopg prepares them."""
     id = await store.create()
     for number in range(1, 13):
         assert await store.append(id, str(number)) == number
@@ -52,7 +52,7 @@ async def collect(store, id):
     ],
     ids=lambda kwargs: ",".join(kwargs) or "default",
 )
-async def test_a_pool(dsn, tables, kind, kwargs):
+async def test_pool(dsn, tables, kind, kwargs):
     async with kind(dsn, min_size=0, max_size=2, kwargs=kwargs, open=False) as pool:
         async with AsyncPostgresStreamStore(pool, **tables) as store:
             await round_trip(store)
@@ -62,7 +62,7 @@ async def test_a_pool(dsn, tables, kind, kwargs):
             assert connection.info.transaction_status == psycopg.pq.TransactionStatus.IDLE
 
 
-async def test_a_pool_not_in_autocommit_mode_sends_no_begin(dsn, tables):
+async def test_pool_without_autocommit_sends_no_begin(dsn, tables):
     async with AsyncConnectionPool(dsn, min_size=1, max_size=1, open=False) as pool:
         async with AsyncPostgresStreamStore(pool, **tables) as store:
             id = await store.create()
@@ -72,10 +72,10 @@ async def test_a_pool_not_in_autocommit_mode_sends_no_begin(dsn, tables):
             async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as admin:
                 statement = "SELECT query FROM pg_stat_activity WHERE pid = %s"
                 (last,) = await (await admin.execute(statement, [pid])).fetchone()
-    assert "total_chunks" in last  # and not COMMIT
+    assert "total_chunks" in last  # not COMMIT
 
 
-async def test_an_error_leaves_the_pool_as_it_was(dsn, tables):
+async def test_pool_after_an_error(dsn, tables):
     async with AsyncConnectionPool(dsn, min_size=1, max_size=1, open=False) as pool:
         async with AsyncPostgresStreamStore(pool, status_table="no such table") as store:
             for _ in range(3):
@@ -87,14 +87,14 @@ async def test_an_error_leaves_the_pool_as_it_was(dsn, tables):
             assert connection.autocommit is False
 
 
-async def test_a_connection_in_autocommit_mode(dsn, tables):
+async def test_connection_in_autocommit_mode(dsn, tables):
     async with await psycopg.AsyncConnection.connect(dsn, autocommit=True, row_factory=dict_row) as connection:
         async with AsyncPostgresStreamStore(connection, **tables) as store:
             await round_trip(store)
         assert not connection.closed
 
 
-async def test_a_connection_in_a_transaction(dsn, tables):
+async def test_connection_in_a_transaction(dsn, tables):
     async with (
         await psycopg.AsyncConnection.connect(dsn) as connection,
         AsyncPostgresStreamStore(dsn, **tables) as other,
@@ -119,7 +119,7 @@ async def collect_now(store, id):
     return [tuple(chunk) async for chunk in store.read_from(id, follow=False)]
 
 
-async def test_a_commit_wakes_readers_elsewhere(dsn, tables):
+async def test_commit_wakes_readers_of_other_stores(dsn, tables):
     async with (
         await psycopg.AsyncConnection.connect(dsn) as connection,
         AsyncPostgresStreamStore(dsn, **tables, poll_interval=3600) as other,
@@ -136,7 +136,7 @@ async def test_a_commit_wakes_readers_elsewhere(dsn, tables):
             assert await reader.result() == [(1, "a")]
 
 
-async def test_a_connection_follows_a_stream(dsn, tables):
+async def test_connection_follows_a_stream(dsn, tables):
     async with (
         await psycopg.AsyncConnection.connect(dsn, autocommit=True) as connection,
         AsyncPostgresStreamStore(connection, **tables, poll_interval=3600) as store,
@@ -154,7 +154,7 @@ async def test_a_connection_follows_a_stream(dsn, tables):
         assert [data for _, data in results[1]] == [str(number) for number in range(10)]
 
 
-async def test_a_server_that_does_not_answer_is_told_with_its_reason(dsn):
+async def test_unreachable_server_raises_with_the_reason(dsn):
     nowhere = make_conninfo(dsn, dbname="no such database")
     with pytest.raises(psycopg.OperationalError, match="does not exist"):
         await schema.async_migrate(nowhere)
@@ -164,7 +164,7 @@ async def test_a_server_that_does_not_answer_is_told_with_its_reason(dsn):
                 await call()
 
 
-async def test_a_client_of_the_other_flavour_is_refused():
+async def test_client_of_the_other_flavour():
     for wrong in (CoroutineClient(), PlainClient()):
         is_ours = inspect.iscoroutinefunction(wrong.query) == inspect.iscoroutinefunction(
             AsyncPostgresStreamStore.create
@@ -176,7 +176,7 @@ async def test_a_client_of_the_other_flavour_is_refused():
                 AsyncPostgresStreamStore(wrong)
 
 
-async def test_a_wrong_client_is_refused():
+async def test_invalid_arguments():
     with pytest.raises(TypeError, match="connection string"):
         AsyncPostgresStreamStore(object())
     for wrong in ("", "a" * 64, "ü" * 32, "a\0b", "a.b.c", "a.", ".b", "\ud800"):
@@ -215,7 +215,7 @@ async def test_without_the_second_migration(dsn, tables):
         async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as admin:
             statement = psycopg.sql.SQL("UPDATE {} SET expires_at = expires_at - 60000").format(tables["status_table"])
             await admin.execute(statement)
-        # Silent for 60 seconds, or for 35: it is not known any better, so nobody is ended who may be alive.
+        # Silent for 60 seconds or for 35: without the migration both are possible, so the stream is not ended yet.
         assert await store.fail_abandoned(40) == []
         assert await store.fail_abandoned(30) == [id]
         assert await store.cleanup() == (0, 0)
@@ -223,8 +223,8 @@ async def test_without_the_second_migration(dsn, tables):
 
 
 @pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII"])
-async def test_a_database_of_another_encoding(server, encoding):
-    name = f"aibind_{encoding.lower()}_{uuid.uuid4().hex}"  # both flavours may be at it at the same time
+async def test_database_with_another_encoding(server, encoding):
+    name = f"aibind_{encoding.lower()}_{uuid.uuid4().hex}"  # the tests of both flavours may run at the same time
     latin = make_conninfo(server, dbname=name)
     async with await psycopg.AsyncConnection.connect(server, autocommit=True) as admin:
         await admin.execute(f"CREATE DATABASE {name} TEMPLATE template0 ENCODING '{encoding}' LOCALE 'C'")
@@ -244,14 +244,14 @@ async def test_a_database_of_another_encoding(server, encoding):
                 async with AsyncPostgresStreamStore(pool) as store:
                     if encoding == "LATIN1":
                         assert await collect_now(store, "ü") == [(1, "é")]
-                    else:  # psycopg would give bytes
+                    else:  # psycopg would return bytes
                         with pytest.raises(InvalidDataError, match="UTF8"):
                             await store.get_status("ü")
         finally:
             await admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
-async def test_an_announcement_that_fails_is_not_hidden_from_the_transaction_it_undoes(database):
+async def test_failed_notification_raises_in_the_transaction_it_aborts(database):
     role = f"role_{uuid.uuid4().hex}"
     async with await psycopg.AsyncConnection.connect(database, autocommit=True) as admin:
         await admin.execute(f"CREATE ROLE {role}")
@@ -275,7 +275,7 @@ async def test_an_announcement_that_fails_is_not_hidden_from_the_transaction_it_
             await admin.execute(f"DROP ROLE {role}")
 
 
-async def test_a_row_that_cannot_be_updated_is_told(dsn, tables, schema_name):
+async def test_row_that_cannot_be_updated(dsn, tables, schema_name):
     async with AsyncPostgresStreamStore(dsn, **tables) as store:
         id = await store.create()
         async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as admin:
@@ -290,7 +290,7 @@ async def test_a_row_that_cannot_be_updated_is_told(dsn, tables, schema_name):
 
 
 class LosesReplies:
-    """A client whose connection breaks after the statement and before its reply, when it is told to."""
+    """A client that loses the reply to its next statement if `loses_next` is set."""
 
     connection_errors = (ConnectionError,)
 
@@ -307,7 +307,7 @@ class LosesReplies:
         return rows
 
 
-async def test_a_lost_reply_is_made_good_by_a_retry(dsn, tables):
+async def test_retry_after_a_lost_reply(dsn, tables):
     async with (
         AsyncConnectionPool(dsn, min_size=1, max_size=2, kwargs={"autocommit": True}, open=False) as pool,
         AsyncPostgresStreamStore(dsn, **tables, poll_interval=3600) as other,
@@ -325,13 +325,13 @@ async def test_a_lost_reply_is_made_good_by_a_retry(dsn, tables):
                 client.loses_next = True
                 with pytest.raises(ConnectionError):
                     await call()
-                # The retry also announces what the lost call could not.
+                # The retry also sends the notification of the lost call.
                 assert await call() in (1, 3, False)
             assert await reader.result() == [(1, "a"), (2, "b"), (3, "c")]
         await store.close()
 
 
-async def test_ttls_may_differ_where_the_second_migration_is(dsn, tables):
+async def test_stores_with_different_ttls(dsn, tables):
     async with (
         AsyncPostgresStreamStore(dsn, **tables, ttl=60) as short,
         AsyncPostgresStreamStore(dsn, **tables, ttl=86400) as long,
@@ -345,12 +345,12 @@ async def test_ttls_may_differ_where_the_second_migration_is(dsn, tables):
         assert sorted(await long.fail_abandoned(0.2)) == ["new", "written"]
 
 
-async def test_an_expiry_that_is_no_time_is_listed(dsn, tables):
+async def test_list_with_an_expiry_out_of_range(dsn, tables):
     async with (
         AsyncPostgresStreamStore(dsn, **tables) as store,
         await psycopg.AsyncConnection.connect(dsn, autocommit=True) as admin,
     ):
         insert = psycopg.sql.SQL("INSERT INTO {} (id, expires_at) VALUES (%s, %s)").format(tables["status_table"])
-        for id, moment in (("a", 2**63 - 1), ("b", -(2**63)), ("c", -1)):
-            await admin.execute(insert, [id, moment])
+        for id, expires_at in (("a", 2**63 - 1), ("b", -(2**63)), ("c", -1)):
+            await admin.execute(insert, [id, expires_at])
         assert [info.expires_at.year for info in [info async for info in store.list()]] == [9999, 1, 1969]

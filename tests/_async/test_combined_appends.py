@@ -1,4 +1,4 @@
-"""Appends that share a statement: each gets its own number or its own error, and none waits for another's trouble."""
+"""Appends that share a statement: each gets its own number or error, and none is delayed by another's lock or fault."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from aibind_postgres._concurrency import AsyncEvent
 
 
 class GatedClient:
-    """A pool of which each statement is noted, and waits for a gate before it is sent."""
+    """A pool that records each statement, and waits for a gate before it sends it."""
 
     def __init__(self, pool):
         self.pool = pool
@@ -58,7 +58,7 @@ async def store(client, tables, monkeypatch):
 
 
 async def at_once(store, client, calls):
-    """Have these calls queue behind another one, so that they share a statement; return their results or errors."""
+    """Queue these calls during another one, so that they share a statement; return their results or errors."""
     other = await store.create()
     [lane] = store._appender._lanes
     client.gate.clear()
@@ -103,7 +103,7 @@ async def test_appends_to_one_stream_share_a_statement(store, client):
         assert stored[last - 3 : last] == [f"{number}", "", "\"'\\\x01\n😀"]
 
 
-async def test_each_gets_his_own_error(store, client):
+async def test_each_append_gets_its_own_error(store, client):
     good, ended, ahead = [await store.create() for _ in range(3)]
     await store.stop(ended)
     calls = [
@@ -124,7 +124,7 @@ async def test_each_gets_his_own_error(store, client):
     assert await texts(store, ahead) == []
 
 
-async def test_of_two_that_want_one_number_one_is_told(store, client):
+async def test_one_of_two_appends_with_the_same_number_raises(store, client):
     id = await store.create()
     results = await at_once(store, client, [partial(store.append, id, text, expected_seq=1) for text in "ab"])
     assert sorted(map(str, results), key=len)[0] == "1"
@@ -132,39 +132,39 @@ async def test_of_two_that_want_one_number_one_is_told(store, client):
     assert len(await texts(store, id)) == 1
 
 
-async def test_the_same_append_at_once_writes_once(store, client):
+async def test_simultaneous_identical_appends_write_once(store, client):
     id = await store.create()
     assert await at_once(store, client, [partial(store.append, id, "a", expected_seq=1)] * 5) == [1] * 5
     assert await texts(store, id) == ["a"]
 
 
-async def test_numbers_in_a_row_at_once(store, client):
+async def test_simultaneous_consecutive_numbers(store, client):
     id = await store.create()
     calls = [partial(store.append, id, f"{seq}", expected_seq=seq) for seq in (1, 2, 3)]
     results = await at_once(store, client, calls)
     written = await texts(store, id)
-    # Who comes too early for his number is told so, and what is written is right.
+    # An append that arrives before its number is next raises; the stored texts have no gap.
     assert written == ["1", "2", "3"][: len(written)]
     for seq, result in enumerate(results, start=1):
         assert result == seq if seq <= len(written) else isinstance(result, SequenceConflictError)
 
 
-async def test_a_refused_batch_harms_only_the_one_it_was_refused_for(store, client, dsn, tables):
+async def test_rejected_batch_raises_only_in_the_append_at_fault(store, client, dsn, tables):
     ids = [await store.create() for _ in range(5)]
     async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as connection:
-        # A number that is taken, as if somebody had meddled with the table.
+        # The next number is taken, as if another program had written to the table.
         statement = psycopg.sql.SQL("INSERT INTO {} (id, seq, data) VALUES (%s, 1, 'x')").format(tables["chunks_table"])
         await connection.execute(statement, [ids[2]])
     results = await at_once(store, client, [partial(store.append, id, "text") for id in ids])
-    refused = results.pop(2)
-    assert isinstance(refused, AibindError)
-    assert isinstance(refused.__cause__, psycopg.errors.UniqueViolation)
+    rejected = results.pop(2)
+    assert isinstance(rejected, AibindError)
+    assert isinstance(rejected.__cause__, psycopg.errors.UniqueViolation)
     assert results == [1] * 4
     for id in ids[:2] + ids[3:]:
         assert await texts(store, id) == ["text"]
 
 
-async def test_a_batch_whose_outcome_is_unknown_is_not_sent_again(store, client, monkeypatch):
+async def test_batch_with_unknown_outcome_is_not_repeated(store, client, monkeypatch):
     ids = [await store.create() for _ in range(5)]
     query = client.query
 
@@ -182,7 +182,7 @@ async def test_a_batch_whose_outcome_is_unknown_is_not_sent_again(store, client,
         assert await store.append(id, "text", expected_seq=1) == 1
 
 
-async def test_a_locked_stream_holds_up_no_other(store, client, dsn, tables):
+async def test_locked_stream_delays_no_other(store, client, dsn, tables):
     ids = [await store.create() for _ in range(5)]
     lock = psycopg.sql.SQL("SELECT FROM {} WHERE id = %s FOR UPDATE").format(tables["status_table"])
     async with await psycopg.AsyncConnection.connect(dsn) as holder:
@@ -192,13 +192,13 @@ async def test_a_locked_stream_holds_up_no_other(store, client, dsn, tables):
             assert others == [1] * 4
             async with AsyncBackground(partial(store.append, ids[0], "waits, too")) as combined:
                 assert await async_gather(*[partial(store.append, id, "goes on") for id in ids[1:]] * 5)
-                # The holder himself may append to other streams, and he is not blocked for good.
+                # A caller that holds the lock can append to other streams.
                 assert await store.append(ids[1], "from the holder") == 7
                 await holder.rollback()
                 assert sorted([await alone.result(), await combined.result()]) == [1, 2]
 
 
-async def test_what_is_large_goes_alone(store, client):
+async def test_large_append_runs_alone(store, client):
     ids = [await store.create() for _ in range(4)]
     large = "x" * appending.LARGEST_COMBINED
 
@@ -212,7 +212,7 @@ async def test_what_is_large_goes_alone(store, client):
     assert store._appender._lanes[0]._led_since == 0
 
 
-async def test_a_connection_of_the_caller_is_never_shared(dsn, tables):
+async def test_appends_on_a_callers_connection_are_not_combined(dsn, tables):
     async with await psycopg.AsyncConnection.connect(dsn) as connection:
         async with AsyncPostgresStreamStore(connection, **tables) as store:
             ids = [await store.create() for _ in range(10)]
@@ -221,7 +221,7 @@ async def test_a_connection_of_the_caller_is_never_shared(dsn, tables):
             await connection.commit()
 
 
-async def test_closing_refuses_what_queues(client, tables, monkeypatch):
+async def test_close_rejects_queued_appends(client, tables, monkeypatch):
     monkeypatch.setattr(appending, "LANES", 1)
     store = AsyncPostgresStreamStore(client, **tables)
     id = await store.create()
@@ -249,7 +249,7 @@ async def test_retried_appends_of_many_streams_write_each_chunk_once(dsn, tables
 
         async def produce(id):
             for seq in range(1, 41):
-                for _ in range(chance.choice([1, 1, 2])):  # a retry after a reply that seemed lost
+                for _ in range(chance.choice([1, 1, 2])):  # a retry after a lost reply
                     assert await store.append(id, f"{seq}", expected_seq=seq) == seq
 
         await async_gather(*[partial(produce, id) for id in ids])
@@ -257,7 +257,7 @@ async def test_retried_appends_of_many_streams_write_each_chunk_once(dsn, tables
             assert await texts(store, id) == [f"{seq}" for seq in range(1, 41)]
 
 
-async def test_bad_data_is_refused_before_it_queues(store, client):
+async def test_invalid_data_is_rejected_before_it_queues(store, client):
     id = await store.create()
     client.statements.clear()
     for bad in ["\0", "\ud800", 7]:

@@ -1,4 +1,4 @@
-"""Combining calls, on its own: who runs, who waits, and what becomes of faults."""
+"""Combined calls without a database: leaders, followers, batches and errors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from aibind_postgres._concurrency import AsyncEvent
 
 
 class Recorder:
-    """A run that records its batches and, where told, waits for a gate or raises."""
+    """A run that records its batches, waits for a gate, and raises for items in `broken`."""
 
     def __init__(self):
         self.batches = []
@@ -42,13 +42,13 @@ def combiner(recorder):
 
 
 @pytest.fixture
-def patient(monkeypatch):
-    """Nobody loses patience: who runs beside whom does not depend on the machine."""
-    monkeypatch.setattr(combining, "PATIENCE", 60)
+def no_takeover(monkeypatch):
+    """A takeover timeout that a slow machine does not exceed, so that the batches are predictable."""
+    monkeypatch.setattr(combining, "TAKEOVER_TIMEOUT", 60)
 
 
 async def run_together(combiner, recorder, items, sizes=None, errors=False):
-    """Have one call run, with 0, and the others queue behind it in this order; return what these give."""
+    """Start a call with item 0, queue one for each of `items` in order, and return their results."""
     recorder.gate.clear()
     calls = []
 
@@ -56,11 +56,11 @@ async def run_together(combiner, recorder, items, sizes=None, errors=False):
         results = []
         async with AsyncBackground(partial(combiner.call, 0)):
             await async_until(lambda: recorder.batches)
-            for place, item in enumerate(items):
+            for index, item in enumerate(items):
                 call = AsyncBackground(partial(combiner.call, item, (sizes or {}).get(item, 1)))
                 await call.__aenter__()
                 calls.append(call)
-                await async_until(lambda place=place: len(combiner._queue) == place + 1)
+                await async_until(lambda index=index: len(combiner._queue) == index + 1)
             recorder.gate.set()
             for call in calls:
                 try:
@@ -74,36 +74,36 @@ async def run_together(combiner, recorder, items, sizes=None, errors=False):
     return await queue()
 
 
-async def test_a_call_alone_runs_at_once(combiner, recorder):
+async def test_single_call_runs_at_once(combiner, recorder):
     assert await combiner.call(1) == 10
     assert await combiner.call(2) == 20
     assert recorder.batches == [[1], [2]]
 
 
-@pytest.mark.usefixtures("patient")
-async def test_what_queues_runs_together_in_order(combiner, recorder):
+@pytest.mark.usefixtures("no_takeover")
+async def test_queued_calls_run_together_in_order(combiner, recorder):
     assert await run_together(combiner, recorder, [1, 2, 3]) == [10, 20, 30]
     assert recorder.batches == [[0], [1, 2, 3]]
     assert await combiner.call(4) == 40
 
 
-@pytest.mark.usefixtures("patient")
-async def test_a_batch_has_so_many_items_at_most(recorder):
+@pytest.mark.usefixtures("no_takeover")
+async def test_max_items(recorder):
     combiner = AsyncCombiner(recorder.run, max_items=2, max_size=1000)
     assert await run_together(combiner, recorder, [1, 2, 3, 4, 5]) == [10, 20, 30, 40, 50]
     assert recorder.batches == [[0], [1, 2], [3, 4], [5]]
 
 
-@pytest.mark.usefixtures("patient")
-async def test_a_batch_has_such_a_size_at_most(recorder):
+@pytest.mark.usefixtures("no_takeover")
+async def test_max_size(recorder):
     combiner = AsyncCombiner(recorder.run, max_items=100, max_size=10)
     sizes = {1: 4, 2: 6, 3: 1, 4: 50, 5: 1}
     assert await run_together(combiner, recorder, [1, 2, 3, 4, 5], sizes) == [10, 20, 30, 40, 50]
     assert recorder.batches == [[0], [1, 2], [3], [4], [5]]
 
 
-@pytest.mark.usefixtures("patient")
-async def test_a_failing_batch_gives_each_caller_an_error_of_his_own(combiner, recorder):
+@pytest.mark.usefixtures("no_takeover")
+async def test_failed_batch_raises_a_separate_error_in_each_caller(combiner, recorder):
     original = recorder.broken[2] = AibindError("no")
     errors = await run_together(combiner, recorder, [1, 2, 3], errors=True)
     assert [str(error) for error in errors] == ["no"] * 3
@@ -112,7 +112,7 @@ async def test_a_failing_batch_gives_each_caller_an_error_of_his_own(combiner, r
     assert await combiner.call(4) == 40
 
 
-async def test_an_error_of_one_alone_is_his(combiner, recorder):
+async def test_failed_single_call_raises_the_original_error(combiner, recorder):
     original = recorder.broken[1] = AibindError("no")
     with pytest.raises(AibindError) as caught:
         await combiner.call(1)
@@ -120,8 +120,8 @@ async def test_an_error_of_one_alone_is_his(combiner, recorder):
     assert await combiner.call(2) == 20
 
 
-@pytest.mark.usefixtures("patient")
-async def test_nobody_waits_for_more_than_two_batches():
+@pytest.mark.usefixtures("no_takeover")
+async def test_call_waits_for_at_most_two_batches():
     begun = [0]
 
     async def run(items):
@@ -140,12 +140,12 @@ async def test_nobody_waits_for_more_than_two_batches():
         return waits
 
     waits = [wait for waits in await async_gather(*[worker] * 30) for wait in waits]
-    # The batches that began after a call came: its own, and that of a leader who had been called already.
+    # Batches that began after a call arrived: its own, and the one of a leader that was being woken.
     assert max(waits) <= 2
     assert begun[0] < 30 * 50 / 5
 
 
-async def test_a_run_that_does_not_return_holds_nobody_up(combiner, recorder):
+async def test_takeover_of_a_stuck_run(combiner, recorder):
     recorder.gate.clear()
     async with AsyncBackground(partial(combiner.call, 1)) as stuck:
         await async_until(lambda: recorder.batches)
@@ -159,7 +159,7 @@ async def test_a_run_that_does_not_return_holds_nobody_up(combiner, recorder):
     assert combiner._leader is None
 
 
-async def test_thousands_of_calls_each_get_their_own_result(combiner):
+async def test_each_of_thousands_of_calls_gets_its_own_result(combiner):
     async def worker(start):
         return [await combiner.call(number) for number in range(start, start + 100)]
 

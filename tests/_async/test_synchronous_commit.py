@@ -1,4 +1,4 @@
-"""The synchronous_commit option: in force when a statement of ours commits, and nowhere else."""
+"""The option `synchronous_commit` applies to the commits of the store only."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from aibind_postgres import AsyncPostgresStreamStore
 
 
 @pytest.fixture
-def seen(dsn, tables, schema_name):
+def settings_at_commit(dsn, tables, schema_name):
     with witness(dsn, tables["status_table"], schema_name) as settings:
         yield settings
 
@@ -31,19 +31,19 @@ async def write_everything(store):
 
 
 @pytest.mark.parametrize("setting", ["off", "local", "on", "remote_write", "remote_apply"])
-async def test_every_write_commits_so(dsn, tables, seen, setting):
+async def test_every_write_uses_it(dsn, tables, settings_at_commit, setting):
     async with AsyncPostgresStreamStore(dsn, **tables, synchronous_commit=setting) as store:
         await write_everything(store)
-    assert seen() == {setting}
+    assert settings_at_commit() == {setting}
 
 
-async def test_without_it_the_server_decides(dsn, tables, seen):
+async def test_default_of_the_server(dsn, tables, settings_at_commit):
     async with AsyncPostgresStreamStore(make_conninfo(dsn, options="-csynchronous_commit=local"), **tables) as store:
         await write_everything(store)
-    assert seen() == {"local"}
+    assert settings_at_commit() == {"local"}
 
 
-async def test_it_leaves_no_trace_on_a_connection(dsn, tables):
+async def test_connection_keeps_its_own_setting(dsn, tables):
     async with AsyncConnectionPool(dsn, min_size=1, max_size=1, open=False) as pool:
         async with AsyncPostgresStreamStore(pool, **tables, synchronous_commit="off") as store:
             await write_everything(store)
@@ -51,6 +51,6 @@ async def test_it_leaves_no_trace_on_a_connection(dsn, tables):
             assert await (await connection.execute("SHOW synchronous_commit")).fetchone() == ("on",)
 
 
-async def test_another_value_is_refused(dsn):
+async def test_invalid_value(dsn):
     with pytest.raises(ValueError, match="must be one of on, off, local, remote_write, remote_apply, not 'x'"):
         AsyncPostgresStreamStore(dsn, synchronous_commit="x")

@@ -1,4 +1,4 @@
-"""The option `timeout`: no statement, and no wait for a connection of the pool, takes longer."""
+"""The option `timeout` limits each statement, with its wait for a connection of the pool."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ UNANSWERED = "has not answered within the timeout"
 
 @pytest.fixture
 async def blocked(dsn, tables):
-    """A stream whose row another transaction holds, and that transaction: a server that takes its time."""
+    """A stream with a locked row, and the connection of the transaction that holds the lock."""
     async with AsyncPostgresStreamStore(dsn, **tables) as store, await psycopg.AsyncConnection.connect(dsn) as other:
         id = await store.create()
         row = psycopg.sql.SQL("SELECT FROM {} FOR UPDATE").format(tables["status_table"])
@@ -27,23 +27,23 @@ async def blocked(dsn, tables):
         yield id, other
 
 
-async def test_a_statement_that_is_not_answered_is_given_up(dsn, tables, blocked):
+async def test_unanswered_statement_raises(dsn, tables, blocked):
     id, other = blocked
     async with AsyncConnectionPool(dsn, min_size=1, max_size=1, open=False) as pool:
         async with AsyncPostgresStreamStore(pool, timeout=0.2, **tables) as store:
             with pytest.raises(psycopg.OperationalError, match=UNANSWERED):
                 await store.append(id, "a", expected_seq=1)
         await other.rollback()
-        # The pool has another connection in its place, and nothing is left of that statement in it.
+        # The pool has replaced the connection, and the statement has no effect.
         async with AsyncPostgresStreamStore(pool, **tables) as store:
             assert await store.append(id, "a", expected_seq=1) == 1
             assert await store.get_status(id) == ("active", None, 1)
 
 
-async def test_what_is_given_up_does_not_fill_the_server(dsn, tables, blocked):
+async def test_abandoned_statements_do_not_occupy_the_servers_connections(dsn, tables, blocked):
     id, _ = blocked
-    sessions = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'given up'"
-    ours = make_conninfo(dsn, application_name="given up")
+    sessions = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'abandoned'"
+    ours = make_conninfo(dsn, application_name="abandoned")
     async with AsyncPostgresStreamStore(ours, timeout=0.1, **tables) as store:
 
         async def call():
@@ -55,10 +55,10 @@ async def test_what_is_given_up_does_not_fill_the_server(dsn, tables, blocked):
             await async_gather(*[call] * 10)
             cursor = await admin.execute(sessions)
             [(number,)] = await cursor.fetchall()
-            assert number <= 20  # of 50: the pool's, and those that are just being ended
+            assert number <= 20  # of 50 calls: the pool's connections, and those being ended
 
 
-async def test_a_stream_writer_gets_over_it(dsn, tables, blocked):
+async def test_stream_writer_retries(dsn, tables, blocked):
     id, other = blocked
     async with AsyncPostgresStreamStore(dsn, timeout=0.2, **tables) as store, store.writer(id) as writer:
         await writer.write("a")
@@ -68,7 +68,7 @@ async def test_a_stream_writer_gets_over_it(dsn, tables, blocked):
             assert await flushing.result() == 1
 
 
-async def test_the_wait_for_a_connection_counts(dsn, tables):
+async def test_wait_for_a_connection(dsn, tables):
     async with (
         AsyncConnectionPool(dsn, min_size=1, max_size=1, timeout=3600, open=False) as pool,
         AsyncPostgresStreamStore(pool, timeout=0.2, **tables) as store,
@@ -78,7 +78,7 @@ async def test_the_wait_for_a_connection_counts(dsn, tables):
                 await store.get_status("s")
 
 
-async def test_the_callers_own_connection_is_closed(dsn, tables, blocked):
+async def test_callers_connection_is_closed(dsn, tables, blocked):
     id, _ = blocked
     async with await psycopg.AsyncConnection.connect(dsn) as connection:
         store = AsyncPostgresStreamStore(connection, timeout=0.2, **tables)
@@ -87,7 +87,7 @@ async def test_the_callers_own_connection_is_closed(dsn, tables, blocked):
         assert connection.closed
 
 
-async def test_the_callers_own_connection_stays_open_if_it_was_busy_with_something_else(dsn, tables):
+async def test_callers_busy_connection_stays_open(dsn, tables):
     async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as connection:
         store = AsyncPostgresStreamStore(connection, timeout=0.2, **tables)
         await store.get_status("nothing")
@@ -95,26 +95,26 @@ async def test_the_callers_own_connection_stays_open_if_it_was_busy_with_somethi
             await async_sleep(0.2)
             with pytest.raises(psycopg.OperationalError, match="was not sent"):
                 await store.create("s")
-        async with AsyncPostgresStreamStore(connection, **tables) as patient:
-            assert await patient.get_status("s") is None
+        async with AsyncPostgresStreamStore(connection, **tables) as unlimited:
+            assert await unlimited.get_status("s") is None
 
 
-async def test_conversations_have_it_too(dsn, conversations):
+async def test_conversation_store(dsn, conversations):
     async with (
-        AsyncPostgresConversationStore(dsn, table=conversations) as patient,
+        AsyncPostgresConversationStore(dsn, table=conversations) as unlimited,
         AsyncPostgresConversationStore(dsn, table=conversations, timeout=0.2) as store,
         await psycopg.AsyncConnection.connect(dsn) as other,
     ):
-        async with patient.edit("s") as chat:
+        async with unlimited.edit("s") as chat:
             chat.append({"role": "user"})
         await other.execute(psycopg.sql.SQL("SELECT FROM {} FOR UPDATE").format(conversations))
         with pytest.raises(psycopg.OperationalError, match=UNANSWERED):
             await store.touch("s")
         await other.rollback()
-        assert await patient.touch("s")
+        assert await unlimited.touch("s")
 
 
-async def test_what_comes_in_time_is_not_disturbed(dsn, tables):
+async def test_statements_within_the_timeout(dsn, tables):
     async with AsyncPostgresStreamStore(dsn, timeout=60, **tables) as store:
         id = await store.create()
         texts = ["x" * 1000] * 5000
@@ -124,13 +124,13 @@ async def test_what_comes_in_time_is_not_disturbed(dsn, tables):
 
 
 @pytest.mark.parametrize(("timeout", "error"), [(0, ValueError), (-1, ValueError), ("1", TypeError), (True, TypeError)])
-def test_what_is_no_time_is_refused(timeout, error):
+def test_invalid_timeout(timeout, error):
     with pytest.raises(error, match="timeout"):
         AsyncPostgresStreamStore("", timeout=timeout)
 
 
-def test_other_drivers_have_their_own():
-    """And a client of the other flavour is none at all."""
+def test_clients_without_timeout():
+    """A client of another driver takes no timeout; a client of the other flavour is rejected."""
     clients = [CoroutineClient(), PlainClient()]
     if not inspect.iscoroutinefunction(AsyncPostgresStreamStore.create):
         clients.reverse()

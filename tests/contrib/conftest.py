@@ -1,7 +1,4 @@
-"""The other side of each test of a client: a store on a connection string, as another process has it.
-
-And for the tests of web frameworks: the servers, one after the other for each module.
-"""
+"""Fixtures: a second store on a connection string, and for the tests of web frameworks each server in turn."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from support.webapps import SERVERS
 from aibind_postgres import AsyncPostgresStreamStore, PostgresStreamStore
 
 
-# Its connections have a name, so that a test which ends the client's connections can leave these alone.
+# Its connections have a name, so that a test can end the other connections only.
 @pytest.fixture
 def theirs(dsn, tables):
     with PostgresStreamStore(make_conninfo(dsn, application_name="stays"), **tables) as store:

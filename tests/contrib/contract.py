@@ -1,6 +1,6 @@
-"""What holds for a store on any client: written for threads and for tasks, since each test of a client uses one.
+"""The behaviour of a store on any client, once for threads and once for tasks.
 
-`ours` is the store on the client under test, `theirs` one on a connection string, as another process has it.
+`ours` is the store on the client under test, `theirs` a store on a connection string, as in another process.
 """
 
 from __future__ import annotations
@@ -40,20 +40,20 @@ NAMES = ['we"ird', "we:ird", "we::ird", "we$1ird", "100%", "%(p1)s", "back\\:sla
 
 
 def hostile(schema_name: str, name: str) -> dict[str, psycopg.sql.Identifier]:
-    """Return the tables of a store, each with this name in it."""
+    """Return table names for a store, each with `name` in it."""
     kinds = ("chunks", "status")
     return {f"{kind}_table": psycopg.sql.Identifier(schema_name, f"{name} {kind}") for kind in kinds}
 
 
 def parameters(dsn: str, **names: str) -> dict[str, Any]:
-    """Return a connection string as keyword arguments of another driver, which has other names for some of them."""
+    """Return a connection string as keyword arguments of another driver, renamed by `names`."""
     found = conninfo_to_dict(dsn)
     return {names.get(name, name): value for name, value in found.items() if value}
 
 
 @contextmanager
 def ending(store: PostgresStreamStore, id: str) -> Iterator[None]:
-    """End a stream in any case, so that a test that fails does not wait for its readers."""
+    """Stop a stream at the end, so that a failing test does not wait for its readers."""
     try:
         yield
     finally:
@@ -69,7 +69,7 @@ async def async_ending(store: AsyncPostgresStreamStore, id: str) -> AsyncIterato
 
 
 def within(seconds: float, condition: Callable[[], bool]) -> None:
-    """Wait for a condition, and fail if it does not come true in time."""
+    """Wait until a condition is true, and fail after so many seconds."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -84,7 +84,7 @@ async def async_within(seconds: float, condition: Callable[[], bool]) -> None:
 
 
 def round_trip(ours: PostgresStreamStore) -> None:
-    """Use every statement, and the first ones often."""
+    """Use every statement."""
     id = ours.create()
     with pytest.raises(StreamExistsError):
         ours.create(id)
@@ -137,7 +137,7 @@ def round_trip(ours: PostgresStreamStore) -> None:
 
 
 def combined(ours: PostgresStreamStore) -> None:
-    """Run what many callers share as if they came at once, and write through a writer."""
+    """Use the statements that simultaneous callers share, and a stream writer."""
     one, two, three = ours.create(), ours.create(), ours.create()
     ours.stop(three)
     appends = [
@@ -146,7 +146,7 @@ def combined(ours: PostgresStreamStore) -> None:
         sync_appending.Append(three, ["too late"], None),
         sync_appending.Append(one, ["last"], None),
     ]
-    for _ in range(6):  # so often that a driver prepares it
+    for _ in range(6):  # so often that the driver prepares it
         expected = [ours.get_status(one).total_chunks + len(TEXTS), 1, None]
         assert ours._appender._run(appends) == [*expected, expected[0] + 1]
         assert ours.delete(two) is True
@@ -166,11 +166,11 @@ def combined(ours: PostgresStreamStore) -> None:
 
 
 def conversing(ours: PostgresConversationStore) -> None:
-    """Use every statement of a conversation store, and those that are usual often."""
+    """Use every statement of a conversation store."""
     document = {"content": TEXTS}
     with ours.edit("s") as chat:
         chat.append(document)
-    for number in range(6):  # so often that a driver prepares it
+    for number in range(6):  # so often that the driver prepares it
         stale = ours.load("s")
         with ours.edit("s") as chat:
             chat.append(number)
@@ -195,21 +195,23 @@ def conversing(ours: PostgresConversationStore) -> None:
     assert ours.cleanup() == 0
 
 
-def following(ours: PostgresStreamStore, theirs: PostgresStreamStore, leave: Callable[[], None] = lambda: None) -> None:
-    """Follow what two stores write, in a thread of its own, where `leave` is called at the end."""
+def following(
+    ours: PostgresStreamStore, theirs: PostgresStreamStore, at_thread_end: Callable[[], None] = lambda: None
+) -> None:
+    """Follow the chunks of two stores in threads, each of which calls `at_thread_end` at its end."""
     id = ours.create()
 
     def follow() -> list[Any]:
         try:
             return list(ours.read_from(id))
         finally:
-            leave()
+            at_thread_end()
 
     def wait() -> Any:
         try:
             return ours.wait(id, timeout=30)
         finally:
-            leave()
+            at_thread_end()
 
     with Background(follow) as reader, Background(wait) as waiter, ending(theirs, id):
         for seq in range(1, 21):
@@ -220,8 +222,10 @@ def following(ours: PostgresStreamStore, theirs: PostgresStreamStore, leave: Cal
         assert waiter.result() == ("done", None, 20)
 
 
-def pushed(ours: PostgresStreamStore, theirs: PostgresStreamStore, leave: Callable[[], None] = lambda: None) -> float:
-    """Return how long a chunk takes to a waiting reader, in seconds. Of `ours` the poll must be rare."""
+def pushed(
+    ours: PostgresStreamStore, theirs: PostgresStreamStore, at_thread_end: Callable[[], None] = lambda: None
+) -> float:
+    """Return the seconds from an append to its arrival at a waiting reader. `ours` must have a long `poll_interval`."""
     id = theirs.create()
     arrivals: list[float] = []
 
@@ -230,12 +234,12 @@ def pushed(ours: PostgresStreamStore, theirs: PostgresStreamStore, leave: Callab
             for _ in ours.read_from(id):
                 arrivals.append(time.monotonic())
         finally:
-            leave()
+            at_thread_end()
 
     with Background(follow) as reader, ending(theirs, id):
         theirs.append(id, "the reader is there")
         within(30, lambda: bool(arrivals))
-        time.sleep(1)  # and waits, and somebody listens
+        time.sleep(1)  # until it waits, and the listener is connected
         sent = time.monotonic()
         theirs.append(id, "now")
         within(30, lambda: len(arrivals) == 2)
@@ -244,8 +248,10 @@ def pushed(ours: PostgresStreamStore, theirs: PostgresStreamStore, leave: Callab
     return arrivals[1] - sent
 
 
-def survives(ours: PostgresStreamStore, theirs: PostgresStreamStore, dsn: str, leave: Callable[[], None]) -> None:
-    """Read on after the server has ended every connection but those of `theirs`."""
+def survives(
+    ours: PostgresStreamStore, theirs: PostgresStreamStore, dsn: str, at_thread_end: Callable[[], None] = lambda: None
+) -> None:
+    """Continue to read after the server has ended every connection except those of `theirs`."""
     id = ours.create()
     arrived: list[str] = []
 
@@ -254,7 +260,7 @@ def survives(ours: PostgresStreamStore, theirs: PostgresStreamStore, dsn: str, l
             for chunk in ours.read_from(id):
                 arrived.append(chunk.data)
         finally:
-            leave()
+            at_thread_end()
 
     with Background(follow) as reader, ending(theirs, id):
         for number in range(5):
@@ -268,7 +274,7 @@ def survives(ours: PostgresStreamStore, theirs: PostgresStreamStore, dsn: str, l
 
 
 def missing_tables(client: Any) -> None:
-    """Name the table that is missing."""
+    """Raise `SchemaError` with the name of the missing table."""
     with PostgresStreamStore(client, status_table="no such:table", chunks_table="nor this") as store:
         for call in (store.create, lambda: store.append("x", "y"), lambda: list(store.read_from("x"))):
             with pytest.raises(SchemaError, match="no such:table"):
@@ -276,7 +282,7 @@ def missing_tables(client: Any) -> None:
 
 
 def hostile_names(client: Any, tables: dict[str, psycopg.sql.Identifier]) -> None:
-    """Create tables of these names and use them; `client` must not use a connection that is in a transaction."""
+    """Create tables with these names and use them. The client must not be in a transaction."""
     conversations = psycopg.sql.Identifier(*tables["status_table"]._obj[:-1], "100% c:onversations $1")
     for _ in range(2):
         migrate(client, **tables, conversations_table=conversations, notify_trigger=True)
@@ -284,7 +290,7 @@ def hostile_names(client: Any, tables: dict[str, psycopg.sql.Identifier]) -> Non
         round_trip(store)
 
 
-# Ends the connections to this database, but for its own and those that are named so that they stay.
+# Ends the connections to this database, except its own and those with the application name 'stays'.
 TERMINATE = """
 SELECT pg_terminate_backend(pid) FROM pg_stat_activity
  WHERE datname = current_database() AND pid <> pg_backend_pid() AND application_name <> 'stays'
@@ -375,7 +381,7 @@ async def async_conversing(ours: AsyncPostgresConversationStore) -> None:
     document = {"content": TEXTS}
     async with ours.edit("s") as chat:
         chat.append(document)
-    for number in range(6):  # so often that a driver prepares it
+    for number in range(6):  # so often that the driver prepares it
         stale = await ours.load("s")
         async with ours.edit("s") as chat:
             chat.append(number)

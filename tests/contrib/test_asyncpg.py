@@ -70,12 +70,12 @@ async def test_following(request, kind, pool, connection, theirs, tables):
         await contract.async_following(store, theirs)
 
 
-async def test_a_reader_survives_lost_connections(pool, theirs, tables, dsn):
+async def test_reader_after_lost_connections(pool, theirs, tables, dsn):
     async with AsyncPostgresStreamStore(wrap_asyncpg(pool), **tables, poll_interval=0.05) as store:
         await contract.async_survives(store, theirs, dsn)
 
 
-async def test_a_lost_connection_of_the_callers_is_not_waited_for(connection, tables, dsn):
+async def test_lost_connection_of_the_caller_raises_at_once(connection, tables, dsn):
     async with AsyncPostgresStreamStore(wrap_asyncpg(connection), **tables) as store:
         id = await store.create()
         connection.terminate()
@@ -83,7 +83,7 @@ async def test_a_lost_connection_of_the_callers_is_not_waited_for(connection, ta
             await anext(store.read_from(id))
 
 
-async def test_a_closed_pool_is_not_waited_for(pool, tables):
+async def test_closed_pool_raises_at_once(pool, tables):
     async with AsyncPostgresStreamStore(wrap_asyncpg(pool), **tables) as store:
         id = await store.create()
         await pool.close()
@@ -92,25 +92,25 @@ async def test_a_closed_pool_is_not_waited_for(pool, tables):
 
 
 @pytest.mark.parametrize("kept", [True, False], ids=["committed", "rolled back"])
-async def test_a_transaction(connection, theirs, tables, kept):
+async def test_transaction(connection, theirs, tables, kept):
     id = await theirs.create()
     async with AsyncPostgresStreamStore(wrap_asyncpg(connection), **tables) as store:
         transaction = connection.transaction()
         await transaction.start()
         assert await store.append(id, "in a transaction") == 1
-        await store.create("within")
+        await store.create("inside")
         assert await theirs.get_status(id) == ("active", None, 0)
         await (transaction.commit() if kept else transaction.rollback())
     if kept:
         assert await theirs.get_status(id) == ("active", None, 1)
-        assert await theirs.stop("within") is True
+        assert await theirs.stop("inside") is True
     else:
         assert await theirs.get_status(id) == ("active", None, 0)
         with pytest.raises(StreamNotFoundError):
-            await theirs.stop("within")
+            await theirs.stop("inside")
 
 
-async def test_a_commit_wakes_readers_elsewhere(connection, dsn, tables):
+async def test_commit_wakes_readers_of_other_stores(connection, dsn, tables):
     async with (
         AsyncPostgresStreamStore(dsn, **tables, poll_interval=60) as reading,
         AsyncPostgresStreamStore(wrap_asyncpg(connection), **tables) as writing,
@@ -144,7 +144,7 @@ async def test_many_readers_share_one_connection(arguments, theirs, tables):
                 assert await readers.result() == [expected] * 20
 
 
-async def test_json_codecs_of_the_users(arguments, tables):
+async def test_custom_json_codecs(arguments, tables):
     async def configure(connection):
         for kind in ("json", "jsonb"):
             await connection.set_type_codec(kind, encoder=json.dumps, decoder=json.loads, schema="pg_catalog")
@@ -154,7 +154,7 @@ async def test_json_codecs_of_the_users(arguments, tables):
             await contract.async_round_trip(store)
 
 
-async def test_a_missing_table(pool):
+async def test_missing_table(pool):
     await contract.async_missing_tables(wrap_asyncpg(pool))
 
 
@@ -163,6 +163,6 @@ async def test_hostile_names(pool, schema_name, name):
     await contract.async_hostile_names(wrap_asyncpg(pool), contract.hostile(schema_name, name))
 
 
-async def test_other_objects_are_refused(dsn):
+async def test_invalid_client(dsn):
     with pytest.raises(TypeError, match="asyncpg Pool or Connection"):
         wrap_asyncpg(dsn)

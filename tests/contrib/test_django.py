@@ -27,15 +27,15 @@ ALIASES = ["default", "server_side", *(["pooled"] if django.VERSION >= (5, 1) el
 @pytest.fixture(scope="module", autouse=True)
 def databases(django_databases):
     yield
-    leave()
+    close_connections()
     if "pooled" in ALIASES:
         connections["pooled"].close_pool()
 
 
 @pytest.fixture(autouse=True)
-def _left_at_the_end():
+def _close_connections_at_the_end():
     yield
-    leave()
+    close_connections()
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def ours(tables):
         yield store
 
 
-def leave() -> None:
+def close_connections() -> None:
     """Close the connections of this thread, as Django does at the end of a request."""
     connections.close_all()
 
@@ -69,7 +69,7 @@ def test_conversing(conversations, alias):
         contract.conversing(store)
 
 
-def test_what_is_undone_with_a_transaction_of_djangos_is_saved_next(conversations):
+def test_save_after_a_rolled_back_save(conversations):
     with PostgresConversationStore(wrap_django(), table=conversations) as store:
         chat = store.load("s")
         chat.append("undone")
@@ -86,32 +86,32 @@ def test_what_is_undone_with_a_transaction_of_djangos_is_saved_next(conversation
 @pytest.mark.parametrize("zone", ["UTC", "America/New_York", "Asia/Kolkata"])
 @pytest.mark.parametrize("alias", ["default", "server_side"])
 def test_round_trip_without_time_zones(tables, alias, zone):
-    leave()
+    close_connections()
     with (
         override_settings(USE_TZ=False, TIME_ZONE=zone),
         PostgresStreamStore(wrap_django(alias), **tables) as store,
     ):
         contract.round_trip(store)
-        leave()
+        close_connections()
 
 
 @pytest.mark.parametrize("alias", ALIASES)
 def test_following(theirs, tables, alias):
     with PostgresStreamStore(wrap_django(alias), **tables, poll_interval=0.05) as store:
-        contract.following(store, theirs, leave)
+        contract.following(store, theirs, close_connections)
 
 
 @pytest.mark.parametrize("alias", ALIASES)
-def test_readers_are_woken_by_announcements(theirs, tables, alias):
+def test_notifications_wake_readers(theirs, tables, alias):
     with PostgresStreamStore(wrap_django(alias), **tables, poll_interval=60) as store:
-        assert contract.pushed(store, theirs, leave) < 10
+        assert contract.pushed(store, theirs, close_connections) < 10
 
 
-def test_a_reader_survives_lost_connections(ours, theirs, dsn):
-    contract.survives(ours, theirs, dsn, leave)
+def test_reader_after_lost_connections(ours, theirs, dsn):
+    contract.survives(ours, theirs, dsn, close_connections)
 
 
-def test_each_thread_has_its_connection(ours):
+def test_one_connection_per_thread(ours):
     id = ours.create()
 
     def write() -> None:
@@ -119,27 +119,27 @@ def test_each_thread_has_its_connection(ours):
             for _ in range(20):
                 ours.append(id, "x")
         finally:
-            leave()
+            close_connections()
 
     gather(*[write] * 8)
     assert [chunk.seq for chunk in ours.read_from(id, follow=False)] == list(range(1, 161))
 
 
-def test_a_rolled_back_transaction_leaves_nothing(ours, theirs):
+def test_rolled_back_transaction(ours, theirs):
     id = ours.create()
     with pytest.raises(ZeroDivisionError), transaction.atomic():
         assert ours.append(id, "vanishes") == 1
-        assert ours.create("within") == "within"
+        assert ours.create("inside") == "inside"
         assert ours.get_status(id) == ("active", None, 1)
         assert theirs.get_status(id) == ("active", None, 0)
         raise ZeroDivisionError
     assert theirs.get_status(id) == ("active", None, 0)
     with pytest.raises(StreamNotFoundError):
-        ours.stop("within")
+        ours.stop("inside")
     assert ours.append(id, "stays") == 1
 
 
-def test_a_savepoint(ours, theirs):
+def test_savepoint(ours, theirs):
     id = ours.create()
     with transaction.atomic():
         ours.append(id, "one")
@@ -151,7 +151,7 @@ def test_a_savepoint(ours, theirs):
     assert list(theirs.read_from(id)) == [(1, "one"), (2, "two")]
 
 
-def test_a_commit_wakes_readers_elsewhere(ours, dsn, tables):
+def test_commit_wakes_readers_of_other_stores(ours, dsn, tables):
     id = ours.create()
     with PostgresStreamStore(dsn, **tables, poll_interval=60) as reading:
         with Background(lambda: [(chunk, time.monotonic()) for chunk in reading.read_from(id)]) as reader:
@@ -166,7 +166,7 @@ def test_a_commit_wakes_readers_elsewhere(ours, dsn, tables):
     assert committed <= arrived < committed + 10
 
 
-def test_a_reader_in_the_writers_process_is_woken_by_the_commit(tables):
+def test_commit_wakes_readers_of_the_same_store(tables):
     with PostgresStreamStore(wrap_django(), **tables, poll_interval=60) as store:
         id = store.create()
 
@@ -174,7 +174,7 @@ def test_a_reader_in_the_writers_process_is_woken_by_the_commit(tables):
             try:
                 return list(store.read_from(id))
             finally:
-                leave()
+                close_connections()
 
         with Background(follow) as reader:
             time.sleep(1)
@@ -185,7 +185,7 @@ def test_a_reader_in_the_writers_process_is_woken_by_the_commit(tables):
             assert reader.result() == [(1, "one")]
 
 
-def test_a_lost_connection_in_a_transaction_is_not_waited_for(ours, dsn):
+def test_lost_connection_in_a_transaction_raises_at_once(ours, dsn):
     id = ours.create()
     began = time.monotonic()
     with pytest.raises(OperationalError), transaction.atomic():
@@ -198,29 +198,29 @@ def test_a_lost_connection_in_a_transaction_is_not_waited_for(ours, dsn):
 
 
 @pytest.mark.parametrize("listens", [True, False])
-def test_no_connection_of_djangos_is_left_in_the_background(theirs, tables, monkeypatch, listens):
+def test_background_threads_close_djangos_connections(theirs, tables, monkeypatch, listens):
     opened = weakref.WeakSet()
     connect = type(connections["default"]).connect
 
-    def remember(wrapper):
+    def connect_and_record(wrapper):
         connect(wrapper)
         opened.add(wrapper.connection)
 
     def refuse(*_):
         raise psycopg.OperationalError("too many connections")
 
-    monkeypatch.setattr(type(connections["default"]), "connect", remember)
+    monkeypatch.setattr(type(connections["default"]), "connect", connect_and_record)
     if not listens:
         monkeypatch.setattr(own_connections, "open_connection", refuse)
     with PostgresStreamStore(wrap_django(), **tables, poll_interval=0.05) as store:
-        contract.following(store, theirs, leave)
+        contract.following(store, theirs, close_connections)
         assert bool([thread for thread in threading.enumerate() if "watch" in thread.name])
-    leave()
+    close_connections()
     gc.collect()
     assert not [connection for connection in opened if not connection.closed]
 
 
-def test_a_role_that_django_assumes(dsn, ours, theirs, monkeypatch):
+def test_assumed_role(dsn, ours, theirs, monkeypatch):
     with psycopg.connect(dsn, autocommit=True) as admin:
         admin.execute('CREATE ROLE "a role" SUPERUSER')
     try:
@@ -233,7 +233,7 @@ def test_a_role_that_django_assumes(dsn, ours, theirs, monkeypatch):
             admin.execute('DROP ROLE "a role"')
 
 
-def test_a_missing_table():
+def test_missing_table():
     contract.missing_tables(wrap_django())
 
 
@@ -243,7 +243,7 @@ def test_hostile_names(schema_name, alias, name):
     contract.hostile_names(wrap_django(alias), contract.hostile(schema_name, name))
 
 
-def test_errors_of_django_stay(tables):
+def test_django_errors_propagate(tables):
     with PostgresStreamStore(wrap_django("elsewhere"), **tables, retry_for=0.2) as store:
         for call in (store.create, lambda: list(store.read_from("x"))):
             with pytest.raises(OperationalError) as caught:
@@ -251,7 +251,7 @@ def test_errors_of_django_stay(tables):
             assert isinstance(caught.value.__cause__, psycopg.OperationalError)
 
 
-def test_other_databases_are_refused():
+def test_invalid_database():
     with pytest.raises(ConnectionDoesNotExist):
         wrap_django("unknown")
     with pytest.raises(TypeError, match="sqlite"):

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
     pgbouncer.BINARY is None, reason="PgBouncer is not installed (Debian and Ubuntu: apt-get install pgbouncer)"
 )
 
-# The pools of users, by their `kwargs`: the store prepares nothing here, whatever its pool would do by itself.
+# The `kwargs` of callers' pools. The store prepares no statement, also if the pool would.
 POOLS = {
     "pool": {},
     "pool in autocommit mode": {"autocommit": True, "prepare_threshold": None},
@@ -33,7 +33,7 @@ CLIENTS = ["connection string", *POOLS]
 
 @pytest.fixture(scope="module")
 def through(dsn, tmp_path_factory):
-    """A connection string that leads through PgBouncer."""
+    """A connection string through PgBouncer."""
     with pgbouncer.pgbouncer(dsn, tmp_path_factory.mktemp("pgbouncer")) as through:
         yield through
 
@@ -93,11 +93,11 @@ async def test_following_in_tasks(async_store, dsn, tables):
 
 
 @pytest.mark.parametrize("setting", ["off", "local"])
-def test_synchronous_commit_holds_through_it(through, dsn, tables, schema_name, setting):
-    with witness(dsn, tables["status_table"], schema_name) as seen:
+def test_synchronous_commit(through, dsn, tables, schema_name, setting):
+    with witness(dsn, tables["status_table"], schema_name) as settings_at_commit:
         with PostgresStreamStore(through, **tables, synchronous_commit=setting) as store:
             contract.round_trip(store)
-        assert seen() == {setting}
+        assert settings_at_commit() == {setting}
 
 
 def test_many_threads_write_while_one_reads(store):
@@ -130,7 +130,7 @@ async def test_many_tasks_write_while_one_reads(async_store):
 
 
 @pytest.mark.parametrize("store", CLIENTS[:2], indirect=True)
-def test_readers_fall_back_to_polling_and_say_so_once(store, dsn, tables, caplog):
+def test_fallback_to_polling_with_one_warning(store, dsn, tables, caplog):
     caplog.set_level(logging.WARNING, "aibind_postgres")
     with PostgresStreamStore(dsn, **tables) as theirs:
         id = theirs.create()
@@ -157,7 +157,7 @@ def test_readers_fall_back_to_polling_and_say_so_once(store, dsn, tables, caplog
 
 
 @pytest.mark.parametrize("async_store", CLIENTS[:2], indirect=True)
-async def test_readers_fall_back_to_polling_and_say_so_once_in_tasks(async_store, dsn, tables, caplog):
+async def test_fallback_to_polling_with_one_warning_in_tasks(async_store, dsn, tables, caplog):
     caplog.set_level(logging.WARNING, "aibind_postgres")
     async with AsyncPostgresStreamStore(dsn, **tables) as theirs:
         id = await theirs.create()

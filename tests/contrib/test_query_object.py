@@ -1,4 +1,4 @@
-"""Any object with a `query` method as a client: one that somebody writes around what they have."""
+"""Any object with a `query` method as a client."""
 
 from __future__ import annotations
 
@@ -100,17 +100,17 @@ async def test_following_in_tasks(async_pool, async_theirs, tables, rows):
         await contract.async_following(store, async_theirs)
 
 
-def test_a_reader_survives_lost_connections_if_the_object_names_the_errors(pool, theirs, tables, dsn):
+def test_reader_after_lost_connections_with_connection_errors(pool, theirs, tables, dsn):
     with PostgresStreamStore(Describing(pool, tuple_row), **tables, poll_interval=0.05) as store:
-        contract.survives(store, theirs, dsn, lambda: None)
+        contract.survives(store, theirs, dsn)
 
 
-async def test_a_reader_survives_lost_connections_in_tasks(async_pool, async_theirs, tables, dsn):
+async def test_reader_after_lost_connections_with_connection_errors_in_tasks(async_pool, async_theirs, tables, dsn):
     async with AsyncPostgresStreamStore(AsyncDescribing(async_pool, tuple_row), **tables, poll_interval=0.05) as store:
         await contract.async_survives(store, async_theirs, dsn)
 
 
-def test_without_names_of_errors_the_first_one_is_raised(pool, tables, monkeypatch):
+def test_first_error_is_raised_without_connection_errors(pool, tables, monkeypatch):
     client = Minimal(pool, tuple_row)
     with PostgresStreamStore(client, **tables) as store:
         id = store.create()
@@ -123,11 +123,11 @@ def test_without_names_of_errors_the_first_one_is_raised(pool, tables, monkeypat
             list(store.read_from(id))
 
 
-def test_a_missing_table(pool):
+def test_missing_table(pool):
     contract.missing_tables(Minimal(pool, dict_row))
 
 
-async def test_a_missing_table_in_tasks(async_pool):
+async def test_missing_table_in_tasks(async_pool):
     await contract.async_missing_tables(AsyncMinimal(async_pool, dict_row))
 
 

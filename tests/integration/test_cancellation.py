@@ -1,4 +1,4 @@
-"""Cancelled appends and readers leave nothing behind. This is of tasks alone: threads cannot be cancelled."""
+"""Cancelled tasks leave no connection checked out, no gap and no lost chunk. Threads cannot be cancelled."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from psycopg_pool import AsyncConnectionPool
 from aibind_postgres import AsyncDurableStream, AsyncPostgresStreamStore, PostgresStreamStore
 
 
-async def test_cancelled_calls_leave_no_connection_checked_out_and_no_hole(dsn, tables):
+async def test_cancelled_calls_leave_no_connection_checked_out_and_no_gap(dsn, tables):
     chance = random.Random(7)
     async with AsyncConnectionPool(dsn, min_size=2, max_size=2, open=False) as pool:
         async with AsyncPostgresStreamStore(pool, **tables) as store:
@@ -30,7 +30,7 @@ async def test_cancelled_calls_leave_no_connection_checked_out_and_no_hole(dsn, 
                 await asyncio.sleep(chance.random() / 200)
                 task.cancel()
                 await asyncio.wait([task])
-            # Whoever comes next is served, in the mode that the pool has.
+            # The next call succeeds, and the connections keep the pool's mode.
             last = await store.append(id, "last")
             seqs = [chunk.seq async for chunk in store.read_from(id, follow=False)]
             assert seqs == list(range(1, last + 1))
@@ -39,9 +39,9 @@ async def test_cancelled_calls_leave_no_connection_checked_out_and_no_hole(dsn, 
             assert (one.autocommit, two.autocommit) == (False, False)
 
 
-async def test_a_call_that_is_cancelled_at_any_step_leaves_the_pool_as_it_was(dsn, tables):
+async def test_pool_after_a_call_cancelled_at_any_step(dsn, tables):
     class SlowPool(AsyncConnectionPool):
-        """A pool that is busy when a connection comes back, as it is when many want one."""
+        """A pool that takes two turns of the loop to take a connection back, as a busy one does."""
 
         async def putconn(self, connection):
             assert (
@@ -72,7 +72,7 @@ async def test_a_call_that_is_cancelled_at_any_step_leaves_the_pool_as_it_was(ds
                 assert connection.autocommit == is_autocommit
 
 
-async def test_a_cancellation_that_comes_together_with_a_connection_is_not_lost(dsn, tables):
+async def test_cancellation_together_with_a_connection_of_the_pool(dsn, tables):
     async with AsyncConnectionPool(dsn, min_size=1, max_size=1, timeout=5, open=False) as pool:
         async with AsyncPostgresStreamStore(pool, **tables) as store:
             id = await store.create()
@@ -88,7 +88,7 @@ async def test_a_cancellation_that_comes_together_with_a_connection_is_not_lost(
                 assert await store.get_status(id) == ("active", None, 0)
 
 
-async def test_a_cancelled_producer_ends_its_stream(dsn, tables):
+async def test_cancelled_producer_ends_its_stream(dsn, tables):
     async with AsyncPostgresStreamStore(dsn, **tables) as store:
         id = await store.create()
 
@@ -109,7 +109,7 @@ async def test_a_cancelled_producer_ends_its_stream(dsn, tables):
         assert chunks == [(number + 1, f"{number}") for number in range(status.total_chunks)]
 
 
-async def test_a_cancelled_write_to_a_full_buffer_was_not_taken(dsn, tables):
+async def test_cancelled_write_to_a_full_buffer_is_not_stored(dsn, tables):
     async with AsyncPostgresStreamStore(dsn, **tables) as store:
         id = await store.create()
         async with store.writer(id, max_chunks=1) as writer:
@@ -123,7 +123,7 @@ async def test_a_cancelled_write_to_a_full_buffer_was_not_taken(dsn, tables):
         assert [chunk.data async for chunk in store.read_from(id)] == ["a"]
 
 
-def test_an_event_loop_that_ends_loses_no_written_chunk(dsn, tables):
+def test_end_of_the_loop_loses_no_written_chunk(dsn, tables):
     async def main():
         store = AsyncPostgresStreamStore(dsn, **tables)
         id = await store.create()
@@ -141,7 +141,7 @@ def test_an_event_loop_that_ends_loses_no_written_chunk(dsn, tables):
         await asyncio.sleep(0.05)
         return id, task
 
-    id, task = asyncio.run(main())  # cancels the producer, the worker and all else at once
+    id, task = asyncio.run(main())  # cancels the producer, the worker and every other task at once
     assert task.cancelled()
 
     async def check():
@@ -155,7 +155,7 @@ def test_an_event_loop_that_ends_loses_no_written_chunk(dsn, tables):
 
 
 class SlowReplies:
-    """A pool whose replies to appends are held back."""
+    """A pool that delays the replies to appends."""
 
     def __init__(self, pool):
         self.pool = pool
@@ -173,7 +173,7 @@ class SlowReplies:
         return rows
 
 
-def test_a_worker_that_is_cancelled_in_mid_send_loses_and_repeats_nothing(dsn, tables):
+def test_worker_cancelled_during_a_send_loses_and_repeats_nothing(dsn, tables):
     async def main():
         pool = AsyncConnectionPool(dsn, kwargs={"autocommit": True}, min_size=1, max_size=4, open=False)
         await pool.open()
@@ -192,7 +192,7 @@ def test_a_worker_that_is_cancelled_in_mid_send_loses_and_repeats_nothing(dsn, t
                     client.ready = True
                     await asyncio.sleep(60)
             finally:
-                await asyncio.sleep(0.2)  # what announces the end was begun too late for `run` to wait for it
+                await asyncio.sleep(0.2)  # the notification of the end began too late for `asyncio.run` to wait for it
                 await pool.close()
 
         task = asyncio.create_task(produce())
@@ -201,14 +201,14 @@ def test_a_worker_that_is_cancelled_in_mid_send_loses_and_repeats_nothing(dsn, t
         asyncio.get_running_loop().call_later(0.2, client.reply.set)
         return id, task
 
-    id, task = asyncio.run(main())  # cancels the producer and the worker, whose first reply is on its way
+    id, task = asyncio.run(main())  # cancels the producer and the worker, whose first reply is delayed
     assert task.cancelled()
     with PostgresStreamStore(dsn, **tables) as store:
         assert store.get_status(id) == ("error", "CancelledError", 3)
         assert [chunk.data for chunk in store.read_from(id)] == ["a", "b", "c"]
 
 
-async def test_a_block_whose_leaving_is_cancelled_again_is_left_all_the_same(dsn, tables):
+async def test_repeated_cancellation_of_a_writers_exit(dsn, tables):
     async with AsyncConnectionPool(dsn, kwargs={"autocommit": True}, min_size=1, max_size=4, open=False) as pool:
         client = SlowReplies(pool)
         async with AsyncPostgresStreamStore(client, **tables) as store:
@@ -236,7 +236,7 @@ async def test_a_block_whose_leaving_is_cancelled_again_is_left_all_the_same(dsn
                 await asyncio.sleep(0.01)
 
 
-async def test_many_combined_calls_cancelled_at_random_lose_no_append_of_others(dsn, tables):
+async def test_random_cancellations_lose_no_append_of_other_callers(dsn, tables):
     chance = random.Random(3)
     async with AsyncPostgresStreamStore(dsn, **tables) as store:
         ids = [await store.create() for _ in range(10)]
@@ -261,10 +261,10 @@ async def test_many_combined_calls_cancelled_at_random_lose_no_append_of_others(
             assert len({data for _, data in chunks}) == len(chunks)
 
 
-async def test_workers_that_are_cancelled_before_they_have_begun_are_replaced(dsn, tables):
-    """As when an event loop ends just then: what is cancelled so early does not run its `finally`."""
+async def test_workers_cancelled_before_their_first_step_are_replaced(dsn, tables):
+    """A task cancelled before its first step, as at the end of a loop, does not run its `finally`."""
 
-    def cancel_those_that_have_begun_just_now():
+    def cancel_new_workers():
         new = [task for task in asyncio.all_tasks() - known if task.get_name().startswith("aibind_postgres")]
         for task in new:
             task.cancel()
@@ -276,7 +276,7 @@ async def test_workers_that_are_cancelled_before_they_have_begun_are_replaced(ds
         id = await store.create()
         known = asyncio.all_tasks()
         async with store.writer(id) as writer:
-            assert cancel_those_that_have_begun_just_now() == {"writer", "watch"}
+            assert cancel_new_workers() == {"writer", "watch"}
             await writer.write("a")
             assert await asyncio.wait_for(writer.flush(), 20) == 1
             async with AsyncPostgresStreamStore(dsn, **tables) as other:
@@ -288,7 +288,7 @@ async def test_workers_that_are_cancelled_before_they_have_begun_are_replaced(ds
 
 
 def run_and_cancel(main, by):
-    """Do what `asyncio.run` does, which cancels the tasks in an order of chance, in this one."""
+    """Run `main` as `asyncio.run` does, but cancel the tasks in the order of the key `by`."""
     loop = asyncio.new_event_loop()
     try:
         result = loop.run_until_complete(main)
@@ -304,9 +304,7 @@ def run_and_cancel(main, by):
 
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("last", ["end of the loop", "producer", "watch"])
-def test_answers_that_the_end_of_their_event_loop_cuts_off_end_in_error_and_their_sources_are_closed(
-    dsn, tables, caplog, last, reverse
-):
+def test_end_of_the_loop_ends_streams_in_error_and_closes_sources(dsn, tables, caplog, last, reverse):
     closed = []
 
     async def source():
@@ -323,7 +321,7 @@ def test_answers_that_the_end_of_their_event_loop_cuts_off_end_in_error_and_thei
             await anext(store.read_from(stream.id))
         return [stream.id for stream in streams]
 
-    gc.collect()  # what earlier tests have left
+    gc.collect()  # objects of earlier tests
     caplog.clear()
     ids = run_and_cancel(serve(), by=lambda task: (last in task.get_name()) != reverse)
     gc.collect()
@@ -333,7 +331,7 @@ def test_answers_that_the_end_of_their_event_loop_cuts_off_end_in_error_and_thei
         assert {store.get_status(id) for id in ids} == {("error", "the answer broke off", 1)}
 
 
-async def test_a_stream_whose_caller_is_cancelled_at_any_step_begins_all_the_same(dsn, tables):
+async def test_stream_starts_if_its_caller_is_cancelled_at_any_step(dsn, tables):
     async def source():
         yield "word"
 

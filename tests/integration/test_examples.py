@@ -38,9 +38,7 @@ def test_replay_stream(database: str) -> None:
 def test_replay_stream_says_what_is_wrong(database: str) -> None:
     missing = run("replay_stream.py", database, "nobody")
     assert missing.returncode == 1
-    assert missing.stderr == (
-        "stream 'nobody' not found: it was never created, was deleted, or has expired\n"
-    )
+    assert missing.stderr == ("stream 'nobody' not found: it was never created, was deleted, or has expired\n")
     usage = run("replay_stream.py")
     assert usage.returncode == 1
     assert "Usage:" in usage.stderr

@@ -1,4 +1,4 @@
-"""The benchmarks run: a short form of two works, with the table, the figures and the page that they make."""
+"""A short run of two benchmarks: table, JSON file and plot."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def run(*arguments, code=None):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=110, check=False)
 
 
-def test_every_row_is_printed_and_written_and_a_missing_peer_is_told(tmp_path):
+def test_rows_files_and_missing_peer(tmp_path):
     file, picture = tmp_path / "results.json", tmp_path / "results.svg"
     options = ["--quick", "--only", "append-many", "--only", "import", "--json", str(file)]
     if find_spec("matplotlib") is not None:
@@ -41,10 +41,10 @@ def test_every_row_is_printed_and_written_and_a_missing_peer_is_told(tmp_path):
     assert all(work in done.stdout for work in works)
     assert "redis-server is not installed" in done.stdout
     assert picture.exists() == (find_spec("matplotlib") is not None)
-    assert "/" not in json.dumps([results["versions"], results["machine"]])  # no path
+    assert "/" not in json.dumps([results["versions"], results["machine"]])  # no paths of this machine
 
 
-def test_an_unknown_work_is_refused():
+def test_unknown_benchmark():
     done = run("--only", "nothing")
     assert done.returncode == 2
     assert "unknown benchmark: nothing" in done.stderr

@@ -1,4 +1,4 @@
-"""Combining calls, where the two flavours are not the same: cancelled tasks, and an interrupted thread."""
+"""Combined calls where the flavours differ: cancelled tasks, and an interrupted thread."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ async def combiner(gated):
 
 
 async def queued(combiner, *items):
-    """Have one call run and the others queue; return their tasks."""
+    """Start one call, queue the others, and return all their tasks."""
     tasks = []
     for item in items:
         tasks.append(asyncio.create_task(combiner.call(item)))
@@ -43,7 +43,7 @@ async def queued(combiner, *items):
 
 
 async def second_batch(combiner, gated, *items):
-    """Have one call run and finish, and the others under way together; return the tasks of these."""
+    """Finish one call, start the others as one batch, and return their tasks."""
     first, *tasks = await queued(combiner, 0, *items)
     gate, gated.gate = gated.gate, asyncio.Event()
     gate.set()
@@ -54,7 +54,7 @@ async def second_batch(combiner, gated, *items):
     return tasks
 
 
-async def test_a_cancelled_call_that_queues_is_never_run(combiner, gated):
+async def test_cancelled_queued_call_never_runs(combiner, gated):
     first, second, third = await queued(combiner, 1, 2, 3)
     second.cancel()
     await asyncio.wait([second])
@@ -63,7 +63,7 @@ async def test_a_cancelled_call_that_queues_is_never_run(combiner, gated):
     assert gated.batches == [[1], [3]]
 
 
-async def test_a_cancelled_call_alone_is_broken_off_and_hands_on(combiner, gated):
+async def test_cancelled_single_call_hands_over(combiner, gated):
     first, second = await queued(combiner, 1, 2)
     first.cancel()
     await asyncio.wait([first])
@@ -72,7 +72,7 @@ async def test_a_cancelled_call_alone_is_broken_off_and_hands_on(combiner, gated
     assert await second == 20
 
 
-async def test_a_cancelled_leader_breaks_nothing_off(combiner, gated):
+async def test_cancelled_leader_does_not_interrupt_its_batch(combiner, gated):
     leader, *others = await second_batch(combiner, gated, 1, 2, 3)
     leader.cancel()
     await asyncio.wait([leader])
@@ -82,7 +82,7 @@ async def test_a_cancelled_leader_breaks_nothing_off(combiner, gated):
     assert await combiner.call(4) == 40
 
 
-async def test_a_cancelled_follower_breaks_nothing_off(combiner, gated):
+async def test_cancelled_follower_does_not_interrupt_its_batch(combiner, gated):
     leader, follower, other = await second_batch(combiner, gated, 1, 2, 3)
     follower.cancel()
     await asyncio.wait([follower])
@@ -90,19 +90,19 @@ async def test_a_cancelled_follower_breaks_nothing_off(combiner, gated):
     assert await asyncio.gather(leader, other) == [10, 30]
 
 
-async def test_the_lead_passes_over_who_is_cancelled_when_it_comes_to_him(combiner, gated):
+async def test_new_leader_cancelled_before_its_first_step(combiner, gated):
     first, second, third = await queued(combiner, 1, 2, 3)
     gated.gate.set()
     while not first.done():
         await asyncio.sleep(0)
-    # The second leads now; whether it has begun or not, it is gone before its first step in this order.
+    # The second call is the leader now, and is cancelled before its first step.
     second.cancel()
     assert await third == 30
     assert await combiner.call(4) == 40
 
 
 @pytest.mark.parametrize("steps", range(12))
-async def test_cancelled_at_every_step_nobody_hangs(combiner, gated, steps):
+async def test_no_call_hangs_after_cancellations_at_any_step(combiner, gated, steps):
     gated.gate.set()
     tasks = await queued(combiner, *range(6))
     for _ in range(steps):
@@ -115,15 +115,15 @@ async def test_cancelled_at_every_step_nobody_hangs(combiner, gated, steps):
     assert combiner._leader is None
 
 
-def test_a_loop_that_shuts_down_leaves_the_combiner_usable():
+def test_combiner_after_the_end_of_its_loop():
     gated = Gated()
     combiner = AsyncCombiner(gated.run, max_items=100, max_size=100)
 
-    async def abandon():
+    async def end_early():
         gated.gate = asyncio.Event()
         await queued(combiner, 1, 2, 3)
         gated.gate.set()
-        await asyncio.sleep(0)  # the batch of the others is a task that has not begun
+        await asyncio.sleep(0)  # the task of the second batch has not taken its first step
         gated.gate.clear()
 
     async def use():
@@ -132,11 +132,11 @@ def test_a_loop_that_shuts_down_leaves_the_combiner_usable():
         return await asyncio.wait_for(combiner.call(5), 20)
 
     for _ in range(3):
-        asyncio.run(abandon())
+        asyncio.run(end_early())
         assert asyncio.run(use()) == 50
 
 
-async def test_a_batch_whose_task_is_cancelled_tells_its_callers(combiner, gated):
+async def test_cancelled_batch_raises_in_its_callers(combiner, gated):
     leader, follower = await second_batch(combiner, gated, 1, 2)
     [batch] = [task for task in asyncio.all_tasks() if "_run_batch" in repr(task.get_coro())]
     batch.cancel()
@@ -148,7 +148,7 @@ async def test_a_batch_whose_task_is_cancelled_tells_its_callers(combiner, gated
     assert await combiner.call(3) == 30
 
 
-def test_a_leader_that_is_interrupted_tells_its_followers_and_hands_on():
+def test_interrupted_leader_raises_in_its_followers_and_hands_over():
     batches = []
     gate = threading.Event()
 
@@ -161,13 +161,13 @@ def test_a_leader_that_is_interrupted_tells_its_followers_and_hands_on():
         return [item * 10 for item in items]
 
     combiner = Combiner(run, max_items=100, max_size=100)
-    outcomes = {}
+    results = {}
 
     def call(item):
         try:
-            outcomes[item] = combiner.call(item)
+            results[item] = combiner.call(item)
         except BaseException as error:
-            outcomes[item] = error
+            results[item] = error
 
     threads = [threading.Thread(target=call, args=(item,), daemon=True) for item in range(4)]
     for number, thread in enumerate(threads):
@@ -178,7 +178,7 @@ def test_a_leader_that_is_interrupted_tells_its_followers_and_hands_on():
     for thread in threads:
         thread.join(20)
     assert batches == [[0], [1, 2, 3]]
-    assert outcomes[0] == 0
-    assert isinstance(outcomes[1], KeyboardInterrupt)
-    assert [str(outcomes[item]).endswith("not known if it took effect") for item in (2, 3)] == [True, True]
+    assert results[0] == 0
+    assert isinstance(results[1], KeyboardInterrupt)
+    assert [str(results[item]).endswith("not known if it took effect") for item in (2, 3)] == [True, True]
     assert combiner.call(4) == 40

@@ -1,4 +1,4 @@
-"""The paired primitives: the asynchronous ones do what the standard library's threading ones do."""
+"""The paired primitives: the asynchronous ones behave like those of `threading`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from aibind_postgres._concurrency import (
 )
 
 
-async def test_an_event_wakes_all_who_wait():
+async def test_event_wakes_all_waiters():
     event = AsyncEvent()
     waiters = [asyncio.create_task(event.wait(timeout)) for timeout in (None, 10, None)]
     await asyncio.sleep(0)
@@ -35,7 +35,7 @@ async def test_an_event_wakes_all_who_wait():
     assert await event.wait(0) is Event().wait(0) is False
 
 
-async def test_a_wait_that_ends_leaves_nothing_behind():
+async def test_ended_wait_removes_its_waiter():
     event = AsyncEvent()
     assert await event.wait(0.01) is False
     waiter = asyncio.create_task(event.wait(10))
@@ -46,7 +46,7 @@ async def test_a_wait_that_ends_leaves_nothing_behind():
     assert event._waiters == set()
 
 
-async def test_a_cancellation_that_comes_with_the_event_is_not_lost():
+async def test_cancellation_together_with_the_event():
     event = AsyncEvent()
     waiter = asyncio.create_task(event.wait(10))
     await asyncio.sleep(0)
@@ -56,27 +56,27 @@ async def test_a_cancellation_that_comes_with_the_event_is_not_lost():
         await waiter
 
 
-async def test_a_worker_has_none_of_its_starters_context():
+async def test_worker_context():
     request = ContextVar("request", default="none")
     request.set("of one caller")
-    seen = []
+    values = []
 
     async def work():
-        seen.append(request.get())
+        values.append(request.get())
 
     worker = async_spawn(work, "worker")
     await worker.join(10)
-    thread = spawn(lambda: seen.append(request.get()), "thread")
+    thread = spawn(lambda: values.append(request.get()), "thread")
     thread.join(10)
-    assert seen == ["none", "none"]
+    assert values == ["none", "none"]
     assert thread.daemon
     assert thread.name == "thread"
     await async_spawn(work, "worker", inherit=True).join(10)
-    spawn(lambda: seen.append(request.get()), "thread", inherit=True).join(10)
-    assert seen[2:] == ["of one caller", "of one caller"]
+    spawn(lambda: values.append(request.get()), "thread", inherit=True).join(10)
+    assert values[2:] == ["of one caller", "of one caller"]
 
 
-async def test_a_callback_of_the_other_flavour_is_not_taken_for_true():
+async def test_callback_of_the_other_flavour():
     async def refuse():
         return False
 
@@ -89,21 +89,21 @@ async def test_a_callback_of_the_other_flavour_is_not_taken_for_true():
         call_or_await(asyncio.get_running_loop().create_future)
 
 
-async def test_a_signal_is_waited_for_by_one():
-    for signal in (AsyncOneShotEvent(), AsyncOneShotEvent()):
-        waiter = asyncio.create_task(signal.wait(0.1))
+async def test_one_shot_event():
+    for event in (AsyncOneShotEvent(), AsyncOneShotEvent()):
+        waiter = asyncio.create_task(event.wait(0.1))
         await asyncio.sleep(0)
-        signal.set()
+        event.set()
         assert await waiter is True
-        assert await signal.wait(0.1) is True
+        assert await event.wait(0.1) is True
     assert await AsyncOneShotEvent().wait(0.1) is False
-    plain = OneShotEvent()
-    assert plain.wait(0.01) is False
-    plain.set()
-    assert plain.wait(0.01) is True
+    thread_event = OneShotEvent()
+    assert thread_event.wait(0.01) is False
+    thread_event.set()
+    assert thread_event.wait(0.01) is True
 
 
-def test_a_signal_keeps_no_event_loop_alive():
+def test_one_shot_event_keeps_no_event_loop_alive():
     loops = []
 
     async def main():
@@ -119,7 +119,7 @@ def test_a_signal_keeps_no_event_loop_alive():
 
 
 @pytest.mark.skipif(not hasattr(asyncio, "eager_task_factory"), reason="new in Python 3.12")
-async def test_a_worker_never_starts_at_once():
+async def test_worker_starts_after_spawn_returns():
     asyncio.get_running_loop().set_task_factory(asyncio.eager_task_factory)
     started = []
 
@@ -132,23 +132,23 @@ async def test_a_worker_never_starts_at_once():
     assert started == [True]
 
 
-async def test_what_is_not_to_be_interrupted_goes_on_when_its_caller_is_cancelled():
+async def test_shielded_run_continues_when_its_caller_is_cancelled():
     done = []
 
     async def run():
         await asyncio.sleep(0.01)
         done.append("run")
 
-    caller = asyncio.create_task(async_shielded(run, lambda: done.append("over")))
+    caller = asyncio.create_task(async_shielded(run, lambda: done.append("on_done")))
     await asyncio.sleep(0)
     caller.cancel()
     await asyncio.wait([caller])
     assert caller.cancelled()
     await asyncio.sleep(0.05)
-    assert done == ["run", "over"]
+    assert done == ["run", "on_done"]
 
 
-async def test_what_is_thrown_away_is_finished_on_the_spot():
+async def test_shielded_run_of_a_finalised_coroutine():
     done = []
 
     async def run():
@@ -158,18 +158,18 @@ async def test_what_is_thrown_away_is_finished_on_the_spot():
         try:
             await asyncio.sleep(60)
         finally:
-            await async_shielded(run, lambda: done.append("over"))
+            await async_shielded(run, lambda: done.append("on_done"))
 
     coroutine = caller()
     coroutine.send(None)
     coroutine.close()
-    assert done == ["run", "over"]
+    assert done == ["run", "on_done"]
 
 
-def test_what_is_over_is_told_in_threads_too():
+def test_shielded_in_threads():
     done = []
-    shielded(lambda: done.append("run"), lambda: done.append("over"))
+    shielded(lambda: done.append("run"), lambda: done.append("on_done"))
     shielded(lambda: done.append("run"))
     with pytest.raises(ZeroDivisionError):
-        shielded(lambda: 1 / 0, lambda: done.append("over"))
-    assert done == ["run", "over", "run", "over"]
+        shielded(lambda: 1 / 0, lambda: done.append("on_done"))
+    assert done == ["run", "on_done", "run", "on_done"]

@@ -102,7 +102,15 @@ def test_unsent_text_was_not_written():
 
 @pytest.mark.parametrize(
     ("code", "temporary"),
-    [("08006", True), ("53300", True), ("57P01", True), ("57P03", True), ("57014", False), ("23505", False), (None, False)],
+    [
+        ("08006", True),
+        ("53300", True),
+        ("57P01", True),
+        ("57P03", True),
+        ("57014", False),
+        ("23505", False),
+        (None, False),
+    ],
 )
 def test_temporary_errors(code, temporary):
     error = RuntimeError("from a driver")

@@ -112,7 +112,9 @@ ASYNC_RANKS = {name: rank for rank, layer in enumerate(ASYNC_LAYERS) for name in
 
 def test_every_module_has_a_layer() -> None:
     assert {top(module) for module in MODULES} - RANKS.keys() == set()
-    assert {module.partition(".")[2] for module in MODULES if module.startswith("_async.")} - ASYNC_RANKS.keys() == set()
+    assert {
+        module.partition(".")[2] for module in MODULES if module.startswith("_async.")
+    } - ASYNC_RANKS.keys() == set()
 
 
 def test_imports_go_downwards() -> None:
@@ -134,7 +136,9 @@ def test_no_cycle() -> None:
     reached = {module: reachable(module) for module in MODULES}
     cycles = {frozenset(other for other in reached[module] if module in reached[other]) for module in MODULES}
     known = {
-        frozenset(f"{flavour}.{module}" for module in cycle) for flavour in ("_async", "_sync") for cycle in KNOWN_CYCLES
+        frozenset(f"{flavour}.{module}" for module in cycle)
+        for flavour in ("_async", "_sync")
+        for cycle in KNOWN_CYCLES
     }
     assert cycles - {frozenset()} == known
 

@@ -17,7 +17,7 @@ REQUEST = public.WebRequest(
 MESSAGES = [{"role": "user", "content": "secret-text"}]
 SECRETS = ("pass-of-dsn", "secret-query", "secret-cookie", "secret-body", "secret-text")
 
-# Protocols, functions, errors, and plain data whose fields are the point.
+# Protocols, functions, and plain data with the default repr.
 WITHOUT_OWN_REPR = {
     "AsyncPostgresClient",
     "CleanupResult",

@@ -1,4 +1,4 @@
-"""The conversion: what it writes, what it notices, what it refuses."""
+"""The conversion to the synchronous flavour: output, check, and refused sources."""
 
 from __future__ import annotations
 
@@ -44,42 +44,42 @@ def written(folder: Path, source: str = SOURCE, name: str = "reader.py") -> Path
     return folder
 
 
-def test_a_conversion_renames_tokens_and_says_where_the_file_comes_from(folder: Path) -> None:
-    if sys.version_info < (3, 12):  # where an f-string is one token
+def test_conversion_renames_tokens_and_adds_a_header(folder: Path) -> None:
+    if sys.version_info < (3, 12):  # an f-string is one token
         written(folder, SOURCE.replace("part async for", "part for"))
     convert([folder])
     assert (folder / "_sync" / "reader.py").read_text("utf-8") == CONVERTED
 
 
-def test_a_conversion_can_be_repeated(folder: Path) -> None:
+def test_repeated_conversion(folder: Path) -> None:
     convert([folder])
     convert([folder])
     assert (folder / "_sync" / "reader.py").read_text("utf-8").count("# Generated") == 1
     assert outdated([folder]) == []
 
 
-def test_packages_inside_are_converted_with_their_paths(folder: Path) -> None:
+def test_nested_packages(folder: Path) -> None:
     written(folder, "class AsyncReader: ...  # …\n", "inner/deep/reader.py")
     convert([folder])
     text = (folder / "_sync" / "inner" / "deep" / "reader.py").read_text("utf-8")
     assert text == "# Generated from _async/inner/deep/reader.py: edit that file.\nclass Reader: ...  # …\n"
 
 
-def test_a_folder_above_may_have_the_name_of_a_flavour(tmp_path: Path) -> None:
+def test_parent_folder_named_like_a_flavour(tmp_path: Path) -> None:
     folder = written(tmp_path / "_async" / "_sync" / "_async" / "package")
     convert([folder])
     assert [file.relative_to(folder) for file in outdated([folder])] == []
     assert (folder / "_sync" / "reader.py").exists()
 
 
-def test_several_folders_are_converted_together(folder: Path, tmp_path: Path) -> None:
+def test_several_folders(folder: Path, tmp_path: Path) -> None:
     other = written(tmp_path / "tests", "import pytest\n", "test_reader.py")
     convert([folder, other])
     assert (other / "_sync" / "test_reader.py").exists()
     assert outdated([folder, other]) == []
 
 
-def test_the_target_is_wiped(folder: Path) -> None:
+def test_surplus_files_are_removed(folder: Path) -> None:
     (folder / "_sync").mkdir()
     (folder / "_sync" / "surplus.py").touch()
     (folder / "_sync" / "data.txt").touch()
@@ -87,7 +87,7 @@ def test_the_target_is_wiped(folder: Path) -> None:
     assert [file.name for file in (folder / "_sync").iterdir()] == ["reader.py"]
 
 
-def test_drift_is_noticed(folder: Path) -> None:
+def test_outdated_files(folder: Path) -> None:
     target = folder / "_sync" / "reader.py"
     assert outdated([folder]) == [target]  # missing
     convert([folder])
@@ -103,7 +103,7 @@ def test_drift_is_noticed(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "complaint"),
+    ("source", "message"),
     [
         ('class AsyncReader:\n    """An AsyncReader."""\n', "reader.py:2: a text names AsyncReader"),
         ('name = "AsyncReader"\n', "reader.py:1: a text names AsyncReader"),
@@ -113,11 +113,11 @@ def test_drift_is_noticed(folder: Path) -> None:
         ("from contextlib import asynccontextmanager as made\nname = 'asynccontextmanager'\n", "reader.py:2: a text"),
     ],
 )
-def test_what_would_not_convert_is_refused_and_nothing_is_written(folder: Path, source: str, complaint: str) -> None:
+def test_refused_source_writes_nothing(folder: Path, source: str, message: str) -> None:
     convert([folder])
     before = (folder / "_sync" / "reader.py").read_text("utf-8")
     written(folder, source)
-    with pytest.raises(SystemExit, match=complaint):
+    with pytest.raises(SystemExit, match=message):
         convert([folder])
     assert (folder / "_sync" / "reader.py").read_text("utf-8") == before
 
@@ -135,11 +135,11 @@ def test_what_would_not_convert_is_refused_and_nothing_is_written(folder: Path, 
         ("wrap_async_x", "wrap_async_x"),
     ],
 )
-def test_two_rules_and_their_exceptions(name: str, converted: str) -> None:
+def test_rules_and_exceptions(name: str, converted: str) -> None:
     assert CONVERTER["convert_name"](name) == converted
 
 
-def test_the_command_checks_by_its_exit_code(tmp_path: Path) -> None:
+def test_exit_codes_of_the_command(tmp_path: Path) -> None:
     (tmp_path / "scripts").mkdir()
     shutil.copy(SCRIPT, tmp_path / "scripts")
     package = tmp_path / "src" / "aibind_postgres"

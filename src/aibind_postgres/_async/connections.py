@@ -101,7 +101,9 @@ class AsyncTimedCursor(psycopg.AsyncRawCursor[Row]):
             while True:
                 wanted = steps.send(ready)
                 if monotonic() >= self._deadline:
-                    raise UnansweredError("the server has not answered within the timeout: the statement may or may not have taken effect")
+                    raise UnansweredError(
+                        "the server has not answered within the timeout: the statement may or may not have taken effect"
+                    )
                 ready = yield wanted
                 if ready is None:  # psycopg starts over after an interruption, with a limit of its own
                     self._deadline = math.inf

@@ -15,6 +15,7 @@ from .._conversation_sql import ConversationStatements
 from .._document import document_text, empty_document, known_document, parsed_document
 from .._merging import merge
 from .._tables import CONVERSATIONS_TABLE, Table
+from ..errors import ConversationConflictError
 from ..history import ChatHistory, Origin
 from ..models import ConversationInfo, from_epoch_ms
 from .database import AsyncDatabase
