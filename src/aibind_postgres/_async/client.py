@@ -42,9 +42,9 @@ CONNECTION_TIMEOUT = 5.0  # seconds to wait for a pool's connection from which t
 class AsyncPostgresClient(Protocol):
     """The protocol for a driver other than psycopg: any object with this `query` method.
 
-    Two attributes are optional:
-        connection_errors: A tuple of the exceptions after which another attempt may succeed. Default: none.
-        joins_transactions: True if statements run inside a transaction of the caller. Default: False.
+    Attributes:
+        connection_errors: Optional: a tuple of the exceptions after which another attempt may succeed. Default: none.
+        joins_transactions: Optional: True if statements run inside a transaction of the caller. Default: False.
     """
 
     async def query(self, sql: str, params: Sequence[Any], /) -> Sequence[Any]:
