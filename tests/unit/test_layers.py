@@ -40,7 +40,6 @@ ASYNC_LAYERS = [
 
 # Modules of `_async` that import each other. Nothing may be added.
 KNOWN_CYCLES = [
-    {"announcing", "changes", "feeds"},
     {"producing", "stream_store", "stream_writer"},
 ]
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from .. import _arguments as arguments
 from .._pages import FIRST_PAGE_CHUNKS, Page
 from .._sql import StreamStatements, json_text
-from .._subscriptions import LIVE_PAGE_CHUNKS
 from .._sqlstate import wrote_nothing
+from .._subscriptions import LIVE_PAGE_CHUNKS
 from ..errors import StreamNotFoundError
 from ..models import StreamChunk
 from .combining import AsyncCombiner
