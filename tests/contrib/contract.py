@@ -8,12 +8,13 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from typing import Any
 
 import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict
-from support.concurrency import AsyncBackground, Background, async_sleep
+from support.concurrency import AsyncBackground, Background, async_gather, async_sleep, gather
 
 from aibind_postgres import (
     AsyncPostgresConversationStore,
@@ -28,10 +29,7 @@ from aibind_postgres import (
     StreamNotActiveError,
     StreamNotFoundError,
 )
-from aibind_postgres._async import appending as async_appending
-from aibind_postgres._async import feeds as async_feeds
-from aibind_postgres._sync import appending as sync_appending
-from aibind_postgres._sync import feeds as sync_feeds
+from aibind_postgres._async.reading import LiveRead
 from aibind_postgres.schema import async_migrate, migrate
 
 TEXTS = ["", "plain", "é 👩‍👩‍👧", "'; --", '"\\\n\t', "100%", "%s %(p1)s %%", "$1 :p1 ::text \\:x", "x" * 100_000]
@@ -83,8 +81,8 @@ async def async_within(seconds: float, condition: Callable[[], bool]) -> None:
         await async_sleep(0.001)
 
 
-def round_trip(ours: PostgresStreamStore) -> None:
-    """Use every statement."""
+def round_trip(ours: PostgresStreamStore, at_thread_end: Callable[[], None] = lambda: None) -> None:
+    """Use every statement. Threads call `at_thread_end` at their end."""
     id = ours.create()
     with pytest.raises(StreamExistsError):
         ours.create(id)
@@ -133,29 +131,47 @@ def round_trip(ours: PostgresStreamStore) -> None:
         ours.stop(id)
     with pytest.raises(StreamNotFoundError):
         ours.append(id, "more")
-    combined(ours)
+    combined(ours, at_thread_end)
 
 
-def combined(ours: PostgresStreamStore) -> None:
+def combined(ours: PostgresStreamStore, at_thread_end: Callable[[], None]) -> None:
     """Use the statements that simultaneous callers share, and a stream writer."""
     one, two, three = ours.create(), ours.create(), ours.create()
     ours.stop(three)
-    appends = [
-        sync_appending.Append(one, TEXTS, None),
-        sync_appending.Append(two, ["first"], 1),
-        sync_appending.Append(three, ["too late"], None),
-        sync_appending.Append(one, ["last"], None),
-    ]
-    for _ in range(6):  # so often that the driver prepares it
-        expected = [ours.get_status(one).total_chunks + len(TEXTS), 1, None]
-        assert ours._appender._run(appends) == [*expected, expected[0] + 1]
+
+    def ending(call: Callable[[], Any]) -> Callable[[], Any]:
+        def run() -> Any:
+            try:
+                return call()
+            finally:
+                at_thread_end()
+
+        return run
+
+    for _ in range(6):  # often enough that the driver prepares the statements
+        before = ours.get_status(one).total_chunks
+        singles = [ending(partial(ours.append, one, text)) for text in TEXTS]
+        several = ending(partial(ours.append_many, one, TEXTS))
+        expected = ending(partial(ours.append, two, "first", expected_seq=1))
+        late = ending(partial(ours.append, three, "too late"))
+        *numbers, last, first, refused = gather(*singles, several, expected, late, errors=True)
+        assert sorted({*numbers, *range(last - len(TEXTS) + 1, last + 1)}) == list(
+            range(before + 1, before + 2 * len(TEXTS) + 1)
+        )
+        assert first == 1
+        assert isinstance(refused, StreamNotActiveError)
+        stored = {chunk.seq: chunk.data for chunk in ours.read_from(one, before, follow=False)}
+        assert [stored[number] for number in numbers] == TEXTS
+        assert [stored[number] for number in range(last - len(TEXTS) + 1, last + 1)] == TEXTS
         assert ours.delete(two) is True
         ours.create(two)
-    total = ours.get_status(one).total_chunks
-    fetches = [sync_feeds.Fetch(one, total - 2), sync_feeds.Fetch(two, 0), sync_feeds.Fetch("missing", 0)]
-    rows = [(-total, "active"), (total - 1, TEXTS[-1]), (total, "last")]
-    for _ in range(6):
-        assert ours._changes.fetch.__self__._run(fetches) == [rows, [(0, "active")], []]
+    total = ours.append(one, TEXTS[-1])
+    reads = [LiveRead(one, total - 1), LiveRead(two, 0), LiveRead("missing", 0)]
+    for _ in range(6):  # the public methods share this statement only by chance, and it must run on every driver
+        (page,), (empty,), (missing,) = ours._pages._run(reads)
+        assert (page.state, page.error, page.total, page.rows) == ("active", None, total, [(total, TEXTS[-1])])
+        assert (empty.state, empty.error, empty.total, empty.rows) == ("active", None, 0, [])
+        assert missing is None
     with ours.writer(two) as writer:
         for text in TEXTS:
             writer.write(text)
@@ -281,13 +297,15 @@ def missing_tables(client: Any) -> None:
                 call()
 
 
-def hostile_names(client: Any, tables: dict[str, psycopg.sql.Identifier]) -> None:
+def hostile_names(
+    client: Any, tables: dict[str, psycopg.sql.Identifier], at_thread_end: Callable[[], None] = lambda: None
+) -> None:
     """Create tables with these names and use them. The client must not be in a transaction."""
     conversations = psycopg.sql.Identifier(*tables["status_table"]._obj[:-1], "100% c:onversations $1")
     for _ in range(2):
         migrate(client, **tables, conversations_table=conversations, notify_trigger=True)
     with PostgresStreamStore(client, **tables) as store:
-        round_trip(store)
+        round_trip(store, at_thread_end)
 
 
 # Ends the connections to this database, except its own and those with the application name 'stays'.
@@ -352,22 +370,31 @@ async def async_round_trip(ours: AsyncPostgresStreamStore) -> None:
 async def async_combined(ours: AsyncPostgresStreamStore) -> None:
     one, two, three = await ours.create(), await ours.create(), await ours.create()
     await ours.stop(three)
-    appends = [
-        async_appending.Append(one, TEXTS, None),
-        async_appending.Append(two, ["first"], 1),
-        async_appending.Append(three, ["too late"], None),
-        async_appending.Append(one, ["last"], None),
-    ]
+
     for _ in range(6):
-        expected = [(await ours.get_status(one)).total_chunks + len(TEXTS), 1, None]
-        assert await ours._appender._run(appends) == [*expected, expected[0] + 1]
+        before = (await ours.get_status(one)).total_chunks
+        singles = [partial(ours.append, one, text) for text in TEXTS]
+        several = partial(ours.append_many, one, TEXTS)
+        expected = partial(ours.append, two, "first", expected_seq=1)
+        late = partial(ours.append, three, "too late")
+        *numbers, last, first, refused = await async_gather(*singles, several, expected, late, errors=True)
+        assert sorted({*numbers, *range(last - len(TEXTS) + 1, last + 1)}) == list(
+            range(before + 1, before + 2 * len(TEXTS) + 1)
+        )
+        assert first == 1
+        assert isinstance(refused, StreamNotActiveError)
+        stored = {chunk.seq: chunk.data async for chunk in ours.read_from(one, before, follow=False)}
+        assert [stored[number] for number in numbers] == TEXTS
+        assert [stored[number] for number in range(last - len(TEXTS) + 1, last + 1)] == TEXTS
         assert await ours.delete(two) is True
         await ours.create(two)
-    total = (await ours.get_status(one)).total_chunks
-    fetches = [async_feeds.Fetch(one, total - 2), async_feeds.Fetch(two, 0), async_feeds.Fetch("missing", 0)]
-    rows = [(-total, "active"), (total - 1, TEXTS[-1]), (total, "last")]
+    total = await ours.append(one, TEXTS[-1])
+    reads = [LiveRead(one, total - 1), LiveRead(two, 0), LiveRead("missing", 0)]
     for _ in range(6):
-        assert await ours._changes.fetch.__self__._run(fetches) == [rows, [(0, "active")], []]
+        (page,), (empty,), (missing,) = await ours._pages._run(reads)
+        assert (page.state, page.error, page.total, page.rows) == ("active", None, total, [(total, TEXTS[-1])])
+        assert (empty.state, empty.error, empty.total, empty.rows) == ("active", None, 0, [])
+        assert missing is None
     async with ours.writer(two) as writer:
         for text in TEXTS:
             await writer.write(text)

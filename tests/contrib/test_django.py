@@ -59,7 +59,7 @@ def close_connections() -> None:
 @pytest.mark.parametrize("alias", ALIASES)
 def test_round_trip(tables, alias):
     with PostgresStreamStore(wrap_django(alias), **tables) as store:
-        contract.round_trip(store)
+        contract.round_trip(store, close_connections)
 
 
 @pytest.mark.parametrize("conversations", ["plain", "quotes", "formats"], indirect=True)
@@ -91,7 +91,7 @@ def test_round_trip_without_time_zones(tables, alias, zone):
         override_settings(USE_TZ=False, TIME_ZONE=zone),
         PostgresStreamStore(wrap_django(alias), **tables) as store,
     ):
-        contract.round_trip(store)
+        contract.round_trip(store, close_connections)
         close_connections()
 
 
@@ -240,7 +240,7 @@ def test_missing_table():
 @pytest.mark.parametrize("alias", ["default", "server_side"])
 @pytest.mark.parametrize("name", contract.NAMES)
 def test_hostile_names(schema_name, alias, name):
-    contract.hostile_names(wrap_django(alias), contract.hostile(schema_name, name))
+    contract.hostile_names(wrap_django(alias), contract.hostile(schema_name, name), close_connections)
 
 
 def test_django_errors_propagate(tables):

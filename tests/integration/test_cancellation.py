@@ -132,13 +132,13 @@ def test_end_of_the_loop_loses_no_written_chunk(dsn, tables):
             async with store.writer(id) as writer:
                 for number in range(300):
                     await writer.write(f"{number}")
+                all_written.append(True)
                 await asyncio.sleep(60)
 
+        all_written: list[bool] = []
         task = asyncio.create_task(produce())
-        await asyncio.sleep(0)
-        while len(store._changes._feeds) == 0:
+        while not all_written:
             await asyncio.sleep(0)
-        await asyncio.sleep(0.05)
         return id, task
 
     id, task = asyncio.run(main())  # cancels the producer, the worker and every other task at once
@@ -276,7 +276,7 @@ async def test_workers_cancelled_before_their_first_step_are_replaced(dsn, table
         id = await store.create()
         known = asyncio.all_tasks()
         async with store.writer(id) as writer:
-            assert cancel_new_workers() == {"writer", "watch"}
+            assert cancel_new_workers() == {"writer", "listener"}
             await writer.write("a")
             assert await asyncio.wait_for(writer.flush(), 20) == 1
             async with AsyncPostgresStreamStore(dsn, **tables) as other:
