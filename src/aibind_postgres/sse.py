@@ -1,6 +1,6 @@
-"""Server-Sent Events: what a server sends, and how a client reads it. Pure.
+"""Encoding and parsing of Server-Sent Events. Pure.
 
-The format and the rules for reading it are those of the HTML standard, section 9.2, "Server-sent events" (WHATWG).
+Follows the HTML standard (WHATWG), section 9.2, "Server-sent events".
 """
 
 from __future__ import annotations
@@ -11,14 +11,21 @@ from typing import NamedTuple
 
 from .errors import InvalidDataError
 
-MESSAGE = "message"  # the name of an event that has none
+MESSAGE = "message"  # the default event name
 
 _LINE_END = re.compile(r"\r\n|\n|\r")
 _UNSAFE = {"event": re.compile(r"[\r\n]"), "id": re.compile(r"[\r\n\0]")}
 
 
 class ServerSentEvent(NamedTuple):
-    """One event. `id` is what a browser sends back as `Last-Event-ID`; `retry`, in milliseconds, is its next pause."""
+    """One event.
+
+    Attributes:
+        data: The text of the event.
+        event: Its name. Default: `message`.
+        id: The id that a browser sends back as `Last-Event-ID` when it reconnects. Default: None.
+        retry: The reconnection delay in milliseconds. Default: None, which leaves the client's delay unchanged.
+    """
 
     data: str
     event: str = MESSAGE
@@ -27,11 +34,23 @@ class ServerSentEvent(NamedTuple):
 
 
 def encode(event: ServerSentEvent) -> bytes:
-    """Return an event as it goes over the wire.
+    """Encode an event for the wire.
 
-    A CR or CRLF in the data arrives as LF: the format has no way to tell them. Nothing in an event can pass for another
-    field or event: a name or an id with a line break, an id with a NUL, a name that is empty, a retry that is no time,
-    and text that is not Unicode raise `InvalidDataError`.
+    A CR or CRLF in the data arrives as LF, since the format has one line ending. No field of an event can inject
+    another field or event.
+
+    Args:
+        event: The event to encode.
+
+    Returns:
+        The bytes to send, including the empty line that ends the event.
+
+    Raises:
+        InvalidDataError: The name is empty, the name or id contains a line break, the id contains a NUL, `retry` is
+            negative or has more than 15 digits, or a text contains a lone surrogate.
+
+    Example:
+        `encode(ServerSentEvent("hello", id="1"))` returns `b"id: 1\\ndata: hello\\n\\n"`.
     """
     lines = []
     if event.event != MESSAGE:
@@ -40,20 +59,24 @@ def encode(event: ServerSentEvent) -> bytes:
         lines.append(f"id: {_one_line('id', event.id)}")
     if event.retry is not None:
         if not 0 <= event.retry < 10**15:
-            raise InvalidDataError(f"retry must be milliseconds from 0, of 15 digits at most, not {event.retry}")
+            raise InvalidDataError(f"retry must be 0 to 999999999999999 milliseconds, not {event.retry}")
         lines.append(f"retry: {event.retry:d}")
     lines += [f"data: {line}" for line in _LINE_END.split(event.data)]
     return _encoded("\n".join(lines) + "\n\n")
 
 
 def comment(text: str = "") -> bytes:
-    """Return a comment, which a client passes over: it keeps what is in between from closing a quiet connection."""
+    """Encode a comment. Clients ignore it; sending one keeps proxies from closing an idle connection.
+
+    Raises:
+        InvalidDataError: The text contains a lone surrogate.
+    """
     return _encoded("".join(f": {line}\n" for line in _LINE_END.split(text)) + "\n")
 
 
 def _one_line(field: str, value: str) -> str:
     if _UNSAFE[field].search(value):
-        raise InvalidDataError(f"the {field} of a server-sent event must not contain a line break or NUL")
+        raise InvalidDataError(f"the {field} of a server-sent event must not contain a line break or NUL: {value!r}")
     if field == "event" and not value:
         raise InvalidDataError("the name of a server-sent event must not be empty")
     return value
@@ -63,24 +86,30 @@ def _encoded(text: str) -> bytes:
     try:
         return text.encode()
     except UnicodeEncodeError:
-        raise InvalidDataError("a server-sent event contains a lone surrogate, which is not a character") from None
+        raise InvalidDataError("a server-sent event must not contain a lone surrogate") from None
 
 
 class EventParser:
-    """Reads events from bytes as they come, in pieces of any size.
+    """An incremental parser of an event stream.
 
-    `last_event_id` is the id to resume after, `retry` the pause before that, in milliseconds, if the server gave one.
-    An event that the end of the connection has cut off is never returned.
+    An event that the end of the connection truncates is never returned.
+
+    Attributes:
+        last_event_id: The id to send as `Last-Event-ID` when resuming. Empty until an event with an id has arrived.
+        retry: The last reconnection delay of the server in milliseconds, or None.
+
+    Example:
+        `EventParser().feed(b"id: 1\\ndata: hello\\n\\n")` returns `[ServerSentEvent("hello", id="1")]`.
     """
 
     def __init__(self) -> None:
         self.last_event_id = ""
         self.retry: int | None = None
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._begun = False
+        self._started = False
         self._after_cr = False
-        self._line: list[str] = []  # pieces of a line that is not complete
-        self._data: list[str] = []  # and the fields of an event that is not
+        self._line: list[str] = []  # the parts of the incomplete line
+        self._data: list[str] = []  # from here on: the fields of the incomplete event
         self._event = ""
         self._id: str | None = None
         self._retry: int | None = None
@@ -89,12 +118,19 @@ class EventParser:
         return f"<{type(self).__name__} with last_event_id={self.last_event_id!r}, retry={self.retry!r}>"
 
     def feed(self, received: bytes) -> list[ServerSentEvent]:
-        """Take the next bytes and return the events that they complete."""
+        """Parse the next bytes.
+
+        Args:
+            received: Any number of bytes; events and characters may be split anywhere.
+
+        Returns:
+            The events that these bytes complete.
+        """
         text = self._decoder.decode(received)
         if not text:
             return []
-        if not self._begun:
-            self._begun = True
+        if not self._started:
+            self._started = True
             text = text.removeprefix("\ufeff")
         if self._after_cr:
             text = text.removeprefix("\n")
@@ -104,7 +140,7 @@ class EventParser:
         *complete, rest = _LINE_END.split(text)
         events = []
         for line in complete:
-            event = self._take("".join([*self._line, line]))
+            event = self._parse_line("".join([*self._line, line]))
             self._line = []
             if event is not None:
                 events.append(event)
@@ -112,7 +148,7 @@ class EventParser:
             self._line.append(rest)
         return events
 
-    def _take(self, line: str) -> ServerSentEvent | None:
+    def _parse_line(self, line: str) -> ServerSentEvent | None:
         if not line:
             return self._dispatch()
         field, _, value = line.partition(":")

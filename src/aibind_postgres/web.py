@@ -1,6 +1,6 @@
-"""The HTTP surface as plain data: a request, what it asks to be generated, and why it is refused. Pure.
+"""HTTP requests as plain data, and the parsing of their bodies. Pure.
 
-Paths, bodies and texts are those that aibind's browser client knows.
+Paths and JSON fields follow the protocol of aibind's browser client.
 """
 
 from __future__ import annotations
@@ -16,10 +16,17 @@ Kind = Literal["stream", "structured", "chat", "compact", "complete", "title"]
 
 
 class WebRequest(NamedTuple):
-    """A request, from any framework. The names of headers are in lower case; `original` is the framework's own.
+    """A request of any framework, as a handler takes it.
 
-    An answer goes on when its request may be over: `context`, as for a durable stream, sets up what the framework has
-    for a request.
+    Attributes:
+        method: The HTTP method in upper case.
+        path: The path, including the handler's prefix.
+        query: The query parameters, one value for each name.
+        headers: The headers, with names in lower case.
+        body: The whole body. Only its first `max_body + 1` bytes are needed, since a handler refuses longer ones.
+        original: The request object of the framework, for `generate` and `authorize`.
+        context: Returns the context manager to enter around the source and around `on_finish`. Both may outlive the
+            request, so a framework sets up here what it otherwise provides for a request.
     """
 
     method: str
@@ -40,12 +47,21 @@ class WebRequest(NamedTuple):
 
 
 class Generation(NamedTuple):
-    """What `generate` is asked for.
+    """The argument of `generate`: one parsed request for text from a model.
 
-    `messages` is the conversation, what was said before included, each with `role` and `content`, and the last one is
-    `prompt`; for `compact`, where it is to be summed up, there is no prompt. `body` is all that the client sent, with
-    whatever else is agreed on: `attachments`, `toolset`, `maxSteps`. `stream_id` is the id of the stream that the
-    answer becomes, where it becomes one.
+    Attributes:
+        kind: The route that was called.
+        prompt: The last message of the user. Empty for `compact`.
+        messages: The conversation including earlier messages, each with `role` and `content`. The last one is `prompt`,
+            except for `compact`, where all of them are to be summarised.
+        system: The system prompt, if the client sent one.
+        model: The name of a model, if the client sent one.
+        session_id: The id of the conversation, if the client sent one.
+        schema: The JSON schema of a structured answer, or None.
+        body: The whole JSON object that the client sent, with application fields such as `attachments`, `toolset` or
+            `maxSteps`.
+        request: The HTTP request.
+        stream_id: The id of the stream that stores the answer. None if the answer is plain text or JSON.
     """
 
     kind: Kind
@@ -67,8 +83,8 @@ class Generation(NamedTuple):
         )
 
 
-def parsed_body(request: WebRequest) -> dict[str, Any]:
-    """Return the JSON object in the body of a request; raise `WebError` for anything else."""
+def parse_body(request: WebRequest) -> dict[str, Any]:
+    """Return the JSON object in the body of a request. Raise `WebError` (400) if the body is anything else."""
     try:
         body = json.loads(request.body)
     except (ValueError, RecursionError):
@@ -78,14 +94,14 @@ def parsed_body(request: WebRequest) -> dict[str, Any]:
     return body
 
 
-def generation_of(kind: Kind, request: WebRequest) -> Generation:
-    """Return what a request asks to be generated; raise `WebError` for one that does not say so."""
-    body = parsed_body(request)
+def parse_generation(kind: Kind, request: WebRequest) -> Generation:
+    """Parse the body of a request. Raise `WebError` (400) if a field is missing or has the wrong type."""
+    body = parse_body(request)
     if kind in ("chat", "compact", "title"):
-        messages = _messages(body, may_be_empty=kind == "compact")
+        messages = _required_messages(body, allow_empty=kind == "compact")
         prompt = "" if kind == "compact" else messages[-1]["content"]
     else:
-        prompt = text_in(body, "input" if kind == "complete" else "prompt")
+        prompt = required_text(body, "input" if kind == "complete" else "prompt")
         messages = [{"role": "user", "content": prompt}]
     return Generation(
         kind=kind,
@@ -100,8 +116,8 @@ def generation_of(kind: Kind, request: WebRequest) -> Generation:
     )
 
 
-def text_in(body: Mapping[str, Any], name: str) -> str:
-    """Return a text that must be there, and more than white space."""
+def required_text(body: Mapping[str, Any], name: str) -> str:
+    """Return a string field. Raise `WebError` (400) if it is missing, blank or not a string."""
     text = _optional_text(body, name)
     if text is None or not text.strip():
         raise WebError(400, f"{name} is required")
@@ -115,34 +131,35 @@ def _optional_text(body: Mapping[str, Any], name: str) -> str | None:
     return text
 
 
-def _messages(body: Mapping[str, Any], *, may_be_empty: bool) -> list[dict[str, Any]]:
+def _required_messages(body: Mapping[str, Any], *, allow_empty: bool) -> list[dict[str, Any]]:
     messages = body.get("messages")
-    if not isinstance(messages, list) or not (messages or may_be_empty):
+    if not isinstance(messages, list) or not (messages or allow_empty):
         raise WebError(400, "messages is required")
     for message in messages:
         if not isinstance(message, dict) or message.get("role") not in ("user", "assistant", "system"):
-            raise WebError(400, "each of the messages must have the role user, assistant or system")
+            raise WebError(400, "each message must have the role user, assistant or system")
         if not isinstance(message.get("content"), str):
-            raise WebError(400, "each of the messages must have a content, a string")
+            raise WebError(400, "each message must have a content of type string")
     return messages
 
 
-def resume_point(request: WebRequest, stream_id: str) -> int:
-    """Return the number after which to resume.
+def parse_resume_cursor(request: WebRequest, stream_id: str) -> int:
+    """Return the sequence number after which to resume.
 
-    A browser's `EventSource` says it in a header, later than the address that it was made with: and there the id of the
-    stream stands for its beginning, since that is the id of the first event, unless it could be that of another.
+    The header `Last-Event-ID` takes precedence over the query parameter `after`: `EventSource` keeps the URL it was
+    made with and updates the header. The first event of a stream has the stream's id as its event id, so that id means
+    0, unless it is itself a number.
     """
-    point = request.headers.get("last-event-id") or request.query.get("after") or "0"
-    if point.isascii() and point.isdigit() and len(point) <= 15:
-        return int(point)
-    if point != stream_id:
-        raise WebError(400, "after must be the number of an event")
+    cursor = request.headers.get("last-event-id") or request.query.get("after") or "0"
+    if cursor.isascii() and cursor.isdigit() and len(cursor) <= 15:
+        return int(cursor)
+    if cursor != stream_id:
+        raise WebError(400, f"after must be a sequence number of at most 15 digits, not {cursor[:50]!r}")
     return 0
 
 
-def tokens_saved(usage: str) -> int:
-    """Return how many tokens of its input a summary does without, by the data of a `usage` event; 0 if unknown."""
+def count_tokens_saved(usage: str) -> int:
+    """Return `inputTokens` minus `outputTokens` of a `usage` event's data, or 0 if they are unknown."""
     try:
         counts = json.loads(usage)
         return int(counts["inputTokens"]) - int(counts["outputTokens"])

@@ -1,4 +1,4 @@
-"""The HTTP surface that aibind's browser client talks to, for any framework."""
+"""The HTTP API for aibind's browser client, independent of web frameworks."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from ..web import (
     Generation,
     Kind,
     WebRequest,
-    generation_of,
-    parsed_body,
-    resume_point,
-    text_in,
-    tokens_saved,
+    count_tokens_saved,
+    parse_body,
+    parse_generation,
+    parse_resume_cursor,
+    required_text,
 )
 from .durable_stream import AsyncDurableStream
 from .producing import GENERIC_ERROR, close_source
@@ -40,7 +40,7 @@ logger = logging.getLogger("aibind_postgres")
 EVENT_STREAM = {
     "Content-Type": "text/event-stream",
     "Cache-Control": "no-cache",
-    "X-Accel-Buffering": "no",  # nginx would hold events back
+    "X-Accel-Buffering": "no",  # keeps nginx from buffering events
     "Access-Control-Expose-Headers": "X-Stream-Id",
 }
 PLAIN_TEXT = {"Content-Type": "text/plain; charset=utf-8", "Cache-Control": "no-cache"}
@@ -48,7 +48,13 @@ PLAIN_TEXT = {"Content-Type": "text/plain; charset=utf-8", "Cache-Control": "no-
 
 @dataclass(frozen=True)
 class AsyncWebResponse:
-    """An answer, for any framework. The body is complete, or an iterator of events to be sent as they come."""
+    """A response for any framework.
+
+    Attributes:
+        status: The HTTP status code.
+        headers: The response headers.
+        body: The complete body, or an iterator of encoded events to send as they arrive.
+    """
 
     status: int
     headers: Mapping[str, str]
@@ -60,23 +66,36 @@ class AsyncWebResponse:
 
 
 class AsyncStreamHandler:
-    """Answers the requests of aibind's browser client.
+    """Handles the requests of aibind's browser client.
 
-    `generate` is called with a `Generation` and returns an iterable of `str` and `StreamEvent`, such as a generator.
-    What it yields becomes a stream in `store` that survives a reload, a lost connection and a restarted worker; for the
-    routes that answer with plain text or JSON it is put together. `compact`, if given, is called in its place for the
-    summary of a conversation. Both may yield a `usage` event.
+    Answers of `/stream`, `/structured` and `/chat` are durable streams: they survive a reload, a lost connection and a
+    restarted worker. The other routes collect the output of `generate` and respond with plain text or JSON.
 
-    With `conversations`, a request to `stream` with a session id gets what was said before, the last `max_messages` of
-    it, and the turn is saved by a merging save: before the stream is done, or when it was stopped or broke off, with
-    what was written until then, and the state in the metadata of the answer.
+    With `conversations`, `/stream` continues the conversation of the request's session id. The handler saves each turn
+    with a merging save. It saves before the stream is done, or after the stream was stopped, failed or was deleted. In
+    the latter cases the saved answer is the text so far, with the state in its metadata.
 
-    `authorize` is called with the request and an id, that of a stream or of a session, before anything of it is read,
-    resumed, stopped or saved; if it returns something false, the answer is 403. Whose a stream is, `generate` can note
-    by its `stream_id`. Without `authorize`, who knows an id may use it: those of streams cannot be guessed.
+    Args:
+        generate: Called with a `Generation`. Returns an iterable of `str` and `StreamEvent`, such as a generator. The
+            source may yield a `usage` event. Both may raise `WebError`; a source that is streamed then ends its stream
+            in state error, since the status line has been sent.
+        store: The store of the streams.
+        conversations: The store of the conversations. Default: None, which saves no conversations.
+        prefix: The path in front of all routes. It begins with a slash. Default: `/__aibind__`.
+        authorize: Called with the request and the id of a stream or session before that is read, resumed, stopped or
+            saved. A false result refuses the request with status 403. It may raise `WebError`. To record the owner of
+            a stream, use the `stream_id` of the `Generation`. Default: None, which allows everyone who has the id; ids
+            of streams cannot be guessed.
+        max_messages: The maximum number of earlier messages that `generate` receives. Default: None, which is all.
+        compact: Called instead of `generate` to summarise a conversation. Default: `generate`.
+        max_body: The maximum size of a request body in bytes. The browser sends the attachments of a conversation with
+            each request, in base64, which adds a third to their size. Default: 10,000,000.
+        heartbeat: Seconds without an event after which a response sends a comment. Default: 15.
+        expose_errors: Whether a stream that failed shows the exception text of the source to clients. Default: False,
+            which shows a generic text.
 
-    `max_body` is the most bytes that a request may have: the browser sends what is attached to a conversation in each
-    of its requests, a third longer than the files are. `heartbeat` and `expose_errors` are those of a durable stream.
+    Raises:
+        ValueError: `prefix` is neither empty nor begins with a slash, or a number is out of range.
     """
 
     def __init__(
@@ -95,7 +114,7 @@ class AsyncStreamHandler:
     ) -> None:
         self.prefix = prefix.rstrip("/")
         if self.prefix and not self.prefix.startswith("/"):
-            raise ValueError(f"prefix must begin with a slash, not {prefix!r}")
+            raise ValueError(f"prefix must begin with a slash: {prefix!r}")
         self.max_body = arguments.sequence_number(max_body, "max_body", least=0)
         self._generate = generate
         self._compact = compact or generate
@@ -111,20 +130,28 @@ class AsyncStreamHandler:
             "/stream": ("POST", partial(self._stream, "stream")),
             "/structured": ("POST", partial(self._stream, "structured")),
             "/chat": ("POST", partial(self._stream, "chat")),
-            "/complete": ("POST", partial(self._text, "complete")),
-            "/title": ("POST", partial(self._text, "title")),
+            "/complete": ("POST", partial(self._complete, "complete")),
+            "/title": ("POST", partial(self._complete, "title")),
         }
         for path in ("/stream", "/structured"):
             self._routes[f"{path}/stop"] = ("POST", self._stop)
             self._routes[f"{path}/resume"] = ("GET", self._resume)
         for path in ("", "/stream", "/structured"):
-            self._routes[f"{path}/compact"] = ("POST", self._summarize)
+            self._routes[f"{path}/compact"] = ("POST", self._compact_conversation)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} at {self.prefix!r}, {self._store!r}>"
 
     async def handle(self, request: WebRequest) -> AsyncWebResponse:
-        """Answer a request; what is wrong with it, or with the answer, becomes a status and a text in JSON."""
+        """Handle one request.
+
+        Args:
+            request: The request, with its path still under `prefix`.
+
+        Returns:
+            The response. A `WebError` becomes its status, and any other exception is logged and becomes status 500.
+            Both have a JSON body `{"error": text}`.
+        """
         route = request.path.removeprefix(self.prefix) if request.path.startswith(self.prefix) else None
         method, respond = self._routes.get(route or "", ("", None))
         try:
@@ -135,22 +162,22 @@ class AsyncStreamHandler:
             if len(request.body) > self.max_body:
                 raise WebError(413, f"the body must be at most {self.max_body} bytes long")
             response: AsyncWebResponse = await respond(request)
-        except WebError as refusal:
-            return _json({"error": refusal.text or "refused"}, refusal.status)
+        except WebError as error:
+            return _json({"error": error.text or "refused"}, error.status)
         except Exception:
             logger.exception("%s %s failed", request.method, request.path)
             return _json({"error": GENERIC_ERROR}, 500)
         return response
 
     async def _stream(self, kind: Kind, request: WebRequest) -> AsyncWebResponse:
-        generation = (await self._asked(kind, request))._replace(stream_id=new_id())
+        generation = (await self._parse_and_authorize(kind, request))._replace(stream_id=new_id())
         save = None
         if self._conversations is not None and generation.session_id is not None and kind == "stream":
-            with _told_to_the_client():
+            with _map_client_errors():
                 chat = await self._conversations.load(generation.session_id)
-            said = chat.messages if self._max_messages is None else chat.messages[-self._max_messages :]
+            history = chat.messages if self._max_messages is None else chat.messages[-self._max_messages :]
             save = partial(self._save_turn, self._conversations, generation, chat)
-            generation = generation._replace(messages=[*said, *generation.messages])
+            generation = generation._replace(messages=[*history, *generation.messages])
         source = await async_call_or_await(self._generate, generation)
         stream = await AsyncDurableStream.start(
             self._store,
@@ -160,7 +187,7 @@ class AsyncStreamHandler:
             expose_errors=self._expose_errors,
             context=request.context,
         )
-        return self._events(stream)
+        return self._event_stream(stream)
 
     async def _save_turn(
         self,
@@ -181,80 +208,81 @@ class AsyncStreamHandler:
         stream_id = request.query.get("id")
         if not stream_id:
             raise WebError(400, "id parameter is required")
-        after_seq = resume_point(request, stream_id)
-        await self._check(request, stream_id)
-        with _told_to_the_client():
+        after_seq = parse_resume_cursor(request, stream_id)
+        await self._check_authorized(request, stream_id)
+        with _map_client_errors():
             stream = await AsyncDurableStream.resume(self._store, stream_id, after_seq)
-        return self._events(stream)
+        return self._event_stream(stream)
 
-    def _events(self, stream: AsyncDurableStream) -> AsyncWebResponse:
-        # What a header cannot hold is encoded; the ids of this handler are never.
-        shown = stream.id if stream.id.isascii() and stream.id.isprintable() else quote(stream.id)
-        return AsyncWebResponse(200, {**EVENT_STREAM, "X-Stream-Id": shown}, self._told(stream))
+    def _event_stream(self, stream: AsyncDurableStream) -> AsyncWebResponse:
+        # A header holds ASCII only. Ids that this handler creates are never quoted.
+        header_id = stream.id if stream.id.isascii() and stream.id.isprintable() else quote(stream.id)
+        return AsyncWebResponse(200, {**EVENT_STREAM, "X-Stream-Id": header_id}, self._encoded_events(stream))
 
-    async def _told(self, stream: AsyncDurableStream) -> AsyncIterator[bytes]:
+    async def _encoded_events(self, stream: AsyncDurableStream) -> AsyncIterator[bytes]:
         try:
-            async for sent in stream.sse(heartbeat=self._heartbeat):
-                yield sent
-        except StreamNotFoundError:  # it was deleted meanwhile: a reader who asks again is told
-            logger.info("stream %r was deleted while it was read", stream.id)
+            async for encoded in stream.sse(heartbeat=self._heartbeat):
+                yield encoded
+        except StreamNotFoundError:  # the status line has been sent; a client that resumes gets 404
+            logger.info("stream %r was deleted while a client read it", stream.id)
 
     async def _stop(self, request: WebRequest) -> AsyncWebResponse:
-        stream_id = text_in(parsed_body(request), "id")
-        await self._check(request, stream_id)
-        with _told_to_the_client():
+        stream_id = required_text(parse_body(request), "id")
+        await self._check_authorized(request, stream_id)
+        with _map_client_errors():
             await self._store.stop(stream_id)
         return _json({"ok": True})
 
-    async def _text(self, kind: Kind, request: WebRequest) -> AsyncWebResponse:
-        text, _ = await _put_together(await async_call_or_await(self._generate, await self._asked(kind, request)))
+    async def _complete(self, kind: Kind, request: WebRequest) -> AsyncWebResponse:
+        generation = await self._parse_and_authorize(kind, request)
+        text, _ = await _collect(await async_call_or_await(self._generate, generation))
         return AsyncWebResponse(200, PLAIN_TEXT, text.encode())
 
-    async def _summarize(self, request: WebRequest) -> AsyncWebResponse:
-        generation = await self._asked("compact", request)
+    async def _compact_conversation(self, request: WebRequest) -> AsyncWebResponse:
+        generation = await self._parse_and_authorize("compact", request)
         chat = None
         if self._conversations is not None and generation.session_id is not None:
-            with _told_to_the_client():
+            with _map_client_errors():
                 chat = await self._conversations.load(generation.session_id)
-            if not chat.is_empty:  # what is replaced is what is summed up: a page that was left open may know less
+            if not chat.is_empty:  # an outdated page may send fewer messages than the summary would replace
                 generation = generation._replace(messages=chat.messages)
         if not generation.messages:
-            raise WebError(400, "there is nothing to sum up")
-        summary, usage = await _put_together(await async_call_or_await(self._compact, generation))
+            raise WebError(400, "the conversation has no messages to summarise")
+        summary, usage = await _collect(await async_call_or_await(self._compact, generation))
         if self._conversations is not None and chat is not None:
             if not summary.strip():
                 raise WebError(502, "the summary is empty")
             chat.compact({"role": "system", "content": summary})
             try:
                 await self._conversations.save(str(generation.session_id), chat, on_conflict="raise")
-            except ConversationConflictError:  # what was said meanwhile is not summed up
-                raise WebError(409, "the conversation has changed meanwhile") from None
-        return _json({"summary": summary, "tokensSaved": tokens_saved(usage)})
+            except ConversationConflictError:  # the summary does not cover the newer messages
+                raise WebError(409, "the conversation changed while it was summarised: try again") from None
+        return _json({"summary": summary, "tokensSaved": count_tokens_saved(usage)})
 
-    async def _asked(self, kind: Kind, request: WebRequest) -> Generation:
-        generation = generation_of(kind, request)
+    async def _parse_and_authorize(self, kind: Kind, request: WebRequest) -> Generation:
+        generation = parse_generation(kind, request)
         if generation.session_id is not None:
-            await self._check(request, generation.session_id)
+            await self._check_authorized(request, generation.session_id)
         return generation
 
-    async def _check(self, request: WebRequest, id: str) -> None:
+    async def _check_authorized(self, request: WebRequest, id: str) -> None:
         if self._authorize is not None and not await async_call_or_await(self._authorize, request, id):
             raise WebError(403, "forbidden")
 
 
 @contextmanager
-def _told_to_the_client() -> Iterator[None]:
-    """Refuse a request for an id that is not there, or cannot be. What the application raises is its own fault."""
+def _map_client_errors() -> Iterator[None]:
+    """Map unknown or invalid ids to 404 or 400. Use it around store calls only: application errors must propagate."""
     try:
         yield
     except StreamNotFoundError:
-        raise WebError(404, "there is no such stream") from None
-    except InvalidDataError as refusal:
-        raise WebError(400, str(refusal)) from None
+        raise WebError(404, "stream not found: it was never created, was deleted, or has expired") from None
+    except InvalidDataError as error:
+        raise WebError(400, str(error)) from None
 
 
-async def _put_together(source: AsyncIterable[str | StreamEvent]) -> tuple[str, str]:
-    """Return the text of a source, and the data of its last `usage` event."""
+async def _collect(source: AsyncIterable[str | StreamEvent]) -> tuple[str, str]:
+    """Return the whole text of a source and the data of its last `usage` event."""
     texts: list[str] = []
     usage = ""
     try:

@@ -1,1 +1,4 @@
-"""The HTTP surface in web frameworks, a module for each. They carry requests and answers over, and decide nothing."""
+"""Adapters that connect a stream handler to a web framework, one module each.
+
+An adapter converts requests and responses. All decisions are made by the handler.
+"""

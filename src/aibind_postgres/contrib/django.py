@@ -1,4 +1,4 @@
-"""Django: `urlpatterns = [*urlpatterns(handler)]`, with the asynchronous handler under ASGI, the other under WSGI."""
+"""URL patterns for Django."""
 
 from __future__ import annotations
 
@@ -26,25 +26,36 @@ if TYPE_CHECKING:
 
 
 def urlpatterns(handler: StreamHandler | AsyncStreamHandler) -> list[URLPattern]:
-    """Return the URL patterns of a handler, to be put at the root.
+    """Return the URL patterns of a handler. Include them at the root of the URL configuration.
 
-    The request that `generate` and `authorize` get as `original` is Django's own. Under the other kind of server than
-    the handler's, `ImproperlyConfigured` is raised. The views are exempt from the CSRF check, for which aibind's
-    browser client sends no token: see `authorize`, and to it that session cookies are SameSite. They are exempt from
-    `ATOMIC_REQUESTS` as well: an answer is stored while it is written, and not in the transaction of its request.
+    `WebRequest.original` is the Django request.
+
+    The views are exempt from the CSRF check, since aibind's browser client sends no CSRF token. Pass `authorize` to
+    the handler and keep session cookies SameSite. The views are also exempt from `ATOMIC_REQUESTS`, since an answer is
+    committed while it is produced.
+
+    Args:
+        handler: An `AsyncStreamHandler` for a server that uses ASGI, a `StreamHandler` for one that uses WSGI.
+
+    Returns:
+        The URL patterns, under the handler's prefix. Their views raise `ImproperlyConfigured` if the handler does not
+        match the server.
+
+    Example:
+        `urlpatterns = [*urlpatterns(handler)]`
     """
     if isinstance(handler, AsyncStreamHandler):
         asynchronous = handler
 
         async def view(request: HttpRequest, path: str) -> HttpResponseBase:
-            _serve_by(asynchronous, request)
-            return _answer(await asynchronous.handle(_asked(asynchronous, request, path)))
+            _check_server(asynchronous, request)
+            return _to_django(await asynchronous.handle(_from_django(asynchronous, request, path)))
     else:
         synchronous = handler
 
         def view(request: HttpRequest, path: str) -> HttpResponseBase:  # type: ignore[misc]  # one name, two flavours
-            _serve_by(synchronous, request)
-            return _answer(synchronous.handle(_asked(synchronous, request, path)))
+            _check_server(synchronous, request)
+            return _to_django(synchronous.handle(_from_django(synchronous, request, path)))
 
     for alias in connections:
         non_atomic_requests(using=alias)(view)
@@ -52,46 +63,61 @@ def urlpatterns(handler: StreamHandler | AsyncStreamHandler) -> list[URLPattern]
     return [re_path(f"^{root}(?P<path>.*)$", csrf_exempt(view), name="aibind")]
 
 
-def _serve_by(handler: StreamHandler | AsyncStreamHandler, request: HttpRequest) -> None:
+def _check_server(handler: StreamHandler | AsyncStreamHandler, request: HttpRequest) -> None:
     if isinstance(handler, AsyncStreamHandler) != isinstance(request, ASGIRequest):
-        # Django would hold an answer back until it is complete, or run each request in an event loop of its own.
+        # Django would buffer the whole answer (ASGI), or run each request in a new event loop (WSGI).
         raise ImproperlyConfigured(
-            f"{type(handler).__name__} is for another kind of server: use AsyncStreamHandler under ASGI, StreamHandler "
+            f"{type(handler).__name__} does not match the server: use AsyncStreamHandler under ASGI, StreamHandler "
             "under WSGI"
         )
 
 
-def _asked(handler: StreamHandler | AsyncStreamHandler, request: HttpRequest, path: str) -> WebRequest:
+def _from_django(handler: StreamHandler | AsyncStreamHandler, request: HttpRequest, path: str) -> WebRequest:
     return WebRequest(
         str(request.method),
         f"{handler.prefix}/{path}",
         request.GET.dict(),
         {name.lower(): value for name, value in request.headers.items()},
-        _body(request, handler.max_body + 1),  # the handler refuses what is longer
+        _read_body(request, handler.max_body + 1),  # one byte more than the handler accepts
         request,
-        _own_thread if isinstance(handler, AsyncStreamHandler) else _own_connections,
+        _separate_thread if isinstance(handler, AsyncStreamHandler) else _close_connections,
     )
 
 
+def _read_body(request: HttpRequest, limit: int) -> bytes:
+    try:
+        return bytes(request.read(limit))
+    except UnreadablePostError:  # the client has disconnected; not an application error
+        return b""
+
+
+def _to_django(response: WebResponse | AsyncWebResponse) -> HttpResponseBase:
+    headers = dict(response.headers)
+    if isinstance(response.body, bytes):
+        return HttpResponse(response.body, status=response.status, headers=headers)
+    headers["Content-Encoding"] = "identity"  # keeps GZipMiddleware from buffering events
+    return StreamingHttpResponse(response.body, status=response.status, headers=headers)
+
+
 @contextmanager
-def _own_connections() -> Iterator[None]:
-    """Close the connections that an answer has made in a thread of its own, in which no request ends."""
+def _close_connections() -> Iterator[None]:
+    """Close the connections that the source opened. Django closes connections at the end of requests only."""
     try:
         yield
     finally:
         connections.close_all()
 
 
+# Workaround for asgiref before 3.13. Django enters a `ThreadSensitiveContext` around each request, and in these versions
+# a nested one has no effect.
+# Remove when asgiref 3.13 is the oldest supported version, which needs Python 3.11 or later: then enter
+# `ThreadSensitiveContext(executor=…)` with an executor of one thread, and close the connections in that thread.
 @asynccontextmanager
-async def _own_thread() -> AsyncIterator[None]:
-    """Give an answer a thread of its own for what is synchronous, since that of its request ends with the request.
-
-    A `ThreadSensitiveContext` that is entered inside that of a request does nothing; to have it do something takes
-    asgiref 3.13, which Python 3.10 cannot have.
-    """
+async def _separate_thread() -> AsyncIterator[None]:
+    """Run the `sync_to_async` calls of a source in a separate thread: the request's thread ends with the request."""
     context = ThreadSensitiveContext()
     token = SyncToAsync.thread_sensitive_context.set(context)
-    outer = getattr(AsyncToSync.executors, "current", None)  # of a synchronous middleware: it would come first
+    outer = getattr(AsyncToSync.executors, "current", None)  # set by synchronous middleware, and takes precedence
     AsyncToSync.executors.current = None
     try:
         yield
@@ -101,18 +127,3 @@ async def _own_thread() -> AsyncIterator[None]:
         if (executor := SyncToAsync.context_to_thread_executor.pop(context, None)) is not None:
             executor.submit(connections.close_all)
             executor.shutdown(wait=False)
-
-
-def _body(request: HttpRequest, most: int) -> bytes:
-    try:
-        return bytes(request.read(most))
-    except UnreadablePostError:  # the client has gone away: no fault of the application, and nobody is left to be told
-        return b""
-
-
-def _answer(response: WebResponse | AsyncWebResponse) -> HttpResponseBase:
-    headers = dict(response.headers)
-    if isinstance(response.body, bytes):
-        return HttpResponse(response.body, status=response.status, headers=headers)
-    headers["Content-Encoding"] = "identity"  # else GZipMiddleware would hold events back
-    return StreamingHttpResponse(response.body, status=response.status, headers=headers)

@@ -1,4 +1,4 @@
-"""Starlette: `Starlette(routes=routes(handler))`, and FastAPI: `app.router.routes.extend(routes(handler))`."""
+"""Routes for Starlette and FastAPI."""
 
 from __future__ import annotations
 
@@ -13,13 +13,26 @@ from .. import AsyncStreamHandler, WebRequest
 if TYPE_CHECKING:
     from starlette.requests import Request
 
-METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]  # those that are wrong are told so
+METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]  # the handler responds with 405 to the wrong one
 
 
 def routes(handler: AsyncStreamHandler) -> list[Route]:
-    """Return the routes of a handler. The request that `generate` and `authorize` get as `original` is Starlette's.
+    """Return the routes of a handler.
 
-    Raises `TypeError` for a synchronous handler.
+    `WebRequest.original` is the Starlette request.
+
+    Args:
+        handler: The handler to route requests to.
+
+    Returns:
+        The routes, under the handler's prefix.
+
+    Raises:
+        TypeError: The handler is synchronous.
+
+    Example:
+        Starlette: `app = Starlette(routes=routes(handler))`
+        FastAPI: `app.router.routes.extend(routes(handler))`
     """
     if not isinstance(handler, AsyncStreamHandler):
         raise TypeError(f"Starlette and FastAPI take an AsyncStreamHandler, not {type(handler).__name__}")
@@ -29,9 +42,9 @@ def routes(handler: AsyncStreamHandler) -> list[Route]:
         try:
             async for part in request.stream():
                 body += part
-                if len(body) > handler.max_body:  # the handler refuses it, so the rest need not be read
+                if len(body) > handler.max_body:  # enough for the handler to refuse the request
                     break
-        except ClientDisconnect:  # no fault of the application, and nobody is left to be told
+        except ClientDisconnect:  # not an application error; nobody receives this response
             return Response(status_code=400)
         response = await handler.handle(
             WebRequest(
