@@ -1,4 +1,4 @@
-"""A chat in FastAPI whose answers survive a reload, a lost network and a restart of the server.
+"""A chat in FastAPI. Its answers survive a reload, a lost connection and a restart of the server.
 
 pip install 'aibind-postgres[binary,starlette]' fastapi uvicorn
 DATABASE_URL=postgresql://… uvicorn --app-dir examples fastapi_chat:app
@@ -36,7 +36,7 @@ def generate(generation: Generation) -> AsyncIterator[str]:
 
 
 async def housekeeping() -> None:
-    """End the answers whose process has died, and delete what has expired. Many processes may do so at once."""
+    """Fail the streams of dead processes and delete expired rows, every 5 seconds. Safe to run in every process."""
     while True:
         await asyncio.sleep(5)
         try:
@@ -49,16 +49,16 @@ async def housekeeping() -> None:
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    await schema.async_migrate(DSN)  # an application of yours would do so when it is deployed
+    await schema.async_migrate(DSN)  # in production, run this when you deploy
     async with store, conversations:
         task = asyncio.create_task(housekeeping())
         yield
         task.cancel()
-        await AsyncDurableStream.shutdown(store)  # what is being written when the server ends
+        await AsyncDurableStream.shutdown(store)  # gives running answers 5 seconds to finish
 
 
 app = FastAPI(lifespan=lifespan)
-# Who knows the id of a conversation may read and write it here; authorize=… asks who is there.
+# Anyone with the id of a conversation can read and change it. Pass authorize=… to restrict that.
 app.router.routes.extend(routes(AsyncStreamHandler(generate, store=store, conversations=conversations)))
 
 
@@ -70,8 +70,8 @@ async def page() -> FileResponse:
 @app.get("/conversation/{session}")
 async def conversation(session: str) -> list[dict[str, Any]]:
     try:
-        return turns.shown(await conversations.load(session))
-    except ValueError:  # no id that a conversation can have
+        return turns.current_path(await conversations.load(session))
+    except ValueError:  # an invalid id
         raise HTTPException(404) from None
 
 

@@ -1,9 +1,9 @@
-"""A chat in Flask whose answers survive a reload, a lost network and a restart of the server.
+"""A chat in Flask. Its answers survive a reload, a lost connection and a restart of the server.
 
 pip install 'aibind-postgres[binary,flask]' gunicorn
 DATABASE_URL=postgresql://… gunicorn --chdir examples --threads 100 flask_chat:app
 
-Each reader takes a thread while he reads, so have more of them than readers.
+Each reader occupies a thread, so start more threads than readers.
 """
 
 import os
@@ -24,7 +24,7 @@ from aibind_postgres import (
 from aibind_postgres.contrib.flask import blueprint
 
 DSN = os.environ["DATABASE_URL"]
-schema.migrate(DSN)  # an application of yours would do so when it is deployed
+schema.migrate(DSN)  # in production, run this when you deploy
 store = PostgresStreamStore(DSN, ttl=DAY)
 conversations = PostgresConversationStore(DSN, ttl=30 * DAY)
 housekeeping.start(DSN)
@@ -35,7 +35,7 @@ def generate(generation: Generation) -> Iterator[str]:
 
 
 app = Flask(__name__)
-# Who knows the id of a conversation may read and write it here; authorize=… asks who is there.
+# Anyone with the id of a conversation can read and change it. Pass authorize=… to restrict that.
 app.register_blueprint(blueprint(StreamHandler(generate, store=store, conversations=conversations)))
 
 
@@ -47,8 +47,8 @@ def page() -> Response:
 @app.get("/conversation/<session>")
 def conversation(session: str) -> list[dict[str, Any]]:
     try:
-        return turns.shown(conversations.load(session))
-    except ValueError:  # no id that a conversation can have
+        return turns.current_path(conversations.load(session))
+    except ValueError:  # an invalid id
         abort(404)
 
 

@@ -1,6 +1,6 @@
-"""Replay a stored stream at its recorded pace, into a test or a demo.
+"""Replay a stored stream at its recorded pace, for tests and demos.
 
-Usage: python examples/replay_stream.py DSN ID [SPEED]     SPEED 2 is twice as fast, inf leaves out the pauses
+Usage: python examples/replay_stream.py DSN ID [SPEED]     SPEED: 2 is twice as fast, inf has no pauses, default 1
 """
 
 import sys
@@ -13,7 +13,7 @@ from aibind_postgres import AibindError, PostgresStreamStore
 def main(dsn: str, stream_id: str, speed: str = "1") -> None:
     with PostgresStreamStore(dsn) as store:
         for chunk in store.replay(stream_id, speed=float(speed)):
-            # Whatever your application does with a token belongs here.
+            # Replace this with your application's code.
             print(chunk.data, end="", flush=True)
 
 

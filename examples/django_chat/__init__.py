@@ -1,7 +1,7 @@
-"""A chat in Django whose answers survive a reload, a lost network and a restart of the server.
+"""A chat in Django. Its answers survive a reload, a lost connection and a restart of the server.
 
 pip install 'aibind-postgres[binary,django]' gunicorn
 DATABASE_URL=postgresql://… gunicorn --chdir examples --threads 100 django_chat.wsgi
 
-Each reader takes a thread while he reads, so have more of them than readers, or see README for ASGI.
+Each reader occupies a thread, so start more threads than readers. Under ASGI readers need no threads, see docs/http.md.
 """

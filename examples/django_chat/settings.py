@@ -1,9 +1,9 @@
-"""Django's settings: as few as a chat needs. Its tables are not Django's, so there is no database here."""
+"""Minimal Django settings. The chat does not use Django's ORM, so no database is configured."""
 
 import secrets
 
-SECRET_KEY = secrets.token_hex()  # nothing is signed with it
+SECRET_KEY = secrets.token_hex()  # required, but unused
 ALLOWED_HOSTS = ["*"]
 ROOT_URLCONF = "django_chat.urls"
-MIDDLEWARE: list[str] = []  # no cookies, so no forged requests
+MIDDLEWARE: list[str] = []  # no cookies, so no CSRF protection is needed
 USE_TZ = True

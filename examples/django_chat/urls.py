@@ -1,4 +1,4 @@
-"""The addresses of the chat: the page, its conversations, and what its answers come by."""
+"""URLs of the page, its conversations and the stream handler."""
 
 from django.urls import path
 from django.views.decorators.http import require_GET, require_POST
@@ -8,7 +8,7 @@ from aibind_postgres.contrib import django as aibind
 
 from . import views
 
-# Who knows the id of a conversation may read and write it here; authorize=… asks who is there.
+# Anyone with the id of a conversation can read and change it. Pass authorize=… to restrict that.
 handler = StreamHandler(views.generate, store=views.store, conversations=views.conversations)
 
 urlpatterns = [

@@ -1,4 +1,4 @@
-"""What the chat answers, and where it keeps that."""
+"""The views and stores of the chat."""
 
 import os
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from shared.model import answer
 from aibind_postgres import Generation, PostgresConversationStore, PostgresStreamStore, schema
 
 DSN = os.environ["DATABASE_URL"]
-schema.migrate(DSN)  # an application of yours would do so when it is deployed
+schema.migrate(DSN)  # in production, run this when you deploy
 store = PostgresStreamStore(DSN, ttl=DAY)
 conversations = PostgresConversationStore(DSN, ttl=30 * DAY)
 housekeeping.start(DSN)
@@ -26,8 +26,8 @@ def page(request: HttpRequest) -> FileResponse:
 
 def conversation(request: HttpRequest, session: str) -> JsonResponse:
     try:
-        return JsonResponse(turns.shown(conversations.load(session)), safe=False)
-    except ValueError:  # no id that a conversation can have
+        return JsonResponse(turns.current_path(conversations.load(session)), safe=False)
+    except ValueError:  # an invalid id
         raise Http404 from None
 
 

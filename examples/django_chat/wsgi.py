@@ -1,4 +1,4 @@
-"""Where a WSGI server finds the chat."""
+"""The WSGI application."""
 
 import os
 

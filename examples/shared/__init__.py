@@ -1,6 +1,6 @@
-"""What the chat examples have in common: the page, the model, and how the page sees a conversation."""
+"""Code that the chat examples share: the page, the model, housekeeping and the turns of a conversation."""
 
 from pathlib import Path
 
 PAGE = Path(__file__).with_name("page.html")
-DAY = 86400  # seconds; how long answers and conversations are kept
+DAY = 86400  # seconds

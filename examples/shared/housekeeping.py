@@ -1,4 +1,4 @@
-"""What somebody must do every few seconds: end the answers whose process has died, delete what has expired."""
+"""Fail the streams of dead processes and delete expired rows, every 5 seconds."""
 
 import logging
 import threading
@@ -10,7 +10,10 @@ from .model import LONGEST_PAUSE
 
 
 def start(dsn: str) -> None:
-    """Do it in a thread, with stores of its own: the process may yet fork. Many processes may do so at once."""
+    """Start a housekeeping thread. Safe to run in every process.
+
+    The thread opens its own stores, since stores of this process must not be used after a fork.
+    """
 
     def run() -> None:
         with PostgresStreamStore(dsn) as store, PostgresConversationStore(dsn) as conversations:

@@ -1,6 +1,10 @@
-"""The model: a stand-in that types a text back, or, with OPENAI_API_KEY or OPENAI_BASE_URL set, a real one.
+"""The model of the chat examples: a stand-in that yields a fixed text, or a model behind OpenAI's API.
 
-OPENAI_MODEL names the real one. AIBIND_DEMO_DELAY is the seconds that the stand-in takes for a token.
+Environment variables:
+
+- OPENAI_API_KEY or OPENAI_BASE_URL: use OpenAI's API instead of the stand-in.
+- OPENAI_MODEL: the name of the model. Default: gpt-4o-mini.
+- AIBIND_DEMO_DELAY: seconds that the stand-in takes for each token. Default: 0.03.
 """
 
 import asyncio
@@ -22,7 +26,7 @@ except ValueError:
 if not 0 <= DELAY < math.inf:
     raise ValueError("AIBIND_DEMO_DELAY must be a number of seconds")
 
-# Whoever has not sent a token for so many seconds is not thinking, but gone.
+# Seconds without a token after which a producer is considered dead.
 LONGEST_PAUSE = 300 if REAL else 30 + DELAY
 
 SYSTEM = {"role": "system", "content": "You are a helpful assistant. Be brief."}
@@ -30,26 +34,27 @@ SYSTEM = {"role": "system", "content": "You are a helpful assistant. Be brief."}
 TEXT = """\
 You wrote: “{prompt}”
 
-I am no language model, only a stand-in that types. But what carries my words to you is real. Each of them is a row in \
-PostgreSQL before you see it, and it has a number.
+I am no language model, only a stand-in that types a fixed text. The transport is real, though. Each piece of this \
+text is a numbered row in PostgreSQL before you see it.
 
-So be rude to me. Reload this page: the text will be here, and go on. Open it in a second tab, and both show the same. \
-Take your laptop into a lift, and when the network is back your browser says which number it saw last, and gets the \
-next one, and none twice. Even if the server dies in the middle of a sentence, what I have said is still there, and \
-you are told that I broke off.
+So be rude to me. Reload this page: the text is still here, and continues. Open a second tab: both show the same text. \
+Disconnect from the network: when it is back, your browser sends the number of the last event it received, and \
+continues with the next one, without duplicates. Kill the server in the middle of a sentence: the text so far is kept, \
+and the page reports that the answer is incomplete.
 
-Stop me, and what I have said until then is kept. Edit your question, and I answer again beside this answer: the \
-little arrows lead from one to the other. Nothing of what we say replaces anything.
+Stop me, and the text so far is kept. Edit your question, and the new answer becomes an alternative to this one: use \
+the arrows to switch between them. No message is ever overwritten.
 
-That is all I know, dear reader, and I shall say it again as often as you like. ✦
+That is all I can type, and I will type it again as often as you like. ✦
 """
 
 
 def answer(messages: list[dict[str, Any]]) -> Iterator[str]:
     """Yield the tokens of an answer to a conversation."""
     if REAL:
-        asked = {"model": NAME, "messages": [SYSTEM, *messages], "stream": True}
-        with _client("OpenAI").chat.completions.create(**asked) as stream:  # so that stopping stops the model as well
+        parameters = {"model": NAME, "messages": [SYSTEM, *messages], "stream": True}
+        # The block closes the response, so stopping the answer also stops the model.
+        with _client("OpenAI").chat.completions.create(**parameters) as stream:
             for event in stream:
                 yield from _texts(event)
     else:
@@ -59,10 +64,10 @@ def answer(messages: list[dict[str, Any]]) -> Iterator[str]:
 
 
 async def async_answer(messages: list[dict[str, Any]]) -> AsyncIterator[str]:
-    """Do what `answer` does, for asyncio."""
+    """Yield the tokens of an answer to a conversation, for asyncio."""
     if REAL:
-        asked = {"model": NAME, "messages": [SYSTEM, *messages], "stream": True}
-        async with await _client("AsyncOpenAI").chat.completions.create(**asked) as stream:
+        parameters = {"model": NAME, "messages": [SYSTEM, *messages], "stream": True}
+        async with await _client("AsyncOpenAI").chat.completions.create(**parameters) as stream:
             async for event in stream:
                 for text in _texts(event):
                     yield text
@@ -73,11 +78,11 @@ async def async_answer(messages: list[dict[str, Any]]) -> AsyncIterator[str]:
 
 
 @cache
-def _client(kind: str) -> Any:
+def _client(name: str) -> Any:
     import openai
 
-    # Servers of one's own, behind OPENAI_BASE_URL, often want no key; the package wants one.
-    return getattr(openai, kind)(api_key=os.environ.get("OPENAI_API_KEY") or "none")
+    # The openai package requires a key, even for a self-hosted server that needs none.
+    return getattr(openai, name)(api_key=os.environ.get("OPENAI_API_KEY") or "none")
 
 
 def _texts(event: Any) -> Iterator[str]:
@@ -87,5 +92,5 @@ def _texts(event: Any) -> Iterator[str]:
 
 
 def _tokens(messages: list[dict[str, Any]]) -> list[str]:
-    """Return a text in pieces of the size of a model's tokens: a word, or a part of a long one."""
+    """Split the text into pieces of the size of a model's tokens: at most 8 characters, with leading white space."""
     return re.findall(r"\s*\S{1,8}", TEXT.format(prompt=messages[-1]["content"]))

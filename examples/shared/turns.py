@@ -1,12 +1,14 @@
-"""How the page sees a conversation: its current path, and where there are alternatives to it."""
+"""The turns of a conversation as the page shows them, and the changes that the page can make."""
 
 from collections.abc import Callable
 from typing import Any
 
 from aibind_postgres import ChatHistory
 
-# What the page may ask for, at a message: to go to another alternative, to go back to before it, so that the next
-# message becomes an alternative to it, and to go there again.
+# The actions of the page on a message:
+# - previous, next: switch to another alternative of the message.
+# - rewind: go back to the message before it, so that the next message becomes an alternative.
+# - return: undo a rewind.
 ACTIONS: dict[str, Callable[[ChatHistory[Any], str], object]] = {
     "previous": ChatHistory.prev_alternative,
     "next": ChatHistory.next_alternative,
@@ -15,8 +17,8 @@ ACTIONS: dict[str, Callable[[ChatHistory[Any], str], object]] = {
 }
 
 
-def shown(chat: ChatHistory[Any]) -> list[dict[str, Any]]:
-    """Return what the page shows."""
+def current_path(chat: ChatHistory[Any]) -> list[dict[str, Any]]:
+    """Return the messages of the current path, each with its state and its position among its alternatives."""
     turns = []
     for id in chat.node_ids:
         alternatives, index = chat.tree.siblings(id)
@@ -34,6 +36,10 @@ def shown(chat: ChatHistory[Any]) -> list[dict[str, Any]]:
 
 
 def change(chat: ChatHistory[Any], action: str, id: str) -> list[dict[str, Any]]:
-    """Change the current path at a message; return what is shown then. Raises `LookupError` for what is not there."""
+    """Run an action on a message and return the new current path.
+
+    Raises:
+        LookupError: The action or the message does not exist.
+    """
     ACTIONS[action](chat, id)
-    return shown(chat)
+    return current_path(chat)

@@ -26,7 +26,7 @@ class WebRequest(NamedTuple):
         body: The whole body. Only its first `max_body + 1` bytes are needed, since a handler refuses longer ones.
         original: The request object of the framework, for `generate` and `authorize`.
         context: Returns the context manager to enter around the source and around `on_finish`. Both may outlive the
-            request, so a framework sets up here what it otherwise provides for a request.
+            request, so an adapter uses it to set up the resources that the framework otherwise ties to a request.
     """
 
     method: str

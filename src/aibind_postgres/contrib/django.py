@@ -108,8 +108,8 @@ def _close_connections() -> Iterator[None]:
         connections.close_all()
 
 
-# Workaround for asgiref before 3.13. Django enters a `ThreadSensitiveContext` around each request, and in these versions
-# a nested one has no effect.
+# Workaround for asgiref before 3.13. Django enters a `ThreadSensitiveContext` around each request, and in these
+# versions a nested one has no effect.
 # Remove when asgiref 3.13 is the oldest supported version, which needs Python 3.11 or later: then enter
 # `ThreadSensitiveContext(executor=…)` with an executor of one thread, and close the connections in that thread.
 @asynccontextmanager
