@@ -1,4 +1,4 @@
-"""The server, its databases and schemas, and the synchronous half of the tests."""
+"""Fixtures for the server, its databases and schemas. Generates the sync flavour of package and tests if needed."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from psycopg.conninfo import conninfo_to_dict
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# The generated halves, of the package and of these tests, are made again when they are not what the sources give. This
-# comes before the package is imported.
+# Generate the sync flavour again if it is outdated. This must come before the package is imported.
 converter = runpy.run_path(str(ROOT / "scripts" / "unasync.py"))
 if converter["outdated"]():
     converter["convert"]()
@@ -25,14 +24,14 @@ from support import servers  # noqa: E402  # after the conversion
 
 from aibind_postgres import schema  # noqa: E402  # after the conversion
 
-# A process that is started in the background ignores Ctrl-C, and so would all that it starts: some are sent it.
+# A process that a shell starts in the background ignores SIGINT, and its children inherit that. Some tests send SIGINT.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# How long an example takes depends on what else the machine does.
+# Deadlines would fail at random on a busy machine.
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
 
-# Names for the tables of chunks, streams and conversations that are legal and go wrong when they are not quoted.
+# Legal names for the tables of chunks, status and conversations, most of which fail if they are not quoted.
 TABLE_NAMES = {
     "plain": ("chunks", "status", "conversations"),
     "quotes": ('we"ird', "it's; -- \n$1", '"; --'),
@@ -46,14 +45,14 @@ TABLE_NAMES = {
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[str]:
-    """A server, with the right to create databases on it."""
+    """The connection string of a server, as a user that may create databases."""
     with servers.test_server() as dsn:
         yield dsn
 
 
 @pytest.fixture(scope="session")
 def template(server: str) -> Iterator[str]:
-    """The name of a database with the whole schema, to copy from."""
+    """The name of a template database with the whole schema."""
     with servers.own_database(server, "template0") as dsn:
         schema.migrate(dsn)
         yield str(conninfo_to_dict(dsn)["dbname"])
@@ -61,28 +60,28 @@ def template(server: str) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def dsn(server: str, template: str) -> Iterator[str]:
-    """This run's database. Tests share it, each in a schema of its own."""
+    """The database of this test run. Tests share it, each in a separate schema."""
     with servers.own_database(server, template) as dsn:
         yield dsn
 
 
 @pytest.fixture
 def database(server: str, template: str) -> Iterator[str]:
-    """A database of one's own, with the whole schema and the default names."""
+    """A database for one test, with the whole schema and the default names."""
     with servers.own_database(server, template) as dsn:
         yield dsn
 
 
 @pytest.fixture
 def empty_database(server: str) -> Iterator[str]:
-    """A database of one's own, without any table."""
+    """A database for one test, without tables."""
     with servers.own_database(server, "template0") as dsn:
         yield dsn
 
 
 @pytest.fixture(scope="session")
-def administrators(dsn: str) -> Iterator[list[psycopg.Connection]]:
-    """The connections that prepare this run's database for its tests: one, and another if a test has broken it."""
+def admin_connections(dsn: str) -> Iterator[list[psycopg.Connection]]:
+    """The connections that `run_sql` uses: one, and a new one each time a test has broken the last."""
     connections: list[psycopg.Connection] = []
     yield connections
     for connection in connections:
@@ -90,48 +89,48 @@ def administrators(dsn: str) -> Iterator[list[psycopg.Connection]]:
 
 
 @pytest.fixture
-def administer(dsn: str, administrators: list[psycopg.Connection]) -> Callable[[str], None]:
-    """Run SQL in this run's database."""
+def run_sql(dsn: str, admin_connections: list[psycopg.Connection]) -> Callable[[str], None]:
+    """Run SQL in the database of this test run."""
 
     def run(sql: str) -> None:
         try:
-            administrators[-1].execute("SELECT")
+            admin_connections[-1].execute("SELECT")
         except (IndexError, psycopg.OperationalError):
-            administrators.append(psycopg.connect(dsn, autocommit=True))
-        administrators[-1].execute(sql)
+            admin_connections.append(psycopg.connect(dsn, autocommit=True))
+        admin_connections[-1].execute(sql)
 
     return run
 
 
 @pytest.fixture
-def schema_name(administer: Callable[[str], None]) -> Iterator[str]:
-    """An empty schema in this run's database."""
+def schema_name(run_sql: Callable[[str], None]) -> Iterator[str]:
+    """An empty schema for one test."""
     name = f"Test_{uuid.uuid4().hex[:12]}"
-    administer(f'CREATE SCHEMA "{name}"')
+    run_sql(f'CREATE SCHEMA "{name}"')
     yield name
-    administer(f'DROP SCHEMA "{name}" CASCADE')
+    run_sql(f'DROP SCHEMA "{name}" CASCADE')
 
 
 @pytest.fixture
 def tables(
-    request: pytest.FixtureRequest, administer: Callable[[str], None], schema_name: str
+    request: pytest.FixtureRequest, run_sql: Callable[[str], None], schema_name: str
 ) -> dict[str, psycopg.sql.Identifier]:
-    """The stream tables of this test, as a store takes them, with every migration applied."""
+    """The stream tables of one test with every migration applied, as keyword arguments of a store."""
     chunks, status, conversations = TABLE_NAMES[getattr(request, "param", "plain")]
     names = {
         "chunks_table": psycopg.sql.Identifier(schema_name, chunks),
         "status_table": psycopg.sql.Identifier(schema_name, status),
     }
-    administer(schema.render(**names, conversations_table=psycopg.sql.Identifier(schema_name, conversations)))
+    run_sql(schema.render(**names, conversations_table=psycopg.sql.Identifier(schema_name, conversations)))
     return names
 
 
 @pytest.fixture
 def conversations(
-    request: pytest.FixtureRequest, administer: Callable[[str], None], schema_name: str
+    request: pytest.FixtureRequest, run_sql: Callable[[str], None], schema_name: str
 ) -> psycopg.sql.Identifier:
-    """The conversation table of this test, as a store takes it, with every migration applied."""
+    """The conversation table of one test with every migration applied."""
     table = psycopg.sql.Identifier(schema_name, TABLE_NAMES[getattr(request, "param", "plain")][2])
     others = {f"{kind}_table": psycopg.sql.Identifier(schema_name, f"other {kind}") for kind in ("chunks", "status")}
-    administer(schema.render(**others, conversations_table=table))
+    run_sql(schema.render(**others, conversations_table=table))
     return table

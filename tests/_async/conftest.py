@@ -1,4 +1,4 @@
-"""What several of these tests begin with."""
+"""Fixtures for the tests of both flavours."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ from aibind_postgres import AsyncPostgresStreamStore
 
 @pytest.fixture
 async def other(dsn, tables):
-    """A store that shares nothing with the test's own but the server, as in another process."""
+    """A second store on the same tables. It stands for another process, since it shares no state with the first."""
     async with AsyncPostgresStreamStore(dsn, **tables) as store:
         yield store

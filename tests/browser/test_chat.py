@@ -246,7 +246,7 @@ def test_a_reader_whose_server_is_gone_goes_on_at_another_while_the_answer_is_wr
             proxy.refuse()
             proxy.cut()
             chat.notes("The connection is lost.")
-            proxy.lead_to(f"host=127.0.0.1 port={survivor.port}")
+            proxy.redirect(f"host=127.0.0.1 port={survivor.port}")
             proxy.heal()
             chat.rests()
             [question, answer] = chat.turns

@@ -183,9 +183,9 @@ CUT_OFF = {
 @pytest.mark.parametrize("piece", CUT_OFF.values(), ids=CUT_OFF)
 @pytest.mark.parametrize("abruptly", [False, True])
 def test_a_request_that_is_cut_off_is_no_fault_of_the_application(client, piece, abruptly):
-    logged = len(client.logged())
+    logged = len(client.read_log())
     for _ in range(10):
-        with client.line() as line:
+        with client.connect() as line:
             line.sendall(b"POST /__aibind__/stream HTTP/1.1\r\nHost: test\r\n" + piece)
             if abruptly:  # with a reset
                 line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -196,7 +196,7 @@ def test_a_request_that_is_cut_off_is_no_fault_of_the_application(client, piece,
     # Each process has others to answer, and so has seen what came before.
     for _ in range(20):
         assert client.post("/complete", {"input": "x"}).read() == b"x "
-    assert "Traceback" not in client.logged()[logged:]
+    assert "Traceback" not in client.read_log()[logged:]
 
 
 def test_a_body_in_chunks_is_refused_where_it_gets_too_long(client):

@@ -128,7 +128,7 @@ def test_a_client_that_reads_slowly_makes_the_server_hold_no_more_than_a_page(cl
         client.resume(id, len(chunks) - 10).read()
     before = memory(client)
     peak = []
-    with client.line() as line:
+    with client.connect() as line:
         line.sendall(resuming(id))
         for _ in range(10):  # nothing is read
             time.sleep(0.1)
@@ -158,7 +158,7 @@ def test_readers_who_go_away_leave_nothing_behind(client, store, web_database):
     id = store.create()
     before = files()
     with ExitStack() as stack:
-        lines = [stack.enter_context(client.line()) for _ in range(100)]
+        lines = [stack.enter_context(client.connect()) for _ in range(100)]
         for line in lines:
             line.sendall(resuming(id))
         within(30, lambda: files() >= before + len(lines) - 10)  # others may end

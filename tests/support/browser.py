@@ -1,4 +1,4 @@
-"""A real browser, and the chat of the examples as somebody sees it who sits before it."""
+"""Chromium, the demo server, and a page object for the chat of the examples."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_play
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
-# Without a sandbox, since root has none; and without what it does behind a user's back.
+# Chromium has no sandbox when it runs as root. The other options disable its background traffic.
 OPTIONS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -33,7 +33,7 @@ def chromium() -> Iterator[Browser]:
 
 
 class Demo:
-    """`aibind-postgres demo --web`, in a process of its own. It may be killed and started again."""
+    """`aibind-postgres demo --web` in a subprocess. `start` restarts it on the same port."""
 
     def __init__(self, framework: str, dsn: str, *, port: int = 0, delay: float = 0.05, **environment: str) -> None:
         self._arguments = ["demo", "--web", f"--framework={framework}", f"--dsn={dsn}"]
@@ -50,9 +50,9 @@ class Demo:
             command, env=self._environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True
         )
         assert self._process.stdout is not None
-        said = self._process.stdout.readline()
-        assert "http" in said, "the demo has ended; why, it has told on standard error"
-        self.url = said.split()[4]
+        line = self._process.stdout.readline()
+        assert "http" in line, "the demo has ended: see its standard error"
+        self.url = line.split()[4]
         self.port = int(self.url.rstrip("/").rpartition(":")[2])
 
     def kill(self) -> None:
@@ -71,13 +71,13 @@ class Demo:
         self.kill()
 
 
-class Chat:
-    """One tab."""
+class ChatPage:
+    """A page object: one browser tab with the chat."""
 
     def __init__(self, context: BrowserContext, url: str) -> None:
         self.page: Page = context.new_page()
-        self.faults: list[str] = []  # of the page's script
-        self.page.on("pageerror", lambda error: self.faults.append(str(error)))
+        self.errors: list[str] = []  # uncaught errors of the page's script
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         self.page.goto(url)
 
     @property
@@ -85,37 +85,37 @@ class Chat:
         return self.page.url
 
     @property
-    def session(self) -> str:
+    def session_id(self) -> str:
         return self.page.url.partition("#")[2]
 
     @property
-    def stream(self) -> str:
-        """The id of the answer that is not yet part of the conversation."""
+    def stream_id(self) -> str:
+        """The id of the pending answer's stream."""
         return str(self.page.evaluate("JSON.parse(localStorage['pending ' + location.hash.slice(1)]).id"))
 
-    def say(self, text: str) -> None:
+    def send(self, text: str) -> None:
         self.page.fill("#prompt", text)
         self.page.click("#send")
 
     def press(self, label: str, *, last: bool = True) -> None:
-        found = self.page.get_by_role("button", name=label, exact=True)
-        (found.last if last else found.first).click()
+        buttons = self.page.get_by_role("button", name=label, exact=True)
+        (buttons.last if last else buttons.first).click()
 
-    def sees(self, text: str) -> None:
-        """Wait until the answer that is being written contains a text."""
+    def wait_for_answer(self, text: str) -> None:
+        """Wait until the pending answer contains `text`."""
         expect(self.page.locator("#writing")).to_contain_text(text, timeout=20_000)
 
-    def rests(self, *, empty: bool = False) -> None:
-        """Wait until nothing is being written any more, and what was written is stored."""
+    def wait_until_idle(self, *, empty: bool = False) -> None:
+        """Wait until no answer is pending and the last one is stored. With `empty`, expect no answer at all."""
         expect(self.page.locator("#writing")).to_have_count(0, timeout=30_000)
         expect(self.page.locator("#send")).to_be_visible()
         if not empty:
             expect(self.page.get_by_role("button", name="Try again").last).to_be_visible(timeout=20_000)
 
-    def notes(self, text: str) -> None:
+    def wait_for_note(self, text: str) -> None:
         expect(self.page.locator("#note")).to_contain_text(text, timeout=30_000)
 
     @property
     def turns(self) -> list[Any]:
-        """What stands there, without the buttons."""
+        """The texts of the visible turns."""
         return self.page.locator("#turns p").all_text_contents()

@@ -1,4 +1,4 @@
-"""Clients that only have a flavour."""
+"""Query objects without a database, one for each flavour."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calls at the same time, in pairs for the two flavours: tasks for one, threads for the other."""
+"""Concurrent calls for tests, in pairs: tasks for the async flavour, threads for the sync flavour."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ sleep = time.sleep
 
 
 async def async_until(condition: Callable[[], object], timeout: float = 30) -> None:
-    """Wait until a condition is true."""
-    give_up_at = time.monotonic() + timeout
+    """Wait until a condition is true. Fail after `timeout` seconds."""
+    deadline = time.monotonic() + timeout
     while not condition():
-        assert time.monotonic() < give_up_at, "this does not come true"
+        assert time.monotonic() < deadline, f"the condition is still false after {timeout} seconds"
         await async_sleep(0.002)
 
 
 def until(condition: Callable[[], object], timeout: float = 30) -> None:
-    give_up_at = time.monotonic() + timeout
+    deadline = time.monotonic() + timeout
     while not condition():
-        assert time.monotonic() < give_up_at, "this does not come true"
+        assert time.monotonic() < deadline, f"the condition is still false after {timeout} seconds"
         sleep(0.002)
 
 
 async def async_gather(*calls: Callable[[], Awaitable[Any]], errors: bool = False) -> list[Any]:
-    """Run all calls at once and return their results; with `errors`, an exception counts as one."""
+    """Run all calls concurrently and return their results. With `errors`, return exceptions instead of raising them."""
     return list(await asyncio.gather(*(call() for call in calls), return_exceptions=errors))
 
 
@@ -43,7 +43,7 @@ def gather(*calls: Callable[[], Any], errors: bool = False) -> list[Any]:
         start.wait()
         return call()
 
-    futures = [_in_a_thread(partial(run, call)) for call in calls]
+    futures = [_start_thread(partial(run, call)) for call in calls]
     results = [future.exception() or future.result() for future in futures]
     for result in results:
         if isinstance(result, BaseException) and not errors:
@@ -51,8 +51,8 @@ def gather(*calls: Callable[[], Any], errors: bool = False) -> list[Any]:
     return results
 
 
-def _in_a_thread(call: Callable[[], Any]) -> Future[Any]:
-    """Call in a daemon thread: one that hangs fails its test, and does not keep the process from ending."""
+def _start_thread(call: Callable[[], Any]) -> Future[Any]:
+    """Run a call in a daemon thread, so that a call that hangs does not keep the process from exiting."""
     future: Future[Any] = Future()
 
     def run() -> None:
@@ -66,7 +66,7 @@ def _in_a_thread(call: Callable[[], Any]) -> Future[Any]:
 
 
 class AsyncBackground:
-    """A call that goes on beside the test. Leaving the block waits for it."""
+    """A call that runs concurrently with the test. Leaving the block waits for it; an exception cancels it first."""
 
     def __init__(self, call: Callable[[], Awaitable[Any]]) -> None:
         self._call = call
@@ -89,7 +89,7 @@ class Background:
         self._call = call
 
     def __enter__(self) -> Background:
-        self._future = _in_a_thread(self._call)
+        self._future = _start_thread(self._call)
         return self
 
     def __exit__(self, kind: object, *error: object) -> None:
@@ -101,7 +101,7 @@ class Background:
 
 
 def async_workers() -> list[str]:
-    """Name what the package has running in the background."""
+    """Return the names of the package's background tasks."""
     return [task.get_name() for task in asyncio.all_tasks() if task.get_name().startswith("aibind_postgres")]
 
 
@@ -110,6 +110,6 @@ def workers() -> list[str]:
 
 
 def run_python(code: str, *arguments: str) -> subprocess.Popen[str]:
-    """Start another Python process that runs `code`."""
+    """Start a Python subprocess that runs `code`."""
     command = [sys.executable, "-c", code, *arguments]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

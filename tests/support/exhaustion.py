@@ -1,4 +1,4 @@
-"""Servers without room: for connections, or on the disk."""
+"""Servers that run out of connections or disk space."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ END $$
 
 
 def limit_connections(server: Server, connections: int) -> None:
-    """Have a server admit so many connections, and no more."""
+    """Set the maximum number of connections of a server and restart it."""
     with psycopg.connect(server.dsn, autocommit=True) as admin:
         admin.execute(sql.SQL("ALTER SYSTEM SET max_connections = {}").format(connections))
-        # The tests connect as a superuser, who may use the reserved ones as well.
+        # The tests connect as a superuser, which may also use the reserved connections.
         admin.execute("ALTER SYSTEM SET max_wal_senders = 0")
     server.stop()
     server.start()
@@ -39,7 +39,7 @@ def limit_connections(server: Server, connections: int) -> None:
 
 @contextmanager
 def fill_up(dsn: str) -> Iterator[Callable[[], None]]:
-    """Take every connection that a server has left; give what takes those of all others as well."""
+    """Take all free connections of a server. Yield a function that also takes those of all other clients."""
     taken: list[psycopg.Connection] = []
 
     def take() -> None:
@@ -50,9 +50,9 @@ def fill_up(dsn: str) -> Iterator[Callable[[], None]]:
                 return
 
     def evict() -> None:
-        # Until each connection that there can be is one of these: somebody may be connecting just now, unseen.
-        [(number,)] = taken[0].execute("SELECT current_setting('max_connections')::int").fetchall()
-        while len(taken) < number:
+        # Repeat until all connections are taken: pg_stat_activity does not list clients that are just connecting.
+        [(limit,)] = taken[0].execute("SELECT current_setting('max_connections')::int").fetchall()
+        while len(taken) < limit:
             taken[0].execute(EVICT, [[connection.info.backend_pid for connection in taken]])
             take()
 
@@ -65,7 +65,7 @@ def fill_up(dsn: str) -> Iterator[Callable[[], None]]:
 
 
 class SmallDisk:
-    """A file system of a few megabytes, with every table of a server on it."""
+    """A file system of 4 MB that holds every table of a server."""
 
     def __init__(self, server: Server) -> None:
         self._folder = server.folder / "small"
@@ -77,8 +77,8 @@ class SmallDisk:
             pytest.skip("needs the right to mount a file system")
         try:
             with psycopg.connect(server.dsn, autocommit=True) as admin:
-                place = sql.Literal(str(self._folder))
-                admin.execute(sql.SQL("CREATE TABLESPACE small LOCATION {}").format(place))
+                location = sql.Literal(str(self._folder))
+                admin.execute(sql.SQL("CREATE TABLESPACE small LOCATION {}").format(location))
                 for kind in ("TABLE", "INDEX"):
                     admin.execute(f"ALTER {kind} ALL IN TABLESPACE pg_default SET TABLESPACE small")
         except BaseException:
@@ -89,7 +89,7 @@ class SmallDisk:
         self._mount("remount,size=64m")
 
     def close(self) -> None:
-        # Lazily: the server has files open there.
+        # A lazy unmount works while the server has files open.
         subprocess.run(["umount", "--lazy", str(self._folder)], check=True)
 
     def _mount(self, options: str) -> None:
@@ -98,7 +98,7 @@ class SmallDisk:
 
 
 class FullDisk:
-    """The disk of some tables, as far as their writers can tell: while it is full they get SQLSTATE 53100."""
+    """A simulated full disk: while it is full, triggers on the tables raise SQLSTATE 53100 for each write."""
 
     def __init__(self, dsn: str, schema_name: str, tables: Sequence[sql.Identifier]) -> None:
         self.is_full = False

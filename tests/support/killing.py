@@ -1,4 +1,4 @@
-"""A server that is killed again and again while others work on it."""
+"""Kills a server repeatedly while clients use it."""
 
 from __future__ import annotations
 
@@ -12,16 +12,23 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from support.servers import Server
 
-MORE = 20  # kills at most, where none has hit a call yet: with a few, that is a matter of chance
+EXTRA_KILLS = 20  # maximum number of additional kills if none has interrupted a call yet
 
-HANG = 90  # seconds without any progress, on a server that is up, that are taken for a hang
+HANG = 90  # seconds without progress on a running server after which a client counts as hanging
 
 
 class Killing:
-    """Kills a server `times` times, and on until a call was lost, in a thread of its own; starts it again each time.
+    """A thread that kills and restarts a server repeatedly.
 
-    `logs` have the names of those who work, and what each of them has got done. Between two kills, and after the last
-    one, all of them have to get on: so each kill interrupts everybody, and who does not recover is named.
+    Between two kills and after the last one, it waits until every client makes progress. So each kill interrupts all
+    clients, and a failure names the clients that did not recover.
+
+    Args:
+        server: The server to kill.
+        times: The minimum number of kills. If no call was lost, at most `EXTRA_KILLS` more follow.
+        logs: The completed work of each client, by the client's name.
+        losses: The calls that failed because of a kill.
+        seed: The seed of the random pauses.
     """
 
     def __init__(self, server: Server, times: int, logs: Mapping[str, Sized], losses: Sized, seed: int) -> None:
@@ -30,15 +37,15 @@ class Killing:
         self._times = times
         self._logs = logs
         self._losses = losses
-        self._chance = random.Random(seed)
+        self._random = random.Random(seed)
         self._thread = threading.Thread(target=self._run, daemon=True)
-        self._given_up = False
-        self._problem: BaseException | None = None
+        self._cancelled = False
+        self._error: BaseException | None = None
         print(f"the seed of the kills is {seed}")
 
     @property
     def over(self) -> bool:
-        """Whether the last kill has been survived, or will not be."""
+        """Whether all kills are done, or the thread has failed."""
         return not self._thread.is_alive()
 
     def __enter__(self) -> Killing:
@@ -46,33 +53,33 @@ class Killing:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, traceback: TracebackType | None) -> None:
-        self._given_up = True
+        self._cancelled = True
         self._thread.join()
-        if self._problem is not None:
-            raise self._problem
+        if self._error is not None:
+            raise self._error
 
     def _run(self) -> None:
         try:
-            self._see_progress()
-            while self._has_to_go_on() and not self._given_up:
-                time.sleep(self._chance.uniform(0, 0.4))
+            self._wait_for_progress()
+            while self._needs_more_kills() and not self._cancelled:
+                time.sleep(self._random.uniform(0, 0.4))
                 self._server.kill()
                 self.kills += 1
-                time.sleep(self._chance.uniform(0, 0.3))
+                time.sleep(self._random.uniform(0, 0.3))
                 self._server.start()
-                self._see_progress()
-        except BaseException as problem:
-            print(f"{problem!r}")  # now: the workers may never end
-            self._problem = problem
+                self._wait_for_progress()
+        except BaseException as error:
+            print(f"{error!r}")  # at once, since the clients may never end
+            self._error = error
 
-    def _has_to_go_on(self) -> bool:
-        return self.kills < self._times + (0 if self._losses else MORE)
+    def _needs_more_kills(self) -> bool:
+        return self.kills < self._times + (0 if self._losses else EXTRA_KILLS)
 
-    def _see_progress(self) -> None:
+    def _wait_for_progress(self) -> None:
         before = {name: len(log) for name, log in self._logs.items()}
         deadline = time.monotonic() + HANG
         while waiting := [name for name, log in self._logs.items() if len(log) == before[name]]:
-            if self._given_up:
+            if self._cancelled:
                 return
-            assert time.monotonic() < deadline, f"after {self.kills} kills these do not get on: {waiting}"
+            assert time.monotonic() < deadline, f"no progress after {self.kills} kills: {waiting}"
             time.sleep(0.02)

@@ -1,4 +1,4 @@
-"""Forks, and programs that end as they like."""
+"""Forked children, and Python programs that run until they exit."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ import sys
 import traceback
 from collections.abc import Callable
 
-LONGEST = 30  # seconds after which a process hangs
+TIMEOUT = 30  # seconds after which a process counts as hanging
 
 
-def nothing() -> None: ...
+def do_nothing() -> None: ...
 
 
-def in_a_child(call: Callable[[], object], meanwhile: Callable[[], object] = nothing) -> str:
-    """Fork, have the child call, and return the text of what that returns; raise what has gone wrong there.
+def in_a_child(call: Callable[[], object], meanwhile: Callable[[], object] = do_nothing) -> str:
+    """Run `call` in a forked child and return the `str` of its result. Raise `AssertionError` if it raises.
 
-    The parent calls `meanwhile` at the same time. The child ends at once, as a worker that is killed does, without a
-    word to what it has inherited.
+    The parent runs `meanwhile` at the same time. The child then exits at once, like a killed worker, without closing
+    the resources that it inherited.
     """
     receiver, sender = os.pipe()
     pid = os.fork()
     if pid == 0:
         try:
-            signal.alarm(2 * LONGEST)  # if the parent is gone
+            signal.alarm(2 * TIMEOUT)  # ends the child if the parent has died
             text = f"+{call()}"
         except BaseException:
             text = f"-{traceback.format_exc()}"
@@ -35,22 +35,22 @@ def in_a_child(call: Callable[[], object], meanwhile: Callable[[], object] = not
     os.close(sender)
     try:
         meanwhile()
-        said = b""
-        while select.select([receiver], [], [], LONGEST)[0] and (part := os.read(receiver, 65_536)):
-            said += part
+        received = b""
+        while select.select([receiver], [], [], TIMEOUT)[0] and (part := os.read(receiver, 65_536)):
+            received += part
     finally:
         os.close(receiver)
-        os.kill(pid, signal.SIGKILL)  # not yet waited for, so it is still that process
+        os.kill(pid, signal.SIGKILL)  # the PID cannot have been reused before waitpid
         os.waitpid(pid, 0)
-    if not said:
+    if not received:
         raise TimeoutError("the child hangs")
-    if said[:1] == b"-":
-        raise AssertionError(f"in the child: {said[1:].decode()}")
-    return said[1:].decode()
+    if received[:1] == b"-":
+        raise AssertionError(f"in the child: {received[1:].decode()}")
+    return received[1:].decode()
 
 
 def run_to_the_end(program: str, *arguments: str) -> tuple[int, str, str]:
-    """Run a Python program and return its exit code, and what it wrote to stdout and to stderr."""
+    """Run a Python program and return its exit code, stdout and stderr."""
     command = [sys.executable, "-c", program, *arguments]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST, check=False)
-    return ended.returncode, ended.stdout, ended.stderr
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    return done.returncode, done.stdout, done.stderr

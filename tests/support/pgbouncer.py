@@ -20,9 +20,9 @@ BINARY = shutil.which("pgbouncer", path=os.pathsep.join([os.environ.get("PATH", 
 
 @contextmanager
 def pgbouncer(dsn: str, folder: Path, *, pool_size: int = 5) -> Iterator[str]:
-    """Start PgBouncer on a free port of the loopback interface, and give the connection string that leads through it.
+    """Start PgBouncer on a free port of the loopback interface, and yield the connection string of its database.
 
-    It goes to the server as the user of `dsn`, whoever asks, and shares `pool_size` sessions among all.
+    All clients share `pool_size` server connections, which log in as the user of `dsn`.
     """
     target = {name: str(value) for name, value in conninfo_to_dict(dsn).items() if value}
     database = target.setdefault("dbname", "postgres")
@@ -49,11 +49,11 @@ def pgbouncer(dsn: str, folder: Path, *, pool_size: int = 5) -> Iterator[str]:
             _wait_for(process, through, log)
             yield through
         finally:
-            process.terminate()  # at once: SIGINT would wait for the clients
+            process.terminate()  # SIGINT would wait for clients to disconnect
 
 
 def _as_user(host: str) -> list[str]:
-    """Return the arguments that make PgBouncer run as somebody who may reach the server: it refuses to be root."""
+    """Return the arguments that run PgBouncer as a user with access to the server, since it refuses to run as root."""
     if os.geteuid() != 0:
         return []
     user = pwd.getpwuid(os.stat(host).st_uid).pw_name if host.startswith("/") else "nobody"
@@ -67,7 +67,7 @@ def _wait_for(process: subprocess.Popen[bytes], dsn: str, log: Path) -> None:
             psycopg.connect(dsn, connect_timeout=5).close()
         except psycopg.OperationalError as error:
             if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"PgBouncer does not answer: {log.read_text()}") from error
+                raise RuntimeError(f"PgBouncer does not respond: {log.read_text()}") from error
             time.sleep(0.05)
         else:
             return

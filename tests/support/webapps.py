@@ -1,4 +1,4 @@
-"""One handler in each framework, as applications for real servers, and a client that reads as a browser does."""
+"""The same handler in each web framework, the servers that run it, and an HTTP client for them."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from aibind_postgres.sse import EventParser, ServerSentEvent
 OPTIONS: dict[str, Any] = {"heartbeat": 0.2, "max_body": 10_000}
 
 
-def allowed(request: WebRequest, id: str) -> bool:
-    """Refuse a stranger, and who wants the answer of another process than one."""
+def authorize(request: WebRequest, id: str) -> bool:
+    """Refuse requests with the header `User: stranger`, or `Not-In: PID` in the process with that PID."""
     return request.headers.get("user") != "stranger" and request.headers.get("not-in") != f"{os.getpid()}"
 
 
 def script(generation: Generation) -> list[tuple[float, str | StreamEvent | Exception]]:
-    """Return what a prompt makes the model say, and the seconds before each."""
-    kind, _, rest = generation.prompt.partition(" ")
+    """Return the items of the answer to a prompt, each with the pause before it in seconds."""
+    command, _, rest = generation.prompt.partition(" ")
     usage = StreamEvent("usage", '{"outputTokens": 3}')
     if generation.kind == "structured":
         partials = [StreamEvent("partial", text) for text in ("{}", '{"colour": "b"}', '{"colour": "blue"}')]
@@ -47,11 +47,11 @@ def script(generation: Generation) -> list[tuple[float, str | StreamEvent | Exce
     if generation.kind == "chat":
         call = StreamEvent("tool_call", '{"name": "look", "args": {"where": "up"}}')
         return [(0.01, item) for item in ("The sky ", call, call, "is ", "blue", usage)]
-    if kind == "slowly":
+    if command == "slowly":
         return [(0.3, word) for word in rest.split()]
-    if kind == "silence":
+    if command == "silence":
         return [(0, "one"), (60, "never")]
-    if kind == "fail":
+    if command == "fail":
         return [(0, "half "), (0, "way"), (0, RuntimeError("password=secret"))]
     return [(0, f"{word} ") for word in generation.prompt.split()] + [(0, usage)]
 
@@ -72,61 +72,61 @@ async def async_answer(generation: Generation) -> AsyncIterator[str | StreamEven
         yield item
 
 
-class Held:
-    """A source that tells its process and then waits until it is closed; that it was, it writes into a stream.
+class BlockingSource:
+    """A source that yields its PID, blocks until it is closed, and then records that in the stream `log_id`.
 
-    Not a generator: one that waits in a thread cannot be closed from another.
+    It is not a generator, since a generator that runs in one thread cannot be closed by another.
     """
 
-    def __init__(self, store: PostgresStreamStore, trace: str) -> None:
+    def __init__(self, store: PostgresStreamStore, log_id: str) -> None:
         self._store = store
-        self._trace = trace
-        self._told = False
+        self._log_id = log_id
+        self._yielded = False
         self._closed = threading.Event()
 
-    def __iter__(self) -> Held:
+    def __iter__(self) -> BlockingSource:
         return self
 
     def __next__(self) -> str:
-        if not self._told:
-            self._told = True
+        if not self._yielded:
+            self._yielded = True
             return f"{os.getpid()}"
         self._closed.wait()
-        self._store.append(self._trace, f"closed in {os.getpid()}")
-        self._store.complete(self._trace)
+        self._store.append(self._log_id, f"closed in {os.getpid()}")
+        self._store.complete(self._log_id)
         raise StopIteration
 
     def close(self) -> None:
         self._closed.set()
 
 
-async def async_held(store: AsyncPostgresStreamStore, trace: str) -> AsyncIterator[str]:
+async def async_blocking_source(store: AsyncPostgresStreamStore, log_id: str) -> AsyncIterator[str]:
     try:
         yield f"{os.getpid()}"
         await asyncio.Event().wait()
     finally:
-        await store.append(trace, f"closed in {os.getpid()}")
-        await store.complete(trace)
+        await store.append(log_id, f"closed in {os.getpid()}")
+        await store.complete(log_id)
 
 
 def handler() -> StreamHandler:
     store = PostgresStreamStore(os.environ["DATABASE_URL"])
 
     def generate(generation: Generation) -> Any:
-        kind, _, rest = generation.prompt.partition(" ")
-        return Held(store, rest) if kind == "hold" else answer(generation)
+        command, _, rest = generation.prompt.partition(" ")
+        return BlockingSource(store, rest) if command == "block" else answer(generation)
 
-    return StreamHandler(generate, store=store, authorize=allowed, **OPTIONS)
+    return StreamHandler(generate, store=store, authorize=authorize, **OPTIONS)
 
 
 def async_handler() -> AsyncStreamHandler:
     store = AsyncPostgresStreamStore(os.environ["DATABASE_URL"])
 
     def generate(generation: Generation) -> Any:
-        kind, _, rest = generation.prompt.partition(" ")
-        return async_held(store, rest) if kind == "hold" else async_answer(generation)
+        command, _, rest = generation.prompt.partition(" ")
+        return async_blocking_source(store, rest) if command == "block" else async_answer(generation)
 
-    return AsyncStreamHandler(generate, store=store, authorize=allowed, **OPTIONS)
+    return AsyncStreamHandler(generate, store=store, authorize=authorize, **OPTIONS)
 
 
 def flask() -> Any:
@@ -153,23 +153,23 @@ def fastapi() -> Any:
     from aibind_postgres.contrib.starlette import routes
 
     app = FastAPI()
-    app.router.routes.extend(routes(async_handler()))  # as README has it
+    app.router.routes.extend(routes(async_handler()))  # as the README shows
     return app
 
 
-def _configure_django(either: StreamHandler | AsyncStreamHandler) -> None:
+def _configure_django(any_handler: StreamHandler | AsyncStreamHandler) -> None:
     import django
     from django.conf import settings
 
     from aibind_postgres.contrib.django import urlpatterns
 
     settings.configure(
-        MIDDLEWARE=["django.middleware.csrf.CsrfViewMiddleware"],  # as every Django project has it
+        MIDDLEWARE=["django.middleware.csrf.CsrfViewMiddleware"],  # Django's default
         ALLOWED_HOSTS=["*"],
         SECRET_KEY="-",
-        LOGGING_CONFIG=None,  # errors go to the server's log, as elsewhere
+        LOGGING_CONFIG=None,  # sends errors to the server's log
     )
-    settings.ROOT_URLCONF = tuple(urlpatterns(either))  # in place of the name of a module, which has settings before
+    settings.ROOT_URLCONF = tuple(urlpatterns(any_handler))  # Django accepts patterns in place of a module name
     django.setup()
 
 
@@ -198,7 +198,7 @@ SERVERS = {
 
 @contextmanager
 def running(framework: str, dsn: str) -> Iterator[Client]:
-    """Run an application on its server, in two worker processes."""
+    """Run the application of a framework on its server, with two worker processes."""
     with closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -211,19 +211,19 @@ def running(framework: str, dsn: str) -> Iterator[Client]:
         )
         try:
             client = Client(framework, port, process, log)
-            client.wait()
+            client.wait_until_ready()
             yield client
         finally:
             process.terminate()
             try:
                 process.wait(30)
-            except subprocess.TimeoutExpired:  # a server may wait for threads that are busy
-                os.killpg(process.pid, signal.SIGKILL)  # with its workers
+            except subprocess.TimeoutExpired:  # a server may wait for busy threads
+                os.killpg(process.pid, signal.SIGKILL)  # the server and its workers
                 process.wait()
 
 
 class Client:
-    """What a browser does, and what a test sees of the server besides."""
+    """An HTTP client of one server, with access to the server's log and processes."""
 
     def __init__(self, framework: str, port: int, process: subprocess.Popen[bytes], log: BinaryIO) -> None:
         self.framework = framework
@@ -231,18 +231,18 @@ class Client:
         self._process = process
         self._log = log
 
-    def wait(self) -> None:
-        give_up_at = time.monotonic() + 60
+    def wait_until_ready(self) -> None:
+        deadline = time.monotonic() + 60
         while True:
             try:
                 return self.post("/complete", {"input": "x"}).close()
             except OSError:
                 assert self._process.poll() is None, "the server has ended"
-                assert time.monotonic() < give_up_at, "the server does not answer"
+                assert time.monotonic() < deadline, "the server does not respond"
                 time.sleep(0.05)
 
     def request(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> HTTPResponse:
-        """Send a request, on a connection of its own, which is closed with the response."""
+        """Send a request on a new connection. Closing the response closes the connection."""
         connection = HTTPConnection("127.0.0.1", self.port, timeout=30)
         connection.request(method, f"/__aibind__{path}", body, {"Connection": "close", **(headers or {})})
         return connection.getresponse()
@@ -256,25 +256,25 @@ class Client:
         return self.request("GET", f"{path}/resume?id={id}&after={after}", headers=headers)
 
     @contextmanager
-    def line(self) -> Iterator[socket.socket]:
-        """Connect, to send what no client library would."""
-        with closing(socket.create_connection(("127.0.0.1", self.port), 30)) as line:
-            yield line
+    def connect(self) -> Iterator[socket.socket]:
+        """Open a raw connection, to send malformed or unfinished requests."""
+        with closing(socket.create_connection(("127.0.0.1", self.port), 30)) as connection:
+            yield connection
 
     def processes(self) -> list[Path]:
-        """Return the folders in /proc of the server's processes."""
-        found = [self._process.pid]
-        for pid in found:
-            found += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
-        return [Path(f"/proc/{pid}") for pid in found]
+        """Return the /proc folders of the server and all its descendants."""
+        pids = [self._process.pid]
+        for pid in pids:
+            pids += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+        return [Path(f"/proc/{pid}") for pid in pids]
 
-    def logged(self) -> str:
-        """Return what the server has written to its log."""
+    def read_log(self) -> str:
+        """Return the server's log so far."""
         return os.pread(self._log.fileno(), os.fstat(self._log.fileno()).st_size, 0).decode()
 
 
 def events(response: HTTPResponse) -> Iterator[ServerSentEvent]:
-    """Read events as they come."""
+    """Yield events as they arrive, and close the response at its end."""
     parser = EventParser()
     with closing(response):
         while received := response.read1(65536):

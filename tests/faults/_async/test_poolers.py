@@ -49,7 +49,7 @@ class Pooler:
     def _start(self):
         self._process = ExitStack()
         through = self._process.enter_context(pgbouncer.pgbouncer(self._server.dsn, self._folder))
-        self._address.lead_to(through)
+        self._address.redirect(through)
 
     def close(self):
         self._process.close()
