@@ -1,4 +1,4 @@
-"""The HTTP surface, without a framework: what each route answers, what it refuses, and what it keeps."""
+"""The HTTP API without a framework: the responses and errors of each route, and the saved conversations."""
 
 from __future__ import annotations
 
@@ -23,13 +23,16 @@ from aibind_postgres.sse import EventParser, ServerSentEvent
 DONE = ServerSentEvent("", "done")
 
 
-class World:
-    """A handler, what it was asked to generate, and what it will."""
+class Api:
+    """A handler whose `generate` yields `items`, with helpers that send requests to it.
+
+    `generations` collects the arguments of `generate`.
+    """
 
     def __init__(self, store, conversations):
         self.store = store
         self.conversations = conversations
-        self.asked = []
+        self.generations = []
         self.items = ["Hello", " world"]
         self.handler = self.with_options()
 
@@ -37,55 +40,55 @@ class World:
         return AsyncStreamHandler(self.generate, store=self.store, conversations=self.conversations, **options)
 
     async def generate(self, generation):
-        self.asked.append(generation)
+        self.generations.append(generation)
         for item in self.items:
             if isinstance(item, Exception):
                 raise item
             yield item
 
     async def request(self, method, path, body=None, query=None, headers=None, handler=None):
-        sent = body if isinstance(body, bytes) else json.dumps(body).encode()
-        request = WebRequest(method, f"/__aibind__{path}", query or {}, headers or {}, sent)
+        encoded = body if isinstance(body, bytes) else json.dumps(body).encode()
+        request = WebRequest(method, f"/__aibind__{path}", query or {}, headers or {}, encoded)
         return await (handler or self.handler).handle(request)
 
     async def post(self, path, body, **options):
         return await self.request("POST", path, body, **options)
 
-    async def ended(self):
-        """Wait until all that was begun has ended, and what is owed then is done."""
+    async def wait_for_producers(self):
+        """Wait until all producers have ended and their `on_finish` callbacks have returned."""
         assert await AsyncDurableStream.shutdown(self.store, 20)
 
-    async def said(self, session_id):
-        """Return a conversation once its turn has been saved."""
+    async def saved_messages(self, session_id):
+        """Return role and content of each message of a stored conversation."""
         chat = await self.conversations.load(session_id)
         return [(message["role"], message["content"]) for message in chat.messages]
 
 
 @pytest.fixture
-async def world(dsn, tables, schema_name):
+async def api(dsn, tables, schema_name):
     conversations = Identifier(schema_name, "conversations")
     async with (
         AsyncPostgresStreamStore(dsn, **tables) as store,
         AsyncPostgresConversationStore(dsn, table=conversations) as chats,
     ):
-        yield World(store, chats)
+        yield Api(store, chats)
 
 
 async def events(response):
     parser = EventParser()
-    return [event async for sent in response.body for event in parser.feed(sent)]
+    return [event async for encoded in response.body for event in parser.feed(encoded)]
 
 
-def refusal(response):
+def error_of(response):
     assert response.headers["Content-Type"] == "application/json"
     return response.status, json.loads(response.body)["error"]
 
 
 @pytest.mark.parametrize("path", ["/stream", "/structured", "/chat"])
-async def test_an_answer_is_streamed_and_resumed(world, path):
-    world.items = ["Hello", StreamEvent("usage", "{}"), " world"]
+async def test_stream_and_resume(api, path):
+    api.items = ["Hello", StreamEvent("usage", "{}"), " world"]
     body = {"prompt": "hi", "messages": [{"role": "user", "content": "hi"}], "system": "be brief", "model": "fast"}
-    response = await world.post(path, body)
+    response = await api.post(path, body)
     id = response.headers["X-Stream-Id"]
     assert response.status == 200
     assert response.headers["Content-Type"] == "text/event-stream"
@@ -94,133 +97,137 @@ async def test_an_answer_is_streamed_and_resumed(world, path):
     assert response.headers["Access-Control-Expose-Headers"] == "X-Stream-Id"
     arrived = [ServerSentEvent("Hello", id="1"), ServerSentEvent("{}", "usage", "2"), ServerSentEvent(" world", id="3")]
     assert await events(response) == [ServerSentEvent(id, "stream-id", id), *arrived, DONE]
-    [asked] = world.asked
-    assert asked.stream_id == id
-    assert (asked.kind, asked.prompt, asked.system, asked.model) == (path[1:], "hi", "be brief", "fast")
-    assert asked.messages == body["messages"]
+    [generation] = api.generations
+    assert generation.stream_id == id
+    assert (generation.kind, generation.prompt) == (path[1:], "hi")
+    assert (generation.system, generation.model) == ("be brief", "fast")
+    assert generation.messages == body["messages"]
     for after in range(4):
         for query, headers in (
             ({"id": id, "after": str(after)}, {}),
             ({"id": id, "after": "0"}, {"last-event-id": str(after)}),
         ):
-            resumed = await world.request("GET", "/stream/resume", query=query, headers=headers)
+            resumed = await api.request("GET", "/stream/resume", query=query, headers=headers)
             assert resumed.headers["X-Stream-Id"] == id
             assert await events(resumed) == [*arrived[after:], DONE]
-    begun = await world.request("GET", "/structured/resume", query={"id": id}, headers={"last-event-id": id})
-    assert await events(begun) == [*arrived, DONE]
+    from_start = await api.request("GET", "/structured/resume", query={"id": id}, headers={"last-event-id": id})
+    assert await events(from_start) == [*arrived, DONE]
 
 
-async def test_stopping(world):
-    await world.store.create("s")
-    assert json.loads((await world.post("/stream/stop", {"id": "s"})).body) == {"ok": True}
-    assert json.loads((await world.post("/structured/stop", {"id": "s"})).body) == {"ok": True}
-    assert (await world.store.get_status("s")).state == "stopped"
-    resumed = await world.request("GET", "/stream/resume", query={"id": "s"})
+async def test_stop(api):
+    await api.store.create("s")
+    assert json.loads((await api.post("/stream/stop", {"id": "s"})).body) == {"ok": True}
+    assert json.loads((await api.post("/structured/stop", {"id": "s"})).body) == {"ok": True}
+    assert (await api.store.get_status("s")).state == "stopped"
+    resumed = await api.request("GET", "/stream/resume", query={"id": "s"})
     assert await events(resumed) == [ServerSentEvent("", "stopped"), DONE]
 
 
-async def test_texts_and_summaries(world):
+async def test_complete_title_and_compact(api):
     for path, body in (("/complete", {"input": "Once"}), ("/title", {"messages": [{"role": "user", "content": "hi"}]})):
-        response = await world.post(path, body)
+        response = await api.post(path, body)
         assert (response.status, response.body) == (200, b"Hello world")
         assert response.headers["Content-Type"] == "text/plain; charset=utf-8"
-    assert [(asked.kind, asked.prompt) for asked in world.asked] == [("complete", "Once"), ("title", "hi")]
-    world.items = ["in short", StreamEvent("usage", '{"inputTokens": 9, "outputTokens": 2}')]
-    said = {"messages": [{"role": "user", "content": "hi"}]}
+    assert [(generation.kind, generation.prompt) for generation in api.generations] == [
+        ("complete", "Once"),
+        ("title", "hi"),
+    ]
+    api.items = ["in short", StreamEvent("usage", '{"inputTokens": 9, "outputTokens": 2}')]
+    conversation = {"messages": [{"role": "user", "content": "hi"}]}
     for path in ("/compact", "/stream/compact", "/structured/compact"):
-        response = await world.post(path, said)
+        response = await api.post(path, conversation)
         assert json.loads(response.body) == {"summary": "in short", "tokensSaved": 7}
-        assert world.asked[-1].kind == "compact"
+        assert api.generations[-1].kind == "compact"
     for count in ("null", "Infinity", '"many"'):
-        world.items = [StreamEvent("usage", f'{{"inputTokens": {count}, "outputTokens": 1}}')]
-        assert json.loads((await world.post("/compact", said)).body) == {"summary": "", "tokensSaved": 0}
+        api.items = [StreamEvent("usage", f'{{"inputTokens": {count}, "outputTokens": 1}}')]
+        assert json.loads((await api.post("/compact", conversation)).body) == {"summary": "", "tokensSaved": 0}
 
 
-async def test_a_summary_replaces_a_conversation(world):
+async def test_compact_replaces_conversation(api):
     async def compact(generation):
         assert generation.prompt == ""
         yield ", ".join(message["content"] for message in generation.messages)
 
-    handler = world.with_options(compact=compact)
-    await events(await world.post("/stream", {"prompt": "hi", "sessionId": "a"}))
-    known = [{"role": "user", "content": "what a page that was left open knows"}]
-    for messages in (known, []):
-        response = await world.post("/compact", {"messages": messages, "sessionId": "a"}, handler=handler)
+    handler = api.with_options(compact=compact)
+    await events(await api.post("/stream", {"prompt": "hi", "sessionId": "a"}))
+    outdated = [{"role": "user", "content": "the messages of an outdated page"}]
+    for messages in (outdated, []):
+        response = await api.post("/compact", {"messages": messages, "sessionId": "a"}, handler=handler)
         assert json.loads(response.body) == {"summary": "hi, Hello world", "tokensSaved": 0}
-        assert await world.said("a") == [("system", "hi, Hello world")]
-    response = await world.post("/compact", {"messages": known, "sessionId": "new"}, handler=handler)
-    assert json.loads(response.body)["summary"] == "what a page that was left open knows"
+        assert await api.saved_messages("a") == [("system", "hi, Hello world")]
+    response = await api.post("/compact", {"messages": outdated, "sessionId": "new"}, handler=handler)
+    assert json.loads(response.body)["summary"] == "the messages of an outdated page"
 
 
-async def test_what_is_not_summed_up_is_not_replaced(world):
-    await events(await world.post("/stream", {"prompt": "hi", "sessionId": "a"}))
-    turn = {"prompt": "said meanwhile", "sessionId": "a"}
+async def test_compact_of_changed_or_empty_conversation_is_refused(api):
+    await events(await api.post("/stream", {"prompt": "hi", "sessionId": "a"}))
+    turn = {"prompt": "concurrent", "sessionId": "a"}
 
     async def compact(generation):
-        await events(await world.post("/stream", turn))
+        await events(await api.post("/stream", turn))
         yield "in short"
 
-    known = [{"role": "user", "content": "hi"}]
-    handler = world.with_options(compact=compact)
-    response = await world.post("/compact", {"messages": known, "sessionId": "a"}, handler=handler)
-    assert refusal(response) == (409, "the conversation has changed meanwhile")
-    said = ["hi", "Hello world", "said meanwhile", "Hello world"]
-    assert [content for _, content in await world.said("a")] == said
-    async with world.conversations.edit("a") as chat:
+    messages = [{"role": "user", "content": "hi"}]
+    handler = api.with_options(compact=compact)
+    response = await api.post("/compact", {"messages": messages, "sessionId": "a"}, handler=handler)
+    assert error_of(response) == (409, "the conversation changed while it was summarised: try again")
+    contents = ["hi", "Hello world", "concurrent", "Hello world"]
+    assert [content for _, content in await api.saved_messages("a")] == contents
+    async with api.conversations.edit("a") as chat:
         chat.tree.rewind(chat.node_ids[0])
     for session in ("a", "new"):
-        response = await world.post("/compact", {"messages": known if session == "a" else [], "sessionId": session})
-        assert refusal(response) == (400, "there is nothing to sum up")
-    assert len(await world.conversations.load("a")) == 4
-    assert (await world.conversations.load("new")).is_empty
+        response = await api.post("/compact", {"messages": messages if session == "a" else [], "sessionId": session})
+        assert error_of(response) == (400, "the conversation has no messages to summarise")
+    assert len(await api.conversations.load("a")) == 4
+    assert (await api.conversations.load("new")).is_empty
 
 
-async def test_a_conversation_goes_on_and_is_saved_before_an_answer_is_done(world):
-    handler = world.with_options(max_messages=3)
+async def test_turn_is_saved_before_done_and_continues_conversation(api):
+    handler = api.with_options(max_messages=3)
     for number in range(1, 4):
-        await events(await world.post("/stream", {"prompt": f"{number}", "sessionId": "a"}, handler=handler))
-        assert (await world.said("a"))[-2:] == [("user", f"{number}"), ("assistant", "Hello world")]
-    asked = [[message["content"] for message in generation.messages] for generation in world.asked]
-    assert asked == [["1"], ["1", "Hello world", "2"], ["Hello world", "2", "Hello world", "3"]]
-    assert world.asked[-1].prompt == "3"
+        await events(await api.post("/stream", {"prompt": f"{number}", "sessionId": "a"}, handler=handler))
+        assert (await api.saved_messages("a"))[-2:] == [("user", f"{number}"), ("assistant", "Hello world")]
+    contents = [[message["content"] for message in generation.messages] for generation in api.generations]
+    assert contents == [["1"], ["1", "Hello world", "2"], ["Hello world", "2", "Hello world", "3"]]
+    assert api.generations[-1].prompt == "3"
 
 
 @pytest.mark.parametrize("end", ["stopped", "error", "deleted"])
-async def test_half_an_answer_is_saved_and_marked(world, end):
+async def test_incomplete_answer_is_saved_with_its_state(api, end):
     if end == "error":
-        world.items = ["Hel", ValueError("the model is gone")]
+        api.items = ["Hel", ValueError("the model is gone")]
 
     async def generate(generation):
         yield "Hel"
-        await {"stopped": world.store.stop, "deleted": world.store.delete}[end](generation.stream_id)
+        await {"stopped": api.store.stop, "deleted": api.store.delete}[end](generation.stream_id)
         for number in range(1000):
             yield f"{number}"
 
-    handler = world.handler if end == "error" else world.with_options()
+    handler = api.handler if end == "error" else api.with_options()
     if end != "error":
         handler._generate = generate
-    response = await world.post("/stream", {"prompt": "hi", "sessionId": "a"}, handler=handler)
+    response = await api.post("/stream", {"prompt": "hi", "sessionId": "a"}, handler=handler)
     if end == "error":
         assert (await events(response))[-2:] == [ServerSentEvent("the answer broke off", "error"), DONE]
-    await world.ended()
-    chat = await world.conversations.load("a")
-    chats = chat.messages
-    assert chats[0] == {"role": "user", "content": "hi"}
-    assert chats[1]["content"].startswith("Hel")
+    await api.wait_for_producers()
+    chat = await api.conversations.load("a")
+    question, answer = chat.messages[:2]
+    assert question == {"role": "user", "content": "hi"}
+    assert answer["content"].startswith("Hel")
     assert chat.tree.get(chat.node_ids[1]).metadata == {"state": end}
     assert chat.tree.get(chat.node_ids[0]).metadata == {}
 
 
-async def test_what_is_not_authorized_is_neither_read_nor_changed(world):
-    await world.store.create("s")
-    await events(await world.post("/stream", {"prompt": "hi", "sessionId": "a"}))
-    asked = []
+async def test_unauthorized_requests_read_and_change_nothing(api):
+    await api.store.create("s")
+    await events(await api.post("/stream", {"prompt": "hi", "sessionId": "a"}))
+    checked = []
 
     async def authorize(request, id):
-        asked.append((request.original, id))
+        checked.append((request.original, id))
         return request.headers.get("user") == "me"
 
-    handler = world.with_options(authorize=authorize)
+    handler = api.with_options(authorize=authorize)
     calls = [
         ("GET", "/stream/resume", None, {"id": "s"}),
         ("GET", "/stream/resume", None, {"id": "nothing"}),
@@ -232,15 +239,15 @@ async def test_what_is_not_authorized_is_neither_read_nor_changed(world):
         ("POST", "/complete", {"input": "hi", "sessionId": "a"}, None),
         ("POST", "/title", {"messages": [{"role": "user", "content": "hi"}], "sessionId": "a"}, None),
     ]
-    generated = len(world.asked)
+    generated = len(api.generations)
     for method, path, body, query in calls:
-        assert refusal(await world.request(method, path, body, query, handler=handler)) == (403, "forbidden")
-    assert [id for _, id in asked] == ["s", "nothing", "s", *"aaaaaa"]
-    assert len(world.asked) == generated
-    assert (await world.store.get_status("s")).state == "active"
-    assert len(await world.said("a")) == 2
-    mine = await world.post("/stream/stop", {"id": "s"}, headers={"user": "me"}, handler=handler)
-    assert mine.status == 200
+        assert error_of(await api.request(method, path, body, query, handler=handler)) == (403, "forbidden")
+    assert [id for _, id in checked] == ["s", "nothing", "s", *"aaaaaa"]
+    assert len(api.generations) == generated
+    assert (await api.store.get_status("s")).state == "active"
+    assert len(await api.saved_messages("a")) == 2
+    allowed = await api.post("/stream/stop", {"id": "s"}, headers={"user": "me"}, handler=handler)
+    assert allowed.status == 200
 
 
 @pytest.mark.parametrize(
@@ -265,78 +272,78 @@ async def test_what_is_not_authorized_is_neither_read_nor_changed(world):
         ("POST", "/chat", {"messages": [{"role": "user", "content": 7}]}, 400, "content"),
         ("POST", "/title", {}, 400, "messages is required"),
         ("POST", "/compact", {}, 400, "messages is required"),
-        ("POST", "/compact", {"messages": []}, 400, "nothing to sum up"),
+        ("POST", "/compact", {"messages": []}, 400, "no messages to summarise"),
         ("POST", "/complete", {"input": ""}, 400, "input is required"),
         ("POST", "/stream/stop", {}, 400, "id is required"),
-        ("POST", "/stream/stop", {"id": "nothing"}, 404, "no such stream"),
+        ("POST", "/stream/stop", {"id": "nothing"}, 404, "stream not found"),
         ("GET", "/stream/resume", None, 400, "id parameter is required"),
         ("POST", "/stream", {"prompt": "x" * 10_000_000}, 413, "10000000"),
     ],
 )
-async def test_what_is_wrong_is_told(world, method, path, body, status, error):
-    told = refusal(await world.request(method, path, body))
-    assert told[0] == status
-    assert error in told[1]
+async def test_error_response(api, method, path, body, status, error):
+    actual_status, text = error_of(await api.request(method, path, body))
+    assert actual_status == status
+    assert error in text
 
 
-async def test_a_stream_whose_id_is_a_number_is_resumed_after_the_same_number(world):
-    await world.store.create("1")
-    await world.store.append_many("1", ["one", "two"])
-    await world.store.complete("1")
+async def test_resume_of_stream_with_numeric_id(api):
+    await api.store.create("1")
+    await api.store.append_many("1", ["one", "two"])
+    await api.store.complete("1")
     for query, headers in (({"id": "1", "after": "1"}, {}), ({"id": "1"}, {"last-event-id": "1"})):
-        resumed = await world.request("GET", "/stream/resume", query=query, headers=headers)
+        resumed = await api.request("GET", "/stream/resume", query=query, headers=headers)
         assert await events(resumed) == [ServerSentEvent("two", id="2"), DONE]
 
 
 @pytest.mark.parametrize("after", ["-1", "1.5", "x", "٣", "9" * 16])
-async def test_a_place_that_is_none_is_refused(world, after):
-    await world.store.create("s")
-    response = await world.request("GET", "/stream/resume", query={"id": "s", "after": after})
-    assert refusal(response)[0] == 400
-    missing = await world.request("GET", "/stream/resume", query={"id": "nothing"})
-    assert refusal(missing) == (404, "there is no such stream")
+async def test_invalid_resume_cursor_and_missing_stream(api, after):
+    await api.store.create("s")
+    response = await api.request("GET", "/stream/resume", query={"id": "s", "after": after})
+    assert error_of(response)[0] == 400
+    missing = await api.request("GET", "/stream/resume", query={"id": "nothing"})
+    assert error_of(missing) == (404, "stream not found: it was never created, was deleted, or has expired")
 
 
-async def test_what_generate_refuses_or_fails_at(world, caplog):
+async def test_errors_of_generate(api, caplog):
     def refuse(generation):
         raise WebError(402, "no money left")
 
-    def refuse_without_a_word(generation):
+    def refuse_without_text(generation):
         raise WebError(402, "")
 
     def fail(generation):
         raise ValueError("geheim")
 
-    for generate, answer in (
+    for generate, expected in (
         (refuse, (402, "no money left")),
-        (refuse_without_a_word, (402, "refused")),
+        (refuse_without_text, (402, "refused")),
         (fail, (500, "the answer broke off")),
     ):
-        handler = AsyncStreamHandler(generate, store=world.store)
-        assert refusal(await world.post("/stream", {"prompt": "hi"}, handler=handler)) == answer
+        handler = AsyncStreamHandler(generate, store=api.store)
+        assert error_of(await api.post("/stream", {"prompt": "hi"}, handler=handler)) == expected
     assert "geheim" in caplog.text
 
 
 @pytest.mark.parametrize("fault", [ValueError, InvalidDataError, StreamNotFoundError])
-async def test_what_the_application_fails_at_is_not_told_as_a_fault_of_the_client(world, caplog, fault):
-    world.items = [fault("geheim")]
-    said = {"messages": [{"role": "user", "content": "hi"}], "sessionId": "a"}
-    for path, body in (("/complete", {"input": "x"}), ("/compact", said)):
+async def test_application_errors_are_500(api, caplog, fault):
+    api.items = [fault("geheim")]
+    conversation = {"messages": [{"role": "user", "content": "hi"}], "sessionId": "a"}
+    for path, body in (("/complete", {"input": "x"}), ("/compact", conversation)):
         caplog.clear()
-        assert refusal(await world.post(path, body)) == (500, "the answer broke off")
+        assert error_of(await api.post(path, body)) == (500, "the answer broke off")
         assert "geheim" in caplog.text
 
     def fail(request, id):
         raise fault("geheim")
 
     caplog.clear()
-    handler = world.with_options(authorize=fail)
-    assert refusal(await world.post("/stream/stop", {"id": "s"}, handler=handler)) == (500, "the answer broke off")
+    handler = api.with_options(authorize=fail)
+    assert error_of(await api.post("/stream/stop", {"id": "s"}, handler=handler)) == (500, "the answer broke off")
     assert "geheim" in caplog.text
 
 
-async def test_another_prefix(world):
-    handler = world.with_options(prefix="/ai/")
+async def test_custom_prefix(api):
+    handler = api.with_options(prefix="/ai/")
     request = WebRequest("POST", "/ai/complete", {}, {}, b'{"input": "x"}')
     assert (await handler.handle(request)).status == 200
     assert (await handler.handle(request._replace(path="/aiz/complete"))).status == 404
@@ -346,33 +353,33 @@ async def test_another_prefix(world):
 @pytest.mark.parametrize(
     "option", [{"max_messages": 0}, {"max_messages": -1}, {"max_body": -1}, {"heartbeat": 0}, {"prefix": "ai"}], ids=str
 )
-async def test_an_option_that_is_none_is_refused(world, option):
+async def test_invalid_option_raises(api, option):
     with pytest.raises(ValueError, match=next(iter(option))):
-        world.with_options(**option)
+        api.with_options(**option)
 
 
 @pytest.mark.parametrize(
-    ("id", "shown"), [("demo:1 ~", "demo:1 ~"), ("ключ", "%D0%BA%D0%BB%D1%8E%D1%87"), ("a\nb", "a%0Ab")]
+    ("id", "header"), [("demo:1 ~", "demo:1 ~"), ("ключ", "%D0%BA%D0%BB%D1%8E%D1%87"), ("a\nb", "a%0Ab")]
 )
-async def test_an_id_that_no_header_can_hold_is_encoded_there(world, id, shown):
-    await world.store.create(id)
-    await world.store.complete(id)
-    response = await world.request("GET", "/stream/resume", query={"id": id})
-    assert response.headers["X-Stream-Id"] == shown
+async def test_id_is_quoted_in_header(api, id, header):
+    await api.store.create(id)
+    await api.store.complete(id)
+    response = await api.request("GET", "/stream/resume", query={"id": id})
+    assert response.headers["X-Stream-Id"] == header
     assert await events(response) == [DONE]
 
 
 @pytest.mark.parametrize("summary", ["", " \n"])
-async def test_a_summary_that_says_nothing_replaces_nothing(world, summary):
-    await events(await world.post("/stream", {"prompt": "hi", "sessionId": "a"}))
-    world.items = [summary]
-    response = await world.post("/compact", {"messages": [], "sessionId": "a"})
-    assert refusal(response) == (502, "the summary is empty")
-    assert await world.said("a") == [("user", "hi"), ("assistant", "Hello world")]
+async def test_blank_summary_replaces_nothing(api, summary):
+    await events(await api.post("/stream", {"prompt": "hi", "sessionId": "a"}))
+    api.items = [summary]
+    response = await api.post("/compact", {"messages": [], "sessionId": "a"})
+    assert error_of(response) == (502, "the summary is empty")
+    assert await api.saved_messages("a") == [("user", "hi"), ("assistant", "Hello world")]
 
 
-@pytest.mark.parametrize("items", [["a"], [ValueError("geheim")]], ids=["whole", "broken off"])
-async def test_what_is_put_together_is_closed(world, items):
+@pytest.mark.parametrize("items", [["a"], [ValueError("geheim")]], ids=["complete", "failed"])
+async def test_source_of_plain_text_is_closed(api, items):
     closed = []
 
     async def generate(generation):
@@ -384,24 +391,24 @@ async def test_what_is_put_together_is_closed(world, items):
         finally:
             closed.append(generation.kind)
 
-    await world.post("/complete", {"input": "x"}, handler=AsyncStreamHandler(generate, store=world.store))
+    await api.post("/complete", {"input": "x"}, handler=AsyncStreamHandler(generate, store=api.store))
     assert closed == ["complete"]
 
 
-async def test_a_stream_that_is_deleted_while_it_is_read_ends_its_answer(world):
-    id = await world.store.create()
-    await world.store.append(id, "one")
-    response = await world.request("GET", "/stream/resume", query={"id": id})
+async def test_delete_while_reading_ends_response(api):
+    id = await api.store.create()
+    await api.store.append(id, "one")
+    response = await api.request("GET", "/stream/resume", query={"id": id})
     body = response.body
     assert b"data: one" in await body.__anext__()
-    await world.store.delete(id)
-    assert [sent async for sent in body] == []
+    await api.store.delete(id)
+    assert [encoded async for encoded in body] == []
 
 
-async def test_no_answer_is_kept_by_what_is_in_between(world):
+async def test_responses_are_not_cached(api):
     for response in (
-        await world.request("GET", "/stream/resume", query={"id": "nothing"}),
-        await world.post("/complete", {"input": "x"}),
-        await world.post("/stream", {"prompt": "x"}),
+        await api.request("GET", "/stream/resume", query={"id": "nothing"}),
+        await api.post("/complete", {"input": "x"}),
+        await api.post("/stream", {"prompt": "x"}),
     ):
         assert response.headers["Cache-Control"] == "no-cache"

@@ -1,4 +1,4 @@
-"""The chats of the examples, without a browser: the model, the conversation, and the command that runs them."""
+"""The chat examples without a browser: the model, the conversation URLs and `demo --web`."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ from aibind_postgres.sse import EventParser
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
-ASK = """
+PROGRAM = """
 import asyncio, sys
 from shared import model
 
 MESSAGES = [{"role": "user", "content": "Why {so}?"}]
 
-async def ask():
+async def collect():
     return [token async for token in model.async_answer(MESSAGES)]
 
 tokens = list(model.answer(MESSAGES))
-assert asyncio.run(ask()) == tokens
+assert asyncio.run(collect()) == tokens
 sys.stdout.write("|".join(tokens))
 """
 
 
-def ask(**environment: str) -> subprocess.CompletedProcess[str]:
-    """Have the model answer, in both flavours."""
+def run_model(**environment: str) -> subprocess.CompletedProcess[str]:
+    """Print the tokens of an answer, after a check that both flavours yield the same ones."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("OPENAI_")}
     return subprocess.run(
-        [sys.executable, "-c", ASK],
+        [sys.executable, "-c", PROGRAM],
         cwd=EXAMPLES,
         env={**inherited, "AIBIND_DEMO_DELAY": "0", **environment},
         capture_output=True,
@@ -53,25 +53,25 @@ def ask(**environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_stand_in_types_a_text() -> None:
-    tokens = ask().stdout.split("|")
+def test_stand_in_yields_its_text() -> None:
+    tokens = run_model().stdout.split("|")
     assert "".join(tokens).startswith("You wrote: “Why {so}?”\n\nI am no language model")
     assert len(tokens) > 150
 
 
 @pytest.mark.parametrize("delay", ["soon", "-1", "nan", "inf"])
-def test_a_delay_that_is_none_is_told(delay: str) -> None:
-    assert "AIBIND_DEMO_DELAY must be a number of seconds" in ask(AIBIND_DEMO_DELAY=delay).stderr
+def test_invalid_delay_is_reported(delay: str) -> None:
+    assert "AIBIND_DEMO_DELAY must be a number of seconds" in run_model(AIBIND_DEMO_DELAY=delay).stderr
 
 
 @contextmanager
-def openai_server(asked: list[Any], left: threading.Event | None = None) -> Iterator[str]:
-    """Run a server that speaks as OpenAI's does; with `left`, one that goes on until nobody listens any more."""
+def openai_server(requests: list[Any], disconnected: threading.Event | None = None) -> Iterator[str]:
+    """Run a server with OpenAI's API. With `disconnected`, it sends chunks until the client disconnects."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            asked.append((self.path, self.headers["Authorization"], body))
+            requests.append((self.path, self.headers["Authorization"], body))
             self.send_response(200)
             self.send_header("Content-Type", "text/event-stream")
             self.end_headers()
@@ -79,12 +79,12 @@ def openai_server(asked: list[Any], left: threading.Event | None = None) -> Iter
                 choice = {"index": 0, "delta": delta, "finish_reason": None}
                 self.wfile.write(f"data: {json.dumps({'id': 'x', 'choices': [choice]})}\n\n".encode())
             try:
-                while left is not None:
+                while disconnected is not None:
                     choice = {"index": 0, "delta": {"content": " more"}, "finish_reason": None}
                     self.wfile.write(f"data: {json.dumps({'id': 'x', 'choices': [choice]})}\n\n".encode())
                     time.sleep(0.01)
             except OSError:
-                left.set()
+                disconnected.set()
                 return
             self.wfile.write(b'data: {"id": "x", "choices": [], "usage": {}}\n\ndata: [DONE]\n\n')
 
@@ -98,23 +98,23 @@ def openai_server(asked: list[Any], left: threading.Event | None = None) -> Iter
     server.server_close()
 
 
-def test_a_real_model_is_asked_where_there_is_one() -> None:
-    asked: list[Any] = []
-    with openai_server(asked) as url:
-        done = ask(OPENAI_BASE_URL=url, OPENAI_API_KEY="key", OPENAI_MODEL="clever")
+def test_requests_to_openai_api() -> None:
+    requests: list[Any] = []
+    with openai_server(requests) as url:
+        done = run_model(OPENAI_BASE_URL=url, OPENAI_API_KEY="key", OPENAI_MODEL="clever")
         assert done.stdout == "Be|cause.", done.stderr
-        assert ask(OPENAI_BASE_URL=url).stdout == "Be|cause."
-    path, key, body = asked[0]
+        assert run_model(OPENAI_BASE_URL=url).stdout == "Be|cause."
+    path, key, body = requests[0]
     assert (path, key, body["model"]) == ("/v1/chat/completions", "Bearer key", "clever")
     assert body["stream"] is True
     assert [message["role"] for message in body["messages"]] == ["system", "user"]
-    assert len(asked) == 4
+    assert len(requests) == 4
 
 
 @pytest.mark.parametrize("framework", ["fastapi", "flask"])
-def test_stopping_an_answer_stops_the_model(empty_database: str, framework: str) -> None:
-    left = threading.Event()
-    with openai_server([], left) as url, Demo(framework, empty_database, OPENAI_BASE_URL=url) as demo:
+def test_stop_closes_connection_to_model(empty_database: str, framework: str) -> None:
+    disconnected = threading.Event()
+    with openai_server([], disconnected) as url, Demo(framework, empty_database, OPENAI_BASE_URL=url) as demo:
         body = json.dumps({"prompt": "hi"}).encode()
         with urlopen(Request(f"{demo.url}__aibind__/stream", body), timeout=20) as answer:
             parser, events = EventParser(), []
@@ -122,7 +122,7 @@ def test_stopping_an_answer_stops_the_model(empty_database: str, framework: str)
                 events += parser.feed(answer.read1())
             stop = json.dumps({"id": events[0].data}).encode()
             urlopen(Request(f"{demo.url}__aibind__/stream/stop", stop), timeout=20).close()
-            assert left.wait(20)
+            assert disconnected.wait(20)
 
 
 def call(url: str, method: str = "GET") -> tuple[int, Any]:
@@ -135,7 +135,7 @@ def call(url: str, method: str = "GET") -> tuple[int, Any]:
 
 
 @pytest.mark.parametrize("framework", ["fastapi", "flask", "django"])
-def test_a_chat_by_its_addresses(empty_database: str, framework: str) -> None:
+def test_conversation_urls(empty_database: str, framework: str) -> None:
     with Demo(framework, empty_database, delay=0) as demo:
         with urlopen(demo.url, timeout=20) as page:
             assert b"<title>A chat that loses nothing</title>" in page.read()
@@ -144,10 +144,10 @@ def test_a_chat_by_its_addresses(empty_database: str, framework: str) -> None:
         body = json.dumps({"prompt": "hi", "sessionId": "a b"}).encode()
         with urlopen(Request(f"{demo.url}__aibind__/stream", body), timeout=20) as answer:
             events = EventParser().feed(answer.read())
-        said = "".join(event.data for event in events if event.event == "message")
+        text = "".join(event.data for event in events if event.event == "message")
         assert (events[0].event, events[-1].event) == ("stream-id", "done")
         status, [question, reply] = call(f"{demo.url}conversation/a%20b")
-        assert (status, question["content"], reply["content"], reply["state"]) == (200, "hi", said, "done")
+        assert (status, question["content"], reply["content"], reply["state"]) == (200, "hi", text, "done")
         conversation = f"{demo.url}conversation/a%20b"
         assert call(f"{conversation}/rewind/{reply['id']}", "POST") == (200, [question])
         assert call(f"{conversation}/rewind/{question['id']}", "POST") == (200, [])
@@ -163,7 +163,7 @@ def demo(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str
     return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=60)
 
 
-def test_what_is_wrong_is_told(empty_database: str) -> None:
+def test_demo_errors(empty_database: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         done = demo(f"--port={taken.getsockname()[1]}", f"--dsn={empty_database}")
     assert (done.returncode, "already in use" in done.stderr) == (1, True)
@@ -176,7 +176,7 @@ def test_what_is_wrong_is_told(empty_database: str) -> None:
 
 
 @pytest.mark.parametrize("framework", ["fastapi", "flask"])
-def test_ctrl_c_ends_it_and_its_server(framework: str, tmp_path: Path) -> None:
+def test_ctrl_c_ends_demo_and_its_server(framework: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "aibind_postgres.cli", "demo", "--web", "--port=0", f"--framework={framework}"]
     environment = {**os.environ, "TMPDIR": str(tmp_path), "AIBIND_DEMO_DELAY": "0.1"}
     tmp_path.chmod(0o755)

@@ -1,4 +1,4 @@
-"""`aibind-postgres demo`, as a person runs it."""
+"""`aibind-postgres demo` in the terminal."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ def check(output: str) -> None:
     assert shown.strip() == TEXT.strip()
 
 
-def test_on_an_embedded_server_that_leaves_nothing_behind() -> None:
-    with tempfile.TemporaryDirectory(prefix="aibind-test-") as place:
-        environment = {**os.environ, "DATABASE_URL": "not for playing", "HOME": place, "TMPDIR": place}
+def test_embedded_server_leaves_no_files() -> None:
+    with tempfile.TemporaryDirectory(prefix="aibind-test-") as folder:
+        environment = {**os.environ, "DATABASE_URL": "ignored by the demo", "HOME": folder, "TMPDIR": folder}
         done = subprocess.run(COMMAND, capture_output=True, encoding="utf-8", env=environment, timeout=120)
         assert done.returncode == 0, done.stderr
-        assert os.listdir(place) == []
+        assert os.listdir(folder) == []
     check(done.stdout)
     assert "temporary folder" in done.stderr
 
 
-def test_without_tables_it_says_how_to_make_them(empty_database: str) -> None:
+def test_missing_tables_message_names_migrate(empty_database: str) -> None:
     done = subprocess.run([*COMMAND, "--dsn", empty_database], capture_output=True, encoding="utf-8", timeout=60)
     assert done.returncode == 1
     assert "aibind-postgres migrate" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_it_fails_when_what_arrives_is_not_what_was_written_and_tidies_up(database: str) -> None:
+def test_garbled_chunks_fail_the_demo_and_its_stream_is_deleted(database: str) -> None:
     with psycopg.connect(database) as connection:
         connection.execute(
             """CREATE FUNCTION garble() RETURNS trigger LANGUAGE plpgsql AS

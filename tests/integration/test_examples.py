@@ -1,4 +1,4 @@
-"""The examples, run as their readers run them."""
+"""The example scripts, run from the command line."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_replay_stream(database: str) -> None:
     assert slow_took - fast_took > 0.5
 
 
-def test_replay_stream_says_what_is_wrong(database: str) -> None:
+def test_replay_stream_errors(database: str) -> None:
     missing = run("replay_stream.py", database, "nobody")
     assert missing.returncode == 1
     assert missing.stderr == ("stream 'nobody' not found: it was never created, was deleted, or has expired\n")

@@ -1,4 +1,4 @@
-"""Server-Sent Events: what goes over the wire, and what a reader makes of any bytes that come."""
+"""Encoding and parsing of Server-Sent Events."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from aibind_postgres import InvalidDataError
 from aibind_postgres.sse import EventParser, ServerSentEvent, comment, encode
 
-# All that Unicode has; and, more often, what the format gives a meaning.
+# Any Unicode text, or a text of characters with a meaning in the format.
 TEXTS = st.text(st.characters(exclude_categories=["Cs"])) | st.text(st.sampled_from("\r\n\0: \ufeffdata\x01é"))
 LINES = TEXTS.filter(lambda text: not re.search(r"[\r\n]", text))
 PIECES = [b"data", b"id", b":", b" ", b"\r", b"\n", b"\xef\xbb\xbf", b"x"]
@@ -26,42 +26,38 @@ EVENTS = st.builds(
 
 
 def parse(wire: bytes, cuts: list[int] | None = None) -> list[ServerSentEvent]:
-    """Read bytes in pieces that end at these places."""
+    """Parse bytes in pieces, split at the offsets `cuts`."""
     parser = EventParser()
-    places = [0, *sorted(place % (len(wire) + 1) for place in cuts or []), len(wire)]
-    return [event for begin, end in pairwise(places) for event in parser.feed(wire[begin:end])]
+    offsets = [0, *sorted(offset % (len(wire) + 1) for offset in cuts or []), len(wire)]
+    return [event for begin, end in pairwise(offsets) for event in parser.feed(wire[begin:end])]
 
 
-def arrived(event: ServerSentEvent) -> ServerSentEvent:
-    """Return an event as it arrives: the format has one line end only."""
+def normalized(event: ServerSentEvent) -> ServerSentEvent:
+    """Return an event with LF as its only line ending, as a client receives it."""
     return event._replace(data=re.sub(r"\r\n|\r", "\n", event.data))
 
 
 @given(st.lists(EVENTS), st.lists(st.integers(0)), st.sampled_from(["\n", "\r", "\r\n"]))
 @example([ServerSentEvent("\ufeff")], [1, 2], "\n")
 @example([ServerSentEvent("a\r\n\rb\n")], [], "\r")
-def test_what_is_encoded_is_read_in_pieces_of_any_size_and_with_any_line_end(events, cuts, line_end):
+def test_round_trip_in_pieces_of_any_size_with_any_line_ending(events, cuts, line_end):
     wire = b"".join(comment("ping\r\n\r\ndata: forged") + encode(event) for event in events)
-    assert parse(wire.replace(b"\n", line_end.encode()), cuts) == [arrived(event) for event in events]
+    assert parse(wire.replace(b"\n", line_end.encode()), cuts) == [normalized(event) for event in events]
 
 
-@given(
-    st.binary()
-    | st.lists(st.sampled_from([b"data", b"id", b":", b" ", b"\r", b"\n", b"\xef\xbb\xbf", b"x"])).map(b"".join)
-)
+@given(st.binary() | st.lists(st.sampled_from(PIECES)).map(b"".join))
 @example(b"\xff\xfe\ndata: \xc3\n\n")
-def test_any_bytes_are_read_alike_whole_and_one_by_one(wire):
+def test_any_bytes_parse_alike_whole_and_byte_by_byte(wire):
     assert parse(wire, list(range(len(wire)))) == parse(wire)
 
 
 @given(EVENTS, EVENTS)
-def test_data_forges_nothing(first, second):
-    """Each event is one, whatever the data looks like."""
+def test_data_cannot_inject_events(first, second):
     forged = ServerSentEvent(encode(first).decode(), first.event, first.id, first.retry)
-    assert parse(encode(forged) + encode(second)) == [arrived(forged), arrived(second)]
+    assert parse(encode(forged) + encode(second)) == [normalized(forged), normalized(second)]
 
 
-def test_what_goes_over_the_wire():
+def test_wire_format():
     assert encode(ServerSentEvent("one\ntwo", "usage", "7", 3000)) == (
         b"event: usage\nid: 7\nretry: 3000\ndata: one\ndata: two\n\n"
     )
@@ -82,7 +78,7 @@ def test_what_goes_over_the_wire():
         ),
         (b"data\n\ndata\ndata\n\ndata:", [ServerSentEvent(""), ServerSentEvent("\n")]),
         (b"data:test\n\ndata: test\n\n", [ServerSentEvent("test")] * 2),
-        # And its rules.
+        # The parsing rules of the standard.
         (b"event: x\n\ndata: y\n\n", [ServerSentEvent("y")]),
         (b"event: a\nevent: b\ndata: y\n\n", [ServerSentEvent("y", "b")]),
         (b"event:\ndata: y\n\n", [ServerSentEvent("y")]),
@@ -99,11 +95,11 @@ def test_what_goes_over_the_wire():
         (b"data: cut off\n", []),
     ],
 )
-def test_the_rules_for_reading(wire, events):
+def test_parsing_rules(wire, events):
     assert parse(wire) == events
 
 
-def test_a_reader_knows_where_to_resume_and_when():
+def test_last_event_id_and_retry():
     parser = EventParser()
     assert (parser.last_event_id, parser.retry) == ("", None)
     parser.feed(b"id: 1\ndata: x\n\nretry: 50\n\ndata: without an id\n\n")
@@ -129,13 +125,13 @@ def test_a_reader_knows_where_to_resume_and_when():
         ServerSentEvent("x", retry=10**15),
     ],
 )
-def test_what_cannot_be_told_is_refused(event):
+def test_invalid_event_raises(event):
     with pytest.raises(InvalidDataError):
         encode(event)
 
 
-def test_a_long_line_in_small_pieces_takes_no_longer_than_it_has_to():
-    """Each piece is looked at once, and not all that came before it again."""
+def test_long_line_in_small_pieces_takes_linear_time():
+    """The parser scans each piece once, not the pieces before it again."""
     parser = EventParser()
     for _ in range(200_000):
         assert parser.feed(b"data: x" if not parser._line else b"xxxxx") == []
