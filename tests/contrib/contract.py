@@ -67,7 +67,7 @@ async def async_ending(store: AsyncPostgresStreamStore, id: str) -> AsyncIterato
 
 
 def within(seconds: float, condition: Callable[[], bool]) -> None:
-    """Wait until a condition is true, and fail after so many seconds."""
+    """Wait until a condition is true. Fail after `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline

@@ -1,4 +1,4 @@
-"""Django's views, as an application may have them around: the other kind of server, transactions, middleware."""
+"""The Django views with transactions, middleware, and a server that does not match the handler."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def view_of(handler):
     return pattern.callback
 
 
-def prompt(factory):
+def stream_request(factory):
     return factory.post("/__aibind__/stream", json.dumps({"prompt": "hi"}), "application/json")
 
 
@@ -56,32 +56,32 @@ def generate(generation):
     yield "Hello"
 
 
-def test_an_answer_is_stored_while_its_request_is_in_a_transaction_of_its_own(store):
+def test_view_is_exempt_from_atomic_requests(store):
     view = view_of(StreamHandler(generate, store=store))
-    assert BaseHandler().make_view_atomic(view) is view  # with ATOMIC_REQUESTS for each database
-    answer = view(prompt(RequestFactory()), path="stream")
-    assert b"data: Hello" in b"".join(answer)
+    assert BaseHandler().make_view_atomic(view) is view  # ATOMIC_REQUESTS is set for each database
+    response = view(stream_request(RequestFactory()), path="stream")
+    assert b"data: Hello" in b"".join(response)
 
 
-def test_the_views_of_an_asynchronous_handler_may_be_used_with_atomic_requests(store):
+def test_async_view_is_exempt_from_atomic_requests(store):
     view = view_of(AsyncStreamHandler(generate, store=AsyncPostgresStreamStore("")))
     assert BaseHandler().make_view_atomic(view) is view
 
 
-def test_events_are_not_held_back_to_be_compressed(store):
+def test_gzip_middleware_does_not_compress_events(store):
     view = view_of(StreamHandler(generate, store=store))
-    request = prompt(RequestFactory(headers={"Accept-Encoding": "gzip"}))
-    answer = GZipMiddleware(lambda request: view(request, path="stream"))(request)
-    assert answer["Content-Encoding"] == "identity"
-    assert b"data: Hello" in b"".join(answer)
+    request = stream_request(RequestFactory(headers={"Accept-Encoding": "gzip"}))
+    response = GZipMiddleware(lambda request: view(request, path="stream"))(request)
+    assert response["Content-Encoding"] == "identity"
+    assert b"data: Hello" in b"".join(response)
 
 
-def test_the_other_kind_of_server_is_refused(store):
+def test_server_that_does_not_match_the_handler_is_refused(store):
     with pytest.raises(ImproperlyConfigured, match="use AsyncStreamHandler under ASGI"):
-        view_of(StreamHandler(generate, store=store))(prompt(AsyncRequestFactory()), path="stream")
-    asynchronous = view_of(AsyncStreamHandler(generate, store=AsyncPostgresStreamStore("")))
+        view_of(StreamHandler(generate, store=store))(stream_request(AsyncRequestFactory()), path="stream")
+    async_view = view_of(AsyncStreamHandler(generate, store=AsyncPostgresStreamStore("")))
     with pytest.raises(ImproperlyConfigured, match="StreamHandler under WSGI"):
-        asyncio.run(asynchronous(prompt(RequestFactory()), path="stream"))
+        asyncio.run(async_view(stream_request(RequestFactory()), path="stream"))
 
 
 def test_producers_leave_no_connections(store, dsn, monkeypatch):
@@ -100,8 +100,8 @@ def test_producers_leave_no_connections(store, dsn, monkeypatch):
 
 
 @pytest.fixture
-def sources_connections(dsn, monkeypatch):
-    """Count the connections that Django has made since and not closed, without help from the garbage collector."""
+def count_source_connections(dsn, monkeypatch):
+    """Count the open connections that Django has made since the fixture started. Disables garbage collection."""
     for alias in ("default", "server_side"):
         monkeypatch.setitem(connections[alias].settings_dict["OPTIONS"], "application_name", "sources")
     count = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'sources'"
@@ -111,52 +111,52 @@ def sources_connections(dsn, monkeypatch):
     gc.enable()
 
 
-def ask():
+def run_queries():
     with connections["default"].cursor() as cursor, connections["server_side"].cursor() as another:
         return "".join(str(each.execute("SELECT 1").fetchone()) for each in (cursor, another))
 
 
-def test_what_a_source_asks_of_the_database_leaves_no_connections(store, sources_connections):
+def test_queries_of_a_source_leave_no_connections(store, count_source_connections):
     def generate(generation):
-        yield ask()
-        assert sources_connections() >= 2
+        yield run_queries()
+        assert count_source_connections() >= 2
 
     view = view_of(StreamHandler(generate, store=store))
-    assert b"data: (1,)(1,)" in b"".join(view(prompt(RequestFactory()), path="stream"))
+    assert b"data: (1,)(1,)" in b"".join(view(stream_request(RequestFactory()), path="stream"))
     connections.close_all()
     store.close()
-    until(lambda: sources_connections() == 0)
+    until(lambda: count_source_connections() == 0)
 
 
 @pytest.mark.parametrize("middleware", ["asynchronous", "synchronous"])
-async def test_what_a_source_asks_when_its_request_is_over_leaves_no_connections(
-    dsn, tables, sources_connections, middleware
+async def test_queries_of_a_source_after_its_request_leave_no_connections(
+    dsn, tables, count_source_connections, middleware
 ):
     request_over = asyncio.Event()
 
     async def generate(generation):
         yield "a"
         await request_over.wait()
-        yield await sync_to_async(ask)()
-        assert sources_connections() >= 2
+        yield await sync_to_async(run_queries)()
+        assert count_source_connections() >= 2
 
     async with AsyncPostgresStreamStore(dsn, **tables) as store:
         view = view_of(AsyncStreamHandler(generate, store=store))
         threads = threading.active_count()
-        async with ThreadSensitiveContext():  # as Django has it around each request
+        async with ThreadSensitiveContext():  # Django enters one around each request
             view = sync_to_async(async_to_sync(view)) if middleware == "synchronous" else view
-            answer = await view(prompt(AsyncRequestFactory()), path="stream")
-            await sync_to_async(ask)()
+            response = await view(stream_request(AsyncRequestFactory()), path="stream")
+            await sync_to_async(run_queries)()
             await sync_to_async(connections.close_all)()
         request_over.set()
-        assert b"data: (1,)(1,)" in b"".join([part async for part in answer])
+        assert b"data: (1,)(1,)" in b"".join([part async for part in response])
         assert await AsyncDurableStream.shutdown(store, 20)
-        until(lambda: sources_connections() == 0 and threading.active_count() <= threads)
+        until(lambda: count_source_connections() == 0 and threading.active_count() <= threads)
 
 
-def test_a_stream_in_a_transaction_that_is_not_over_is_told_to_the_log(store, caplog):
+def test_stream_in_an_open_transaction_is_logged(store, caplog):
     with transaction.atomic():
         stream = DurableStream.start(store, generate(None))
         until(lambda: "is its transaction not over?" in caplog.text)
-    store.fail_abandoned(0)  # unless the producer has come to that itself
+    store.fail_abandoned(0)  # in case the producer has not ended the stream yet
     assert store.get_status(stream.id).state == "error"

@@ -1,4 +1,4 @@
-"""Flask, as an application may have it around the blueprint."""
+"""The Flask blueprint inside an application."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ def app(dsn, tables):
         yield app
 
 
-def test_a_source_has_the_context_of_its_application(app):
-    answer = app.test_client().post("/__aibind__/stream", json={"prompt": "hi"})
-    assert b"data: hi in shop\n" in answer.data
+def test_source_runs_in_application_context(app):
+    response = app.test_client().post("/__aibind__/stream", json={"prompt": "hi"})
+    assert b"data: hi in shop\n" in response.data
 
 
-def test_what_others_have_read_of_a_request_before_is_read_again(app):
-    seen = []
-    app.before_request(lambda: seen.append(request.get_json()))
-    answer = app.test_client().post("/__aibind__/complete", json={"input": "hi"})
-    assert answer.data == b"hi in shop"
-    assert seen == [{"input": "hi"}]
+def test_body_that_was_read_before_the_view(app):
+    bodies = []
+    app.before_request(lambda: bodies.append(request.get_json()))
+    response = app.test_client().post("/__aibind__/complete", json={"input": "hi"})
+    assert response.data == b"hi in shop"
+    assert bodies == [{"input": "hi"}]
 
 
 def test_two_handlers_in_one_application(app):
@@ -46,7 +46,7 @@ def test_two_handlers_in_one_application(app):
     assert client.post("/__aibind__/complete", json={"input": "x" * 100}).status_code == 413
 
 
-def test_what_a_source_opens_in_its_application_is_torn_down_when_it_ends(app, dsn, tables):
+def test_application_context_of_source_is_torn_down_at_its_end(app, dsn, tables):
     events, request_over = [], Event()
 
     def resource():
@@ -62,22 +62,22 @@ def test_what_a_source_opens_in_its_application_is_torn_down_when_it_ends(app, d
 
     def use(generation):
         assert request_over.wait(20)
-        mine = resource()
+        own = resource()
         yield "a"
-        assert resource() is mine
+        assert resource() is own
         yield "b"
         events.append("the end")
 
     with PostgresStreamStore(dsn, **tables) as store:
         app.register_blueprint(blueprint(StreamHandler(use, store=store, prefix="/ai")))
         app.before_request(lambda: resource() and None)
-        answer = app.test_client().post("/ai/stream", json={"prompt": "hi"})
+        response = app.test_client().post("/ai/stream", json={"prompt": "hi"})
         assert events == ["up", "down"]
         request_over.set()
-        assert b"event: done" in answer.data
+        assert b"event: done" in response.data
         until(lambda: events == ["up", "down", "up", "the end", "down"])
 
 
-def test_an_asynchronous_handler_is_refused():
+def test_async_handler_raises():
     with pytest.raises(TypeError, match="Flask takes a StreamHandler, not AsyncStreamHandler"):
         blueprint(AsyncStreamHandler(generate, store=AsyncPostgresStreamStore("")))

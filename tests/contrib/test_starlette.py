@@ -1,4 +1,4 @@
-"""Starlette's routes, where they are made."""
+"""The routes for Starlette and FastAPI."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from aibind_postgres import PostgresStreamStore, StreamHandler
 from aibind_postgres.contrib.starlette import routes
 
 
-def test_a_synchronous_handler_is_refused():
+def test_sync_handler_raises():
     with pytest.raises(TypeError, match="take an AsyncStreamHandler, not StreamHandler"):
         routes(StreamHandler(iter, store=PostgresStreamStore("")))

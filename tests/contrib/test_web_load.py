@@ -1,4 +1,4 @@
-"""The web frameworks under load: many readers, slow ones, and those who go away without a word."""
+"""The web frameworks under load: many readers, slow readers, and readers that disconnect."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ READERS = 1000
 PROC = Path("/proc/self/status").exists()
 DONE = ServerSentEvent("", "done")
 
-# Connections that a server with two processes may hold to its database: two pools of ten, and one more each.
+# The maximum number of database connections of two processes: each has a pool of ten and a listener.
 CONNECTIONS = 2 * (10 + 1)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def files():
-    """Let this process, and the servers that it starts, have as many files open as there are readers, and more."""
+def file_limit():
+    """Raise the limit of open files of this process and its servers to twice the number of readers."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < 2 * READERS:
         resource.setrlimit(resource.RLIMIT_NOFILE, (2 * READERS, hard))
@@ -39,14 +39,14 @@ def files():
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def resuming(id: str) -> bytes:
-    # By the older protocol, whose answers end with their connections: what comes is the events, as they are.
+def resume_request(id: str) -> bytes:
+    # HTTP/1.0 has no chunked encoding, so the body is the plain event stream.
     return f"GET /__aibind__/stream/resume?id={id} HTTP/1.0\r\n\r\n".encode()
 
 
-def count(dsn: str, condition: str = "true") -> int:
-    """Return how many connections a server has to its database of which a condition is true."""
-    # By name: one of the test's own that has just been closed may still be listed.
+def count_connections(dsn: str, condition: str = "true") -> int:
+    """Count a server's connections to its database for which a condition holds."""
+    # Exclude the test's connections by name, since pg_stat_activity may list one that was just closed.
     with psycopg.connect(dsn, autocommit=True, application_name="test") as connection:
         row = connection.execute(
             "SELECT count(*) FROM pg_stat_activity"
@@ -57,16 +57,14 @@ def count(dsn: str, condition: str = "true") -> int:
 
 @pytest.mark.parametrize("client", ["starlette"], indirect=True)
 @pytest.mark.parametrize("streams", [1, 20])
-async def test_a_thousand_readers_get_everything_once_and_wait_without_a_connection_each(
-    client, store, web_database, streams
-):
+async def test_thousand_readers_share_few_connections(client, store, web_database, streams):
     ids = [store.create() for _ in range(streams)]
     chunks = [f"{number}" for number in range(1, 51)]
 
     async def read(id: str, arrived: asyncio.Event) -> list[ServerSentEvent]:
         reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
         try:
-            writer.write(resuming(id))
+            writer.write(resume_request(id))
             assert (await reader.readline()).split()[1] == b"200"
             await reader.readuntil(b"\r\n\r\n")
             received = await reader.readuntil(b"id: 1\ndata: 1\n\n")
@@ -77,11 +75,11 @@ async def test_a_thousand_readers_get_everything_once_and_wait_without_a_connect
 
     for id in ids:
         store.append(id, chunks[0])
-    here = [asyncio.Event() for _ in range(READERS)]
-    readers = [asyncio.create_task(read(ids[number % streams], here[number])) for number in range(READERS)]
-    for event in here:
+    arrivals = [asyncio.Event() for _ in range(READERS)]
+    readers = [asyncio.create_task(read(ids[number % streams], arrivals[number])) for number in range(READERS)]
+    for event in arrivals:
         await event.wait()
-    assert 0 < count(web_database) <= CONNECTIONS
+    assert 0 < count_connections(web_database) <= CONNECTIONS
     for chunk in chunks[1:]:
         for id in ids:
             store.append(id, chunk)
@@ -101,7 +99,7 @@ SIZES = {"small": 2048, "large": 65536}
 
 @pytest.fixture(scope="module")
 def long_streams(web_database):
-    """Streams of 64 MiB each, by the size of their chunks: their ids and chunks."""
+    """The ids and chunks of streams of 64 MiB each, by the size of their chunks."""
     streams = {}
     with PostgresStreamStore(web_database) as store:
         for size in SIZES.values():
@@ -114,60 +112,64 @@ def long_streams(web_database):
     return streams
 
 
-def memory(client: Client) -> int:
-    """Return how many bytes of memory the processes of a server take up."""
+def resident_memory(client: Client) -> int:
+    """Return the resident memory of all processes of a server in bytes."""
     statuses = [(process / "status").read_text() for process in client.processes()]
     return 1024 * sum(int(status.partition("VmRSS:")[2].split()[0]) for status in statuses)
 
 
-@pytest.mark.skipif(not PROC, reason="there is no /proc to see into the server with")
+@pytest.mark.skipif(not PROC, reason="needs /proc")
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
-def test_a_client_that_reads_slowly_makes_the_server_hold_no_more_than_a_page(client, long_streams, size):
+def test_slow_reader_does_not_fill_the_memory_of_the_server(client, long_streams, size):
     id, chunks = long_streams[size]
-    for _ in range(10):  # so that the processes have what they need for any reader
+    for _ in range(10):  # warm up the processes
         client.resume(id, len(chunks) - 10).read()
-    before = memory(client)
+    before = resident_memory(client)
     peak = []
-    with client.connect() as line:
-        line.sendall(resuming(id))
-        for _ in range(10):  # nothing is read
+    with client.connect() as connection:
+        connection.sendall(resume_request(id))
+        for _ in range(10):  # without reading
             time.sleep(0.1)
-            peak.append(memory(client))
+            peak.append(resident_memory(client))
         received = bytearray()
-        while piece := line.recv(65536):
+        while piece := connection.recv(65536):
             received += piece
-            if len(received) < 4_000_000:  # in small pieces, then all
+            if len(received) < 4_000_000:  # slowly at first, then at full speed
                 time.sleep(0.005)
             if len(peak) * 500_000 < len(received):
-                peak.append(memory(client))
+                peak.append(resident_memory(client))
     assert max(peak) - before < TOTAL / 2
-    [*told, done] = EventParser().feed(received.partition(b"\r\n\r\n")[2])
+    [*stored, done] = EventParser().feed(received.partition(b"\r\n\r\n")[2])
     assert done == DONE
-    assert [event.id for event in told] == [f"{number}" for number in range(1, len(chunks) + 1)]
-    assert [event.data for event in told] == chunks
+    assert [event.id for event in stored] == [f"{number}" for number in range(1, len(chunks) + 1)]
+    assert [event.data for event in stored] == chunks
 
 
 POLLED = "query LIKE '%total_chunks FROM % WHERE id = ANY%' AND query_start > clock_timestamp() - interval '2 seconds'"
 
 
-@pytest.mark.skipif(not PROC, reason="there is no /proc to see into the server with")
-def test_readers_who_go_away_leave_nothing_behind(client, store, web_database):
-    def files() -> int:
+@pytest.mark.skipif(not PROC, reason="needs /proc")
+def test_disconnected_readers_leave_no_files_or_polls(client, store, web_database):
+    def count_files() -> int:
         return sum(len(list((process / "fd").iterdir())) for process in client.processes())
 
     id = store.create()
-    before = files()
+    before = count_files()
     with ExitStack() as stack:
-        lines = [stack.enter_context(client.connect()) for _ in range(100)]
-        for line in lines:
-            line.sendall(resuming(id))
-        within(30, lambda: files() >= before + len(lines) - 10)  # others may end
-        within(30, lambda: count(web_database, POLLED) > 0)
-        for line in lines:
-            line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    within(30, lambda: files() <= before + len(lines) / 2)  # it may have more connections to its database than before
-    # Readers are asked for once a second at least, by each process that has some.
-    within(30, lambda: count(web_database, POLLED) == 0)
-    for _ in range(50):  # and no process has lost its threads to them
+        connections = [stack.enter_context(client.connect()) for _ in range(100)]
+        for connection in connections:
+            connection.sendall(resume_request(id))
+        within(
+            30, lambda: count_files() >= before + len(connections) - 10
+        )  # connections of earlier tests may close meanwhile
+        within(30, lambda: count_connections(web_database, POLLED) > 0)
+        for connection in connections:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    within(
+        30, lambda: count_files() <= before + len(connections) / 2
+    )  # more database connections may be open than before
+    # Each process with readers polls at least once a second.
+    within(30, lambda: count_connections(web_database, POLLED) == 0)
+    for _ in range(50):  # no process has lost its threads
         assert client.post("/complete", {"input": "x"}).read() == b"x "
     store.stop(id)
