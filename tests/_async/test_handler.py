@@ -24,9 +24,9 @@ DONE = ServerSentEvent("", "done")
 
 
 class Api:
-    """A handler whose `generate` yields `items`, with helpers that send requests to it.
+    """A handler, with helpers that send requests to it.
 
-    `generations` collects the arguments of `generate`.
+    Its `generate` yields `items` and collects its arguments in `generations`.
     """
 
     def __init__(self, store, conversations):

@@ -159,15 +159,13 @@ def test_disconnected_readers_leave_no_files_or_polls(client, store, web_databas
         connections = [stack.enter_context(client.connect()) for _ in range(100)]
         for connection in connections:
             connection.sendall(resume_request(id))
-        within(
-            30, lambda: count_files() >= before + len(connections) - 10
-        )  # connections of earlier tests may close meanwhile
+        # Files that were open before may be closed meanwhile.
+        within(30, lambda: count_files() >= before + len(connections) - 10)
         within(30, lambda: count_connections(web_database, POLLED) > 0)
         for connection in connections:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    within(
-        30, lambda: count_files() <= before + len(connections) / 2
-    )  # more database connections may be open than before
+    # More database connections may be open than before.
+    within(30, lambda: count_files() <= before + len(connections) / 2)
     # Each process with readers polls at least once a second.
     within(30, lambda: count_connections(web_database, POLLED) == 0)
     for _ in range(50):  # no process has lost its threads
