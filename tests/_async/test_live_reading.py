@@ -13,6 +13,8 @@ import pytest
 from psycopg_pool import AsyncConnectionPool
 from support import servers
 from support.concurrency import AsyncBackground, async_gather, async_sleep, async_until, async_workers, run_python
+from support.leaks import package_objects
+from support.recording import POLL, AsyncRecordingClient
 
 from aibind_postgres import (
     AsyncPostgresStreamStore,
@@ -21,11 +23,10 @@ from aibind_postgres import (
     StreamNotFoundError,
     schema,
 )
-from aibind_postgres._concurrency import AsyncEvent
 
-HOSTILE = ["plain", "quotes", "mixed case", "63 bytes", "formats"]  # names, which are channels too
+HOSTILE = ["plain", "quotes", "mixed case", "63 bytes", "formats"]  # a channel is named after its table
 
-NEVER = 3600  # a poll_interval: whatever arrives has been announced
+NEVER = 3600  # seconds as poll_interval: chunks arrive by notification alone
 
 
 @pytest.fixture
@@ -39,9 +40,9 @@ async def collect(store, id, after_seq=0):
 
 
 def other_process(code, dsn, id, tables):
-    """Run code in another process, with a `store` on the same tables and the stream's `id`."""
+    """Run code in another process, which gets a `store` on the same tables and the stream's `id`."""
     names = json.dumps({name: table.as_string(None) for name, table in tables.items()})
-    before = """
+    preamble = """
 import json, re, sys
 from psycopg.sql import Identifier
 from aibind_postgres import PostgresStreamStore
@@ -49,12 +50,12 @@ dsn, id, names = sys.argv[1:]
 names = {key: Identifier(*re.findall('"(.*?)"', name)) for key, name in json.loads(names).items()}
 with PostgresStreamStore(dsn, **names) as store:
 """
-    return run_python(before + textwrap.indent(code, "    "), dsn, id, names)
+    return run_python(preamble + textwrap.indent(code, "    "), dsn, id, names)
 
 
-async def statements_waiting(dsn, query):
-    """Wait until the server has a connection whose last statement is like `query`."""
-    # By name: one that has just been closed may still be listed.
+async def until_last_statement(dsn, query):
+    """Wait until the last statement of some connection is like `query`."""
+    # Its name keeps this connection out of the count in `test_waiting_readers_use_one_connection`.
     async with await psycopg.AsyncConnection.connect(dsn, autocommit=True, application_name="test") as connection:
         statement = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND query LIKE %s"
         while (await (await connection.execute(statement, [query])).fetchone()) == (0,):
@@ -62,7 +63,7 @@ async def statements_waiting(dsn, query):
 
 
 @pytest.mark.parametrize("end", ["complete", "stop", "fail"])
-async def test_a_reader_sees_each_chunk_once_and_the_end(store, other, end):
+async def test_reader_gets_each_chunk_once_and_the_end(store, other, end):
     id = await store.create()
     async with (
         AsyncBackground(partial(collect, other, id)) as reader,
@@ -77,37 +78,34 @@ async def test_a_reader_sees_each_chunk_once_and_the_end(store, other, end):
 
 
 @pytest.mark.parametrize("tables", HOSTILE, indirect=True)
-async def test_announcements_alone_wake_a_reader(dsn, tables, store):
+async def test_notifications_alone_wake_a_reader(dsn, tables, store):
     id = await store.create()
     seen = []
-    turn = AsyncEvent()
 
     async with AsyncPostgresStreamStore(dsn, **tables, poll_interval=NEVER) as listener:
 
         async def follow():
             async for chunk in listener.read_from(id):
                 seen.append(chunk.data)
-                turn.set()
 
         async with AsyncBackground(follow) as reader:
-            # Listening begins some time after the reader has; until then only the look that follows it helps.
-            await statements_waiting(dsn, "LISTEN%")
+            # The store starts to LISTEN some time after the reader started.
+            await until_last_statement(dsn, "LISTEN%")
             for number in range(20):
-                turn.clear()
                 await store.append(id, str(number))
-                assert await turn.wait(10)
+                await async_until(lambda number=number: len(seen) == number + 1, 10)
             await store.complete(id)
             await reader.result()
     assert seen == [str(number) for number in range(20)]
 
 
-async def test_listening_begins_anew_when_the_connection_is_lost(dsn, tables, store):
+async def test_lost_listen_connection_is_replaced(dsn, tables, store):
     id = await store.create()
     async with AsyncPostgresStreamStore(dsn, **tables, poll_interval=NEVER) as listener:
         async with AsyncBackground(partial(collect, listener, id)) as reader:
             async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as admin:
                 for number in range(3):
-                    await statements_waiting(dsn, "LISTEN%")
+                    await until_last_statement(dsn, "LISTEN%")
                     await store.append(id, f"{number}")
                     statement = (
                         "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity "
@@ -119,7 +117,7 @@ async def test_listening_begins_anew_when_the_connection_is_lost(dsn, tables, st
             assert len(await reader.result()) == 6
 
 
-async def test_a_reader_in_the_same_store_is_woken_directly(dsn, tables):
+async def test_reader_of_the_same_store_is_woken_without_notifications(dsn, tables):
     async with AsyncPostgresStreamStore(dsn, **tables, poll_interval=NEVER) as store:
         id = await store.create()
         async with AsyncBackground(partial(collect, store, id)) as reader:
@@ -131,7 +129,7 @@ async def test_a_reader_in_the_same_store_is_woken_directly(dsn, tables):
 
 
 @pytest.mark.parametrize("tables", HOSTILE, indirect=True)
-async def test_what_nobody_announces_is_found_by_polling(dsn, tables, store):
+async def test_polling_finds_chunks_without_notifications(dsn, tables, store):
     id = await store.create()
     names = {"chunks": tables["chunks_table"], "status": tables["status_table"]}
     names = {name: psycopg.sql.SQL(table.as_string(None).replace("%", "%%")) for name, table in names.items()}
@@ -150,7 +148,7 @@ async def test_what_nobody_announces_is_found_by_polling(dsn, tables, store):
 
 
 @pytest.mark.parametrize("tables", HOSTILE, indirect=True)
-async def test_the_trigger_announces_for_others(dsn, tables, schema_name):
+async def test_trigger_notifies_for_foreign_writers(dsn, tables, schema_name):
     schema.migrate(
         dsn, **tables, conversations_table=psycopg.sql.Identifier(schema_name, "conversations"), notify_trigger=True
     )
@@ -158,13 +156,13 @@ async def test_the_trigger_announces_for_others(dsn, tables, schema_name):
     async with AsyncPostgresStreamStore(dsn, **tables, poll_interval=NEVER) as store:
         id = await store.create()
         async with AsyncBackground(partial(store.wait, id)) as waiter:
-            await statements_waiting(dsn, "LISTEN%")
+            await until_last_statement(dsn, "LISTEN%")
             async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as plain:
                 await plain.execute(psycopg.sql.SQL("UPDATE {status} SET state = 'done'").format(**names))
             assert (await waiter.result()).state == "done"
 
 
-async def test_a_reader_may_start_before_the_first_chunk_and_ahead_of_it(store, other):
+async def test_reader_may_start_after_a_future_chunk(store, other):
     id = await store.create()
     async with AsyncBackground(partial(collect, other, id, 3)) as ahead:
         await async_sleep(0.05)
@@ -175,7 +173,7 @@ async def test_a_reader_may_start_before_the_first_chunk_and_ahead_of_it(store, 
         assert await ahead.result() == [(4, "4"), (5, "5")]
 
 
-async def test_readers_come_go_and_resume(store, other):
+async def test_readers_leave_and_resume(store, other):
     id = await store.create()
     total = 400
 
@@ -185,33 +183,44 @@ async def test_readers_come_go_and_resume(store, other):
         await store.complete(id)
 
     async def read(seed):
-        chance = random.Random(seed)
-        seen, source = [], chance.choice([store, other])
+        rng = random.Random(seed)
+        seen, source = [], rng.choice([store, other])
         while len(seen) < total:
-            leave_after = chance.randrange(1, 60)
+            leave_after = rng.randrange(1, 60)
             async for chunk in source.read_from(id, len(seen)):
                 seen.append(chunk.seq)
                 leave_after -= 1
                 if not leave_after:
                     break
-            if chance.random() < 0.3:
-                await async_sleep(chance.random() / 50)
+            if rng.random() < 0.3:
+                await async_sleep(rng.random() / 50)
         return seen
 
     results = await async_gather(write, *(partial(read, seed) for seed in range(20)))
     assert results[1:] == [list(range(1, total + 1))] * 20
 
 
-async def test_leaving_early_leaves_nothing_behind(store):
+async def test_readers_that_leave_early_are_released(store):
     id = await store.create()
     await store.append_many(id, ["1", "2", "3"])
-    for _ in range(100):
+
+    async def read_all():
+        return [chunk.data async for chunk in store.read_from(id, follow=False)]
+
+    async def leave_early():
         async for _chunk in store.read_from(id):
             break
-    await async_until(lambda: store._changes.followed() == [] and store._changes._feeds == {})
+
+    assert await read_all() == ["1", "2", "3"]
+    before = package_objects()
+    for _ in range(100):
+        await leave_early()
+    while package_objects() - before:  # the store drops closed readers when another one starts
+        assert await read_all() == ["1", "2", "3"]
+        await async_sleep(0.01)
 
 
-async def test_a_stream_made_anew_is_not_taken_for_the_old_one(store):
+async def test_recreated_stream_is_not_mixed_up_with_its_predecessor(store):
     id = await store.create()
     await store.append_many(id, ["old 1", "old 2", "old 3"])
     reader = store.read_from(id)
@@ -226,7 +235,7 @@ async def test_a_stream_made_anew_is_not_taken_for_the_old_one(store):
     assert seen == ["old 1", "old 2", "old 3"]
 
 
-async def test_a_delete_and_a_create_meanwhile_leave_no_old_chunk(dsn, tables, store, other):
+async def test_concurrent_delete_and_create_leave_no_old_chunk(dsn, tables, store, other):
     for number in range(10):
         await store.create("same")
         await store.append_many("same", ["old"] * 4)
@@ -251,70 +260,70 @@ async def test_a_delete_and_a_create_meanwhile_leave_no_old_chunk(dsn, tables, s
         await store.delete("same")
 
 
-async def test_closing_the_store_ends_a_replay(dsn, tables, store):
+async def test_close_ends_a_replay(dsn, tables, store):
     id = await store.create()
     await store.append_many(id, ["now", "an hour later"])
     async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as admin:
         later = psycopg.sql.SQL("UPDATE {} SET created_at = created_at + interval '1 hour' WHERE seq = 2")
         await admin.execute(later.format(tables["chunks_table"]))
-    seen = AsyncEvent()
+    seen = []
 
     async def replay():
         with pytest.raises(StoreClosedError):
             async for chunk in store.replay(id):
-                assert chunk.data == "now"
-                seen.set()
+                seen.append(chunk.data)
 
     async with AsyncBackground(replay) as replaying:
-        assert await seen.wait(10)
+        await async_until(lambda: seen, 10)
         await store.close()
         await replaying.result()
+    assert seen == ["now"]
 
 
-async def test_deleting_a_stream_ends_its_readers(store, other):
+async def test_delete_ends_readers_and_waiters(store, other):
     id = await store.create()
     await store.append(id, "a")
 
-    async def read_on():
+    async def read_until_error():
         with pytest.raises(StreamNotFoundError):
             await collect(other, id)
 
-    async def wait_on():
+    async def wait_until_error():
         with pytest.raises(StreamNotFoundError):
             await other.wait(id)
 
-    async with AsyncBackground(read_on) as reader, AsyncBackground(wait_on) as waiter:
+    async with AsyncBackground(read_until_error) as reader, AsyncBackground(wait_until_error) as waiter:
         await async_sleep(0.1)
         await store.delete(id)
         await reader.result()
         await waiter.result()
 
 
-async def test_closing_the_store_ends_its_readers(dsn, tables):
+async def test_close_ends_readers(dsn, tables):
     store = AsyncPostgresStreamStore(dsn, **tables, poll_interval=NEVER)
     id = await store.create()
 
-    async def read_on():
+    async def read_until_error():
         with pytest.raises(StoreClosedError):
             await collect(store, id)
 
-    async with AsyncBackground(read_on) as reader:
-        await statements_waiting(dsn, "LISTEN%")
+    async with AsyncBackground(read_until_error) as reader:
+        await until_last_statement(dsn, "LISTEN%")
         await store.close()
         await reader.result()
 
 
-async def test_closing_at_any_moment_leaves_no_worker(dsn, tables, store):
+async def test_close_at_any_moment_leaves_no_worker(dsn, tables, store):
     id = await store.create()
 
-    async def read_on(closing):
+    async def read_until_closed(closing):
         with pytest.raises(StoreClosedError):
             await collect(closing, id)
 
     for number in range(30):
         closing = AsyncPostgresStreamStore(dsn, **tables, poll_interval=NEVER)
         await closing.get_status(id)
-        async with AsyncBackground(partial(read_on, closing)) as reader:
+        async with AsyncBackground(partial(read_until_closed, closing)) as reader:
             await async_sleep(number / 1000)
             await closing.close()
             assert async_workers() == []
@@ -329,7 +338,7 @@ async def test_wait_returns_at_the_end(store, other):
         assert await waiter.result() == ("error", "why", 1)
 
 
-async def test_a_stop_elsewhere_ends_writer_and_readers_here(dsn, tables, store):
+async def test_stop_in_another_process_ends_writer_and_reader(dsn, tables, store):
     id = await store.create()
 
     async def write():
@@ -357,7 +366,7 @@ print(store.stop(id))
     assert [seq for seq, _ in chunks] == list(range(1, status.total_chunks + 1))
 
 
-async def test_a_reader_in_another_process_waits_for_the_first_chunk(dsn, tables, store):
+async def test_reader_in_another_process_waits_for_the_first_chunk(dsn, tables, store):
     id = await store.create()
     code = """
 for chunk in store.read_from(id):
@@ -365,7 +374,7 @@ for chunk in store.read_from(id):
 """
     with other_process(code, dsn, id, tables) as process:
         assert process.stdout is not None
-        await statements_waiting(dsn, "LISTEN%")
+        await until_last_statement(dsn, "LISTEN%")
         for number in range(1, 11):
             await store.append(id, f"chunk {number}")
             assert process.stdout.readline() == f"{number} chunk {number}\n"
@@ -373,7 +382,7 @@ for chunk in store.read_from(id):
         assert process.stdout.read() == ""
 
 
-async def test_many_readers_wait_on_a_pool_of_one(dsn, tables):
+async def test_many_readers_share_a_pool_of_one(dsn, tables):
     async with AsyncConnectionPool(dsn, min_size=1, max_size=1, open=False) as pool:
         async with AsyncPostgresStreamStore(pool, **tables) as store:
             id = await store.create()
@@ -389,13 +398,13 @@ async def test_many_readers_wait_on_a_pool_of_one(dsn, tables):
             assert results[1:] == [[(number + 1, str(number)) for number in range(20)]] * 50
 
 
-async def test_waiting_readers_cost_one_connection(database):
+async def test_waiting_readers_use_one_connection(database):
     async with AsyncConnectionPool(database, min_size=1, max_size=1, open=False) as pool:
         async with AsyncPostgresStreamStore(pool) as store:
             ids = [await store.create() for _ in range(20)]
 
             async def end_all():
-                await statements_waiting(database, "%SELECT id, state, total_chunks%")
+                await until_last_statement(database, f"%{POLL}%")
                 async with await psycopg.AsyncConnection.connect(database, autocommit=True) as admin:
                     statement = (
                         "SELECT count(*) FROM pg_stat_activity "
@@ -408,38 +417,29 @@ async def test_waiting_readers_cost_one_connection(database):
                 return connections
 
             results = await async_gather(end_all, *(partial(store.wait, id) for id in ids for _ in range(5)))
-            assert results[0] == 2  # the pool's one and the watch's
+            assert results[0] == 2  # one of the pool, one of the listener
             assert {status.state for status in results[1:]} == {"stopped"}
 
 
 async def test_idle_readers_share_one_poll(dsn, tables):
-    statements = []
+    async with AsyncRecordingClient(dsn) as client, AsyncPostgresStreamStore(client, **tables) as store:
+        id = await store.create()
 
-    class Counting:
-        async def query(self, sql, params):
-            statements.append(sql)
-            async with pool.connection() as connection:
-                return await (await psycopg.AsyncRawCursor(connection).execute(sql, params)).fetchall()
+        async def statements_while_idle():
+            await client.wait_for_followers(id, 1 + 100)  # `create` and each `wait` have sent one statement
+            client.statements.clear()
+            await async_sleep(1)
+            idle = list(client.statements)
+            await store.stop(id)
+            return idle
 
-    async with AsyncConnectionPool(dsn, min_size=2, max_size=2, kwargs={"autocommit": True}, open=False) as pool:
-        async with AsyncPostgresStreamStore(Counting(), **tables) as store:
-            id = await store.create()
-
-            async def count():
-                await async_until(lambda: sum(len(feed.waiting) for feed in store._changes._feeds.get(id, ())) == 100)
-                statements.clear()
-                await async_sleep(1)
-                idle = list(statements)
-                await store.stop(id)
-                return idle
-
-            results = await async_gather(count, *[partial(store.wait, id)] * 100)
-            # However long that second was for this machine: nothing but polls, and no more than there may be.
-            assert set(results[0]) <= {store._sql.poll}
-            assert len(results[0]) <= 10
+        results = await async_gather(statements_while_idle, *[partial(store.wait, id)] * 100)
+        assert [statement for statement in results[0] if POLL not in statement.sql] == []
+        assert len({statement.sql for statement in results[0]}) <= 1
+        assert len(results[0]) <= 10
 
 
-async def test_a_reader_survives_a_restart_of_the_server():
+async def test_reader_survives_a_server_restart():
     with servers.own_server() as server:
         schema.migrate(server.dsn)
         async with AsyncPostgresStreamStore(server.dsn) as store:
@@ -465,7 +465,7 @@ async def test_a_reader_survives_a_restart_of_the_server():
             assert [data for _, data in await collect(store, id)] == ["1", "2", "fast", "immediate"]
 
 
-async def test_a_reader_gives_up_after_a_time():
+async def test_reader_raises_after_retry_for():
     with servers.own_server() as server:
         schema.migrate(server.dsn)
         async with AsyncConnectionPool(server.dsn, min_size=1, timeout=0.2, open=False) as pool:
@@ -473,12 +473,12 @@ async def test_a_reader_gives_up_after_a_time():
             async with AsyncPostgresStreamStore(pool, retry_for=1) as store:
                 id = await store.create()
 
-                async def read_on():
+                async def read_until_error():
                     with pytest.raises(psycopg.OperationalError):
                         await collect(store, id)
                     return monotonic()
 
-                async with AsyncBackground(read_on) as reader:
+                async with AsyncBackground(read_until_error) as reader:
                     await async_sleep(0.2)
                     lost_at = monotonic()
                     server.stop()

@@ -9,9 +9,11 @@ from typing import Any
 
 import psycopg
 from psycopg_pool import AsyncConnectionPool, ConnectionPool
+
 from support.concurrency import async_until, until
 
-POLL = "SELECT id, state, total_chunks FROM"  # occurs in the statement that polls for waiting readers, and in no other
+POLL = "SELECT id, state, total_chunks FROM"  # occurs in the poll for waiting readers, and in no other statement
+POOL_OPTIONS: dict[str, Any] = {"min_size": 2, "max_size": 2, "kwargs": {"autocommit": True}, "open": False}
 
 
 @dataclass
@@ -46,8 +48,7 @@ class AsyncRecordingClient(_Recorder):
 
     def __init__(self, dsn: str) -> None:
         super().__init__()
-        kwargs = {"autocommit": True}
-        self._pool: AsyncConnectionPool[Any] = AsyncConnectionPool(dsn, min_size=2, max_size=2, kwargs=kwargs, open=False)
+        self._pool: AsyncConnectionPool[Any] = AsyncConnectionPool(dsn, **POOL_OPTIONS)
 
     async def query(self, sql: str, params: Sequence[Any]) -> list[Any]:
         statement = self.record(sql, params)
@@ -76,8 +77,7 @@ class AsyncRecordingClient(_Recorder):
 class RecordingClient(_Recorder):
     def __init__(self, dsn: str) -> None:
         super().__init__()
-        kwargs = {"autocommit": True}
-        self._pool: ConnectionPool[Any] = ConnectionPool(dsn, min_size=2, max_size=2, kwargs=kwargs, open=False)
+        self._pool: ConnectionPool[Any] = ConnectionPool(dsn, **POOL_OPTIONS)
 
     def query(self, sql: str, params: Sequence[Any]) -> list[Any]:
         statement = self.record(sql, params)
