@@ -1,6 +1,6 @@
-"""What breaks on purpose: servers, networks, processes. Short by default; `--long` takes the numbers of the promises.
+"""Fault tests: servers, networks and processes that fail. Short by default; `--long` repeats them as docs/ promises.
 
-What runs in both flavours is in `_async/`, and generated into `_sync/` as in the folder above.
+Tests of both flavours are in `_async/`; `_sync/` is generated from it.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from aibind_postgres import schema
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--long", action="store_true", help="run the faults as often as the promises say")
+    parser.addoption("--long", action="store_true", help="repeat each fault as often as docs/guarantees.md states")
 
 
 @pytest.fixture
 def long(request: pytest.FixtureRequest) -> bool:
-    """Whether this is the long run."""
+    """True for the long run."""
     return bool(request.config.getoption("--long"))
 
 
 @pytest.fixture
 def victim() -> Iterator[servers.Server]:
-    """A server with the whole schema that a test may stop, kill and start again."""
+    """A server with the whole schema, which the test may stop, kill and restart."""
     with servers.own_server() as server:
         schema.migrate(server.dsn)
         yield server

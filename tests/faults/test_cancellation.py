@@ -1,23 +1,26 @@
-"""Cancelled after each number of steps: nothing leaks, and nobody else notices. Threads cannot be cancelled."""
+"""Cancellation after each number of event loop steps: nothing leaks, and other callers are not affected.
+
+Threads cannot be cancelled, so these tests are asynchronous only.
+"""
 
 from __future__ import annotations
 
 import asyncio
+from time import monotonic
 
 import pytest
 from psycopg.pq import TransactionStatus
 from psycopg_pool import AsyncConnectionPool
 from support import proxy
-from support.concurrency import async_workers
+from support.concurrency import async_until, async_workers
 
 from aibind_postgres import AsyncPostgresConversationStore, AsyncPostgresStreamStore, ChatHistory, StreamNotFoundError
-from aibind_postgres._concurrency import _shielded
 
-FINISHED = 3  # runs in a row that were not cancelled in time: then there is no further step
+FINISHED = 3  # consecutive attempts that ended before their cancellation: then every step has been tested
 
 
-class World:
-    """What the calls are made on, a stream and a conversation for each attempt."""
+class Trial:
+    """The calls to cancel, with a stream and a conversation for each attempt."""
 
     def __init__(self, store, chats):
         self.store = store
@@ -72,7 +75,7 @@ class World:
             chat.append({"by": "mine"})
 
     async def check(self, call):
-        """Check what is stored: all or nothing of each call, and no hole."""
+        """Check that all or nothing of each call is stored, without a gap."""
         chunks = [chunk async for chunk in self.store.read_from(self.id, follow=False)]
         texts = [chunk.data for chunk in chunks]
         assert [chunk.seq for chunk in chunks] == list(range(1, len(chunks) + 1))
@@ -87,10 +90,15 @@ class World:
         assert len(await self.chats.load(self.session)) in ((0, 1) if call in ("save", "edit") else (0,))
 
 
-async def nothing_is_left(pool, size, autocommit, store):
-    """Wait until all that is on its way has come back: what leaks never does."""
-    while pool.get_stats()["pool_available"] < size or _shielded or store._changes.followed():
-        await asyncio.sleep(0.001)
+def unfinished_tasks():
+    """Return the tasks other than the test's own and those of pools and workers."""
+    running = asyncio.all_tasks() - {asyncio.current_task()}
+    return [task for task in running if not task.get_name().startswith(("aibind_postgres-", "pool-"))]
+
+
+async def assert_pool_recovers(pool, size, autocommit):
+    """Wait until no task is left and each connection is back in the pool, and check the connections."""
+    await async_until(lambda: pool.get_stats()["pool_available"] == size and not unfinished_tasks())
     stats = pool.get_stats()
     assert (stats["pool_size"], stats.get("requests_waiting", 0)) == (size, 0)
     connections = [await pool.getconn() for _ in range(size)]
@@ -100,31 +108,43 @@ async def nothing_is_left(pool, size, autocommit, store):
         await pool.putconn(connection)
 
 
+async def assert_no_reader_is_left(pool):
+    """Check that the store does not poll any more: it polls while a reader waits, at most 0.5 seconds apart."""
+    give_up_at = monotonic() + 30
+    requests = None
+    while requests != (requests := pool.get_stats().get("requests_num", 0)):
+        assert monotonic() < give_up_at, "the store still polls"
+        await asyncio.sleep(0.7)
+
+
 @pytest.mark.parametrize("autocommit", [True, False])
 @pytest.mark.parametrize(
     "call", ["append", "append_many", "writer", "read_from", "wait", "create", "stop", "delete", "save", "edit"]
 )
-async def test_a_call_that_is_cancelled_at_any_step(dsn, tables, conversations, long, call, autocommit):
+async def test_call_cancelled_at_any_step(dsn, tables, conversations, long, call, autocommit):
     size = 2
     options = {"min_size": size, "max_size": size, "timeout": 30, "open": False, "kwargs": {"autocommit": autocommit}}
     cancelled = attempt = 0
-    async with AsyncConnectionPool(dsn, **options) as pool, AsyncPostgresStreamStore(pool, **tables) as store:
+    async with (
+        AsyncConnectionPool(dsn, **options) as pool,
+        AsyncPostgresStreamStore(pool, **tables, poll_interval=0.05) as store,
+    ):
         await pool.wait()
-        world = World(store, AsyncPostgresConversationStore(pool, table=conversations))
+        trial = Trial(store, AsyncPostgresConversationStore(pool, table=conversations))
         for _ in range(5 if long else 1):
             steps = finished = 0
             while finished < FINISHED:
-                steps += 1 + steps // (200 if long else 20)  # the first ones one by one
+                steps += 1 + steps // (200 if long else 20)  # one by one at first, then in growing strides
                 attempt += 1
-                await world.begin(attempt)
-                await store.acquire(f"{world.id} to {call}")
-                task = asyncio.create_task(getattr(world, call)())
-                # Others wait for the same statements, some from the beginning and one from later on. A stream writer
-                # has its stream for itself.
-                other = f"{world.id} to writer" if call == "writer" else world.id
+                await trial.begin(attempt)
+                await store.acquire(f"{trial.id} to {call}")
+                task = asyncio.create_task(getattr(trial, call)())
+                # Other callers share the statements: three from the beginning, one after the steps. A stream writer
+                # needs a stream of its own.
+                other = f"{trial.id} to writer" if call == "writer" else trial.id
                 others = [asyncio.create_task(store.append(other, "other")) for _ in range(3)]
                 if call == "wait":
-                    ending = asyncio.create_task(store.complete(f"{world.id} to wait"))
+                    ending = asyncio.create_task(store.complete(f"{trial.id} to wait"))
                 for _ in range(steps):
                     await asyncio.sleep(0)
                     if task.done():
@@ -140,26 +160,28 @@ async def test_a_call_that_is_cancelled_at_any_step(dsn, tables, conversations, 
                 seqs = await asyncio.gather(*others)
                 if call == "wait":
                     assert await ending
-                await world.check(call)
+                await trial.check(call)
                 stored = {chunk.seq: chunk.data async for chunk in store.read_from(other, follow=False)}
                 assert [seq for seq, text in stored.items() if text == "other"] == sorted(seqs)
-                await nothing_is_left(pool, size, autocommit, store)
+                await assert_pool_recovers(pool, size, autocommit)
         assert cancelled > 10
+        await assert_no_reader_is_left(pool)
     assert async_workers() == []
 
 
-async def test_a_cancelled_delete_sends_its_readers_away(dsn, tables):
+async def test_repeated_delete_after_a_cancelled_one_ends_readers(dsn, tables):
     async with AsyncPostgresStreamStore(dsn, **tables, poll_interval=0.1) as store:
         for steps in range(1, 200, 7):
             id = await store.create()
+            await store.append(id, "first")
+            waiting = asyncio.Event()
 
-            async def read(id=id):
+            async def read(id=id, waiting=waiting):
                 async for _ in store.read_from(id):
-                    pass
+                    waiting.set()  # once this task has switched to another one
 
             reader = asyncio.create_task(read())
-            while not store._changes.followed():
-                await asyncio.sleep(0)
+            await waiting.wait()
             task = asyncio.create_task(store.delete(id))
             for _ in range(steps):
                 await asyncio.sleep(0)
@@ -171,7 +193,7 @@ async def test_a_cancelled_delete_sends_its_readers_away(dsn, tables):
 
 
 @pytest.mark.parametrize("timeout", [None, 0.5])
-async def test_a_call_that_nobody_answers_can_be_cancelled(victim, timeout):
+async def test_unanswered_call_can_be_cancelled(victim, timeout):
     with proxy.proxy(victim.dsn) as network:
         async with AsyncPostgresStreamStore(network.dsn, timeout=timeout) as store:
             id = await store.create()

@@ -1,4 +1,4 @@
-"""A producer that is killed: what was acknowledged is stored, readers learn of its end, and who takes over is alone."""
+"""Killed producers: acknowledged chunks are stored, readers see the end, and a successor is the only writer."""
 
 from __future__ import annotations
 
@@ -41,18 +41,18 @@ def store(database):
 
 
 @pytest.fixture
-def chance():
+def rng():
     print(f"the seed is {SEED}")
     return random.Random(SEED)
 
 
-def wait_for_the_server(database):
-    """Wait until the server has run all that a killed producer has sent, and has closed its connections."""
+def wait_for_server(database):
+    """Wait until the server has run the last statements of a killed producer and closed its connections."""
     statement = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'producer'"
     deadline = time.monotonic() + BOUND
     with psycopg.connect(database, autocommit=True) as connection:
         while connection.execute(statement).fetchone() != (0,):
-            assert time.monotonic() < deadline, "the server still works for a producer that is no more"
+            assert time.monotonic() < deadline, "the server still has a connection of the killed producer"
             time.sleep(0.01)
 
 
@@ -66,8 +66,8 @@ def numbered(texts):
     return list(enumerate(texts, 1))
 
 
-def test_what_a_killed_producer_was_told_of_is_stored_and_readers_learn_of_its_end(
-    database, producer_dsn, store, programs, how, tmp_path, chance, long
+def test_acknowledged_chunks_of_a_killed_producer_are_stored(
+    database, producer_dsn, store, programs, how, tmp_path, rng, long
 ):
     for number in range(20 if long else 1):
         id = f"stream {number}"
@@ -75,23 +75,23 @@ def test_what_a_killed_producer_was_told_of_is_stored_and_readers_learn_of_its_e
         with program(tmp_path, programs, "read", database, id) as reader:
             with program(tmp_path, programs, how, producer_dsn, id, "first") as producer:
                 producer.wait_for(1)
-                time.sleep(chance.uniform(0, 0.3))
+                time.sleep(rng.uniform(0, 0.3))
                 acknowledged = producer.kill()
-            wait_for_the_server(database)
+            wait_for_server(database)
             chunks = stored_chunks(database, id)
             print(f"{id}: {acknowledged[-1]} chunks acknowledged, {len(chunks)} stored")
             assert chunks == numbered(text_of("first", seq) for seq in range(1, len(chunks) + 1))
             step = 1 if how == "append" else BATCH
             assert acknowledged == list(range(step, acknowledged[-1] + 1, step))
             assert len(chunks) >= acknowledged[-1]
-            # All of a batch or none of it. A writer's statement holds what has gathered.
+            # A batch is stored whole or not at all. The size of a writer's batch varies.
             assert how != "append_many" or len(chunks) % BATCH == 0
             assert store.get_status(id) == ("active", None, len(chunks))
 
             reader.wait_for(len(chunks))
             assert store.fail_abandoned(600) == []
             time.sleep(0.2)
-            assert reader.process.poll() is None, "a reader has left a stream that is active"
+            assert reader.process.poll() is None, "the reader ended before its stream"
             assert store.fail_abandoned(0) == [id]
             *seen, status = reader.end()
             assert reader.process.returncode == 0
@@ -108,19 +108,17 @@ def test_what_a_killed_producer_was_told_of_is_stored_and_readers_learn_of_its_e
         assert [tuple(chunk) for chunk in store.read_from(f"{id}, again")] == chunks
 
 
-def test_a_producer_that_is_killed_and_started_again_and_again_leaves_no_hole(
-    database, producer_dsn, store, programs, how, tmp_path, chance, long
-):
+def test_restarts_of_a_killed_producer_leave_no_gap(database, producer_dsn, store, programs, how, tmp_path, rng, long):
     last = 0
     with program(tmp_path, programs, "read", database, store.create("one")) as reader:
         for _ in range(20 if long else 2):
             with program(tmp_path, programs, how, producer_dsn, "one", "same") as producer:
                 producer.wait_for(1)
-                time.sleep(chance.uniform(0, 0.2))
+                time.sleep(rng.uniform(0, 0.2))
                 acknowledged = producer.kill()
             assert acknowledged[0] > last
             last = acknowledged[-1]
-            wait_for_the_server(database)
+            wait_for_server(database)
         store.complete("one")
         *seen, status = reader.end()
     chunks = stored_chunks(database, "one")
@@ -130,26 +128,24 @@ def test_a_producer_that_is_killed_and_started_again_and_again_leaves_no_hole(
     assert status == ["done", None, len(chunks)]
 
 
-def test_of_two_producers_the_one_that_was_overtaken_is_fenced(
-    database, producer_dsn, store, programs, how, tmp_path, chance, long
-):
+def test_overtaken_producer_gets_a_conflict(database, producer_dsn, store, programs, how, tmp_path, rng, long):
     for number in range(10 if long else 1):
         id = f"stream {number}"
         with program(tmp_path, programs, how, producer_dsn, id, "first") as producer:
             producer.wait_for(1)
-            time.sleep(chance.uniform(0, 0.1))
-            producer.process.send_signal(signal.SIGSTOP)  # as good as dead, until it wakes up again
+            time.sleep(rng.uniform(0, 0.1))
+            producer.process.send_signal(signal.SIGSTOP)
             assert not store.acquire(id)
             with pytest.raises(SequenceConflictError) as conflict:
                 store.append(id, text_of("second", 1), expected_seq=1)
             assert conflict.value.actual > 1
             while True:
                 before = store.get_status(id).total_chunks
-                taken_over = [text_of("second", before + place) for place in range(1, 4)]
+                successor_texts = [text_of("second", before + offset) for offset in range(1, 4)]
                 try:
-                    store.append_many(id, taken_over, expected_seq=before + 1)
+                    store.append_many(id, successor_texts, expected_seq=before + 1)
                     break
-                except SequenceConflictError:  # what the first one had sent before has arrived only now
+                except SequenceConflictError:  # a statement that the first producer sent earlier took effect meanwhile
                     continue
             producer.process.send_signal(signal.SIGCONT)
             *acknowledged, error = producer.end()
@@ -157,5 +153,5 @@ def test_of_two_producers_the_one_that_was_overtaken_is_fenced(
         assert acknowledged[-1] <= before
         assert store.append(id, "the end", expected_seq=before + 4) == before + 4
         assert store.get_status(id) == ("active", None, before + 4)
-        expected = [*(text_of("first", seq) for seq in range(1, before + 1)), *taken_over, "the end"]
+        expected = [*(text_of("first", seq) for seq in range(1, before + 1)), *successor_texts, "the end"]
         assert stored_chunks(database, id) == numbered(expected)
