@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import threading
 import time
 import weakref
 
@@ -15,7 +14,7 @@ from django.db import OperationalError, connections, transaction
 from django.test import override_settings
 from django.utils.connection import ConnectionDoesNotExist
 from psycopg.conninfo import make_conninfo
-from support.concurrency import Background, gather
+from support.concurrency import Background, gather, workers
 
 from aibind_postgres import PostgresConversationStore, PostgresStreamStore, StreamNotFoundError
 from aibind_postgres._sync import connections as own_connections
@@ -214,7 +213,7 @@ def test_background_threads_close_djangos_connections(theirs, tables, monkeypatc
         monkeypatch.setattr(own_connections, "open_connection", refuse)
     with PostgresStreamStore(wrap_django(), **tables, poll_interval=0.05) as store:
         contract.following(store, theirs, close_connections)
-        assert bool([thread for thread in threading.enumerate() if "watch" in thread.name])
+        assert "aibind_postgres-listener" in workers()
     close_connections()
     gc.collect()
     assert not [connection for connection in opened if not connection.closed]

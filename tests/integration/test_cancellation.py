@@ -11,6 +11,8 @@ import psycopg
 import pytest
 from psycopg.pq import TransactionStatus
 from psycopg_pool import AsyncConnectionPool
+from support.concurrency import async_until, async_workers
+from support.leaks import package_objects
 
 from aibind_postgres import AsyncDurableStream, AsyncPostgresStreamStore, PostgresStreamStore
 
@@ -34,7 +36,8 @@ async def test_cancelled_calls_leave_no_connection_checked_out_and_no_gap(dsn, t
             last = await store.append(id, "last")
             seqs = [chunk.seq async for chunk in store.read_from(id, follow=False)]
             assert seqs == list(range(1, last + 1))
-            assert store._changes.followed() == []
+            del task
+            await async_until(lambda: "Subscription" not in package_objects())
         async with pool.connection() as one, pool.connection() as two:
             assert (one.autocommit, two.autocommit) == (False, False)
 
@@ -281,8 +284,7 @@ async def test_workers_cancelled_before_their_first_step_are_replaced(dsn, table
             assert await asyncio.wait_for(writer.flush(), 20) == 1
             async with AsyncPostgresStreamStore(dsn, **tables) as other:
                 reading = asyncio.create_task(anext(store.read_from(id, 1)))
-                while not store._changes.followed():
-                    await asyncio.sleep(0.001)
+                await async_until(lambda: "aibind_postgres-listener" in async_workers())
                 await other.append(id, "b")
                 assert (await asyncio.wait_for(reading, 20)).data == "b"
 

@@ -168,7 +168,7 @@ def test_demo_errors(empty_database: str) -> None:
         done = demo(f"--port={taken.getsockname()[1]}", f"--dsn={empty_database}")
     assert (done.returncode, "already in use" in done.stderr) == (1, True)
     done = demo("--status-table=x")
-    assert (done.returncode, "tables with the default names" in done.stderr) == (2, True)
+    assert (done.returncode, "--web uses the default table names" in done.stderr) == (2, True)
     done = demo("--port=0", f"--dsn={empty_database}", AIBIND_DEMO_DELAY="soon")
     assert (done.returncode, "AIBIND_DEMO_DELAY must be" in done.stderr) == (2, True)
     for wrong in ("--port=70000", "--framework=rails"):
