@@ -28,7 +28,7 @@ ASYNC_LAYERS = [
     {"client"},
     {"database"},
     {"combining"},
-    {"reading", "notifying", "announcing", "changes", "feeds"},
+    {"reading", "notifying"},
     {"appending", "listening"},
     {"following"},
     {"stream_writer"},
@@ -36,11 +36,6 @@ ASYNC_LAYERS = [
     {"producing"},
     {"durable_stream"},
     {"handler"},
-]
-
-# Modules of `_async` that import each other. Nothing may be added.
-KNOWN_CYCLES = [
-    {"producing", "stream_store", "stream_writer"},
 ]
 
 # In the same layer, but never imported by each other.
@@ -125,8 +120,7 @@ def test_imports_inside_async_go_downwards() -> None:
     for module, imported in IMPORTS:
         if module.startswith("_async.") and imported.startswith("_async."):
             pair = module.partition(".")[2], imported.partition(".")[2]
-            in_known_cycle = any(cycle.issuperset(pair) for cycle in KNOWN_CYCLES)
-            if ASYNC_RANKS[pair[1]] > ASYNC_RANKS[pair[0]] and not in_known_cycle:
+            if ASYNC_RANKS[pair[1]] > ASYNC_RANKS[pair[0]]:
                 upwards.append(pair)
     assert upwards == []
 
@@ -134,12 +128,7 @@ def test_imports_inside_async_go_downwards() -> None:
 def test_no_cycle() -> None:
     reached = {module: reachable(module) for module in MODULES}
     cycles = {frozenset(other for other in reached[module] if module in reached[other]) for module in MODULES}
-    known = {
-        frozenset(f"{flavour}.{module}" for module in cycle)
-        for flavour in ("_async", "_sync")
-        for cycle in KNOWN_CYCLES
-    }
-    assert cycles - {frozenset()} == known
+    assert cycles - {frozenset()} == set()
 
 
 def test_separate_modules_do_not_import_each_other() -> None:

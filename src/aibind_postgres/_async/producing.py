@@ -1,4 +1,4 @@
-"""Who writes a source into a stream, in the background, and does what is owed when that has ended."""
+"""Producers: each copies a source into a stream, in the background, and calls `on_finish` at the end."""
 
 from __future__ import annotations
 
@@ -8,34 +8,65 @@ import os
 import sys
 from collections.abc import AsyncIterable, AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from enum import Enum
 from time import monotonic
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .. import _arguments as arguments
-from .._concurrency import AsyncEvent, Mutex, async_at_exit, async_call_or_await, async_interrupt, async_spawn
+from .._concurrency import (
+    AsyncEvent,
+    AsyncWorker,
+    Mutex,
+    async_at_exit,
+    async_call_or_await,
+    async_interrupt,
+    async_spawn,
+)
 from ..errors import StreamNotActiveError, StreamNotFoundError, WebError
 from ..models import StreamEvent, StreamStatus, chunk_text
 
 if TYPE_CHECKING:
     from .stream_store import AsyncPostgresStreamStore
-    from .stream_writer import AsyncStreamWriter
 
 logger = logging.getLogger("aibind_postgres")
 
-GENERIC_ERROR = "the answer broke off"  # what is told of an exception of the source
+GENERIC_ERROR = "the answer broke off"  # shown to clients when the source raises
 
-LAST_WORDS = 2.0  # seconds that `on_finish` has, where the process is about to end
+SHUTDOWN_GRACE = 2.0  # seconds that producers have to end after `shutdown` has asked them to
+
+
+class Phase(Enum):
+    """The phases of a producer, in their order. WRITING may be skipped."""
+
+    STARTING = "starting"  # the stream's writer is not open yet
+    WRITING = "writing"  # the source is being copied
+    FINISHING = "finishing"  # the source is closed or interrupted, `on_finish` runs
+    ENDED = "ended"  # the stream has ended and `on_finish` has returned
+
+
+class EndReason(Enum):
+    """Why a producer ends."""
+
+    SOURCE_FINISHED = "the source came to its end"
+    SOURCE_FAILED = "the source or its context raised"
+    STOPPED = "the stream was ended elsewhere"
+    DELETED = "the stream was deleted"
+    WRITE_FAILED = "the chunks could not be stored"
+    INTERRUPTED = "the worker was interrupted, as by the end of its event loop"
+    SHUTDOWN = "the store is being closed, or the application shuts down"
+    INTERPRETER_EXIT = "the interpreter exits"
 
 
 class AsyncProducer:
-    """The worker that writes a source into a stream.
+    """Copies a source into a stream, in a background worker, then calls `on_finish`.
 
-    An end that somebody else has made is dealt with by the writer's worker, since the source may be busy for long.
+    Two workers take part: the producer's own reads the source, and the writer's sends chunks and reports when the
+    stream has ended elsewhere. Every ending goes through `end`.
     """
 
-    _mutex: ClassVar[Mutex] = Mutex()
-    _all: ClassVar[set[AsyncProducer]] = set()  # nobody else may hold on to them
-    _is_first: ClassVar[bool] = True
+    _registry: ClassVar[set[AsyncProducer]] = set()  # the producers of this process; these are their only references
+    _registry_mutex: ClassVar[Mutex] = Mutex()
+    _exit_hook_installed: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -45,81 +76,134 @@ class AsyncProducer:
         on_finish: Callable[[str, StreamStatus | None], Any] | None,
         expose_errors: bool,
         context: Callable[[], AbstractAsyncContextManager[object]],
+        known_active: bool,
     ) -> None:
         self.stream_id = stream_id
-        self.finished = AsyncEvent()  # nothing is owed any more
-        self._owed = {"the end of the stream", "on_finish"}
+        self.finished = AsyncEvent()  # set in phase ENDED
         self._store = store
-        self._source = source
-        self._source_open = True
-        self._source_left = False
+        self._source = AsyncSource(source)
         self._on_finish = on_finish
         self._expose_errors = expose_errors
         self._context = context
-        self._texts: list[str] = []  # what the source has yielded, if somebody wants it
-        self._ended = False  # by somebody else
-        self._writer: AsyncStreamWriter | None = None
-        self._is_late = False
-        self._finishing = False
-        with self._mutex:
-            self._all.add(self)
-            is_first, AsyncProducer._is_first = AsyncProducer._is_first, False
+        self._texts: list[str] = []  # the texts that `on_finish` gets
+        self._writer = store.writer(stream_id, on_end=self._writer_closed)
+        if known_active:
+            self._writer._assume_active()
+        self._mutex = Mutex()
+        self._phase = Phase.STARTING
+        self._reason: EndReason | None = None  # from phase FINISHING on
+        with self._registry_mutex:
+            self._registry.add(self)
+            is_first = not self._exit_hook_installed
+            AsyncProducer._exit_hook_installed = True
         if is_first:
-            async_at_exit(break_off_all)
-        # In the context of who began it: the source is his.
-        self._worker = async_spawn(self._run, "aibind_postgres-producer", inherit=True)
+            async_at_exit(shutdown_all)
+        with self._mutex:  # `end` reads the worker, and may run before this method returns
+            # The source belongs to the caller, and so does its context.
+            self._worker = async_spawn(self._run, "aibind_postgres-producer", inherit=True)
 
     @classmethod
-    def writing(cls, store: AsyncPostgresStreamStore | None = None) -> list[AsyncProducer]:
-        """Return those that write into a store, or all of them."""
-        with cls._mutex:
-            return [producer for producer in cls._all if store is None or producer._store is store]
+    def running(cls, store: AsyncPostgresStreamStore | None = None) -> list[AsyncProducer]:
+        """Return the producers of a store, or of all stores, that have not ended."""
+        with cls._registry_mutex:
+            return [producer for producer in cls._registry if store is None or producer._store is store]
 
     @classmethod
-    def forget(cls) -> None:
-        """Take leave of all, in a process that was forked from theirs."""
-        cls._mutex, cls._all = Mutex(), set()
+    def forget_all(cls) -> None:
+        """Forget all producers. Called in a forked process: they belong to the parent."""
+        cls._registry_mutex, cls._registry = Mutex(), set()
 
-    def break_off(self) -> None:
-        """Have the stream end in state error soon, unless it is about to end well."""
+    async def end(self, reason: EndReason, status: StreamStatus | None = None) -> bool:
+        """End this producer. Every ending goes through here, and the first one takes effect.
+
+        SHUTDOWN and INTERPRETER_EXIT only request that the writer ends the stream in state error. The writer then
+        reports STOPPED, unless the source comes to its end first. Every other reason does the following:
+
+        1. Interrupt the source, unless its reader has closed it.
+        2. Call `on_finish`: after SOURCE_FINISHED before the stream is done, else after the stream has ended.
+        3. Leave the registry and set `finished`. After SOURCE_FINISHED `_run` does that, when the stream is done.
+
+        Args:
+            reason: Why the producer ends.
+            status: The status for `on_finish`. Default: queried from the store.
+
+        Returns:
+            False if an earlier call has ended the producer.
+        """
         with self._mutex:
-            self._is_late = True
-            if self._writer is not None and not self._finishing:
-                self._writer._break_off(GENERIC_ERROR)
+            if self._phase in (Phase.FINISHING, Phase.ENDED):
+                return False
+            if reason in (EndReason.SHUTDOWN, EndReason.INTERPRETER_EXIT):
+                self._writer._request_end(GENERIC_ERROR)
+                return True
+            self._phase, self._reason = Phase.FINISHING, reason
+            worker = self._worker
+        try:
+            await self._source.interrupt(worker)
+            await self._call_on_finish(status)
+        finally:
+            if reason is not EndReason.SOURCE_FINISHED:
+                self._mark_ended()
+        return True
+
+    def _mark_ended(self) -> None:
+        with self._mutex:
+            self._phase = Phase.ENDED
+        with self._registry_mutex:
+            self._registry.discard(self)
+        self.finished.set()
+
+    async def _writer_closed(self, error: Exception) -> None:
+        """End after a report of the writer's worker: nothing more can be stored."""
+        reason = _reason_of(error)
+        if reason is EndReason.WRITE_FAILED:
+            logger.error("the producer of stream %r gave up: %s", self.stream_id, error)
+        await self.end(reason)
 
     async def _run(self) -> None:
+        """Copy the source, then leave the writer's block, which ends the stream."""
+        reason = EndReason.SOURCE_FINISHED
         interruption: BaseException | None = None
         try:
-            async with self._store.writer(self.stream_id, on_end=self._break_off) as writer:
+            async with self._writer:
                 with self._mutex:
-                    self._writer = writer
-                if self._is_late:
-                    writer._break_off(GENERIC_ERROR)
+                    if self._phase is Phase.STARTING:
+                        self._phase = Phase.WRITING
                 await self._store._database.client.release_thread()  # the source may take long
-                await self._write(writer)
-        except (SourceError, StreamNotActiveError):
-            pass  # the log has the one, and the other was meant
-        except StreamNotFoundError:
-            if self._writer is None:
-                logger.error("stream %r is not there for its producer: is its transaction not over?", self.stream_id)
+                await self._write()
+        except SourceError:
+            reason = EndReason.SOURCE_FAILED
         except Exception as error:
-            if not self._ended:
+            reason = _reason_of(error)
+            if reason is EndReason.DELETED and self._phase is Phase.STARTING:
+                logger.error(
+                    "stream %r not found by its producer: is the transaction that created it not over?", self.stream_id
+                )
+            elif reason is EndReason.WRITE_FAILED and not self._ended_by_writer:
                 logger.error("the producer of stream %r gave up: %s", self.stream_id, error)
         except BaseException as error:
-            if not self._ended:
+            reason = EndReason.INTERRUPTED
+            if not self._ended_by_writer:
                 logger.error("the producer of stream %r was interrupted", self.stream_id)
                 interruption = error.__cause__ or error
-        if self._writer is None:
-            await self._give_up()
-        self._strike("the end of the stream")
-        await self._close_source()  # if it did not come to writing
-        await self._finish()
+        if self._phase is Phase.STARTING:
+            await self._fail_stream()
+        await self._source.close()  # if it was not read
+        if self._reason is EndReason.SOURCE_FINISHED:
+            self._mark_ended()
+        else:
+            await self.end(reason)
         await self._store._database.client.release_thread()
         if interruption is not None:
             raise interruption
 
-    async def _give_up(self) -> None:
-        """End a stream to which no writer has come."""
+    @property
+    def _ended_by_writer(self) -> bool:
+        """Whether the writer's worker has ended this producer: its own worker then has no more to report."""
+        return self._reason not in (None, EndReason.SOURCE_FINISHED)
+
+    async def _fail_stream(self) -> None:
+        """End a stream whose writer could not be opened."""
         try:
             await self._store.fail(self.stream_id, GENERIC_ERROR)
         except StreamNotFoundError:
@@ -127,146 +211,159 @@ class AsyncProducer:
         except Exception as error:
             logger.error("stream %r could not be ended by its producer: %s", self.stream_id, error)
 
-    async def _write(self, writer: AsyncStreamWriter) -> None:
+    async def _write(self) -> None:
+        """Write the source. An exception carries the error text that the writer stores."""
         try:
-            await self._pipe(writer)
-            last = await writer.flush()
-            if self._ended:  # what came to its end was broken off, and must not count as done
-                raise SourceError(GENERIC_ERROR)
-            # Before the stream is done, so that who sees that finds what is kept here.
-            await self._finish(StreamStatus("done", None, last))
+            await self._copy_source()
+            last = await self._writer.flush()
+            # Readers that see the end of the stream then find the results of `on_finish`.
+            if not await self.end(EndReason.SOURCE_FINISHED, StreamStatus("done", None, last)):
+                raise SourceError(GENERIC_ERROR)  # the stream must not become done
         except (SourceError, StreamNotActiveError, StreamNotFoundError):
             raise
-        except Exception as error:  # the writer stores its text
-            if not self._ended:
+        except Exception as error:
+            if not self._ended_by_writer:
                 logger.error("the producer of stream %r gave up: %s", self.stream_id, error)
             raise SourceError(GENERIC_ERROR) from error
-        except BaseException as interruption:  # by the end of the event loop, say: the writer stores its text
+        except BaseException as interruption:
             raise SourceInterrupted(GENERIC_ERROR) from interruption
 
-    async def _pipe(self, writer: AsyncStreamWriter) -> None:
-        writing = False
+    async def _copy_source(self) -> None:
+        storing = False
         try:
-            async with self._surroundings():
-                if self._ended:  # while that was set up: then the source need not begin
+            async with self._entered_context():
+                if self._reason is not None:  # the stream ended while the context was entered
                     raise SourceError(GENERIC_ERROR)
                 try:
-                    async for item in self._source:
+                    async for item in self._source.items:
                         text = arguments.storable_text(chunk_text(item), "a chunk")
-                        writing = True
-                        await writer.write(text)
-                        writing = False
+                        storing = True
+                        await self._writer._write(text)
+                        storing = False
                         if self._on_finish is not None and isinstance(item, str):
                             self._texts.append(item)
                 finally:
-                    await self._close_source()
+                    await self._source.close()
         except WebError as refusal:
             raise SourceError(refusal.text or GENERIC_ERROR) from None
         except Exception as error:
-            if writing or self._ended:
+            if storing or self._reason is not None:
                 raise
             logger.exception("the source of stream %r failed", self.stream_id)
-            told = str(error) or type(error).__name__
-            raise SourceError(told if self._expose_errors else GENERIC_ERROR) from error
+            error_text = str(error) or type(error).__name__
+            raise SourceError(error_text if self._expose_errors else GENERIC_ERROR) from error
 
     @asynccontextmanager
-    async def _surroundings(self) -> AsyncIterator[None]:
-        """Be within what the caller wants; a failure to take that down changes nothing of what was done there."""
-        surroundings = self._context()
-        await surroundings.__aenter__()
+    async def _entered_context(self) -> AsyncIterator[None]:
+        """Enter the caller's context. Log errors of leaving it: the work inside it is done."""
+        context = self._context()
+        await context.__aenter__()
         try:
             yield
         finally:
             try:
-                await surroundings.__aexit__(*sys.exc_info())
+                await context.__aexit__(*sys.exc_info())
             except Exception:
-                logger.exception("what was set up for stream %r could not be taken down", self.stream_id)
+                logger.exception("the context of stream %r raised when it was left", self.stream_id)
 
-    async def _break_off(self, error: Exception) -> None:
-        """Interrupt the source: nothing that it yields can be stored any more."""
-        self._ended = True
-        self._strike("the end of the stream")
-        if not isinstance(error, (StreamNotActiveError, StreamNotFoundError)):
-            logger.error("the producer of stream %r gave up: %s", self.stream_id, error)
-        with self._mutex:
-            # In threads, a generator is for the one who runs it, since what it has open may be bound to that thread:
-            # while it runs, nobody else can close it, and when it does not, it is about to be closed.
-            interrupting = self._source_open and not inspect.isgenerator(self._source)
-            if interrupting:
-                self._source_open = False
-        if interrupting and not async_interrupt(self._worker, self._source):
-            with self._mutex:
-                self._source_open = True  # it is for the one who reads from it
-            if self._source_left:
-                await self._close_source()
-        await self._finish()
-
-    async def _close_source(self) -> None:
-        with self._mutex:
-            self._source_left = True
-            closing, self._source_open = self._source_open, False
-        if closing:
-            await close_source(self._source)
-
-    async def _finish(self, status: StreamStatus | None = None) -> None:
-        with self._mutex:
-            if self._finishing:
-                return
-            self._finishing = True
+    async def _call_on_finish(self, status: StreamStatus | None) -> None:
         try:
             if self._on_finish is not None:
-                status = status or await self._last_status()
-                async with self._surroundings():
+                status = status or await self._final_status()
+                async with self._entered_context():
                     await async_call_or_await(self._on_finish, "".join(self._texts), status)
         except Exception:
             logger.exception("on_finish of stream %r failed", self.stream_id)
         finally:
             self._texts.clear()
-            self._strike("on_finish")
 
-    def _strike(self, done: str) -> None:
-        with self._mutex:
-            self._owed.discard(done)
-            if self._owed:
-                return
-            self._all.discard(self)
-        self.finished.set()
-
-    async def _last_status(self) -> StreamStatus | None:
+    async def _final_status(self) -> StreamStatus | None:
         try:
             return await self._store.get_status(self.stream_id)
         except Exception as error:
-            logger.error("how stream %r has ended is not known to its producer: %s", self.stream_id, error)
+            logger.error("the final status of stream %r is unknown to its producer: %s", self.stream_id, error)
             return None
 
 
-async def shutdown(store: AsyncPostgresStreamStore, timeout: float) -> bool:
-    """Wait for the streams that are written here to end, after `timeout` seconds break them off; True: none was."""
+class SourceState(Enum):
+    """The states of a source. It is closed once, by its reader or by an interrupt."""
+
+    OPEN = "open"
+    INTERRUPTED = "interrupted"  # another worker is closing it
+    ABANDONED = "abandoned"  # its reader has left while another worker was closing it
+    CLOSED = "closed"
+
+
+class AsyncSource:
+    """An iterable of chunks that is closed exactly once."""
+
+    def __init__(self, items: AsyncIterable[str | StreamEvent]) -> None:
+        self.items = items
+        self._mutex = Mutex()
+        self._state = SourceState.OPEN
+
+    async def close(self) -> None:
+        """Close the source. Called by its reader only, when it reads no more."""
+        with self._mutex:
+            is_open = self._state is SourceState.OPEN
+            if is_open:
+                self._state = SourceState.CLOSED
+            elif self._state is SourceState.INTERRUPTED:
+                self._state = SourceState.ABANDONED
+        if is_open:
+            await close_source(self.items)
+
+    async def interrupt(self, reader: AsyncWorker) -> None:
+        """Let a reader that waits for the next item stop.
+
+        In threads a generator is closed by its reader alone: resources that it holds may be bound to that thread, and
+        while it runs, no other thread can close it.
+        """
+        with self._mutex:
+            if self._state is not SourceState.OPEN or inspect.isgenerator(self.items):
+                return
+            self._state = SourceState.INTERRUPTED
+        closed = async_interrupt(reader, self.items)
+        with self._mutex:
+            abandoned = self._state is SourceState.ABANDONED
+            self._state = SourceState.CLOSED if closed or abandoned else SourceState.OPEN
+        if abandoned and not closed:
+            await close_source(self.items)
+
+
+async def shutdown(store: AsyncPostgresStreamStore, timeout: float, reason: EndReason = EndReason.SHUTDOWN) -> bool:
+    """Wait `timeout` seconds for the producers of a store, then end them. Return True if all ended by themselves."""
     deadline = monotonic() + timeout
-    producers = AsyncProducer.writing(store)
+    producers = AsyncProducer.running(store)
     late = [producer for producer in producers if not await producer.finished.wait(max(0.0, deadline - monotonic()))]
     for producer in late:
-        producer.break_off()
-    deadline = monotonic() + LAST_WORDS
+        await producer.end(reason)
+    deadline = monotonic() + SHUTDOWN_GRACE
     for producer in late:
         await producer.finished.wait(max(0.0, deadline - monotonic()))
     return not late
 
 
-async def break_off_all() -> None:
-    """End what this process still writes."""
-    for store in {producer._store for producer in AsyncProducer.writing()}:
-        await shutdown(store, 0.0)
+async def shutdown_all() -> None:
+    """End all producers of this process."""
+    for store in {producer._store for producer in AsyncProducer.running()}:
+        await shutdown(store, 0.0, EndReason.INTERPRETER_EXIT)
 
 
 async def close_source(source: object) -> None:
-    """Close a source, if it can be closed; the log tells of one that fails at it."""
+    """Close a source if it has a method for that. Errors go to the log."""
     close = getattr(source, "aclose", None) or getattr(source, "close", None)
     if close is not None:
         try:
             await async_call_or_await(close)
         except Exception:
-            logger.exception("a source failed when it was closed")
+            logger.exception("a source raised when it was closed")
+
+
+def _reason_of(error: Exception) -> EndReason:
+    if isinstance(error, StreamNotFoundError):
+        return EndReason.DELETED
+    return EndReason.STOPPED if isinstance(error, StreamNotActiveError) else EndReason.WRITE_FAILED
 
 
 class SourceError(Exception):
@@ -274,8 +371,8 @@ class SourceError(Exception):
 
 
 class SourceInterrupted(BaseException):
-    """Ends a stream in state error, with this text, in place of what is no `Exception` and may have no text to tell."""
+    """Ends a stream in state error with this text, in place of an interruption whose own text must not be stored."""
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=AsyncProducer.forget)
+    os.register_at_fork(after_in_child=AsyncProducer.forget_all)

@@ -16,6 +16,7 @@ from .. import _arguments as arguments
 from .._sql import StreamStatements
 from .._subscriptions import Deliver, Ended, Subscriptions, wake_all
 from .._tables import CHUNKS_TABLE, STATUS_TABLE, distinct
+from .._write_buffer import WriteBuffer
 from ..errors import StreamExistsError, StreamNotFoundError
 from ..models import (
     CleanupResult,
@@ -31,9 +32,8 @@ from .database import AsyncDatabase
 from .following import AsyncFollower, watching_end
 from .listening import AsyncListener
 from .notifying import AsyncNotifier
-from .producing import shutdown
 from .reading import AsyncPageReader
-from .stream_writer import AsyncStreamWriter
+from .stream_writer import AsyncStreamOperations, AsyncStreamWriter
 
 if TYPE_CHECKING:
     from psycopg.sql import Identifier
@@ -108,6 +108,7 @@ class AsyncPostgresStreamStore:
         )
         self._pages = AsyncPageReader(self._database, self._sql)
         self._appender = AsyncAppender(self._database, self._sql, self._ttl, self._notifier)
+        self._close_hooks: set[Callable[[AsyncPostgresStreamStore], Any]] = set()
 
     def __repr__(self) -> str:
         tables = " and ".join(table.quoted for table in self._tables)
@@ -198,9 +199,10 @@ class AsyncPostgresStreamStore:
         stream_id = arguments.identifier(id)
         arguments.sequence_number(max_chunks, "max_chunks", least=1)
         arguments.sequence_number(max_bytes, "max_bytes", least=1)
-        limits = max_chunks, max_bytes
         subscribe = partial(watching_end, self._subscriptions, self._listener, stream_id)
-        return AsyncStreamWriter(self, self._database, subscribe, stream_id, limits, on_end)
+        buffer = WriteBuffer(max_chunks, max_bytes)
+        operations = AsyncStreamOperations(self._append, self.complete, self.fail, self.get_status)
+        return AsyncStreamWriter(stream_id, buffer, operations, self._database, subscribe, on_end)
 
     def read_from(self, id: str, after_seq: int = 0, *, follow: bool = True) -> AsyncIterator[StreamChunk]:
         """Iterate over the chunks with a number above `after_seq`, each exactly once and in order.
@@ -433,7 +435,8 @@ class AsyncPostgresStreamStore:
             return
         self._database.check_owner()
         if not self._database.closing.is_set():
-            await shutdown(self, 0.0)
+            for hook in tuple(self._close_hooks):
+                await hook(self)
         self._database.closing.set()
         wake_all(self._subscriptions.closed())
         async with self._database.client:

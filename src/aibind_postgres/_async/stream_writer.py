@@ -1,13 +1,14 @@
-"""The stream writer: chunks from a buffer, sent in the background, each exactly once."""
+"""The stream writer: it buffers chunks and sends them in the background, each exactly once."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from enum import Enum
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
 from .. import _arguments as arguments
 from .._concurrency import AsyncEvent, AsyncLock, AsyncWorker, Mutex, async_call_or_await, async_shielded, async_spawn
@@ -24,128 +25,189 @@ from .database import CLOSING_TIMEOUT
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from .._write_buffer import WriteBuffer
     from ..models import StreamStatus
     from .database import AsyncDatabase
-    from .stream_store import AsyncPostgresStreamStore
 
 logger = logging.getLogger("aibind_postgres")
 
-LONGEST_ERROR = 1000  # characters of an exception's text that are stored
+Parameters = ParamSpec("Parameters")
+ResultOut = TypeVar("ResultOut", covariant=True)
 
-# Seconds after which those who wait see to it that somebody works for them. A worker that is cancelled before it has
-# begun, as at the end of an event loop, cannot tell them.
-LOOK_AFTER = 1.0
+MAX_ERROR_LENGTH = 1000  # characters of an exception's text that are stored
+
+# How often blocked callers check that the worker is alive, in seconds. A worker that is cancelled before it has begun,
+# as at the end of an event loop, wakes nobody.
+WORKER_CHECK_INTERVAL = 1.0
+
+
+class AsyncOperation(Protocol[Parameters, ResultOut]):
+    """An operation of a store."""
+
+    async def __call__(self, *args: Parameters.args, **kwargs: Parameters.kwargs) -> ResultOut: ...
+
+
+class AsyncStreamOperations(NamedTuple):
+    """The operations of a store that a writer needs. `append_many` expects validated texts and a sequence number."""
+
+    append_many: AsyncOperation[[str, Sequence[str], int], int]
+    complete: AsyncOperation[[str], bool]
+    fail: AsyncOperation[[str, str], bool]
+    get_status: AsyncOperation[[str], StreamStatus | None]
+
+
+class WriterState(Enum):
+    """The states of a stream writer, in their order. READY and CLOSING may be skipped."""
+
+    NEW = "not entered"
+    READY = "not entered, of a stream that is known to be active"
+    OPEN = "open"  # the block has been entered: chunks are accepted
+    CLOSING = "closing"  # the block has been left: buffered chunks are being sent
+    CLOSED = "closed"  # nothing more can be stored
 
 
 class AsyncStreamWriter:
-    """Writes to one stream. Made by a store's `writer`, and used as a context manager.
+    """Writes chunks to one stream. Returned by a store's `writer`, and used as a context manager.
 
-    `write` only puts a chunk into a buffer. A worker in the background sends what has gathered as one statement, then
-    what has gathered meanwhile: a busy server gets larger statements, and not more of them. If the server cannot be
-    reached it tries again for the store's `retry_for` seconds. Each statement says which number its first chunk must
-    get, so one whose outcome was lost is sent again and writes nothing twice.
+    `write` puts a chunk into a buffer. A background worker sends the buffered chunks as one statement. Chunks that are
+    written meanwhile form the next statement, so a busy server gets larger statements, not more of them. If the server
+    cannot be reached, the worker retries for the store's `retry_for` seconds. Each statement contains the number that
+    its first chunk must get, so a statement whose outcome is unknown is sent again without writing a chunk twice.
 
-    Leaving the block waits until all chunks are durable and completes the stream. An exception in the block does so,
-    too, and ends the stream in state error with the exception's text, at most 1,000 characters of it.
+    Leaving the block waits until all chunks are durable and completes the stream. If the block raises, the writer also
+    sends its chunks, and ends the stream in state error with the first 1,000 characters of the exception's text.
 
-    There is one producer: if another one appends to the stream, `SequenceConflictError` is raised. Once anybody has
-    ended the stream, `write` raises `StreamNotActiveError`, and `is_active` is false: as soon as it is announced, not
-    only with the next chunk that is sent. What the worker runs into is raised by every call after it.
+    A stream has one producer: if another producer appends to it, `SequenceConflictError` is raised. Once the stream has
+    ended elsewhere, `is_active` is False and `write` raises `StreamNotActiveError`. The writer notices the end when it
+    is notified, not only with the next statement. An error of the worker is raised by every later call.
 
-    On a connection of the caller's, or in Django, there is no worker: each chunk is sent at once, in the caller's own
+    On the caller's own connection, or in Django, there is no worker: each chunk is sent at once, in the caller's
     transaction if there is one.
     """
 
     def __init__(
         self,
-        store: AsyncPostgresStreamStore,
-        database: AsyncDatabase,
-        subscribe: Callable[[Callable[[], None]], AbstractContextManager[None]],
         stream_id: str,
-        limits: tuple[int, int],
+        buffer: WriteBuffer,
+        operations: AsyncStreamOperations,
+        database: AsyncDatabase,
+        subscribe: Callable[[Callable[[], None]], AbstractContextManager[object]],
         on_end: Callable[[Exception], Any] | None,
     ) -> None:
-        self._store = store
+        """Initialise a writer.
+
+        Args:
+            stream_id: A valid stream id.
+            buffer: An empty buffer.
+            operations: The operations of the store.
+            database: The database of the store.
+            subscribe: Called with a callback. Returns a context manager inside which the callback is called, from any
+                thread, when the stream may have ended.
+            on_end: See the store's `writer`.
+        """
+        self._stream_id = stream_id
+        self._operations = operations
         self._database = database
         self._subscribe = subscribe
-        self._stream_id = stream_id
-        self._max_chunks, self._max_bytes = limits
+        self._subscription = ExitStack()
         self._on_end = on_end
-        self._in_background = on_end is not None or not database.client.joins_transactions
-        self._place: AbstractContextManager[None] | None = None
-        self._mutex = Mutex()
-        self._sending = AsyncLock()  # without a worker, the callers take turns
-        self._unsaved: list[str] = []  # what is not known to be durable, also while it is being sent
-        self._unsaved_bytes = 0
-        self._in_doubt = 0  # so many of them were in a statement whose outcome is not known
-        self._seq = 0  # the number of the last chunk that is known to be durable
-        self._alarmed = False
-        self._last_word: str | None = None  # with which to break off
-        self._left = False
-        self._closing = False
-        self._problem: BaseException | None = None
-        self._due = AsyncEvent()  # the worker has something to do
-        self._progress = AsyncEvent()  # something has become durable, or never will; a new one each time
+        self._turns = AsyncLock()  # without a worker, callers send in turn
         self._worker: AsyncWorker | None = None
-        self._error: Exception | None = RuntimeError("a stream writer is to be used as a context manager")
+        self._due = AsyncEvent()  # the worker has work
+        self._progress = AsyncEvent()  # chunks became durable, or the writer is closed; replaced each time
+        self._mutex = Mutex()  # guards all that follows, the worker and the events
+        self._buffer = buffer
+        self._state = WriterState.NEW
+        self._error: Exception | None = None  # raised by calls in state CLOSED
+        self._may_have_ended = False
+        self._end_text: str | None = None  # error text to end the stream with
+
+    def __repr__(self) -> str:
+        return (
+            f"<{type(self).__name__} of stream {self._stream_id!r}, {self._state.value}, "
+            f"{self._buffer.durable} chunks durable, {len(self._buffer)} buffered>"
+        )
 
     async def write(self, chunk: str) -> None:
-        """Put a chunk into the buffer; if that is full, wait until there is room.
+        """Put a chunk into the buffer. If the buffer is full, wait until it has room.
 
-        If this is cancelled while it waits, the chunk was not taken; where there is no worker, it may have been stored.
-        Raises `InvalidDataError` for what cannot be stored.
+        If the call is cancelled while it waits, the chunk was not accepted. Without a worker, it may have been stored.
+
+        Args:
+            chunk: The text.
+
+        Raises:
+            InvalidDataError: The chunk is not text, or cannot be stored.
+            StreamNotActiveError: The stream has ended.
+            StreamNotFoundError: The stream was deleted.
+            SequenceConflictError: Another producer writes to the stream.
+            StreamWriteError: Earlier chunks could not be stored.
+            RuntimeError: The call is not inside the writer's block.
         """
-        text = arguments.storable_text(chunk, "a chunk")
-        size = len(text.encode())
+        await self._write(arguments.storable_text(chunk, "a chunk"))
+
+    async def _write(self, text: str) -> None:
+        """Put a validated text into the buffer."""
         while True:
             self._database.check_owner()
             with self._mutex:
-                self._check()
-                if self._left:
-                    raise RuntimeError("the block of this stream writer has been left")
-                if not self._unsaved or (
-                    len(self._unsaved) < self._max_chunks and self._unsaved_bytes + size <= self._max_bytes
-                ):
-                    self._keep_worker()
-                    self._unsaved.append(text)
-                    self._unsaved_bytes += size
+                self._check_open()
+                if self._buffer.add(text):
+                    self._ensure_worker()
                     self._due.set()
                     break
                 progress = self._progress
-            await self._advance(progress)
+            await self._wait_for(progress)
         if not self._in_background:
-            await self._send_here()
+            await self._send_in_turn()
 
     async def flush(self) -> int:
-        """Wait until all that has been written is durable; return the number of the last chunk."""
+        """Wait until all written chunks are durable.
+
+        Returns:
+            The number of the last chunk.
+
+        Raises:
+            StreamNotActiveError: The stream has ended before all chunks were stored.
+            StreamNotFoundError: The stream was deleted.
+            SequenceConflictError: Another producer writes to the stream.
+            StreamWriteError: The chunks could not be stored.
+        """
         self._database.check_owner()
         with self._mutex:
-            last = self._seq + len(self._unsaved)
+            last = self._buffer.last
         while True:
             with self._mutex:
-                if self._seq >= last:
+                if self._buffer.durable >= last:
                     return last
-                self._check()
+                self._raise_error()
                 progress = self._progress
-            await self._advance(progress)
+            await self._wait_for(progress)
 
     @property
     def is_active(self) -> bool:
-        """False once it is known that nothing more can be written."""
-        return self._error is None
+        """False before the block is entered, and once it is known that nothing more can be written."""
+        return self._state in (WriterState.OPEN, WriterState.CLOSING)
+
+    def _assume_active(self) -> None:
+        """Subscribe now to a stream that was just created, so that entering the block sends no status query."""
+        self._subscription.enter_context(self._subscribe(self._wake))
+        self._state = WriterState.READY
 
     async def __aenter__(self) -> Self:
-        if self._place is not None:
-            raise RuntimeError("a stream writer serves one block")
-        self._place = self._subscribe(self._be_alarmed)
-        self._place.__enter__()
+        with self._mutex:
+            state = self._state
+            if state not in (WriterState.NEW, WriterState.READY):
+                raise RuntimeError("a stream writer can be entered only once: create another one")
+            self._state = WriterState.OPEN
         try:
-            self._seq = (await self._database.retry(self._active_status)).total_chunks
+            if state is WriterState.NEW:
+                self._subscription.enter_context(self._subscribe(self._wake))
+                self._buffer.durable = (await self._database.retry(self._active_status)).total_chunks
             with self._mutex:
-                self._error = None
-                self._keep_worker()
+                self._ensure_worker()
         except BaseException:
-            self._place.__exit__(None, None, None)
+            self._release()
             raise
         return self
 
@@ -154,188 +216,200 @@ class AsyncStreamWriter:
     ) -> None:
         self._database.check_owner()
         with self._mutex:
-            self._left = True
-        self._problem = error
-        await async_shielded(self._conclude, self._let_go)
-        if self._problem is not None and self._problem is not error:
-            raise self._problem
+            if self._state is WriterState.OPEN:
+                self._state = WriterState.CLOSING
+        errors: list[BaseException] = [] if error is None else [error]
+        await async_shielded(partial(self._conclude, errors), self._release)
+        if error is None and errors:
+            raise errors.pop()
 
-    async def _conclude(self) -> None:
-        """Flush and end the stream, whatever becomes of the caller meanwhile."""
-        try:
-            await self.flush()
-        except Exception as unsaved:
-            self._prefer(unsaved)
-        try:
-            await self._end()
-        except Exception as failed:
-            self._prefer(failed)
+    async def _conclude(self, errors: list[BaseException]) -> None:
+        """Send the buffered chunks and end the stream. Put the error to raise into `errors`; log later errors."""
+        for step in (self.flush, partial(self._end_stream, errors)):
+            try:
+                await step()
+            except Exception as error:
+                if not errors:
+                    errors.append(error)
+                elif not isinstance(error, StreamNotActiveError):
+                    logger.warning(
+                        "stream %r: %s while its writer was closed after an error; %d chunks are durable, %d are not",
+                        self._stream_id,
+                        type(error).__name__,
+                        self._buffer.durable,
+                        len(self._buffer),
+                    )
         with self._mutex:
-            self._closing = True
-            self._due.set()
             worker = self._worker
         if worker is not None:
             await worker.join(CLOSING_TIMEOUT)
 
-    def _let_go(self) -> None:
-        with self._mutex:
-            self._closing = True  # also if it was broken off
-            self._due.set()
-            self._error = self._error or RuntimeError("the block of this stream writer was broken off")
-            self._tell()
-        if self._place is not None:
-            self._place.__exit__(None, None, None)
+    async def _end_stream(self, errors: Sequence[BaseException]) -> None:
+        """End the stream as done, or in state error if there were errors.
 
-    def _prefer(self, later: Exception) -> None:
-        """Keep the first of several problems to raise, and log the others."""
-        if self._problem is None:
-            self._problem = later
-        elif not isinstance(later, StreamNotActiveError):
-            logger.warning(
-                "stream %r: when its producer failed, %s followed; %d chunks are durable, %d are not",
-                self._stream_id,
-                type(later).__name__,
-                self._seq,
-                len(self._unsaved),
-            )
-
-    async def _end(self) -> None:
-        """End the stream, unless it has ended or belongs to another producer."""
+        A stream that has ended, or that another producer writes to, is left alone.
+        """
+        state = "error" if errors else "done"
         with self._mutex:
-            error, problem = self._error, self._problem
-            self._error = StreamNotActiveError(self._stream_id, "error" if problem else "done")
-        if problem is None:
+            earlier = self._error
+            self._close(StreamNotActiveError(self._stream_id, state))
+        if not errors:
             try:
-                await self._database.retry(partial(self._store.complete, self._stream_id))
+                await self._database.retry(partial(self._operations.complete, self._stream_id))
             except AibindError:
                 raise
-            except Exception as failed:
-                raise StreamWriteError(self._stream_id, self._seq, 0) from failed
-        elif not isinstance(error, (SequenceConflictError, StreamNotActiveError, StreamNotFoundError)):
-            attempt = partial(self._store.fail, self._stream_id, _storable(problem))
-            # Not persistently once more, if the server could not be reached for so long already.
-            await (attempt() if isinstance(error, StreamWriteError) else self._database.retry(attempt))
+            except Exception as error:
+                raise StreamWriteError(self._stream_id, self._buffer.durable, 0) from error
+        elif not isinstance(earlier, (SequenceConflictError, StreamNotActiveError, StreamNotFoundError)):
+            fail = partial(self._operations.fail, self._stream_id, _storable(errors[0]))
+            # After `StreamWriteError` the server has been retried long enough.
+            await (fail() if isinstance(earlier, StreamWriteError) else self._database.retry(fail))
 
-    def _check(self) -> None:
+    def _release(self) -> None:
+        with self._mutex:
+            self._close(RuntimeError("the block of this stream writer was interrupted"))
+        self._subscription.close()
+
+    def _close(self, error: Exception) -> bool:
+        """Enter state CLOSED, in which calls raise `error`. The first error stays. Return whether the block was open.
+
+        Every ending goes through here. Called with the mutex held.
+        """
+        was_open = self._state is WriterState.OPEN
+        if self._state is not WriterState.CLOSED:
+            self._state, self._error = WriterState.CLOSED, error
+        self._due.set()
+        self._wake_callers()
+        return was_open
+
+    def _request_end(self, text: str) -> None:
+        """Request that the worker ends the stream in state error, after the next batch. Returns at once.
+
+        Before the block is entered, the request waits for that. After it is left, the request has no effect.
+        """
+        with self._mutex:
+            self._end_text = text
+            self._due.set()
+
+    def _wake(self) -> None:
+        """Let the worker check whether the stream has ended."""
+        with self._mutex:
+            self._may_have_ended = True
+            self._due.set()
+
+    def _check_open(self) -> None:
+        self._raise_error()
+        if self._state is WriterState.CLOSING:
+            raise RuntimeError("the block of this stream writer has been left")
+        if self._state is not WriterState.OPEN:
+            raise RuntimeError("a stream writer must be used as a context manager")
+
+    def _raise_error(self) -> None:
         if self._error is not None:
             raise copy_error(self._error) from self._error.__cause__ or self._error
 
-    def _break_off(self, text: str) -> None:
-        """Have the stream end in state error with this text, once what was written is sent. Returns at once.
+    @property
+    def _in_background(self) -> bool:
+        return self._on_end is not None or not self._database.client.joins_transactions
 
-        Without effect once the block has been left.
-        """
-        with self._mutex:
-            self._last_word = text
-            self._due.set()
-
-    def _be_alarmed(self) -> None:
-        with self._mutex:
-            self._alarmed = True
-            self._due.set()
-
-    def _keep_worker(self) -> None:
-        # The last one may have been cancelled, as when an event loop ends, perhaps before it had begun.
+    def _ensure_worker(self) -> None:
+        """Start a worker if none runs. The last one may have been cancelled, perhaps before it had begun."""
         alive = self._worker is not None and self._worker.is_alive()
-        if self._in_background and not alive and not self._closing:
-            inherit = self._on_end is not None  # what that does is the caller's
+        if self._in_background and not alive and self._state is not WriterState.CLOSED:
+            inherit = self._on_end is not None  # the callback belongs to the caller, and so does its context
             self._worker = async_spawn(self._work, "aibind_postgres-writer", inherit=inherit)
             self._due.set()
 
     async def _work(self) -> None:
         try:
-            while True:
+            while self._state is not WriterState.CLOSED:
                 await self._due.wait()
-                if not await self._send_what_is_due() or self._closing:
-                    return
+                await self._send_due()
         finally:
             with self._mutex:
                 self._worker = None
-                self._tell()
+                self._wake_callers()
             await self._database.client.release_thread()
 
-    async def _advance(self, progress: AsyncEvent) -> None:
-        """Wait until more is durable, and see to it that somebody works on that."""
-        if self._in_background:
-            over = False
-            while not over:
-                with self._mutex:
-                    self._keep_worker()
-                over = await progress.wait(LOOK_AFTER)
-        else:
-            await self._send_here()
+    async def _wait_for(self, progress: AsyncEvent) -> None:
+        """Wait for progress, with a worker or by sending in this call."""
+        if not self._in_background:
+            await self._send_in_turn()
+            return
+        is_set = False
+        while not is_set:
+            with self._mutex:
+                self._ensure_worker()
+            is_set = await progress.wait(WORKER_CHECK_INTERVAL)
 
-    async def _send_here(self) -> None:
-        async with self._sending:
-            while await self._send_what_is_due() and self._unsaved:
-                pass
+    async def _send_in_turn(self) -> None:
+        """Send all that is buffered, in this call."""
+        async with self._turns:
+            while self._buffer and self._state is not WriterState.CLOSED:
+                await self._send_due()
         with self._mutex:
-            self._check()
+            self._raise_error()
 
-    async def _send_what_is_due(self) -> bool:
-        """Send, or if there is nothing to send, look; return False if nothing more can be sent."""
+    async def _send_due(self) -> None:
+        """Do what is due: send a batch, or check that the stream is active, and end the stream on request."""
         with self._mutex:
+            if self._state is WriterState.CLOSED:
+                return
             self._due.clear()
-            alarmed, self._alarmed = self._alarmed, False
-            # What was sent before goes again as it was: if it is stored, that is how it is known again.
-            texts = self._unsaved[: self._in_doubt or None]
-            self._in_doubt = len(texts)
+            may_have_ended, self._may_have_ended = self._may_have_ended, False
+            batch = self._buffer.next_batch()
         try:
-            if texts:
-                await self._send(texts)
-            elif alarmed:
-                await self._look()
-            if self._last_word is not None and not self._left:
-                await self._store.fail(self._stream_id, self._last_word)
+            if batch:
+                await self._send(batch)
+            elif may_have_ended:
+                await self._check_active()
+            if self._end_text is not None and self._state is WriterState.OPEN:
+                await self._operations.fail(self._stream_id, self._end_text)
                 raise StreamNotActiveError(self._stream_id, "error")
         except Exception as error:
             with self._mutex:
-                self._error = error
-                self._tell()
-            if self._on_end is not None and not self._left:
+                was_open = self._close(error)
+            if was_open and self._on_end is not None:
                 await async_call_or_await(self._on_end, error)
-            return False
-        return True
 
-    async def _look(self) -> None:
+    async def _check_active(self) -> None:
         try:
             await self._active_status()
         except AibindError:
             raise
-        except Exception as error:  # the next statement that sends, or the next alarm, tells more
-            logger.debug("a stream writer could not look at its stream: %s", type(error).__name__)
+        except Exception as error:  # the next statement, or the next call of `_wake`, meets it again
+            logger.debug("a stream writer could not query its stream: %s", type(error).__name__)
 
     async def _active_status(self) -> StreamStatus:
-        """Return where the stream stands; raise if it is not there or has ended."""
-        status = await self._store.get_status(self._stream_id)
+        """Return the stream's status. Raise if the stream has ended or does not exist."""
+        status = await self._operations.get_status(self._stream_id)
         if status is None:
             raise StreamNotFoundError(self._stream_id)
         if status.state != "active":
             raise StreamNotActiveError(self._stream_id, status.state)
         return status
 
-    async def _send(self, texts: list[str]) -> None:
-        attempt = partial(self._store.append_many, self._stream_id, texts, expected_seq=self._seq + 1)
+    async def _send(self, batch: Sequence[str]) -> None:
+        durable = self._buffer.durable
         try:
-            last = await self._database.retry(attempt)
+            append = partial(self._operations.append_many, self._stream_id, batch, durable + 1)
+            durable = await self._database.retry(append)
         except AibindError:
             raise
         except Exception as error:
-            raise StreamWriteError(self._stream_id, self._seq, len(self._unsaved)) from error
+            raise StreamWriteError(self._stream_id, durable, len(self._buffer)) from error
         with self._mutex:
-            del self._unsaved[: len(texts)]
-            self._unsaved_bytes -= sum(len(text.encode()) for text in texts)
-            self._in_doubt = 0
-            self._seq = last
-            if self._unsaved or self._alarmed:
+            self._buffer.confirm(durable)
+            if self._buffer or self._may_have_ended:
                 self._due.set()
-            self._tell()
+            self._wake_callers()
 
-    def _tell(self) -> None:
+    def _wake_callers(self) -> None:
         progress, self._progress = self._progress, AsyncEvent()
         progress.set()
 
 
 def _storable(error: BaseException) -> str:
-    text = str(error)[:LONGEST_ERROR].replace("\0", "").encode(errors="replace").decode()
+    """Return the text of an exception without what PostgreSQL cannot store, or the name of its class."""
+    text = str(error)[:MAX_ERROR_LENGTH].replace("\0", "").encode(errors="replace").decode()
     return text or type(error).__name__
