@@ -1,6 +1,8 @@
-"""Sources of durable streams that can be silent, deaf, or watched, and what notes their end."""
+"""Sources of durable streams, a recorder of `on_finish`, and a client that can delay or fail statements."""
 
 from __future__ import annotations
+
+import psycopg
 
 from aibind_postgres._concurrency import AsyncEvent
 
@@ -14,7 +16,7 @@ async def items(items, gate=None):
 
 
 class Silent:
-    """A source from which nothing comes until it is closed."""
+    """A source that yields nothing until it is closed."""
 
     def __init__(self):
         self.gate = AsyncEvent()
@@ -34,8 +36,8 @@ class Silent:
         self.gate.set()
 
 
-class Deaf(Silent):
-    """A source that nobody can interrupt, such as a generator that waits in a thread. It says one word before."""
+class Uninterruptible(Silent):
+    """A source that yields one word and then cannot be interrupted, like a generator that waits in a thread."""
 
     async def __anext__(self):
         if not self.asked:
@@ -55,10 +57,42 @@ class Deaf(Silent):
 
 
 class Finish:
-    """Notes what `on_finish` is called with."""
+    """Records the arguments of each call of `on_finish`."""
 
     def __init__(self):
         self.calls = []
 
     async def __call__(self, text, status):
         self.calls.append((text, status))
+
+
+class HookedClient:
+    """A client around a pool. It awaits `hook` before each statement, and records the statements."""
+
+    connection_errors = (psycopg.OperationalError,)
+
+    def __init__(self, pool, joins_transactions=False):
+        self.joins_transactions = joins_transactions
+        self.statements = []
+        self.hook = pass_through
+        self._pool = pool
+
+    async def query(self, sql, params):
+        self.statements.append(sql)
+        await self.hook(sql, params)
+        async with self._pool.connection() as connection:
+            cursor = psycopg.AsyncRawCursor(connection)
+            await cursor.execute(sql, params)
+            return await cursor.fetchall()
+
+
+async def pass_through(sql, params):
+    """Run the statement at once."""
+
+
+def is_append(sql):
+    return "total_chunks +" in sql
+
+
+def is_status_query(sql):
+    return sql.startswith("SELECT state, error")

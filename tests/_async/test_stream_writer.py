@@ -1,7 +1,8 @@
-"""The stream writer: exactly once, in order, bounded, and told of the end."""
+"""The stream writer: exactly-once delivery, order, limits, and the end of its stream."""
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from functools import partial
 
 import psycopg
@@ -18,11 +19,14 @@ from aibind_postgres import (
     StreamNotFoundError,
     StreamWriteError,
 )
+from aibind_postgres._async.database import AsyncDatabase
+from aibind_postgres._async.stream_writer import AsyncStreamOperations, AsyncStreamWriter
 from aibind_postgres._concurrency import AsyncEvent
+from aibind_postgres._write_buffer import WriteBuffer
 
 
 class FaultyClient:
-    """A pool whose appends can be held back, and lost on the way there or back."""
+    """A pool whose appends can be delayed, and whose requests or replies can be lost."""
 
     def __init__(self, pool):
         self.pool = pool
@@ -31,13 +35,15 @@ class FaultyClient:
         self.most_under_way = 0
         self.gate = AsyncEvent()
         self.gate.set()
-        self.lose = []  # for the coming appends: None, "request" or "reply"
+        self.lose = []  # for the next appends: None, "request" or "reply"
         self.is_down = False
+        self.polls = 0
         self.connection_errors = (psycopg.OperationalError,)
 
     async def query(self, sql, params):
+        self.polls += sql.lstrip().startswith("SELECT id, state, total_chunks")
         if self.is_down:
-            raise psycopg.OperationalError("nobody answers")
+            raise psycopg.OperationalError("no answer")
         if "UPDATE" not in sql or "total_chunks +" not in sql:
             return await self.send(sql, params)
         self.appends += 1
@@ -46,11 +52,11 @@ class FaultyClient:
         try:
             lose = self.lose.pop(0) if self.lose else None
             if lose == "request":
-                raise psycopg.OperationalError("lost on the way there")
+                raise psycopg.OperationalError("the request is lost")
             await self.gate.wait()
             rows = await self.send(sql, params)
             if lose == "reply":
-                raise psycopg.OperationalError("lost on the way back")
+                raise psycopg.OperationalError("the reply is lost")
             return rows
         finally:
             self.under_way -= 1
@@ -78,7 +84,7 @@ async def texts(store, id):
     return [chunk.data async for chunk in store.read_from(id, follow=False)]
 
 
-async def test_what_is_written_is_there_and_the_stream_is_done(store, other):
+async def test_written_chunks_are_stored_and_the_stream_is_done(store, other):
     id = await store.create()
     written = [f"{number}" for number in range(500)] + ["", "\x01\n\"'\\", "😀"]
     async with store.writer(id) as writer:
@@ -91,7 +97,7 @@ async def test_what_is_written_is_there_and_the_stream_is_done(store, other):
     assert "aibind_postgres-writer" not in async_workers()
 
 
-async def test_a_flush_makes_durable_and_tells_the_last_number(store, other):
+async def test_flush_makes_chunks_durable_and_returns_the_last_number(store, other):
     id = await store.create()
     await store.append_many(id, ["a", "b"])
     async with store.writer(id) as writer:
@@ -104,7 +110,7 @@ async def test_a_flush_makes_durable_and_tells_the_last_number(store, other):
         assert await writer.flush() == 4
 
 
-async def test_what_gathers_goes_as_one_statement_one_at_a_time(store, client):
+async def test_buffered_chunks_are_sent_as_one_statement_at_a_time(store, client):
     id = await store.create()
     async with store.writer(id) as writer:
         client.gate.clear()
@@ -121,15 +127,21 @@ async def test_what_gathers_goes_as_one_statement_one_at_a_time(store, client):
 @pytest.mark.parametrize(
     ("limits", "fit"), [({"max_chunks": 3}, 3), ({"max_bytes": 10}, 2), ({"max_bytes": 1, "max_chunks": 9}, 1)]
 )
-async def test_a_full_buffer_makes_write_wait(store, client, limits, fit):
+async def test_full_buffer_makes_write_wait(store, client, limits, fit):
     id = await store.create()
     async with store.writer(id, **limits) as writer:
         client.gate.clear()
         for _ in range(fit):
             await writer.write("äöx")  # 5 bytes
-        async with AsyncBackground(partial(writer.write, "more")) as waiting:
+        written = []
+
+        async def write_more():
+            await writer.write("more")
+            written.append("more")
+
+        async with AsyncBackground(write_more) as waiting:
             await async_sleep(0.1)
-            assert len(writer._unsaved) == fit
+            assert written == []
             client.gate.set()
             await waiting.result()
         assert await writer.flush() == fit + 1
@@ -151,7 +163,7 @@ class MyError(Exception):
     ],
     ids=["text", "none", "odd and long", "not an Exception", "of another stream"],
 )
-async def test_an_exception_ends_the_stream_with_its_text(store, other, error, text):
+async def test_exception_ends_the_stream_with_its_text(store, other, error, text):
     id = await store.create()
     with pytest.raises(type(error)) as caught:
         async with store.writer(id) as writer:
@@ -165,7 +177,7 @@ async def test_an_exception_ends_the_stream_with_its_text(store, other, error, t
 
 @pytest.mark.parametrize("where", ["here", "elsewhere"])
 @pytest.mark.parametrize(("end", "state"), [("stop", "stopped"), ("complete", "done"), ("delete", None)])
-async def test_an_end_by_others_is_noticed_before_the_next_chunk(store, other, where, end, state):
+async def test_end_by_others_is_noticed_before_the_next_chunk(store, other, where, end, state):
     id = await store.create()
     ender = store if where == "here" else other
     with pytest.raises(StreamNotActiveError if state else StreamNotFoundError) as caught:
@@ -180,7 +192,7 @@ async def test_an_end_by_others_is_noticed_before_the_next_chunk(store, other, w
         assert await other.get_status(id) == (state, None, 1)
 
 
-async def test_a_stop_after_the_last_chunk_is_no_error(store):
+async def test_stop_after_the_last_chunk_raises_nothing(store):
     id = await store.create()
     async with store.writer(id) as writer:
         await writer.write("a")
@@ -189,7 +201,7 @@ async def test_a_stop_after_the_last_chunk_is_no_error(store):
     assert await store.get_status(id) == ("stopped", None, 1)
 
 
-async def test_chunks_that_came_too_late_are_told(store, client):
+async def test_chunks_after_a_stop_raise(store, client):
     id = await store.create()
     with pytest.raises(StreamNotActiveError):
         async with store.writer(id) as writer:
@@ -202,7 +214,7 @@ async def test_chunks_that_came_too_late_are_told(store, client):
 
 
 @pytest.mark.parametrize("lost", [["reply"], ["request"], ["reply", "request", "reply"], ["request", "reply"]])
-async def test_what_is_lost_on_the_way_is_sent_again_and_written_once(store, client, lost):
+async def test_lost_statement_is_sent_again_and_written_once(store, client, lost):
     id = await store.create()
     async with store.writer(id) as writer:
         for number in range(5):
@@ -214,7 +226,7 @@ async def test_what_is_lost_on_the_way_is_sent_again_and_written_once(store, cli
     assert await texts(store, id) == [text for number in range(5) for text in (f"{number}", f"{number}, too")]
 
 
-async def test_a_lost_reply_is_no_loss_if_the_stream_was_stopped_meanwhile(store, client):
+async def test_chunk_with_lost_reply_is_kept_if_the_stream_is_stopped_meanwhile(store, client):
     id = await store.create()
     async with store.writer(id) as writer:
         client.gate.clear()
@@ -227,7 +239,7 @@ async def test_a_lost_reply_is_no_loss_if_the_stream_was_stopped_meanwhile(store
     assert await texts(store, id) == ["a"]
 
 
-async def test_a_server_that_stays_away_is_told_with_what_is_durable(client, tables):
+async def test_write_error_counts_durable_and_unsaved_chunks(client, tables):
     async with AsyncPostgresStreamStore(client, **tables, retry_for=0.3) as store:
         id = await store.create()
         with pytest.raises(StreamWriteError) as caught:
@@ -243,8 +255,8 @@ async def test_a_server_that_stays_away_is_told_with_what_is_durable(client, tab
         assert await store.get_status(id) == ("error", str(caught.value), 1)
 
 
-@pytest.mark.parametrize("when", ["writing", "looking", "leaving"])
-async def test_a_server_that_goes_away_altogether(client, tables, when):
+@pytest.mark.parametrize("when", ["writing", "leaving"])
+async def test_server_lost_for_longer_than_retry_for(client, tables, when):
     async with AsyncPostgresStreamStore(client, **tables, retry_for=0.2) as store:
         id = await store.create()
         with pytest.raises(StreamWriteError) as caught:
@@ -255,18 +267,46 @@ async def test_a_server_that_goes_away_altogether(client, tables, when):
                 if when == "writing":
                     await writer.write("b")
                     await writer.flush()
-                elif when == "looking":
-                    writer._be_alarmed()  # as a watch does that has lost the server too
-                    await async_sleep(0.1)
-                    assert writer.is_active
-                    await writer.write("b")
         assert (caught.value.durable, caught.value.unsaved) == (1, 0 if when == "leaving" else 1)
         assert isinstance(caught.value.__cause__, (psycopg.OperationalError, StreamWriteError))
         client.is_down = False
         assert await store.get_status(id) == ("active", None, 1)
 
 
-async def test_a_server_that_comes_back_in_time(store, client):
+async def test_failed_status_check_is_not_the_end(client, store):
+    wakes = []
+
+    @contextmanager
+    def subscribe(wake):
+        wakes.append(wake)
+        yield
+
+    operations = AsyncStreamOperations(append_to(store), store.complete, store.fail, store.get_status)
+    id = await store.create()
+    buffer, database = WriteBuffer(1000, 1000), AsyncDatabase(client, 0.2, None)
+    with pytest.raises(StreamWriteError) as caught:
+        async with AsyncStreamWriter(id, buffer, operations, database, subscribe, None) as writer:
+            await writer.write("a")
+            await writer.flush()
+            client.is_down = True
+            wakes[0]()
+            await async_sleep(0.1)
+            assert writer.is_active
+            await writer.write("b")
+    assert (caught.value.durable, caught.value.unsaved) == (1, 1)
+    assert isinstance(caught.value.__cause__, (psycopg.OperationalError, StreamWriteError))
+    client.is_down = False
+    assert await store.get_status(id) == ("active", None, 1)
+
+
+def append_to(store):
+    def append(id, texts, expected_seq):
+        return store.append_many(id, texts, expected_seq=expected_seq)
+
+    return append
+
+
+async def test_server_that_returns_in_time(store, client):
     id = await store.create()
     async with store.writer(id) as writer:
         for number in range(3):
@@ -278,7 +318,7 @@ async def test_a_server_that_comes_back_in_time(store, client):
     assert (await store.get_status(id)).state == "done"
 
 
-async def test_another_producer_is_left_alone(store, other):
+async def test_stream_of_another_producer_stays_active(store, other):
     id = await store.create()
     with pytest.raises(SequenceConflictError):
         async with store.writer(id) as writer:
@@ -290,7 +330,7 @@ async def test_another_producer_is_left_alone(store, other):
     assert await texts(other, id) == ["a", "intruder"]
 
 
-async def test_who_may_be_written_to(store):
+async def test_entering_requires_an_active_stream_and_valid_limits(store, client):
     with pytest.raises(StreamNotFoundError):
         await store.writer("missing").__aenter__()
     id = await store.create()
@@ -302,10 +342,13 @@ async def test_who_may_be_written_to(store):
             store.writer(id, **wrong)
     with pytest.raises(InvalidDataError):
         store.writer("")
-    assert store._changes.followed() == []
+    await async_sleep(0.3)
+    before = client.polls
+    await async_sleep(0.3)
+    assert client.polls == before  # the failed attempts left no subscription
 
 
-async def test_a_writer_is_used_in_its_block_only(store):
+async def test_writer_works_inside_its_block_only(store):
     id = await store.create()
     writer = store.writer(id)
     with pytest.raises(RuntimeError, match="context manager"):
@@ -314,12 +357,12 @@ async def test_a_writer_is_used_in_its_block_only(store):
         await writer.write("a")
     with pytest.raises(StreamNotActiveError):
         await writer.write("b")
-    with pytest.raises(RuntimeError, match="serves one block"):
+    with pytest.raises(RuntimeError, match="entered only once"):
         await writer.__aenter__()
     assert await texts(store, id) == ["a"]
 
 
-async def test_what_is_written_while_the_block_is_left_is_refused(store, client):
+async def test_write_while_the_block_is_left_raises(store, client):
     id = await store.create()
     writer = store.writer(id)
     await writer.__aenter__()
@@ -327,7 +370,7 @@ async def test_what_is_written_while_the_block_is_left_is_refused(store, client)
     await writer.write("a")
     await async_until(lambda: client.under_way)
     async with AsyncBackground(partial(writer.__aexit__, None, None, None)) as leaving:
-        await async_until(lambda: writer._left)
+        await async_until(lambda: ", closing, " in repr(writer))
         with pytest.raises(RuntimeError, match="has been left"):
             await writer.write("b")
         client.gate.set()
@@ -336,7 +379,7 @@ async def test_what_is_written_while_the_block_is_left_is_refused(store, client)
     assert (await store.get_status(id)).state == "done"
 
 
-async def test_bad_data_is_refused_and_the_writer_goes_on(store):
+async def test_invalid_chunk_raises_and_the_writer_continues(store):
     id = await store.create()
     async with store.writer(id) as writer:
         for bad in ["\0", "\ud800", 7]:
@@ -346,7 +389,7 @@ async def test_bad_data_is_refused_and_the_writer_goes_on(store):
     assert await texts(store, id) == ["good"]
 
 
-async def test_a_store_that_is_closed_is_told(client, tables):
+async def test_write_after_close_of_the_store_raises(client, tables):
     store = AsyncPostgresStreamStore(client, **tables)
     id = await store.create()
     with pytest.raises(StoreClosedError):
@@ -359,7 +402,7 @@ async def test_a_store_that_is_closed_is_told(client, tables):
     assert async_workers() == []
 
 
-async def test_many_writers_and_readers_at_once(store):
+async def test_many_concurrent_writers_and_readers(store):
     async def write(id):
         async with store.writer(id) as writer:
             for number in range(50):
@@ -374,7 +417,7 @@ async def test_many_writers_and_readers_at_once(store):
         assert chunks == [(number + 1, f"{id} {number}") for number in range(50)]
 
 
-async def test_one_writer_shared_by_many(store):
+async def test_writer_shared_by_many_callers(store):
     id = await store.create()
     async with store.writer(id, max_chunks=7) as writer:
 
@@ -388,7 +431,7 @@ async def test_one_writer_shared_by_many(store):
 
 
 @pytest.mark.parametrize("outcome", ["commit", "rollback"])
-async def test_on_a_connection_of_the_caller_it_takes_part_in_the_transaction(dsn, tables, other, outcome):
+async def test_writer_on_own_connection_joins_the_transaction(dsn, tables, other, outcome):
     id = await other.create()
     async with await psycopg.AsyncConnection.connect(dsn) as connection:
         async with AsyncPostgresStreamStore(connection, **tables) as store:
@@ -404,7 +447,7 @@ async def test_on_a_connection_of_the_caller_it_takes_part_in_the_transaction(ds
     assert await other.get_status(id) == expected
 
 
-async def test_an_error_on_a_connection_of_the_caller_is_raised_by_that_write(dsn, tables, other):
+async def test_error_on_own_connection_is_raised_by_that_write(dsn, tables, other):
     id = await other.create()
     async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as connection:
         async with AsyncPostgresStreamStore(connection, **tables) as store:
