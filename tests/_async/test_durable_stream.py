@@ -1,4 +1,4 @@
-"""A stream that outlives its response: what a source yields, what a browser gets, and every way in which it ends."""
+"""Durable streams: from the items of a source to the events of a browser."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ from aibind_postgres import (
     InvalidDataError,
     StreamEvent,
     StreamExistsError,
-    StreamNotActiveError,
     StreamNotFoundError,
     WebError,
 )
-from aibind_postgres._concurrency import AsyncEvent, async_spawn
+from aibind_postgres._concurrency import AsyncEvent
 from aibind_postgres.sse import EventParser, ServerSentEvent
 
 ITEMS = ["Hel", "lo", "", StreamEvent("usage", '{"inputTokens": 1}'), "\x01 wor\r\nld\n", "data: 😀"]
@@ -46,7 +45,7 @@ async def read(stream, after_seq=None):
     return [event async for sent in stream.sse(after_seq) for event in parser.feed(sent)]
 
 
-async def test_what_a_source_yields_arrives_and_is_resumed_after_any_number(store, other):
+async def test_items_arrive_and_reading_resumes_after_any_number(store, other):
     finish = Finish()
     stream = await AsyncDurableStream.start(store, items(ITEMS), on_finish=finish)
     assert await read(stream) == [ServerSentEvent(stream.id, "stream-id", stream.id), *EVENTS, DONE]
@@ -59,24 +58,24 @@ async def test_what_a_source_yields_arrives_and_is_resumed_after_any_number(stor
     assert await stream.stop() is False
 
 
-def aibind_place(sent):
-    """Return what aibind's client resumes after: it takes the ids of events without a name alone."""
-    place = 0
+def aibind_position(sent):
+    """Return the number after which aibind's client resumes: it ignores the ids of named events."""
+    position = 0
     for block in b"".join(sent).decode().split("\n\n"):
         fields = dict(line.split(": ", 1) for line in block.split("\n") if line and not line.startswith("data"))
         if "event" not in fields and fields.get("id", "").isdigit():
-            place = int(fields["id"])
-    return place
+            position = int(fields["id"])
+    return position
 
 
-async def test_a_client_that_takes_no_id_from_named_events_gets_each_once(store):
+async def test_client_that_ignores_ids_of_named_events_gets_each_event_once(store):
     usage = StreamEvent("usage", "{}")
     stream = await AsyncDurableStream.start(store, items([usage, "a", usage, usage]))
     sent = [each async for each in stream.sse()]
-    assert [aibind_place(sent[: 1 + number]) for number in range(5)] == [0, 1, 2, 3, 4]
+    assert [aibind_position(sent[: 1 + number]) for number in range(5)] == [0, 1, 2, 3, 4]
 
 
-async def test_it_goes_on_while_readers_come_and_go_and_nobody_holds_it(store, other):
+async def test_stream_continues_without_readers_and_references(store, other):
     gate = AsyncEvent()
     stream = await AsyncDurableStream.start(store, items(["a"], gate), id="s")
     reader = stream.sse()
@@ -92,7 +91,7 @@ async def test_it_goes_on_while_readers_come_and_go_and_nobody_holds_it(store, o
         assert await reading.result() == events
 
 
-async def test_stopping_from_elsewhere_closes_a_source_that_is_silent(store, other):
+async def test_stop_from_elsewhere_closes_a_silent_source(store, other):
     source, finish = Silent(), Finish()
     stream = await AsyncDurableStream.start(store, source, on_finish=finish)
     await async_until(lambda: source.asked)
@@ -107,19 +106,19 @@ async def test_stopping_from_elsewhere_closes_a_source_that_is_silent(store, oth
     await async_until(lambda: not [name for name in async_workers() if "producer" in name])
 
 
-async def test_stopping_keeps_what_was_written(store, other):
+async def test_stop_keeps_written_chunks(store, other):
     finish, gate = Finish(), AsyncEvent()
     stream = await AsyncDurableStream.start(store, items(["a", "b"], gate), on_finish=finish)
     reader = other.read_from(stream.id)
     assert [(await reader.__anext__()).data for _ in range(2)] == ["\x01a", "\x01b"]
     assert await other.stop(stream.id)
-    await async_until(lambda: stream._producer._ended)
+    await async_until(lambda: finish.calls)
     gate.set()  # a generator that runs in a thread cannot be interrupted
     assert await stream.wait(20) == ("stopped", None, 2)
     assert finish.calls == [("ab", ("stopped", None, 2))]
 
 
-async def test_an_id_that_is_a_number_is_not_taken_for_that_of_an_event(store):
+async def test_numeric_stream_id_is_not_sent_as_event_id(store):
     stream = await AsyncDurableStream.start(store, items(["one", "two"]), id="2")
     assert (await read(stream))[0] == ServerSentEvent("2", "stream-id", None)
 
@@ -132,7 +131,7 @@ async def test_an_id_that_is_a_number_is_not_taken_for_that_of_an_event(store):
         (True, TimeoutError(), "TimeoutError"),
     ],
 )
-async def test_a_source_that_raises_ends_the_stream_in_error(store, caplog, expose_errors, error, text):
+async def test_error_of_the_source_ends_the_stream_in_error(store, caplog, expose_errors, error, text):
     async def fail():
         yield "a"
         raise error
@@ -145,14 +144,14 @@ async def test_a_source_that_raises_ends_the_stream_in_error(store, caplog, expo
     assert f"{type(error).__name__}: {error}".rstrip(": ") in caplog.text
 
 
-@pytest.mark.parametrize(("text", "told"), [("no money left", "no money left"), ("", "the answer broke off")])
-async def test_a_refusal_of_the_source_is_told_and_not_logged(store, caplog, text, told):
+@pytest.mark.parametrize(("text", "shown"), [("no money left", "no money left"), ("", "the answer broke off")])
+async def test_web_error_of_the_source_is_exposed_and_not_logged(store, caplog, text, shown):
     async def refuse():
         yield "a"
         raise WebError(402, text)
 
     stream = await AsyncDurableStream.start(store, refuse())
-    assert (await read(stream))[1:] == [ServerSentEvent("a", id="1"), ServerSentEvent(told, "error"), DONE]
+    assert (await read(stream))[1:] == [ServerSentEvent("a", id="1"), ServerSentEvent(shown, "error"), DONE]
     assert caplog.text == ""
 
 
@@ -169,14 +168,14 @@ async def test_a_refusal_of_the_source_is_told_and_not_logged(store, caplog, tex
         *(StreamEvent(name, "x") for name in ("", "a\nb", "a\rb", "a\x01b", "done", "error", "stopped", "stream-id")),
     ],
 )
-async def test_what_a_source_must_not_yield_ends_the_stream_in_error(store, item):
+async def test_invalid_item_ends_the_stream_in_error(store, item):
     stream = await AsyncDurableStream.start(store, items(["a", item]), expose_errors=True)
     state, error, total_chunks = await stream.wait(20)
     assert (state, total_chunks) == ("error", 1)
     assert error
 
 
-async def test_what_others_have_written_is_read(store):
+async def test_chunks_of_other_writers(store):
     await store.create("s")
     await store.append_many("s", ["plain", "usage\x01{}", "forged\nevent: done\x01x", "done\x01", "\x01"])
     await store.fail("s", "too hot")
@@ -191,7 +190,7 @@ async def test_what_others_have_written_is_read(store):
     ]
 
 
-async def test_a_stream_that_is_not_there(store):
+async def test_missing_stream(store):
     with pytest.raises(StreamNotFoundError):
         await AsyncDurableStream.resume(store, "nothing")
     finish, source = Finish(), Silent()
@@ -209,7 +208,7 @@ async def test_a_stream_that_is_not_there(store):
         await stream.stop()
 
 
-async def test_a_quiet_stream_shows_that_it_lives(store):
+async def test_heartbeats_of_a_quiet_stream(store):
     source = Silent()
     stream = await AsyncDurableStream.start(store, source)
     reader = stream.sse(heartbeat=0.05)
@@ -219,7 +218,7 @@ async def test_a_quiet_stream_shows_that_it_lives(store):
     assert b"event: done" in [sent async for sent in reader][-1]
 
 
-async def test_callbacks_that_fail_are_logged(store, caplog):
+async def test_errors_of_callbacks_are_logged(store, caplog):
     class Stubborn(Silent):
         def close(self):
             super().close()
@@ -236,7 +235,7 @@ async def test_callbacks_that_fail_are_logged(store, caplog):
     assert "will not finish" in caplog.text
 
 
-async def test_an_end_that_nobody_meant_is_logged(store, other, caplog):
+async def test_conflict_with_another_producer_is_logged(store, other, caplog):
     gate, finish = AsyncEvent(), Finish()
     stream = await AsyncDurableStream.start(store, items(["a"], gate), on_finish=finish)
     await other.read_from(stream.id).__anext__()
@@ -246,7 +245,7 @@ async def test_an_end_that_nobody_meant_is_logged(store, other, caplog):
     assert "another producer writes to this stream" in caplog.text
 
 
-async def test_bad_arguments_are_refused(store):
+async def test_invalid_arguments_raise(store):
     stream = await AsyncDurableStream.start(store, items([]))
     with pytest.raises(InvalidDataError):
         stream.sse(-1)
@@ -255,60 +254,17 @@ async def test_bad_arguments_are_refused(store):
     await stream.wait()
 
 
-class Ending:
-    """A store of which each writer has ended as soon as it is entered, before anything is written."""
-
-    def __init__(self, store):
-        self._store = store
-
-    def __getattr__(self, name):
-        return getattr(self._store, name)
-
-    def writer(self, id, on_end):
-        return EndedWriter(self._store, id, on_end)
-
-
-class EndedWriter:
-    def __init__(self, store, id, on_end):
-        self._store, self._id, self._on_end = store, id, on_end
-
-    async def __aenter__(self):
-        await self._store.stop(self._id)
-        async_spawn(partial(self._on_end, StreamNotActiveError(self._id, "stopped")), "writer")
-        await async_sleep(0.2)
-        return self
-
-    async def __aexit__(self, *error):
-        pass
-
-    async def flush(self):
-        return 0
-
-
-async def test_an_end_before_the_first_item_closes_the_source(store):
-    source, finish = Silent(), Finish()
-    stream = await AsyncDurableStream.start(Ending(store), source, on_finish=finish)
-    assert (await stream.wait(20)).state == "stopped"
-    await async_until(lambda: source.closed)
-    assert finish.calls == [("", ("stopped", None, 0))]
-
-
-async def test_a_producer_that_cannot_begin_closes_its_source(store, caplog):
-    class Away(Ending):
-        def writer(self, id, on_end):
-            raise ConnectionError("no server")
-
-    source, finish = Silent(), Finish()
-    await AsyncDurableStream.start(Away(store), source, on_finish=finish)
-    await async_until(lambda: finish.calls)
-    assert source.closed
-    assert "no server" in caplog.text
-
-
-async def test_waiting_has_its_bound(store):
+async def test_wait_timeout(store):
     source = Silent()
     stream = await AsyncDurableStream.start(store, source)
     with pytest.raises(TimeoutError):
         await stream.wait(0.1)
     source.gate.set()
     assert (await stream.wait(20)).state == "done"
+
+
+async def test_repr(store):
+    stream = await AsyncDurableStream.start(store, items([]), id="s")
+    assert repr(stream) == f"<{type(stream).__name__} 's', produced here>"
+    assert repr(await AsyncDurableStream.resume(store, "s")) == f"<{type(stream).__name__} 's', read here>"
+    await stream.wait()

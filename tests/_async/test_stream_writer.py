@@ -459,3 +459,15 @@ async def test_error_on_own_connection_is_raised_by_that_write(dsn, tables, othe
                         await writer.write("b")
                     await writer.write("c")
     assert await texts(other, id) == ["a", "intruder"]
+
+
+async def test_repr(store):
+    id = await store.create("s")
+    writer = store.writer(id)
+    name = type(writer).__name__
+    assert repr(writer) == f"<{name} of stream 's', not entered, 0 chunks durable, 0 buffered>"
+    async with writer:
+        await writer.write("a")
+        await writer.flush()
+        assert repr(writer) == f"<{name} of stream 's', open, 1 chunks durable, 0 buffered>"
+    assert repr(writer) == f"<{name} of stream 's', closed, 1 chunks durable, 0 buffered>"
