@@ -1,4 +1,4 @@
-"""What a program that ends leaves of the streams that it was writing."""
+"""Streams that a program still produces when it ends, and producers in a forked process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import sys, threading
 from aibind_postgres import DurableStream, PostgresStreamStore
 from aibind_postgres._sync import producing
 
-producing.LAST_WORDS = 20.0  # on a busy machine
+producing.SHUTDOWN_GRACE = 20.0  # the machine may be busy
 store = PostgresStreamStore(sys.argv[1])
 blocked = threading.Event()
 
@@ -35,27 +35,27 @@ list(zip(range(1), store.read_from("s")))
 
 
 @pytest.mark.parametrize("end", ["", "sys.exit(3)", "raise ValueError", "store.close()"])
-def test_a_program_that_ends_breaks_off_what_it_writes(database, end):
-    exit_code, said, complaint = run_to_the_end(PROGRAM.replace("{end}", end), database)
-    assert said == "half error\n", complaint
+def test_end_of_the_program_ends_its_streams(database, end):
+    exit_code, output, errors = run_to_the_end(PROGRAM.replace("{end}", end), database)
+    assert output == "half error\n", errors
     assert exit_code == {"sys.exit(3)": 3, "raise ValueError": 1}.get(end, 0)
     with PostgresStreamStore(database) as store:
         assert store.get_status("s") == ("error", "the answer broke off", 1)
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_a_forked_child_has_none_of_it_to_end(database):
-    over = threading.Event()
+def test_forked_child_has_no_producers(database):
+    release = threading.Event()
 
     def source():
         yield "half"
-        over.wait()
+        release.wait()
 
     with PostgresStreamStore(database) as store:
         stream = DurableStream.start(store, source())
         next(store.read_from(stream.id))
-        with Producer._mutex:  # in the middle of something
-            assert in_a_child(lambda: len(Producer.writing())) == "0"
-        assert Producer.writing(store) == [stream._producer]
-        over.set()
+        with Producer._registry_mutex:  # held by another thread at the moment of the fork
+            assert in_a_child(lambda: (len(Producer.running()), DurableStream.shutdown(store, 20))) == "(0, True)"
+        assert [producer.stream_id for producer in Producer.running(store)] == [stream.id]
+        release.set()
         assert stream.wait(20).state == "done"
