@@ -157,6 +157,6 @@ async def test_queries_of_a_source_after_its_request_leave_no_connections(
 def test_stream_in_an_open_transaction_is_logged(store, caplog):
     with transaction.atomic():
         stream = DurableStream.start(store, generate(None))
-        until(lambda: "is its transaction not over?" in caplog.text)
-    store.fail_abandoned(0)  # in case the producer has not ended the stream yet
+        until(lambda: "is the transaction that created it not over?" in caplog.text)
+    store.fail_abandoned(0)  # unless the producer has come to that itself
     assert store.get_status(stream.id).state == "error"
