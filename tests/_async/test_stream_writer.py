@@ -26,7 +26,7 @@ from aibind_postgres._write_buffer import WriteBuffer
 
 
 class FaultyClient:
-    """A pool whose appends can be delayed, and whose requests or replies can be lost."""
+    """A pool that can delay appends, and lose their requests or replies."""
 
     def __init__(self, pool):
         self.pool = pool

@@ -57,7 +57,7 @@ class AsyncStreamOperations(NamedTuple):
 
 
 class WriterState(Enum):
-    """The states of a stream writer, in their order. READY and CLOSING may be skipped."""
+    """The states of a stream writer, in this order. READY and CLOSING may be skipped."""
 
     NEW = "not entered"
     READY = "not entered, of a stream that is known to be active"
@@ -72,14 +72,14 @@ class AsyncStreamWriter:
     `write` puts a chunk into a buffer. A background worker sends the buffered chunks as one statement. Chunks that are
     written meanwhile form the next statement, so a busy server gets larger statements, not more of them. If the server
     cannot be reached, the worker retries for the store's `retry_for` seconds. Each statement contains the number that
-    its first chunk must get, so a statement whose outcome is unknown is sent again without writing a chunk twice.
+    its first chunk must get, so a statement with an unknown outcome is sent again without writing a chunk twice.
 
     Leaving the block waits until all chunks are durable and completes the stream. If the block raises, the writer also
     sends its chunks, and ends the stream in state error with the first 1,000 characters of the exception's text.
 
-    A stream has one producer: if another producer appends to it, `SequenceConflictError` is raised. Once the stream has
-    ended elsewhere, `is_active` is False and `write` raises `StreamNotActiveError`. The writer notices the end when it
-    is notified, not only with the next statement. An error of the worker is raised by every later call.
+    A stream has one producer: if another one appends to it, `SequenceConflictError` is raised. Once the stream has ended
+    elsewhere, `is_active` is False and `write` raises `StreamNotActiveError`: as soon as the writer is notified, not
+    only with the next statement. An error of the worker is raised by every later call.
 
     On the caller's own connection, or in Django, there is no worker: each chunk is sent at once, in the caller's
     transaction if there is one.
@@ -96,14 +96,8 @@ class AsyncStreamWriter:
     ) -> None:
         """Initialise a writer.
 
-        Args:
-            stream_id: A valid stream id.
-            buffer: An empty buffer.
-            operations: The operations of the store.
-            database: The database of the store.
-            subscribe: Called with a callback. Returns a context manager inside which the callback is called, from any
-                thread, when the stream may have ended.
-            on_end: See the store's `writer`.
+        `subscribe` gets a callback and returns a context manager inside which the callback is called, from any thread,
+        when the stream may have ended.
         """
         self._stream_id = stream_id
         self._operations = operations
@@ -111,7 +105,8 @@ class AsyncStreamWriter:
         self._subscribe = subscribe
         self._subscription = ExitStack()
         self._on_end = on_end
-        self._turns = AsyncLock()  # without a worker, callers send in turn
+        in_background = on_end is not None or not database.client.joins_transactions
+        self._turns = None if in_background else AsyncLock()  # without a worker, callers send in turn
         self._worker: AsyncWorker | None = None
         self._due = AsyncEvent()  # the worker has work
         self._progress = AsyncEvent()  # chunks became durable, or the writer is closed; replaced each time
@@ -151,15 +146,16 @@ class AsyncStreamWriter:
         while True:
             self._database.check_owner()
             with self._mutex:
-                self._check_open()
+                if self._state is not WriterState.OPEN:
+                    raise self._refusal()
                 if self._buffer.add(text):
                     self._ensure_worker()
                     self._due.set()
                     break
                 progress = self._progress
             await self._wait_for(progress)
-        if not self._in_background:
-            await self._send_in_turn()
+        if self._turns is not None:
+            await self._send_in_turn(self._turns)
 
     async def flush(self) -> int:
         """Wait until all written chunks are durable.
@@ -168,10 +164,7 @@ class AsyncStreamWriter:
             The number of the last chunk.
 
         Raises:
-            StreamNotActiveError: The stream has ended before all chunks were stored.
-            StreamNotFoundError: The stream was deleted.
-            SequenceConflictError: Another producer writes to the stream.
-            StreamWriteError: The chunks could not be stored.
+            AibindError: The chunks could not be stored. The classes are those of `write`.
         """
         self._database.check_owner()
         with self._mutex:
@@ -180,7 +173,8 @@ class AsyncStreamWriter:
             with self._mutex:
                 if self._buffer.durable >= last:
                     return last
-                self._raise_error()
+                if self._state is WriterState.CLOSED:
+                    raise self._refusal()
                 progress = self._progress
             await self._wait_for(progress)
 
@@ -283,9 +277,9 @@ class AsyncStreamWriter:
         return was_open
 
     def _request_end(self, text: str) -> None:
-        """Request that the worker ends the stream in state error, after the next batch. Returns at once.
+        """Request that the worker ends the stream in state error, after the next batch. Return at once.
 
-        Before the block is entered, the request waits for that. After it is left, the request has no effect.
+        A request before the block is entered takes effect then. A request after the block is left has no effect.
         """
         with self._mutex:
             self._end_text = text
@@ -297,25 +291,21 @@ class AsyncStreamWriter:
             self._may_have_ended = True
             self._due.set()
 
-    def _check_open(self) -> None:
-        self._raise_error()
-        if self._state is WriterState.CLOSING:
-            raise RuntimeError("the block of this stream writer has been left")
-        if self._state is not WriterState.OPEN:
-            raise RuntimeError("a stream writer must be used as a context manager")
-
-    def _raise_error(self) -> None:
+    def _refusal(self) -> Exception:
+        """Return the error to raise in a call that the state does not allow."""
         if self._error is not None:
-            raise copy_error(self._error) from self._error.__cause__ or self._error
-
-    @property
-    def _in_background(self) -> bool:
-        return self._on_end is not None or not self._database.client.joins_transactions
+            error = copy_error(self._error)
+            error.__cause__ = self._error.__cause__ or self._error
+            return error
+        if self._state is WriterState.CLOSING:
+            return RuntimeError("the block of this stream writer has been left")
+        return RuntimeError("a stream writer must be used as a context manager")
 
     def _ensure_worker(self) -> None:
         """Start a worker if none runs. The last one may have been cancelled, perhaps before it had begun."""
-        alive = self._worker is not None and self._worker.is_alive()
-        if self._in_background and not alive and self._state is not WriterState.CLOSED:
+        if self._worker is not None and self._worker.is_alive():
+            return
+        if self._turns is None and self._state is not WriterState.CLOSED:
             inherit = self._on_end is not None  # the callback belongs to the caller, and so does its context
             self._worker = async_spawn(self._work, "aibind_postgres-writer", inherit=inherit)
             self._due.set()
@@ -333,8 +323,8 @@ class AsyncStreamWriter:
 
     async def _wait_for(self, progress: AsyncEvent) -> None:
         """Wait for progress, with a worker or by sending in this call."""
-        if not self._in_background:
-            await self._send_in_turn()
+        if self._turns is not None:
+            await self._send_in_turn(self._turns)
             return
         is_set = False
         while not is_set:
@@ -342,16 +332,17 @@ class AsyncStreamWriter:
                 self._ensure_worker()
             is_set = await progress.wait(WORKER_CHECK_INTERVAL)
 
-    async def _send_in_turn(self) -> None:
+    async def _send_in_turn(self, turns: AsyncLock) -> None:
         """Send all that is buffered, in this call."""
-        async with self._turns:
+        async with turns:
             while self._buffer and self._state is not WriterState.CLOSED:
                 await self._send_due()
         with self._mutex:
-            self._raise_error()
+            if self._state is WriterState.CLOSED:
+                raise self._refusal()
 
     async def _send_due(self) -> None:
-        """Do what is due: send a batch, or check that the stream is active, and end the stream on request."""
+        """Send a batch, or else check that the stream is active if it may have ended; end the stream on request."""
         with self._mutex:
             if self._state is WriterState.CLOSED:
                 return
@@ -410,6 +401,6 @@ class AsyncStreamWriter:
 
 
 def _storable(error: BaseException) -> str:
-    """Return the text of an exception without what PostgreSQL cannot store, or the name of its class."""
+    """Return the storable part of an exception's text, or the name of its class."""
     text = str(error)[:MAX_ERROR_LENGTH].replace("\0", "").encode(errors="replace").decode()
     return text or type(error).__name__
