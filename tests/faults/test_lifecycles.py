@@ -1,4 +1,4 @@
-"""What becomes of a store when its process forks or ends, or its event loop does."""
+"""Stores whose process forks or ends, or whose event loop ends."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from functools import partial
 import psycopg
 import pytest
 from psycopg_pool import ConnectionPool
+from support.concurrency import until, workers
+from support.leaks import package_objects
 from support.lifecycles import in_a_child, run_to_the_end
 
 from aibind_postgres import (
@@ -22,15 +24,16 @@ from aibind_postgres import (
 )
 
 CHUNKS = 200
+MORE_OBJECTS = 10  # objects of the package that a used store may have in addition to those of a new one
 USES = ["unused", "used", "watching", "busy"]
 
-# psycopg and its pools warn, and Python from 3.12 on, where a process forks that has threads.
+# psycopg, its pools and Python from 3.12 on warn if a process with threads forks.
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
 
 @contextmanager
 def client_of(kind, dsn):
-    """Give what a store is made of."""
+    """Yield a client for a store."""
     if kind == "string":
         yield dsn
     elif kind == "pool":
@@ -48,7 +51,7 @@ def client_of(kind, dsn):
 
 @contextmanager
 def in_use(store, use):
-    """Have a store in use, as far as the case says, while the block runs."""
+    """Use a store while the block runs: not at all, before it, with a waiting reader, or with a reader and writers."""
     if use == "unused":
         yield
         return
@@ -65,10 +68,13 @@ def in_use(store, use):
 
     calls = {"used": [], "watching": [read], "busy": [read, append, append]}[use]
     threads = [threading.Thread(target=call) for call in calls]
-    for thread in threads:
+    for thread in threads[:1]:
         thread.start()
-    while threads and not store._changes.followed():
-        time.sleep(0.001)
+        until(workers)  # the reader waits: the store has started its listener
+    for thread in threads[1:]:
+        thread.start()
+    if threads[1:]:
+        until(lambda: seen)
     try:
         yield
     finally:
@@ -82,7 +88,7 @@ def in_use(store, use):
 
 
 def was_refused(call):
-    """Call in a child; return whether that was refused, with an error that says why and comes at once."""
+    """Return whether a call in a child process raised the error for forked processes, within 20 seconds."""
     began = time.monotonic()
     try:
         call()
@@ -93,26 +99,26 @@ def was_refused(call):
     return False
 
 
-# A connection of the caller's serves one thread.
+# A single connection serves one thread.
 KINDS = [(kind, use) for kind in ("string", "pool", "closed pool") for use in USES]
 KINDS += [("connection", use) for use in USES if use not in ("watching", "busy")]
 
 
 @pytest.mark.parametrize(("kind", "use"), KINDS)
-def test_a_store_in_a_forked_process_works_or_refuses_at_once(dsn, tables, long, kind, use):
+def test_store_in_a_forked_process_works_or_raises_promptly(dsn, tables, long, kind, use):
     for rnd in range(10 if long else 1):
-        mine = f"child {rnd}"
+        child_id = f"child {rnd}"
         with client_of(kind, dsn) as client, PostgresStreamStore(client, **tables) as store:
             if kind == "closed pool" and use != "unused":
                 client.open()
 
-            def child(store=store, client=client, mine=mine):
+            def child(store=store, client=client, child_id=child_id):
                 if kind == "closed pool" and use == "unused":
                     client.open()
-                calls = [partial(store.create, mine)]
-                calls += [partial(store.append, mine, f"{number}") for number in range(20)]
-                calls += [lambda: list(store.read_from(mine, follow=False)), partial(write, store, mine)]
-                calls += [partial(store.wait, mine, 60)]
+                calls = [partial(store.create, child_id)]
+                calls += [partial(store.append, child_id, f"{number}") for number in range(20)]
+                calls += [lambda: list(store.read_from(child_id, follow=False)), partial(write, store, child_id)]
+                calls += [partial(store.wait, child_id, 60)]
                 [refused] = {was_refused(call) for call in calls}
                 store.close()
                 return refused
@@ -127,10 +133,10 @@ def test_a_store_in_a_forked_process_works_or_refuses_at_once(dsn, tables, long,
 
             with in_use(store, use):
                 refused = in_a_child(child, work) == "True"
-                work()  # also once the child is gone
+                work()  # again, after the child has ended
         with PostgresStreamStore(dsn, **tables) as other:
-            assert other.get_status(mine) == (None if refused else ("done", None, 40))
-        # What gunicorn does with `preload`, if there is no connection yet.
+            assert other.get_status(child_id) == (None if refused else ("done", None, 40))
+        # gunicorn with `preload` forks before the first connection: that must work.
         assert not (refused and use == "unused" and kind in ("string", "closed pool"))
 
 
@@ -140,7 +146,7 @@ def write(store, id):
             writer.write(f"{number}")
 
 
-def test_readers_and_writers_of_the_parent_are_refused_in_a_child(dsn, tables):
+def test_readers_and_writers_of_the_parent_raise_in_a_child(dsn, tables):
     with PostgresStreamStore(dsn, **tables) as store:
         id = store.create()
         store.append(id, "a")
@@ -162,7 +168,7 @@ def test_readers_and_writers_of_the_parent_are_refused_in_a_child(dsn, tables):
         assert [chunk.data for chunk in reader] == ["b", "d"]
 
 
-def test_a_conversation_store_in_a_forked_process_works_or_refuses_at_once(dsn, conversations):
+def test_conversation_store_in_a_forked_process_works_or_raises_promptly(dsn, conversations):
     with PostgresConversationStore(dsn, table=conversations) as store:
         chat = ChatHistory()
         chat.append({"by": "parent"})
@@ -181,7 +187,7 @@ def test_a_conversation_store_in_a_forked_process_works_or_refuses_at_once(dsn, 
 
 
 @pytest.mark.parametrize("used", [False, True])
-def test_an_asynchronous_store_in_a_forked_process_works_or_refuses_at_once(dsn, tables, used):
+def test_asynchronous_store_in_a_forked_process_works_or_raises_promptly(dsn, tables, used):
     store = AsyncPostgresStreamStore(dsn, **tables)
 
     async def use(id):
@@ -213,11 +219,12 @@ def test_an_asynchronous_store_in_a_forked_process_works_or_refuses_at_once(dsn,
         assert not used or other.get_status("parent").total_chunks == 40
 
 
-async def follow(store, id):
-    return [chunk.data async for chunk in store.read_from(id)]
+async def follow(store, id, seen):
+    async for chunk in store.read_from(id):
+        seen.append(chunk.data)
 
 
-def test_a_store_serves_one_event_loop(dsn, tables):
+def test_store_serves_one_event_loop(dsn, tables):
     store = AsyncPostgresStreamStore(dsn, **tables)
 
     async def first():
@@ -229,7 +236,7 @@ def test_a_store_serves_one_event_loop(dsn, tables):
             store.create,
             partial(store.append, id, "b"),
             partial(store.get_status, id),
-            partial(follow, store, id),
+            partial(follow, store, id, []),
         ]
         calls += [store.writer(id).__aenter__, partial(writer.write, "b"), writer.flush, store.cleanup, store.close]
         for call in calls:
@@ -239,7 +246,7 @@ def test_a_store_serves_one_event_loop(dsn, tables):
     asyncio.run(second(*asyncio.run(first())))
 
 
-async def hold(store, id):
+async def write_and_sleep(store, id):
     async with store.writer(id) as writer:
         await writer.write("b")
         await writer.flush()
@@ -248,27 +255,37 @@ async def hold(store, id):
 
 def test_one_event_loop_after_another(dsn, tables, long):
     async def use(id):
-        async with AsyncPostgresStreamStore(dsn, **tables) as store:
+        store = AsyncPostgresStreamStore(dsn, **tables)
+        before = package_objects()
+        async with store:
             await store.create(id)
-            reader = asyncio.create_task(follow(store, id))
+            seen = []
+            reader = asyncio.create_task(follow(store, id, seen))
             async with store.writer(id) as writer:
                 await writer.write("a")
-            assert await asyncio.wait_for(reader, 20) == ["a"]
-            # Whom the end of the loop meets at their work, and the store in its closing.
-            await store.create(f"{id} cut off")
-            cut_off = [asyncio.create_task(follow(store, f"{id} cut off")) for _ in range(10)]
-            cut_off += [asyncio.create_task(hold(store, f"{id} cut off"))]
-            while not store._changes.followed():
+            await asyncio.wait_for(reader, 20)
+            assert seen == ["a"]
+            # The loop ends, and the store is closed, while these calls run.
+            await store.create(f"{id} interrupted")
+            seen = []
+            interrupted = [asyncio.create_task(follow(store, f"{id} interrupted", seen)) for _ in range(10)]
+            interrupted += [asyncio.create_task(write_and_sleep(store, f"{id} interrupted"))]
+            while len(seen) < 10:  # then each reader waits for the next chunk
                 await asyncio.sleep(0.01)
-        return store, cut_off
+        return store, interrupted, before
 
     for number in range(50 if long else 5):
-        store, cut_off = asyncio.run(asyncio.wait_for(use(f"stream {number}"), 40))
-        assert store._changes.followed() == []
-        assert all(task.done() for task in cut_off)
+        store, interrupted, before = asyncio.run(asyncio.wait_for(use(f"stream {number}"), 40))
+        assert all(task.done() for task in interrupted)
+        for task in interrupted:
+            assert task.cancelled() or task.exception() is not None
+        del task, interrupted
+        more = package_objects() - before
+        assert sum(more.values()) <= MORE_OBJECTS, more
+        del store
 
 
-def test_an_event_loop_ends_while_the_pool_of_a_store_that_was_not_closed_grows(dsn, tables, long):
+def test_event_loop_ends_while_the_pool_of_an_open_store_grows(dsn, tables, long):
     async def use():
         store = AsyncPostgresStreamStore(dsn, **tables)
         await asyncio.gather(*(store.get_status("nothing") for _ in range(20)))
@@ -285,6 +302,10 @@ from aibind_postgres import AsyncPostgresStreamStore, PostgresStreamStore, Store
 
 how, dsn, schema = sys.argv[1:]
 options = {f"{kind}_table": Identifier(schema, kind) for kind in ("chunks", "status")}
+
+
+def is_waiting():  # a store with a waiting reader has a listener
+    return any(thread.name.startswith("aibind_postgres-") for thread in threading.enumerate())
 
 
 def end():
@@ -310,6 +331,8 @@ def with_threads():
     if "readers" in how:
         for _ in range(20):
             threading.Thread(target=read, daemon=True).start()
+        while not is_waiting():
+            time.sleep(0.01)
     if "writer" in how:
         threading.Thread(target=write, daemon=True).start()
     if "left" in how:
@@ -320,8 +343,6 @@ def with_threads():
         left = store.read_from("s")
         store.append("s", "x")
         next(left)
-    while "readers" in how and not store._changes.followed():
-        time.sleep(0.01)
     time.sleep(0.3)
     if "closed" in how:
         store.close()
@@ -374,9 +395,9 @@ SITUATIONS = ["readers", "writer", "readers and writer", "left", "reader here", 
 
 @pytest.mark.parametrize("kind", ["threads", "tasks"])
 @pytest.mark.parametrize("situation", SITUATIONS)
-def test_an_interpreter_ends_without_a_word(dsn, tables, schema_name, long, kind, situation):
+def test_interpreter_exits_without_output(dsn, tables, schema_name, long, kind, situation):
     for _ in range(10 if long else 1):
-        code, said, errors = run_to_the_end(PROGRAM, f"{kind}: {situation}", dsn, schema_name)
-        assert (code, said, errors) == (3 if "raise" in situation else 0, "end\n", "")
+        code, output, errors = run_to_the_end(PROGRAM, f"{kind}: {situation}", dsn, schema_name)
+        assert (code, output, errors) == (3 if "raise" in situation else 0, "end\n", "")
         with PostgresStreamStore(dsn, **tables) as store:
             assert store.delete("s")
