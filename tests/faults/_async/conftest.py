@@ -1,4 +1,4 @@
-"""A server that is reached by a network, which breaks, and by a way of its own."""
+"""A server that is reached through a faulty network and directly."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from aibind_postgres import AsyncPostgresStreamStore, schema
 
 
 @pytest.fixture(scope="module")
-def distant():
+def server_dsn():
     with servers.own_server() as server:
         schema.migrate(server.dsn)
         yield server.dsn
 
 
 @pytest.fixture
-async def network(distant):
-    """The way to the server. When a test is over, nothing of it is left there or here."""
-    with proxy.proxy(distant) as network:
+async def network(server_dsn):
+    """The proxy in front of the server. After the test no worker and no connection is left."""
+    with proxy.proxy(server_dsn) as network:
         yield network
         network.heal()
         await async_until(lambda: async_workers() == [])
-    with psycopg.connect(distant, autocommit=True) as admin:
+    with psycopg.connect(server_dsn, autocommit=True) as admin:
         others = "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend' AND pid <> %s"
         await async_until(lambda: admin.execute(others, [admin.info.backend_pid]).fetchone() == (0,))
 
 
 @pytest.fixture
-async def direct(distant):
-    """A store that does not take that way."""
-    async with AsyncPostgresStreamStore(distant) as store:
+async def direct(server_dsn):
+    """A store that bypasses the proxy."""
+    async with AsyncPostgresStreamStore(server_dsn) as store:
         yield store

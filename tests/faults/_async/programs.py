@@ -1,4 +1,4 @@
-"""Programs for processes of their own: producers, which are killed, and a reader. Each says at once what it knows."""
+"""Programs for separate processes: producers, which the tests kill, and a reader. Each reports its results at once."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ async def append_many(dsn, id, name):
     async with AsyncPostgresStreamStore(dsn) as store:
         seq = await next_seq(store, id)
         while True:
-            texts = [text_of(name, seq + place) for place in range(BATCH)]
+            texts = [text_of(name, seq + offset) for offset in range(BATCH)]
             say(await store.append_many(id, texts, expected_seq=seq))
             seq += BATCH
 

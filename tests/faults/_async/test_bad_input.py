@@ -1,4 +1,4 @@
-"""Names, ids and texts that mean harm, or are odd or huge: a named error or correct storage, and nothing executed."""
+"""Hostile, odd and huge names, ids and texts: stored unchanged or refused with a named error, and never executed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.timeout(600)
 
 MIB = 2**20
 
-# Each would drop the canary, or run, if any part of it were taken for SQL. Names have at most 63 bytes.
+# Each would drop the canary, or run, if part of it were executed as SQL. Names have at most 63 bytes.
 HOSTILE = [
     "'; DROP TABLE canary; --",
     '"; DROP TABLE canary; --',
@@ -40,7 +40,7 @@ REFUSED = ["NUL \0", "\ud800", "\udfff alone", "", HUGE]
 
 @pytest.fixture
 async def admin(dsn, schema_name):
-    """A connection to the schema of this test, where the canary lives that hostile SQL would drop."""
+    """A connection to the schema of the test, with the canary table that hostile SQL would drop."""
     options = f'-c search_path="{schema_name}"'
     async with await psycopg.AsyncConnection.connect(dsn, autocommit=True, options=options) as connection:
         await connection.execute("CREATE TABLE canary ()")
@@ -53,7 +53,7 @@ async def chunks_of(store, id):
 
 
 @pytest.mark.parametrize("name", [*HOSTILE, *ODD])
-async def test_a_table_name_is_a_name_and_no_more(dsn, schema_name, admin, name):
+async def test_hostile_table_name_is_not_executed(dsn, schema_name, admin, name):
     in_schema = make_conninfo(dsn, options=f'-c search_path="{schema_name}"')
     names = {
         "chunks_table": psycopg.sql.Identifier(name + "1"),
@@ -82,7 +82,7 @@ async def test_a_table_name_is_a_name_and_no_more(dsn, schema_name, admin, name)
 
 
 @pytest.mark.parametrize("name", REFUSED)
-async def test_a_table_name_that_cannot_be_one_is_refused(dsn, name):
+async def test_invalid_table_name_raises(dsn, name):
     for options in ({"chunks_table": name}, {"status_table": psycopg.sql.Identifier(name)}):
         with pytest.raises(ValueError, match="name"):
             AsyncPostgresStreamStore(dsn, **options)
@@ -90,8 +90,8 @@ async def test_a_table_name_that_cannot_be_one_is_refused(dsn, name):
         AsyncPostgresConversationStore(dsn, table=name)
 
 
-async def test_ids_and_texts_are_stored_to_the_letter(dsn, tables, conversations, admin):
-    """Also those that look the same, or are the same after normalization."""
+async def test_ids_and_texts_are_stored_unchanged(dsn, tables, conversations, admin):
+    """Includes texts that look the same, or are equal after Unicode normalization."""
     values = [*HOSTILE, *ODD]
     async with (
         AsyncPostgresStreamStore(dsn, **tables) as store,
@@ -114,7 +114,7 @@ async def test_ids_and_texts_are_stored_to_the_letter(dsn, tables, conversations
 
 
 @pytest.mark.parametrize("id", [*REFUSED, "👍" * 257])
-async def test_an_id_that_cannot_be_one_is_refused_and_not_repeated(dsn, tables, id):
+async def test_invalid_id_raises_a_short_error(dsn, tables, id):
     async with AsyncPostgresStreamStore(dsn, **tables) as store:
         for call in (store.create, store.acquire, store.get_status, store.stop, store.delete, store.wait):
             with pytest.raises(InvalidDataError) as caught:
@@ -127,7 +127,7 @@ async def test_an_id_that_cannot_be_one_is_refused_and_not_repeated(dsn, tables,
         assert [info async for info in store.list()] == []
 
 
-async def test_a_text_that_cannot_be_stored_leaves_the_stream_as_it_was(dsn, tables):
+async def test_invalid_text_leaves_the_stream_unchanged(dsn, tables):
     async with AsyncPostgresStreamStore(dsn, **tables) as store:
         id = await store.create()
         async with store.writer(id) as writer:
@@ -143,8 +143,8 @@ async def test_a_text_that_cannot_be_stored_leaves_the_stream_as_it_was(dsn, tab
         assert await chunks_of(store, id) == [(1, "first"), (2, "second")]
 
 
-async def test_a_message_that_text_cannot_hold_is_kept(dsn, conversations):
-    """JSON has an escape for what PostgreSQL refuses in a text."""
+async def test_message_with_nul_or_surrogates_is_stored(dsn, conversations):
+    """PostgreSQL refuses these characters in text; JSON escapes them."""
     messages = ["NUL \0", "\ud800", "\udc00\ud800", {"\0": "\ud800"}, HUGE]
     async with AsyncPostgresConversationStore(dsn, table=conversations) as store:
         async with store.edit("s") as chat:
@@ -154,7 +154,7 @@ async def test_a_message_that_text_cannot_hold_is_kept(dsn, conversations):
 
 
 @pytest.mark.parametrize("letter", ["x", "\x01", "é"])
-async def test_a_huge_chunk_is_stored_whole(dsn, tables, long, letter):
+async def test_huge_chunk_is_stored_whole(dsn, tables, long, letter):
     size = (64 if long else 8) * MIB // len(letter.encode())
     chunk = letter * (size - 1) + "|"
     async with AsyncPostgresStreamStore(dsn, **tables) as store:
@@ -165,12 +165,12 @@ async def test_a_huge_chunk_is_stored_whole(dsn, tables, long, letter):
         async with store.writer(id) as writer:
             await writer.write(chunk)
         found = [chunk.data async for chunk in store.read_from(id)]
-        # Not as one comparison, whose report would hold all of it.
+        # A failing comparison of the lists would print all of the text.
         assert [len(text) for text in found] == [size, size, 5, size]
         assert all(text == chunk for text in (found[0], found[1], found[3]))
 
 
-async def test_a_huge_conversation_is_stored_whole(dsn, conversations, long):
+async def test_huge_conversation_is_stored_whole(dsn, conversations, long):
     message = "👍" * ((64 if long else 8) * MIB // 4)
     async with AsyncPostgresConversationStore(dsn, table=conversations) as store:
         chat = ChatHistory()
@@ -182,7 +182,7 @@ async def test_a_huge_conversation_is_stored_whole(dsn, conversations, long):
 
 
 @pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII", "EUC_JP", "WIN1252"])
-async def test_a_database_of_another_encoding_stores_the_same_or_says_no(server, encoding):
+async def test_other_database_encodings_store_text_unchanged_or_raise(server, encoding):
     name = f"aibind_{uuid.uuid4().hex}"
     dsn = make_conninfo(server, dbname=name)
     async with await psycopg.AsyncConnection.connect(server, autocommit=True) as admin:
@@ -191,13 +191,13 @@ async def test_a_database_of_another_encoding_stores_the_same_or_says_no(server,
             await schema.async_migrate(dsn)
             async with AsyncPostgresStreamStore(dsn) as store, AsyncPostgresConversationStore(dsn) as conversations:
                 for text in ("plain", "é", "日本", "👍", "e\u0301", "\x01", "\ufffe"):
-                    await hold(store, conversations, text, may_refuse=encoding != "SQL_ASCII")
+                    await store_everywhere(store, conversations, text, may_refuse=encoding != "SQL_ASCII")
         finally:
             await admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
-async def hold(store, conversations, text, *, may_refuse):
-    """Store a text in every place that there is; where it is refused, nothing must have been written."""
+async def store_everywhere(store, conversations, text, *, may_refuse):
+    """Store a text as chunk, id, error text and message; if it is refused, check that nothing was written."""
     id = await store.create()
     try:
         await store.append(id, text)

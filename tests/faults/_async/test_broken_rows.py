@@ -1,16 +1,19 @@
-"""Rows that others have written, and that no store writes: a named error or what is there, and nothing else suffers."""
+"""Invalid rows from other programs: reads return the rows or raise a named error, and other streams are unaffected."""
 
 from __future__ import annotations
 
 import json
 import math
+import uuid
 from datetime import datetime, timezone
 from functools import partial
 from time import monotonic
 
 import psycopg
 import pytest
-from support.concurrency import AsyncBackground, async_gather, async_sleep
+from psycopg_pool import AsyncConnectionPool
+from support.concurrency import AsyncBackground, async_gather, async_sleep, async_until
+from support.recording import AsyncRecordingClient
 
 from aibind_postgres import (
     AibindError,
@@ -21,12 +24,12 @@ from aibind_postgres import (
     StoreClosedError,
     StreamNotActiveError,
 )
-from aibind_postgres._async import stream_store
 
 pytestmark = pytest.mark.timeout(300)
 
-FAR_OFF = [2**63 - 1, 10**16, -1, -(10**16), -(2**63)]  # as expires_at
-NO_TIMES = ["infinity", "-infinity", "20000-01-01", "0100-01-01 BC"]  # as created_at
+FAR_OFF = [2**63 - 1, 10**16, -1, -(10**16), -(2**63)]  # values of expires_at
+NO_TIMES = ["infinity", "-infinity", "20000-01-01", "0100-01-01 BC"]  # values of created_at outside datetime's range
+PAGE = 2000  # streams that one statement lists
 
 NODE = {"id": "q", "message": "secret", "parentId": None, "children": []}
 DOCUMENT = {"version": 1, "nodes": {"q": NODE}, "rootIds": ["q"], "activeLeafId": "q"}
@@ -57,19 +60,12 @@ BROKEN_DOCUMENTS = [
 ]
 
 
-class Limited:
-    """A client that refuses to go on after a number of statements."""
-
-    def __init__(self, connection):
-        self.connection = connection
-        self.left = 100
+class AsyncLimitedClient(AsyncRecordingClient):
+    """A client that refuses the hundredth statement."""
 
     async def query(self, sql, params):
-        self.left -= 1
-        assert self.left > 0, "the store sends statement after statement"
-        cursor = psycopg.AsyncRawCursor(self.connection)
-        await cursor.execute(sql, params)
-        return await cursor.fetchall()
+        assert len(self.statements) < 99, "the store sends too many statements"
+        return await super().query(sql, params)
 
 
 @pytest.fixture
@@ -86,7 +82,7 @@ async def admin(dsn):
 
 @pytest.fixture
 async def write(admin, tables):
-    """Write a row of a stream's status and its chunks, as another program does."""
+    """Insert a status row and the chunks of a stream, as another program may."""
     names = {"status": tables["status_table"], "chunks": tables["chunks_table"]}
 
     async def write(id, *, state="active", total=0, chunks=(), expires_at=10**13, **columns):
@@ -106,7 +102,7 @@ async def write(admin, tables):
 
 @pytest.fixture
 async def write_times(admin, tables):
-    """Write when the chunks were written, from number 1 on."""
+    """Set created_at of the chunks, from number 1 on."""
     update = psycopg.sql.SQL("UPDATE {} SET created_at = %s WHERE seq = %s").format(tables["chunks_table"])
 
     async def write_times(times):
@@ -124,14 +120,15 @@ async def replayed(store, id, speed):
     return [chunk.seq async for chunk in store.replay(id, speed=speed)]
 
 
-async def all_waiting(store, number):
-    """Wait until so many wait at one feed."""
-    while not any(len(feed.waiting) == number for feed in store._changes.followed()):
+async def until_listening(admin, application_name):
+    """Wait until a store has a LISTEN connection, which it opens once a reader waits."""
+    statement = "SELECT count(*) FROM pg_stat_activity WHERE application_name = %s AND query LIKE 'LISTEN%%'"
+    while (await (await admin.execute(statement, [application_name])).fetchone()) == (0,):
         await async_sleep(0.01)
 
 
 @pytest.mark.parametrize("state", ["paused", "", "ACTIVE", "active ", "'; --"])
-async def test_a_state_that_is_unknown_is_no_active_one(store, write, state):
+async def test_unknown_state_counts_as_ended(store, write, state):
     await write("a", state=state, total=2, chunks=[1, 2])
     assert await store.get_status("a") == (state, None, 2)
     assert await store.wait("a", 0) == (state, None, 2)
@@ -156,8 +153,8 @@ async def test_a_state_that_is_unknown_is_no_active_one(store, write, state):
 
 
 @pytest.mark.parametrize("chunks", [[1, 3], [2, 3], [1, 2], [3], []])
-async def test_a_hole_is_passed_on_as_a_hole(store, write, chunks):
-    """What is there comes under its own number. Nothing moves up to fill the hole, and nobody waits for what is not."""
+async def test_missing_chunks_leave_a_gap(store, write, chunks):
+    """Each chunk keeps its number, and readers do not wait for missing ones."""
     await write("a", total=3, chunks=chunks)
     assert await numbers(store, "a") == chunks
     assert await store.append("a", "new") == 4
@@ -167,7 +164,7 @@ async def test_a_hole_is_passed_on_as_a_hole(store, write, chunks):
     assert await replayed(store, "a", math.inf) == [*chunks, 4]
 
 
-async def test_more_chunks_than_are_counted_are_neither_read_nor_written_over(store, write):
+async def test_uncounted_chunks_are_neither_read_nor_overwritten(store, write):
     await write("a", total=1, chunks=[1, 2, 3])
     assert await numbers(store, "a") == [1]
     for expected in (None, 2):
@@ -187,10 +184,9 @@ async def test_more_chunks_than_are_counted_are_neither_read_nor_written_over(st
     assert await numbers(store, "a") == [1]
 
 
-async def test_many_more_chunks_counted_than_there_are_take_few_statements(admin, tables, write):
+async def test_wide_gaps_are_read_with_few_statements(dsn, tables, write):
     await write("a", state="done", total=2**31 - 1, chunks=[1, 2, 2**31 - 1])
-    client = Limited(admin)
-    async with AsyncPostgresStreamStore(client, **tables) as store:
+    async with AsyncLimitedClient(dsn) as client, AsyncPostgresStreamStore(client, **tables) as store:
         assert await numbers(store, "a") == [1, 2, 2**31 - 1]
         assert await numbers(store, "a", 2, follow=True) == [2**31 - 1]
         assert await numbers(store, "a", 2**31 - 1) == []
@@ -198,14 +194,14 @@ async def test_many_more_chunks_counted_than_there_are_take_few_statements(admin
 
 
 @pytest.mark.parametrize("last", [[], [2**31 - 1]])
-async def test_a_count_that_leaps_takes_those_who_follow_few_statements(dsn, admin, tables, write, last):
+async def test_wide_gaps_are_followed_with_few_statements(dsn, admin, tables, write, last):
     await write("a", total=2, chunks=[1, 2, *last])
     async with (
-        await psycopg.AsyncConnection.connect(dsn, autocommit=True) as connection,
-        AsyncPostgresStreamStore(Limited(connection), **tables, poll_interval=0.05) as store,
+        AsyncLimitedClient(dsn) as client,
+        AsyncPostgresStreamStore(client, **tables, poll_interval=0.05) as store,
         AsyncBackground(partial(async_gather, *[partial(numbers, store, "a", follow=True)] * 3)) as readers,
     ):
-        await all_waiting(store, 3)
+        await client.wait_for_followers("a", 3)
         leap = psycopg.sql.SQL("UPDATE {} SET total_chunks = 2147483647").format(tables["status_table"])
         await admin.execute(leap)
         await async_sleep(0.2)
@@ -213,7 +209,7 @@ async def test_a_count_that_leaps_takes_those_who_follow_few_statements(dsn, adm
         assert await readers.result() == [[1, 2, *last]] * 3
 
 
-async def test_no_number_is_left_after_the_last_one(store, write):
+async def test_append_after_the_last_number_raises(store, write):
     await write("a", total=2**31 - 1)
     for call in (
         lambda: store.append("a", "x"),
@@ -227,7 +223,7 @@ async def test_no_number_is_left_after_the_last_one(store, write):
 
 
 @pytest.mark.parametrize("total", [-1, -5, -(2**31)])
-async def test_a_count_below_zero_takes_no_chunk_that_nobody_will_read(store, write, total):
+async def test_append_to_a_negative_count_raises(store, write, total):
     await write("a", total=total, chunks=[-2, -1, 0])
     await write("b")
     for call in (
@@ -252,22 +248,29 @@ async def test_a_count_below_zero_takes_no_chunk_that_nobody_will_read(store, wr
 
 
 @pytest.mark.parametrize("total", [-1, -(2**31)])
-async def test_a_count_below_zero_sends_nobody_away(store, write, total):
+async def test_negative_count_does_not_end_readers(dsn, tables, admin, write, total):
     await write("a", total=total)
-    calls = [partial(numbers, store, "a", follow=True), partial(store.wait, "a")] * 3
-    async with AsyncBackground(partial(async_gather, *calls)) as waiting:
-        await all_waiting(store, 6)
-        with pytest.raises(TimeoutError):
-            await store.wait("a", 0.2)
-        await store.complete("a")
-        assert await waiting.result() == [[], ("done", None, 0)] * 3
+    name = f"negative count {uuid.uuid4()}"
+    options = {"min_size": 4, "kwargs": {"autocommit": True, "application_name": name}, "open": False}
+    async with (
+        AsyncConnectionPool(dsn, **options) as pool,
+        AsyncPostgresStreamStore(pool, **tables) as store,
+    ):
+        calls = [partial(numbers, store, "a", follow=True), partial(store.wait, "a")] * 3
+        async with AsyncBackground(partial(async_gather, *calls)) as waiting:
+            await async_until(lambda: pool.get_stats().get("requests_num", 0) >= len(calls))
+            await until_listening(admin, name)
+            with pytest.raises(TimeoutError):
+                await store.wait("a", 0.2)
+            await store.complete("a")
+            assert await waiting.result() == [[], ("done", None, 0)] * 3
 
 
 @pytest.mark.parametrize("expires_at", FAR_OFF)
-async def test_an_expiry_that_is_far_off_harms_nobody_else(store, write, expires_at):
+async def test_extreme_expiry_does_not_affect_other_streams(store, write, expires_at):
     await write("a", expires_at=expires_at, created_at=None)
     await write("b", state="done", expires_at=expires_at, created_at=None)
-    await write("c", total=1, expires_at=expires_at)  # whose chunk is missing, and with it the time of that
+    await write("c", total=1, expires_at=expires_at)  # its chunk is missing, and so is the time of that chunk
     await write("d", total=-(2**31), expires_at=expires_at, created_at=None)
     await write("silent", created_at="2000-01-01")
     assert [info.id async for info in store.list()] == ["a", "b", "c", "d", "silent"]
@@ -278,42 +281,47 @@ async def test_an_expiry_that_is_far_off_harms_nobody_else(store, write, expires
 
 
 @pytest.mark.parametrize("created_at", NO_TIMES)
-async def test_a_creation_that_is_no_time_harms_nobody_else(store, write, created_at):
+async def test_extreme_created_at_does_not_affect_other_streams(store, write, created_at):
     await write("a", created_at=created_at)
     await write("silent", created_at="2000-01-01")
     assert "silent" in await store.fail_abandoned(60)
     assert [(info.id, info.created_at is None) async for info in store.list()] == [("a", True), ("silent", False)]
 
 
-@pytest.mark.parametrize("page", [1, 2, 3, 100])
-async def test_creations_that_are_no_times_are_listed_in_their_order(store, write, monkeypatch, page):
-    monkeypatch.setattr(stream_store, "PAGE", page)
+@pytest.mark.parametrize("groups_per_page", [1, 2, 3, 100])
+async def test_extreme_created_at_is_listed_in_order(store, admin, tables, groups_per_page):
+    """A page ends after so many groups of streams with the same time and letter."""
+    copies = PAGE // groups_per_page
+    insert = psycopg.sql.SQL(
+        "INSERT INTO {} (id, expires_at, created_at) "
+        "SELECT %s || ' ' || letter || ' ' || to_char(copy, 'FM0000'), 10000000000000, %s "
+        "FROM unnest('{{a,b}}'::text[]) letter, generate_series(1, %s) copy"
+    ).format(tables["status_table"])
     noon = [datetime(2026, 1, day, 12, 0, 0, 123456, timezone.utc) for day in (1, 2, 3)]
     for created_at in (*NO_TIMES, *noon):
-        await write(f"{created_at} a", created_at=created_at)
-        await write(f"{created_at} b", created_at=created_at)
+        await admin.execute(insert, [str(created_at), created_at, copies])
     ages = ["-infinity", "0100-01-01 BC", *noon, "20000-01-01", "infinity"]
-    ids = [f"{created_at} {letter}" for created_at in ages for letter in "ab"]
-    assert [info.id async for info in store.list(created_after=noon[1])] == ids[6:]
-    assert [info.id async for info in store.list(created_before=noon[1])] == ids[:6]
+    ids = [f"{time} {letter} {copy:04}" for time in ages for letter in "ab" for copy in range(1, copies + 1)]
+    assert [info.id async for info in store.list(created_after=noon[1])] == ids[6 * copies :]
+    assert [info.id async for info in store.list(created_before=noon[1])] == ids[: 6 * copies]
     early, late = (time.replace(tzinfo=timezone.utc) for time in (datetime.min, datetime.max))
     between = [info async for info in store.list(created_after=early, created_before=late)]
-    assert [info.id for info in between] == ids[4:10]
-    assert [info.created_at for info in between[::2]] == noon
+    assert [info.id for info in between] == ids[4 * copies : 10 * copies]
+    assert [info.created_at for info in between] == [time for time in noon for _ in range(2 * copies)]
     assert {info.id async for info in store.list()} == set(ids)
 
 
-async def test_a_replay_takes_what_is_no_time_for_an_unknown_one(store, write, write_times):
+async def test_replay_treats_extreme_times_as_unknown(store, write, write_times):
     times = [*NO_TIMES, "2026-01-01 12:00", *NO_TIMES, "2026-01-01 12:00:00.1", *NO_TIMES]
     chunks = list(range(1, len(times) + 1))
     await write("a", total=len(times), chunks=chunks)
     await write_times(times)
-    begun = monotonic()
+    started_at = monotonic()
     assert await replayed(store, "a", 1) == chunks
-    assert monotonic() - begun >= 0.1
+    assert monotonic() - started_at >= 0.1
 
 
-async def test_a_replay_with_a_pause_of_ages_waits_until_the_store_is_closed(store, write, write_times):
+async def test_replay_with_a_pause_of_centuries_ends_with_the_store(store, write, write_times):
     await write("a", total=2, chunks=[1, 2])
     await write_times(["0002-01-01", "9998-01-01"])
     async with AsyncBackground(partial(async_gather, partial(replayed, store, "a", 1), errors=True)) as reader:
@@ -323,7 +331,7 @@ async def test_a_replay_with_a_pause_of_ages_waits_until_the_store_is_closed(sto
 
 
 @pytest.mark.parametrize("length", [1025, 2000, 20_000])
-async def test_an_id_that_is_too_long_harms_nobody_else(store, write, length):
+async def test_overlong_id_does_not_affect_other_streams(store, write, length):
     await write("i" * length, created_at="2000-01-01")
     await write("silent", created_at="2000-01-01")
     assert sorted(await store.fail_abandoned(60)) == ["i" * length, "silent"]
@@ -332,7 +340,7 @@ async def test_an_id_that_is_too_long_harms_nobody_else(store, write, length):
 
 
 @pytest.mark.parametrize("data", BROKEN_DOCUMENTS, ids=range(len(BROKEN_DOCUMENTS)))
-async def test_what_is_no_conversation_is_told_and_left_alone(dsn, conversations, admin, data):
+async def test_invalid_conversation_raises_and_stays_unchanged(dsn, conversations, admin, data):
     table = conversations.as_string(None)
     await admin.execute(f"INSERT INTO {table} VALUES ('s', %s, 9e15), ('good', %s, 9e15)", [data, json.dumps(DOCUMENT)])
     async with AsyncPostgresConversationStore(dsn, table=conversations) as store:
@@ -348,7 +356,7 @@ async def test_what_is_no_conversation_is_told_and_left_alone(dsn, conversations
             assert "secret" not in str(caught.value)
         with pytest.raises(InvalidHistoryError):
             async with store.edit("s"):
-                pytest.fail("there is nothing to edit")
+                pytest.fail("an invalid conversation was loaded")
         assert await (await admin.execute(f"SELECT data FROM {table} WHERE session_id = 's'")).fetchone() == (data,)
         assert chat.messages == ["mine"]
         assert [info.session_id async for info in store.list()] == ["good", "s"]
@@ -358,14 +366,14 @@ async def test_what_is_no_conversation_is_told_and_left_alone(dsn, conversations
 
 
 @pytest.mark.parametrize("expires_at", FAR_OFF)
-async def test_a_conversation_whose_expiry_is_far_off(dsn, conversations, admin, expires_at):
+async def test_conversation_with_an_extreme_expiry(dsn, conversations, admin, expires_at):
     table = conversations.as_string(None)
     await admin.execute(f"INSERT INTO {table} VALUES ('s', %s, %s)", [json.dumps(DOCUMENT), expires_at])
-    lives = expires_at > 0
+    is_alive = expires_at > 0
     async with AsyncPostgresConversationStore(dsn, table=conversations) as store:
-        assert (await store.load("s")).is_empty is not lives
-        assert [info.session_id async for info in store.list()] == ["s"] * lives
-        assert await store.cleanup() == (not lives)
+        assert (await store.load("s")).is_empty is not is_alive
+        assert [info.session_id async for info in store.list()] == ["s"] * is_alive
+        assert await store.cleanup() == (not is_alive)
         async with store.edit("s") as chat:
             chat.append("mine")
-        assert (await store.load("s")).messages == ["secret"] * lives + ["mine"]
+        assert (await store.load("s")).messages == ["secret"] * is_alive + ["mine"]
