@@ -1,4 +1,4 @@
-"""Many who write, end and read a few streams at once: what each was told, held against what is there in the end."""
+"""Concurrent writes, ends and reads of a few streams: the results of all calls must agree with the final rows."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ ENDS = {"stop": "stopped", "complete": "done", "fail": "error"}
 
 
 class Caller:
-    """One who acts at random on all streams, and notes what it did and what came of it."""
+    """Makes random calls on all streams, and records each call with its result."""
 
     def __init__(self, store, other, record, name, seed):
         self.store = store
-        self.other = other  # over which what is sent again goes
+        self.other = other  # the store for repeated appends
         self.record = record
         self.name = name
         self.random = random.Random(f"{seed}/{name}")
@@ -32,7 +32,7 @@ class Caller:
 
     def new_texts(self, number):
         self.written += number
-        return [f"{self.name}/{place}" for place in range(self.written - number, self.written)]
+        return [f"{self.name}/{index}" for index in range(self.written - number, self.written)]
 
     async def append(self, stream, texts, expected, *, alone, again=False):
         store = self.other if again else self.store
@@ -51,7 +51,7 @@ class Caller:
             self.seen[stream] = getattr(result, "actual", self.seen[stream] + 1) - 1
 
     async def append_and_repeat(self, stream, texts, expected, *, alone):
-        """Send the same again, as after a lost reply, or at the same time, as when the first attempt hangs."""
+        """Append twice: one after the other, as after a lost reply, or at once, as when the first attempt hangs."""
         attempt = partial(self.append, stream, texts, expected, alone=alone)
         if self.random.random() < 0.5:
             await async_gather(attempt, partial(attempt, again=True))
@@ -91,7 +91,7 @@ class Caller:
 
 
 @pytest.mark.parametrize("seed", range(5))
-async def test_what_all_were_told_is_what_happened(dsn, tables, long, seed):
+async def test_results_of_concurrent_calls_are_consistent(dsn, tables, long, seed):
     callers, rounds = (24, 600) if long else (8, 60)
     record = Record()
     async with (
@@ -100,18 +100,18 @@ async def test_what_all_were_told_is_what_happened(dsn, tables, long, seed):
     ):
         for stream in STREAMS:
             await one.create(stream)
-        choose = random.Random(seed)
+        rng = random.Random(seed)
         stores = [(one, other), (other, one)]
-        acting = [Caller(*stores[number % 2], record, f"caller {number}", seed) for number in range(callers)]
+        all_callers = [Caller(*stores[number % 2], record, f"caller {number}", seed) for number in range(callers)]
         following = [
-            partial(caller.read, choose.choice(STREAMS), choose.choice([0, 0, 1, 7, 30]), follow=True)
-            for caller in acting
+            partial(caller.read, rng.choice(STREAMS), rng.choice([0, 0, 1, 7, 30]), follow=True)
+            for caller in all_callers
         ]
 
         async def act_and_end():
-            await async_gather(*(partial(caller.act, rounds, rounds * 2 // 3) for caller in acting))
-            # Whatever has not ended by now: several at once.
-            await async_gather(*(partial(caller.end, stream) for caller in acting[:4] for stream in STREAMS))
+            await async_gather(*(partial(caller.act, rounds, rounds * 2 // 3) for caller in all_callers))
+            # Streams that are still active are ended by several callers at once.
+            await async_gather(*(partial(caller.end, stream) for caller in all_callers[:4] for stream in STREAMS))
 
         await async_gather(act_and_end, *following)
         statuses = {stream: await one.get_status(stream) for stream in STREAMS}

@@ -1,4 +1,4 @@
-"""Too little of everything: connections, pools that close too early, disks that are full. Errors, and then recovery."""
+"""Exhausted resources: too few connections, pools that close early, full disks. Calls raise, and recover afterwards."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from aibind_postgres import (
 )
 
 CALLERS = 100
-HANG = 90  # seconds that nothing here takes, unless it hangs
+HANG = 90  # seconds after which a call counts as hanging
 
 
 async def texts(store, id):
@@ -32,8 +32,8 @@ async def read_to_the_end(store, id):
     return [tuple(chunk) async for chunk in store.read_from(id)]
 
 
-async def refuse_nothing(call):
-    """Call until no driver's error comes any more."""
+async def retry(call):
+    """Repeat a call until it raises no error of the driver."""
     while True:
         try:
             return await call()
@@ -42,7 +42,7 @@ async def refuse_nothing(call):
 
 
 @pytest.mark.parametrize("autocommit", [True, False])
-async def test_a_pool_of_one_serves_a_hundred_callers(dsn, tables, conversations, long, autocommit):
+async def test_pool_of_one_serves_a_hundred_callers(dsn, tables, conversations, long, autocommit):
     rounds = 50 if long else 2
     options = {"min_size": 1, "max_size": 1, "timeout": HANG, "kwargs": {"autocommit": autocommit}, "open": False}
     async with AsyncConnectionPool(dsn, **options) as pool:
@@ -80,7 +80,7 @@ async def test_a_pool_of_one_serves_a_hundred_callers(dsn, tables, conversations
                     await store.complete(id)
                 seen = await reading.result(HANG)
             assert seen[:5] == [[(number + 1, f"{number}") for number in range(rounds * CALLERS)]] * 5
-            # A caller's text may be taken by one of the five streams only, so each list is complete.
+            # Each caller appends to one stream only, so each list is complete.
             assert [sorted(acknowledged[id]) for id in ids] == seen[5:]
             assert sum(map(len, seen[5:])) == rounds * len(range(0, CALLERS, 3))
             saved = [node["by"] for number in range(10) for node in messages(await chats.load(f"session {number}"))]
@@ -92,14 +92,14 @@ def messages(chat):
 
 
 @pytest.mark.parametrize("closed", ["pool", "store"])
-async def test_closing_in_mid_call_loses_nothing_that_was_acknowledged(dsn, tables, long, closed):
+async def test_close_during_calls_keeps_acknowledged_chunks(dsn, tables, long, closed):
     async with AsyncPostgresStreamStore(dsn, **tables) as witness:
         for rnd in range(40 if long else 4):
             id, live = await witness.create(), await witness.create()
             pool = AsyncConnectionPool(dsn, min_size=1, max_size=2, timeout=HANG, open=False)
             await pool.open()
             store = AsyncPostgresStreamStore(pool if closed == "pool" else dsn, **tables, retry_for=HANG)
-            acknowledged, ends, begun = [], [], []
+            acknowledged, results, flushed = [], [], []
 
             async def append(worker, store=store, id=id, acknowledged=acknowledged):
                 number = 0
@@ -107,11 +107,11 @@ async def test_closing_in_mid_call_loses_nothing_that_was_acknowledged(dsn, tabl
                     number += 1
                     acknowledged.append((await store.append(id, f"{worker}/{number}"), f"{worker}/{number}"))
 
-            async def write(store=store, live=live, begun=begun):
+            async def write(store=store, live=live, flushed=flushed):
                 async with store.writer(live) as writer:
                     while True:
                         await writer.write("x")
-                        begun.append(await writer.flush())
+                        flushed.append(await writer.flush())
 
             async def count(store=store, id=id):
                 return len(await read_to_the_end(store, id))
@@ -119,26 +119,26 @@ async def test_closing_in_mid_call_loses_nothing_that_was_acknowledged(dsn, tabl
             calls = [partial(append, worker) for worker in range(20)] + [count] * 5 + [partial(store.wait, id)] * 5
             everything = partial(async_gather, *calls, write, errors=True)
             async with AsyncBackground(everything) as working:
-                await async_until(lambda begun=begun, done=acknowledged: begun and len(done) > 20)
+                await async_until(lambda flushed=flushed, done=acknowledged: flushed and len(done) > 20)
                 await async_sleep(0.001 * rnd)
                 await (pool if closed == "pool" else store).close()
-                ends = await working.result(HANG)
-            *callers, writer = ends
-            clear = psycopg.OperationalError if closed == "pool" else StoreClosedError
-            assert [error for error in callers if not isinstance(error, clear)] == []
-            assert isinstance(writer, (StreamWriteError, clear)), writer
-            if isinstance(writer, StreamWriteError):
-                assert begun[-1] == writer.durable
+                results = await working.result(HANG)
+            *errors, writer_error = results
+            expected = psycopg.OperationalError if closed == "pool" else StoreClosedError
+            assert [error for error in errors if not isinstance(error, expected)] == []
+            assert isinstance(writer_error, (StreamWriteError, expected)), writer_error
+            if isinstance(writer_error, StreamWriteError):
+                assert flushed[-1] == writer_error.durable
             await store.close()
             await pool.close()
             stored = [tuple(chunk) async for chunk in witness.read_from(id, follow=False)]
             assert [seq for seq, _ in stored] == list(range(1, len(stored) + 1))
             assert set(acknowledged) <= set(stored)
             assert len({text for _, text in stored}) == len(stored)
-            assert len(await texts(witness, live)) in (begun[-1], begun[-1] + 1)
+            assert len(await texts(witness, live)) in (flushed[-1], flushed[-1] + 1)
 
 
-async def test_a_server_without_room_refuses_and_all_goes_on_once_there_is_some(victim, long):
+async def test_recovery_from_too_many_connections(victim, long):
     limit_connections(victim, 10)
     async with AsyncPostgresStreamStore(victim.dsn, retry_for=HANG) as store:
         for _ in range(3 if long else 1):
@@ -152,7 +152,7 @@ async def test_a_server_without_room_refuses_and_all_goes_on_once_there_is_some(
                     await writer.write("before")
                     await writer.flush()
                     with fill_up(victim.dsn) as evict:
-                        # On the connections that it has, the store works on.
+                        # The store still has its open connections.
                         await async_gather(*(partial(append, number) for number in range(CALLERS)))
                         evict()
                         for number in range(10):
@@ -162,8 +162,8 @@ async def test_a_server_without_room_refuses_and_all_goes_on_once_there_is_some(
                         async with AsyncPostgresStreamStore(victim.dsn) as late:
                             with pytest.raises(psycopg.OperationalError, match="too many clients"):
                                 await late.create()
-                    await refuse_nothing(partial(store.get_status, other))
-                    # Also who was refused at the first attempt is served.
+                    await retry(partial(store.get_status, other))
+                    # A store whose first connection attempt failed works as well.
                     async with AsyncPostgresStreamStore(victim.dsn) as late:
                         assert len(await texts(late, other)) == CALLERS
                 seen = await reading.result(HANG)
@@ -171,13 +171,11 @@ async def test_a_server_without_room_refuses_and_all_goes_on_once_there_is_some(
             assert seen == list(enumerate(expected, 1))
 
 
-@pytest.mark.parametrize("patience", [0.2, HANG])
-async def test_a_full_disk_leaves_nothing_half_written_and_nothing_broken(
-    dsn, tables, conversations, schema_name, long, patience
-):
+@pytest.mark.parametrize("retry_for", [0.2, HANG])
+async def test_recovery_from_a_full_disk(dsn, tables, conversations, schema_name, long, retry_for):
     disk = FullDisk(dsn, schema_name, [*tables.values(), conversations])
     chats = AsyncPostgresConversationStore(dsn, table=conversations)
-    async with AsyncPostgresStreamStore(dsn, **tables, retry_for=patience) as store, chats:
+    async with AsyncPostgresStreamStore(dsn, **tables, retry_for=retry_for) as store, chats:
         for _ in range(10 if long else 1):
             id, live = await store.create(), await store.create()
             chat = ChatHistory()
@@ -206,22 +204,22 @@ async def test_a_full_disk_leaves_nothing_half_written_and_nothing_broken(
                     calls += [many, store.create, partial(store.stop, id), partial(chats.save, "session", chat)]
                     errors = await async_gather(*calls, errors=True)
                     assert [error for error in errors if not isinstance(error, psycopg.errors.DiskFull)] == []
-                    # What is there can be read.
+                    # Reading still works.
                     assert await texts(store, id) == []
                     assert (await chats.load("session")).to_json() == stored
-                    if patience < HANG:
+                    if retry_for < HANG:
                         with pytest.raises(StreamWriteError) as caught:
                             await writing.result(HANG)
                         assert (caught.value.durable, caught.value.unsaved) == (1, 10)
                         assert isinstance(caught.value.__cause__, psycopg.errors.DiskFull)
                         assert await texts(store, live) == ["1"]
                     disk.free()
-                    if patience == HANG:
+                    if retry_for == HANG:
                         await writing.result(HANG)
-                    else:  # whose stream could not be ended either
+                    else:  # the writer could not end its stream
                         await store.fail(live, "disk full")
                 seen = await reading.result(HANG)
-            assert [text for _, text in seen] == [f"{n}" for n in range(1, 12 if patience == HANG else 2)]
+            assert [text for _, text in seen] == [f"{n}" for n in range(1, 12 if retry_for == HANG else 2)]
             assert sorted(await async_gather(*(partial(append, n) for n in range(CALLERS)))) == [*range(1, CALLERS + 1)]
             await chats.save("session", chat)
             assert (await chats.load("session")).to_json() == chat.to_json() != stored
@@ -235,14 +233,14 @@ def small_disk(victim):
     disk.close()
 
 
-async def test_a_disk_that_runs_full_and_grows(victim, small_disk):
+async def test_real_disk_runs_full_and_grows(victim, small_disk):
     async with AsyncPostgresStreamStore(victim.dsn, retry_for=0.2) as store:
         ids = [await store.create() for _ in range(4)]
         acknowledged = {id: [] for id in ids}
 
         async def append(id, at_least=math.inf):
             while len(acknowledged[id]) < at_least:
-                text = secrets.token_hex(10_000)  # compressed, it is as long
+                text = secrets.token_hex(10_000)  # random: cannot be compressed much
                 assert await store.append(id, text) == len(acknowledged[id]) + 1
                 acknowledged[id].append(text)
 
