@@ -1,4 +1,4 @@
-"""A network that breaks: nothing is written twice, nothing acknowledged is lost, and no call hangs."""
+"""Network faults during single calls: no chunk is stored twice, none that was acknowledged is lost, no call hangs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from aibind_postgres import (
 )
 
 HANG = 30  # seconds after which a call counts as hanging
-ANSWER_WITHIN = {"timeout": 1.0}  # the option that bounds a call where the server is silent
+TIMEOUT = {"timeout": 1.0}  # the store option that bounds calls to a silent server
 LOST = (psycopg.OperationalError, StreamWriteError)
 TEXTS = [f"written {number}" for number in range(1, 31)]
 names = (f"stream {number}" for number in count(1))
@@ -36,7 +36,7 @@ def numbered(texts):
 
 
 async def bounded(network, call):
-    """Return the result of a call, or the error by which it says that the server was away; it must not hang."""
+    """Return a call's result and its connection error, one of them None. The call must not hang."""
     async with AsyncBackground(call) as running:
         try:
             return await running.result(HANG), None
@@ -44,12 +44,12 @@ async def bounded(network, call):
             return None, error
         except BaseException:
             network.heal()
-            network.cut()  # so that what hangs ends
+            network.cut()  # ends a call that hangs
             raise
 
 
-async def persistently(network, call):
-    """Call until it succeeds. Each connection of a pool may have been cut, and is found out one by one."""
+async def retry(network, call):
+    """Repeat a call until it succeeds: a pool notices its cut connections one by one."""
     for _ in range(20):
         result, error = await bounded(network, call)
         if error is None:
@@ -60,36 +60,36 @@ async def persistently(network, call):
 
 @dataclass
 class Trial:
-    """What an operation works on: stores behind the network, a stream of its own, and how often it was called."""
+    """The stores behind the network, the stores without it, a stream, and the number of calls."""
 
     store: AsyncPostgresStreamStore
     conversations: AsyncPostgresConversationStore
     direct: AsyncPostgresStreamStore
-    directly_conversing: AsyncPostgresConversationStore
-    distant: str
+    direct_conversations: AsyncPostgresConversationStore
+    server_dsn: str
     id: str
     calls: int = 0
 
 
 @asynccontextmanager
-async def trial(network, distant, direct, options):
-    """Give a trial with an active stream of three chunks, a conversation, and open connections."""
+async def trial(network, server_dsn, direct, options):
+    """Yield a trial with an active stream of three chunks, a conversation, and open connections."""
     id = await direct.create(next(names))
     await direct.append_many(id, ["a", "b", "c"])
     async with (
-        AsyncPostgresConversationStore(distant) as directly_conversing,
+        AsyncPostgresConversationStore(server_dsn) as direct_conversations,
         AsyncPostgresStreamStore(network.dsn, retry_for=2, **options) as store,
         AsyncPostgresConversationStore(network.dsn, **options) as conversations,
     ):
-        async with directly_conversing.edit(id) as chat:
+        async with direct_conversations.edit(id) as chat:
             chat.append({"role": "user"})
         await store.get_status("nothing")
         await conversations.touch("nothing")
-        yield Trial(store, conversations, direct, directly_conversing, distant, id)
+        yield Trial(store, conversations, direct, direct_conversations, server_dsn, id)
 
 
 class Append:
-    persists, marker = False, None
+    retries, marker = False, None
 
     async def prepare(self, it): ...
 
@@ -111,23 +111,23 @@ class AppendMany(Append):
 
 
 class Write(Append):
-    persists, marker = True, TEXTS[0]
+    retries, marker = True, TEXTS[0]
 
     async def call(self, it):
-        have = len(await texts_of(it.direct, it.id)) - 3
+        stored = len(await texts_of(it.direct, it.id)) - 3
         try:
             async with it.store.writer(it.id) as writer:
-                for text in TEXTS[have:]:
+                for text in TEXTS[stored:]:
                     await writer.write(text)
         except StreamNotActiveError:
-            assert it.calls > 1  # a call before has ended it, and had no reply
+            assert it.calls > 1  # an earlier call ended the stream, and its reply was lost
 
     async def check(self, it, result):
         status = await it.direct.get_status(it.id)
         found = await texts_of(it.direct, it.id)
         assert found == numbered(["a", "b", "c", *TEXTS])[: len(found)]
         complete = len(found) == 3 + len(TEXTS)
-        assert complete or status.state == "error"  # as a writer does that gives up, if it can
+        assert complete or status.state == "error"  # a writer that gives up fails its stream
         assert it.calls > 1 or (complete and status.state == "done")
 
 
@@ -183,10 +183,10 @@ class Cleanup(Append):
     marker = "aibind_stream_chunks"
 
     async def prepare(self, it):
-        async with AsyncPostgresStreamStore(it.distant, ttl=0.001) as brief:
-            await brief.create(f"{it.id}, expired")
-            await brief.append(f"{it.id}, expired", "x")
-            await brief.complete(f"{it.id}, expired")
+        async with AsyncPostgresStreamStore(it.server_dsn, ttl=0.001) as store:
+            await store.create(f"{it.id}, expired")
+            await store.append(f"{it.id}, expired", "x")
+            await store.complete(f"{it.id}, expired")
         await async_sleep(0.01)
 
     async def call(self, it):
@@ -194,13 +194,13 @@ class Cleanup(Append):
 
     async def check(self, it, result):
         assert result == (1, 1) or it.calls > 1
-        while await it.direct.get_status(f"{it.id}, expired"):  # an earlier call may be at it that nobody waits for
+        while await it.direct.get_status(f"{it.id}, expired"):  # an earlier call may still run on the server
             await async_sleep(0.01)
         assert await texts_of(it.direct, it.id) == numbered("abc")
 
 
 class ReadFrom(Append):
-    persists = True
+    retries = True
 
     async def prepare(self, it):
         await it.direct.complete(it.id)
@@ -245,7 +245,7 @@ class Save(Append):
         await it.conversations.save(it.id, self.chat, on_conflict="raise")
 
     async def check(self, it, result):
-        stored = await it.directly_conversing.load(it.id)
+        stored = await it.direct_conversations.load(it.id)
         assert stored.to_json() == self.chat.to_json()
         assert len(stored) == 2
 
@@ -253,7 +253,7 @@ class Save(Append):
 OPERATIONS = [Append, AppendMany, Write, Create, Stop, Complete, Fail, Delete, Cleanup, ReadFrom, Wait, GetStatus]
 OPERATIONS += [Load, Save]
 
-PASSING = {
+TRANSIENT = {
     "cut": lambda network, marker: network.cut(),
     "request lost": lambda network, marker: network.cut_at(marker, answered=False),
     "reply lost": lambda network, marker: network.cut_at(marker, answered=True),
@@ -261,15 +261,13 @@ PASSING = {
 }
 
 
-@pytest.mark.parametrize("fault", [*PASSING, *proxy.LASTING])
+@pytest.mark.parametrize("fault", [*TRANSIENT, *proxy.LASTING])
 @pytest.mark.parametrize("kind", OPERATIONS)
-async def test_an_operation_succeeds_or_raises_in_time_and_its_retry_is_safe(
-    network, distant, direct, kind, fault, long
-):
-    options = ANSWER_WITHIN if fault in proxy.LASTING else {}
+async def test_operation_succeeds_or_raises_and_its_retry_is_safe(network, server_dsn, direct, kind, fault, long):
+    options = TIMEOUT if fault in proxy.LASTING else {}
     for _ in range((2 if fault in proxy.LASTING else 5) if long else 1):
         operation = kind()
-        async with trial(network, distant, direct, options) as it:
+        async with trial(network, server_dsn, direct, options) as it:
             await operation.prepare(it)
 
             async def call(operation=operation, it=it):
@@ -277,31 +275,31 @@ async def test_an_operation_succeeds_or_raises_in_time_and_its_retry_is_safe(
                 return await operation.call(it)
 
             faults = network.faults
-            if fault in PASSING:
-                PASSING[fault](network, operation.marker or it.id)
+            if fault in TRANSIENT:
+                TRANSIENT[fault](network, operation.marker or it.id)
             else:
                 proxy.LASTING[fault](network)
             result, error = await bounded(network, call)
             assert network.faults == faults + (fault in ("request lost", "reply lost"))
             network.heal()
-            if fault == "delayed" or (fault in PASSING and operation.persists):
+            if fault == "delayed" or (fault in TRANSIENT and operation.retries):
                 assert error is None
             if fault in proxy.LASTING:
                 assert error is not None
             if error is not None:
-                result = await persistently(network, call)
+                result = await retry(network, call)
             await operation.check(it, result)
 
 
 @pytest.mark.parametrize("answered", [False, True], ids=["request lost", "reply lost"])
-async def test_appends_that_share_a_statement_share_its_loss_and_are_safe_to_retry(network, direct, answered, long):
+async def test_retry_of_combined_appends_is_safe(network, direct, answered, long):
     async with AsyncPostgresStreamStore(network.dsn) as store:
         await store.get_status("nothing")
         for _ in range(30 if long else 3):
             ids = [await direct.create(next(names)) for _ in range(20)]
 
             async def append(id):
-                assert await persistently(network, partial(store.append, id, id, expected_seq=1)) == 1
+                assert await retry(network, partial(store.append, id, id, expected_seq=1)) == 1
 
             network.cut_at(ids[-1], answered=answered)
             await async_gather(*[partial(append, id) for id in ids])
@@ -310,9 +308,9 @@ async def test_appends_that_share_a_statement_share_its_loss_and_are_safe_to_ret
                 assert await texts_of(direct, id) == [(1, id)]
 
 
-async def test_closing_ends_the_calls_that_nobody_answers(network, direct):
+async def test_close_ends_unanswered_calls(network, direct):
     id = await direct.create(next(names))
-    store = AsyncPostgresStreamStore(network.dsn, **ANSWER_WITHIN)
+    store = AsyncPostgresStreamStore(network.dsn, **TIMEOUT)
     await store.get_status(id)
     network.stall(*proxy.BOTH)
     async with AsyncBackground(partial(async_gather, *[partial(store.append, id, "x")] * 5, errors=True)) as calls:
@@ -325,7 +323,7 @@ async def test_closing_ends_the_calls_that_nobody_answers(network, direct):
             network.cut()
 
 
-async def test_many_who_find_the_server_silent_from_the_start_do_not_queue_for_that(network):
+async def test_concurrent_first_calls_share_one_connection_timeout(network):
     network.stall(*proxy.BOTH)
     async with AsyncPostgresStreamStore(f"{network.dsn} connect_timeout=2") as store:
         calls = [partial(store.get_status, "nothing")] * 20

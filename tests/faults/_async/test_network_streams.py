@@ -1,4 +1,4 @@
-"""A network that breaks while streams are written and read: each chunk is stored once, and seen once."""
+"""Network faults while streams are written and read: each chunk is stored once and read once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from support.concurrency import AsyncBackground, async_gather, async_sleep, asyn
 from aibind_postgres import AsyncPostgresStreamStore
 
 HANG = 30  # seconds after which a call counts as hanging
-ANSWER_WITHIN = {"timeout": 1.0}  # the option that bounds a call where the server is silent
+TIMEOUT = {"timeout": 1.0}  # the store option that bounds calls to a silent server
 TEXTS = [f"written {number}" for number in range(1, 31)]
 
 
@@ -29,8 +29,8 @@ def numbered(texts):
 
 
 @pytest.mark.parametrize("fault", proxy.LASTING)
-async def test_who_persists_gets_over_it(network, direct, fault, long):
-    options = {} if fault == "refused" else ANSWER_WITHIN
+async def test_retry_for_outlasts_the_fault(network, direct, fault, long):
+    options = {} if fault == "refused" else TIMEOUT
     async with AsyncPostgresStreamStore(network.dsn, retry_for=HANG, **options) as store:
         for _ in range(4 if long else 1):
             id = await direct.create()
@@ -61,9 +61,9 @@ async def test_who_persists_gets_over_it(network, direct, fault, long):
             assert await texts_of(direct, id) == numbered(TEXTS)
 
 
-async def test_appends_without_a_number_are_stored_once_if_acknowledged_else_once_at_most(network, direct, long):
+async def test_appends_without_expected_seq_are_stored_at_most_once(network, direct, long):
     seed = 5
-    chance = random.Random(seed)
+    rng = random.Random(seed)
     id = await direct.create()
     acknowledged, unknown = {}, set()
     async with AsyncPostgresStreamStore(network.dsn) as store:
@@ -78,19 +78,19 @@ async def test_appends_without_a_number_are_stored_once_if_acknowledged_else_onc
 
         async def disturb():
             while len(acknowledged) + len(unknown) < (4000 if long else 200):
-                chance.choice(
+                rng.choice(
                     [
                         network.cut,
                         partial(network.cut_at, "<", answered=True),
                         partial(network.cut_at, "<", answered=False),
                     ]
                 )()
-                await async_sleep(chance.uniform(0.005, 0.05))
+                await async_sleep(rng.uniform(0.005, 0.05))
 
-        async def both():
+        async def append_under_faults():
             await async_gather(disturb, *[partial(append, 1000 * writer) for writer in range(8)])
 
-        async with AsyncBackground(both) as running:
+        async with AsyncBackground(append_under_faults) as running:
             try:
                 await running.result(120 if long else HANG)
             finally:
@@ -105,7 +105,7 @@ async def test_appends_without_a_number_are_stored_once_if_acknowledged_else_onc
     assert network.faults, seed
 
 
-async def test_a_pool_full_of_dead_connections_does_not_use_up_the_attempts(network, direct):
+async def test_pool_full_of_dead_connections(network, direct):
     id = await direct.create()
     await direct.complete(id)
     async with (
@@ -117,12 +117,12 @@ async def test_a_pool_full_of_dead_connections_does_not_use_up_the_attempts(netw
         assert [chunk async for chunk in store.read_from(id)] == []
 
 
-async def test_a_reader_sees_each_chunk_once_however_often_it_is_cut_off(network, direct, long):
+async def test_reader_gets_each_chunk_once_despite_many_cuts(network, direct, long):
     seed = 7
-    chance = random.Random(seed)
+    rng = random.Random(seed)
     id = await direct.create()
     total = 2000 if long else 100
-    # Cuts come as often as attempts here.
+    # Many attempts fail here, so the reader needs a long `retry_for`.
     async with AsyncPostgresStreamStore(network.dsn, retry_for=300) as store:
 
         async def read():
@@ -132,15 +132,15 @@ async def test_a_reader_sees_each_chunk_once_however_often_it_is_cut_off(network
             for number in range(1, total + 1):
                 await direct.append(id, f"{number}")
                 await async_sleep(0.01)
-                if chance.random() < 0.1:
+                if rng.random() < 0.1:
                     network.cut()
             await direct.complete(id)
             assert await first.result(HANG) == numbered(map(str, range(1, total + 1))), seed
             assert await second.result(HANG) == numbered(map(str, range(1, total + 1))), seed
 
 
-@pytest.mark.parametrize("directions", [proxy.BOTH, (proxy.TO_CLIENT,)], ids=["silent", "announcements held up"])
-async def test_a_listen_connection_that_is_stalled_is_noticed(network, direct, directions):
+@pytest.mark.parametrize("directions", [proxy.BOTH, (proxy.TO_CLIENT,)], ids=["silent", "notifications held up"])
+async def test_stalled_listen_connection_is_replaced(network, direct, directions):
     id = await direct.create()
     arrived = []
     async with AsyncPostgresStreamStore(network.dsn) as store:
@@ -156,10 +156,10 @@ async def test_a_listen_connection_that_is_stalled_is_noticed(network, direct, d
                 give_up_at = monotonic() + 2 * HANG
                 for number in count(1):
                     await direct.append(id, f"{number}")
-                    await async_until(lambda number=number: len(arrived) == number)  # by the poll
+                    await async_until(lambda number=number: len(arrived) == number)  # found by the poll
                     if network.listened > 1:
                         break
-                    assert monotonic() < give_up_at, "not noticed"
+                    assert monotonic() < give_up_at, "the listener keeps its stalled connection"
                     await async_sleep(0.3)
             finally:
                 await direct.complete(id)

@@ -1,4 +1,4 @@
-"""PgBouncer in transaction mode, under load, and restarted: nothing is lost, and no prepared statement is missed."""
+"""PgBouncer in transaction mode, restarted under load: no chunk is lost, and no prepared statement is missing."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ pytestmark = pytest.mark.skipif(
     pgbouncer.BINARY is None, reason="PgBouncer is not installed (Debian and Ubuntu: apt-get install pgbouncer)"
 )
 
-HANG = 60  # seconds after which it counts as hanging
+HANG = 60  # seconds after which the test counts as hanging
 
-# The pools of users, by their `kwargs`.
+# Pools of applications, by the `kwargs` of their connections.
 POOLS = {
     "pool": {},
     "pool that prepares at once": {"autocommit": True, "prepare_threshold": 0},
@@ -30,7 +30,7 @@ POOLS = {
 
 
 class Pooler:
-    """PgBouncer at an address that stays the same, also when it is another process."""
+    """PgBouncer behind a proxy, so that its address stays the same after a restart."""
 
     def __init__(self, server, folder):
         self._server = server
@@ -77,7 +77,7 @@ async def store_for(client, dsn):
 
 
 class Load:
-    """Writers that go on until they are told to stop, and the errors that they met on the way."""
+    """Writers that run until `over` is set, their texts, and the errors of their attempts."""
 
     def __init__(self, store):
         self._store = store
@@ -85,7 +85,7 @@ class Load:
         self.written = {}
         self.errors = []
 
-    async def persistently(self, call):
+    async def retry(self, call):
         give_up_at = monotonic() + HANG
         while True:
             try:
@@ -96,18 +96,18 @@ class Load:
                 await async_sleep(0.02)
 
     async def append(self, id, size):
-        """Append chunks by so many, each call again until it is acknowledged."""
+        """Append `size` chunks at a time, and repeat each call until it is acknowledged."""
         texts = self.written[id] = []
         while not self.over:
             new = [f"{id} {len(texts) + number}" for number in range(size)]
             first = len(texts) + 1
             if size == 1:
-                last = await self.persistently(partial(self._store.append, id, new[0], expected_seq=first))
+                last = await self.retry(partial(self._store.append, id, new[0], expected_seq=first))
             else:
-                last = await self.persistently(partial(self._store.append_many, id, new, expected_seq=first))
+                last = await self.retry(partial(self._store.append_many, id, new, expected_seq=first))
             texts += new
             assert last == len(texts)
-        await self.persistently(partial(self._store.complete, id))
+        await self.retry(partial(self._store.complete, id))
 
     async def write(self, id):
         texts = self.written[id] = []
@@ -124,7 +124,7 @@ class Load:
 
 
 @pytest.mark.parametrize("client", ["connection string", *POOLS])
-async def test_nothing_is_lost_when_it_is_restarted_under_load(pooler, victim, client, long):
+async def test_restart_under_load_loses_nothing(pooler, victim, client, long):
     phase = 10 if long else 1
     async with AsyncPostgresStreamStore(victim.dsn) as direct, store_for(client, pooler.dsn) as store:
         ids = [await direct.create() for _ in range(8)]
@@ -159,6 +159,6 @@ async def test_nothing_is_lost_when_it_is_restarted_under_load(pooler, victim, c
             assert found == list(enumerate(load.written[id], 1))
             assert [tuple(chunk) async for chunk in direct.read_from(id)] == found
             assert (await direct.get_status(id)).state == "done"
-    # invalid_sql_statement_name and duplicate_prepared_statement are no loss of a connection.
+    # No error is invalid_sql_statement_name or duplicate_prepared_statement.
     assert {error.sqlstate for error in load.errors} & {"26000", "42P05"} == set()
     assert async_workers() == []
