@@ -1,6 +1,6 @@
-"""A server that is killed while many write and read: what was acknowledged is there, once, and everybody sees it once.
+"""A server that is killed under load: each acknowledged chunk is stored once, and each reader gets it once.
 
-All writers try again until their call succeeds. So in the end what is stored has to be exactly what was acknowledged.
+Writers repeat each call until it succeeds, so in the end exactly the acknowledged chunks are stored.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from support.killing import Killing
 from aibind_postgres import AsyncPostgresConversationStore, AsyncPostgresStreamStore, SequenceConflictError
 
 SEED = 5
-RETRY_FOR = 300  # seconds: much longer than the server is ever away
-MESSAGES = 20  # that each worker adds to a conversation before it turns to the next one
+RETRY_FOR = 300  # seconds, much longer than the server is ever down
+MESSAGES = 20  # messages that each worker adds to one conversation
 
 pytestmark = pytest.mark.timeout(600)
 
 
-async def persistently(call, losses):
-    """Repeat a call as it is while the server is lost, and keep the errors that told so."""
+async def retry(call, losses):
+    """Repeat a call until it raises no connection error, and collect these errors in `losses`."""
     while True:
         try:
             return await call()
@@ -38,8 +38,8 @@ async def append_each(store, id, name, log, killing, losses):
     while not killing.over:
         text = f"{name}/{len(log)}"
         try:
-            seq = await persistently(partial(store.append, id, text, expected_seq=seq), losses)
-        except SequenceConflictError as conflict:  # somebody else has taken this number
+            seq = await retry(partial(store.append, id, text, expected_seq=seq), losses)
+        except SequenceConflictError as conflict:  # another writer used this number
             seq = conflict.actual
         else:
             log.append((seq, text))
@@ -47,12 +47,12 @@ async def append_each(store, id, name, log, killing, losses):
 
 
 async def append_batches(store, id, name, log, killing, losses):
-    chance = random.Random(f"{SEED} {name}")
+    rng = random.Random(f"{SEED} {name}")
     seq = 1
     while not killing.over:
-        texts = [f"{name}/{len(log) + place}" for place in range(chance.randint(2, 20))]
+        texts = [f"{name}/{len(log) + offset}" for offset in range(rng.randint(2, 20))]
         try:
-            last = await persistently(partial(store.append_many, id, texts, expected_seq=seq), losses)
+            last = await retry(partial(store.append_many, id, texts, expected_seq=seq), losses)
         except SequenceConflictError as conflict:
             seq = conflict.actual
         else:
@@ -61,14 +61,14 @@ async def append_batches(store, id, name, log, killing, losses):
 
 
 async def write(store, id, name, log, killing, losses):
-    chance = random.Random(f"{SEED} {name}")
+    rng = random.Random(f"{SEED} {name}")
     texts = []
     async with store.writer(id) as writer:
         while not killing.over:
-            for _ in range(chance.randint(1, 20)):
+            for _ in range(rng.randint(1, 20)):
                 texts.append(f"{name}/{len(texts)}")
                 await writer.write(texts[-1])
-            if chance.random() < 0.5:
+            if rng.random() < 0.5:
                 last = await writer.flush()
                 assert last == len(texts)
                 log += zip(range(len(log) + 1, last + 1), texts[len(log) :], strict=True)
@@ -81,16 +81,16 @@ async def follow(store, id, name, log):
 
 
 async def resume(store, id, name, log):
-    """Read, break off, and go on after the last number that was seen."""
-    chance = random.Random(f"{SEED} {name}")
-    broken_off = True
-    while broken_off:
-        broken_off = False
-        enough = len(log) + chance.randint(1, 100)
+    """Read some chunks, leave the loop, and resume after the last chunk."""
+    rng = random.Random(f"{SEED} {name}")
+    left_early = True
+    while left_early:
+        left_early = False
+        enough = len(log) + rng.randint(1, 100)
         async for chunk in store.read_from(id, log[-1][0] if log else 0):
             log.append(tuple(chunk))
             if len(log) == enough:
-                broken_off = True
+                left_early = True
                 break
 
 
@@ -118,15 +118,15 @@ STREAMS = {id for _, id in WRITERS}
 
 
 def named(workers):
-    return {f"{call.__name__} {place}": (call, id) for place, (call, id) in enumerate(workers)}
+    return {f"{call.__name__} {number}": (call, id) for number, (call, id) in enumerate(workers)}
 
 
-async def test_a_killed_server_loses_and_repeats_nothing(victim, long):
+async def test_killed_server_neither_loses_nor_repeats_chunks(victim, long):
     writers, readers = named(WRITERS), named(READERS)
     written = {name: [] for name in writers}
     read = {name: [] for name in readers}
     losses = []
-    # One store is told of the chunks by its own writers, the other one by announcements.
+    # `store` has the writers, so its readers get chunks directly; those of `other` get them by notifications.
     async with (
         AsyncPostgresStreamStore(victim.dsn, retry_for=RETRY_FOR) as store,
         AsyncPostgresStreamStore(victim.dsn, retry_for=RETRY_FOR) as other,
@@ -138,8 +138,8 @@ async def test_a_killed_server_loses_and_repeats_nothing(victim, long):
                 partial(call, store, id, name, written[name], killing, losses) for name, (call, id) in writers.items()
             ]
             reading = [
-                partial(call, (store, other)[place % 2], id, name, read[name])
-                for place, (name, (call, id)) in enumerate(readers.items())
+                partial(call, (store, other)[number % 2], id, name, read[name])
+                for number, (name, (call, id)) in enumerate(readers.items())
             ]
 
             async def write_and_end():
@@ -152,7 +152,7 @@ async def test_a_killed_server_loses_and_repeats_nothing(victim, long):
             await async_gather(write_and_end, *reading)
     assert async_workers() == []
     print(f"{killing.kills} kills, {len(losses)} lost calls, {sum(map(len, written.values()))} acknowledged chunks")
-    assert losses, "no kill has hit a call"
+    assert losses, "no kill interrupted a call"
     async with await psycopg.AsyncConnection.connect(victim.dsn) as connection:
         for id in STREAMS:
             statement = "SELECT seq, data FROM aibind_stream_chunks WHERE id = %s ORDER BY seq"
@@ -166,37 +166,37 @@ async def test_a_killed_server_loses_and_repeats_nothing(victim, long):
 
 
 async def keep_and_save(store, name, log, killing, losses):
-    """Go on with the history that was saved last."""
+    """Load a conversation once, and save it after each message."""
     while not killing.over:
         session_id = f"conversation {len(log) // MESSAGES}"
-        chat = await persistently(partial(store.load, session_id), losses)
+        chat = await retry(partial(store.load, session_id), losses)
         for _ in range(MESSAGES):
             message = f"{name}/{len(log)}"
             node_id = chat.append(message)
-            await persistently(partial(store.save, session_id, chat), losses)
+            await retry(partial(store.save, session_id, chat), losses)
             log.append((session_id, node_id, message))
 
 
 async def load_and_save(store, name, log, killing, losses):
-    """Load the conversation anew for each message."""
+    """Load and save the conversation for each message."""
     while not killing.over:
         session_id = f"conversation {len(log) // MESSAGES}"
-        chat = await persistently(partial(store.load, session_id), losses)
+        chat = await retry(partial(store.load, session_id), losses)
         message = f"{name}/{len(log)}"
         node_id = chat.append(message)
-        await persistently(partial(store.save, session_id, chat), losses)
+        await retry(partial(store.save, session_id, chat), losses)
         log.append((session_id, node_id, message))
 
 
-async def test_a_killed_server_loses_no_message(victim, long):
+async def test_killed_server_loses_no_message(victim, long):
     losses = []
     async with (
         AsyncPostgresConversationStore(victim.dsn) as store,
         AsyncPostgresConversationStore(victim.dsn) as other,
     ):
         workers = {
-            f"{call.__name__} {place}": partial(call, (store, other)[place % 2])
-            for place in range(4)
+            f"{call.__name__} {number}": partial(call, (store, other)[number % 2])
+            for number in range(4)
             for call in (keep_and_save, load_and_save)
         }
         written = {name: [] for name in workers}
@@ -209,12 +209,12 @@ async def test_a_killed_server_loses_no_message(victim, long):
             nodes = chat.tree.serialize()["nodes"]
             stored += [(info.session_id, node_id, node["message"]) for node_id, node in nodes.items()]
     print(f"{killing.kills} kills, {len(losses)} lost calls, {len(acknowledged)} acknowledged messages")
-    assert losses, "no kill has hit a call"
+    assert losses, "no kill interrupted a call"
     assert sorted(stored) == acknowledged
 
 
 @pytest.mark.parametrize("how", ["stop", "kill"])
-async def test_after_a_restart_nobody_meets_a_connection_that_has_died_in_the_pool(victim, how):
+async def test_dead_pool_connections_are_not_used_after_a_restart(victim, how):
     async with (
         AsyncConnectionPool(victim.dsn, kwargs={"autocommit": True}, min_size=5, timeout=30, open=False) as pool,
         AsyncPostgresStreamStore(pool) as store,
