@@ -91,7 +91,8 @@ class StreamTail:
         self.waiting: set[Subscription] = set()
         self.fetching: Subscription | None = None
         self.version = 1  # grows with each possible change of the stream
-        self.total = 0  # chunks that the stream is known to have
+        self.total = 0  # chunks that the stream is known to have, to those who wait at the end of the tail
+        self._read_total = 0  # chunks that a reader has found
         self.end = 0  # number of the last cached chunk
         self.notified = False  # by a notification, since the last poll that found a change
         self._start = 0  # number before the first cached chunk
@@ -116,6 +117,11 @@ class StreamTail:
     def is_current(self) -> bool:
         """Whether nothing may have changed since the newest fetch."""
         return self._fetched_version == self.version
+
+    @property
+    def least_total(self) -> int:
+        """The number of chunks below which the stream is another one of this id."""
+        return max(self.total, self._read_total)
 
     @property
     def is_awaited(self) -> bool:
@@ -162,7 +168,7 @@ class StreamTail:
             self._extend([chunk for chunk in page.chunks if chunk.seq > self.end])
             self.end = max(self.end, min(page.end, page.total))
         self.total = max(self.total, page.total)
-        if page.is_last:
+        if max(after, page.end) >= page.total:
             self._fetched_version = max(self._fetched_version, fetch.version)
             self._state, self._error = page.state, page.error
 
@@ -177,6 +183,7 @@ class StreamTail:
 
     def record_position(self, version: int, total: int) -> None:
         """Record that a reader was caught up at `total`, the end of an active stream, as of `version`."""
+        self._read_total = max(self._read_total, total)
         if not self._known:
             self._begin(total)
         if total == self.end:
@@ -305,7 +312,7 @@ class Subscriptions:
                 return WAIT
             tail.fetching = subscription
             after = tail.fetch_after(subscription.cursor)
-            return Fetch(after, LIVE_PAGE_CHUNKS, True, tail.expected_characters, tail.version, tail.total, False)
+            return Fetch(after, LIVE_PAGE_CHUNKS, True, tail.expected_characters, tail.version, tail.least_total, False)
 
     def fetched(self, subscription: Subscription, fetch: Fetch, page: Page | None) -> list[Subscription]:
         """Take the page of a fetch; None if the stream was not found."""
@@ -403,7 +410,7 @@ class Subscriptions:
         """Let a reader read on its own, from a snapshot of the tail's version."""
         subscription.following = False
         tail, after = subscription.tail, int(min(subscription.cursor, MAX_NUMBER))
-        return Fetch(after, subscription.limit, False, 0, tail.version, tail.total, tail.ended)
+        return Fetch(after, subscription.limit, False, 0, tail.version, tail.least_total, tail.ended)
 
     def _caught_up(self, subscription: Subscription, fetch: Fetch, page: Page | None) -> list[Subscription]:
         """Take the page of a reader that catches up."""

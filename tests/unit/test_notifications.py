@@ -1,4 +1,4 @@
-"""Packing stream ids into notification payloads, and understanding them again."""
+"""Packing stream ids into the payloads of notifications, and decoding them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 
 from aibind_postgres._arguments import MAX_ID_BYTES
-from aibind_postgres._sql import MAX_PAYLOAD_BYTES, announced, announcements
+from aibind_postgres._notifications import MAX_PAYLOAD_BYTES, decode_payload, encode_payloads
 
 
 @pytest.mark.parametrize("sender", [None, "me"])
@@ -23,19 +23,19 @@ from aibind_postgres._sql import MAX_PAYLOAD_BYTES, announced, announcements
     ids=["one", "odd", "many", "longest", "every length"],
 )
 def test_payloads_fit_and_lose_nothing(ids, sender):
-    payloads = list(announcements(ids, sender))
+    payloads = list(encode_payloads(ids, sender))
     assert all(payload.isascii() and len(payload) <= MAX_PAYLOAD_BYTES for payload in payloads)
-    assert [id for payload in payloads for id in announced(payload, "somebody else")] == ids
-    heard_by_sender = [announced(payload, "me") for payload in payloads]
-    assert heard_by_sender == ([[]] * len(payloads) if sender else [announced(p, "x") for p in payloads])
+    assert [id for payload in payloads for id in decode_payload(payload, "another")] == ids
+    decoded_by_sender = [decode_payload(payload, "me") for payload in payloads]
+    assert decoded_by_sender == ([[]] * len(payloads) if sender else [decode_payload(p, "x") for p in payloads])
     # As few as possible: no two neighbours would fit in one.
     assert all(len(a) + len(b) > MAX_PAYLOAD_BYTES - 20 for a, b in pairwise(payloads))
 
 
-def test_nothing_to_announce_is_no_payload():
-    assert list(announcements([], "me")) == []
+def test_no_ids_are_no_payload():
+    assert list(encode_payloads([], "me")) == []
 
 
 @pytest.mark.parametrize("payload", ["", "x", "1", "null", "[]", '["a"]', "{}", '{"ids": "a"}', '{"ids": [1]}', "{"])
-def test_anything_else_tells_everybody_to_look(payload):
-    assert announced(payload, "me") is None
+def test_any_other_payload_means_all_streams(payload):
+    assert decode_payload(payload, "me") is None

@@ -1,0 +1,328 @@
+"""Decisions of live reading: the tail of a stream, and which subscription is woken."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from aibind_postgres import StoreClosedError, _subscriptions
+from aibind_postgres._pages import Page
+from aibind_postgres._subscriptions import (
+    LIVE_PAGE_CHUNKS,
+    Deleted,
+    Deliver,
+    Ended,
+    Fetch,
+    StreamTail,
+    Subscriptions,
+    Wait,
+    wake_all,
+)
+
+
+def take(tail, version, after, rows, least=None):
+    """Give a tail the page that a shared fetch has read."""
+    least = tail.total if least is None else least
+    fetch = Fetch(after, _subscriptions.LIVE_PAGE_CHUNKS, True, 0, version, least, False)
+    tail.take(fetch, page(rows, after))
+
+
+def page(rows, after=0):
+    return Page.parse(rows, after, _subscriptions.LIVE_PAGE_CHUNKS)
+
+
+def rows(state, total, *seqs, text="x"):
+    return [(-total, state), *[(seq, text) for seq in seqs]]
+
+
+def test_tail_keeps_last_chunks():
+    tail = StreamTail("a")
+    tail.record_position(1, 5)
+    assert tail.is_current
+    assert tail.after(5) == ()
+    assert tail.after(4) is None  # no longer, or not yet, in the tail
+    tail.mark_stale()
+    assert not tail.is_current
+    take(tail, 2, 5, rows("active", 7, 6, 7))
+    assert tail.is_current
+    assert tail.after(5) == [(6, "x"), (7, "x")]
+    assert tail.after(6) == [(7, "x")]
+    assert tail.after(7) == tail.after(100) == ()
+    take(tail, 2, 7, rows("done", 8, 8))
+    assert tail.ended
+    assert tail.after(5) == [(6, "x"), (7, "x"), (8, "x")]
+
+
+def test_fetch_from_before_the_latest_change_leaves_tail_stale():
+    tail = StreamTail("a")
+    tail.mark_stale()
+    take(tail, 1, 0, rows("active", 1, 1))
+    assert not tail.is_current
+    assert tail.after(0) == [(1, "x")]
+
+
+def test_tail_limits_spare_the_newest_page(monkeypatch):
+    monkeypatch.setattr(_subscriptions, "TAIL_CHARACTERS", 100)
+    monkeypatch.setattr(_subscriptions, "TAIL_CHUNKS", 5)
+    tail = StreamTail("a")
+    take(tail, 1, 0, rows("active", 8, *range(1, 9)))
+    assert tail.after(0) == [(seq, "x") for seq in range(1, 9)]
+    take(tail, 1, 8, rows("active", 10, 9, 10))
+    assert tail.after(4) is None
+    assert [seq for seq, _ in tail.after(5)] == [6, 7, 8, 9, 10]
+    take(tail, 1, 10, rows("active", 12, 11, 12, text="x" * 200))
+    assert tail.after(9) is None
+    assert [seq for seq, _ in tail.after(10)] == [11, 12]
+
+
+def test_poll_leaves_a_notified_change_to_the_notification():
+    tail = StreamTail("a")
+    tail.record_position(1, 0)
+    tail.notified = True
+    assert not tail.finds_change("active", 1)
+    assert tail.finds_change("active", 1)  # the notification did not arrive
+    assert tail.finds_change("active", 2)  # nor does any other
+    tail.notified = True
+    assert not tail.finds_change("done", 2)
+    assert tail.finds_change("done", 2)
+
+
+def test_poll_result_counts_once():
+    tail = StreamTail("a")
+    tail.record_position(tail.version, 3)
+    assert tail.finds_change("active", 3) is False
+    assert tail.finds_change("active", 5) is True
+    assert tail.finds_change("active", 5) is False  # a reader has fetched, and waits again
+    assert tail.finds_change("active", 6) is True
+    assert tail.finds_change(None, 0) is True
+    assert tail.finds_change("done", 6) is True
+
+
+def test_shorter_stream_is_another_stream():
+    tail = StreamTail("a")
+    take(tail, 1, 0, rows("active", 5, 1, 2, 3, 4, 5))
+    take(tail, 2, 5, rows("active", 1))
+    assert tail.deleted
+    other = StreamTail("b")
+    take(other, 1, 0, [])
+    assert other.deleted
+    take(other, 2, 0, rows("active", 1, 1))  # a fetch that was under way, or of a new stream
+    assert other.deleted
+
+
+def test_full_page_leaves_tail_stale(monkeypatch):
+    monkeypatch.setattr(_subscriptions, "LIVE_PAGE_CHUNKS", 2)
+    tail = StreamTail("a")
+    take(tail, 1, 0, rows("done", 3, 1, 2))
+    assert not tail.is_current
+    assert not tail.ended
+    take(tail, 1, 2, rows("done", 3, 3))
+    assert tail.is_current
+    assert tail.ended
+    assert [seq for seq, _ in tail.after(0)] == [1, 2, 3]
+
+
+def test_gap_is_left_to_the_readers():
+    tail = StreamTail("a")
+    tail.record_position(1, 2)
+    tail.mark_stale()
+    take(tail, 2, 2, rows("active", 2 * LIVE_PAGE_CHUNKS))
+    assert tail.is_current
+    assert tail.after(2) is None
+    assert tail.after(2 * LIVE_PAGE_CHUNKS) == ()
+    assert tail.append(2 * LIVE_PAGE_CHUNKS, ["x"])
+    assert tail.after(2 * LIVE_PAGE_CHUNKS) == [(2 * LIVE_PAGE_CHUNKS + 1, "x")]
+
+
+def test_cursor_outside_the_tail():
+    tail = StreamTail("a")
+    assert tail.fetch_after(7) == 7
+    assert tail.fetch_after(math.inf) == 2**63 - 1
+    take(tail, 1, 2**63 - 1, rows("active", 4))
+    assert tail.is_current
+    assert tail.after(3) is None
+    assert tail.after(4) == ()
+    take(tail, 2, 2, rows("active", 5, 3, 4, 5))
+    assert tail.after(3) is None
+    assert [seq for seq, _ in tail.after(4)] == [5]
+    take(tail, 3, 9, rows("active", 10, 10))
+    assert tail.after(5) is None
+    assert [seq for seq, _ in tail.after(9)] == [10]
+
+
+def test_append_here_needs_no_fetch():
+    tail = StreamTail("a")
+    assert not tail.append(0, ["a"])  # no position is known yet
+    tail.record_position(1, 1)
+    assert tail.append(1, ["b", "c"])
+    assert tail.after(1) == [(2, "b"), (3, "c")]
+    assert tail.is_current
+    assert not tail.append(7, ["x"])  # another process has written in between
+    assert not tail.append(2, ["c"])  # reported late, or of another stream of this id
+    assert not tail.append(3, ["x"] * (LIVE_PAGE_CHUNKS + 1))  # too long to cache
+    assert tail.after(1) == [(2, "b"), (3, "c")]
+    assert not tail.finds_change("active", 3)  # that was notified from here
+
+
+def test_overtaken_fetch_removes_nothing():
+    tail = StreamTail("a")
+    tail.record_position(1, 1)
+    tail.mark_stale()
+    version, after, least = tail.version, tail.fetch_after(1), tail.total
+    assert tail.append(1, ["b", "c"])
+    take(tail, version, after, rows("active", 2, 2, text="b"), least)
+    assert not tail.deleted
+    assert tail.after(1) == [(2, "b"), (3, "c")]
+    take(tail, version, 3, rows("active", 4, 4, text="d"), least)
+    assert [seq for seq, _ in tail.after(1)] == [2, 3, 4]
+
+
+class Woken:
+    """Subscribes, and counts the wake-ups."""
+
+    def __init__(self, subscriptions, cursor=0, **options):
+        self.count = 0
+        self.subscriptions = subscriptions
+        self.subscription = subscriptions.subscribe("a", cursor, self.wake, **options)
+
+    def wake(self):
+        self.count += 1
+
+    def take(self):
+        count, self.count = self.count, 0
+        return count
+
+    def step(self):
+        return self.subscriptions.next_step(self.subscription)
+
+    def fetched(self, fetch, rows):
+        wake_all(self.subscriptions.fetched(self.subscription, fetch, Page.parse(rows, fetch.after, fetch.limit)))
+
+    def catch_up(self, rows):
+        """Read to the end of the stream, and return the chunks."""
+        chunks = []
+        while True:
+            match self.step():
+                case Fetch() as fetch:
+                    self.fetched(fetch, rows)
+                case Deliver(new):
+                    chunks += new
+                case Wait():
+                    return chunks
+
+
+@pytest.fixture
+def subscriptions():
+    return Subscriptions(share=True)
+
+
+def test_only_possible_ends_wake_writers(subscriptions):
+    writer = Woken(subscriptions, math.inf, ends_only=True)
+    wake_all(subscriptions.polled(subscriptions.awaited(), {"a": ("active", 5)}))
+    wake_all(subscriptions.appended([("a", 0, ["x"])]))
+    wake_all(subscriptions.changed(None))
+    assert writer.count == 0
+    for end in (
+        lambda: subscriptions.polled(subscriptions.awaited(), {"a": ("stopped", 5)}),
+        lambda: subscriptions.changed(["a"]),
+        lambda: subscriptions.deleted("a"),
+        subscriptions.closed,
+    ):
+        wake_all(end())
+        assert writer.take(), end
+
+
+def test_writer_is_woken_by_the_end_of_a_successor(subscriptions):
+    writer = Woken(subscriptions, math.inf, ends_only=True)
+    wake_all(subscriptions.deleted("a"))
+    assert writer.take() == 1
+    wake_all(subscriptions.changed(["a"]))
+    assert writer.take() == 1
+
+
+def test_without_sharing_each_subscription_has_its_own_tail():
+    subscriptions = Subscriptions(share=False)
+    one, two = Woken(subscriptions), Woken(subscriptions)
+    assert one.subscription.tail is not two.subscription.tail
+    for reader in (one, two):
+        assert reader.catch_up(rows("active", 0)) == []
+    wake_all(subscriptions.appended([("a", 0, ["x"])]))
+    assert (one.take(), two.take()) == (1, 1)
+    assert isinstance(one.step(), Fetch)
+    assert isinstance(two.step(), Fetch)
+
+
+def test_unsubscribed_fetcher_lets_another_fetch(subscriptions):
+    readers = [Woken(subscriptions) for _ in range(2)]
+    for reader in readers:
+        reader.catch_up(rows("active", 0))
+    wake_all(subscriptions.changed(["a"]))
+    [fetcher] = [reader for reader in readers if reader.take()]
+    [other] = [reader for reader in readers if reader is not fetcher]
+    assert isinstance(fetcher.step(), Fetch)
+    subscriptions.unsubscribe(fetcher.subscription)  # interrupted before it could report
+    subscriptions.awaited()
+    assert other.take() == 1
+    assert isinstance(other.step(), Fetch)
+
+
+def test_reader_that_catches_up_gets_nothing_of_a_successor(subscriptions):
+    reader = Woken(subscriptions)
+    fetch = reader.step()
+    reader.fetched(fetch, rows("active", 200, *range(1, 51), text="old"))
+    assert isinstance(reader.step(), Deliver)
+    wake_all(subscriptions.deleted("a"))
+    assert reader.step() == Deleted()
+
+
+def test_page_read_across_a_deletion_is_discarded(subscriptions):
+    old, new = Woken(subscriptions), Woken(subscriptions)
+    old.fetched(old.step(), rows("active", 200, *range(1, 51), text="old"))
+    old.step()
+    old_fetch, new_fetch = old.step(), new.step()
+    wake_all(subscriptions.deleted("a"))
+    for reader, fetch in ((old, old_fetch), (new, new_fetch)):
+        reader.fetched(fetch, rows("active", 60, *range(fetch.after + 1, 61), text="new"))
+    assert old.step() == Deleted()
+    assert new.step() == Fetch(0, 50, False, 0, 1, 0, False)
+    assert [seq for seq, _ in new.catch_up(rows("active", 3, 1, 2, 3))] == [1, 2, 3]
+
+
+def test_shorter_page_of_a_reader_that_catches_up_ends_the_old_tail(subscriptions):
+    waiting = Woken(subscriptions)
+    waiting.catch_up(rows("active", 5, 1, 2, 3, 4, 5))
+    new = Woken(subscriptions)
+    assert new.catch_up(rows("active", 1, 1, text="new")) == [(1, "new")]
+    assert waiting.take() == 1
+    assert waiting.step() == Deleted()
+
+
+def test_shorter_stream_than_a_reader_has_read_is_another_stream(subscriptions):
+    behind, ahead = Woken(subscriptions), Woken(subscriptions)
+    fetch = ahead.step()
+    behind.catch_up(rows("active", 0))
+    ahead.fetched(fetch, rows("active", 4, 1, 2, 3, 4))
+    ahead.catch_up([])
+    subscriptions.unsubscribe(behind.subscription)
+    subscriptions.awaited()
+    wake_all(subscriptions.changed(["a"]))
+    assert ahead.take() == 1
+    ahead.fetched(ahead.step(), rows("active", 0))
+    assert ahead.step() == Deleted()
+
+
+def test_end_of_stream(subscriptions):
+    reader = Woken(subscriptions)
+    reader.fetched(reader.step(), rows("error\nwhy", 1, 1))
+    assert reader.step() == Deliver([(1, "x")])
+    assert reader.step() == Ended(("error", "why", 1))
+
+
+def test_closed_store_raises(subscriptions):
+    reader = Woken(subscriptions)
+    reader.catch_up(rows("active", 0))
+    wake_all(subscriptions.closed())
+    assert reader.take() == 1
+    with pytest.raises(StoreClosedError):
+        reader.step()
