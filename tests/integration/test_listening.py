@@ -1,93 +1,70 @@
-"""Waiting readers, where the two flavours are not the same: what threads and the garbage collector do, and tasks."""
+"""Waiting readers, where the flavours differ: threads and the garbage collector, and tasks."""
 
 from __future__ import annotations
 
 import asyncio
 import gc
-import os
+import threading
 
-import pytest
 from support.concurrency import Background
 
-from aibind_postgres import AsyncPostgresStreamStore, PostgresStreamStore
+from aibind_postgres import AsyncPostgresStreamStore, PostgresStreamStore, _subscriptions
+
+LISTENER = "aibind_postgres-listener"  # its task
 
 
-@pytest.fixture
-def store(dsn, tables):
-    with PostgresStreamStore(dsn, **tables) as store:
-        yield store
+def test_garbage_collection_while_subscriptions_change(dsn, tables, monkeypatch):
+    class CollectingLock:
+        """Collects garbage whenever it is held, as Python may do."""
 
+        def __init__(self):
+            self._lock = threading.Lock()
 
-def test_the_garbage_collector_may_close_a_reader_at_any_moment(dsn, tables):
-    store = PostgresStreamStore(dsn, **tables)  # closed only if all goes well: closing would wait, too
+        def __enter__(self):
+            self._lock.acquire()
+            gc.collect()
+
+        def __exit__(self, *_):
+            self._lock.release()
+
+    closed = []
+    unsubscribe = _subscriptions.Subscriptions.unsubscribe
+
+    def record(self, subscription):
+        closed.append(subscription)
+        unsubscribe(self, subscription)
+
+    monkeypatch.setattr(_subscriptions, "Lock", CollectingLock)
+    monkeypatch.setattr(_subscriptions.Subscriptions, "unsubscribe", record)
+    store = PostgresStreamStore(dsn, **tables)  # closed only on success: a deadlock would hold up closing, too
     id = store.create()
     store.append_many(id, ["a", "b"])
 
     class Response:
         def __init__(self):
             self.chunks = store.read_from(id)
-            self.itself = self
+            self.cycle = self
             next(self.chunks)
 
     def collect():
         for _ in range(10):
             Response()
-        with store._changes.mutex:  # as if it came while this thread wakes readers
-            gc.collect()
+        store.append(id, "c")  # takes the mutex
         return True
 
     with Background(collect) as collecting:
         assert collecting.result()
-    assert store._changes.followed() == []
-    assert store._changes._feeds == {}
+    assert len(closed) == 10
     store.close()
 
 
-def test_a_finding_is_news_once(store):
-    with store._changes.place("a") as place:
-        feed = place.feed
-        place.stands(place.before_look(), 3, 3)
-        assert feed.polled("active", 3) is False
-        assert feed.polled("active", 5) is True
-        assert feed.polled("active", 5) is False  # somebody has looked, and waits all the same
-        assert feed.polled("active", 6) is True
-        assert feed.polled(None, 0) is True
-        assert feed.polled("done", 6) is True
-
-
-def test_only_what_may_have_ended_a_stream_alarms_its_writers(store):
-    alarms = []
-    with store._changes.place("a", lambda: alarms.append("!")) as place:
-        store._changes.poll_found({"a": ("active", 5)}, [place.feed])
-        store._changes.tell_appended([("a", 0, ["x"])])
-        store._changes.wake(None)
-        assert alarms == []
-        for end in (
-            lambda: store._changes.poll_found({"a": ("stopped", 5)}, [place.feed]),
-            lambda: store._changes.wake(["a"]),
-            lambda: store._changes.tell_deleted("a"),
-            store.close,
-        ):
-            end()
-            assert alarms, end
-            alarms.clear()
-            store._changes.move(place)
-
-
-def test_a_forked_process_has_another_name(store, monkeypatch):
-    name = store._changes.name
-    assert name == store._changes.name
-    monkeypatch.setattr(os, "getpid", lambda: 1)
-    assert name != store._changes.name
-
-
-async def test_readers_outlive_the_watch(dsn, tables):
+async def test_readers_survive_the_cancellation_of_the_listener(dsn, tables):
     async with AsyncPostgresStreamStore(dsn, **tables, poll_interval=3600) as store:
         id = await store.create()
         waiter = asyncio.create_task(store.wait(id, 60))
-        while store._changes._watch is None:
+        while not (listeners := [task for task in asyncio.all_tasks() if task.get_name() == LISTENER]):
             await asyncio.sleep(0.01)
-        store._changes._watch._worker._task.cancel()
+        listeners[0].cancel()
         await asyncio.sleep(0.1)
         async with AsyncPostgresStreamStore(dsn, **tables) as other:
             await asyncio.sleep(0.1)
@@ -95,7 +72,7 @@ async def test_readers_outlive_the_watch(dsn, tables):
             assert (await asyncio.wait_for(waiter, 20)).state == "done"
 
 
-async def test_a_close_that_is_cancelled_can_be_repeated(dsn, tables):
+async def test_cancelled_close_can_be_repeated(dsn, tables):
     store = AsyncPostgresStreamStore(dsn, **tables)
     id = await store.create()
     waiter = asyncio.create_task(store.wait(id))
@@ -105,6 +82,5 @@ async def test_a_close_that_is_cancelled_can_be_repeated(dsn, tables):
     closing.cancel()
     await asyncio.wait([closing, waiter])
     await store.close()
-    assert store._database.client._pool.closed
     assert [task for task in asyncio.all_tasks() if task.get_name().startswith(("aibind", "pool"))] == []
     waiter.exception()

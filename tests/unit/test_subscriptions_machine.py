@@ -129,6 +129,7 @@ class SubscriptionsMachine(RuleBasedStateMachine):
         self.every: list[Stream] = []
         self.absences: dict[str, list[list[float]]] = {}
         self.exposed: dict[str, list[Reader]] = {}
+        self.old_tails: dict[str, set[object]] = {}
         self.readers: list[Reader] = []
         self.reports: list[tuple[str, object]] = []  # calls in this process that come late: stream id, call
         self.notifications: list[tuple[str, bool]] = []  # stream id, whether it may be lost
@@ -142,6 +143,7 @@ class SubscriptionsMachine(RuleBasedStateMachine):
         self.ids = list(ids)
         self.absences = {id: [[0, math.inf]] for id in ids}
         self.exposed = {id: [] for id in ids}
+        self.old_tails = {id: set() for id in ids}
         self.subscriptions = Subscriptions(share=share)
 
     # The database
@@ -157,6 +159,8 @@ class SubscriptionsMachine(RuleBasedStateMachine):
         stream = self.streams[id]
         exposed = [reader for reader in self.exposed[id] if reader.is_live and reader.stream is not stream]
         most = max(0, min(reader.received for reader in exposed) - 1) if exposed else 20
+        tails = {reader.subscription.tail for reader in self.readers if reader.is_live} & self.old_tails[id]
+        most = min([most, *(tail.least_total - 1 for tail in tails if tail.least_total and not tail.deleted)])
         return max(0, most - len(stream.chunks))
 
     def add_stream(self, id: str) -> None:
@@ -174,7 +178,9 @@ class SubscriptionsMachine(RuleBasedStateMachine):
         stream.ended_at = min(stream.ended_at, self.clock)
         self.absences[id].append([self.clock, math.inf])
         if elsewhere:
-            self.exposed[id] += [reader for reader in self.readers if reader.id == id and reader.is_live]
+            exposed = [reader for reader in self.readers if reader.id == id and reader.is_live]
+            self.exposed[id] += exposed
+            self.old_tails[id].update(reader.subscription.tail for reader in exposed)
 
     def was_absent(self, id: str, begin: float, end: float) -> bool:
         return any(start <= end and stop >= begin for start, stop in self.absences[id])
