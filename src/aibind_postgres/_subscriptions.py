@@ -186,9 +186,9 @@ class StreamTail:
         self._read_total = max(self._read_total, total)
         if not self._known:
             self._begin(total)
-        if total == self.end:
+        if total == self.end and total >= self.total:  # else chunks are known that the tail lacks
             self._fetched_version = max(self._fetched_version, version)
-            self.total = max(self.total, total)
+            self.total = total
 
     def delete(self) -> None:
         self._state = None

@@ -21,12 +21,12 @@ class Recording:
         self.fetches: list[list[str]] = []  # stream ids of each statement that served waiting readers
         self.connections = 0  # opened to LISTEN
         self.read_error: Exception | None = None
-        self._running = 0
-        self._read_at = 0.0
+        self._reads_running = 0
+        self._last_read_at = 0.0
 
     def is_quiet(self, seconds: float = 0.05) -> bool:
         """Return whether the listener has connected, and nothing was read for a while: all readers wait."""
-        return self.connections > 0 and self._running == 0 and monotonic() - self._read_at > seconds
+        return self.connections > 0 and self._reads_running == 0 and monotonic() - self._last_read_at > seconds
 
     def _begin(self, sql: str, params: Sequence[Any]) -> bool:
         if "-greatest(total_chunks" not in sql:
@@ -39,16 +39,16 @@ class Recording:
             self.fetches.append([params[0]])
         else:
             self.reads.append(params[0])
-        self._running += 1
+        self._reads_running += 1
         return True
 
     def _end(self) -> None:
-        self._running -= 1
-        self._read_at = monotonic()
+        self._reads_running -= 1
+        self._last_read_at = monotonic()
 
-    def _connected(self) -> None:
+    def _record_connection(self) -> None:
         self.connections += 1
-        self._read_at = monotonic()
+        self._last_read_at = monotonic()
 
 
 class AsyncRecordingClient(Recording, AsyncPoolClient):
@@ -62,7 +62,7 @@ class AsyncRecordingClient(Recording, AsyncPoolClient):
 
     async def connect(self) -> Any:
         connection = await super().connect()
-        self._connected()
+        self._record_connection()
         return connection
 
 
@@ -77,5 +77,5 @@ class RecordingClient(Recording, PoolClient):
 
     def connect(self) -> Any:
         connection = super().connect()
-        self._connected()
+        self._record_connection()
         return connection

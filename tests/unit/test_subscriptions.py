@@ -326,3 +326,15 @@ def test_closed_store_raises(subscriptions):
     assert reader.take() == 1
     with pytest.raises(StoreClosedError):
         reader.step()
+
+
+def test_older_read_does_not_hide_known_chunks(subscriptions, monkeypatch):
+    monkeypatch.setattr(_subscriptions, "LIVE_PAGE_CHUNKS", 3)
+    waiting, late = Woken(subscriptions), Woken(subscriptions)
+    waiting.catch_up(rows("active", 1, 1))
+    wake_all(subscriptions.changed(["a"]))
+    late_fetch = late.step()
+    waiting.fetched(waiting.step(), rows("active", 7, 2, 3, 4))
+    late.fetched(late_fetch, rows("active", 4, 1, 2, 3, 4))
+    assert isinstance(waiting.step(), Deliver)
+    assert isinstance(waiting.step(), Fetch)
