@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from threading import Lock
 from time import monotonic
 from typing import Any
 
@@ -21,6 +22,7 @@ class Recording:
         self.fetches: list[list[str]] = []  # stream ids of each statement that served waiting readers
         self.connections = 0  # opened to LISTEN
         self.read_error: Exception | None = None
+        self._mutex = Lock()
         self._reads_running = 0
         self._last_read_at = 0.0
 
@@ -39,11 +41,13 @@ class Recording:
             self.fetches.append([params[0]])
         else:
             self.reads.append(params[0])
-        self._reads_running += 1
+        with self._mutex:
+            self._reads_running += 1
         return True
 
     def _end(self) -> None:
-        self._reads_running -= 1
+        with self._mutex:
+            self._reads_running -= 1
         self._last_read_at = monotonic()
 
     def _record_connection(self) -> None:

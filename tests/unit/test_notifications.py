@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from itertools import pairwise
 
 import pytest
+from support.clients import PlainClient
 
 from aibind_postgres._arguments import MAX_ID_BYTES
 from aibind_postgres._notifications import MAX_PAYLOAD_BYTES, decode_payload, encode_payloads
+from aibind_postgres._subscriptions import Subscriptions
+from aibind_postgres._sync.notifying import Notifier
 
 
 @pytest.mark.parametrize("sender", [None, "me"])
@@ -39,3 +43,11 @@ def test_no_ids_are_no_payload():
 @pytest.mark.parametrize("payload", ["", "x", "1", "null", "[]", '["a"]', "{}", '{"ids": "a"}', '{"ids": [1]}', "{"])
 def test_any_other_payload_means_all_streams(payload):
     assert decode_payload(payload, "me") is None
+
+
+def test_sender_differs_in_a_forked_process(monkeypatch):
+    notifier = Notifier(PlainClient(), Subscriptions(share=True), "channel")
+    sender = notifier.sender
+    assert sender == notifier.sender
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    assert sender != notifier.sender

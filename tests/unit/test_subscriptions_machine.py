@@ -13,7 +13,14 @@ from typing import ClassVar
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from aibind_postgres import StoreClosedError, _pages, _subscriptions
 from aibind_postgres._pages import Page
@@ -28,7 +35,7 @@ from aibind_postgres._subscriptions import (
     wake_all,
 )
 
-EXAMPLES = int(os.environ.get("SUBSCRIPTIONS_EXAMPLES", "400"))
+EXAMPLES = int(os.environ.get("SUBSCRIPTIONS_EXAMPLES", "200"))
 STEPS = 80
 UNREAD = object()
 
@@ -466,11 +473,7 @@ class SubscriptionsMachine(RuleBasedStateMachine):
         """Return the streams that a reader may see: those that existed after it subscribed."""
         if reader.stream is not None:
             return [reader.stream]
-        return [
-            stream
-            for stream in self.every
-            if stream.id == reader.id and stream.deleted_at >= reader.since
-        ]
+        return [stream for stream in self.every if stream.id == reader.id and stream.deleted_at >= reader.since]
 
     def check_chunks(self, reader, chunks):
         assert chunks
