@@ -406,34 +406,43 @@ class Subscriptions:
                 subscription.decided.append(StoreClosedError("this store was closed meanwhile"))
             return every
 
-    def _catch_up(self, subscription: Subscription) -> Fetch:
+    def _catch_up(self, subscription: Subscription) -> Fetch | Deleted:
         """Let a reader read on its own, from a snapshot of the tail's version."""
         subscription.following = False
+        if subscription.tail.deleted:
+            if subscription.delivered:  # the next page could be of a new stream of this id
+                return DELETED
+            self._join(subscription)
         tail, after = subscription.tail, int(min(subscription.cursor, MAX_NUMBER))
         return Fetch(after, subscription.limit, False, 0, tail.version, tail.least_total, tail.ended)
 
     def _caught_up(self, subscription: Subscription, fetch: Fetch, page: Page | None) -> list[Subscription]:
         """Take the page of a reader that catches up."""
+        tail, version = subscription.tail, fetch.version
+        woken: list[Subscription] = []
         if page is None or page.total < subscription.delivered:
             subscription.decided.append(DELETED)
             return []
+        if tail.deleted:  # since the fetch began: the page may be of a new stream of this id
+            return []
+        if page.total < fetch.total or (fetch.ended and page.state == "active"):
+            # The page is of a new stream of this id, the tail of its predecessor, which other readers still hold.
+            woken = self._drop(tail)
+            if subscription.delivered:
+                subscription.decided.append(DELETED)
+                return woken
+            self._join(subscription)
+            version = 0  # the new tail has missed the changes since the snapshot
         if page.rows:
             subscription.decided.append(Deliver(page.chunks))
             subscription.delivered = page.rows[-1][0]
         if not page.is_last:
             subscription.cursor, subscription.limit = page.end, page.next_limit
-            return []
+            return woken
         subscription.cursor = max(subscription.cursor, page.total)
         if page.state != "active":
             subscription.decided.append(Ended(page.status))
-            return []
-        woken: list[Subscription] = []
-        version = fetch.version
-        if fetch.ended or page.total < fetch.total:
-            # The page is of a new stream of this id, the tail of its predecessor, which other readers still hold.
-            woken = self._drop(subscription.tail)
-            self._join(subscription)
-            version = 0  # the new tail was not told of changes since the snapshot
+            return woken
         subscription.tail.record_position(version, page.total)
         subscription.following = True
         return woken
@@ -454,7 +463,10 @@ class Subscriptions:
         """Remove the tail of a stream that no longer exists."""
         self._forget(tail)
         tail.delete()
-        return [*tail.wake_ready(), *tail.wake_ends_only()]
+        ends_only = tail.wake_ends_only()
+        for subscription in ends_only:  # perhaps of a new stream of this id
+            self._join(subscription)
+        return [*tail.wake_ready(), *ends_only]
 
     def _forget(self, tail: StreamTail) -> None:
         tails = self._tails.get(tail.stream_id, set())

@@ -20,7 +20,7 @@ from aibind_postgres import (
     StreamWriteError,
 )
 from aibind_postgres._async.database import AsyncDatabase
-from aibind_postgres._async.stream_writer import AsyncStreamOperations, AsyncStreamWriter
+from aibind_postgres._async.stream_writer import AsyncStreamWriter, StreamOperations
 from aibind_postgres._concurrency import AsyncEvent
 from aibind_postgres._write_buffer import WriteBuffer
 
@@ -281,7 +281,7 @@ async def test_failed_status_check_is_not_the_end(client, store):
         wakes.append(wake)
         yield
 
-    operations = AsyncStreamOperations(append_to(store), store.complete, store.fail, store.get_status)
+    operations = StreamOperations(append_to(store), store.complete, store.fail, store.get_status)
     id = await store.create()
     buffer, database = WriteBuffer(1000, 1000), AsyncDatabase(client, 0.2, None)
     with pytest.raises(StreamWriteError) as caught:

@@ -13,9 +13,11 @@ def test_no_rows_are_no_stream():
 
 
 def test_status_row_and_chunks():
-    page = Page.parse([(-7, "active"), [4, "a"], (5, "b\nc")], 3, 2)
-    assert page == Page("active", None, 7, [StreamChunk(4, "a"), StreamChunk(5, "b\nc")], 5)
-    assert all(type(chunk) is StreamChunk for chunk in page.chunks)
+    page = Page.parse([(-7, "active"), (4, "a"), (5, "b\nc")], 3, 2)
+    assert page == Page("active", None, 7, [(4, "a"), (5, "b\nc")], 5)
+    chunks = list(page.chunks)
+    assert chunks == [StreamChunk(4, "a"), StreamChunk(5, "b\nc")]
+    assert all(type(chunk) is StreamChunk for chunk in chunks)
     assert page.status == StreamStatus("active", None, 7)
 
 
@@ -25,7 +27,7 @@ def test_status_row_and_chunks():
 )
 def test_error_text(status, state, error):
     page = Page.parse([(0, status)], 0, 50)
-    assert (page.state, page.error, page.total, page.chunks) == (state, error, 0, [])
+    assert (page.state, page.error, page.total, page.rows) == (state, error, 0, [])
 
 
 @pytest.mark.parametrize(("after", "limit", "is_last"), [(0, 6, False), (0, 7, True), (7, 1, True), (100, 1, True)])

@@ -401,7 +401,8 @@ class SubscriptionsMachine(RuleBasedStateMachine):
                     step = self.subscriptions.next_step(reader.subscription)
                     assert not isinstance(step, Wait), "a reader of a closed store goes on"
             self.leave(reader)
-        assert self.subscriptions.is_empty()
+        assert self.subscriptions.awaited() == []
+        assert self.subscriptions.closed() == []
         for id in self.ids:
             self.flush(id)
         self.polls.clear()
@@ -444,8 +445,8 @@ class SubscriptionsMachine(RuleBasedStateMachine):
         reader.status = "ready"
         try:
             step = self.subscriptions.next_step(reader.subscription)
-        except FetchError as error:
-            assert reader.failed, "the error of a fetch for which it did not wait"  # noqa: PT017  # raised at times
+        except FetchError:
+            assert reader.failed, "the error of a fetch for which it did not wait"  # raised at times
             reader.failed = False
             return
         assert not reader.failed, "the error of a fetch is lost"
@@ -554,7 +555,7 @@ class SubscriptionsMachine(RuleBasedStateMachine):
         for reader in self.live():
             self.leave(reader)
         assert self.subscriptions.awaited() == []
-        assert self.subscriptions.is_empty()
+        assert self.subscriptions.closed() == []
 
     def check_woken(self, reader):
         for stream in self.every:

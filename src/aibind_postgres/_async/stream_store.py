@@ -33,7 +33,7 @@ from .following import AsyncFollower, watching_end
 from .listening import AsyncListener
 from .notifying import AsyncNotifier
 from .reading import AsyncPageReader
-from .stream_writer import AsyncStreamOperations, AsyncStreamWriter
+from .stream_writer import AsyncStreamWriter, StreamOperations
 
 if TYPE_CHECKING:
     from psycopg.sql import Identifier
@@ -201,7 +201,7 @@ class AsyncPostgresStreamStore:
         arguments.sequence_number(max_bytes, "max_bytes", least=1)
         subscribe = partial(watching_end, self._subscriptions, self._listener, stream_id)
         buffer = WriteBuffer(max_chunks, max_bytes)
-        operations = AsyncStreamOperations(self._append, self.complete, self.fail, self.get_status)
+        operations = StreamOperations(self._append, self.complete, self.fail, self.get_status)
         return AsyncStreamWriter(stream_id, buffer, operations, self._database, subscribe, on_end)
 
     def read_from(self, id: str, after_seq: int = 0, *, follow: bool = True) -> AsyncIterator[StreamChunk]:

@@ -47,7 +47,7 @@ class AsyncOperation(Protocol[Parameters, ResultOut]):
     async def __call__(self, *args: Parameters.args, **kwargs: Parameters.kwargs) -> ResultOut: ...
 
 
-class AsyncStreamOperations(NamedTuple):
+class StreamOperations(NamedTuple):
     """The operations of a store that a writer needs. `append_many` expects validated texts and a sequence number."""
 
     append_many: AsyncOperation[[str, Sequence[str], int], int]
@@ -77,9 +77,9 @@ class AsyncStreamWriter:
     Leaving the block waits until all chunks are durable and completes the stream. If the block raises, the writer also
     sends its chunks, and ends the stream in state error with the first 1,000 characters of the exception's text.
 
-    A stream has one producer: if another one appends to it, `SequenceConflictError` is raised. Once the stream has ended
-    elsewhere, `is_active` is False and `write` raises `StreamNotActiveError`: as soon as the writer is notified, not
-    only with the next statement. An error of the worker is raised by every later call.
+    A stream has one producer: if another one appends to it, `SequenceConflictError` is raised. Once the stream has
+    ended elsewhere, `is_active` is False and `write` raises `StreamNotActiveError`: as soon as the writer is notified,
+    not only with the next statement. An error of the worker is raised by every later call.
 
     On the caller's own connection, or in Django, there is no worker: each chunk is sent at once, in the caller's
     transaction if there is one.
@@ -89,7 +89,7 @@ class AsyncStreamWriter:
         self,
         stream_id: str,
         buffer: WriteBuffer,
-        operations: AsyncStreamOperations,
+        operations: StreamOperations,
         database: AsyncDatabase,
         subscribe: Callable[[Callable[[], None]], AbstractContextManager[object]],
         on_end: Callable[[Exception], Any] | None,
