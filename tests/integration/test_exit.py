@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 
+import psycopg
 import pytest
+from psycopg_pool import AsyncConnectionPool
 from support.lifecycles import in_a_child, run_to_the_end
 
-from aibind_postgres import DurableStream, PostgresStreamStore
+from aibind_postgres import AsyncDurableStream, AsyncPostgresStreamStore, DurableStream, PostgresStreamStore
 from aibind_postgres._sync.producing import Producer
 
 PROGRAM = """
@@ -59,3 +62,44 @@ def test_forked_child_has_no_producers(database):
         assert [producer.stream_id for producer in Producer.running(store)] == [stream.id]
         release.set()
         assert stream.wait(20).state == "done"
+
+
+class CancellingClient:
+    """A client that cancels new producers right after a stream was created, before they begin."""
+
+    def __init__(self, pool):
+        self._pool = pool
+
+    async def query(self, sql, params):
+        async with self._pool.connection() as connection:
+            cursor = await psycopg.AsyncRawCursor(connection).execute(sql, params)
+            rows = await cursor.fetchall()
+        if "INSERT" in sql:
+            asyncio.get_running_loop().call_soon(self.cancel_producers)
+        return rows
+
+    @staticmethod
+    def cancel_producers():
+        for task in asyncio.all_tasks():
+            if task.get_name() == "aibind_postgres-producer":
+                task.cancel()
+
+
+async def test_shutdown_ends_a_producer_that_was_cancelled_before_it_began(dsn, tables):
+    closed, calls = [], []
+
+    class Source:
+        def __aiter__(self):
+            raise AssertionError("the source must not be read")
+
+        def close(self):
+            closed.append(True)
+
+    async with AsyncConnectionPool(dsn, kwargs={"autocommit": True}, min_size=1, open=False) as pool:
+        async with AsyncPostgresStreamStore(CancellingClient(pool), **tables) as store:
+            stream = await AsyncDurableStream.start(store, Source(), on_finish=lambda *call: calls.append(call))
+            assert await AsyncDurableStream.shutdown(store, 0) is False
+            assert await store.get_status(stream.id) == ("error", "the answer broke off", 0)
+            assert await AsyncDurableStream.shutdown(store, 0) is True
+    assert closed == [True]
+    assert calls == [("", ("error", "the answer broke off", 0))]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class AsyncDurableStream:
-    """A stream whose answer outlives its request. `start` produces one, `resume` reads one from any process."""
+    """A stream that outlives the request it answers. `start` produces one, `resume` reads one from any process."""
 
     def __init__(
         self, store: AsyncPostgresStreamStore, id: str, producer: AsyncProducer | None = None, after_seq: int = 0
@@ -93,7 +93,7 @@ class AsyncDurableStream:
                 stream_id = new_id() if id is None else arguments.identifier(id)
                 encode(_id_event(stream_id))
                 await store.create(stream_id)
-                # A transaction of the caller may hide the new stream from the producer, whose worker then queries it.
+                # A transaction of the caller may hide the new stream from the producer, which must query it then.
                 known_active = not store._database.client.in_transaction()
                 producer = AsyncProducer(store, stream_id, source, on_finish, expose_errors, context, known_active)
             except BaseException:

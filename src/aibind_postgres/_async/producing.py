@@ -133,11 +133,13 @@ class AsyncProducer:
         with self._mutex:
             if self._phase in (Phase.FINISHING, Phase.ENDED):
                 return False
-            if reason in (EndReason.SHUTDOWN, EndReason.INTERPRETER_EXIT):
-                self._writer._request_end(GENERIC_ERROR)
-                return True
-            self._phase, self._reason = Phase.FINISHING, reason
             worker = self._worker
+            is_request = reason in (EndReason.SHUTDOWN, EndReason.INTERPRETER_EXIT)
+            if not is_request:
+                self._phase, self._reason = Phase.FINISHING, reason
+        if is_request:
+            self._writer._request_end(GENERIC_ERROR)
+            return worker.is_alive() or await self._end_without_worker()
         try:
             await self._source.interrupt(worker)
             await self._call_on_finish(status)
@@ -145,6 +147,13 @@ class AsyncProducer:
             if reason is not EndReason.SOURCE_FINISHED:
                 self._mark_ended()
         return True
+
+    async def _end_without_worker(self) -> bool:
+        """End the stream of a worker that was cancelled before it began, as at the end of an event loop."""
+        self._writer._release()
+        await self._fail_stream()
+        await self._source.close()
+        return await self.end(EndReason.INTERRUPTED)
 
     def _mark_ended(self) -> None:
         with self._mutex:
@@ -203,7 +212,7 @@ class AsyncProducer:
         return self._reason not in (None, EndReason.SOURCE_FINISHED)
 
     async def _fail_stream(self) -> None:
-        """End a stream whose writer could not be opened."""
+        """End the stream in state error, without its writer."""
         try:
             await self._store.fail(self.stream_id, GENERIC_ERROR)
         except StreamNotFoundError:
@@ -371,7 +380,7 @@ class SourceError(Exception):
 
 
 class SourceInterrupted(BaseException):
-    """Ends a stream in state error with this text, in place of an interruption whose own text must not be stored."""
+    """Ends a stream in state error with this text. It replaces an interruption, which may have a text of its own."""
 
 
 if hasattr(os, "register_at_fork"):

@@ -77,9 +77,9 @@ class AsyncStreamWriter:
     Leaving the block waits until all chunks are durable and completes the stream. If the block raises, the writer also
     sends its chunks, and ends the stream in state error with the first 1,000 characters of the exception's text.
 
-    A stream has one producer: if another one appends to it, `SequenceConflictError` is raised. Once the stream has
-    ended elsewhere, `is_active` is False and `write` raises `StreamNotActiveError`: as soon as the writer is notified,
-    not only with the next statement. An error of the worker is raised by every later call.
+    A stream has one producer: if another one appends to it, `SequenceConflictError` is raised. If the stream is ended
+    elsewhere, `is_active` is False and `write` raises `StreamNotActiveError`: as soon as the writer is notified, not
+    only with the next statement. An error of the worker is raised by every later call.
 
     On the caller's own connection, or in Django, there is no worker: each chunk is sent at once, in the caller's
     transaction if there is one.
