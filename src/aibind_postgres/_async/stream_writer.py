@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
 from enum import Enum
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
 
 from .. import _arguments as arguments
 from .._concurrency import AsyncEvent, AsyncLock, AsyncWorker, Mutex, async_call_or_await, async_shielded, async_spawn
@@ -47,7 +48,8 @@ class AsyncOperation(Protocol[Parameters, ResultOut]):
     async def __call__(self, *args: Parameters.args, **kwargs: Parameters.kwargs) -> ResultOut: ...
 
 
-class StreamOperations(NamedTuple):
+@dataclass(frozen=True)
+class StreamOperations:
     """The operations of a store that a writer needs. `append_many` expects validated texts and a sequence number."""
 
     append_many: AsyncOperation[[str, Sequence[str], int], int]
