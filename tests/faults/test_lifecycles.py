@@ -1,4 +1,4 @@
-"""Stores whose process forks or ends, or whose event loop ends."""
+"""Stores after a fork, at interpreter exit and at the end of an event loop."""
 
 from __future__ import annotations
 
