@@ -1,4 +1,4 @@
-"""Fault tests: servers, networks and processes that fail. Short by default; `--long` repeats them as docs/ promises.
+"""Fault tests: servers, networks and processes that fail. Short by default; `--long` repeats the faults.
 
 Tests of both flavours are in `_async/`; `_sync/` is generated from it.
 """
