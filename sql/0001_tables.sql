@@ -1,4 +1,4 @@
--- The tables that @aibind/postgres uses, unchanged: a Python and a TypeScript service can share them.
+-- The tables of @aibind/postgres, unchanged, so that Python and TypeScript services can share them.
 
 CREATE TABLE IF NOT EXISTS aibind_stream_chunks (
   id   TEXT    NOT NULL,

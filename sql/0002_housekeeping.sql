@@ -1,22 +1,21 @@
--- The status table comes first, as in every statement of the store, and its strongest lock before the weaker ones: any
--- other way this could deadlock with the store, when it is applied again while that is in use. It waits for statements
--- under way and holds others up for a moment.
+-- Briefly locks the tables. To avoid deadlocks with running stores, the status table is locked first, as in the
+-- statements of the store, and its strongest lock before the weaker ones.
 
--- When each row was written, for replay at the recorded pace and for listing by time. Rows from before this migration
--- keep NULL: nobody knows. The default comes in a statement of its own, so that a large table is not rewritten, and is
--- the time of the insertion, since many chunks may be appended in one transaction.
+-- The time of insertion of each row, for replay at the recorded pace and for listing by time. Existing rows keep NULL.
+-- Separate statements for the column and its default avoid rewriting a large table. The default is clock_timestamp()
+-- because one transaction may append many chunks.
 
 ALTER TABLE aibind_stream_status ADD COLUMN IF NOT EXISTS created_at TIMESTAMPTZ;
 
 ALTER TABLE aibind_stream_status ALTER COLUMN created_at SET DEFAULT clock_timestamp();
 
--- Every append updates the stream's status row. Room in the page keeps those updates heap-only (HOT): they touch no
--- index, and the next reader of the page reclaims what they leave behind.
+-- Every append updates the status row of its stream. Free space in the pages keeps these updates heap-only (HOT): they
+-- do not touch indexes, and the next access to a page reclaims the old row versions.
 
 ALTER TABLE aibind_stream_status SET (fillfactor = 50, autovacuum_vacuum_scale_factor = 0.05);
 
--- For cleanup, and for fail_abandoned. An append changes neither the state nor, but once in a quarter of the ttl,
--- expires_at: so these indexes leave nearly all appends heap-only.
+-- For cleanup and fail_abandoned. Appends do not change the state, and change expires_at once in a quarter of the ttl,
+-- so that nearly all appends stay heap-only.
 
 CREATE INDEX IF NOT EXISTS aibind_stream_status_expires_at_idx ON aibind_stream_status (expires_at)
 WHERE state <> 'active';

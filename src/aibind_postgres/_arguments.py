@@ -1,4 +1,4 @@
-"""What callers may pass: everything else is refused here, before anything is sent. Pure."""
+"""Argument checks, made before anything is sent to the server. Pure."""
 
 from __future__ import annotations
 
@@ -7,73 +7,103 @@ from datetime import timedelta
 
 from .errors import InvalidDataError
 
-# An id is part of two index entries (at most 2,704 bytes each) and of a notification (at most 7,999 bytes, in JSON).
+# An id must fit into an index entry (2,704 bytes) and, as JSON, into a notification (7,999 bytes).
 MAX_ID_BYTES = 1024
 
 MAX_NUMBER = 2**63 - 1  # a bigint
-MAX_SECONDS = 1e9  # what every clock and every timer can take
+MAX_SECONDS = 1e9  # accepted by all clocks and timers
 
 
-def storable_text(value: object, what: str) -> str:
-    """Return `value` if it is text that PostgreSQL can store, else raise `InvalidDataError` naming `what`."""
+def storable_text(value: object, name: str) -> str:
+    """Return `value` if PostgreSQL can store it as text.
+
+    Args:
+        value: The value to check.
+        name: The name of the value in the error text.
+
+    Raises:
+        InvalidDataError: `value` is not a str, or contains a NUL character or a lone surrogate.
+    """
     if not isinstance(value, str):
-        raise InvalidDataError(f"{what} must be a str, not {type(value).__name__}")
+        raise InvalidDataError(f"{name} must be a str, not {type(value).__name__}")
     if "\0" in value:
-        raise InvalidDataError(f"{what} contains a NUL character, which PostgreSQL cannot store")
+        raise InvalidDataError(f"{name} contains a NUL character, which PostgreSQL cannot store")
     if not value.isascii():
         try:
             value.encode()
         except UnicodeEncodeError as error:
             raise InvalidDataError(
-                f"{what} contains a lone surrogate at position {error.start}, which is not a character"
+                f"{name} contains a lone surrogate at position {error.start}, which is not a character"
             ) from None
     return value
 
 
-def identifier(value: object, what: str = "a stream id") -> str:
-    """Return `value` if it can name a row: storable text of 1 to 1,024 bytes in UTF-8."""
-    text = storable_text(value, what)
+def identifier(value: object, name: str = "a stream id") -> str:
+    """Return `value` if it is a valid id: storable text of 1 to 1,024 bytes in UTF-8.
+
+    Raises:
+        InvalidDataError: `value` is not a valid id.
+    """
+    text = storable_text(value, name)
     if not text:
-        raise InvalidDataError(f"{what} must not be empty")
+        raise InvalidDataError(f"{name} must not be empty")
     if len(text.encode()) > MAX_ID_BYTES:
-        raise InvalidDataError(f"{what} must be at most {MAX_ID_BYTES} bytes long in UTF-8")
+        raise InvalidDataError(f"{name} must be at most {MAX_ID_BYTES} bytes long in UTF-8")
     return text
 
 
 def chunk_list(chunks: Iterable[str]) -> list[str]:
-    """Return the chunks as a list of storable texts; a bare `str` is refused, since it would go in by letters."""
+    """Return the chunks as a list of storable texts.
+
+    Raises:
+        InvalidDataError: A chunk is not storable, or `chunks` is a single str, which would be split into characters.
+    """
     if isinstance(chunks, (str, bytes)):
-        raise InvalidDataError("chunks must be an iterable of str, not one str: append() takes one")
+        raise InvalidDataError("chunks must be an iterable of str, not a single str: use append() for one chunk")
     texts = list(chunks)
     try:
-        storable_text("".join(texts), "a chunk")  # all at once: a thousand calls cost more than all else here
+        storable_text("".join(texts), "a chunk")  # one call for all: a call for each chunk would be slow
     except (TypeError, InvalidDataError):
-        for chunk in texts:  # one of them: say what is wrong with it
+        for chunk in texts:  # find the invalid one, for the error text
             storable_text(chunk, "a chunk")
         raise
     return texts
 
 
-def sequence_number(value: object, what: str, *, least: int) -> int:
-    """Return `value` if it is an int of at least `least` that PostgreSQL can take."""
+def sequence_number(value: object, name: str, *, least: int) -> int:
+    """Return `value` if it is an int from `least` to the maximum of a bigint.
+
+    Raises:
+        InvalidDataError: `value` is not an int, or out of range.
+    """
     if not isinstance(value, int) or isinstance(value, bool):
-        raise InvalidDataError(f"{what} must be an int, not {type(value).__name__}")
+        raise InvalidDataError(f"{name} must be an int, not {type(value).__name__}")
     if not least <= value <= MAX_NUMBER:
-        raise InvalidDataError(f"{what} must be from {least} to {MAX_NUMBER}, not {value}")
+        raise InvalidDataError(f"{name} must be from {least} to {MAX_NUMBER}, not {value}")
     return value
 
 
-def seconds(value: float | timedelta, what: str, *, zero: bool = False) -> float:
-    """Return a time in seconds; it must be above zero, or zero where `zero` allows it, and less than 30 years."""
+def seconds(value: float | timedelta, name: str, *, zero: bool = False) -> float:
+    """Return a duration in seconds.
+
+    Args:
+        value: Seconds or a timedelta: more than 0, and at most 1e9 seconds.
+        name: The name of the value in the error text.
+        zero: Whether 0 is allowed; False by default.
+
+    Raises:
+        TypeError: `value` is neither a number nor a timedelta.
+        ValueError: `value` is out of range.
+    """
     if isinstance(value, bool) or not isinstance(value, (int, float, timedelta)):
-        raise TypeError(f"{what} must be a number of seconds or a timedelta, not {type(value).__name__}")
+        raise TypeError(f"{name} must be a number of seconds or a timedelta, not {type(value).__name__}")
     number = value.total_seconds() if isinstance(value, timedelta) else value
     if not (0 < number <= MAX_SECONDS or (number == 0 and zero)):
         least = "zero or more" if zero else "more than zero"
-        raise ValueError(f"{what} must be {least} seconds, and at most {MAX_SECONDS:g}, not {value!r}")
+        raise ValueError(f"{name} must be {least} seconds, and at most {MAX_SECONDS:g}, not {value!r}")
     return number
 
 
-def milliseconds(value: float | timedelta, what: str) -> int:
-    """Return a time above zero in milliseconds, at least one."""
-    return max(1, round(seconds(value, what) * 1000))
+def milliseconds(value: float | timedelta, name: str) -> int:
+    """Return a duration in milliseconds, at least 1. The arguments and errors are those of `seconds`."""
+    return max(1, round(seconds(value, name) * 1000))

@@ -1,4 +1,4 @@
-"""The statements on conversations, for a given table name. Pure; what `_sql` says of statements holds here, too."""
+"""The statements of the conversation store, for a given table name, with the conventions of `_sql`. Pure."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ if TYPE_CHECKING:
 
 LOAD = "SELECT data FROM {conversations} WHERE session_id = $1::text AND expires_at > {now}"
 
-# If what is stored has the digest of $4, or nothing is stored and that is NULL: what has expired is not stored any
-# more. The row is locked first, so that it stays what was compared. A digest spares sending the text back, and does not
-# depend on a collation, of which some take different texts for equal.
+# Saves only if the stored text has the digest $4, or if $4 is NULL and no row is stored. An expired row counts as
+# deleted. The row is locked first, so that it cannot change after the comparison. Comparing digests avoids sending the
+# old text, and does not depend on a collation, which may treat different texts as equal.
 SAVE = """
 WITH found AS MATERIALIZED (
     SELECT data FROM {conversations} WHERE session_id = $1::text AND expires_at > {now} FOR UPDATE
@@ -65,7 +65,7 @@ SELECT count(*) FROM deleted
 
 
 class ConversationStatements:
-    """The statements of a conversation store, for its table."""
+    """The statements of one conversation store, with its table name filled in."""
 
     def __init__(self, conversations: Table) -> None:
         values = {"conversations": conversations.quoted, "now": NOW}

@@ -1,4 +1,4 @@
-"""The JSON document that a conversation is stored as, shared with @aibind/core: reading, checking, writing. Pure."""
+"""The JSON document that stores a conversation, shared with @aibind/core: parse, validate, serialize. Pure."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from .errors import InvalidDataError, InvalidHistoryError
 Document: TypeAlias = dict[str, Any]
 
 VERSION = 1
-# Python's own limits must not come up later, when a message is read or saved.
-MAX_LEVELS = 200  # of nesting
-MAX_BITS = 14_000  # of an int: Python writes 4,300 digits
+# Below Python's own limits, which would otherwise fail later, when a message is read or saved.
+MAX_DEPTH = 200  # levels of nesting
+MAX_INT_BITS = 14_000  # Python converts at most 4,300 digits
 
 
 def empty_document() -> Document:
@@ -23,122 +23,138 @@ def empty_document() -> Document:
     return {"version": VERSION, "nodes": {}, "rootIds": [], "activeLeafId": None}
 
 
-def now() -> str:
-    """Return the time as a document has it."""
+def utc_timestamp() -> str:
+    """Return the current time in the format of the document: ISO 8601, UTC, milliseconds."""
     return datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def deep_copy(value: Any, levels: int = MAX_LEVELS) -> Any:
-    """Return a copy of a JSON value, or raise `InvalidDataError` for what is none."""
+def copy_json(value: Any, depth: int = MAX_DEPTH) -> Any:
+    """Return a deep copy of a JSON value.
+
+    Args:
+        value: The value to copy.
+        depth: Maximum levels of nesting; 200 by default.
+
+    Raises:
+        InvalidDataError: `value` is not a JSON value, or is nested more deeply than `depth`.
+    """
     if isinstance(value, str) or value is None:
         return value
     if isinstance(value, (dict, list)):
-        if not levels:
-            raise InvalidDataError(f"not a JSON value that can be kept: it has more than {MAX_LEVELS} levels")
+        if not depth:
+            raise InvalidDataError(f"not a JSON value that can be stored: nested more than {MAX_DEPTH} levels deep")
         if isinstance(value, list):
-            return [deep_copy(item, levels - 1) for item in value]
+            return [copy_json(item, depth - 1) for item in value]
         for key in value:
             if not isinstance(key, str):
-                raise InvalidDataError("not a JSON value: a dict in it has a key that is not a str")
-        return {key: deep_copy(item, levels - 1) for key, item in value.items()}
+                raise InvalidDataError("not a JSON value: a dict has a key that is not a str")
+        return {key: copy_json(item, depth - 1) for key, item in value.items()}
     if isinstance(value, float) and isfinite(value):
         return value
-    if isinstance(value, int) and value.bit_length() <= MAX_BITS:
+    if isinstance(value, int) and value.bit_length() <= MAX_INT_BITS:
         return value
-    raise InvalidDataError(f"not a JSON value: there is a {type(value).__name__} in it that JSON cannot hold")
+    raise InvalidDataError(f"not a JSON value: JSON cannot represent this {type(value).__name__}")
 
 
-def document_text(document: Document) -> str:
-    """Return a document as text, the same for the same document."""
+def serialize_document(document: Document) -> str:
+    """Return a document as JSON text. Equal documents with the same order of keys give the same text."""
     text = json.dumps(document, ensure_ascii=False, separators=(",", ":"))
-    # Half of a pair of surrogates, which is left where JavaScript cuts a text, is no character, but can be escaped.
-    return re.sub("[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", text)
+    # JavaScript can cut a string inside a surrogate pair; a lone surrogate cannot be encoded, so it is escaped.
+    return re.sub("[\ud800-\udfff]", lambda surrogate: f"\\u{ord(surrogate[0]):04x}", text)
 
 
-def parsed_document(text: str) -> Document:
-    """Return the document that a text holds, or raise `InvalidHistoryError`."""
+def parse_document(text: str) -> Document:
+    """Parse and validate the text of a document.
+
+    Raises:
+        InvalidHistoryError: The text is not JSON, or not a valid document.
+    """
     try:
         text.encode()
-        data = json.loads(text, parse_constant=_refuse)
+        data = json.loads(text, parse_constant=_reject_constant)
     except (ValueError, RecursionError, AttributeError):
-        # The causes hold the text.
-        raise InvalidHistoryError("it is not JSON text, or has too many levels") from None
-    return valid_document(data)
+        # `from None`: the original errors contain the text of the conversation.
+        raise InvalidHistoryError("it is not JSON text, or is nested too deeply") from None
+    return validate_document(data)
 
 
-def known_document(text: str) -> Document:
-    """Return the document of a text that was written or checked here."""
+def parse_trusted_document(text: str) -> Document:
+    """Parse a text that this process has serialized or validated, without validating it again."""
     document: Document = json.loads(text)
     return document
 
 
-def valid_document(data: Any) -> Document:
-    """Return a copy of a document, or raise `InvalidHistoryError` if it is none."""
+def validate_document(data: Any) -> Document:
+    """Validate a document and return a copy.
+
+    Raises:
+        InvalidHistoryError: `data` is not a valid document.
+    """
     if not isinstance(data, dict) or type(data.get("version")) is not int or data["version"] != VERSION:
         raise InvalidHistoryError(f"it is not an object of version {VERSION}")
-    if not isinstance(data.get("nodes"), dict) or not _are_ids(data.get("rootIds")):
-        raise InvalidHistoryError("its nodes are not an object, or its rootIds are not a list of ids")
+    if not isinstance(data.get("nodes"), dict) or not _is_id_list(data.get("rootIds")):
+        raise InvalidHistoryError("nodes must be an object, and rootIds a list of ids")
     try:
-        document: Document = deep_copy({**data, "nodes": None})
+        document: Document = copy_json({**data, "nodes": None})
     except InvalidDataError as error:
         raise InvalidHistoryError(str(error)) from None
-    document["nodes"] = {node_id: _valid_node(node_id, node) for node_id, node in data["nodes"].items()}
+    document["nodes"] = {node_id: _validate_node(node_id, node) for node_id, node in data["nodes"].items()}
     _check_links(document)
     return document
 
 
-def _valid_node(node_id: str, node: Any) -> Document:
+def _validate_node(node_id: str, node: Any) -> Document:
     if not isinstance(node_id, str) or not isinstance(node, dict) or node.get("id") != node_id:
-        raise InvalidHistoryError("it is not an object with its own id", node_id)
-    if not _are_ids(node.get("children")):
-        raise InvalidHistoryError("its children are not a list of ids", node_id)
+        raise InvalidHistoryError("it must be an object with its own id", node_id)
+    if not _is_id_list(node.get("children")):
+        raise InvalidHistoryError("children must be a list of ids", node_id)
     if not isinstance(node.get("parentId", 0), (str, type(None))):
-        raise InvalidHistoryError("its parentId is neither an id nor null", node_id)
+        raise InvalidHistoryError("parentId must be an id or null", node_id)
     if not isinstance(node.get("metadata", {}), dict) or not isinstance(node.get("createdAt", ""), str):
-        raise InvalidHistoryError("its metadata is not an object, or its createdAt is not a text", node_id)
+        raise InvalidHistoryError("metadata must be an object, and createdAt a string", node_id)
     try:
-        copy: Document = deep_copy(node, MAX_LEVELS + 1)
+        copy: Document = copy_json(node, MAX_DEPTH + 1)
     except InvalidDataError as error:
         raise InvalidHistoryError(str(error), node_id) from None
     return copy
 
 
 def _check_links(document: Document) -> None:
-    """Raise `InvalidHistoryError` unless each node is a child of its parent, once, and has a root above it."""
+    """Raise `InvalidHistoryError` unless each node is listed once, by its parent, and is reachable from a root."""
     nodes = document["nodes"]
     listed = set()
     for parent_id, children in [(None, document["rootIds"]), *((key, node["children"]) for key, node in nodes.items())]:
         for child_id in children:
             if child_id not in nodes:
                 if parent_id is None:
-                    raise InvalidHistoryError("it is a root, and missing", child_id)
-                raise InvalidHistoryError(f"its child, {child_id!r}, is missing", parent_id)
+                    raise InvalidHistoryError("it is listed as a root, but missing", child_id)
+                raise InvalidHistoryError(f"its child {child_id!r} is missing", parent_id)
             if nodes[child_id]["parentId"] != parent_id:
                 raise InvalidHistoryError(f"it is listed below {parent_id!r}, which is not its parent", child_id)
             if child_id in listed:
                 raise InvalidHistoryError("it is listed twice", child_id)
             listed.add(child_id)
     reached = list(document["rootIds"])
-    for node_id in reached:  # which grows
+    for node_id in reached:  # grows during the loop
         reached += nodes[node_id]["children"]
     if len(reached) < len(nodes):
-        found = set(reached)
-        lost = next(node_id for node_id in nodes if node_id not in found)
-        if (parent_id := nodes[lost]["parentId"]) is not None and parent_id not in nodes:
-            raise InvalidHistoryError(f"its parent, {parent_id!r}, is missing", lost)
-        if lost not in listed:
-            raise InvalidHistoryError("it is not listed below its parent, or among the roots", lost)
-        raise InvalidHistoryError("it is part of a cycle, or below one, or below a node that is not listed", lost)
+        reached_ids = set(reached)
+        unreached = next(node_id for node_id in nodes if node_id not in reached_ids)
+        if (parent_id := nodes[unreached]["parentId"]) is not None and parent_id not in nodes:
+            raise InvalidHistoryError(f"its parent {parent_id!r} is missing", unreached)
+        if unreached not in listed:
+            raise InvalidHistoryError("it is not listed below its parent, or among the roots", unreached)
+        raise InvalidHistoryError("it belongs to a cycle, or is below a cycle or a node that is not listed", unreached)
     active = document.get("activeLeafId", 0)
     if active is not None and not isinstance(active, str):
-        raise InvalidHistoryError("its activeLeafId is neither an id nor null")
+        raise InvalidHistoryError("activeLeafId must be an id or null")
     if active is not None and active not in nodes:
-        raise InvalidHistoryError("it is the active leaf, and missing", active)
+        raise InvalidHistoryError("it is the active leaf, but missing", active)
 
 
-def _are_ids(value: Any) -> bool:
+def _is_id_list(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
-def _refuse(constant: str) -> Any:
+def _reject_constant(constant: str) -> Any:
     raise ValueError(f"JSON has no {constant}")

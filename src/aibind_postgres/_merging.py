@@ -1,14 +1,14 @@
 """The three-way merge of conversations, as documents. Pure.
 
-What a side has added, compared with the common base, stays; what a side has removed goes. Which side is which makes no
-difference, but for the active leaf.
+Additions of either side, relative to the common base, are kept. Removals of either side are applied. The result does
+not depend on the order of the sides, except for the active leaf.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from heapq import merge as merged_by
+from heapq import merge as merge_sorted
 from typing import TYPE_CHECKING, Any
 
 from .errors import InvalidHistoryError
@@ -16,65 +16,76 @@ from .errors import InvalidHistoryError
 if TYPE_CHECKING:
     from ._document import Document
 
-Key = Callable[[str], tuple[str, str]]
-MergeValue = Callable[[Any, Any, Any], Any]
+SortKey = Callable[[str], tuple[str, str]]
+MergeValues = Callable[[Any, Any, Any], Any]
 
 
 def merge(base: Document, ours: Document, theirs: Document) -> Document:
-    """Merge two valid documents that came from the same base into one that is valid.
+    """Merge two valid documents with a common base.
 
-    Raises `InvalidHistoryError` if both have put a message of their own under one id.
+    Args:
+        base: The document that both sides started from.
+        ours: The document of the side that saves. Its active leaf wins if it has moved.
+        theirs: The document of the other side.
+
+    Returns:
+        A valid document. It may be one of the arguments.
+
+    Raises:
+        InvalidHistoryError: Both sides used the same id for different messages.
     """
     if theirs == base or ours == theirs:
         return ours
     if ours == base:
         return theirs
-    age = _age_in({**theirs["nodes"], **ours["nodes"]})
-    kept = _merged_items(_unlinked_nodes(base), _unlinked_nodes(ours), _unlinked_nodes(theirs), age, _merged_node)
+    by_age = _by_age({**theirs["nodes"], **ours["nodes"]})
+    kept = _merge_dicts(
+        _nodes_without_links(base), _nodes_without_links(ours), _nodes_without_links(theirs), by_age, _merge_node
+    )
 
-    def end_of(side: Document) -> str | None:
-        """Return where a side's current path ends: its active leaf, or what is left above it."""
+    def path_end(side: Document) -> str | None:
+        """Return the active leaf of a side, or its nearest ancestor that is kept."""
         node_id: str | None = side["activeLeafId"]
         while node_id is not None and node_id not in kept:
             node_id = side["nodes"][node_id]["parentId"]
         return node_id
 
-    ends = {"ours": end_of(ours), "theirs": end_of(theirs)}
+    ends = {"ours": path_end(ours), "theirs": path_end(theirs)}
 
-    def parent_of(node_id: str, parent_id: str | None) -> str | None:
-        """Return where a node comes that was written below this parent."""
+    def new_parent(node_id: str, parent_id: str | None) -> str | None:
+        """Return the parent in the merged tree of a node with this parent."""
         if parent_id is None or parent_id in kept:
             return parent_id
-        # An earlier merge with the same side, of which no reply came, may have found a place for it.
+        # An earlier merge whose reply was lost may have moved the node already: keep its parent.
         for side in (ours, theirs):
             if node_id in side["nodes"]:
                 other_id: str | None = side["nodes"][node_id]["parentId"]
                 if other_id is None or other_id in kept:
                     return other_id
-        return ends["theirs" if parent_id in ours["nodes"] else "ours"]  # of the side that has removed the parent
+        return ends["theirs" if parent_id in ours["nodes"] else "ours"]  # the side that removed the parent
 
-    parents = {node_id: parent_of(node_id, node["parentId"]) for node_id, node in kept.items()}
-    children = _merged_children(base, ours, theirs, parents, _age_in(kept))
-    _cut_rings(children, parents, {node_id: node["parentId"] for node_id, node in kept.items()})
+    parents = {node_id: new_parent(node_id, node["parentId"]) for node_id, node in kept.items()}
+    children = _merge_children(base, ours, theirs, parents, _by_age(kept))
+    _break_cycles(children, parents, {node_id: node["parentId"] for node_id, node in kept.items()})
 
     nodes = {key: {**node, "parentId": parents[key], "children": children[key]} for key, node in kept.items()}
-    # Who has not moved along the conversation has no say in where it stands.
+    # A side that kept its active leaf defers to the other.
     order = ("ours", "theirs") if ours["activeLeafId"] != base["activeLeafId"] else ("theirs", "ours")
     active = next((ends[side] for side in order if ends[side] is not None), None)
-    others = _merged_items(_other_items(base), _other_items(ours), _other_items(theirs), _by_name, _merged_value)
+    others = _merge_dicts(_other_fields(base), _other_fields(ours), _other_fields(theirs), _by_name, _merge_value)
     return {**others, "nodes": nodes, "rootIds": children[None], "activeLeafId": active}
 
 
-def _unlinked_nodes(document: Document) -> dict[str, Any]:
-    # Children are links: these are merged on their own.
+def _nodes_without_links(document: Document) -> dict[str, Any]:
+    # `_merge_children` merges the links.
     return {node_id: {**node, "children": None} for node_id, node in document["nodes"].items()}
 
 
-def _other_items(document: Document) -> dict[str, Any]:
+def _other_fields(document: Document) -> dict[str, Any]:
     return {**document, "nodes": None, "rootIds": None, "activeLeafId": None}
 
 
-def _age_in(nodes: dict[str, Any]) -> Key:
+def _by_age(nodes: dict[str, Any]) -> SortKey:
     return lambda node_id: (nodes[node_id].get("createdAt", ""), node_id)
 
 
@@ -82,107 +93,113 @@ def _by_name(key: str) -> tuple[str, str]:
     return "", key
 
 
-def _merged_children(
-    base: Document, ours: Document, theirs: Document, parents: dict[str, str | None], age: Key
+def _merge_children(
+    base: Document, ours: Document, theirs: Document, parents: dict[str, str | None], by_age: SortKey
 ) -> dict[str | None, list[str]]:
-    """Return the children of each node, and of None the roots, in the order that the sides have them in."""
+    """Return the children of each node, with the roots under None, in the order of both sides."""
 
-    def listed(side: Document, parent_id: str | None) -> list[str]:
+    def child_ids(side: Document, parent_id: str | None) -> list[str]:
         ids = side["rootIds"] if parent_id is None else side["nodes"].get(parent_id, {}).get("children", [])
         return [node_id for node_id in ids if node_id in parents and parents[node_id] == parent_id]
 
     children: dict[str | None, list[str]] = {None: [], **{node_id: [] for node_id in parents}}
-    placed = set()
-    for parent_id, found in children.items():
-        for node_id in _merged_order(listed(base, parent_id), listed(ours, parent_id), listed(theirs, parent_id), age):
-            found.append(node_id)
-            placed.add(node_id)
+    listed = set()
+    for parent_id, merged in children.items():
+        in_base, in_ours, in_theirs = (child_ids(side, parent_id) for side in (base, ours, theirs))
+        for node_id in _merge_order(in_base, in_ours, in_theirs, by_age):
+            merged.append(node_id)
+            listed.add(node_id)
     for node_id, parent_id in parents.items():
-        if node_id not in placed:  # it has come here from another parent
+        if node_id not in listed:  # it was moved from another parent
             children[parent_id].append(node_id)
     return children
 
 
-def _cut_rings(
-    children: dict[str | None, list[str]], parents: dict[str, str | None], written: dict[str, str | None]
+def _break_cycles(
+    children: dict[str | None, list[str]], parents: dict[str, str | None], original_parents: dict[str, str | None]
 ) -> None:
-    """Make a root of one node in each ring: there, both sides have hung their own below what the other one has."""
+    """Turn one node of each cycle into a root.
+
+    A cycle arises if each side moved its own nodes below nodes of the other side.
+    """
     reached: set[str | None] = set()
 
     def reach(node_ids: list[str]) -> None:
         todo = list(node_ids)
-        for node_id in todo:  # which grows
+        for node_id in todo:  # grows during the loop
             reached.add(node_id)
             todo += children[node_id]
 
     reach(children[None])
-    for lost in parents:
-        if lost in reached:
+    for unreached in parents:
+        if unreached in reached:
             continue
-        ring: dict[str, None] = {}  # at first, also the way to it
-        while lost not in ring:
-            ring[lost] = None
-            lost = str(parents[lost])
-        way = list(ring)
-        # One that is not where it was written, if there is one: what was written together stays together.
-        cut = min(way[way.index(lost) :], key=lambda node_id: (parents[node_id] == written[node_id], node_id))
+        visited: dict[str, None] = {}
+        node_id = unreached
+        while node_id not in visited:
+            visited[node_id] = None
+            node_id = str(parents[node_id])
+        path = list(visited)
+        cycle = path[path.index(node_id) :]
+        # Prefer a node that the merge has moved: nodes stay below the parents that they were written for.
+        cut = min(cycle, key=lambda each: (parents[each] == original_parents[each], each))
         children[parents[cut]].remove(cut)
         children[None].append(cut)
         parents[cut] = None
         reach([cut])
 
 
-def _merged_items(
-    base: dict[str, Any], ours: dict[str, Any], theirs: dict[str, Any], age: Key, merged_value: MergeValue
+def _merge_dicts(
+    base: dict[str, Any], ours: dict[str, Any], theirs: dict[str, Any], sort_key: SortKey, merge_values: MergeValues
 ) -> dict[str, Any]:
-    """Merge three-way what is stored under each key."""
+    """Merge dicts: keys added by either side are kept, keys removed by either side are dropped."""
     merged = {}
-    for key in _merged_order(list(base), list(ours), list(theirs), age):
+    for key in _merge_order(list(base), list(ours), list(theirs), sort_key):
         if key in ours and key in theirs:
-            merged[key] = merged_value(base.get(key), ours[key], theirs[key])
+            merged[key] = merge_values(base.get(key), ours[key], theirs[key])
         elif key not in base:
             merged[key] = ours[key] if key in ours else theirs[key]
     return merged
 
 
-def _merged_node(base: Any, ours: Any, theirs: Any) -> Any:
+def _merge_node(base: Any, ours: Any, theirs: Any) -> Any:
     if theirs in (base, ours):
         return ours
     messages = [(node or {}).get("message") for node in (base, ours, theirs)]
     if messages[1] != messages[2] and messages[0] not in messages[1:]:
         raise InvalidHistoryError("another message has the same id, which must be unique", ours["id"])
-    return _merged_items(base or {}, ours, theirs, _by_name, _merged_value)
+    return _merge_dicts(base or {}, ours, theirs, _by_name, _merge_value)
 
 
-def _merged_value(base: Any, ours: Any, theirs: Any) -> Any:
+def _merge_value(base: Any, ours: Any, theirs: Any) -> Any:
     if theirs in (base, ours):
         return ours
     if ours == base:
         return theirs
-    # Any rule will do that takes the same one whichever side is ours.
+    # Any rule works that does not depend on the order of the sides.
     return max(ours, theirs, key=lambda value: json.dumps(value, sort_keys=True))
 
 
-def _merged_order(base: list[str], ours: list[str], theirs: list[str], age: Key) -> list[str]:
-    """Return what is in either list, in the order of both; between two that are in both, the older ones first."""
+def _merge_order(base: list[str], ours: list[str], theirs: list[str], sort_key: SortKey) -> list[str]:
+    """Merge the keys of both sides. Keys in both keep their order; the keys between two of these are sorted."""
     if ours == base:
         return theirs
     if theirs in (base, ours):
         return ours
     in_ours, in_theirs = set(ours), set(theirs)
     shared = min([key for key in ours if key in in_theirs], [key for key in theirs if key in in_ours])
-    after: list[dict[str | None, list[str]]] = []
+    sides: list[dict[str | None, list[str]]] = []
     for keys in (ours, theirs):
-        last: str | None = None
-        behind: dict[str | None, list[str]] = {None: [], **{key: [] for key in shared}}
+        anchor: str | None = None
+        after: dict[str | None, list[str]] = {None: [], **{key: [] for key in shared}}
         for key in keys:
-            if key in behind:
-                last = key
+            if key in after:
+                anchor = key
             else:
-                behind[last].append(key)
-        after.append(behind)
+                after[anchor].append(key)
+        sides.append(after)
     order = []
-    for anchor in (None, *shared):
-        order += [] if anchor is None else [anchor]
-        order += merged_by(*(behind[anchor] for behind in after), key=age)
+    for shared_key in (None, *shared):
+        order += [] if shared_key is None else [shared_key]
+        order += merge_sorted(*(after[shared_key] for after in sides), key=sort_key)
     return order

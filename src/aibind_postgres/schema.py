@@ -1,6 +1,6 @@
-"""The schema: the SQL of the migrations for given table names, and its application.
+"""The schema: renders the migrations for given table names, and applies them.
 
-Every migration can be applied again without harm, and no table remembers which ones were.
+Every migration is idempotent, so applied migrations are not recorded.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from ._async.client import AsyncClientLike
     from ._sync.client import ClientLike
 
-_PACKAGED = Path(__file__).parent / "sql"  # in an installed package; in a checkout the folder is at the top
+_PACKAGED = Path(__file__).parent / "sql"  # of an installed package; a checkout has the folder at its top level
 SQL_FOLDER = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[2] / "sql"
 
-# A comment, or one of the default table names with what may be derived from it: an index, a trigger, or, with a bracket
-# behind it, a function. Comments are matched so that they stay as they are: a name may contain a line break.
+# Matches the default table names and the names derived from them: indexes, triggers and, with a bracket, functions.
+# Comments are matched in order to skip them: a table name with a line break would end the comment.
 _NAMES = re.compile(
     rf"--[^\n]*|\b(?P<table>{CHUNKS_TABLE}|{STATUS_TABLE}|{CONVERSATIONS_TABLE})(?P<suffix>_\w+)?\b(?P<call>\()?"
 )
@@ -37,27 +37,37 @@ def render(
     conversations_table: str | Identifier = CONVERSATIONS_TABLE,
     notify_trigger: bool = False,
 ) -> str:
-    """Return the SQL that creates or completes the schema, for psql, Alembic, Django, Flyway and the like.
+    """Return the SQL that creates or updates the schema, for psql, Alembic, Django, Flyway and similar tools.
 
-    `notify_trigger` adds the optional trigger that announces for writers which don't, such as the TypeScript package.
-    Raises `ValueError` for a table name that cannot be one.
+    Args:
+        chunks_table: The name of the chunks table; `aibind_stream_chunks` by default.
+        status_table: The name of the status table; `aibind_stream_status` by default.
+        conversations_table: The name of the conversations table; `aibind_conversations` by default.
+        notify_trigger: Whether to add a trigger that notifies readers of writes by other software, such as the
+            TypeScript package; False by default.
+
+    Raises:
+        ValueError: A table name is invalid, or two names are the same.
+
+    Example:
+        >>> sql = render(status_table="chat.status", chunks_table="chat.chunks")
     """
     chunks, status, conversations = distinct(chunks_table, status_table, conversations_table)
     tables = {CHUNKS_TABLE: chunks, STATUS_TABLE: status, CONVERSATIONS_TABLE: conversations}
 
-    def named(match: re.Match[str]) -> str:
+    def replace_name(match: re.Match[str]) -> str:
         if match["table"] is None:
             return match[0]
-        return _name(tables[match["table"]], match["suffix"], match["call"])
+        return _render_name(tables[match["table"]], match["suffix"], match["call"])
 
     files = sorted(SQL_FOLDER.glob("*.sql"))
     if notify_trigger:
         files.append(SQL_FOLDER / "optional" / "notify_trigger.sql")
-    return "\n".join(_NAMES.sub(named, file.read_text("utf-8")) for file in files)
+    return "\n".join(_NAMES.sub(replace_name, file.read_text("utf-8")) for file in files)
 
 
 class SchemaOptions(TypedDict, total=False):
-    """What `render` takes, for those that pass it on."""
+    """The keyword arguments of `render`."""
 
     chunks_table: str | Identifier
     status_table: str | Identifier
@@ -66,31 +76,47 @@ class SchemaOptions(TypedDict, total=False):
 
 
 def migrate(client: ClientLike, **options: Unpack[SchemaOptions]) -> None:
-    """Apply what `render` gives for the same options: all of it or nothing.
+    """Create or update the schema, in one transaction. Safe to repeat, and to run in several processes at once.
 
-    `client` is what a store takes. A connection that is inside a transaction gets the schema in that transaction. Safe
-    to call again, and from many processes at once.
+    Args:
+        client: A client, as for a store. With a connection inside a transaction, the schema becomes part of that
+            transaction.
+        **options: The options of `render`.
+
+    Raises:
+        ValueError: A table name is invalid, or two names are the same.
+
+    Example:
+        >>> migrate("postgresql://localhost/app")  # doctest: +SKIP
     """
     with as_client(client) as opened:
         opened.query(_as_one_statement(render(**options)), ())
 
 
 async def async_migrate(client: AsyncClientLike, **options: Unpack[SchemaOptions]) -> None:
-    """Do what `migrate` does, with what an asynchronous store takes."""
+    """Create or update the schema. The asynchronous form of `migrate`.
+
+    Args:
+        client: A client, as for an asynchronous store.
+        **options: The options of `render`.
+
+    Raises:
+        ValueError: A table name is invalid, or two names are the same.
+    """
     async with as_async_client(client) as opened:
         await opened.query(_as_one_statement(render(**options)), ())
 
 
-def _name(table: Table, suffix: str | None, call: str | None) -> str:
+def _render_name(table: Table, suffix: str | None, call: str | None) -> str:
     if suffix is None:
         return table.quoted + (call or "")
-    # An index and a trigger live where their table does, and must not name its schema; a function must.
+    # CREATE INDEX and CREATE TRIGGER use the schema of the table and reject a schema in the name; functions need one.
     return table.qualify(table.derive(suffix)) + call if call else quote(table.derive(suffix))
 
 
 def _as_one_statement(script: str) -> str:
-    # One statement is one transaction through any driver and any pooler. The lock is for migrations that run at the
-    # same time: CREATE TABLE IF NOT EXISTS can fail when two of them create the table.
+    # One statement is one transaction through any driver and pooler. The lock serializes concurrent migrations: CREATE
+    # TABLE IF NOT EXISTS can fail if two of them create the table.
     tag = "$migrate$"
     while tag in script:
         tag = f"{tag[:-1]}_$"

@@ -203,7 +203,7 @@ async def test_touch_and_delete_say_whether_there_is_one(store):
 
 
 async def test_listing_is_in_the_order_of_the_ids_and_by_pages(store, run, monkeypatch):
-    monkeypatch.setattr(conversation_store, "PAGE", 3)
+    monkeypatch.setattr(conversation_store, "LIST_PAGE_ROWS", 3)
     names = [f"s{number}" for number in range(7)]
     for name in reversed(names):
         await store.save(name, ChatHistory())

@@ -13,7 +13,7 @@ PACKAGE = Path(aibind_postgres.__file__).parent
 # From the bottom up, by the first part of a module's name. A module may import lower layers and its own.
 LAYERS = [
     {"errors", "_concurrency"},
-    {"_sqlstate", "_workarounds", "models", "history", "sse", "web", "_document", "_merging"},
+    {"_sqlstate", "_workarounds", "models", "history", "sse", "web", "_document", "_merging", "_message_tree"},
     {"_arguments", "_conversation_sql", "_notifications", "_pages", "_sql", "_subscriptions", "_tables"}
     | {"_write_buffer", "wire"},
     {"_async", "_sync"},

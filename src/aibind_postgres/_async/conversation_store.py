@@ -1,4 +1,4 @@
-"""The conversation store: branching histories, none of which overwrites another's messages."""
+"""The conversation store: loads, saves and merges branching histories."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from .. import _arguments as arguments
 from .._conversation_sql import ConversationStatements
-from .._document import document_text, empty_document, known_document, parsed_document
+from .._document import empty_document, parse_document, parse_trusted_document, serialize_document
 from .._merging import merge
 from .._tables import CONVERSATIONS_TABLE, Table
 from ..errors import ConversationConflictError
@@ -26,22 +26,33 @@ if TYPE_CHECKING:
 
     from .client import AsyncClientLike
 
-PAGE = 2000  # rows that one statement reads
+LIST_PAGE_ROWS = 2000  # rows that one statement of `list` returns
 
 OnConflict: TypeAlias = Literal["merge", "raise", "overwrite"]
 
 
 class AsyncPostgresConversationStore:
-    """Conversations in one table, each with its branches, and with a time to live that begins anew when it is used.
+    """Stores conversations with branches in one table.
 
-    `client` is what a stream store takes. A connection that is inside a transaction makes the store take part in it.
-    `ttl` is how long, in seconds, a conversation is kept after it was last saved or touched; one that has expired is
-    as good as deleted, by the server's clock. `timeout` is what a stream store takes.
+    Concurrent callers may share a store, but not a `ChatHistory`. The statements expect the isolation level READ
+    COMMITTED. Expired conversations are treated as deleted; the server's clock decides.
 
-    Every method raises `InvalidDataError` for a session id that is empty, longer than 1,024 bytes, or not storable,
-    `SchemaError` if the table is missing, `StoreClosedError` once the store is closed, and the driver's own error if
-    the server cannot be reached. Callers at the same time may share a store, as they may a stream store, but not a
-    history. Statements are made for the isolation level READ COMMITTED.
+    Args:
+        client: A connection string, a psycopg pool or connection, or another client, as for the stream store. If it is
+            a connection inside a transaction, the store takes part in that transaction.
+        table: The name of the table; `aibind_conversations` by default. Use `psycopg.sql.Identifier` for a name with
+            a dot.
+        ttl: Seconds, or a timedelta, for which a conversation is kept after it was last saved or touched; 1800 by
+            default.
+        timeout: Seconds, or a timedelta, to wait for the answer to a statement, as for the stream store; no limit by
+            default. Clients of other drivers do not accept it.
+
+    Raises:
+        InvalidDataError: By every method, for a session id that is empty, longer than 1,024 bytes, or not storable.
+        SchemaError: By every method, if the table is missing.
+        StoreClosedError: By every method, once the store is closed.
+
+    Every method raises the driver's own error if the server cannot be reached.
     """
 
     def __init__(
@@ -56,57 +67,79 @@ class AsyncPostgresConversationStore:
         self._sql = ConversationStatements(self._table)
         self._ttl = arguments.milliseconds(ttl, "ttl")
         self._database = AsyncDatabase(client, retry_for=0.0, timeout=timeout)
-        self._name = uuid.uuid4().hex  # by which a history knows that it was loaded here
+        self._id = uuid.uuid4().hex  # marks the histories that this store has loaded or saved
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} in {self._table.quoted}, {self._database.client!r}, {self._database.state}>"
 
     async def load(self, session_id: str) -> ChatHistory[Any]:
-        """Return a conversation, empty if there is none.
+        """Return a conversation.
 
-        Raises `InvalidHistoryError` if what is stored is not one.
+        Args:
+            session_id: The id of the conversation.
+
+        Returns:
+            The history; an empty one if the conversation does not exist.
+
+        Raises:
+            InvalidHistoryError: The stored row is not a valid conversation.
         """
         key = arguments.identifier(session_id, "a session id")
         rows = await self._database.query(self._sql.load, [key])
-        return self._history(key, rows[0][0] if rows else None)
+        return self._to_history(key, rows[0][0] if rows else None)
 
     async def save(self, session_id: str, chat: ChatHistory[Any], *, on_conflict: OnConflict = "merge") -> None:
-        """Store a conversation. When this returns it is durable, and `chat` is what was stored.
+        """Save a conversation. When this returns, it is durable and `chat` equals the stored conversation.
 
-        If what is stored has changed since this store loaded or saved `chat` under this id, `on_conflict` says what
-        happens. "merge": what either side has added stays, what either side has removed goes; a message whose parent
-        the other side has removed comes below that side's active leaf, and the active leaf of `chat` wins if it has
-        moved. "raise": `ConversationConflictError`, and nothing is stored. "overwrite": what is stored is replaced,
-        whatever it is. A conversation that was deleted or has expired meanwhile counts as one from which everything
-        was removed, and a history that was not loaded here under this id as one that has only added. What a writer has
-        overwritten that does not look before it saves, as the TypeScript package does not, counts as removed by it.
+        The same call can be repeated if its outcome is unknown because the connection broke, and if the caller's
+        transaction was rolled back.
 
-        If the connection breaks, so that the outcome is unknown, the same call can be made again; so it can if a
-        transaction of the caller's is rolled back. Raises, unless "overwrite" is asked for, `InvalidHistoryError` if
-        what is stored is not a conversation, or has another message under an id of `chat`; then nothing is stored.
+        Args:
+            session_id: The id of the conversation.
+            chat: The history to save. A merge updates it.
+            on_conflict: The action if the stored conversation has changed since this store loaded or saved `chat`
+                under this id:
+
+                - `"merge"` (default): Additions of either side are kept, removals of either side are applied. A
+                  message whose parent the other side has removed moves below the active leaf of that side. The active
+                  leaf of `chat` wins if it has moved.
+                - `"raise"`: Raise `ConversationConflictError`.
+                - `"overwrite"`: Replace the stored conversation without reading it.
+
+        In a merge, a conversation that was deleted or has expired counts as one from which everything was removed. A
+        history that this store did not load under this id counts as additions only. Writers that do not check for
+        conflicts, such as the TypeScript package, remove the messages that they overwrite.
+
+        Raises:
+            ConversationConflictError: The stored conversation has changed, and `on_conflict` is `"raise"`; nothing is
+                stored.
+            InvalidHistoryError: The stored row is not a valid conversation, or has a different message under an id of
+                `chat`; nothing is stored. Not raised for `"overwrite"`.
+            TypeError: `chat` is not a `ChatHistory`.
+            ValueError: `on_conflict` is none of these values.
         """
         key = arguments.identifier(session_id, "a session id")
-        _check(on_conflict)
+        _check_on_conflict(on_conflict)
         if not isinstance(chat, ChatHistory):
             raise TypeError(f"chat must be a ChatHistory, not {type(chat).__name__}")
         sent = chat.to_json()
-        origin = self._origin(key, chat)
-        # From now on, if no reply comes, it may be what is stored.
+        origin = self._origin_of(key, chat)
+        # If the reply is lost, the row may hold this text.
         chat._origin = origin.with_sent(_digest(sent))
         if on_conflict == "overwrite":
             await self._database.query(self._sql.overwrite, [key, sent, self._ttl])
             stored = sent
         else:
-            stored = await self._store(chat, origin, sent, on_conflict)
+            stored = await self._save_text(chat, origin, sent, on_conflict)
         if stored != sent:
-            chat._follow(sent, stored)
+            chat._apply_stored(sent, stored)
         if self._database.client.in_transaction():
             chat._origin = origin.with_sent(_digest(stored))
         else:
-            chat._origin = origin._replace(agreed=stored, digests=(_digest(stored),))
+            chat._origin = origin._replace(base=stored, digests=(_digest(stored),))
 
-    async def _store(self, chat: ChatHistory[Any], origin: Origin, sent: str, on_conflict: OnConflict) -> str:
-        """Store a text, or what it gives merged with what others have stored, and return it."""
+    async def _save_text(self, chat: ChatHistory[Any], origin: Origin, sent: str, on_conflict: OnConflict) -> str:
+        """Store the sent text, or its merge with the stored one, and return the text that was stored."""
         own = {*origin.digests, _digest(sent)}
         text, expected = sent, origin.digests[-1]
         while True:
@@ -115,23 +148,34 @@ class AsyncPostgresConversationStore:
             if saved:
                 return text
             expected = None if found is None else _digest(found)
-            if expected in own:  # a call had no reply, or was undone, and nobody else was here
+            if expected in own:  # an earlier reply was lost or rolled back, and no other writer was involved
                 text = sent
             elif on_conflict == "raise":
-                raise ConversationConflictError(origin.session_id, chat, self._history(origin.session_id, found))
+                raise ConversationConflictError(origin.session_id, chat, self._to_history(origin.session_id, found))
             else:
-                base = empty_document() if origin.agreed is None else known_document(origin.agreed)
-                theirs = empty_document() if found is None else parsed_document(found)
-                text = document_text(merge(base, known_document(sent), theirs))
+                base = empty_document() if origin.base is None else parse_trusted_document(origin.base)
+                theirs = empty_document() if found is None else parse_document(found)
+                text = serialize_document(merge(base, parse_trusted_document(sent), theirs))
 
     @asynccontextmanager
     async def edit(self, session_id: str, *, on_conflict: OnConflict = "merge") -> AsyncIterator[ChatHistory[Any]]:
-        """Return a context manager that gives a conversation, as `load` does, and saves it at the end of the block.
+        """Return a context manager that loads a conversation and saves it at the end of the block.
 
-        After an exception in the block, or if the block has changed nothing, what is stored is left alone. Raises what
-        `load` and `save` raise.
+        Nothing is saved if the block raises, or if it does not change the history.
+
+        Args:
+            session_id: The id of the conversation.
+            on_conflict: As for `save`; `"merge"` by default.
+
+        Yields:
+            The history, as returned by `load`.
+
+        Raises:
+            ConversationConflictError: As for `save`.
+            InvalidHistoryError: As for `load` and `save`.
+            ValueError: `on_conflict` is none of the values of `save`.
         """
-        _check(on_conflict)
+        _check_on_conflict(on_conflict)
         chat = await self.load(session_id)
         before = chat.to_json()
         yield chat
@@ -139,30 +183,51 @@ class AsyncPostgresConversationStore:
             await self.save(session_id, chat, on_conflict=on_conflict)
 
     async def touch(self, session_id: str) -> bool:
-        """Begin the time to live of a conversation anew. True if there is one."""
+        """Restart the ttl of a conversation.
+
+        Returns:
+            True if the conversation exists.
+        """
         key = arguments.identifier(session_id, "a session id")
         return bool(await self._database.query(self._sql.touch, [key, self._ttl]))
 
     async def delete(self, session_id: str) -> bool:
-        """Delete a conversation. True if there was one."""
+        """Delete a conversation.
+
+        Returns:
+            True if the conversation existed.
+        """
         rows = await self._database.query(self._sql.delete, [arguments.identifier(session_id, "a session id")])
         return bool(rows and rows[0][0])
 
     async def list(self) -> AsyncIterator[ConversationInfo]:
-        """Iterate over the conversations, in the order of their ids. One that is saved meanwhile may appear or not."""
+        """Iterate over the conversations in the order of their ids.
+
+        A conversation that is saved during the iteration may or may not appear.
+
+        Yields:
+            The id and the expiry of each conversation.
+        """
         last_id = ""
         while True:
-            rows = await self._database.query(self._sql.list, [last_id, PAGE])
+            rows = await self._database.query(self._sql.list, [last_id, LIST_PAGE_ROWS])
             for session_id, expires_at in rows:
                 yield ConversationInfo(session_id, from_epoch_ms(expires_at))
-            if len(rows) < PAGE:
+            if len(rows) < LIST_PAGE_ROWS:
                 return
             last_id = rows[-1][0]
 
     async def cleanup(self, *, batch_size: int = 1000) -> int:
-        """Delete the conversations that have expired, and return how many.
+        """Delete the expired conversations. Safe to run in several processes at once.
 
-        Each statement deletes at most `batch_size`. Safe to run in many processes at once.
+        Args:
+            batch_size: The maximum number of conversations that one statement deletes; 1000 by default.
+
+        Returns:
+            The number of deleted conversations.
+
+        Raises:
+            InvalidDataError: `batch_size` is not an int of at least 1.
         """
         arguments.sequence_number(batch_size, "batch_size", least=1)
         total: int = 0
@@ -173,7 +238,7 @@ class AsyncPostgresConversationStore:
                 return total
 
     async def close(self) -> None:
-        """Close the store, and the pool if the store owns it. Safe to repeat."""
+        """Close the store, and its pool if it was made from a connection string. Safe to repeat."""
         if self._database.inherited:
             return
         self._database.check_owner()
@@ -188,20 +253,20 @@ class AsyncPostgresConversationStore:
     ) -> None:
         await self.close()
 
-    def _history(self, session_id: str, text: str | None) -> ChatHistory[Any]:
+    def _to_history(self, session_id: str, text: str | None) -> ChatHistory[Any]:
         chat: ChatHistory[Any] = ChatHistory() if text is None else ChatHistory.from_json(text)
-        chat._origin = Origin(self._name, session_id, text, (None if text is None else _digest(text),))
+        chat._origin = Origin(self._id, session_id, text, (None if text is None else _digest(text),))
         return chat
 
-    def _origin(self, session_id: str, chat: ChatHistory[Any]) -> Origin:
-        """Return what is known of a history under this id; of one that came from elsewhere, nothing."""
-        known = chat._origin
-        if known is not None and (known.store, known.session_id) == (self._name, session_id):
-            return known
-        return Origin(self._name, session_id, None, (None,))
+    def _origin_of(self, session_id: str, chat: ChatHistory[Any]) -> Origin:
+        """Return the origin of a history, or an empty one if it belongs to another store or session."""
+        origin = chat._origin
+        if origin is not None and (origin.store, origin.session_id) == (self._id, session_id):
+            return origin
+        return Origin(self._id, session_id, None, (None,))
 
 
-def _check(on_conflict: OnConflict) -> None:
+def _check_on_conflict(on_conflict: OnConflict) -> None:
     if on_conflict not in get_args(OnConflict):
         raise ValueError(f"on_conflict must be one of {', '.join(get_args(OnConflict))}, not {on_conflict!r}")
 
