@@ -1,4 +1,4 @@
-"""Saves that are cancelled, or during which the history is changed. This is of tasks alone."""
+"""Saves that are cancelled, or whose history changes during the save. Asynchronous flavour only."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ def messages(chat):
     return sorted(node["message"] for node in chat.tree.serialize()["nodes"].values())
 
 
-async def test_what_is_added_while_a_save_is_under_way_is_kept_and_saved_next(dsn, conversations):
+async def test_changes_during_a_save_are_kept_and_saved_next(dsn, conversations):
     async with AsyncPostgresConversationStore(dsn, table=conversations) as store:
-        for others in (False, True):
+        for conflict in (False, True):
             chat = await store.load("s")
-            chat.append(f"before {others}")
-            if others:
+            chat.append(f"before {conflict}")
+            if conflict:
                 async with store.edit("s") as other:
-                    other.append("by another")
+                    other.append("by another writer")
             saving = asyncio.create_task(store.save("s", chat))
             await asyncio.sleep(0)
-            chat.append(f"meanwhile {others}")
+            chat.append(f"during {conflict}")
             await saving
-            expected = [f"before {others}", f"meanwhile {others}"]
+            expected = [f"before {conflict}", f"during {conflict}"]
             assert chat.messages[-2:] == expected
             assert (await store.load("s")).messages[-1] == expected[0]
             await store.save("s", chat, on_conflict="raise")
             assert (await store.load("s")).to_json() == chat.to_json()
-        assert messages(chat) == ["before False", "before True", "by another", "meanwhile False", "meanwhile True"]
+        assert messages(chat) == ["before False", "before True", "by another writer", "during False", "during True"]
 
 
-async def test_two_saves_of_one_history_at_once(dsn, conversations):
+async def test_concurrent_saves_of_one_history(dsn, conversations):
     async with AsyncPostgresConversationStore(dsn, table=conversations) as store:
         chat = await store.load("s")
         for number in range(20):
@@ -48,8 +48,8 @@ async def test_two_saves_of_one_history_at_once(dsn, conversations):
         assert (await store.load("s")).messages == chat.messages == expected
 
 
-async def test_cancelled_saves_lose_nothing_and_keep_no_connection(dsn, conversations):
-    chance = random.Random(7)
+async def test_cancelled_saves_lose_nothing_and_release_their_connections(dsn, conversations):
+    rng = random.Random(7)
     async with AsyncConnectionPool(dsn, min_size=2, max_size=2, open=False) as pool:
         async with AsyncPostgresConversationStore(pool, table=conversations) as store:
             expected = []
@@ -60,7 +60,7 @@ async def test_cancelled_saves_lose_nothing_and_keep_no_connection(dsn, conversa
                     chat.append(f"{name} {number:02}")
                     expected.append(f"{name} {number:02}")
                     task = asyncio.create_task(store.save("s", chat))
-                    await asyncio.sleep(chance.random() / 100)
+                    await asyncio.sleep(rng.random() / 100)
                     task.cancel()
                     await asyncio.wait([task])
                 await store.save("s", chat)

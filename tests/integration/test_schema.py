@@ -1,4 +1,4 @@
-"""The migrations: rendered for any names, applied again and again, all of them or none."""
+"""The migrations: any table names, idempotent, atomic."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def admin(empty_database):
         yield connection
 
 
-def described(admin):
+def columns(admin):
     statement = """
         SELECT table_name, column_name, data_type, is_nullable FROM information_schema.columns
          WHERE table_schema IN ('public', 'my') ORDER BY table_name, ordinal_position"""
@@ -62,7 +62,7 @@ def described(admin):
 
 
 def objects(admin):
-    """Everything there is besides tables, with its definition."""
+    """Return all indexes, triggers and functions with their definitions."""
     return admin.execute("""
         SELECT indexname, indexdef FROM pg_indexes WHERE schemaname IN ('public', 'my')
         UNION ALL
@@ -73,78 +73,78 @@ def objects(admin):
 
 
 @pytest.mark.parametrize("names", NAMES.values(), ids=NAMES)
-def test_migrations_can_be_applied_again(admin, empty_database, names):
+def test_migrations_are_idempotent(admin, empty_database, names):
     schema.migrate(empty_database, **names, notify_trigger=True)
-    tables, others = described(admin), objects(admin)
+    tables, other_objects = columns(admin), objects(admin)
     assert sorted(tables.values()) == sorted(
         [[*COLUMNS["chunks"], CREATED_AT], [*COLUMNS["status"], CREATED_AT], COLUMNS["conversations"]]
     )
     schema.migrate(empty_database, **names, notify_trigger=True)
     asyncio.run(schema.async_migrate(empty_database, **names, notify_trigger=True))
-    assert (described(admin), objects(admin)) == (tables, others)
-    assert all(len(name.encode()) <= 63 for name, _ in others)
+    assert (columns(admin), objects(admin)) == (tables, other_objects)
+    assert all(len(name.encode()) <= 63 for name, _ in other_objects)
 
 
-def test_the_first_migration_is_the_schema_of_the_npm_package(admin):
+def test_first_migration_is_the_schema_of_the_npm_package(admin):
     admin.execute(schema.SQL_FOLDER.joinpath("0001_tables.sql").read_text())
-    assert described(admin) == {
+    assert columns(admin) == {
         f"aibind_{'stream_' * (name != 'conversations')}{name}": COLUMNS[name] for name in COLUMNS
     }
 
 
 @pytest.mark.parametrize("names", NAMES.values(), ids=NAMES)
-def test_rendered_sql_is_what_migrate_applies(admin, empty_database, names):
+def test_migrate_applies_the_rendered_sql(admin, empty_database, names):
     schema.migrate(empty_database, **names, notify_trigger=True)
-    applied = described(admin), objects(admin)
+    applied = columns(admin), objects(admin)
     admin.execute("DROP SCHEMA my CASCADE; DROP SCHEMA public CASCADE; CREATE SCHEMA my; CREATE SCHEMA public")
     admin.execute(schema.render(**names, notify_trigger=True).encode())
-    assert (described(admin), objects(admin)) == applied
+    assert (columns(admin), objects(admin)) == applied
 
 
-def test_many_may_migrate_at_once(admin, empty_database):
+def test_concurrent_migrations(admin, empty_database):
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda _: schema.migrate(empty_database, notify_trigger=True), range(8)))
-    assert len(described(admin)) == 3
+    assert len(columns(admin)) == 3
 
 
-def test_migrations_are_applied_whole_or_not_at_all(admin, empty_database):
+def test_migrations_are_atomic(admin, empty_database):
     admin.execute("CREATE VIEW aibind_conversations AS SELECT 1 AS session_id")
     admin.execute("CREATE VIEW aibind_stream_status AS SELECT 1 AS id")
     with pytest.raises(psycopg.DatabaseError):
         schema.migrate(empty_database)
-    assert "aibind_stream_chunks" not in described(admin)
+    assert "aibind_stream_chunks" not in columns(admin)
 
 
-def test_migrations_take_part_in_a_transaction(admin, empty_database):
+def test_migrate_takes_part_in_a_transaction(admin, empty_database):
     with psycopg.connect(empty_database) as connection:
         schema.migrate(connection)
         connection.rollback()
-    assert described(admin) == {}
+    assert columns(admin) == {}
 
 
-def test_a_table_in_use_keeps_its_rows(admin, empty_database):
+def test_migrate_keeps_existing_rows(admin, empty_database):
     admin.execute(schema.SQL_FOLDER.joinpath("0001_tables.sql").read_text())
     with PostgresStreamStore(empty_database) as store:
         store.create("old")
         store.append("old", "a")
         schema.migrate(empty_database)
         store.append("old", "b")
-        # Nobody knows when the first chunk was written, so it is replayed at once.
+        # The first chunk has no time, so it is replayed without a delay.
         assert list(store.replay("old")) == [(1, "a"), (2, "b")]
         assert [info.created_at for info in store.list()] == [None]
     rows = admin.execute("SELECT seq, created_at IS NULL FROM aibind_stream_chunks ORDER BY seq").fetchall()
     assert rows == [(1, True), (2, False)]
 
 
-def test_bad_names_are_refused():
-    for bad in ("", "a.", "a" * 64, "a\0b", "a.b.c"):
+def test_invalid_names_are_rejected():
+    for name in ("", "a.", "a" * 64, "a\0b", "a.b.c"):
         with pytest.raises(ValueError, match="name"):
-            schema.render(status_table=bad)
+            schema.render(status_table=name)
     with pytest.raises(ValueError, match="differ"):
         schema.render(status_table="same", chunks_table="same")
 
 
-def test_the_trigger_announces_any_id(admin, empty_database):
+def test_trigger_notifies_of_any_id(admin, empty_database):
     schema.migrate(empty_database, notify_trigger=True)
     admin.execute("LISTEN aibind_stream_status")
     for id, payload in (("x", '{"ids" : ["x"]}'), ('"\n', '{"ids" : ["\\"\\n"]}'), ("é" * 5000, "")):

@@ -1,4 +1,4 @@
-"""What the statements cost: the work that grows with the tables is done through an index."""
+"""The plans of the statements: no work grows with the tables except through an index."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from aibind_postgres._conversation_sql import ConversationStatements
 from aibind_postgres._sql import StreamStatements
 from aibind_postgres._tables import CHUNKS_TABLE, CONVERSATIONS_TABLE, STATUS_TABLE, Table
 
-STATEMENTS = StreamStatements(Table(None, CHUNKS_TABLE), Table(None, STATUS_TABLE))
-CONVERSATIONS = ConversationStatements(Table(None, CONVERSATIONS_TABLE))
+STREAM_STATEMENTS = StreamStatements(Table(None, CHUNKS_TABLE), Table(None, STATUS_TABLE))
+CONVERSATION_STATEMENTS = ConversationStatements(Table(None, CONVERSATIONS_TABLE))
 
-PLANS = {
+STREAM_PLANS = {
     "append": (["7", "x", None, 1000], ["(id = '7'"]),
     "append_many": (["7", '["x"]', None, 1000], ["(id = '7'"]),
     "read": (["7", 3, 2000], ["(id = '7'", "(seq > '3'"]),
@@ -30,7 +30,7 @@ PLANS = {
     "fail_abandoned": ([1000, 1000, "x"], ["aibind_stream_status_active_idx", "(id = ANY", "(seq = "]),
 }
 
-PLANS_OF_CONVERSATIONS = {
+CONVERSATION_PLANS = {
     "load": (["7"], ["(session_id = '7'"]),
     "save": (["7", "{}", 1000, None], ["(session_id = '7'"]),
     "touch": (["7", 1000], ["(session_id = '7'"]),
@@ -61,8 +61,10 @@ def connection(database):
         yield connection
 
 
-@pytest.mark.parametrize(("statements", "plans"), [(STATEMENTS, PLANS), (CONVERSATIONS, PLANS_OF_CONVERSATIONS)])
-def test_each_statement_finds_its_rows_through_an_index(connection, statements, plans):
+@pytest.mark.parametrize(
+    ("statements", "plans"), [(STREAM_STATEMENTS, STREAM_PLANS), (CONVERSATION_STATEMENTS, CONVERSATION_PLANS)]
+)
+def test_statements_use_an_index(connection, statements, plans):
     for name, (params, conditions) in plans.items():
         plan = "\n".join(line for (line,) in connection.execute(f"EXPLAIN {getattr(statements, name)}", params))
         found = [line for line in plan.splitlines() if "Index Cond" in line or "Index Scan" in line]
@@ -74,24 +76,27 @@ def test_each_statement_finds_its_rows_through_an_index(connection, statements, 
 def test_every_statement_has_a_plan_or_a_reason(connection):
     scans_the_status_table_by_design = {"list_by_time"}
     inserts = {"create"}
-    assert PLANS.keys() | scans_the_status_table_by_design | inserts == vars(STATEMENTS).keys()
-    assert PLANS_OF_CONVERSATIONS.keys() | {"overwrite"} == vars(CONVERSATIONS).keys()
+    assert STREAM_PLANS.keys() | scans_the_status_table_by_design | inserts == vars(STREAM_STATEMENTS).keys()
+    assert CONVERSATION_PLANS.keys() | {"overwrite"} == vars(CONVERSATION_STATEMENTS).keys()
 
 
 @pytest.mark.parametrize("name", ["read", "read_timed", "read_batch"])
-def test_a_page_of_a_long_stream_costs_a_page(connection, name):
+def test_page_of_a_long_stream_reads_one_page(connection, name):
     connection.execute("INSERT INTO aibind_stream_status VALUES ('long', 'active', NULL, 20000, 0)")
     connection.execute(
         "INSERT INTO aibind_stream_chunks (id, seq, data) SELECT 'long', i, 'token' FROM generate_series(1, 20000) i"
     )
     params = ['[{"place": 0, "id": "long", "after": 5000}]', 100] if name == "read_batch" else ["long", 5000, 100]
-    statement = f"EXPLAIN (ANALYZE, FORMAT JSON) {getattr(STATEMENTS, name)}"
-    for setting in ("on", "off"):  # whichever the planner prefers, as the statistics are
+    statement = f"EXPLAIN (ANALYZE, FORMAT JSON) {getattr(STREAM_STATEMENTS, name)}"
+    for setting in ("on", "off"):  # both plans that the planner may choose
         connection.execute(f"SET enable_bitmapscan = {setting}")
         [([plan],)] = connection.execute(statement, params).fetchall()
-        assert max(rows_of(plan["Plan"])) == 101
+        assert max(row_counts(plan["Plan"])) == 101
 
 
-def rows_of(node):
-    """Return how many rows a node of a plan and those below it have given."""
-    return [node["Actual Rows"] * node["Actual Loops"], *[n for child in node.get("Plans", []) for n in rows_of(child)]]
+def row_counts(node):
+    """Return the numbers of rows of a plan node and its descendants."""
+    return [
+        node["Actual Rows"] * node["Actual Loops"],
+        *[n for child in node.get("Plans", []) for n in row_counts(child)],
+    ]

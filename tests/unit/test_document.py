@@ -1,4 +1,4 @@
-"""The document of a conversation: what is taken, what is refused, and that nothing in it changes on its way through."""
+"""The document of a conversation: validation, errors, and exact round trips."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 
 from aibind_postgres import ChatHistory, InvalidHistoryError, MessageTree
 
-# As JSON.stringify writes it on the TypeScript side, with keys that are unknown here, and an order of their own.
-WRITTEN_ELSEWHERE = (
+# The output of JSON.stringify in TypeScript, with unknown fields and a different order of keys.
+FOREIGN_DOCUMENT = (
     '{"version":1,"nodes":{"q":{"id":"q",'
     '"message":{"role":"user","content":"Zwölf \\ud83d 👩‍👩‍👧 \\u0000\\u0001 \\" \\\\ / \u2028"},'
     '"parentId":null,"children":["a2","a1"],"metadata":{"n":[1,2.5,1e+21,-0.125,12345678901234567890,true,null]},'
@@ -23,14 +23,14 @@ WRITTEN_ELSEWHERE = (
 )
 
 
-def test_a_document_from_elsewhere_comes_back_to_the_letter():
-    assert ChatHistory.from_json(WRITTEN_ELSEWHERE).to_json() == WRITTEN_ELSEWHERE
-    data = json.loads(WRITTEN_ELSEWHERE)
+def test_foreign_document_round_trip_is_exact():
+    assert ChatHistory.from_json(FOREIGN_DOCUMENT).to_json() == FOREIGN_DOCUMENT
+    data = json.loads(FOREIGN_DOCUMENT)
     assert MessageTree.deserialize(data).serialize() == data
 
 
-def test_what_is_unknown_survives_changes():
-    chat = ChatHistory.from_json(WRITTEN_ELSEWHERE)
+def test_unknown_fields_survive_changes():
+    chat = ChatHistory.from_json(FOREIGN_DOCUMENT)
     chat.append("more")
     chat.edit("q", "other")
     chat.next_alternative("a2")
@@ -44,7 +44,7 @@ def test_what_is_unknown_survives_changes():
     assert json.loads(chat.to_json())["title"] == "Zwölf"
 
 
-def test_a_document_of_ours_has_what_the_other_side_needs():
+def test_new_documents_have_the_fields_of_the_typescript_package():
     chat = ChatHistory(generate_id=iter("ab").__next__)
     chat.append({"role": "user", "content": "é\udc00"})
     chat.append({"role": "assistant", "content": "\0"})
@@ -75,40 +75,40 @@ def document(*nodes, roots=("a",), active="a", **more):
 VALID = document(node("a", None, ["b"]), node("b", "a"))
 
 INVALID = {
-    "no object": ([], None, "version 1"),
+    "not an object": ([], None, "version 1"),
     "another version": ({**VALID, "version": 2}, None, "version 1"),
     "no version": ({key: value for key, value in VALID.items() if key != "version"}, None, "version 1"),
-    "a version that is a truth": ({**VALID, "version": True}, None, "version 1"),
-    "nodes in a list": ({**VALID, "nodes": []}, None, "nodes"),
+    "a boolean version": ({**VALID, "version": True}, None, "version 1"),
+    "nodes of another type": ({**VALID, "nodes": []}, None, "nodes"),
     "no roots": ({**VALID, "rootIds": None}, None, "rootIds"),
-    "roots that are no ids": ({**VALID, "rootIds": [1]}, None, "rootIds"),
+    "rootIds of other types": ({**VALID, "rootIds": [1]}, None, "rootIds"),
     "no active leaf": ({key: value for key, value in VALID.items() if key != "activeLeafId"}, None, "activeLeafId"),
     "a missing active leaf": ({**VALID, "activeLeafId": "z"}, "z", "active leaf"),
-    "an active leaf that is no id": ({**VALID, "activeLeafId": ["a"]}, None, "activeLeafId"),
-    "a missing root": (document(node("a"), roots=["a", "z"]), "z", "a root, and missing"),
-    "a missing parent": (document(node("a"), node("b", "z")), "b", "parent, 'z', is missing"),
-    "a missing child": (document(node("a", None, ["z"])), "a", "child, 'z', is missing"),
+    "activeLeafId of another type": ({**VALID, "activeLeafId": ["a"]}, None, "activeLeafId"),
+    "a missing root": (document(node("a"), roots=["a", "z"]), "z", "a root, but missing"),
+    "a missing parent": (document(node("a"), node("b", "z")), "b", "parent 'z' is missing"),
+    "a missing child": (document(node("a", None, ["z"])), "a", "child 'z' is missing"),
     "another parent": (document(node("a", None, ["b"]), node("b", None), roots=["a", "b"]), "b", "not its parent"),
     "a root with a parent": (document(node("a", None, ["b"]), node("b", "a"), roots=["a", "b"]), "b", "not its parent"),
     "a child listed twice": (document(node("a", None, ["b", "b"]), node("b", "a")), "b", "twice"),
-    "a child that is not listed": (document(node("a"), node("b", "a")), "b", "not listed"),
-    "a root that is not listed": (document(node("a"), node("b")), "b", "not listed"),
+    "an unlisted child": (document(node("a"), node("b", "a")), "b", "not listed"),
+    "an unlisted root": (document(node("a"), node("b")), "b", "not listed"),
     "a cycle": (document(node("a"), node("b", "c", ["c"]), node("c", "b", ["b"])), "b", "cycle"),
-    "a parent of itself": (document(node("a"), node("b", "b", ["b"])), "b", "cycle"),
-    "below what is not listed": (document(node("a"), node("c", "b"), node("b", None, ["c"])), "c", "not listed"),
-    "a node that is no object": ({**VALID, "nodes": {"a": None}}, "a", "object"),
-    "a node of another id": ({**VALID, "nodes": {"a": node("b")}}, "a", "own id"),
-    "children that are no list": (document({**node("a"), "children": "b"}), "a", "children"),
+    "a node that is its own parent": (document(node("a"), node("b", "b", ["b"])), "b", "cycle"),
+    "below an unlisted node": (document(node("a"), node("c", "b"), node("b", None, ["c"])), "c", "not listed"),
+    "a node that is not an object": ({**VALID, "nodes": {"a": None}}, "a", "object"),
+    "a node with another id": ({**VALID, "nodes": {"a": node("b")}}, "a", "own id"),
+    "children of another type": (document({**node("a"), "children": "b"}), "a", "children"),
     "no children": (document({**node("a"), "children": None}), "a", "children"),
     "no parentId": ({**VALID, "nodes": {"a": {"id": "a", "children": []}}}, "a", "parentId"),
-    "a parentId that is no id": (document(node("a", 3)), "a", "parentId"),
-    "metadata in a list": (document({**node("a"), "metadata": []}), "a", "metadata"),
-    "a time that is no text": (document({**node("a"), "createdAt": 3}), "a", "createdAt"),
+    "parentId of another type": (document(node("a", 3)), "a", "parentId"),
+    "metadata of another type": (document({**node("a"), "metadata": []}), "a", "metadata"),
+    "createdAt of another type": (document({**node("a"), "createdAt": 3}), "a", "createdAt"),
 }
 
 
 @pytest.mark.parametrize("name", INVALID)
-def test_an_invalid_document_is_refused_by_the_name_of_its_node(name):
+def test_invalid_document_error_names_the_node(name):
     data, node_id, reason = INVALID[name]
     for call in (lambda: MessageTree.deserialize(data), lambda: ChatHistory.from_json(json.dumps(data))):
         with pytest.raises(InvalidHistoryError, match=reason) as caught:
@@ -138,19 +138,19 @@ def test_an_invalid_document_is_refused_by_the_name_of_its_node(name):
     ],
     ids=lambda text: repr(text)[-30:],
 )
-def test_what_is_no_document_at_all_is_refused_and_not_shown(text):
+def test_invalid_text_is_rejected_and_not_shown(text):
     with pytest.raises(InvalidHistoryError) as caught:
         ChatHistory.from_json(text)
     assert "secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize("message", [float("inf"), [[]] * 2 + [b""]])
-def test_a_message_that_json_cannot_hold_is_the_fault_of_its_node(message):
+def test_non_json_message_error_names_the_node(message):
     with pytest.raises(InvalidHistoryError, match="'a'"):
         MessageTree.deserialize(document({**node("a"), "message": message}))
 
 
-def test_keys_that_may_be_missing_on_the_other_side_are_not_needed():
+def test_optional_fields_may_be_missing():
     bare = {"version": 1, "nodes": {"a": {"id": "a", "parentId": None, "children": []}}, "rootIds": ["a"]}
     tree = MessageTree.deserialize({**bare, "activeLeafId": None})
     found = tree.get("a")

@@ -1,4 +1,4 @@
-"""The tree of messages and the chat around it: what each operation does, and what it refuses."""
+"""`MessageTree` and `ChatHistory`: the operations and their errors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from aibind_postgres import ChatHistory, InvalidDataError, MessageNotFoundError,
 
 @pytest.fixture
 def chat():
-    """a, with the answers b and c, of which c is current."""
+    """A question `a` with the answers `b` and `c`; `c` is the active leaf."""
     chat = ChatHistory(generate_id=iter("abcdefgh").__next__)
     chat.append("question")
     chat.append("answer")
@@ -28,14 +28,14 @@ def tree(chat):
     return chat.tree
 
 
-def test_a_new_one_is_empty():
+def test_new_history_is_empty():
     chat = ChatHistory()
     assert (chat.messages, chat.node_ids, len(chat), chat.is_empty) == ([], [], 0, True)
     assert (chat.tree.active_leaf_id, chat.tree.root_ids, chat.tree.leaves()) == (None, (), [])
     assert chat.tree.serialize() == {"version": 1, "nodes": {}, "rootIds": [], "activeLeafId": None}
 
 
-def test_messages_follow_each_other():
+def test_append():
     chat = ChatHistory()
     first = chat.append({"role": "user", "content": "Hello"})
     second = chat.append({"role": "assistant", "content": "Hi!"}, {"model": "m"})
@@ -48,7 +48,7 @@ def test_messages_follow_each_other():
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", node.created_at)
 
 
-def test_ids_are_unguessable_unless_they_are_made_elsewhere():
+def test_ids_are_random_unless_generate_id_is_given():
     ids = {ChatHistory().append("x") for _ in range(100)}
     assert len(ids) == 100
     assert all(len(id) == 36 for id in ids)
@@ -60,9 +60,9 @@ def test_ids_are_unguessable_unless_they_are_made_elsewhere():
     assert MessageTree.deserialize(again.tree.serialize(), generate_id=lambda: "other").append("z") == "other"
 
 
-@pytest.mark.parametrize("made", ["a", "", None, 3, ["x"]])
-def test_a_made_id_must_be_a_new_text(made):
-    chat = ChatHistory(generate_id=iter(["a", made, "b"]).__next__)
+@pytest.mark.parametrize("new_id", ["a", "", None, 3, ["x"]])
+def test_generated_id_must_be_a_new_str(new_id):
+    chat = ChatHistory(generate_id=iter(["a", new_id, "b"]).__next__)
     chat.append("x")
     with pytest.raises(InvalidDataError, match="generate_id"):
         chat.append("y")
@@ -70,7 +70,7 @@ def test_a_made_id_must_be_a_new_text(made):
     assert chat.append("z") == "b"
 
 
-def test_edited_and_regenerated_messages_are_alternatives(chat):
+def test_edit_and_regenerate_add_alternatives(chat):
     assert chat.messages == ["question", "another answer"]
     assert chat.edit("a", "other question") == "d"
     assert chat.messages == ["other question"]
@@ -84,7 +84,7 @@ def test_edited_and_regenerated_messages_are_alternatives(chat):
     assert chat.has_alternatives("d")
 
 
-def test_an_only_message_has_no_alternatives(chat):
+def test_single_message_has_no_alternatives(chat):
     chat.append("more")
     assert not chat.has_alternatives("d")
     assert (chat.alternative_count("d"), chat.alternative_index("d")) == (1, 0)
@@ -92,7 +92,7 @@ def test_an_only_message_has_no_alternatives(chat):
     assert chat.prev_alternative("d") is None
 
 
-def test_going_to_an_alternative_follows_first_children_to_a_leaf(chat):
+def test_switching_alternatives_follows_first_children_to_a_leaf(chat):
     tree = chat.tree
     tree.add_child("b", "b's first")
     tree.add_child("b", "b's second")
@@ -105,7 +105,7 @@ def test_going_to_an_alternative_follows_first_children_to_a_leaf(chat):
     assert chat.node_ids == ["a", "c"]
 
 
-def test_compacting_leaves_one_message(chat):
+def test_compact_leaves_one_message(chat):
     chat.edit("a", "another root")
     id = chat.compact("summary")
     assert (chat.messages, chat.node_ids, len(chat)) == (["summary"], [id], 1)
@@ -117,14 +117,14 @@ def test_compacting_leaves_one_message(chat):
     assert empty.messages == ["nothing"]
 
 
-def test_what_cannot_be_a_summary_leaves_all_as_it_was(chat):
+def test_invalid_summary_changes_nothing(chat):
     before = chat.to_json()
     with pytest.raises(InvalidDataError):
         chat.compact(object())
     assert chat.to_json() == before
 
 
-def test_roots_children_and_branches(tree):
+def test_add_root_add_child_and_branch(tree):
     assert tree.add_root("second root", {"n": 1}) == "d"
     assert (tree.root_ids, tree.active_leaf_id) == (("a", "d"), "d")
     assert tree.add_child("a", "third answer", {"n": 2}) == "e"
@@ -149,14 +149,14 @@ def test_paths_siblings_leaves_and_depth(tree):
     assert tree.get("z") is None
 
 
-def test_the_active_leaf_may_be_any_node(tree):
+def test_any_node_can_be_the_active_leaf(tree):
     assert tree.set_active_leaf("a") == "a"
     assert tree.active_path.messages == ["question"]
     assert tree.append("third answer") == "d"
     assert tree.get("a").children == ("b", "c", "d")
 
 
-def test_siblings_are_gone_through_one_by_one(tree):
+def test_next_and_prev_sibling(tree):
     assert tree.prev_sibling("c") == "b"
     assert tree.active_leaf_id == "b"
     assert tree.prev_sibling("b") is None
@@ -165,7 +165,7 @@ def test_siblings_are_gone_through_one_by_one(tree):
     assert tree.active_leaf_id == "c"
 
 
-def test_removing_takes_all_below_and_moves_the_active_leaf_if_it_must(tree):
+def test_remove_includes_descendants_and_moves_the_active_leaf(tree):
     tree.append("below c")
     tree.add_child("b", "below b")
     tree.remove("c")
@@ -206,7 +206,7 @@ def test_removing_takes_all_below_and_moves_the_active_leaf_if_it_must(tree):
         lambda chat: chat.tree.remove("z"),
     ],
 )
-def test_a_missing_message_is_told_by_its_id(chat, call):
+def test_missing_message_raises_with_its_id(chat, call):
     before = chat.to_json()
     with pytest.raises(MessageNotFoundError, match="'z'") as caught:
         call(chat)
@@ -238,7 +238,7 @@ for _ in range(5000):
     ],
     ids=lambda value: repr(type(value)),
 )
-def test_what_json_would_not_give_back_is_refused_and_not_shown(chat, value):
+def test_non_json_values_are_rejected(chat, value):
     before = chat.to_json()
     for call in (chat.append, chat.compact, chat.tree.add_root, lambda value: chat.append("x", {"key": value})):
         with pytest.raises(InvalidDataError, match="not a JSON value"):
@@ -254,13 +254,13 @@ def test_metadata_must_be_a_dict(chat, metadata):
 
 
 @pytest.mark.parametrize("value", [CIRCULAR, DEEP])
-def test_what_has_no_bottom_is_refused(chat, value):
+def test_too_deep_values_are_rejected(chat, value):
     with pytest.raises(InvalidDataError, match="200 levels"):
         chat.append(value)
     assert len(chat) == 3
 
 
-def test_what_is_nested_as_deep_as_allowed_can_be_read_and_saved(chat):
+def test_maximum_depth_round_trip(chat):
     value = "bottom"
     for _ in range(200):
         value = {"x": value}
@@ -270,7 +270,7 @@ def test_what_is_nested_as_deep_as_allowed_can_be_read_and_saved(chat):
     assert chat.messages[-1] == value
 
 
-def test_no_node_changes_by_what_is_done_to_what_went_in_or_came_out(chat):
+def test_arguments_and_results_are_copies(chat):
     message, metadata = {"content": ["x"]}, {"tags": ["t"]}
     id = chat.append(message, metadata)
     before = chat.to_json()
@@ -291,7 +291,7 @@ def test_no_node_changes_by_what_is_done_to_what_went_in_or_came_out(chat):
     assert chat.messages[-1] == {"content": ["x"]}
 
 
-def test_a_history_can_be_copied_and_pickled(chat):
+def test_deepcopy_and_pickle(chat):
     before = chat.to_json()
     for twin in (copy.deepcopy(chat), pickle.loads(pickle.dumps(ChatHistory.from_json(before)))):
         assert twin.to_json() == before
@@ -300,7 +300,7 @@ def test_a_history_can_be_copied_and_pickled(chat):
         assert chat.to_json() == before
 
 
-def test_going_back_to_before_a_message_makes_the_next_one_an_alternative() -> None:
+def test_append_after_rewind_adds_an_alternative() -> None:
     chat: ChatHistory[str] = ChatHistory()
     first = chat.append("first")
     second = chat.append("second")

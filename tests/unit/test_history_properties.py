@@ -1,4 +1,4 @@
-"""Whatever is done to a history: its tree stays valid, JSON gives it back, and a plain model agrees with it."""
+"""Random operations on a history: the tree stays valid, survives JSON, and matches a simple model."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from aibind_postgres import ChatHistory, MessageTree
 
 
 class Histories(RuleBasedStateMachine):
-    """A chat beside a list of its messages in the order of their making: siblings are those of one parent in it."""
+    """Compares a `ChatHistory` with a dict of its messages in order of creation."""
 
     def __init__(self):
         super().__init__()
         self.chat = ChatHistory()
-        self.model = {}  # id: (parent, message, metadata), the older ones first
+        self.model = {}  # id: (parent, message, metadata), oldest first
         self.active = None
 
     def children(self, parent):
@@ -32,8 +32,8 @@ class Histories(RuleBasedStateMachine):
             id = children[0]
         return id
 
-    def below(self, id):
-        return {id}.union(*(self.below(child) for child in self.children(id)))
+    def subtree(self, id):
+        return {id}.union(*(self.subtree(child) for child in self.children(id)))
 
     def path(self, id):
         return [] if id is None else [*self.path(self.model[id][0]), id]
@@ -44,11 +44,11 @@ class Histories(RuleBasedStateMachine):
         if active:
             self.active = id
 
-    some = precondition(lambda self: self.model)
-    places = st.integers(0, 50)
+    not_empty = precondition(lambda self: self.model)
+    indexes = st.integers(0, 50)
 
-    def at(self, place):
-        return list(self.model)[place % len(self.model)]
+    def id_at(self, index):
+        return list(self.model)[index % len(self.model)]
 
     @rule(message=JSON_VALUES, metadata=st.none() | st.dictionaries(st.text(), JSON_VALUES, max_size=2))
     def append(self, message, metadata):
@@ -58,39 +58,39 @@ class Histories(RuleBasedStateMachine):
     def add_root(self, message):
         self.add(self.chat.tree.add_root(message), None, message)
 
-    @some
-    @rule(place=places, message=JSON_VALUES, edits=st.booleans())
-    def edit_or_regenerate(self, place, message, edits):
-        id = self.at(place)
+    @not_empty
+    @rule(index=indexes, message=JSON_VALUES, edits=st.booleans())
+    def edit_or_regenerate(self, index, message, edits):
+        id = self.id_at(index)
         self.add((self.chat.edit if edits else self.chat.regenerate)(id, message), self.model[id][0], message)
 
-    @some
-    @rule(place=places, message=JSON_VALUES, active=st.booleans())
-    def add_child_or_branch(self, place, message, active):
-        id = self.at(place)
+    @not_empty
+    @rule(index=indexes, message=JSON_VALUES, active=st.booleans())
+    def add_child_or_branch(self, index, message, active):
+        id = self.id_at(index)
         add = self.chat.tree.branch if active else self.chat.tree.add_child
         self.add(add(id, message), id, message, active=active)
 
-    @some
-    @rule(place=places)
-    def set_active_leaf(self, place):
-        self.active = self.chat.tree.set_active_leaf(self.at(place))
+    @not_empty
+    @rule(index=indexes)
+    def set_active_leaf(self, index):
+        self.active = self.chat.tree.set_active_leaf(self.id_at(index))
 
-    @some
-    @rule(place=places, step=st.sampled_from([1, -1]))
-    def go_to_an_alternative(self, place, step):
-        id = self.at(place)
+    @not_empty
+    @rule(index=indexes, step=st.sampled_from([1, -1]))
+    def switch_alternative(self, index, step):
+        id = self.id_at(index)
         siblings = self.siblings(id)
-        index = siblings.index(id) + step
-        target = self.first_leaf(siblings[index]) if 0 <= index < len(siblings) else None
+        position = siblings.index(id) + step
+        target = self.first_leaf(siblings[position]) if 0 <= position < len(siblings) else None
         assert (self.chat.next_alternative if step > 0 else self.chat.prev_alternative)(id) == target
         self.active = target or self.active
 
-    @some
-    @rule(place=places)
-    def remove(self, place):
-        id = self.at(place)
-        parent, removed = self.model[id][0], self.below(id)
+    @not_empty
+    @rule(index=indexes)
+    def remove(self, index):
+        id = self.id_at(index)
+        parent, removed = self.model[id][0], self.subtree(id)
         self.chat.tree.remove(id)
         self.model = {other: node for other, node in self.model.items() if other not in removed}
         if self.active in removed:
@@ -108,7 +108,7 @@ class Histories(RuleBasedStateMachine):
         self.chat = ChatHistory.from_json(self.chat.to_json())
 
     @invariant()
-    def they_agree(self):
+    def history_matches_model(self):
         chat, tree = self.chat, self.chat.tree
         path = self.path(self.active)
         assert tree.active_leaf_id == self.active
@@ -129,7 +129,7 @@ class Histories(RuleBasedStateMachine):
             assert tree.depth(id) == len(self.path(id)) - 1
 
     @invariant()
-    def json_gives_it_back(self):
+    def json_round_trip(self):
         text = self.chat.to_json()
         again = ChatHistory.from_json(text)
         assert again.to_json() == text
@@ -140,11 +140,11 @@ TestHistories = Histories.TestCase
 
 
 @given(HISTORIES, st.data())
-def test_what_is_unknown_in_a_document_comes_back(text, data):
+def test_unknown_fields_are_preserved(text, data):
     document = json.loads(text)
-    for place in (document, *document["nodes"].values()):
+    for fields in (document, *document["nodes"].values()):
         for key, value in data.draw(st.dictionaries(st.text(), JSON_VALUES, max_size=2)).items():
-            place.setdefault(key, value)
+            fields.setdefault(key, value)
     assert MessageTree.deserialize(document).serialize() == document
     text = json.dumps(document, ensure_ascii=False, separators=(",", ":"))
     assert ChatHistory.from_json(text).to_json() == text

@@ -1,4 +1,4 @@
-"""Names of tables: parsed, checked, quoted, and names derived from them."""
+"""Table names: parsing, checks, quoting and derived names."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from aibind_postgres._tables import Table
         (Identifier('s"', "t.."), ('s"', "t.."), '"s"""."t.."'),
     ],
 )
-def test_a_name_is_taken_to_the_letter(name, table, quoted):
+def test_name_is_taken_literally(name, table, quoted):
     parsed = Table.parse(name)
     assert parsed == table
     assert parsed.quoted == quoted
 
 
 @pytest.mark.parametrize("name", ["", ".", "a.", ".a", "a.b.c", "a\0", "\udc80", "x" * 64, "ü" * 32, "s." + "x" * 64])
-def test_what_is_no_name_is_refused(name):
+def test_invalid_name_is_rejected(name):
     with pytest.raises(ValueError, match="name"):
         Table.parse(name)
 
 
-def test_an_identifier_of_three_parts_is_refused():
+def test_identifier_with_three_parts_is_rejected():
     with pytest.raises(ValueError, match="more parts"):
         Table.parse(Identifier("a", "b", "c"))
 
@@ -45,7 +45,7 @@ def test_derived_names_fit_and_differ():
     assert len(set(derived)) == len(derived)
 
 
-def test_a_name_cannot_become_a_placeholder():
+def test_name_cannot_become_a_placeholder():
     statements = StreamStatements(Table(None, "{status}"), Table(None, "{now}{chunks}"))
     assert '"{status}"' in statements.append
     assert '"{now}{chunks}"' in statements.append
