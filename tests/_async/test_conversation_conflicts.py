@@ -1,4 +1,4 @@
-"""Many who write to one conversation: no message is lost, whoever writes, and whatever is lost on the way."""
+"""Concurrent writers of one conversation: no message is lost, even if requests or replies are."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from aibind_postgres import AsyncPostgresConversationStore, ChatHistory, Convers
 
 
 class CountingClient:
-    """A pool whose statements are counted, and can be lost on the way there or back."""
+    """A client on a pool that counts statements, and can lose requests and replies."""
 
     def __init__(self, pool):
         self.pool = pool
         self.statements = 0
-        self.lose = []  # for the coming statements: None, "request" or "reply"
-        self.meanwhile = []  # calls to be made before the coming statements
+        self.lose = []  # for the next statements: None, "request" or "reply"
+        self.before_next = []  # functions to call before the next statements
 
     async def query(self, sql, params):
         self.statements += 1
-        if self.meanwhile:
-            await self.meanwhile.pop(0)()
+        if self.before_next:
+            await self.before_next.pop(0)()
         lose = self.lose.pop(0) if self.lose else None
         if lose == "request":
-            raise psycopg.OperationalError("lost on the way there")
+            raise psycopg.OperationalError("request lost")
         async with self.pool.connection() as connection:
             cursor = psycopg.AsyncRawCursor(connection)
             await cursor.execute(sql, params)
             rows = await cursor.fetchall() if cursor.description else []
         if lose == "reply":
-            raise psycopg.OperationalError("lost on the way back")
+            raise psycopg.OperationalError("reply lost")
         return rows
 
 
-class OtherSide:
-    """What the TypeScript package does with the table: it knows nothing of conflicts."""
+class TypeScriptWriter:
+    """Writes like the TypeScript package, which does not check for conflicts."""
 
     def __init__(self, connection, table):
         self.connection = connection
@@ -80,12 +80,12 @@ async def connection(dsn):
 
 
 @pytest.fixture
-def other_side(connection, conversations):
-    return OtherSide(connection, conversations)
+def typescript(connection, conversations):
+    return TypeScriptWriter(connection, conversations)
 
 
-async def begun(store):
-    """Return a conversation of one message, loaded twice."""
+async def load_twice(store):
+    """Create a conversation of one message, and load it twice."""
     async with store.edit("s") as chat:
         chat.append("first")
     return await store.load("s"), await store.load("s")
@@ -96,13 +96,13 @@ def messages(chat):
     return sorted(node["message"] for node in chat.tree.serialize()["nodes"].values())
 
 
-@pytest.mark.parametrize("begins", ["with nothing", "with a message", "with what has expired"])
+@pytest.mark.parametrize("initial", ["empty", "with a message", "expired"])
 @pytest.mark.parametrize("shared", [True, False])
-async def test_sixteen_who_append_at_once_lose_nothing(store, dsn, conversations, connection, begins, shared):
-    if begins != "with nothing":
+async def test_sixteen_concurrent_edits_lose_nothing(store, dsn, conversations, connection, initial, shared):
+    if initial != "empty":
         async with store.edit("s") as chat:
             chat.append("first")
-    if begins == "with what has expired":
+    if initial == "expired":
         await connection.execute(f"UPDATE {conversations.as_string(None)} SET expires_at = 0")
 
     async def work(name):
@@ -120,11 +120,11 @@ async def test_sixteen_who_append_at_once_lose_nothing(store, dsn, conversations
     await async_gather(*(partial(work, f"worker {number:02}") for number in range(16)))
     chat = await store.load("s")
     expected = [f"worker {worker:02} {number}" for worker in range(16) for number in range(5)]
-    assert messages(chat) == (["first"] if begins == "with a message" else []) + expected
+    assert messages(chat) == (["first"] if initial == "with a message" else []) + expected
     assert ChatHistory.from_json(chat.to_json()).to_json() == chat.to_json()
 
 
-async def test_sixteen_who_save_histories_that_they_keep_lose_nothing(store):
+async def test_sixteen_concurrent_saves_of_kept_histories_lose_nothing(store):
     async def work(name):
         chat = await store.load("s")
         for number in range(5):
@@ -136,8 +136,8 @@ async def test_sixteen_who_save_histories_that_they_keep_lose_nothing(store):
     assert messages(await store.load("s")) == expected
 
 
-async def test_after_a_save_the_history_is_what_is_stored(store):
-    one, two = await begun(store)
+async def test_history_equals_the_row_after_a_save(store):
+    one, two = await load_twice(store)
     one.append("one")
     two.append("two")
     await store.save("s", one)
@@ -154,8 +154,8 @@ async def test_after_a_save_the_history_is_what_is_stored(store):
     assert messages(one) == ["first", "more", "one", "two"]
 
 
-async def test_a_save_is_one_statement_unless_it_must_merge(store, client):
-    one, two = await begun(store)
+async def test_number_of_statements(store, client):
+    one, two = await load_twice(store)
     client.statements = 0
     for number in range(3):
         one.append(f"{number}")
@@ -172,8 +172,8 @@ async def test_a_save_is_one_statement_unless_it_must_merge(store, client):
     assert client.statements == 9
 
 
-async def test_a_conflict_that_is_to_be_raised_holds_both_and_changes_nothing(store):
-    one, two = await begun(store)
+async def test_conflict_error_holds_both_histories_and_changes_nothing(store):
+    one, two = await load_twice(store)
     one.append("one")
     await store.save("s", one)
     two.append("two")
@@ -186,14 +186,14 @@ async def test_a_conflict_that_is_to_be_raised_holds_both_and_changes_nothing(st
         assert conflict.theirs.messages == ["first", "one"]
         assert two.to_json() == before
         assert (await store.load("s")).to_json() == one.to_json()
-    # What was stored can be gone on with, and so can what was not.
+    # Both histories of the error can be changed and saved.
     conflict.theirs.append("three")
     await store.save("s", conflict.theirs, on_conflict="raise")
     await store.save("s", two)
     assert messages(two) == ["first", "one", "three", "two"]
 
 
-async def test_without_a_conflict_nothing_is_raised(store):
+async def test_raise_without_a_conflict(store):
     chat = ChatHistory()
     for number in range(3):
         chat.append(f"{number}")
@@ -201,8 +201,8 @@ async def test_without_a_conflict_nothing_is_raised(store):
     assert (await store.load("s")).messages == ["0", "1", "2"]
 
 
-async def test_to_overwrite_is_to_take_no_notice(store):
-    one, two = await begun(store)
+async def test_overwrite_ignores_conflicts(store):
+    one, two = await load_twice(store)
     one.append("one")
     await store.save("s", one)
     two.append("two")
@@ -213,7 +213,7 @@ async def test_to_overwrite_is_to_take_no_notice(store):
     await store.save("s", two, on_conflict="raise")
 
 
-async def test_a_history_from_nowhere_only_adds(store):
+async def test_new_history_only_adds(store):
     async with store.edit("s") as chat:
         chat.append("stored")
     made = ChatHistory()
@@ -227,8 +227,8 @@ async def test_a_history_from_nowhere_only_adds(store):
         await store.save("s", again, on_conflict="raise")
 
 
-async def test_a_copy_of_a_history_knows_what_the_history_does(store):
-    one, two = await begun(store)
+async def test_copies_keep_the_merge_base(store):
+    one, two = await load_twice(store)
     two.append("two")
     await store.save("s", two)
     for draft in (copy.deepcopy(one), pickle.loads(pickle.dumps(one))):
@@ -237,49 +237,49 @@ async def test_a_copy_of_a_history_knows_what_the_history_does(store):
     assert messages(draft) == ["summary", "summary", "two"]
 
 
-async def test_the_other_side_is_merged_with(store, other_side):
-    ours, _ = await begun(store)
+async def test_merge_with_typescript_writer(store, typescript):
+    ours, _ = await load_twice(store)
     ours.append("ours")
-    theirs = await other_side.load("s")
+    theirs = await typescript.load("s")
     theirs.append("theirs")
     theirs.edit(theirs.node_ids[0], "edited")
-    await other_side.save("s", theirs)
+    await typescript.save("s", theirs)
     await store.save("s", ours)
     assert messages(await store.load("s")) == ["edited", "first", "ours", "theirs"]
     assert ours.messages == ["first", "ours"]
 
 
-async def test_what_the_other_side_compacts_meanwhile_is_gone_and_ours_goes_on_below_it(store, other_side):
-    ours, _ = await begun(store)
+async def test_merge_with_concurrent_compact(store, typescript):
+    ours, _ = await load_twice(store)
     ours.append("question")
     ours.append("answer")
-    theirs = await other_side.load("s")
+    theirs = await typescript.load("s")
     theirs.compact("summary")
-    await other_side.save("s", theirs)
+    await typescript.save("s", theirs)
     await store.save("s", ours)
-    assert ours.messages == (await other_side.load("s")).messages == ["summary", "question", "answer"]
+    assert ours.messages == (await typescript.load("s")).messages == ["summary", "question", "answer"]
 
 
-async def test_what_the_other_side_begins_at_the_same_time_is_merged_with(store, client, other_side):
+async def test_merge_with_concurrently_created_row(store, client, typescript):
     ours = await store.load("s")
     ours.append("ours")
-    theirs = await other_side.load("s")
+    theirs = await typescript.load("s")
     theirs.append("theirs")
-    client.meanwhile = [partial(other_side.save, "s", theirs)]
+    client.before_next = [partial(typescript.save, "s", theirs)]
     await store.save("s", ours)
-    assert messages(await other_side.load("s")) == messages(ours) == ["ours", "theirs"]
+    assert messages(await typescript.load("s")) == messages(ours) == ["ours", "theirs"]
 
 
-async def test_who_is_overtaken_again_and_again_gets_there(store, client, other_side):
-    ours, _ = await begun(store)
+async def test_repeatedly_overtaken_save_succeeds(store, client, typescript):
+    ours, _ = await load_twice(store)
     ours.append("ours")
 
     async def overtake(number):
-        theirs = await other_side.load("s")
+        theirs = await typescript.load("s")
         theirs.append(f"theirs {number}")
-        await other_side.save("s", theirs)
+        await typescript.save("s", theirs)
 
-    client.meanwhile = [partial(overtake, number) for number in range(5)]
+    client.before_next = [partial(overtake, number) for number in range(5)]
     await store.save("s", ours)
     assert messages(ours) == ["first", "ours", *(f"theirs {number}" for number in range(5))]
 
@@ -287,8 +287,8 @@ async def test_who_is_overtaken_again_and_again_gets_there(store, client, other_
 @pytest.mark.parametrize("lost", [["request"], ["reply"], ["reply", "request", "reply"]])
 @pytest.mark.parametrize("on_conflict", ["merge", "raise", "overwrite"])
 @pytest.mark.parametrize("is_new", [True, False])
-async def test_a_save_whose_outcome_is_unknown_can_be_made_again(store, client, lost, on_conflict, is_new):
-    chat = ChatHistory() if is_new else (await begun(store))[0]
+async def test_save_with_unknown_outcome_can_be_repeated(store, client, lost, on_conflict, is_new):
+    chat = ChatHistory() if is_new else (await load_twice(store))[0]
     chat.append("mine")
     client.lose = list(lost)
     for _ in lost:
@@ -302,8 +302,8 @@ async def test_a_save_whose_outcome_is_unknown_can_be_made_again(store, client, 
     await store.save("s", chat, on_conflict="raise")
 
 
-async def test_a_merged_save_whose_reply_is_lost_can_be_made_again(store, client):
-    one, two = await begun(store)
+async def test_merge_with_lost_reply_can_be_repeated(store, client):
+    one, two = await load_twice(store)
     one.append("one")
     await store.save("s", one)
     two.append("two")
@@ -316,8 +316,8 @@ async def test_a_merged_save_whose_reply_is_lost_can_be_made_again(store, client
     assert two.messages == ["first", "two", "three"]
 
 
-async def test_a_repeated_merge_goes_on_below_the_summary(store, client):
-    for number in range(10):  # the ids, which are random, must not decide
+async def test_repeated_merge_stays_below_the_summary(store, client):
+    for number in range(10):  # the random ids must not decide the result
         session_id = f"{number}"
         async with store.edit(session_id) as chat:
             chat.append("old")
@@ -333,8 +333,8 @@ async def test_a_repeated_merge_goes_on_below_the_summary(store, client):
         assert ours.messages == (await store.load(session_id)).messages == ["summary", "question", "answer"]
 
 
-async def test_ids_that_are_not_unique_are_told_and_lose_nothing(store):
-    one, two = await begun(store)
+async def test_duplicate_ids_raise_and_lose_nothing(store):
+    one, two = await load_twice(store)
     for chat in (one, two):
         chat.tree._generate_id = lambda: "m1"
     one.append("one")
@@ -348,16 +348,16 @@ async def test_ids_that_are_not_unique_are_told_and_lose_nothing(store):
 
 @pytest.fixture(params=["pool", "connection"])
 async def any_store(request, store, connection, conversations):
-    """A store on each kind of client, outside of transactions."""
+    """A store on a pool, then on a connection, outside transactions."""
     if request.param == "pool":
         return store
     return AsyncPostgresConversationStore(connection, table=conversations)
 
 
 @pytest.mark.parametrize("on_conflict", ["merge", "raise"])
-@pytest.mark.parametrize("gone", ["deleted", "expired", "compacted"])
-async def test_what_others_have_removed_after_a_save_is_noticed_on_every_client(
-    any_store, store, connection, conversations, gone, on_conflict
+@pytest.mark.parametrize("removal", ["deleted", "expired", "compacted"])
+async def test_removal_by_another_writer_is_detected_on_every_client(
+    any_store, store, connection, conversations, removal, on_conflict
 ):
     chat = await any_store.load("s")
     chat.append("question")
@@ -365,9 +365,9 @@ async def test_what_others_have_removed_after_a_save_is_noticed_on_every_client(
     chat.append("answer")
     await any_store.save("s", chat)
     assert len(chat._origin.digests) == 1
-    if gone == "deleted":
+    if removal == "deleted":
         await store.delete("s")
-    elif gone == "expired":
+    elif removal == "expired":
         await connection.execute(f"UPDATE {conversations.as_string(None)} SET expires_at = 0")
     else:
         async with store.edit("s") as other:
@@ -377,15 +377,17 @@ async def test_what_others_have_removed_after_a_save_is_noticed_on_every_client(
         with pytest.raises(ConversationConflictError):
             await any_store.save("s", chat, on_conflict="raise")
     await any_store.save("s", chat)
-    assert chat.messages == (await store.load("s")).messages == (["summary"] if gone == "compacted" else []) + ["more"]
+    assert (
+        chat.messages == (await store.load("s")).messages == (["summary"] if removal == "compacted" else []) + ["more"]
+    )
 
 
-async def test_what_is_undone_with_a_transaction_is_not_lost(dsn, conversations, connection):
+async def test_rolled_back_save_is_not_lost(dsn, conversations, connection):
     store = AsyncPostgresConversationStore(connection, table=conversations)
-    one, two = await begun(store)
+    one, two = await load_twice(store)
     for chat in (ChatHistory(), one):
         session_id = "s" if chat is one else "new"
-        chat.append("undone")
+        chat.append("rolled back")
         with pytest.raises(ZeroDivisionError):
             async with connection.transaction():
                 await store.save(session_id, chat)
@@ -394,18 +396,18 @@ async def test_what_is_undone_with_a_transaction_is_not_lost(dsn, conversations,
         chat.append("more")
         await store.save(session_id, chat)
         assert (await store.load(session_id)).messages == chat.messages
-        assert chat.messages[-2:] == ["undone", "more"]
+        assert chat.messages[-2:] == ["rolled back", "more"]
         chat.append("and on")
         await store.save(session_id, chat, on_conflict="raise")
     two.append("two")
     await store.save("s", two)
-    assert messages(await store.load("s")) == ["and on", "first", "more", "two", "undone"]
+    assert messages(await store.load("s")) == ["and on", "first", "more", "rolled back", "two"]
 
 
-async def test_what_is_undone_with_a_transaction_is_not_lost_in_a_merge(dsn, conversations, connection):
+async def test_rolled_back_save_is_not_lost_in_a_merge(dsn, conversations, connection):
     store = AsyncPostgresConversationStore(connection, table=conversations)
-    one, two = await begun(store)
-    one.append("undone")
+    one, two = await load_twice(store)
+    one.append("rolled back")
     with pytest.raises(ZeroDivisionError):
         async with connection.transaction():
             await store.save("s", one)
@@ -415,20 +417,20 @@ async def test_what_is_undone_with_a_transaction_is_not_lost_in_a_merge(dsn, con
     with pytest.raises(ConversationConflictError):
         await store.save("s", one, on_conflict="raise")
     await store.save("s", one)
-    assert messages(await store.load("s")) == messages(one) == ["first", "two", "undone"]
+    assert messages(await store.load("s")) == messages(one) == ["first", "rolled back", "two"]
 
 
-@pytest.mark.parametrize("change", ["replace", "delete", "begin", "expire", "touch"])
-async def test_who_waits_for_another_transaction_sees_what_it_has_done(store, dsn, conversations, connection, change):
-    """The other one has changed the row, and commits only when our statement waits for it."""
+@pytest.mark.parametrize("change", ["replace", "delete", "create", "expire", "touch"])
+async def test_save_sees_the_changes_of_a_transaction_it_waits_for(store, dsn, conversations, connection, change):
+    """The other transaction has changed the row, and commits once the statement of the save waits for it."""
     table = conversations.as_string(None)
     other = ChatHistory()
     other.append("other")
-    if change == "begin":
+    if change == "create":
         chat = await store.load("s")
         sql = f"INSERT INTO {table} VALUES ('s', $1, 9e15)"
     else:
-        chat, _ = await begun(store)
+        chat, _ = await load_twice(store)
         sql = {
             "replace": f"UPDATE {table} SET data = $1",
             "delete": f"DELETE FROM {table} WHERE $1::text <> ''",
@@ -448,11 +450,11 @@ async def test_who_waits_for_another_transaction_sees_what_it_has_done(store, ds
                 await async_sleep(0.01)
             await holder.commit()
             await saving.result()
-    expected = {"replace": ["mine", "other"], "begin": ["mine", "other"], "touch": ["first", "mine"]}
+    expected = {"replace": ["mine", "other"], "create": ["mine", "other"], "touch": ["first", "mine"]}
     assert messages(await store.load("s")) == messages(chat) == expected.get(change, ["mine"])
 
 
-async def test_a_stored_text_of_another_make_is_the_same_for_the_check(store, connection, conversations):
+async def test_differently_formatted_row_is_no_conflict(store, connection, conversations):
     chat = ChatHistory()
     chat.append("é")
     text = json.dumps(json.loads(chat.to_json()), indent=2)

@@ -1,4 +1,4 @@
-"""What every conversation store promises, under every kind of table name."""
+"""The conversation store, with all kinds of table names."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ async def store(dsn, conversations):
 
 @pytest.fixture
 async def run(dsn, conversations):
-    """Run SQL on the table, as another program does, and return what it gives."""
+    """Run SQL on the table over a separate connection, and return the rows."""
     async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as connection:
 
         async def run(statement, *params):
@@ -53,14 +53,14 @@ async def expire(run, session_id):
 
 
 async def remaining(run, session_id):
-    """Return how many seconds a conversation has left."""
+    """Return the seconds until a conversation expires."""
     [(seconds,)] = await run(
         "SELECT expires_at / 1000.0 - extract(epoch FROM now()) FROM TABLE WHERE session_id = $1", session_id
     )
     return float(seconds)
 
 
-async def test_what_is_saved_is_loaded(store):
+async def test_save_and_load(store):
     chat = await store.load("s")
     assert (chat.messages, chat.is_empty) == ([], True)
     for text in TEXTS:
@@ -73,14 +73,14 @@ async def test_what_is_saved_is_loaded(store):
     assert len(again) == len(TEXTS) + 1
 
 
-async def test_what_is_stored_is_the_document_and_no_more(store, run):
+async def test_row_is_the_document(store, run):
     chat = ChatHistory()
     chat.append("x")
     await store.save("s", chat)
     assert await run("SELECT session_id, data FROM TABLE") == [("s", chat.to_json())]
 
 
-async def test_one_session_does_not_touch_another(store):
+async def test_sessions_are_separate(store):
     for session_id in ("s", "S", "ß", "s ", "'; --", "x" * 1024):
         async with store.edit(session_id) as chat:
             chat.append(session_id)
@@ -90,7 +90,7 @@ async def test_one_session_does_not_touch_another(store):
     assert (await store.load("S")).messages == ["S"]
 
 
-async def test_edit_saves_what_was_changed(store):
+async def test_edit_saves_changes(store):
     async with store.edit("s") as chat:
         first = chat.append("first")
     async with store.edit("s") as chat:
@@ -100,7 +100,7 @@ async def test_edit_saves_what_was_changed(store):
     assert (again.messages, again.alternative_count(first)) == (["other"], 2)
 
 
-async def test_edit_leaves_the_row_alone_after_an_exception_or_without_a_change(store, run):
+async def test_edit_does_not_save_after_an_exception_or_without_changes(store, run):
     async with store.edit("s"):
         pass
     assert await run("SELECT FROM TABLE") == []
@@ -117,7 +117,7 @@ async def test_edit_leaves_the_row_alone_after_an_exception_or_without_a_change(
     assert await run("SELECT *, xmin::text FROM TABLE") == before
 
 
-async def test_edit_says_what_a_save_does(store):
+async def test_edit_passes_on_conflict_to_save(store):
     with pytest.raises(ConversationConflictError):
         async with store.edit("s", on_conflict="raise") as ours:
             ours.append("ours")
@@ -135,7 +135,7 @@ async def test_edit_says_what_a_save_does(store):
     assert len(ours) == len(await store.load("s")) == 3
 
 
-async def test_an_edit_can_be_saved_in_the_middle(store):
+async def test_save_inside_edit(store):
     async with store.edit("s") as chat:
         chat.append("question")
         await store.save("s", chat)
@@ -144,7 +144,7 @@ async def test_an_edit_can_be_saved_in_the_middle(store):
     assert (await store.load("s")).messages == ["question", "answer"]
 
 
-async def test_a_conversation_lives_for_its_ttl_after_it_was_saved_or_touched(dsn, conversations, run):
+async def test_save_and_touch_restart_the_ttl(dsn, conversations, run):
     for ttl in (60, timedelta(minutes=1)):
         async with AsyncPostgresConversationStore(dsn, table=conversations, ttl=ttl) as store:
             chat = await store.load("s")
@@ -159,7 +159,7 @@ async def test_a_conversation_lives_for_its_ttl_after_it_was_saved_or_touched(ds
             assert await remaining(run, "s") < 31
 
 
-async def test_what_has_expired_is_as_good_as_deleted(store, run):
+async def test_expired_conversation_is_treated_as_deleted(store, run):
     async with store.edit("s") as chat:
         chat.append("old")
     await expire(run, "s")
@@ -175,16 +175,16 @@ async def test_what_has_expired_is_as_good_as_deleted(store, run):
     assert await run("SELECT FROM TABLE") == []
 
 
-@pytest.mark.parametrize("gone", ["expired", "cleaned up", "deleted"])
-async def test_what_is_gone_does_not_come_back_by_a_stale_save(store, run, gone):
+@pytest.mark.parametrize("removal", ["expired", "cleaned up", "deleted"])
+async def test_stale_save_does_not_restore_removed_messages(store, run, removal):
     async with store.edit("s") as chat:
         chat.append("old")
     chat.append("new")
-    if gone == "deleted":
+    if removal == "deleted":
         await store.delete("s")
     else:
         await expire(run, "s")
-        if gone == "cleaned up":
+        if removal == "cleaned up":
             await store.cleanup()
     with pytest.raises(ConversationConflictError) as caught:
         await store.save("s", chat, on_conflict="raise")
@@ -196,13 +196,13 @@ async def test_what_is_gone_does_not_come_back_by_a_stale_save(store, run, gone)
     assert len(chat) == 1
 
 
-async def test_touch_and_delete_say_whether_there_is_one(store):
+async def test_touch_and_delete_return_whether_the_conversation_exists(store):
     assert (await store.touch("s"), await store.delete("s")) == (False, False)
     await store.save("s", ChatHistory())
     assert (await store.touch("s"), await store.delete("s"), await store.delete("s")) == (True, True, False)
 
 
-async def test_listing_is_in_the_order_of_the_ids_and_by_pages(store, run, monkeypatch):
+async def test_list_is_ordered_by_id_and_paged(store, run, monkeypatch):
     monkeypatch.setattr(conversation_store, "LIST_PAGE_ROWS", 3)
     names = [f"s{number}" for number in range(7)]
     for name in reversed(names):
@@ -214,7 +214,7 @@ async def test_listing_is_in_the_order_of_the_ids_and_by_pages(store, run, monke
     assert abs(infos[0].expires_at - datetime.now(timezone.utc) - timedelta(seconds=1800)) < timedelta(seconds=60)
 
 
-async def test_cleanup_deletes_what_has_expired_and_says_how_much(store, run):
+async def test_cleanup_deletes_expired_conversations_and_returns_their_number(store, run):
     await run("INSERT INTO TABLE SELECT i::text, '{}', 0 FROM generate_series(1, 25) i")
     await store.save("s", ChatHistory())
     assert await store.cleanup(batch_size=10) == 25
@@ -222,7 +222,7 @@ async def test_cleanup_deletes_what_has_expired_and_says_how_much(store, run):
     assert await run("SELECT session_id FROM TABLE") == [("s",)]
 
 
-async def test_a_history_saved_under_another_id_is_a_copy(store):
+async def test_save_under_another_id_copies(store):
     async with store.edit("a") as chat:
         chat.append("x")
     await store.save("b", chat)
@@ -232,17 +232,17 @@ async def test_a_history_saved_under_another_id_is_a_copy(store):
     assert ((await store.load("a")).messages, (await store.load("b")).messages) == (["x"], ["x", "y"])
 
 
-async def test_a_history_moves_from_store_to_store(store, dsn, conversations):
+async def test_save_to_another_store(store, dsn, conversations):
     async with store.edit("a") as chat:
         chat.append("x")
     await store.delete("a")
     async with AsyncPostgresConversationStore(dsn, table=conversations) as other:
-        await other.save("a", chat)  # it does not matter to this one that it was deleted there
+        await other.save("a", chat)  # the deletion in the first store is no conflict
         assert (await other.load("a")).messages == ["x"]
 
 
-async def test_a_broken_row_is_told_and_left_alone(store, run):
-    rows = {"text": "secret, and no JSON", "null": "null", "nodes": '{"version":1,"nodes":[],"rootIds":[]}'}
+async def test_invalid_row_raises_and_is_kept(store, run):
+    rows = {"text": "secret, not JSON", "null": "null", "nodes": '{"version":1,"nodes":[],"rootIds":[]}'}
     for session_id, data in rows.items():
         await run("INSERT INTO TABLE VALUES ($1, $2, 9e15)", session_id, data)
         chat = ChatHistory()
@@ -261,7 +261,7 @@ async def test_a_broken_row_is_told_and_left_alone(store, run):
         assert (await store.load(session_id)).messages == ["mine"]
 
 
-async def test_rows_of_the_other_side_keep_what_is_unknown_here(store, run):
+async def test_unknown_fields_of_typescript_rows_are_kept(store, run):
     document = {
         "version": 1,
         "nodes": {"q": {"id": "q", "message": "m", "parentId": None, "children": [], "reactions": {"👍": 1}}},
@@ -280,7 +280,7 @@ async def test_rows_of_the_other_side_keep_what_is_unknown_here(store, run):
 
 
 @pytest.mark.parametrize("session_id", ["", "\0", "\ud800", "x" * 1025, 7, None])
-async def test_a_session_id_that_cannot_be_one_is_refused(store, session_id):
+async def test_invalid_session_id_raises(store, session_id):
     for call in (
         lambda: store.load(session_id),
         lambda: store.save(session_id, ChatHistory()),
@@ -294,7 +294,7 @@ async def test_a_session_id_that_cannot_be_one_is_refused(store, session_id):
             pass
 
 
-async def test_other_arguments_are_checked_before_anything_is_sent(store, dsn, conversations):
+async def test_invalid_arguments_raise_before_any_statement(store, dsn, conversations):
     chat = ChatHistory()
     with pytest.raises(ValueError, match="merge, raise, overwrite"):
         await store.save("s", chat, on_conflict="ignore")
@@ -312,13 +312,13 @@ async def test_other_arguments_are_checked_before_anything_is_sent(store, dsn, c
     assert [info async for info in store.list()] == []
 
 
-async def test_a_missing_table_is_told(dsn, conversations):
+async def test_missing_table_raises(dsn, conversations):
     async with AsyncPostgresConversationStore(dsn, table="no such table") as store:
         with pytest.raises(SchemaError, match="no such table"):
             await store.load("s")
 
 
-async def test_a_closed_store_says_so(dsn, conversations):
+async def test_closed_store_raises(dsn, conversations):
     store = AsyncPostgresConversationStore(dsn, table=conversations)
     chat = await store.load("s")
     await store.close()

@@ -1,4 +1,4 @@
-"""Conversation stores of both flavours, on one table, held to one plain model: two who hold histories, three modes."""
+"""Conversation stores of both flavours on one table against one model: two holders of histories, three modes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
-from support.model import FLAVOURS, Both, Tables, both
+from support.model import FLAVOURS, BothStores, Tables, open_both
 
 from aibind_postgres import (
     AsyncPostgresConversationStore,
@@ -24,23 +24,23 @@ from aibind_postgres import (
 pytestmark = pytest.mark.timeout(1800)
 
 SESSIONS = st.sampled_from(["s", "ü '; --"])
-# Who holds a history, and through which store: each of them has its own.
+# Each holder has its own history, and uses the store of one flavour.
 HOLDERS = st.sampled_from(FLAVOURS)
 MODES = st.sampled_from(["merge", "merge", "raise", "overwrite"])
-CHANGES = st.sampled_from(["append", "append", "edit", "root", "go", "remove", "remove"])
+CHANGES = st.sampled_from(["append", "append", "edit", "root", "select", "remove", "remove"])
 
 
 @dataclass
 class Held:
-    """A history, and what a store may remember of it."""
+    """A history, and the state that a store keeps for it."""
 
     chat: ChatHistory
     session: str | None = None
-    base: str | None = None  # the text that was stored when both were the same
-    known: frozenset[str | None] = frozenset([None])  # what may be stored if nobody else has been there
+    base: str | None = None  # the stored text when it last equalled the history
+    known: frozenset[str | None] = frozenset([None])  # texts that may be stored if no other writer was involved
 
     def under(self, session: str) -> Held:
-        """The same history as it is known under a session: under another one than its own, from nowhere."""
+        """Return the state for a session. Under another session, the history counts as new."""
         return self if self.session == session else Held(self.chat, session)
 
 
@@ -51,13 +51,13 @@ class Row:
 
 
 def messages(text: str | None) -> dict[str, object]:
-    """Return the messages of a document by the ids of their nodes."""
+    """Return the messages of a document by node id."""
     nodes = {} if text is None else json.loads(text)["nodes"]
     return {node_id: node["message"] for node_id, node in nodes.items()}
 
 
 class Conversations(RuleBasedStateMachine):
-    def __init__(self, stores: Both, tables: Tables) -> None:
+    def __init__(self, stores: BothStores, tables: Tables) -> None:
         super().__init__()
         self.stores = stores
         self.tables = tables
@@ -74,18 +74,18 @@ class Conversations(RuleBasedStateMachine):
         [(text,)] = self.tables.run("SELECT data FROM {conversations} WHERE session_id = $1", session)
         return text
 
-    def change_history(self, chat: ChatHistory, change: str, place: int) -> None:
+    def change_history(self, chat: ChatHistory, change: str, index: int) -> None:
         node_ids = list(chat.tree.serialize()["nodes"])
         message = {"number": next(self.numbers)}
         if change == "append" or not node_ids:
             chat.append(message)
             return
-        node_id = node_ids[place % len(node_ids)]
+        node_id = node_ids[index % len(node_ids)]
         if change == "edit":
             chat.edit(node_id, message)
         elif change == "root":
             chat.tree.add_root(message)
-        elif change == "go":
+        elif change == "select":
             chat.tree.set_active_leaf(node_id)
         else:
             chat.tree.remove(node_id)
@@ -97,17 +97,17 @@ class Conversations(RuleBasedStateMachine):
         assert chat.to_json() == (ChatHistory().to_json() if current is None else current)
         self.held[holder] = Held(chat, session, current, frozenset([current]))
 
-    @rule(holder=HOLDERS, change=CHANGES, place=st.integers(0, 20))
-    def change(self, holder, change, place):
-        self.change_history(self.held[holder].chat, change, place)
+    @rule(holder=HOLDERS, change=CHANGES, index=st.integers(0, 20))
+    def change(self, holder, change, index):
+        self.change_history(self.held[holder].chat, change, index)
 
     @rule(holder=HOLDERS, session=SESSIONS, mode=MODES)
     def save(self, holder, session, mode):
         held = self.held[holder].under(session)
         ours, current = held.chat.to_json(), self.current(session)
-        alone = current in {*held.known, ours}
+        unchanged = current in {*held.known, ours}
         self.held[holder] = held
-        if mode == "raise" and not alone:
+        if mode == "raise" and not unchanged:
             with pytest.raises(ConversationConflictError) as caught:
                 self.stores.call(holder, "save", session, held.chat, on_conflict=mode)
             assert caught.value.ours is held.chat
@@ -117,7 +117,7 @@ class Conversations(RuleBasedStateMachine):
             return
         self.stores.call(holder, "save", session, held.chat, on_conflict=mode)
         stored = self.stored(session)
-        if mode == "overwrite" or alone:
+        if mode == "overwrite" or unchanged:
             assert stored == ours
         else:
             self.check_merge(held.base, ours, current, stored)
@@ -126,7 +126,7 @@ class Conversations(RuleBasedStateMachine):
         held.base, held.known = stored, frozenset([stored])
 
     def check_merge(self, base: str | None, ours: str, theirs: str | None, merged: str) -> None:
-        """What either side has added is there, what either side has removed is not, and it is a document."""
+        """Assert that additions are kept, removals are applied, and the result is a valid document."""
         before, here, there = messages(base), messages(ours), messages(theirs)
         kept = {
             node_id: message
@@ -138,22 +138,22 @@ class Conversations(RuleBasedStateMachine):
 
     @rule(holder=HOLDERS, session=SESSIONS, changes=st.lists(st.tuples(CHANGES, st.integers(0, 20)), max_size=3))
     def edit(self, holder, session, changes):
-        """Load, change and save in one block; nothing comes between."""
+        """Load, change and save in one block, without a concurrent change."""
         current = self.current(session)
         store = self.stores.stores[holder]
 
         def body(chat):
             assert messages(chat.to_json()) == messages(current)
-            for change, place in changes:
-                self.change_history(chat, change, place)
+            for change, index in changes:
+                self.change_history(chat, change, index)
             return chat.to_json()
 
-        async def on_the_loop():
+        async def edit():
             async with store.edit(session) as chat:
                 return body(chat)
 
         if holder == "async":
-            text = self.stores.loop.run_until_complete(on_the_loop())
+            text = self.stores.loop.run_until_complete(edit())
         else:
             with store.edit(session) as chat:
                 text = body(chat)
@@ -161,12 +161,12 @@ class Conversations(RuleBasedStateMachine):
             self.rows[session] = Row(text)
 
     @rule(session=SESSIONS, changes=st.tuples(*[st.lists(st.tuples(CHANGES, st.integers(0, 20)), max_size=3)] * 2))
-    def both_change_what_both_have(self, session, changes):
+    def both_change_the_same_conversation(self, session, changes):
         for holder in FLAVOURS:
             self.load(holder, session)
         for holder, steps in zip(FLAVOURS, changes, strict=True):
-            for change, place in steps:
-                self.change(holder, change, place)
+            for change, index in steps:
+                self.change(holder, change, index)
         for holder in FLAVOURS:
             self.save(holder, session, "merge")
 
@@ -187,9 +187,9 @@ class Conversations(RuleBasedStateMachine):
 
     @rule(holder=HOLDERS, batch_size=st.integers(1, 2))
     def cleanup(self, holder, batch_size):
-        over = [session for session, row in self.rows.items() if row.expired]
-        assert self.stores.call(holder, "cleanup", batch_size=batch_size) == len(over)
-        for session in over:
+        expired = [session for session, row in self.rows.items() if row.expired]
+        assert self.stores.call(holder, "cleanup", batch_size=batch_size) == len(expired)
+        for session in expired:
             del self.rows[session]
 
     @rule(holder=HOLDERS)
@@ -198,14 +198,14 @@ class Conversations(RuleBasedStateMachine):
         assert listed == sorted(session for session, row in self.rows.items() if not row.expired)
 
     @invariant()
-    def the_table_holds_what_the_model_does(self):
+    def table_matches_model(self):
         statement = "SELECT session_id, data, expires_at <= extract(epoch FROM now()) * 1000 FROM {conversations}"
-        assert {session: Row(text, over) for session, text, over in self.tables.run(statement)} == self.rows
+        assert {session: Row(text, expired) for session, text, expired in self.tables.run(statement)} == self.rows
 
 
-def test_both_flavours_do_what_the_model_does(dsn, conversations, long):
+def test_both_flavours_match_the_model(dsn, conversations, long):
     with (
-        both(dsn, PostgresConversationStore, AsyncPostgresConversationStore, table=conversations) as stores,
+        open_both(dsn, PostgresConversationStore, AsyncPostgresConversationStore, table=conversations) as stores,
         psycopg.connect(dsn, autocommit=True) as connection,
     ):
         run_state_machine_as_test(

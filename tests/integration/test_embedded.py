@@ -242,7 +242,7 @@ def test_missing_extra_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) ->
         pass
 
 
-# Runs in a new mount namespace with a copy of /etc without the user. A slow `useradd` ensures that all processes find it
+# Runs in a new mount namespace with a copy of /etc without the user. With a slow `useradd`, all processes find the user
 # missing.
 FIRST_TIME = r"""
 cp -a /etc "$1/etc" && sed -i '/^pgserver:/d' "$1"/etc/passwd "$1"/etc/shadow "$1"/etc/group "$1"/etc/gshadow &&

@@ -1,4 +1,4 @@
-"""Histories for property tests: made by what a chat does, each step chosen by hypothesis."""
+"""Histories for property tests, made by random operations of a chat."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from aibind_postgres import ChatHistory
 
-# What JSON gives back as it is.
+# Values that survive a JSON round trip unchanged.
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
     lambda values: st.lists(values, max_size=3) | st.dictionaries(st.text(), values, max_size=3),
@@ -18,19 +18,19 @@ JSON_VALUES = st.recursive(
 
 OPERATIONS = ["append", "append", "append", "edit", "add_root", "add_child", "go_to", "next", "remove", "compact"]
 
-# Each step is an operation, the place of the node that it is done to, and the time that its new node gets.
+# A step is an operation, the index of its node, and the creation time of a new node.
 STEPS = st.lists(st.tuples(st.sampled_from(OPERATIONS), st.integers(0, 30), st.integers(0, 3)), max_size=8)
 
 
 def changed(text, steps, name):
-    """Return a history made of a document's text by steps; the nodes that come new are named `name1`, `name2` …"""
+    """Apply steps to the text of a document and return the new text. New nodes have the ids `name1`, `name2` …"""
     numbers = count(1)
     chat = ChatHistory.from_json(text, generate_id=lambda: f"{name}{next(numbers)}")
     times = {}
-    for operation, place, time in steps:
+    for operation, index, time in steps:
         before = len(chat)
         node_ids = list(chat.tree.serialize()["nodes"])
-        node_id = node_ids[place % len(node_ids)] if node_ids else None
+        node_id = node_ids[index % len(node_ids)] if node_ids else None
         new = None
         if operation == "append":
             new = chat.append({"by": name})
@@ -61,7 +61,7 @@ def changed(text, steps, name):
 
 EMPTY = ChatHistory().to_json()
 HISTORIES = st.builds(changed, st.just(EMPTY), STEPS, st.just("b"))
-# A base, and what two have made of it without knowing of each other.
+# A base, and two sides that have changed it independently.
 FORKS = st.builds(
     lambda base, ours, theirs: tuple(map(json.loads, (base, changed(base, ours, "o"), changed(base, theirs, "t")))),
     HISTORIES,

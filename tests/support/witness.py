@@ -1,4 +1,4 @@
-"""A witness at the commit: which setting of synchronous_commit each transaction has when it ends."""
+"""Records the setting of synchronous_commit at the commit of each transaction."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import psycopg
 from psycopg import sql
 
-# A deferred trigger runs at the end of the transaction, just before the commit.
+# A deferred trigger runs at the end of a transaction, just before the commit.
 WITNESS = """
 CREATE TABLE {witness} (setting text);
 CREATE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql AS $$
@@ -23,13 +23,13 @@ CREATE CONSTRAINT TRIGGER witness AFTER INSERT OR UPDATE OR DELETE ON {status}
 
 @contextmanager
 def witness(dsn: str, status_table: sql.Identifier, schema_name: str) -> Iterator[Callable[[], set[str]]]:
-    """Watch the status table; give what returns the settings that were in force at the commits so far."""
-    seen = sql.Identifier(schema_name, "witness")
+    """Record the setting at each change of the status table; yield a function that returns the recorded settings."""
+    recorded = sql.Identifier(schema_name, "witness")
     function = sql.Identifier(schema_name, "witnessed")
     with psycopg.connect(dsn, autocommit=True) as admin:
-        admin.execute(sql.SQL(WITNESS).format(witness=seen, function=function, status=status_table))
+        admin.execute(sql.SQL(WITNESS).format(witness=recorded, function=function, status=status_table))
 
         def settings() -> set[str]:
-            return {setting for (setting,) in admin.execute(sql.SQL("SELECT setting FROM {}").format(seen))}
+            return {setting for (setting,) in admin.execute(sql.SQL("SELECT setting FROM {}").format(recorded))}
 
         yield settings
