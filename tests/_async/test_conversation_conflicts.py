@@ -154,7 +154,7 @@ async def test_history_equals_the_row_after_a_save(store):
     assert messages(one) == ["first", "more", "one", "two"]
 
 
-async def test_number_of_statements(store, client):
+async def test_save_is_one_statement_without_a_merge(store, client):
     one, two = await load_twice(store)
     client.statements = 0
     for number in range(3):

@@ -122,7 +122,7 @@ def test_restart_after_a_crash(base: Path) -> None:
     with embedded.server(base / "data") as dsn:
         query(dsn, "CREATE TABLE kept AS SELECT 42 AS answer")
         pid_file = (base / "data" / "postmaster.pid").read_text()
-    # A PID file left by a power failure, whose PID now belongs to another process.
+    # A PID file left by a power failure. The PID now belongs to another process.
     pid_file = pid_file.replace(pid_file.partition("\n")[0], str(os.getpid()), 1)
     (base / "data" / "postmaster.pid").write_text(pid_file)
     with embedded.server(base / "data") as dsn:

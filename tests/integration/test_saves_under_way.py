@@ -1,4 +1,4 @@
-"""Saves that are cancelled, or whose history changes during the save. Asynchronous flavour only."""
+"""Cancelled saves, and saves during which the history changes. Asynchronous flavour only."""
 
 from __future__ import annotations
 
