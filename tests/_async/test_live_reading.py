@@ -201,11 +201,13 @@ async def test_readers_leave_and_resume(store, other):
 
 
 async def test_readers_that_leave_early_are_released(store):
-    id = await store.create()
-    await store.append_many(id, ["1", "2", "3"])
+    id, ended = await store.create(), await store.create()
+    for stream_id in (id, ended):
+        await store.append_many(stream_id, ["1", "2", "3"])
+    await store.complete(ended)
 
     async def read_all():
-        return [chunk.data async for chunk in store.read_from(id, follow=False)]
+        return [chunk.data async for chunk in store.read_from(ended)]
 
     async def leave_early():
         async for _chunk in store.read_from(id):
