@@ -12,9 +12,14 @@ from psycopg_pool import AsyncConnectionPool
 from support.concurrency import AsyncBackground, async_gather, async_sleep, async_until
 from support.recording_client import AsyncRecordingClient
 
-from aibind_postgres import AsyncPostgresStreamStore, InvalidDataError, StoreClosedError, StreamNotFoundError
-from aibind_postgres import _subscriptions as decisions
-from aibind_postgres._subscriptions import LIVE_PAGE_CHUNKS
+from aibind_postgres import (
+    AsyncPostgresStreamStore,
+    InvalidDataError,
+    StoreClosedError,
+    StreamNotFoundError,
+    _stream_tail,
+)
+from aibind_postgres._stream_tail import LIVE_PAGE_CHUNKS
 
 NEVER = 3600  # a poll_interval: every change arrives by a notification
 
@@ -75,7 +80,7 @@ async def test_readers_of_many_streams_share_statements(store, client):
 
 
 async def test_readers_of_every_speed_get_each_chunk_once(store, other, monkeypatch):
-    monkeypatch.setattr(decisions, "TAIL_CHUNKS", 20)
+    monkeypatch.setattr(_stream_tail, "TAIL_CHUNKS", 20)
     chance = random.Random(5)
     id = await store.create()
 

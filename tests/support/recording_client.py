@@ -9,7 +9,7 @@ from time import monotonic
 from typing import Any
 
 from aibind_postgres._async.client import AsyncPoolClient
-from aibind_postgres._subscriptions import LIVE_PAGE_CHUNKS
+from aibind_postgres._stream_tail import LIVE_PAGE_CHUNKS
 from aibind_postgres._sync.client import PoolClient
 
 

@@ -14,7 +14,8 @@ PACKAGE = Path(aibind_postgres.__file__).parent
 LAYERS = [
     {"errors", "_concurrency"},
     {"_sqlstate", "_workarounds", "models", "history", "sse", "web", "_document", "_merging", "_message_tree"},
-    {"_arguments", "_conversation_sql", "_notifications", "_pages", "_sql", "_subscriptions", "_tables"}
+    {"_arguments", "_conversation_sql", "_notifications", "_pages", "_sql", "_stream_tail"}
+    | {"_subscriptions", "_tables"}
     | {"_write_buffer", "wire"},
     {"_async", "_sync"},
     {"schema", "adapters", "embedded"},

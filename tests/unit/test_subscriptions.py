@@ -6,15 +6,15 @@ import math
 
 import pytest
 
-from aibind_postgres import StoreClosedError, _subscriptions
+from aibind_postgres import StoreClosedError, _stream_tail, _subscriptions
 from aibind_postgres._pages import Page
+from aibind_postgres._stream_tail import LIVE_PAGE_CHUNKS, StreamTail
 from aibind_postgres._subscriptions import (
-    LIVE_PAGE_CHUNKS,
     Deleted,
     Deliver,
     Ended,
     Fetch,
-    StreamTail,
+    FollowedStream,
     Subscriptions,
     Wait,
     wake_all,
@@ -24,12 +24,11 @@ from aibind_postgres._subscriptions import (
 def take(tail, version, after, rows, least=None):
     """Give a tail the page that a shared fetch has read."""
     least = tail.total if least is None else least
-    fetch = Fetch(after, _subscriptions.LIVE_PAGE_CHUNKS, True, 0, version, least, False)
-    tail.take(fetch, page(rows, after))
+    tail.take(page(rows, after), after, version, least)
 
 
 def page(rows, after=0):
-    return Page.parse(rows, after, _subscriptions.LIVE_PAGE_CHUNKS)
+    return Page.parse(rows, after, _stream_tail.LIVE_PAGE_CHUNKS)
 
 
 def rows(state, total, *seqs, text="x"):
@@ -37,7 +36,7 @@ def rows(state, total, *seqs, text="x"):
 
 
 def test_tail_keeps_last_chunks():
-    tail = StreamTail("a")
+    tail = StreamTail()
     tail.record_position(1, 5)
     assert tail.is_current
     assert tail.after(5) == ()
@@ -55,7 +54,7 @@ def test_tail_keeps_last_chunks():
 
 
 def test_fetch_from_before_the_latest_change_leaves_tail_stale():
-    tail = StreamTail("a")
+    tail = StreamTail()
     tail.mark_stale()
     take(tail, 1, 0, rows("active", 1, 1))
     assert not tail.is_current
@@ -63,9 +62,9 @@ def test_fetch_from_before_the_latest_change_leaves_tail_stale():
 
 
 def test_tail_limits_spare_the_newest_page(monkeypatch):
-    monkeypatch.setattr(_subscriptions, "TAIL_CHARACTERS", 100)
-    monkeypatch.setattr(_subscriptions, "TAIL_CHUNKS", 5)
-    tail = StreamTail("a")
+    monkeypatch.setattr(_stream_tail, "TAIL_CHARACTERS", 100)
+    monkeypatch.setattr(_stream_tail, "TAIL_CHUNKS", 5)
+    tail = StreamTail()
     take(tail, 1, 0, rows("active", 8, *range(1, 9)))
     assert tail.after(0) == [(seq, "x") for seq in range(1, 9)]
     take(tail, 1, 8, rows("active", 10, 9, 10))
@@ -77,7 +76,7 @@ def test_tail_limits_spare_the_newest_page(monkeypatch):
 
 
 def test_poll_leaves_a_notified_change_to_the_notification():
-    tail = StreamTail("a")
+    tail = StreamTail()
     tail.record_position(1, 0)
     tail.notified = True
     assert not tail.finds_change("active", 1)
@@ -89,7 +88,7 @@ def test_poll_leaves_a_notified_change_to_the_notification():
 
 
 def test_poll_result_counts_once():
-    tail = StreamTail("a")
+    tail = StreamTail()
     tail.record_position(tail.version, 3)
     assert tail.finds_change("active", 3) is False
     assert tail.finds_change("active", 5) is True
@@ -100,11 +99,11 @@ def test_poll_result_counts_once():
 
 
 def test_shorter_stream_is_another_stream():
-    tail = StreamTail("a")
+    tail = StreamTail()
     take(tail, 1, 0, rows("active", 5, 1, 2, 3, 4, 5))
     take(tail, 2, 5, rows("active", 1))
     assert tail.deleted
-    other = StreamTail("b")
+    other = StreamTail()
     take(other, 1, 0, [])
     assert other.deleted
     take(other, 2, 0, rows("active", 1, 1))  # a fetch that was under way, or of a new stream
@@ -112,8 +111,8 @@ def test_shorter_stream_is_another_stream():
 
 
 def test_full_page_leaves_tail_stale(monkeypatch):
-    monkeypatch.setattr(_subscriptions, "LIVE_PAGE_CHUNKS", 2)
-    tail = StreamTail("a")
+    monkeypatch.setattr(_stream_tail, "LIVE_PAGE_CHUNKS", 2)
+    tail = StreamTail()
     take(tail, 1, 0, rows("done", 3, 1, 2))
     assert not tail.is_current
     assert not tail.ended
@@ -124,7 +123,7 @@ def test_full_page_leaves_tail_stale(monkeypatch):
 
 
 def test_gap_is_left_to_the_readers():
-    tail = StreamTail("a")
+    tail = StreamTail()
     tail.record_position(1, 2)
     tail.mark_stale()
     take(tail, 2, 2, rows("active", 2 * LIVE_PAGE_CHUNKS))
@@ -136,9 +135,10 @@ def test_gap_is_left_to_the_readers():
 
 
 def test_cursor_outside_the_tail():
-    tail = StreamTail("a")
-    assert tail.fetch_after(7) == 7
-    assert tail.fetch_after(math.inf) == 2**63 - 1
+    stream = FollowedStream("a")
+    tail = stream.tail
+    assert stream.fetch_after(7) == 7
+    assert stream.fetch_after(math.inf) == 2**63 - 1
     take(tail, 1, 2**63 - 1, rows("active", 4))
     assert tail.is_current
     assert tail.after(3) is None
@@ -152,7 +152,7 @@ def test_cursor_outside_the_tail():
 
 
 def test_append_here_needs_no_fetch():
-    tail = StreamTail("a")
+    tail = StreamTail()
     assert not tail.append(0, ["a"])  # no position is known yet
     tail.record_position(1, 1)
     assert tail.append(1, ["b", "c"])
@@ -166,10 +166,10 @@ def test_append_here_needs_no_fetch():
 
 
 def test_overtaken_fetch_removes_nothing():
-    tail = StreamTail("a")
+    tail = StreamTail()
     tail.record_position(1, 1)
     tail.mark_stale()
-    version, after, least = tail.version, tail.fetch_after(1), tail.total
+    version, after, least = tail.version, tail.end, tail.total
     assert tail.append(1, ["b", "c"])
     take(tail, version, after, rows("active", 2, 2, text="b"), least)
     assert not tail.deleted
@@ -244,7 +244,7 @@ def test_writer_is_woken_by_the_end_of_a_successor(subscriptions):
 def test_without_sharing_each_subscription_has_its_own_tail():
     subscriptions = Subscriptions(share=False)
     one, two = Woken(subscriptions), Woken(subscriptions)
-    assert one.subscription.tail is not two.subscription.tail
+    assert one.subscription.stream is not two.subscription.stream
     for reader in (one, two):
         assert reader.catch_up(rows("active", 0)) == []
     wake_all(subscriptions.appended([("a", 0, ["x"])]))
@@ -329,6 +329,7 @@ def test_closed_store_raises(subscriptions):
 
 
 def test_older_read_does_not_hide_known_chunks(subscriptions, monkeypatch):
+    monkeypatch.setattr(_stream_tail, "LIVE_PAGE_CHUNKS", 3)
     monkeypatch.setattr(_subscriptions, "LIVE_PAGE_CHUNKS", 3)
     waiting, late = Woken(subscriptions), Woken(subscriptions)
     waiting.catch_up(rows("active", 1, 1))

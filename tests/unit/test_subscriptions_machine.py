@@ -22,7 +22,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from aibind_postgres import StoreClosedError, _pages, _subscriptions
+from aibind_postgres import StoreClosedError, _pages, _stream_tail, _subscriptions
 from aibind_postgres._pages import Page
 from aibind_postgres._subscriptions import (
     Deleted,
@@ -166,8 +166,8 @@ class SubscriptionsMachine(RuleBasedStateMachine):
         stream = self.streams[id]
         exposed = [reader for reader in self.exposed[id] if reader.is_live and reader.stream is not stream]
         most = max(0, min(reader.received for reader in exposed) - 1) if exposed else 20
-        tails = {reader.subscription.tail for reader in self.readers if reader.is_live} & self.old_tails[id]
-        most = min([most, *(tail.least_total - 1 for tail in tails if tail.least_total and not tail.deleted)])
+        tails = {reader.subscription.stream for reader in self.readers if reader.is_live} & self.old_tails[id]
+        most = min([most, *(tail.tail.least_total - 1 for tail in tails if tail.least_total and not tail.deleted)])
         return max(0, most - len(stream.chunks))
 
     def add_stream(self, id: str) -> None:
@@ -187,7 +187,7 @@ class SubscriptionsMachine(RuleBasedStateMachine):
         if elsewhere:
             exposed = [reader for reader in self.readers if reader.id == id and reader.is_live]
             self.exposed[id] += exposed
-            self.old_tails[id].update(reader.subscription.tail for reader in exposed)
+            self.old_tails[id].update(reader.subscription.stream for reader in exposed)
 
     def was_absent(self, id: str, begin: float, end: float) -> bool:
         return any(start <= end and stop >= begin for start, stop in self.absences[id])
@@ -503,10 +503,10 @@ class SubscriptionsMachine(RuleBasedStateMachine):
     @invariant()
     def one_shared_fetch_at_a_time(self):
         fetching = [reader for reader in self.fetching() if reader.fetch.shared]
-        tails = [reader.subscription.tail for reader in fetching]
+        tails = [reader.subscription.stream for reader in fetching]
         assert len(tails) == len(set(tails)), "two shared fetches of one tail"
         if self.share:
-            ids = [tail.stream_id for tail in tails if not tail.deleted]
+            ids = [stream.id for stream in tails if not stream.tail.deleted]
             assert len(ids) == len(set(ids)), "two shared fetches of one stream"
 
     def settle(self):
@@ -515,7 +515,7 @@ class SubscriptionsMachine(RuleBasedStateMachine):
             if not self.fetching() and not self.runnable():
                 self.subscriptions.awaited()  # removes those that have unsubscribed
                 if not self.runnable():
-                    stale = [reader for reader in self.waiting() if not reader.subscription.tail.is_current]
+                    stale = [reader for reader in self.waiting() if not reader.subscription.stream.tail.is_current]
                     assert not stale, "a change was noticed, and no reader fetches it"
                     return
             for reader in self.fetching():
@@ -569,7 +569,8 @@ def test_random_interleavings(monkeypatch):
     # So small that a few chunks fill pages and tails.
     monkeypatch.setattr(_subscriptions, "FIRST_PAGE_CHUNKS", 2)
     monkeypatch.setattr(_subscriptions, "LIVE_PAGE_CHUNKS", 3)
-    monkeypatch.setattr(_subscriptions, "TAIL_CHUNKS", 4)
+    monkeypatch.setattr(_stream_tail, "TAIL_CHUNKS", 4)
+    monkeypatch.setattr(_stream_tail, "LIVE_PAGE_CHUNKS", 3)
     monkeypatch.setattr(_subscriptions, "Subscription", NumberedSubscription)
     monkeypatch.setattr(_pages, "MAX_PAGE_CHUNKS", 3)
 

@@ -153,17 +153,17 @@ class AsyncListener:
 
     async def _poll(self, connection: AsyncListenConnection) -> bool:
         """Read the states of the awaited streams; return whether this woke anyone."""
-        tails = self._subscriptions.awaited()
-        if not tails:
+        streams = self._subscriptions.awaited()
+        if not streams:
             return False
-        params = [json_array({tail.stream_id for tail in tails})]
+        params = [json_array({stream.id for stream in streams})]
         if connection.is_connected and self._client.joins_transactions:
             # Not in the caller's transaction, which belongs to another thread.
             rows = await connection.query(self._poll_statement, *params)
         else:
             # Through the client, so that the poll has the search_path, role and rights of the readers.
             rows = await self._client.query(self._poll_statement, params)
-        woken = self._subscriptions.polled(tails, {stream_id: (state, total) for stream_id, state, total in rows})
+        woken = self._subscriptions.polled(streams, {stream_id: (state, total) for stream_id, state, total in rows})
         wake_all(woken)
         return bool(woken)
 

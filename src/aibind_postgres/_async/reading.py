@@ -12,7 +12,7 @@ from .. import _arguments as arguments
 from .._pages import FIRST_PAGE_CHUNKS, Page
 from .._sql import StreamStatements, json_text
 from .._sqlstate import wrote_nothing
-from .._subscriptions import LIVE_PAGE_CHUNKS
+from .._stream_tail import LIVE_PAGE_CHUNKS
 from ..errors import StreamNotFoundError
 from ..models import StreamChunk
 from .combining import AsyncCombiner
