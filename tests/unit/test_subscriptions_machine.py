@@ -167,7 +167,7 @@ class SubscriptionsMachine(RuleBasedStateMachine):
         exposed = [reader for reader in self.exposed[id] if reader.is_live and reader.stream is not stream]
         most = max(0, min(reader.received for reader in exposed) - 1) if exposed else 20
         tails = {reader.subscription.stream for reader in self.readers if reader.is_live} & self.old_tails[id]
-        most = min([most, *(tail.tail.least_total - 1 for tail in tails if tail.least_total and not tail.deleted)])
+        most = min([most, *(tail.tail.least_total - 1 for tail in tails if tail.tail.least_total and not tail.tail.deleted)])
         return max(0, most - len(stream.chunks))
 
     def add_stream(self, id: str) -> None:
