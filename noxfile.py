@@ -12,7 +12,7 @@ PROJECT = nox.project.load_toml("pyproject.toml")
 PYTHONS = nox.project.python_versions(PROJECT)
 POSTGRES = ["14", "15", "16", "17", "18"]
 
-# The extra `embedded` brings 16 and 18. The others are packages of Debian or apt.postgresql.org.
+# The extra `embedded` brings 16 and 18. The others are packages of Debian or the PGDG repository.
 SYSTEM_SERVERS = {version: Path(f"/usr/lib/postgresql/{version}/bin/initdb") for version in ("14", "15", "17")}
 
 nox.needs_version = ">=2024.10.9"
