@@ -75,6 +75,9 @@ class StreamTail:
     def take(self, page: Page | None, after: int, version: int, least_total: int) -> None:
         """Add a page that was read after number `after`; the other values are those when the read began."""
         # A stream never gets shorter: a shorter one is another stream of this id. A deleted one does not come back.
+        # The stream may have grown since the read began, but not after its end.
+        if page is not None and page.state != "active":
+            least_total = max(least_total, self.least_total)
         if self.deleted or page is None or page.total < least_total:
             self._state = None
             return
@@ -92,7 +95,7 @@ class StreamTail:
 
     def append(self, before: int, texts: Sequence[str]) -> bool:
         """Add texts that were appended here after number `before`; return False if a fetch must read them."""
-        follows = self.is_known and before == self.end
+        follows = self.is_known and before == self.end and not self.ended
         self.total = max(self.total, before + len(texts))
         if not follows or len(texts) > LIVE_PAGE_CHUNKS:
             return False

@@ -291,7 +291,8 @@ class Subscriptions:
         if page is None or page.total < subscription.delivered:
             subscription.decided.append(DELETED)
             return []
-        if stream.tail.deleted:  # since the fetch began: the page may be of a new stream of this id
+        # Since the fetch began the stream was deleted or has ended: the page may be of a new stream of this id.
+        if stream.tail.deleted or (stream.tail.ended and not fetch.ended and page.state == "active"):
             return []
         if page.total < fetch.total or (fetch.ended and page.state == "active"):
             # The page is of a new stream of this id, the tail of its predecessor, which other readers still hold.

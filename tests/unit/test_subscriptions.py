@@ -339,3 +339,34 @@ def test_older_read_does_not_hide_known_chunks(subscriptions, monkeypatch):
     late.fetched(late_fetch, rows("active", 4, 1, 2, 3, 4))
     assert isinstance(waiting.step(), Deliver)
     assert isinstance(waiting.step(), Fetch)
+
+
+def test_end_of_a_shorter_successor_is_a_deletion(subscriptions):
+    reader = Woken(subscriptions)
+    reader.catch_up(rows("active", 0))
+    wake_all(subscriptions.changed(["a"]))
+    fetch = reader.step()
+    wake_all(subscriptions.appended([("a", 0, ["x", "y", "z"])]))
+    reader.fetched(fetch, rows("done", 1, 1, text="new"))  # deleted and created again before the fetch has read it
+    assert reader.step() == Deleted()
+
+
+def test_catch_up_overtaken_by_the_end_reads_again(subscriptions):
+    reader, late = Woken(subscriptions), Woken(subscriptions)
+    reader.catch_up(rows("active", 1, 1))
+    late_fetch = late.step()
+    wake_all(subscriptions.changed(["a"]))
+    reader.fetched(reader.step(), rows("done", 1))
+    late.fetched(late_fetch, rows("active", 1, 1, text="new"))  # deleted and created again before the fetch has read it
+    fetch = late.step()
+    assert fetch.ended
+    late.fetched(fetch, rows("active", 1, 1, text="new"))
+    assert list(late.step().chunks) == [(1, "new")]
+
+
+def test_append_to_a_successor_does_not_extend_the_ended_tail():
+    tail = StreamTail()
+    tail.record_position(1, 1)
+    tail.mark_stale()
+    take(tail, 2, 1, rows("done", 1))
+    assert not tail.append(1, ["of another stream"])
