@@ -8,7 +8,7 @@ from functools import partial
 import psycopg
 import pytest
 from psycopg_pool import AsyncConnectionPool
-from support.concurrency import AsyncBackground, async_gather, async_sleep
+from support.concurrency import AsyncBackground, async_gather, async_until
 
 from aibind_postgres import (
     AibindError,
@@ -19,15 +19,16 @@ from aibind_postgres import (
     StreamNotActiveError,
     StreamNotFoundError,
 )
-from aibind_postgres._async import appending
-from aibind_postgres._concurrency import AsyncEvent
+from aibind_postgres._async import appending, combining
+from aibind_postgres._concurrency import AsyncEvent, AsyncOneShotEvent
 
 
 class GatedClient:
     """A pool that records each statement, and waits for a gate before it sends it."""
 
-    def __init__(self, pool):
+    def __init__(self, pool, joins_transactions=False):
         self.pool = pool
+        self.joins_transactions = joins_transactions
         self.statements = []
         self.gate = AsyncEvent()
         self.gate.set()
@@ -43,11 +44,30 @@ class GatedClient:
 
 
 @pytest.fixture
-async def client(dsn):
+async def pool(dsn):
     async with AsyncConnectionPool(
         dsn, kwargs={"autocommit": True}, min_size=1, max_size=10, timeout=20, open=False
     ) as pool:
-        yield GatedClient(pool)
+        yield pool
+
+
+@pytest.fixture
+async def client(pool):
+    return GatedClient(pool)
+
+
+@pytest.fixture
+def queued(monkeypatch):
+    """The events of calls that are in a queue, to be combined with others, or have been in one."""
+    events = set()
+
+    class RecordingEvent(AsyncOneShotEvent):
+        async def wait(self, timeout):  # a call waits after it has queued
+            events.add(self)
+            return await super().wait(timeout)
+
+    monkeypatch.setattr(combining, AsyncOneShotEvent.__name__, RecordingEvent)
+    return events
 
 
 @pytest.fixture
@@ -57,43 +77,46 @@ async def store(client, tables, monkeypatch):
         yield store
 
 
-async def at_once(store, client, calls):
-    """Queue these calls during another one, so that they share a statement; return their results or errors."""
-    other = await store.create()
-    [lane] = store._appender._lanes
-    client.gate.clear()
-    client.statements.clear()
-    async with AsyncBackground(partial(store.append, other, "other")) as first:
-        while not client.statements:
-            await async_sleep(0.001)
-        async with AsyncBackground(partial(async_gather, *calls, errors=True)) as rest:
-            while len(lane._queue) < len(calls):
-                await async_sleep(0.001)
-            client.gate.set()
-            assert await first.result() == 1
-            return await rest.result()
+@pytest.fixture
+def at_once(store, client, queued):
+    """Queue calls during another one, so that they share a statement; return their results or errors."""
+
+    async def run(calls):
+        other = await store.create()
+        client.gate.clear()
+        client.statements.clear()
+        async with AsyncBackground(partial(store.append, other, "other")) as first:
+            await async_until(lambda: client.statements)
+            queued.clear()
+            async with AsyncBackground(partial(async_gather, *calls, errors=True)) as rest:
+                await async_until(lambda: len(queued) == len(calls))
+                client.gate.set()
+                assert await first.result() == 1
+                return await rest.result()
+
+    return run
 
 
 async def texts(store, id):
     return [chunk.data async for chunk in store.read_from(id, follow=False)]
 
 
-async def test_appends_to_many_streams_share_a_statement(store, client):
+async def test_appends_to_many_streams_share_a_statement(store, at_once, client):
     ids = [await store.create() for _ in range(50)]
     for id in ids[::2]:
         await store.append(id, "earlier")
-    assert await at_once(store, client, [partial(store.append, id, f"{id}'s") for id in ids]) == [2, 1] * 25
+    assert await at_once([partial(store.append, id, f"{id}'s") for id in ids]) == [2, 1] * 25
     appends = [sql for sql in client.statements if "UPDATE" in sql]
     assert len(appends) == 2
     for id in ids:
         assert (await texts(store, id))[-1] == f"{id}'s"
 
 
-async def test_appends_to_one_stream_share_a_statement(store, client):
+async def test_appends_to_one_stream_share_a_statement(store, at_once):
     id = await store.create()
     calls = [partial(store.append, id, f"{number}") for number in range(20)]
     calls += [partial(store.append_many, id, [f"{number}", "", "\"'\\\x01\n😀"]) for number in range(20, 30)]
-    lasts = await at_once(store, client, calls)
+    lasts = await at_once(calls)
     assert len(set(lasts)) == 30
     stored = await texts(store, id)
     assert len(stored) == 50
@@ -103,7 +126,7 @@ async def test_appends_to_one_stream_share_a_statement(store, client):
         assert stored[last - 3 : last] == [f"{number}", "", "\"'\\\x01\n😀"]
 
 
-async def test_each_append_gets_its_own_error(store, client):
+async def test_each_append_gets_its_own_error(store, at_once):
     good, ended, ahead = [await store.create() for _ in range(3)]
     await store.stop(ended)
     calls = [
@@ -112,7 +135,7 @@ async def test_each_append_gets_its_own_error(store, client):
         partial(store.append, "missing", "x"),
         partial(store.append, ahead, "x", expected_seq=5),
     ]
-    results = await at_once(store, client, calls)
+    results = await at_once(calls)
     assert results[0] == 1
     assert [type(result) for result in results[1:]] == [
         StreamNotActiveError,
@@ -124,24 +147,24 @@ async def test_each_append_gets_its_own_error(store, client):
     assert await texts(store, ahead) == []
 
 
-async def test_one_of_two_appends_with_the_same_number_raises(store, client):
+async def test_one_of_two_appends_with_the_same_number_raises(store, at_once):
     id = await store.create()
-    results = await at_once(store, client, [partial(store.append, id, text, expected_seq=1) for text in "ab"])
+    results = await at_once([partial(store.append, id, text, expected_seq=1) for text in "ab"])
     assert sorted(map(str, results), key=len)[0] == "1"
     assert sum(isinstance(result, SequenceConflictError) for result in results) == 1
     assert len(await texts(store, id)) == 1
 
 
-async def test_simultaneous_identical_appends_write_once(store, client):
+async def test_simultaneous_identical_appends_write_once(store, at_once):
     id = await store.create()
-    assert await at_once(store, client, [partial(store.append, id, "a", expected_seq=1)] * 5) == [1] * 5
+    assert await at_once([partial(store.append, id, "a", expected_seq=1)] * 5) == [1] * 5
     assert await texts(store, id) == ["a"]
 
 
-async def test_simultaneous_consecutive_numbers(store, client):
+async def test_simultaneous_consecutive_numbers(store, at_once):
     id = await store.create()
     calls = [partial(store.append, id, f"{seq}", expected_seq=seq) for seq in (1, 2, 3)]
-    results = await at_once(store, client, calls)
+    results = await at_once(calls)
     written = await texts(store, id)
     # An append that arrives before its number is next raises; the stored texts have no gap.
     assert written == ["1", "2", "3"][: len(written)]
@@ -149,13 +172,13 @@ async def test_simultaneous_consecutive_numbers(store, client):
         assert result == seq if seq <= len(written) else isinstance(result, SequenceConflictError)
 
 
-async def test_rejected_batch_raises_only_in_the_append_at_fault(store, client, dsn, tables):
+async def test_rejected_batch_raises_only_in_the_append_at_fault(store, at_once, dsn, tables):
     ids = [await store.create() for _ in range(5)]
     async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as connection:
         # The next number is taken, as if another program had written to the table.
         statement = psycopg.sql.SQL("INSERT INTO {} (id, seq, data) VALUES (%s, 1, 'x')").format(tables["chunks_table"])
         await connection.execute(statement, [ids[2]])
-    results = await at_once(store, client, [partial(store.append, id, "text") for id in ids])
+    results = await at_once([partial(store.append, id, "text") for id in ids])
     rejected = results.pop(2)
     assert isinstance(rejected, AibindError)
     assert isinstance(rejected.__cause__, psycopg.errors.UniqueViolation)
@@ -164,7 +187,7 @@ async def test_rejected_batch_raises_only_in_the_append_at_fault(store, client, 
         assert await texts(store, id) == ["text"]
 
 
-async def test_batch_with_unknown_outcome_is_not_repeated(store, client, monkeypatch):
+async def test_batch_with_unknown_outcome_is_not_repeated(store, at_once, client, monkeypatch):
     ids = [await store.create() for _ in range(5)]
     query = client.query
 
@@ -175,20 +198,20 @@ async def test_batch_with_unknown_outcome_is_not_repeated(store, client, monkeyp
         return rows
 
     monkeypatch.setattr(client, "query", lose_the_reply)
-    results = await at_once(store, client, [partial(store.append, id, "text") for id in ids])
+    results = await at_once([partial(store.append, id, "text") for id in ids])
     assert [type(result) for result in results] == [psycopg.OperationalError] * 5
     for id in ids:
         assert await texts(store, id) == ["text"]
         assert await store.append(id, "text", expected_seq=1) == 1
 
 
-async def test_locked_stream_delays_no_other(store, client, dsn, tables):
+async def test_locked_stream_delays_no_other(store, at_once, dsn, tables):
     ids = [await store.create() for _ in range(5)]
     lock = psycopg.sql.SQL("SELECT FROM {} WHERE id = %s FOR UPDATE").format(tables["status_table"])
     async with await psycopg.AsyncConnection.connect(dsn) as holder:
         await holder.execute(lock, [ids[0]])
         async with AsyncBackground(partial(store.append, ids[0], "waits alone")) as alone:
-            others = await at_once(store, client, [partial(store.append, id, "goes on") for id in ids[1:]])
+            others = await at_once([partial(store.append, id, "goes on") for id in ids[1:]])
             assert others == [1] * 4
             async with AsyncBackground(partial(store.append, ids[0], "waits, too")) as combined:
                 assert await async_gather(*[partial(store.append, id, "goes on") for id in ids[1:]] * 5)
@@ -198,46 +221,61 @@ async def test_locked_stream_delays_no_other(store, client, dsn, tables):
                 assert sorted([await alone.result(), await combined.result()]) == [1, 2]
 
 
-async def test_large_append_runs_alone(store, client):
-    ids = [await store.create() for _ in range(4)]
-    large = "x" * appending.LARGEST_COMBINED
-
-    async def append_large():
-        async with AsyncBackground(partial(store.append, ids[0], large)) as call:
-            return await call.result()
-
+async def test_large_append_runs_alone(store, client, queued, monkeypatch):
+    monkeypatch.setattr(combining, "TAKEOVER_TIMEOUT", 60)
+    ids = [await store.create() for _ in range(3)]
+    calls = [
+        partial(store.append, ids[0], "x" * appending.LARGEST_COMBINED),
+        partial(store.append_many, ids[1], [""] * 1000),
+    ]
+    client.gate.clear()
     client.statements.clear()
-    assert await append_large() == 1
-    assert await store.append_many(ids[1], [""] * 1000) == 1000
-    assert store._appender._lanes[0]._led_since == 0
+    async with AsyncBackground(partial(store.append, ids[2], "other")) as first:
+        await async_until(lambda: client.statements)
+        async with AsyncBackground(partial(async_gather, *calls)) as large:
+            await async_until(lambda: len(client.statements) == 3)  # none waits for the first one
+            client.gate.set()
+            assert await first.result() == 1
+            assert await large.result() == [1, 1000]
+    assert not queued
 
 
-async def test_appends_on_a_callers_connection_are_not_combined(dsn, tables):
+async def test_appends_on_a_callers_connection_are_not_combined(dsn, tables, queued):
     async with await psycopg.AsyncConnection.connect(dsn) as connection:
         async with AsyncPostgresStreamStore(connection, **tables) as store:
             ids = [await store.create() for _ in range(10)]
             assert await async_gather(*[partial(store.append, id, "x") for id in ids]) == [1] * 10
-            assert {lane._led_since for lane in store._appender._lanes} == {0}
+            assert not queued
             await connection.commit()
 
 
-async def test_close_rejects_queued_appends(client, tables, monkeypatch):
+async def test_appends_in_transactions_of_callers_are_not_combined(pool, tables, queued):
+    client = GatedClient(pool, joins_transactions=True)
+    async with AsyncPostgresStreamStore(client, **tables) as store:
+        ids = [await store.create() for _ in range(10)]
+        client.gate.clear()
+        client.statements.clear()
+        async with AsyncBackground(partial(async_gather, *[partial(store.append, id, "x") for id in ids])) as appends:
+            await async_until(lambda: len(client.statements) == 10)
+            client.gate.set()
+            assert await appends.result() == [1] * 10
+    assert not queued
+
+
+async def test_close_rejects_queued_appends(client, tables, queued, monkeypatch):
     monkeypatch.setattr(appending, "LANES", 1)
     store = AsyncPostgresStreamStore(client, **tables)
     id = await store.create()
     client.gate.clear()
     client.statements.clear()
     async with AsyncBackground(partial(store.append, id, "under way")) as first:
-        while not client.statements:
-            await async_sleep(0.001)
+        await async_until(lambda: client.statements)
         async with AsyncBackground(partial(async_gather, *[partial(store.append, id, "x")] * 3, errors=True)) as rest:
-            while len(store._appender._lanes[0]._queue) < 3:
-                await async_sleep(0.001)
-            store._database.closing.set()
+            await async_until(lambda: len(queued) == 3)
+            await store.close()
             client.gate.set()
             assert await first.result() == 1
             assert {type(result) for result in await rest.result()} == {StoreClosedError}
-    await store.close()
 
 
 @pytest.mark.parametrize("lanes", [1, 2])

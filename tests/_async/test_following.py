@@ -10,7 +10,7 @@ import psycopg
 import pytest
 from psycopg_pool import AsyncConnectionPool
 from support.concurrency import AsyncBackground, async_gather, async_sleep, async_until
-from support.recording_client import AsyncRecordingClient
+from support.recording import AsyncRecordingPoolClient
 
 from aibind_postgres import (
     AsyncPostgresStreamStore,
@@ -29,7 +29,7 @@ async def client(dsn):
     async with AsyncConnectionPool(
         dsn, kwargs={"autocommit": True}, min_size=1, max_size=10, timeout=10, open=False
     ) as pool:
-        yield AsyncRecordingClient(pool, None)
+        yield AsyncRecordingPoolClient(pool, None)
 
 
 @pytest.fixture
@@ -214,7 +214,7 @@ async def test_unreadable_text_harms_only_its_own_stream(dsn, tables, other):
     async with AsyncConnectionPool(
         dsn, kwargs={"autocommit": True, "client_encoding": "LATIN1"}, min_size=1, open=False
     ) as pool:
-        client = AsyncRecordingClient(pool, None)
+        client = AsyncRecordingPoolClient(pool, None)
         async with AsyncPostgresStreamStore(client, **tables) as store:
             ids = [await other.create() for _ in range(10)]
             calls = [partial(collect, store, id) for id in ids]

@@ -366,9 +366,9 @@ async def test_source_and_on_finish_see_the_context_variables_of_the_caller(stor
     assert seen == [("done", "tenant 7"), ("stopped", "tenant 7")]
 
 
-async def test_source_and_on_finish_run_inside_their_context(store, other, monkeypatch):
+async def test_source_and_on_finish_run_inside_their_context(hooked, client, other):
     tenant, seen = ContextVar("tenant"), []
-    gate, writing, held = AsyncEvent(), AsyncEvent(), AsyncEvent()
+    gate, waiting, held, finished = AsyncEvent(), AsyncEvent(), AsyncEvent(), AsyncEvent()
 
     @asynccontextmanager
     async def context():
@@ -384,26 +384,31 @@ async def test_source_and_on_finish_run_inside_their_context(store, other, monke
             try:
                 yield tenant.get("nobody")
                 await gate.wait()
+                yield "x" * 1_000_000  # fills the buffer of the writer
+                waiting.set()
                 yield "and more"
             finally:
+                await finished.wait()
                 seen.append(tenant.get("nobody"))
 
     async def finish(text, status):
         seen.append(f"{status.state} in {tenant.get('nobody')}")
 
-    async def write(text):
-        writing.set()
-        await held.wait()
+    async def hold_appends(sql, params):
+        if is_append(sql):
+            await held.wait()
 
     tenant.set("tenant 7")
-    stream = await AsyncDurableStream.start(store, answer(), context=context, on_finish=finish)
+    stream = await AsyncDurableStream.start(hooked, answer(), context=context, on_finish=finish)
     assert (await other.read_from(stream.id).__anext__()).data == "\x01tenant 9"
-    monkeypatch.setattr(stream._producer._writer, "_write", write)
+    client.hook = hold_appends
     gate.set()
-    await async_until(writing.is_set)
+    await async_until(waiting.is_set)
     assert await other.stop(stream.id)  # while the source neither runs nor has ended
-    await async_until(lambda: "stopped in tenant 9" in seen)
     held.set()
+    await async_until(lambda: "stopped in tenant 9" in seen)
+    assert "tenant 9" not in seen
+    finished.set()
     await async_until(lambda: len(seen) == 5)
     assert sorted(seen) == ["left", "left", "left", "stopped in tenant 9", "tenant 9"]
     assert tenant.get() == "tenant 7"

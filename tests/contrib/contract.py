@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from typing import Any
@@ -29,7 +29,12 @@ from aibind_postgres import (
     StreamNotActiveError,
     StreamNotFoundError,
 )
-from aibind_postgres._async.reading import LiveRead
+from aibind_postgres._async import client as async_client
+from aibind_postgres._pages import Page
+from aibind_postgres._sql import StreamStatements, json_text
+from aibind_postgres._subscriptions import LIVE_PAGE_CHUNKS
+from aibind_postgres._sync import client as sync_client
+from aibind_postgres._tables import distinct
 from aibind_postgres.schema import async_migrate, migrate
 
 TEXTS = ["", "plain", "é 👩‍👩‍👧", "'; --", '"\\\n\t', "100%", "%s %(p1)s %%", "$1 :p1 ::text \\:x", "x" * 100_000]
@@ -81,8 +86,13 @@ async def async_within(seconds: float, condition: Callable[[], bool]) -> None:
         await async_sleep(0.001)
 
 
-def round_trip(ours: PostgresStreamStore, at_thread_end: Callable[[], None] = lambda: None) -> None:
-    """Use every statement. Threads call `at_thread_end` at their end."""
+def round_trip(
+    ours: PostgresStreamStore,
+    client: Any,
+    tables: dict[str, Any],
+    at_thread_end: Callable[[], None] = lambda: None,
+) -> None:
+    """Use every statement. `client` and `tables` are those of the store. Threads call `at_thread_end` at their end."""
     id = ours.create()
     with pytest.raises(StreamExistsError):
         ours.create(id)
@@ -131,10 +141,10 @@ def round_trip(ours: PostgresStreamStore, at_thread_end: Callable[[], None] = la
         ours.stop(id)
     with pytest.raises(StreamNotFoundError):
         ours.append(id, "more")
-    combined(ours, at_thread_end)
+    combined(ours, client, tables, at_thread_end)
 
 
-def combined(ours: PostgresStreamStore, at_thread_end: Callable[[], None]) -> None:
+def combined(ours: PostgresStreamStore, client: Any, tables: dict[str, Any], at_thread_end: Callable[[], None]) -> None:
     """Use the statements that simultaneous callers share, and a stream writer."""
     one, two, three = ours.create(), ours.create(), ours.create()
     ours.stop(three)
@@ -166,12 +176,10 @@ def combined(ours: PostgresStreamStore, at_thread_end: Callable[[], None]) -> No
         assert ours.delete(two) is True
         ours.create(two)
     total = ours.append(one, TEXTS[-1])
-    reads = [LiveRead(one, total - 1), LiveRead(two, 0), LiveRead("missing", 0)]
-    for _ in range(6):  # the public methods share this statement only by chance, and it must run on every driver
-        (page,), (empty,), (missing,) = ours._pages._run(reads)
-        assert (page.state, page.error, page.total, page.rows) == ("active", None, total, [(total, TEXTS[-1])])
-        assert (empty.state, empty.error, empty.total, empty.rows) == ("active", None, 0, [])
-        assert missing is None
+    batch = batch_of_reads(tables, {one: total - 1, two: 0, "missing": 0})
+    with sync_client.as_client(client) as runner:
+        for _ in range(6):  # a store shares this statement only by chance, and it must run on every driver
+            check_batch(runner.query(*batch), total)
     with ours.writer(two) as writer:
         for text in TEXTS:
             writer.write(text)
@@ -179,6 +187,26 @@ def combined(ours: PostgresStreamStore, at_thread_end: Callable[[], None]) -> No
     assert list(ours.read_from(two)) == list(enumerate(TEXTS, start=1))
     assert ours.get_status(two) == ("done", None, len(TEXTS))
     ours.complete(one)
+
+
+def batch_of_reads(tables: dict[str, Any], positions: dict[str, int]) -> tuple[str, list[Any]]:
+    """Return the statement that reads several streams, each after a number, and its parameters."""
+    statements = StreamStatements(*distinct(tables["chunks_table"], tables["status_table"]))
+    items = [{"place": place, "id": id, "after": after} for place, (id, after) in enumerate(positions.items())]
+    return statements.read_batch, [json_text(items), LIVE_PAGE_CHUNKS]
+
+
+def check_batch(rows: Sequence[Any], total: int) -> None:
+    """Check the rows of a stream of which one chunk was to be read, of an empty stream and of a missing one."""
+    found: list[list[Any]] = [[], [], []]
+    for place, *row in rows:
+        found[place].append(tuple(row))
+    page, empty, missing = [Page.parse(rows, 0, LIVE_PAGE_CHUNKS) for rows in found]
+    assert page is not None
+    assert (page.state, page.error, page.total, page.rows) == ("active", None, total, [(total, TEXTS[-1])])
+    assert empty is not None
+    assert (empty.state, empty.error, empty.total, empty.rows) == ("active", None, 0, [])
+    assert missing is None
 
 
 def conversing(ours: PostgresConversationStore) -> None:
@@ -305,7 +333,7 @@ def hostile_names(
     for _ in range(2):
         migrate(client, **tables, conversations_table=conversations, notify_trigger=True)
     with PostgresStreamStore(client, **tables) as store:
-        round_trip(store, at_thread_end)
+        round_trip(store, client, tables, at_thread_end)
 
 
 # Ends the connections to this database, except its own and those with the application name 'stays'.
@@ -315,7 +343,7 @@ SELECT pg_terminate_backend(pid) FROM pg_stat_activity
 """
 
 
-async def async_round_trip(ours: AsyncPostgresStreamStore) -> None:
+async def async_round_trip(ours: AsyncPostgresStreamStore, client: Any, tables: dict[str, Any]) -> None:
     id = await ours.create()
     with pytest.raises(StreamExistsError):
         await ours.create(id)
@@ -364,10 +392,10 @@ async def async_round_trip(ours: AsyncPostgresStreamStore) -> None:
         await ours.stop(id)
     with pytest.raises(StreamNotFoundError):
         await ours.append(id, "more")
-    await async_combined(ours)
+    await async_combined(ours, client, tables)
 
 
-async def async_combined(ours: AsyncPostgresStreamStore) -> None:
+async def async_combined(ours: AsyncPostgresStreamStore, client: Any, tables: dict[str, Any]) -> None:
     one, two, three = await ours.create(), await ours.create(), await ours.create()
     await ours.stop(three)
 
@@ -389,12 +417,10 @@ async def async_combined(ours: AsyncPostgresStreamStore) -> None:
         assert await ours.delete(two) is True
         await ours.create(two)
     total = await ours.append(one, TEXTS[-1])
-    reads = [LiveRead(one, total - 1), LiveRead(two, 0), LiveRead("missing", 0)]
-    for _ in range(6):
-        (page,), (empty,), (missing,) = await ours._pages._run(reads)
-        assert (page.state, page.error, page.total, page.rows) == ("active", None, total, [(total, TEXTS[-1])])
-        assert (empty.state, empty.error, empty.total, empty.rows) == ("active", None, 0, [])
-        assert missing is None
+    batch = batch_of_reads(tables, {one: total - 1, two: 0, "missing": 0})
+    async with async_client.as_client(client) as runner:
+        for _ in range(6):
+            check_batch(await runner.query(*batch), total)
     async with ours.writer(two) as writer:
         for text in TEXTS:
             await writer.write(text)
@@ -505,4 +531,4 @@ async def async_hostile_names(client: Any, tables: dict[str, psycopg.sql.Identif
     for _ in range(2):
         await async_migrate(client, **tables, conversations_table=conversations, notify_trigger=True)
     async with AsyncPostgresStreamStore(client, **tables) as store:
-        await async_round_trip(store)
+        await async_round_trip(store, client, tables)

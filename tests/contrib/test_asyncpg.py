@@ -43,7 +43,7 @@ async def theirs(dsn, tables):
 @names_of_all_kinds
 async def test_round_trip(pool, tables):
     async with AsyncPostgresStreamStore(wrap_asyncpg(pool), **tables) as store:
-        await contract.async_round_trip(store)
+        await contract.async_round_trip(store, wrap_asyncpg(pool), tables)
 
 
 @pytest.mark.parametrize("conversations", ["plain", "quotes", "formats"], indirect=True)
@@ -55,12 +55,12 @@ async def test_conversing(pool, connection, conversations):
 
 async def test_round_trip_on_a_connection(connection, tables):
     async with AsyncPostgresStreamStore(wrap_asyncpg(connection), **tables) as store:
-        await contract.async_round_trip(store)
+        await contract.async_round_trip(store, wrap_asyncpg(connection), tables)
 
 
 async def test_round_trip_on_a_connection_of_a_pool(pool, tables):
     async with pool.acquire() as connection, AsyncPostgresStreamStore(wrap_asyncpg(connection), **tables) as store:
-        await contract.async_round_trip(store)
+        await contract.async_round_trip(store, wrap_asyncpg(connection), tables)
 
 
 @pytest.mark.parametrize("kind", ["pool", "connection"])
@@ -151,7 +151,7 @@ async def test_custom_json_codecs(arguments, tables):
 
     async with asyncpg.create_pool(**arguments, min_size=0, init=configure) as pool:
         async with AsyncPostgresStreamStore(wrap_asyncpg(pool), **tables) as store:
-            await contract.async_round_trip(store)
+            await contract.async_round_trip(store, wrap_asyncpg(pool), tables)
 
 
 async def test_missing_table(pool):

@@ -58,7 +58,7 @@ def close_connections() -> None:
 @pytest.mark.parametrize("alias", ALIASES)
 def test_round_trip(tables, alias):
     with PostgresStreamStore(wrap_django(alias), **tables) as store:
-        contract.round_trip(store, close_connections)
+        contract.round_trip(store, wrap_django(alias), tables, close_connections)
 
 
 @pytest.mark.parametrize("conversations", ["plain", "quotes", "formats"], indirect=True)
@@ -90,7 +90,7 @@ def test_round_trip_without_time_zones(tables, alias, zone):
         override_settings(USE_TZ=False, TIME_ZONE=zone),
         PostgresStreamStore(wrap_django(alias), **tables) as store,
     ):
-        contract.round_trip(store, close_connections)
+        contract.round_trip(store, wrap_django(alias), tables, close_connections)
         close_connections()
 
 

@@ -39,47 +39,55 @@ def through(dsn, tmp_path_factory):
 
 
 @pytest.fixture(params=CLIENTS)
-def store(request, through, tables):
+def client(request, through):
     if request.param in POOLS:
-        with (
-            ConnectionPool(through, min_size=0, max_size=8, kwargs=POOLS[request.param], open=True) as pool,
-            PostgresStreamStore(pool, **tables) as store,
-        ):
-            yield store
+        with ConnectionPool(through, min_size=0, max_size=8, kwargs=POOLS[request.param], open=True) as pool:
+            yield pool
     else:
-        with PostgresStreamStore(through, **tables) as store:
-            yield store
+        yield through
 
 
 @pytest.fixture(params=CLIENTS)
-async def async_store(request, through, tables):
+async def async_client(request, through):
     if request.param in POOLS:
-        async with (
-            AsyncConnectionPool(through, min_size=0, max_size=8, kwargs=POOLS[request.param], open=False) as pool,
-            AsyncPostgresStreamStore(pool, **tables) as store,
-        ):
-            yield store
+        async with AsyncConnectionPool(
+            through, min_size=0, max_size=8, kwargs=POOLS[request.param], open=False
+        ) as pool:
+            yield pool
     else:
-        async with AsyncPostgresStreamStore(through, **tables) as store:
-            yield store
+        yield through
 
 
-def test_round_trip(store):
+@pytest.fixture
+def store(client, tables):
+    with PostgresStreamStore(client, **tables) as store:
+        yield store
+
+
+@pytest.fixture
+async def async_store(async_client, tables):
+    async with AsyncPostgresStreamStore(async_client, **tables) as store:
+        yield store
+
+
+def test_round_trip(store, client, tables):
     for _ in range(3):
-        contract.round_trip(store)
+        contract.round_trip(store, client, tables)
 
 
-async def test_round_trip_in_tasks(async_store):
+async def test_round_trip_in_tasks(async_store, async_client, tables):
     for _ in range(3):
-        await contract.async_round_trip(async_store)
+        await contract.async_round_trip(async_store, async_client, tables)
 
 
-def test_conversing(store, conversations):
-    contract.conversing(PostgresConversationStore(store._database.client, table=conversations))
+def test_conversing(client, conversations):
+    with PostgresConversationStore(client, table=conversations) as store:
+        contract.conversing(store)
 
 
-async def test_conversing_in_tasks(async_store, conversations):
-    await contract.async_conversing(AsyncPostgresConversationStore(async_store._database.client, table=conversations))
+async def test_conversing_in_tasks(async_client, conversations):
+    async with AsyncPostgresConversationStore(async_client, table=conversations) as store:
+        await contract.async_conversing(store)
 
 
 def test_following(store, dsn, tables):
@@ -96,7 +104,7 @@ async def test_following_in_tasks(async_store, dsn, tables):
 def test_synchronous_commit(through, dsn, tables, schema_name, setting):
     with witness(dsn, tables["status_table"], schema_name) as settings_at_commit:
         with PostgresStreamStore(through, **tables, synchronous_commit=setting) as store:
-            contract.round_trip(store)
+            contract.round_trip(store, through, tables)
         assert settings_at_commit() == {setting}
 
 
@@ -129,7 +137,7 @@ async def test_many_tasks_write_while_one_reads(async_store):
         assert await reader.result() == list(range(1, 401))
 
 
-@pytest.mark.parametrize("store", CLIENTS[:2], indirect=True)
+@pytest.mark.parametrize("client", CLIENTS[:2], indirect=True)
 def test_fallback_to_polling_with_one_warning(store, dsn, tables, caplog):
     caplog.set_level(logging.WARNING, "aibind_postgres")
     with PostgresStreamStore(dsn, **tables) as theirs:
@@ -156,7 +164,7 @@ def test_fallback_to_polling_with_one_warning(store, dsn, tables, caplog):
     assert len(arrived) == 20
 
 
-@pytest.mark.parametrize("async_store", CLIENTS[:2], indirect=True)
+@pytest.mark.parametrize("async_client", CLIENTS[:2], indirect=True)
 async def test_fallback_to_polling_with_one_warning_in_tasks(async_store, dsn, tables, caplog):
     caplog.set_level(logging.WARNING, "aibind_postgres")
     async with AsyncPostgresStreamStore(dsn, **tables) as theirs:

@@ -67,13 +67,13 @@ async def async_pool(dsn):
 @pytest.mark.parametrize("rows", ROWS)
 def test_round_trip(pool, tables, rows):
     with PostgresStreamStore(Minimal(pool, rows), **tables) as store:
-        contract.round_trip(store)
+        contract.round_trip(store, Minimal(pool, rows), tables)
 
 
 @pytest.mark.parametrize("rows", ROWS)
 async def test_round_trip_in_tasks(async_pool, tables, rows):
     async with AsyncPostgresStreamStore(AsyncMinimal(async_pool, rows), **tables) as store:
-        await contract.async_round_trip(store)
+        await contract.async_round_trip(store, AsyncMinimal(async_pool, rows), tables)
 
 
 @pytest.mark.parametrize("rows", ROWS)

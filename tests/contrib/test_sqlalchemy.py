@@ -41,13 +41,13 @@ async def async_engine(request, dsn):
 @names_of_all_kinds
 def test_round_trip(engine, tables):
     with PostgresStreamStore(wrap_sqlalchemy(engine), **tables) as store:
-        contract.round_trip(store)
+        contract.round_trip(store, wrap_sqlalchemy(engine), tables)
 
 
 @names_of_all_kinds
 async def test_round_trip_in_tasks(async_engine, tables):
     async with AsyncPostgresStreamStore(wrap_sqlalchemy(async_engine), **tables) as store:
-        await contract.async_round_trip(store)
+        await contract.async_round_trip(store, wrap_sqlalchemy(async_engine), tables)
 
 
 @pytest.mark.parametrize("conversations", ["plain", "quotes", "formats"], indirect=True)

@@ -11,6 +11,7 @@ from psycopg_pool import AsyncConnectionPool
 from support.lifecycles import in_a_child, run_to_the_end
 
 from aibind_postgres import AsyncDurableStream, AsyncPostgresStreamStore, DurableStream, PostgresStreamStore
+from aibind_postgres._sync import producing
 from aibind_postgres._sync.producing import Producer
 
 PROGRAM = """
@@ -47,8 +48,11 @@ def test_end_of_the_program_ends_its_streams(database, end):
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_forked_child_has_no_producers(database):
-    release = threading.Event()
+def test_forked_child_has_no_producers(database, monkeypatch):
+    release, registry_mutex = threading.Event(), threading.Lock()
+    with monkeypatch.context() as patch:
+        patch.setattr(producing, "Mutex", lambda: registry_mutex)
+        Producer.forget_all()  # which replaces the mutex of the registry
 
     def source():
         yield "half"
@@ -57,7 +61,7 @@ def test_forked_child_has_no_producers(database):
     with PostgresStreamStore(database) as store:
         stream = DurableStream.start(store, source())
         next(store.read_from(stream.id))
-        with Producer._registry_mutex:  # held by another thread at the moment of the fork
+        with registry_mutex:  # held by another thread at the moment of the fork
             assert in_a_child(lambda: (len(Producer.running()), DurableStream.shutdown(store, 20))) == "(0, True)"
         assert [producer.stream_id for producer in Producer.running(store)] == [stream.id]
         release.set()
