@@ -20,8 +20,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from aibind_postgres import embedded
 
 from .bench import Bench
+from .concurrent_appends import eight_threads, five_hundred_tasks, hundred_threads, separate_stores
 from .conversations import conversations
-from .crowds import eight_threads, five_hundred_tasks, hundred_threads, separate_stores
 from .live import chats, tail
 from .measure import Row
 from .peers import pgbench_program, redis_server

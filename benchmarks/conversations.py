@@ -55,10 +55,10 @@ class Conversation:
     def operations(self) -> dict[str, Callable[[], Figures]]:
         return {
             "save": self.save,
-            "seed's save": self.save_as_seed,
+            "npm save": self.save_as_npm,
             "merging save": self.save_merging,
             "load": self.load,
-            "seed's load": self.load_as_seed,
+            "npm load": self.load_as_npm,
         }
 
     def save(self) -> Figures:
@@ -84,8 +84,8 @@ class Conversation:
             raise RuntimeError(f"{self.length} messages and two appends were merged into {len(chat)}")
         return {"p50": elapsed * 1e3}
 
-    def save_as_seed(self) -> Figures:
-        """Save after an append as the seed does: overwrite the stored text."""
+    def save_as_npm(self) -> Figures:
+        """Save after an append as the npm package does: overwrite the stored text."""
         chat = self._appended()
         start = time.perf_counter()
         self._write(chat.to_json())
@@ -97,8 +97,8 @@ class Conversation:
         self.store.load(self.key)
         return {"p50": (time.perf_counter() - start) * 1e3}
 
-    def load_as_seed(self) -> Figures:
-        """Load as the seed does: parse the JSON text without checks."""
+    def load_as_npm(self) -> Figures:
+        """Load as the npm package does: parse the JSON text without checks."""
         self._write(self.text)
         start = time.perf_counter()
         statement = f"SELECT data FROM {self.table} WHERE session_id = $1 AND expires_at > $2"
@@ -113,7 +113,7 @@ class Conversation:
         return chat
 
     def _write(self, text: str) -> None:
-        """Run the seed's statement. psycopg may prepare it as it prepares ours; the seed's client does not."""
+        """Run the npm package's statement. psycopg may prepare it, as it prepares ours; the npm client does not."""
         statement = f"""
             INSERT INTO {self.table} (session_id, data, expires_at) VALUES ($1, $2, $3)
             ON CONFLICT (session_id) DO UPDATE SET data = EXCLUDED.data, expires_at = EXCLUDED.expires_at"""
@@ -143,14 +143,14 @@ def conversations(bench: Bench) -> list[Row]:
 
 def rows_of(messages: str, found: dict[str, Results]) -> list[Row]:
     saved, merged, loaded = (found[f"{messages}, {work}"] for work in ("save", "merging save", "load"))
-    seed_saved, seed_loaded = (found[f"{messages}, {work}"] for work in ("seed's save", "seed's load"))
+    npm_saved, npm_loaded = (found[f"{messages}, {work}"] for work in ("npm save", "npm load"))
     work = f"save, {messages}"
     return [
-        compare(work, "p50", saved, "to_json, the seed's statement", seed_saved),
+        compare(work, "p50", saved, "to_json, the npm package's statement", npm_saved),
         Row(f"{work}: to_json and digest", "%", saved.figures["json"]),
         Row(f"{work}: database", "%", saved.figures["database"]),
         compare(f"{work}, merging", "p50", merged, "nothing to merge", saved),
-        compare(f"load, {messages}", "p50", loaded, "the seed's statement, json.loads", seed_loaded),
+        compare(f"load, {messages}", "p50", loaded, "the npm package's statement, json.loads", npm_loaded),
     ]
 
 

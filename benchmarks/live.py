@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection as Pipe
 from typing import TYPE_CHECKING, Any
 
 from .measure import Figures, Missing, Results, Row, at_most, compare, latencies
-from .peers import Redis, Seed, Tables, process, run_all
+from .peers import NpmDesign, Redis, Tables, process, run_all
 
 if TYPE_CHECKING:
     import redis
@@ -73,18 +73,18 @@ def tail(bench: Bench) -> list[Row]:
     missing: dict[str, str] = {}
     with ExitStack() as stack:
         store, silent_store = stack.enter_context(tables.store()), stack.enter_context(silent_tables.store())
-        announced, silent = store.create(), silent_store.create()
-        plain, seed = stack.enter_context(silent_tables.connect()), Seed(silent_tables)
+        notified, silent = store.create(), silent_store.create()
+        plain, npm = stack.enter_context(silent_tables.connect()), NpmDesign(silent_tables)
 
         def write_silently(text: str) -> None:
-            plain.execute(seed.append, [silent, text], prepare=False)
+            plain.execute(npm.append, [silent, text], prepare=False)
 
-        ways["announced"] = lambda text: store.append(announced, text)
+        ways["notified"] = lambda text: store.append(notified, text)
         ways["silent"] = write_silently
         readers = {
-            "announced": stack.enter_context(process(tail_store, tables, announced)),
+            "notified": stack.enter_context(process(tail_store, tables, notified)),
             "silent": stack.enter_context(process(tail_store, silent_tables, silent)),
-            "seed": stack.enter_context(process(tail_seed, silent_tables, silent)),
+            "npm": stack.enter_context(process(tail_npm, silent_tables, silent)),
         }
         for policy, server in bench.redis.items():
             if isinstance(server, Missing):
@@ -107,21 +107,21 @@ def tail(bench: Bench) -> list[Row]:
                     due += PAUSE / len(ways)
                     time.sleep(max(0.0, due - time.monotonic()))
                     send(str(time.monotonic()))
-        store.complete(announced)
+        store.complete(notified)
         silent_store.complete(silent)
         for policy in bench.redis.keys() & ways.keys():
             ways[policy](END)
         found = {way: in_rounds(pipe.recv()) for way, pipe in readers.items()}
     found |= {policy: Results(missing=reason) for policy, reason in missing.items()}
     work, blocked = "chunk to a reader in another process", "Redis XREAD BLOCK, appendfsync"
-    ours, polled = found["announced"], "the seed's poll"
+    ours, polled = found["notified"], "the npm package's poll"
     return [
         compare(f"{work}, p50", "p50", ours, f"{blocked} always", found["always"], at_most(1.3)),
         compare(f"{work}, p99", "p99", ours, f"{blocked} always", found["always"]),
         compare(f"{work}, p50", "p50", ours, f"{blocked} everysec", found["everysec"]),
-        compare(f"{work}, p50", "p50", ours, polled, found["seed"], at_most(1 / 30)),
-        compare(f"{work}, p99", "p99", ours, polled, found["seed"]),
-        compare(f"{work}, not announced, p50", "p50", found["silent"], polled, found["seed"]),
+        compare(f"{work}, p50", "p50", ours, polled, found["npm"], at_most(1 / 30)),
+        compare(f"{work}, p99", "p99", ours, polled, found["npm"]),
+        compare(f"{work}, without notifications, p50", "p50", found["silent"], polled, found["npm"]),
     ]
 
 
@@ -140,9 +140,9 @@ def tail_store(pipe: Pipe, tables: Tables, stream: str) -> None:
         report(pipe, (chunk.data for chunk in store.read_from(stream)))
 
 
-def tail_seed(pipe: Pipe, tables: Tables, stream: str) -> None:
+def tail_npm(pipe: Pipe, tables: Tables, stream: str) -> None:
     with tables.connect() as connection:
-        report(pipe, (data for _, data in Seed(tables).read(connection, stream)))
+        report(pipe, (data for _, data in NpmDesign(tables).read(connection, stream)))
 
 
 def tail_redis(pipe: Pipe, server: Redis) -> None:

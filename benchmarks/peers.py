@@ -1,4 +1,4 @@
-"""The peers: pgbench, Redis, and the design of the TypeScript package (the seed)."""
+"""The peers: pgbench, Redis, and the design of the npm package."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class Tables(NamedTuple):
         schema.migrate(self.dsn, **self.names, conversations_table=f"{self.schema}.conversations")
 
 
-class Seed:
+class NpmDesign:
     """The design of the TypeScript package in Python: one statement per append, two statements per poll.
 
     Its writer sends no notifications, its reader polls every 100 ms, and its client does not prepare statements.

@@ -15,13 +15,13 @@ from psycopg_pool import AsyncConnectionPool
 from aibind_postgres import AsyncPostgresStreamStore
 
 from .measure import TOKEN, Row, at_least, at_most, latencies
-from .peers import ASYNC_RAW, Seed, Tables, process, run_all
+from .peers import ASYNC_RAW, NpmDesign, Tables, process, run_all
 
 if TYPE_CHECKING:
     from .bench import Bench
 
 READERS = 1_000
-SEED_READERS = 200
+NPM_READERS = 200
 POOL = 4  # connections of the readers' pool
 
 # Seconds. A server process publishes its statistics once per second while it works, and after 10 s if idle.
@@ -54,15 +54,15 @@ def idle(bench: Bench) -> list[Row]:
             pipe.recv()
             ours = statements(STATISTICS_DELAY)
             [[connections]] = admin.execute("SELECT count(*) FROM pg_stat_activity WHERE datname = 'idle'").fetchall()
-        bench.step(f"{SEED_READERS} readers of the seed")
-        with process(wait_as_the_seed, tables, streams[:SEED_READERS]) as pipe:
+        bench.step(f"{NPM_READERS} readers of the npm package")
+        with process(wait_as_npm, tables, streams[:NPM_READERS]) as pipe:
             pipe.recv()
             theirs = statements(2)
     work = f"{READERS:,} idle readers in one process"
     return [
         Row(work, "statements/s", ours, bar=at_most(2)),
-        Row(f"{work}: connections beside the pool's", "", [connections - POOL], bar=at_most(1)),
-        Row(work, "statements/s", ours, f"{SEED_READERS} readers of the seed, polling", theirs),
+        Row(f"{work}: connections outside the pool", "", [connections - POOL], bar=at_most(1)),
+        Row(work, "statements/s", ours, f"{NPM_READERS} readers of the npm package, polling", theirs),
     ]
 
 
@@ -98,15 +98,15 @@ def wait_for_chunks(pipe: Pipe, tables: Tables, streams: list[str]) -> None:
     asyncio.run(run())
 
 
-def wait_as_the_seed(pipe: Pipe, tables: Tables, streams: list[str]) -> None:
-    """Child process: run idle readers of the seed."""
+def wait_as_npm(pipe: Pipe, tables: Tables, streams: list[str]) -> None:
+    """Child process: run idle readers of the npm package."""
 
     async def run() -> None:
         async with tables.async_pool() as pool:
 
             async def wait(stream: str, has_started: Callable[[], None]) -> None:
                 has_started()
-                await Seed(tables).wait(pool, stream)
+                await NpmDesign(tables).wait(pool, stream)
 
             await read_until_closed(pipe, streams, wait)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from .bench import Bench, with_peer
 from .measure import TOKEN, Figures, Row, at_least, at_most, compare
-from .peers import Redis, Seed, Tables, process
+from .peers import NpmDesign, Redis, Tables, process
 
 if TYPE_CHECKING:
     from aibind_postgres import PostgresStreamStore
@@ -62,7 +62,7 @@ def replay(bench: Bench) -> list[Row]:
                 "asyncio store": lambda: asyncio.run(async_store_read()),
                 "fetchall": lambda: all_of(lambda: connection.execute(everything, [stream], binary=True).fetchall()),
                 "Redis": with_peer(bench.redis["always"], lambda server: all_of(lambda: entries(server))),
-                "seed": lambda: all_of(lambda: Seed(tables).read(connection, stream)),
+                "npm": lambda: all_of(lambda: NpmDesign(tables).read(connection, stream)),
             }
         )
     work, raw = f"replay of {CHUNKS:,} chunks", "psycopg fetchall, binary"
@@ -70,7 +70,7 @@ def replay(bench: Bench) -> list[Row]:
         compare(work, "rate", found["store"], raw, found["fetchall"], at_least(0.6)),
         compare(f"{work}, asyncio", "rate", found["asyncio store"], raw, found["fetchall"]),
         compare(work, "rate", found["store"], "Redis XRANGE", found["Redis"], at_least(8)),
-        compare(work, "rate", found["store"], "the seed's statements", found["seed"]),
+        compare(work, "rate", found["store"], "the npm package's statements", found["npm"]),
     ]
 
 

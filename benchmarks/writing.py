@@ -10,10 +10,10 @@ from functools import partial
 from aibind_postgres._sql import json_array
 
 from .bench import Bench, with_peer
-from .crowds import tasks, threads
+from .concurrent_appends import tasks, threads
 from .import_cost import STATEMENTS, measure
 from .measure import TOKEN, Figures, Results, Row, at_least, at_most, compare, latencies
-from .peers import TTL, Redis, Seed, Tables, pgbench
+from .peers import TTL, NpmDesign, Redis, Tables, pgbench
 
 BATCH = [TOKEN] * 1_000
 
@@ -44,8 +44,8 @@ def one_producer(bench: Bench) -> list[Row]:
         with server.connect() as client:
             return threads(["one"], bench.seconds, lambda stream, chunk: client.xadd(stream, {"data": chunk}))
 
-    def seed_appends() -> Figures:
-        statement = Seed(tables).append
+    def npm_appends() -> Figures:
+        statement = NpmDesign(tables).append
         with tables.store() as store, tables.pool() as pool:
             pool.wait()
 
@@ -63,7 +63,7 @@ def one_producer(bench: Bench) -> list[Row]:
             "raw statement": raw_appends,
             "Redis, always": with_peer(bench.redis["always"], entries),
             "Redis, everysec": with_peer(bench.redis["everysec"], entries),
-            "seed": seed_appends,
+            "npm": npm_appends,
         }
     )
     work, ours, redis = "append, one producer", found["store"], "Redis XADD, appendfsync"
@@ -74,7 +74,7 @@ def one_producer(bench: Bench) -> list[Row]:
         compare(work, "rate", ours, "its statement, raw psycopg", found["raw statement"]),
         compare(work, "rate", ours, f"{redis} always", found["Redis, always"], at_least(1.7)),
         compare(work, "rate", ours, f"{redis} everysec", found["Redis, everysec"]),
-        compare(work, "rate", ours, "the seed's statement", found["seed"]),
+        compare(work, "rate", ours, "the npm package's statement", found["npm"]),
     ]
 
 

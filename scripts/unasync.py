@@ -1,4 +1,4 @@
-"""Generate the sync flavour: convert each `_async` folder into the `_sync` folder beside it.
+"""Generate the sync flavour: convert each `_async` folder into the `_sync` folder next to it.
 
 Usage: `python scripts/unasync.py` converts. With `--check` it writes nothing and exits with 1 if a generated file
 differs from its source. The conversion only renames tokens; CONTRIBUTING.md describes the dialect.
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # This file has the name of the package that it uses, and Python searches a script's own folder first.
 sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != ROOT / "scripts"]
 
-import unasync  # noqa: E402  # after the line above
+import unasync  # noqa: E402  # needs the changed path
 
 FOLDERS = [ROOT / "src" / "aibind_postgres", ROOT / "tests", ROOT / "tests" / "faults"]
 
@@ -39,10 +39,10 @@ def convert_name(name: str) -> str:
 
 
 def _check(source: Path) -> None:
-    """Raise `SystemExit` for code that a renaming of tokens cannot convert.
+    """Raise `SystemExit` for code that renaming tokens cannot convert.
 
-    Inside an f-string a name is a token from Python 3.12 on, and none before. A docstring or another text with a paired
-    name in it would be true for one flavour only.
+    Before Python 3.12 names inside an f-string are not tokens. A docstring or other text that contains a paired name
+    would be wrong in one flavour.
     """
     tree = ast.parse(source.read_text("utf-8"))
     inside = {child for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for child in ast.walk(node)}

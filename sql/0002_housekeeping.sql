@@ -1,5 +1,5 @@
--- Briefly locks the tables. To avoid deadlocks with running stores, the status table is locked first, as in the
--- statements of the store, and its strongest lock before the weaker ones.
+-- Briefly locks the tables. The order avoids deadlocks with running stores: they also lock the status table first, and
+-- its strongest lock precedes the weaker ones.
 
 -- The time of insertion of each row, for replay at the recorded pace and for listing by time. Existing rows keep NULL.
 -- Separate statements for the column and its default avoid rewriting a large table. The default is clock_timestamp()
@@ -14,8 +14,8 @@ ALTER TABLE aibind_stream_status ALTER COLUMN created_at SET DEFAULT clock_times
 
 ALTER TABLE aibind_stream_status SET (fillfactor = 50, autovacuum_vacuum_scale_factor = 0.05);
 
--- For cleanup and fail_abandoned. Appends do not change the state, and change expires_at once in a quarter of the ttl,
--- so that nearly all appends stay heap-only.
+-- For cleanup and fail_abandoned. Appends do not change the state, and change expires_at at most once per quarter of
+-- the ttl, so nearly all of them stay heap-only.
 
 CREATE INDEX IF NOT EXISTS aibind_stream_status_expires_at_idx ON aibind_stream_status (expires_at)
 WHERE state <> 'active';

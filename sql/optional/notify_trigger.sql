@@ -2,8 +2,8 @@
 -- once instead of at their next poll. NOTIFY inside the transaction of the writer holds a cluster-wide lock during the
 -- commit: do not install the trigger if all writers use this package.
 
-CREATE OR REPLACE FUNCTION aibind_stream_status_announce() RETURNS trigger
-LANGUAGE plpgsql AS $announce$
+CREATE OR REPLACE FUNCTION aibind_stream_status_notify() RETURNS trigger
+LANGUAGE plpgsql AS $notify$
 DECLARE
   payload TEXT := json_build_object('ids', json_build_array(NEW.id))::text;
 BEGIN
@@ -11,8 +11,8 @@ BEGIN
   PERFORM pg_notify(TG_TABLE_NAME, CASE WHEN octet_length(payload) < 8000 THEN payload ELSE '' END);
   RETURN NULL;
 END
-$announce$;
+$notify$;
 
-CREATE OR REPLACE TRIGGER aibind_stream_status_announce_trigger
+CREATE OR REPLACE TRIGGER aibind_stream_status_notify_trigger
 AFTER INSERT OR UPDATE ON aibind_stream_status
-FOR EACH ROW EXECUTE FUNCTION aibind_stream_status_announce();
+FOR EACH ROW EXECUTE FUNCTION aibind_stream_status_notify();

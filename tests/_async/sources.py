@@ -20,14 +20,14 @@ class Silent:
 
     def __init__(self):
         self.gate = AsyncEvent()
-        self.asked = False
+        self.is_started = False
         self.closed = 0
 
     def __aiter__(self):
         return self
 
     async def __anext__(self):
-        self.asked = True
+        self.is_started = True
         await self.gate.wait()
         raise StopAsyncIteration
 
@@ -40,8 +40,8 @@ class Uninterruptible(Silent):
     """A source that yields one word and then cannot be interrupted, like a generator that waits in a thread."""
 
     async def __anext__(self):
-        if not self.asked:
-            self.asked = True
+        if not self.is_started:
+            self.is_started = True
             return "word"
         while not self.gate.is_set():
             try:

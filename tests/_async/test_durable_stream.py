@@ -91,10 +91,10 @@ async def test_stream_continues_without_readers_and_references(store, other):
         assert await reading.result() == events
 
 
-async def test_stop_from_elsewhere_closes_a_silent_source(store, other):
+async def test_stop_by_another_store_closes_a_silent_source(store, other):
     source, finish = Silent(), Finish()
     stream = await AsyncDurableStream.start(store, source, on_finish=finish)
-    await async_until(lambda: source.asked)
+    await async_until(lambda: source.is_started)
     stopping = await AsyncDurableStream.resume(other, stream.id)
     assert await stopping.stop() is True
     assert await stream.wait(20) == ("stopped", None, 0)
@@ -198,7 +198,7 @@ async def test_missing_stream(store):
     with pytest.raises(StreamExistsError):
         await AsyncDurableStream.start(store, items([]), id="s")
     async with AsyncBackground(partial(read, stream)) as reading:
-        await async_until(lambda: source.asked)
+        await async_until(lambda: source.is_started)
         await store.delete("s")
         with pytest.raises(StreamNotFoundError):
             await reading.result()
@@ -219,7 +219,7 @@ async def test_heartbeats_of_a_quiet_stream(store):
 
 
 async def test_errors_of_callbacks_are_logged(store, caplog):
-    class Stubborn(Silent):
+    class RaisesWhenClosed(Silent):
         def close(self):
             super().close()
             raise ValueError("will not close")
@@ -227,7 +227,7 @@ async def test_errors_of_callbacks_are_logged(store, caplog):
     async def fail(text, status):
         raise ValueError("will not finish")
 
-    source = Stubborn()
+    source = RaisesWhenClosed()
     source.gate.set()
     stream = await AsyncDurableStream.start(store, source, on_finish=fail)
     assert (await stream.wait(20)).state == "done"

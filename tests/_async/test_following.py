@@ -43,11 +43,11 @@ async def collect(store, id, after_seq=0):
 
 
 async def all_waiting(client, number):
-    """Wait until so many readers have caught up since the start, and all of them wait."""
+    """Wait until `number` readers have caught up since the start, and all of them wait."""
     await async_until(lambda: len(client.reads) >= number and client.is_quiet())
 
 
-@pytest.mark.parametrize("writer", ["here", "elsewhere"])
+@pytest.mark.parametrize("writer", ["same store", "other store"])
 async def test_many_readers_share_one_fetch_per_change(store, other, client, writer):
     id = await store.create()
     async with AsyncBackground(partial(async_gather, *[partial(collect, store, id)] * 50)) as readers:
@@ -55,9 +55,9 @@ async def test_many_readers_share_one_fetch_per_change(store, other, client, wri
         await async_sleep(0.1)
         client.fetches.clear()
         for number in range(1, 21):
-            await (store if writer == "here" else other).append(id, f"{number}")
+            await (store if writer == "same store" else other).append(id, f"{number}")
             await async_until(client.is_quiet)
-        await (store if writer == "here" else other).complete(id)
+        await (store if writer == "same store" else other).complete(id)
         results = await readers.result()
     assert results == [[(number, f"{number}") for number in range(1, 21)]] * 50
     assert len(client.fetches) <= 21
@@ -81,7 +81,7 @@ async def test_readers_of_many_streams_share_statements(store, client):
 
 async def test_readers_of_every_speed_get_each_chunk_once(store, other, monkeypatch):
     monkeypatch.setattr(_stream_tail, "TAIL_CHUNKS", 20)
-    chance = random.Random(5)
+    rng = random.Random(5)
     id = await store.create()
 
     async def read(pause):
@@ -89,13 +89,13 @@ async def test_readers_of_every_speed_get_each_chunk_once(store, other, monkeypa
         async for chunk in store.read_from(id):
             numbers.append(chunk.seq)
             if pause:
-                await async_sleep(pause * chance.random())
+                await async_sleep(pause * rng.random())
         return numbers
 
     async def write():
         for number in range(300):
-            await (store if number % 3 else other).append_many(id, ["x"] * chance.choice([1, 1, 1, 30]))
-            await async_sleep(0.002 * chance.random())
+            await (store if number % 3 else other).append_many(id, ["x"] * rng.choice([1, 1, 1, 30]))
+            await async_sleep(0.002 * rng.random())
         return await store.complete(id)
 
     *numbers, _ = await async_gather(*[partial(read, pause) for pause in (0, 0, 0.0005, 0.001, 0.002)], write)
@@ -116,7 +116,7 @@ async def test_more_than_a_page_at_once(store, client):
             assert [seq for seq, _ in chunks] == list(range(1, LIVE_PAGE_CHUNKS * 4 + 8))
 
 
-async def test_replaced_stream_ends_its_readers_alone(store, other, client):
+async def test_replaced_stream_ends_only_its_old_readers(store, other, client):
     id = await store.create()
     await store.append_many(id, ["old"] * 5)
     async with AsyncBackground(partial(async_gather, *[partial(collect, store, id)] * 3, errors=True)) as readers:
@@ -133,14 +133,14 @@ async def test_replaced_stream_ends_its_readers_alone(store, other, client):
 
 
 async def paused(store, id, chunks):
-    """Return a reader that has read so many chunks and then pauses, still subscribed."""
+    """Return a reader that has read this number of chunks and is still subscribed."""
     reader = store.read_from(id)
     for _ in range(chunks):
         await reader.__anext__()
     return reader
 
 
-@pytest.mark.parametrize("where", ["here", "elsewhere"])
+@pytest.mark.parametrize("where", ["same store", "other store"])
 async def test_new_reader_of_a_new_stream_gets_no_old_chunks(store, other, client, where):
     id = await store.create()
     await store.append_many(id, ["old 1", "old 2"])
@@ -148,7 +148,7 @@ async def test_new_reader_of_a_new_stream_gets_no_old_chunks(store, other, clien
         await all_waiting(client, 1)
         await store.append_many(id, [f"OLD {number}" for number in range(3, 11)])
         old_reader = await pausing.result()
-        await (store if where == "here" else other).delete(id)
+        await (store if where == "same store" else other).delete(id)
         await other.create(id)
         await other.append_many(id, ["new 1", "new 2", "new 3"])
         client.reads.clear()
@@ -210,7 +210,7 @@ async def test_reader_between_pages_does_not_continue_in_a_new_stream(store):
         await reader.__anext__()
 
 
-async def test_unreadable_text_harms_only_its_own_stream(dsn, tables, other):
+async def test_unreadable_text_affects_only_its_own_stream(dsn, tables, other):
     async with AsyncConnectionPool(
         dsn, kwargs={"autocommit": True, "client_encoding": "LATIN1"}, min_size=1, open=False
     ) as pool:
@@ -227,7 +227,7 @@ async def test_unreadable_text_harms_only_its_own_stream(dsn, tables, other):
             assert results == [[(1, "ä")]] * 9
 
 
-@pytest.mark.parametrize("kind", [psycopg.OperationalError, TimeoutError])  # asyncpg raises the other one, too
+@pytest.mark.parametrize("kind", [psycopg.OperationalError, TimeoutError])  # asyncpg raises TimeoutError
 async def test_failed_fetch_raises_in_every_waiting_reader(store, other, client, kind):
     id = await store.create()
     async with AsyncBackground(partial(async_gather, *[partial(collect, store, id)] * 5, errors=True)) as readers:

@@ -84,7 +84,7 @@ async def test_uninterruptible_source_delays_neither_the_end_nor_on_finish(store
 async def test_source_is_closed_once(store, other):
     sources = [Silent() for _ in range(50)]
     streams = [await AsyncDurableStream.start(store, source) for source in sources]
-    await async_until(lambda: all(source.asked for source in sources))
+    await async_until(lambda: all(source.is_started for source in sources))
     for stream in streams:
         await other.stop(stream.id)
     for stream in streams:
@@ -93,18 +93,18 @@ async def test_source_is_closed_once(store, other):
     assert [source.closed for source in sources] == [1] * 50
 
 
-class OddInterruption(BaseException):
+class CustomInterrupt(BaseException):
     def __init__(self, first, second):
         super().__init__(first, second)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # it ends its thread
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # the exception ends its thread
 async def test_base_exception_of_the_source_ends_the_stream(store, other):
     class Raising(Uninterruptible):
         async def __anext__(self):
-            if not self.asked:
+            if not self.is_started:
                 return await super().__anext__()
-            raise OddInterruption("geheim", 2)
+            raise CustomInterrupt("geheim", 2)
 
     finish = Finish()
     stream = await AsyncDurableStream.start(store, Raising(), on_finish=finish)
@@ -117,7 +117,7 @@ async def test_close_of_the_store_ends_its_streams(store, other, dsn, tables):
     sources, finish = [Silent(), Uninterruptible()], Finish()
     async with AsyncPostgresStreamStore(dsn, **tables) as closing:
         streams = [await AsyncDurableStream.start(closing, source, on_finish=finish) for source in sources]
-        await async_until(lambda: all(source.asked for source in sources))
+        await async_until(lambda: all(source.is_started for source in sources))
         await first_word(other, streams[1])
     sources[1].gate.set()
     assert await other.get_status(streams[0].id) == ("error", "the answer broke off", 0)
@@ -131,8 +131,8 @@ async def test_shutdown_waits_and_then_ends_the_remaining_streams(store, other):
     finish, late, gate, never = Finish(), Finish(), AsyncEvent(), Silent()
     ending = await AsyncDurableStream.start(store, items(["a"], gate), on_finish=finish)
     await AsyncDurableStream.start(store, never, on_finish=late)
-    elsewhere = await AsyncDurableStream.start(other, items(["a"], gate))
-    await async_until(lambda: never.asked)
+    other_stream = await AsyncDurableStream.start(other, items(["a"], gate))
+    await async_until(lambda: never.is_started)
     async with AsyncBackground(partial(AsyncDurableStream.shutdown, store, 4)) as shutting_down:
         await async_sleep(0.1)
         gate.set()
@@ -141,7 +141,7 @@ async def test_shutdown_waits_and_then_ends_the_remaining_streams(store, other):
     assert late.calls == [("", ("error", "the answer broke off", 0))]
     await async_until(lambda: never.closed)
     assert await store.get_status(ending.id) == ("done", None, 2)
-    assert (await elsewhere.wait(20)).state == "done"
+    assert (await other_stream.wait(20)).state == "done"
     assert await AsyncDurableStream.shutdown(store, 0) is True
 
 
@@ -161,7 +161,7 @@ async def test_shutdown_waits_until_streams_have_ended(hooked, client):
 async def test_shutdown_after_a_stream_was_deleted(store):
     source = Silent()
     stream = await AsyncDurableStream.start(store, source)
-    await async_until(lambda: source.asked)
+    await async_until(lambda: source.is_started)
     await store.delete(stream.id)
     await AsyncDurableStream.shutdown(store, 0)
     await async_until(lambda: source.closed)
@@ -176,7 +176,7 @@ async def test_shutdown_without_a_server_raises_nothing(hooked, client, caplog):
 
     sources = [Silent(), Silent()]
     streams = [await AsyncDurableStream.start(hooked, source) for source in sources]
-    await async_until(lambda: all(source.asked for source in sources))
+    await async_until(lambda: all(source.is_started for source in sources))
     client.hook = fail_ends
     assert await AsyncDurableStream.shutdown(hooked, 0) is False
     assert caplog.text.count("gave up: no server") == 2
@@ -196,7 +196,7 @@ async def test_silent_server_does_not_delay_shutdown(hooked, client, monkeypatch
     sources = [Silent() for _ in range(20)]
     for source in sources:
         await AsyncDurableStream.start(hooked, source)
-    await async_until(lambda: all(source.asked for source in sources))
+    await async_until(lambda: all(source.is_started for source in sources))
     client.hook = delay_ends
     monkeypatch.setattr(producing, "SHUTDOWN_GRACE", 0.5)
     async with AsyncBackground(partial(AsyncDurableStream.shutdown, hooked, 0)) as shutting_down:
@@ -258,7 +258,7 @@ async def test_source_is_not_read_if_the_stream_is_stopped_before_the_writer_is_
     joining_client.hook = status_hook(stop)
     stream = await AsyncDurableStream.start(joining, source, on_finish=finish)
     assert await stream.wait(20) == ("stopped", None, 0)
-    assert (source.asked, source.closed) == (False, 1)
+    assert (source.is_started, source.closed) == (False, 1)
     assert finish.calls == [("", ("stopped", None, 0))]
 
 
@@ -271,7 +271,7 @@ async def test_writer_that_cannot_be_opened(joining, joining_client, other, capl
     stream = await AsyncDurableStream.start(joining, source, on_finish=finish)
     await async_until(lambda: finish.calls)
     await no_producers()
-    assert (source.asked, source.closed, finish.calls) == (False, 1, [("", None)])
+    assert (source.is_started, source.closed, finish.calls) == (False, 1, [("", None)])
     assert "gave up: no server" in caplog.text
     assert await other.get_status(stream.id) == ("error", "the answer broke off", 0)
 
@@ -288,8 +288,8 @@ async def test_new_stream_is_not_queried_for_its_status(hooked, client, other):
     assert [sql for sql in client.statements if is_status_query(sql)]
 
 
-async def test_error_of_closing_the_source_is_not_exposed(client, tables, other):
-    class Complaining(Uninterruptible):
+async def test_error_on_closing_the_source_is_not_exposed(client, tables, other):
+    class RaisesWhenClosed(Uninterruptible):
         next_word = AsyncEvent()
         words = 0
 
@@ -314,7 +314,7 @@ async def test_error_of_closing_the_source_is_not_exposed(client, tables, other)
             raise psycopg.OperationalError("geheim, too")
 
     async with AsyncPostgresStreamStore(client, **tables, retry_for=0.2) as store:
-        source = Complaining()
+        source = RaisesWhenClosed()
         stream = await AsyncDurableStream.start(store, source)
         await first_word(other, stream)
         client.hook = fail_appends
@@ -344,22 +344,22 @@ async def test_source_is_closed_if_the_stream_cannot_be_created(store):
     assert [info.id async for info in store.list()] == ["taken"]
 
 
-async def test_source_and_on_finish_see_the_context_variables_of_the_caller(store, other):
+async def test_source_and_on_finish_get_the_context_variables_of_the_caller(store, other):
     tenant, seen = ContextVar("tenant"), []
 
-    async def see():
-        yield tenant.get("nobody")
+    async def answer():
+        yield tenant.get("no tenant")
 
     async def finish(text, status):
-        seen.append((status.state, tenant.get("nobody")))
+        seen.append((status.state, tenant.get("no tenant")))
 
     tenant.set("tenant 7")
     silent = Silent()
-    stream = await AsyncDurableStream.start(store, see(), on_finish=finish)
+    stream = await AsyncDurableStream.start(store, answer(), on_finish=finish)
     stopped = await AsyncDurableStream.start(store, silent, on_finish=finish)
     tenant.set("tenant 8")
     await stream.wait(20)
-    await async_until(lambda: silent.asked)
+    await async_until(lambda: silent.is_started)
     await other.stop(stopped.id)
     await stopped.wait(20)
     assert [chunk.data async for chunk in store.read_from(stream.id)] == ["\x01tenant 7"]
@@ -376,23 +376,23 @@ async def test_source_and_on_finish_run_inside_their_context(hooked, client, oth
         try:
             yield
         finally:
-            tenant.reset(token)  # which refuses in any other thread or task
+            tenant.reset(token)  # raises in another thread or task
             seen.append("left")
 
     async def answer():
         async with context():
             try:
-                yield tenant.get("nobody")
+                yield tenant.get("no tenant")
                 await gate.wait()
                 yield "x" * 1_000_000  # fills the buffer of the writer
                 waiting.set()
                 yield "and more"
             finally:
                 await finished.wait()
-                seen.append(tenant.get("nobody"))
+                seen.append(tenant.get("no tenant"))
 
     async def finish(text, status):
-        seen.append(f"{status.state} in {tenant.get('nobody')}")
+        seen.append(f"{status.state} in {tenant.get('no tenant')}")
 
     async def hold_appends(sql, params):
         if is_append(sql):
@@ -414,18 +414,18 @@ async def test_source_and_on_finish_run_inside_their_context(hooked, client, oth
     assert tenant.get() == "tenant 7"
 
 
-async def test_error_of_entering_the_context_counts_as_failure_of_its_body(store, caplog):
+async def test_error_on_entering_the_context_fails_the_stream(store, caplog):
     finish, source = Finish(), Silent()
     stream = await AsyncDurableStream.start(store, source, context=partial(int, "geheim"), on_finish=finish)
     assert await stream.wait(20) == ("error", "the answer broke off", 0)
-    assert (source.asked, source.closed, finish.calls) == (False, 1, [])
+    assert (source.is_started, source.closed, finish.calls) == (False, 1, [])
     for failed in ("the source of stream", "on_finish of stream"):
         assert failed in caplog.text
     assert caplog.text.count("ValueError: invalid literal for int() with base 10: 'geheim'") == 2
 
 
 @pytest.mark.parametrize("error", [None, WebError(402, "no money left"), ValueError("broken")])
-async def test_error_of_leaving_the_context_changes_nothing(store, caplog, error):
+async def test_error_on_leaving_the_context_does_not_change_the_status(store, caplog, error):
     seen = []
 
     @asynccontextmanager
@@ -450,7 +450,7 @@ async def test_error_of_leaving_the_context_changes_nothing(store, caplog, error
     assert caplog.text.count("raised when it was left") == 2
 
 
-async def test_error_of_leaving_the_context_after_a_stop_is_logged(store, other, caplog):
+async def test_error_on_leaving_the_context_after_a_stop_is_logged(store, other, caplog):
     @asynccontextmanager
     async def context():
         try:
@@ -460,7 +460,7 @@ async def test_error_of_leaving_the_context_after_a_stop_is_logged(store, other,
 
     source = Silent()
     stream = await AsyncDurableStream.start(store, source, context=context)
-    await async_until(lambda: source.asked)
+    await async_until(lambda: source.is_started)
     await other.stop(stream.id)
     assert (await stream.wait(20)).state == "stopped"
     await async_until(lambda: "raised when it was left" in caplog.text)
@@ -468,7 +468,7 @@ async def test_error_of_leaving_the_context_after_a_stop_is_logged(store, other,
 
 @pytest.mark.parametrize("kind", ["generator", "iterator"])
 async def test_source_is_not_read_if_the_stream_is_stopped_while_the_context_is_entered(store, other, kind):
-    entered, gate, asked, finish = [], AsyncEvent(), [], Finish()
+    entered, gate, calls, finish = [], AsyncEvent(), [], Finish()
 
     @asynccontextmanager
     async def context():
@@ -477,7 +477,7 @@ async def test_source_is_not_read_if_the_stream_is_stopped_while_the_context_is_
         yield
 
     async def answer():
-        asked.append("the model")
+        calls.append("the model")
         yield "a"
 
     iterator = Silent()
@@ -491,7 +491,7 @@ async def test_source_is_not_read_if_the_stream_is_stopped_while_the_context_is_
     await async_until(lambda: finish.calls)
     await no_producers()
     assert finish.calls == [("", ("stopped", None, 0))]
-    assert (asked, iterator.asked, iterator.closed) == ([], False, kind == "iterator")
+    assert (calls, iterator.is_started, iterator.closed) == ([], False, kind == "iterator")
 
 
 async def test_status_is_none_if_it_cannot_be_queried(hooked, client, other, caplog):
@@ -518,9 +518,9 @@ async def test_status_is_none_if_it_cannot_be_queried(hooked, client, other, cap
     assert "is unknown to its producer: no server" in caplog.text
 
 
-async def test_endings_at_random_moments(store, other):
+async def test_concurrent_ends_at_random_moments(store, other):
     """End many streams in every way at once: each source is closed once, each `on_finish` called once."""
-    chance = random.Random(7)
+    rng = random.Random(7)
     sources, finishes, streams = [], [], []
 
     async def begin(number):
@@ -530,12 +530,12 @@ async def test_endings_at_random_moments(store, other):
         streams.append(await AsyncDurableStream.start(store, source, on_finish=finish))
 
     async def end(number):
-        await async_sleep(chance.random() / 5)
+        await async_sleep(rng.random() / 5)
         stream, source = streams[number], sources[number]
         ways = [stream.stop, partial(other.stop, stream.id), partial(other.delete, stream.id)]
         if number % 4 < 3:
             await ways[number % 4]()
-        if number % 4 == 3 or chance.random() < 0.3:
+        if number % 4 == 3 or rng.random() < 0.3:
             source.gate.set()
 
     for number in range(40):

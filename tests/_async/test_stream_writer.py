@@ -31,8 +31,8 @@ class FaultyClient:
     def __init__(self, pool):
         self.pool = pool
         self.appends = 0
-        self.under_way = 0
-        self.most_under_way = 0
+        self.running = 0
+        self.max_running = 0
         self.gate = AsyncEvent()
         self.gate.set()
         self.lose = []  # for the next appends: None, "request" or "reply"
@@ -47,8 +47,8 @@ class FaultyClient:
         if "UPDATE" not in sql or "total_chunks +" not in sql:
             return await self.send(sql, params)
         self.appends += 1
-        self.under_way += 1
-        self.most_under_way = max(self.most_under_way, self.under_way)
+        self.running += 1
+        self.max_running = max(self.max_running, self.running)
         try:
             lose = self.lose.pop(0) if self.lose else None
             if lose == "request":
@@ -59,7 +59,7 @@ class FaultyClient:
                 raise psycopg.OperationalError("the reply is lost")
             return rows
         finally:
-            self.under_way -= 1
+            self.running -= 1
 
     async def send(self, sql, params):
         async with self.pool.connection() as connection:
@@ -120,7 +120,7 @@ async def test_buffered_chunks_are_sent_as_one_statement_at_a_time(store, client
             await writer.write(f"{number}")
         client.gate.set()
         assert await writer.flush() == 201
-        assert (client.appends, client.most_under_way) == (2, 1)
+        assert (client.appends, client.max_running) == (2, 1)
     assert await texts(store, id) == ["first", *(f"{number}" for number in range(200))]
 
 
@@ -175,11 +175,11 @@ async def test_exception_ends_the_stream_with_its_text(store, other, error, text
     assert "aibind_postgres-writer" not in async_workers()
 
 
-@pytest.mark.parametrize("where", ["here", "elsewhere"])
+@pytest.mark.parametrize("where", ["same store", "other store"])
 @pytest.mark.parametrize(("end", "state"), [("stop", "stopped"), ("complete", "done"), ("delete", None)])
 async def test_end_by_others_is_noticed_before_the_next_chunk(store, other, where, end, state):
     id = await store.create()
-    ender = store if where == "here" else other
+    ender = store if where == "same store" else other
     with pytest.raises(StreamNotActiveError if state else StreamNotFoundError) as caught:
         async with store.writer(id) as writer:
             await writer.write("a")
@@ -232,7 +232,7 @@ async def test_chunk_with_lost_reply_is_kept_if_the_stream_is_stopped_meanwhile(
         client.gate.clear()
         client.lose = ["reply", "request", "request"]
         await writer.write("a")
-        await async_until(lambda: client.under_way)
+        await async_until(lambda: client.running)
         client.gate.set()
         await async_until(lambda: client.appends >= 2)
         await store.stop(id)
@@ -306,7 +306,7 @@ def append_to(store):
     return append
 
 
-async def test_server_that_returns_in_time(store, client):
+async def test_writer_survives_short_outages(store, client):
     id = await store.create()
     async with store.writer(id) as writer:
         for number in range(3):
@@ -368,7 +368,7 @@ async def test_write_while_the_block_is_left_raises(store, client):
     await writer.__aenter__()
     client.gate.clear()
     await writer.write("a")
-    await async_until(lambda: client.under_way)
+    await async_until(lambda: client.running)
     async with AsyncBackground(partial(writer.__aexit__, None, None, None)) as leaving:
         await async_until(lambda: ", closing, " in repr(writer))
         with pytest.raises(RuntimeError, match="has been left"):

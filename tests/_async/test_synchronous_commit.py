@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 from psycopg.conninfo import make_conninfo
 from psycopg_pool import AsyncConnectionPool
+from support.commit_settings import record_commit_settings
 from support.concurrency import async_gather
-from support.witness import witness
 
 from aibind_postgres import AsyncPostgresStreamStore
 
 
 @pytest.fixture
 def settings_at_commit(dsn, tables, schema_name):
-    with witness(dsn, tables["status_table"], schema_name) as settings:
+    with record_commit_settings(dsn, tables["status_table"], schema_name) as settings:
         yield settings
 
 
@@ -31,7 +31,7 @@ async def write_everything(store):
 
 
 @pytest.mark.parametrize("setting", ["off", "local", "on", "remote_write", "remote_apply"])
-async def test_every_write_uses_it(dsn, tables, settings_at_commit, setting):
+async def test_every_write_uses_the_option(dsn, tables, settings_at_commit, setting):
     async with AsyncPostgresStreamStore(dsn, **tables, synchronous_commit=setting) as store:
         await write_everything(store)
     assert settings_at_commit() == {setting}

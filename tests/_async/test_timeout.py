@@ -1,4 +1,4 @@
-"""The option `timeout` limits each statement, with its wait for a connection of the pool."""
+"""The option `timeout` limits each statement, including the wait for a connection of the pool."""
 
 from __future__ import annotations
 

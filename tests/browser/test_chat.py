@@ -197,7 +197,7 @@ def test_new_chat_is_empty(demo, context):
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
-def test_reader_learns_that_server_was_killed(framework, web_database, context):
+def test_page_reports_a_killed_server(framework, web_database, context):
     with Demo(framework, web_database) as demo, PostgresStreamStore(web_database) as store:
         chat = ChatPage(context, demo.url)
         chat.send("Will you live?")
@@ -236,7 +236,7 @@ def test_terminated_server_saves_the_answer(framework, web_database, context, st
         assert "no language model" in answer
 
 
-def test_reader_switches_to_another_server_during_an_answer(web_database, context, stored):
+def test_page_continues_an_answer_on_another_server(web_database, context, stored):
     with Demo("fastapi", web_database, delay=0.05) as producer, Demo("fastapi", web_database) as survivor:
         proxy = Proxy(f"host=127.0.0.1 port={producer.port}")
         try:

@@ -47,7 +47,7 @@ async def test_round_trip(pool, tables):
 
 
 @pytest.mark.parametrize("conversations", ["plain", "quotes", "formats"], indirect=True)
-async def test_conversing(pool, connection, conversations):
+async def test_conversation_store(pool, connection, conversations):
     for client in (pool, connection):
         async with AsyncPostgresConversationStore(wrap_asyncpg(client), table=conversations) as store:
             await contract.async_conversing(store)

@@ -63,7 +63,7 @@ def test_round_trip(tables, alias):
 
 @pytest.mark.parametrize("conversations", ["plain", "quotes", "formats"], indirect=True)
 @pytest.mark.parametrize("alias", ALIASES)
-def test_conversing(conversations, alias):
+def test_conversation_store(conversations, alias):
     with PostgresConversationStore(wrap_django(alias), table=conversations) as store:
         contract.conversing(store)
 
@@ -243,7 +243,7 @@ def test_hostile_names(schema_name, alias, name):
 
 
 def test_django_errors_propagate(tables):
-    with PostgresStreamStore(wrap_django("elsewhere"), **tables, retry_for=0.2) as store:
+    with PostgresStreamStore(wrap_django("unreachable"), **tables, retry_for=0.2) as store:
         for call in (store.create, lambda: list(store.read_from("x"))):
             with pytest.raises(OperationalError) as caught:
                 call()

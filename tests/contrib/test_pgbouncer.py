@@ -1,4 +1,4 @@
-"""Clients that reach the server through PgBouncer in transaction mode."""
+"""Clients of PgBouncer in transaction mode."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pytest
 from contrib import contract
 from psycopg_pool import AsyncConnectionPool, ConnectionPool
 from support import pgbouncer
+from support.commit_settings import record_commit_settings
 from support.concurrency import AsyncBackground, Background, async_gather, gather
-from support.witness import witness
 
 from aibind_postgres import (
     AsyncPostgresConversationStore,
@@ -32,30 +32,30 @@ CLIENTS = ["connection string", *POOLS]
 
 
 @pytest.fixture(scope="module")
-def through(dsn, tmp_path_factory):
-    """A connection string through PgBouncer."""
-    with pgbouncer.pgbouncer(dsn, tmp_path_factory.mktemp("pgbouncer")) as through:
-        yield through
+def pgbouncer_dsn(dsn, tmp_path_factory):
+    """The connection string of a PgBouncer in front of the server."""
+    with pgbouncer.pgbouncer(dsn, tmp_path_factory.mktemp("pgbouncer")) as pgbouncer_dsn:
+        yield pgbouncer_dsn
 
 
 @pytest.fixture(params=CLIENTS)
-def client(request, through):
+def client(request, pgbouncer_dsn):
     if request.param in POOLS:
-        with ConnectionPool(through, min_size=0, max_size=8, kwargs=POOLS[request.param], open=True) as pool:
+        with ConnectionPool(pgbouncer_dsn, min_size=0, max_size=8, kwargs=POOLS[request.param], open=True) as pool:
             yield pool
     else:
-        yield through
+        yield pgbouncer_dsn
 
 
 @pytest.fixture(params=CLIENTS)
-async def async_client(request, through):
+async def async_client(request, pgbouncer_dsn):
     if request.param in POOLS:
         async with AsyncConnectionPool(
-            through, min_size=0, max_size=8, kwargs=POOLS[request.param], open=False
+            pgbouncer_dsn, min_size=0, max_size=8, kwargs=POOLS[request.param], open=False
         ) as pool:
             yield pool
     else:
-        yield through
+        yield pgbouncer_dsn
 
 
 @pytest.fixture
@@ -80,12 +80,12 @@ async def test_round_trip_in_tasks(async_store, async_client, tables):
         await contract.async_round_trip(async_store, async_client, tables)
 
 
-def test_conversing(client, conversations):
+def test_conversation_store(client, conversations):
     with PostgresConversationStore(client, table=conversations) as store:
         contract.conversing(store)
 
 
-async def test_conversing_in_tasks(async_client, conversations):
+async def test_conversation_store_in_tasks(async_client, conversations):
     async with AsyncPostgresConversationStore(async_client, table=conversations) as store:
         await contract.async_conversing(store)
 
@@ -101,10 +101,10 @@ async def test_following_in_tasks(async_store, dsn, tables):
 
 
 @pytest.mark.parametrize("setting", ["off", "local"])
-def test_synchronous_commit(through, dsn, tables, schema_name, setting):
-    with witness(dsn, tables["status_table"], schema_name) as settings_at_commit:
-        with PostgresStreamStore(through, **tables, synchronous_commit=setting) as store:
-            contract.round_trip(store, through, tables)
+def test_synchronous_commit(pgbouncer_dsn, dsn, tables, schema_name, setting):
+    with record_commit_settings(dsn, tables["status_table"], schema_name) as settings_at_commit:
+        with PostgresStreamStore(pgbouncer_dsn, **tables, synchronous_commit=setting) as store:
+            contract.round_trip(store, pgbouncer_dsn, tables)
         assert settings_at_commit() == {setting}
 
 

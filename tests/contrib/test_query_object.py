@@ -26,7 +26,7 @@ def as_lists(cursor):
 ROWS = [tuple_row, dict_row, namedtuple_row, as_lists]
 
 
-class Minimal:
+class QueryClient:
     def __init__(self, pool, rows):
         self._pool = pool
         self._rows = rows
@@ -37,18 +37,18 @@ class Minimal:
             return cursor.fetchall() if cursor.description else []
 
 
-class Describing(Minimal):
+class ClientWithErrors(QueryClient):
     connection_errors = (psycopg.OperationalError,)
 
 
-class AsyncMinimal(Minimal):
+class AsyncQueryClient(QueryClient):
     async def query(self, sql, params):
         async with self._pool.connection() as connection:
             cursor = await psycopg.AsyncRawCursor(connection, row_factory=self._rows).execute(sql, params)
             return await cursor.fetchall() if cursor.description else []
 
 
-class AsyncDescribing(AsyncMinimal):
+class AsyncClientWithErrors(AsyncQueryClient):
     connection_errors = (psycopg.OperationalError,)
 
 
@@ -66,52 +66,54 @@ async def async_pool(dsn):
 
 @pytest.mark.parametrize("rows", ROWS)
 def test_round_trip(pool, tables, rows):
-    with PostgresStreamStore(Minimal(pool, rows), **tables) as store:
-        contract.round_trip(store, Minimal(pool, rows), tables)
+    with PostgresStreamStore(QueryClient(pool, rows), **tables) as store:
+        contract.round_trip(store, QueryClient(pool, rows), tables)
 
 
 @pytest.mark.parametrize("rows", ROWS)
 async def test_round_trip_in_tasks(async_pool, tables, rows):
-    async with AsyncPostgresStreamStore(AsyncMinimal(async_pool, rows), **tables) as store:
-        await contract.async_round_trip(store, AsyncMinimal(async_pool, rows), tables)
+    async with AsyncPostgresStreamStore(AsyncQueryClient(async_pool, rows), **tables) as store:
+        await contract.async_round_trip(store, AsyncQueryClient(async_pool, rows), tables)
 
 
 @pytest.mark.parametrize("rows", ROWS)
-def test_conversing(pool, conversations, rows):
-    with PostgresConversationStore(Minimal(pool, rows), table=conversations) as store:
+def test_conversation_store(pool, conversations, rows):
+    with PostgresConversationStore(QueryClient(pool, rows), table=conversations) as store:
         contract.conversing(store)
 
 
 @pytest.mark.parametrize("rows", ROWS)
-async def test_conversing_in_tasks(async_pool, conversations, rows):
-    async with AsyncPostgresConversationStore(AsyncMinimal(async_pool, rows), table=conversations) as store:
+async def test_conversation_store_in_tasks(async_pool, conversations, rows):
+    async with AsyncPostgresConversationStore(AsyncQueryClient(async_pool, rows), table=conversations) as store:
         await contract.async_conversing(store)
 
 
 @pytest.mark.parametrize("rows", ROWS)
 def test_following(pool, theirs, tables, rows):
-    with PostgresStreamStore(Minimal(pool, rows), **tables, poll_interval=0.05) as store:
+    with PostgresStreamStore(QueryClient(pool, rows), **tables, poll_interval=0.05) as store:
         contract.following(store, theirs)
 
 
 @pytest.mark.parametrize("rows", ROWS)
 async def test_following_in_tasks(async_pool, async_theirs, tables, rows):
-    async with AsyncPostgresStreamStore(AsyncMinimal(async_pool, rows), **tables, poll_interval=0.05) as store:
+    async with AsyncPostgresStreamStore(AsyncQueryClient(async_pool, rows), **tables, poll_interval=0.05) as store:
         await contract.async_following(store, async_theirs)
 
 
 def test_reader_after_lost_connections_with_connection_errors(pool, theirs, tables, dsn):
-    with PostgresStreamStore(Describing(pool, tuple_row), **tables, poll_interval=0.05) as store:
+    with PostgresStreamStore(ClientWithErrors(pool, tuple_row), **tables, poll_interval=0.05) as store:
         contract.survives(store, theirs, dsn)
 
 
 async def test_reader_after_lost_connections_with_connection_errors_in_tasks(async_pool, async_theirs, tables, dsn):
-    async with AsyncPostgresStreamStore(AsyncDescribing(async_pool, tuple_row), **tables, poll_interval=0.05) as store:
+    async with AsyncPostgresStreamStore(
+        AsyncClientWithErrors(async_pool, tuple_row), **tables, poll_interval=0.05
+    ) as store:
         await contract.async_survives(store, async_theirs, dsn)
 
 
 def test_first_error_is_raised_without_connection_errors(pool, tables, monkeypatch):
-    client = Minimal(pool, tuple_row)
+    client = QueryClient(pool, tuple_row)
     with PostgresStreamStore(client, **tables) as store:
         id = store.create()
 
@@ -124,12 +126,12 @@ def test_first_error_is_raised_without_connection_errors(pool, tables, monkeypat
 
 
 def test_missing_table(pool):
-    contract.missing_tables(Minimal(pool, dict_row))
+    contract.missing_tables(QueryClient(pool, dict_row))
 
 
 async def test_missing_table_in_tasks(async_pool):
-    await contract.async_missing_tables(AsyncMinimal(async_pool, dict_row))
+    await contract.async_missing_tables(AsyncQueryClient(async_pool, dict_row))
 
 
 def test_migration(pool, schema_name):
-    contract.hostile_names(Minimal(pool, dict_row), contract.hostile(schema_name, "plain"))
+    contract.hostile_names(QueryClient(pool, dict_row), contract.hostile(schema_name, "plain"))

@@ -51,13 +51,13 @@ async def test_round_trip_in_tasks(async_engine, tables):
 
 
 @pytest.mark.parametrize("conversations", ["plain", "quotes", "formats"], indirect=True)
-def test_conversing(engine, conversations):
+def test_conversation_store(engine, conversations):
     with PostgresConversationStore(wrap_sqlalchemy(engine), table=conversations) as store:
         contract.conversing(store)
 
 
 @pytest.mark.parametrize("conversations", ["plain", "quotes", "formats"], indirect=True)
-async def test_conversing_in_tasks(async_engine, conversations):
+async def test_conversation_store_in_tasks(async_engine, conversations):
     async with AsyncPostgresConversationStore(wrap_sqlalchemy(async_engine), table=conversations) as store:
         await contract.async_conversing(store)
 

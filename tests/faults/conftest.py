@@ -24,7 +24,7 @@ def long(request: pytest.FixtureRequest) -> bool:
 
 
 @pytest.fixture
-def victim() -> Iterator[servers.Server]:
+def disposable_server() -> Iterator[servers.Server]:
     """A server with the whole schema, which the test may stop, kill and restart."""
     with servers.own_server() as server:
         schema.migrate(server.dsn)

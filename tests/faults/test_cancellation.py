@@ -112,10 +112,10 @@ async def assert_pool_recovers(pool, size, autocommit):
 
 async def assert_no_reader_is_left(pool):
     """Check that the store does not poll any more: it polls while a reader waits, at most 0.5 seconds apart."""
-    give_up_at = monotonic() + 30
+    deadline = monotonic() + 30
     requests = None
     while requests != (requests := pool.get_stats().get("requests_num", 0)):
-        assert monotonic() < give_up_at, "the store still polls"
+        assert monotonic() < deadline, "the store still polls"
         await asyncio.sleep(0.7)
 
 
@@ -195,8 +195,8 @@ async def test_repeated_delete_after_a_cancelled_one_ends_readers(dsn, tables):
 
 
 @pytest.mark.parametrize("timeout", [None, 0.5])
-async def test_unanswered_call_can_be_cancelled(victim, timeout):
-    with proxy.proxy(victim.dsn) as network:
+async def test_unanswered_call_can_be_cancelled(disposable_server, timeout):
+    with proxy.proxy(disposable_server.dsn) as network:
         async with AsyncPostgresStreamStore(network.dsn, timeout=timeout) as store:
             id = await store.create()
             network.stall(*proxy.BOTH)

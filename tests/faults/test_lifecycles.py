@@ -24,7 +24,7 @@ from aibind_postgres import (
 )
 
 CHUNKS = 200
-MORE_OBJECTS = 10  # objects of the package that a used store may have in addition to those of a new one
+MAX_REMAINING_OBJECTS = 10  # objects of the package that a used store may have in addition to those of a new one
 USES = ["unused", "used", "watching", "busy"]
 
 # psycopg, its pools and Python from 3.12 on warn if a process with threads forks.
@@ -280,8 +280,8 @@ def test_one_event_loop_after_another(dsn, tables, long):
         for task in interrupted:
             assert task.cancelled() or task.exception() is not None
         del task, interrupted
-        more = package_objects() - before
-        assert sum(more.values()) <= MORE_OBJECTS, more
+        remaining = package_objects() - before
+        assert sum(remaining.values()) <= MAX_REMAINING_OBJECTS, remaining
         del store
 
 
@@ -335,14 +335,14 @@ def with_threads():
             time.sleep(0.01)
     if "writer" in how:
         threading.Thread(target=write, daemon=True).start()
-    if "left" in how:
-        global left
-        left = store.writer("s").__enter__()
-        left.write("x")
-    if "reader here" in how:
-        left = store.read_from("s")
+    if "open block" in how:
+        global kept_open
+        kept_open = store.writer("s").__enter__()
+        kept_open.write("x")
+    if "open iterator" in how:
+        kept_open = store.read_from("s")
         store.append("s", "x")
-        next(left)
+        next(kept_open)
     time.sleep(0.3)
     if "closed" in how:
         store.close()
@@ -367,14 +367,14 @@ async def with_tasks():
         tasks += [asyncio.create_task(read()) for _ in range(20)]
     if "writer" in how:
         tasks += [asyncio.create_task(write())]
-    if "left" in how:
-        global left
-        left = await store.writer("s").__aenter__()
-        await left.write("x")
-    if "reader here" in how:
-        left = store.read_from("s")
+    if "open block" in how:
+        global kept_open
+        kept_open = await store.writer("s").__aenter__()
+        await kept_open.write("x")
+    if "open iterator" in how:
+        kept_open = store.read_from("s")
         await store.append("s", "x")
-        await anext(left)
+        await anext(kept_open)
     await asyncio.sleep(0.3)
     if "closed" in how:
         await store.close()
@@ -390,7 +390,15 @@ else:
     asyncio.run(with_tasks())
 """
 
-SITUATIONS = ["readers", "writer", "readers and writer", "left", "reader here", "readers, raise", "readers, closed"]
+SITUATIONS = [
+    "readers",
+    "writer",
+    "readers and writer",
+    "open block",
+    "open iterator",
+    "readers, raise",
+    "readers, closed",
+]
 
 
 @pytest.mark.parametrize("kind", ["threads", "tasks"])

@@ -18,7 +18,7 @@ from aibind_postgres import AsyncDurableStream, AsyncPostgresStreamStore, Postgr
 
 
 async def test_cancelled_calls_leave_no_connection_checked_out_and_no_gap(dsn, tables):
-    chance = random.Random(7)
+    rng = random.Random(7)
     async with AsyncConnectionPool(dsn, min_size=2, max_size=2, open=False) as pool:
         async with AsyncPostgresStreamStore(pool, **tables) as store:
             id = await store.create()
@@ -29,7 +29,7 @@ async def test_cancelled_calls_leave_no_connection_checked_out_and_no_gap(dsn, t
 
             for number in range(200):
                 task = asyncio.create_task(store.append(id, f"{number}") if number % 4 else read())
-                await asyncio.sleep(chance.random() / 200)
+                await asyncio.sleep(rng.random() / 200)
                 task.cancel()
                 await asyncio.wait([task])
             # The next call succeeds, and the connections keep the pool's mode.
@@ -242,20 +242,20 @@ async def test_repeated_cancellation_of_a_writers_exit(dsn, tables):
 
 
 async def test_random_cancellations_lose_no_append_of_other_callers(dsn, tables):
-    chance = random.Random(3)
+    rng = random.Random(3)
     async with AsyncPostgresStreamStore(dsn, **tables) as store:
         ids = [await store.create() for _ in range(10)]
         acknowledged = {id: [] for id in ids}
 
         async def produce(worker):
             for number in range(30):
-                id = chance.choice(ids)
+                id = rng.choice(ids)
                 seq = await store.append(id, f"{worker}/{number}")
                 acknowledged[id].append((seq, f"{worker}/{number}"))
 
         tasks = [asyncio.create_task(produce(worker)) for worker in range(40)]
         for task in tasks[::2]:
-            await asyncio.sleep(chance.random() / 100)
+            await asyncio.sleep(rng.random() / 100)
             task.cancel()
         await asyncio.wait(tasks)
         assert [task.exception() for task in tasks[1::2]] == [None] * 20
@@ -350,8 +350,8 @@ async def test_stream_starts_if_its_caller_is_cancelled_at_any_step(dsn, tables)
             cancelled += starting.cancelled()
         assert cancelled > 5
         states = set()
-        give_up_at = time.monotonic() + 20
+        deadline = time.monotonic() + 20
         while states != {"done"}:
-            assert time.monotonic() < give_up_at, states
+            assert time.monotonic() < deadline, states
             await asyncio.sleep(0.05)
             states = {info.state async for info in store.list()}

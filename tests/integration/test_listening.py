@@ -1,4 +1,4 @@
-"""Waiting readers, where the flavours differ: threads and the garbage collector, and tasks."""
+"""Waiting readers in one flavour: garbage collection in threads, and cancelled tasks."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_garbage_collection_while_subscriptions_change(dsn, tables, monkeypatch)
 
     monkeypatch.setattr(_subscriptions, "Lock", CollectingLock)
     monkeypatch.setattr(_subscriptions.Subscriptions, "unsubscribe", record)
-    store = PostgresStreamStore(dsn, **tables)  # closed only on success: a deadlock would hold up closing, too
+    store = PostgresStreamStore(dsn, **tables)  # closed only on success, since a deadlock would also block `close`
     id = store.create()
     store.append_many(id, ["a", "b"])
 

@@ -144,13 +144,13 @@ def served(command: str, folder: Path, database: str) -> Iterator[int]:
 
 def connection_to(port: int) -> HTTPConnection:
     """Connect to a server as soon as it accepts connections."""
-    give_up_at = time.monotonic() + 60
+    deadline = time.monotonic() + 60
     while True:
         connection = HTTPConnection("127.0.0.1", port, timeout=30)
         try:
             connection.connect()
         except OSError:
-            assert time.monotonic() < give_up_at, "the server accepts no connection"
+            assert time.monotonic() < deadline, "the server accepts no connection"
             time.sleep(0.05)
         else:
             return connection
@@ -182,7 +182,7 @@ def test_python_blocks_compile(name: str, block: str) -> None:
     "store",
     [PostgresStreamStore, AsyncPostgresStreamStore, PostgresConversationStore, AsyncPostgresConversationStore],
 )
-def test_the_tables_have_every_option_of_a_store_with_its_default(store: type) -> None:
+def test_store_options_and_defaults_are_documented(store: type) -> None:
     for option in list(inspect.signature(store).parameters.values())[1:]:
         default = f"{option.default:g}" if isinstance(option.default, float) else repr(option.default)
         default = default.replace("'", '"')
@@ -191,18 +191,18 @@ def test_the_tables_have_every_option_of_a_store_with_its_default(store: type) -
 
 
 @pytest.mark.parametrize("handler", [StreamHandler, AsyncStreamHandler])
-def test_the_table_has_every_option_of_a_handler(handler: type) -> None:
+def test_handler_options_are_documented(handler: type) -> None:
     for option in list(inspect.signature(handler).parameters)[1:]:
         assert f"\n| `{option}` |" in DOCS["docs/http.md"], option
 
 
-def test_the_table_has_every_error() -> None:
+def test_errors_are_documented() -> None:
     family = [error for error in vars(aibind_postgres).values() if isinstance(error, type)]
     names = {error.__name__ for error in family if issubclass(error, AibindError) and error is not AibindError}
     assert names == set(re.findall(r"^\| `(\w+Error)` \|", DOCS["docs/operations.md"], re.MULTILINE))
 
 
-def test_the_architecture_has_a_line_for_every_module() -> None:
+def test_modules_are_documented() -> None:
     package = Path(aibind_postgres.__file__).parent
     modules = {file.stem for file in package.rglob("*.py") if not {"_sync", "examples"} & set(file.parts)}
     rows = re.findall(r"^\| (`.*?`) \|", DOCS["docs/architecture.md"], re.MULTILINE)

@@ -20,7 +20,7 @@ NAMES = {
     },
     "hostile": {
         "chunks_table": Identifier("my", 'a"b\n;DROP TABLE x; --'),
-        "status_table": Identifier("my", "$migrate$ $announce$"),
+        "status_table": Identifier("my", "$migrate$ $notify$"),
         "conversations_table": Identifier("my", "aibind_stream_chunks.aibind_stream_status"),
     },
     "63 bytes": {

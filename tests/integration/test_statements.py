@@ -1,4 +1,4 @@
-"""The plans of the statements: no work grows with the tables except through an index."""
+"""The plans of the statements: every access to a table uses an index."""
 
 from __future__ import annotations
 

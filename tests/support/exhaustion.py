@@ -14,7 +14,7 @@ from psycopg import sql
 if TYPE_CHECKING:
     from support.servers import Server
 
-EVICT = """
+TERMINATE_OTHERS = """
 SELECT pg_terminate_backend(pid) FROM pg_stat_activity
 WHERE backend_type = 'client backend' AND pid <> ALL(%s)
 """
@@ -49,16 +49,16 @@ def fill_up(dsn: str) -> Iterator[Callable[[], None]]:
             except psycopg.OperationalError:
                 return
 
-    def evict() -> None:
+    def take_all() -> None:
         # Repeat until all connections are taken: pg_stat_activity does not list clients that are just connecting.
         [(limit,)] = taken[0].execute("SELECT current_setting('max_connections')::int").fetchall()
         while len(taken) < limit:
-            taken[0].execute(EVICT, [[connection.info.backend_pid for connection in taken]])
+            taken[0].execute(TERMINATE_OTHERS, [[connection.info.backend_pid for connection in taken]])
             take()
 
     try:
         take()
-        yield evict
+        yield take_all
     finally:
         for connection in taken:
             connection.close()

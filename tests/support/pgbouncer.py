@@ -45,9 +45,11 @@ def pgbouncer(dsn: str, folder: Path, *, pool_size: int = 5) -> Iterator[str]:
     log = folder / "pgbouncer.log"
     with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=output, cwd="/") as process:
         try:
-            through = make_conninfo(host="127.0.0.1", port=port, dbname=database, user=target.get("user", "postgres"))
-            _wait_for(process, through, log)
-            yield through
+            pooled_dsn = make_conninfo(
+                host="127.0.0.1", port=port, dbname=database, user=target.get("user", "postgres")
+            )
+            _wait_for(process, pooled_dsn, log)
+            yield pooled_dsn
         finally:
             process.terminate()  # SIGINT would wait for clients to disconnect
 

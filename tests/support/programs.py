@@ -35,9 +35,6 @@ def report(value: object) -> None:
     print(json.dumps(value), flush=True)
 
 
-say = report  # the old name
-
-
 def text_of(name: str, seq: int) -> str:
     """Return the text of a producer's chunk with this sequence number."""
     return f"{name} {seq} " * 20

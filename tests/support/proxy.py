@@ -150,9 +150,9 @@ class Proxy:
                         self._change.wait(0.1)
                 if direction == TO_SERVER and not self._inspect(link, data):
                     break
-                if link.swallows and direction == TO_CLIENT:
-                    link.swallowed += data
-                    if link.swallowed[-6:-1] == READY_FOR_QUERY:
+                if link.drops_reply and direction == TO_CLIENT:
+                    link.dropped += data
+                    if link.dropped[-6:-1] == READY_FOR_QUERY:
                         self.faults += 1
                         break
                 else:
@@ -171,10 +171,10 @@ class Proxy:
             if self._marker is None or self._marker not in data:
                 return True
             self._marker = None
-            link.swallows = self._answered
-            if not link.swallows:
+            link.drops_reply = self._answered
+            if not link.drops_reply:
                 self.faults += 1
-            return link.swallows
+            return link.drops_reply
 
 
 class _Link:
@@ -187,8 +187,8 @@ class _Link:
         self.is_cut = False
         self.stalled: frozenset[str] = frozenset()
         self.listens = False
-        self.swallows = False
-        self.swallowed = b""
+        self.drops_reply = False
+        self.dropped = b""
         for end in self._ends:
             end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
@@ -230,6 +230,6 @@ def _refuse_and_cut(network: Proxy) -> None:
 LASTING: dict[str, Callable[[Proxy], None]] = {
     "refused": _refuse_and_cut,
     "silent": lambda network: network.stall(*BOTH),
-    "requests held up": lambda network: network.stall(TO_SERVER),
-    "replies held up": lambda network: network.stall(TO_CLIENT),
+    "requests stalled": lambda network: network.stall(TO_SERVER),
+    "replies stalled": lambda network: network.stall(TO_CLIENT),
 }

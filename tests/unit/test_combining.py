@@ -1,4 +1,4 @@
-"""Combined calls where the flavours differ: cancelled tasks, and an interrupted thread."""
+"""Combined calls in one flavour: cancelled tasks, and an interrupted thread."""
 
 from __future__ import annotations
 

@@ -31,10 +31,10 @@ EXAMPLES = [
 
 @pytest.mark.parametrize("error", EXAMPLES, ids=lambda error: type(error).__name__)
 def test_pickle_and_copy(error):
-    for twin in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
-        assert type(twin) is type(error)
-        assert str(twin) == str(error)
-        assert vars(twin) == vars(error)
+    for copied in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
+        assert type(copied) is type(error)
+        assert str(copied) == str(error)
+        assert vars(copied) == vars(error)
 
 
 def test_hierarchy_and_public_names():
@@ -51,8 +51,13 @@ def test_pickled_conflict_keeps_both_histories():
     ours.append("ours")
     conflict = aibind_postgres.ConversationConflictError("s", ours, theirs)
     assert isinstance(conflict, errors.AibindError)
-    twin = pickle.loads(pickle.dumps(conflict))
-    assert (str(twin), twin.session_id, twin.ours.messages, twin.theirs.messages) == (str(conflict), "s", ["ours"], [])
+    copied = pickle.loads(pickle.dumps(conflict))
+    assert (str(copied), copied.session_id, copied.ours.messages, copied.theirs.messages) == (
+        str(conflict),
+        "s",
+        ["ours"],
+        [],
+    )
 
 
 def test_invalid_data_is_a_value_error():

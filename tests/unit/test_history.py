@@ -293,10 +293,10 @@ def test_arguments_and_results_are_copies(chat):
 
 def test_deepcopy_and_pickle(chat):
     before = chat.to_json()
-    for twin in (copy.deepcopy(chat), pickle.loads(pickle.dumps(ChatHistory.from_json(before)))):
-        assert twin.to_json() == before
-        if twin.tree.next_sibling("b"):
-            twin.tree.remove("b")
+    for copied in (copy.deepcopy(chat), pickle.loads(pickle.dumps(ChatHistory.from_json(before)))):
+        assert copied.to_json() == before
+        if copied.tree.next_sibling("b"):
+            copied.tree.remove("b")
         assert chat.to_json() == before
 
 

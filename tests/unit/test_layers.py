@@ -1,4 +1,4 @@
-"""Imports point downwards, type-only imports included; there are no cycles, and the two flavours never meet."""
+"""Imports point downwards, type-only imports included; there are no cycles, and no flavour imports the other."""
 
 from __future__ import annotations
 
@@ -158,5 +158,5 @@ def test_async_modules_do_not_import_asyncio() -> None:
     assert [module for module in importers if top(module) == "_async"] == []
 
 
-def test_type_only_imports_are_seen() -> None:
+def test_type_only_imports_are_included() -> None:
     assert "_async.connections" in GRAPH["_async.database"]

@@ -93,8 +93,8 @@ def test_siblings_keep_the_order_of_both_sides(fork):
     for side in fork[1:]:
         for parent, found in [(None, merged["rootIds"]), *((id, n["children"]) for id, n in merged["nodes"].items())]:
             children = side["rootIds"] if parent is None else side["nodes"].get(parent, {}).get("children", [])
-            here = [id for id in children if id in found]
-            assert [id for id in found if id in here] == here
+            kept_children = [id for id in children if id in found]
+            assert [id for id in found if id in kept_children] == kept_children
 
 
 @given(FORKS)

@@ -32,16 +32,16 @@ def test_payloads_fit_and_lose_nothing(ids, sender):
     assert [id for payload in payloads for id in decode_payload(payload, "another")] == ids
     decoded_by_sender = [decode_payload(payload, "me") for payload in payloads]
     assert decoded_by_sender == ([[]] * len(payloads) if sender else [decode_payload(p, "x") for p in payloads])
-    # As few as possible: no two neighbours would fit in one.
+    # The number of payloads is minimal: no two neighbours fit into one.
     assert all(len(a) + len(b) > MAX_PAYLOAD_BYTES - 20 for a, b in pairwise(payloads))
 
 
-def test_no_ids_are_no_payload():
+def test_no_ids_need_no_payload():
     assert list(encode_payloads([], "me")) == []
 
 
 @pytest.mark.parametrize("payload", ["", "x", "1", "null", "[]", '["a"]', "{}", '{"ids": "a"}', '{"ids": [1]}', "{"])
-def test_any_other_payload_means_all_streams(payload):
+def test_unknown_payload_means_all_streams(payload):
     assert decode_payload(payload, "me") is None
 
 

@@ -8,7 +8,7 @@ from aibind_postgres import StreamChunk, StreamStatus
 from aibind_postgres._pages import MAX_PAGE_CHUNKS, PAGE_CHARACTERS, Page
 
 
-def test_no_rows_are_no_stream():
+def test_no_rows_mean_a_missing_stream():
     assert Page.parse([], 0, 50) is None
 
 

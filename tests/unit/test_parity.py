@@ -78,12 +78,12 @@ def test_docstrings(pair: tuple[ModuleType, ModuleType]) -> None:
 
 
 def test_coroutines_became_functions(pair: tuple[ModuleType, ModuleType]) -> None:
-    ours, twins = map(functions, pair)
-    for name, function in ours.items():
-        twin = twins[renamed(name)]
-        assert not inspect.iscoroutinefunction(twin)
-        assert not inspect.isasyncgenfunction(twin)
-        assert inspect.isgeneratorfunction(twin) == (
+    async_functions, sync_functions = map(functions, pair)
+    for name, function in async_functions.items():
+        converted = sync_functions[renamed(name)]
+        assert not inspect.iscoroutinefunction(converted)
+        assert not inspect.isasyncgenfunction(converted)
+        assert inspect.isgeneratorfunction(converted) == (
             inspect.isasyncgenfunction(function) or inspect.isgeneratorfunction(function)
         )
 
@@ -99,7 +99,7 @@ def test_public_classes_are_paired() -> None:
 
 @pytest.mark.parametrize(("name", "plain"), PUBLIC_PAIRS)
 def test_public_methods(name: str, plain: str) -> None:
-    ours, twin = (
+    async_methods, sync_methods = (
         {
             key: parameters(value)
             for key, value in vars(getattr(aibind_postgres, public)).items()
@@ -107,7 +107,7 @@ def test_public_methods(name: str, plain: str) -> None:
         }
         for public in (name, plain)
     )
-    assert ours == twin
+    assert async_methods == sync_methods
 
 
 def test_schema_functions_are_paired() -> None:

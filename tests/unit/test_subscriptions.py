@@ -1,4 +1,4 @@
-"""Decisions of live reading: the tail of a stream, and which subscription is woken."""
+"""Live reading without I/O: the tail of a stream, and the subscriptions to wake."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from aibind_postgres._subscriptions import (
 )
 
 
-def take(tail, version, after, rows, least=None):
-    """Give a tail the page that a shared fetch has read."""
+def take_page(tail, version, after, rows, least=None):
+    """Pass the page of a shared fetch to a tail."""
     least = tail.total if least is None else least
     tail.take(page(rows, after), after, version, least)
 
@@ -43,12 +43,12 @@ def test_tail_keeps_last_chunks():
     assert tail.after(4) is None  # no longer, or not yet, in the tail
     tail.mark_stale()
     assert not tail.is_current
-    take(tail, 2, 5, rows("active", 7, 6, 7))
+    take_page(tail, 2, 5, rows("active", 7, 6, 7))
     assert tail.is_current
     assert tail.after(5) == [(6, "x"), (7, "x")]
     assert tail.after(6) == [(7, "x")]
     assert tail.after(7) == tail.after(100) == ()
-    take(tail, 2, 7, rows("done", 8, 8))
+    take_page(tail, 2, 7, rows("done", 8, 8))
     assert tail.ended
     assert tail.after(5) == [(6, "x"), (7, "x"), (8, "x")]
 
@@ -56,77 +56,77 @@ def test_tail_keeps_last_chunks():
 def test_fetch_from_before_the_latest_change_leaves_tail_stale():
     tail = StreamTail()
     tail.mark_stale()
-    take(tail, 1, 0, rows("active", 1, 1))
+    take_page(tail, 1, 0, rows("active", 1, 1))
     assert not tail.is_current
     assert tail.after(0) == [(1, "x")]
 
 
-def test_tail_limits_spare_the_newest_page(monkeypatch):
+def test_tail_limits_keep_the_newest_page(monkeypatch):
     monkeypatch.setattr(_stream_tail, "TAIL_CHARACTERS", 100)
     monkeypatch.setattr(_stream_tail, "TAIL_CHUNKS", 5)
     tail = StreamTail()
-    take(tail, 1, 0, rows("active", 8, *range(1, 9)))
+    take_page(tail, 1, 0, rows("active", 8, *range(1, 9)))
     assert tail.after(0) == [(seq, "x") for seq in range(1, 9)]
-    take(tail, 1, 8, rows("active", 10, 9, 10))
+    take_page(tail, 1, 8, rows("active", 10, 9, 10))
     assert tail.after(4) is None
     assert [seq for seq, _ in tail.after(5)] == [6, 7, 8, 9, 10]
-    take(tail, 1, 10, rows("active", 12, 11, 12, text="x" * 200))
+    take_page(tail, 1, 10, rows("active", 12, 11, 12, text="x" * 200))
     assert tail.after(9) is None
     assert [seq for seq, _ in tail.after(10)] == [11, 12]
 
 
-def test_poll_leaves_a_notified_change_to_the_notification():
+def test_poll_ignores_a_notified_change_once():
     tail = StreamTail()
     tail.record_position(1, 0)
     tail.notified = True
     assert not tail.finds_change("active", 1)
     assert tail.finds_change("active", 1)  # the notification did not arrive
-    assert tail.finds_change("active", 2)  # nor does any other
+    assert tail.finds_change("active", 2)  # nor will that of a later change
     tail.notified = True
     assert not tail.finds_change("done", 2)
     assert tail.finds_change("done", 2)
 
 
-def test_poll_result_counts_once():
+def test_poll_reports_each_change_once():
     tail = StreamTail()
     tail.record_position(tail.version, 3)
     assert tail.finds_change("active", 3) is False
     assert tail.finds_change("active", 5) is True
-    assert tail.finds_change("active", 5) is False  # a reader has fetched, and waits again
+    assert tail.finds_change("active", 5) is False  # reported before; a reader has fetched and waits again
     assert tail.finds_change("active", 6) is True
     assert tail.finds_change(None, 0) is True
     assert tail.finds_change("done", 6) is True
 
 
-def test_shorter_stream_is_another_stream():
+def test_lower_total_means_deleted():
     tail = StreamTail()
-    take(tail, 1, 0, rows("active", 5, 1, 2, 3, 4, 5))
-    take(tail, 2, 5, rows("active", 1))
+    take_page(tail, 1, 0, rows("active", 5, 1, 2, 3, 4, 5))
+    take_page(tail, 2, 5, rows("active", 1))
     assert tail.deleted
     other = StreamTail()
-    take(other, 1, 0, [])
+    take_page(other, 1, 0, [])
     assert other.deleted
-    take(other, 2, 0, rows("active", 1, 1))  # a fetch that was under way, or of a new stream
+    take_page(other, 2, 0, rows("active", 1, 1))  # from an earlier fetch, or of a new stream with this id
     assert other.deleted
 
 
 def test_full_page_leaves_tail_stale(monkeypatch):
     monkeypatch.setattr(_stream_tail, "LIVE_PAGE_CHUNKS", 2)
     tail = StreamTail()
-    take(tail, 1, 0, rows("done", 3, 1, 2))
+    take_page(tail, 1, 0, rows("done", 3, 1, 2))
     assert not tail.is_current
     assert not tail.ended
-    take(tail, 1, 2, rows("done", 3, 3))
+    take_page(tail, 1, 2, rows("done", 3, 3))
     assert tail.is_current
     assert tail.ended
     assert [seq for seq, _ in tail.after(0)] == [1, 2, 3]
 
 
-def test_gap_is_left_to_the_readers():
+def test_tail_does_not_span_a_gap():
     tail = StreamTail()
     tail.record_position(1, 2)
     tail.mark_stale()
-    take(tail, 2, 2, rows("active", 2 * LIVE_PAGE_CHUNKS))
+    take_page(tail, 2, 2, rows("active", 2 * LIVE_PAGE_CHUNKS))
     assert tail.is_current
     assert tail.after(2) is None
     assert tail.after(2 * LIVE_PAGE_CHUNKS) == ()
@@ -139,19 +139,19 @@ def test_cursor_outside_the_tail():
     tail = stream.tail
     assert stream.fetch_after(7) == 7
     assert stream.fetch_after(math.inf) == 2**63 - 1
-    take(tail, 1, 2**63 - 1, rows("active", 4))
+    take_page(tail, 1, 2**63 - 1, rows("active", 4))
     assert tail.is_current
     assert tail.after(3) is None
     assert tail.after(4) == ()
-    take(tail, 2, 2, rows("active", 5, 3, 4, 5))
+    take_page(tail, 2, 2, rows("active", 5, 3, 4, 5))
     assert tail.after(3) is None
     assert [seq for seq, _ in tail.after(4)] == [5]
-    take(tail, 3, 9, rows("active", 10, 10))
+    take_page(tail, 3, 9, rows("active", 10, 10))
     assert tail.after(5) is None
     assert [seq for seq, _ in tail.after(9)] == [10]
 
 
-def test_append_here_needs_no_fetch():
+def test_append_of_the_same_store_needs_no_fetch():
     tail = StreamTail()
     assert not tail.append(0, ["a"])  # no position is known yet
     tail.record_position(1, 1)
@@ -159,27 +159,27 @@ def test_append_here_needs_no_fetch():
     assert tail.after(1) == [(2, "b"), (3, "c")]
     assert tail.is_current
     assert not tail.append(7, ["x"])  # another process has written in between
-    assert not tail.append(2, ["c"])  # reported late, or of another stream of this id
+    assert not tail.append(2, ["c"])  # reported late, or of another stream with this id
     assert not tail.append(3, ["x"] * (LIVE_PAGE_CHUNKS + 1))  # too long to cache
     assert tail.after(1) == [(2, "b"), (3, "c")]
-    assert not tail.finds_change("active", 3)  # that was notified from here
+    assert not tail.finds_change("active", 3)  # this store has sent the notification
 
 
-def test_overtaken_fetch_removes_nothing():
+def test_outdated_fetch_keeps_newer_chunks():
     tail = StreamTail()
     tail.record_position(1, 1)
     tail.mark_stale()
     version, after, least = tail.version, tail.end, tail.total
     assert tail.append(1, ["b", "c"])
-    take(tail, version, after, rows("active", 2, 2, text="b"), least)
+    take_page(tail, version, after, rows("active", 2, 2, text="b"), least)
     assert not tail.deleted
     assert tail.after(1) == [(2, "b"), (3, "c")]
-    take(tail, version, 3, rows("active", 4, 4, text="d"), least)
+    take_page(tail, version, 3, rows("active", 4, 4, text="d"), least)
     assert [seq for seq, _ in tail.after(1)] == [2, 3, 4]
 
 
-class Woken:
-    """Subscribes, and counts the wake-ups."""
+class Subscriber:
+    """A subscription that counts its wake-ups."""
 
     def __init__(self, subscriptions, cursor=0, **options):
         self.count = 0
@@ -189,7 +189,8 @@ class Woken:
     def wake(self):
         self.count += 1
 
-    def take(self):
+    def reset(self):
+        """Return the number of wake-ups since the last call."""
         count, self.count = self.count, 0
         return count
 
@@ -200,7 +201,7 @@ class Woken:
         wake_all(self.subscriptions.fetched(self.subscription, fetch, Page.parse(rows, fetch.after, fetch.limit)))
 
     def catch_up(self, rows):
-        """Read to the end of the stream, and return the chunks."""
+        """Read to the last chunk of the stream, and return the chunks."""
         chunks = []
         while True:
             match self.step():
@@ -217,8 +218,8 @@ def subscriptions():
     return Subscriptions(share=True)
 
 
-def test_only_possible_ends_wake_writers(subscriptions):
-    writer = Woken(subscriptions, math.inf, ends_only=True)
+def test_writers_are_woken_by_possible_ends_only(subscriptions):
+    writer = Subscriber(subscriptions, math.inf, ends_only=True)
     wake_all(subscriptions.polled(subscriptions.awaited(), {"a": ("active", 5)}))
     wake_all(subscriptions.appended([("a", 0, ["x"])]))
     wake_all(subscriptions.changed(None))
@@ -230,45 +231,45 @@ def test_only_possible_ends_wake_writers(subscriptions):
         subscriptions.closed,
     ):
         wake_all(end())
-        assert writer.take(), end
+        assert writer.reset(), end
 
 
 def test_writer_is_woken_by_the_end_of_a_successor(subscriptions):
-    writer = Woken(subscriptions, math.inf, ends_only=True)
+    writer = Subscriber(subscriptions, math.inf, ends_only=True)
     wake_all(subscriptions.deleted("a"))
-    assert writer.take() == 1
+    assert writer.reset() == 1
     wake_all(subscriptions.changed(["a"]))
-    assert writer.take() == 1
+    assert writer.reset() == 1
 
 
 def test_without_sharing_each_subscription_has_its_own_tail():
     subscriptions = Subscriptions(share=False)
-    one, two = Woken(subscriptions), Woken(subscriptions)
+    one, two = Subscriber(subscriptions), Subscriber(subscriptions)
     assert one.subscription.stream is not two.subscription.stream
     for reader in (one, two):
         assert reader.catch_up(rows("active", 0)) == []
     wake_all(subscriptions.appended([("a", 0, ["x"])]))
-    assert (one.take(), two.take()) == (1, 1)
+    assert (one.reset(), two.reset()) == (1, 1)
     assert isinstance(one.step(), Fetch)
     assert isinstance(two.step(), Fetch)
 
 
 def test_unsubscribed_fetcher_lets_another_fetch(subscriptions):
-    readers = [Woken(subscriptions) for _ in range(2)]
+    readers = [Subscriber(subscriptions) for _ in range(2)]
     for reader in readers:
         reader.catch_up(rows("active", 0))
     wake_all(subscriptions.changed(["a"]))
-    [fetcher] = [reader for reader in readers if reader.take()]
+    [fetcher] = [reader for reader in readers if reader.reset()]
     [other] = [reader for reader in readers if reader is not fetcher]
     assert isinstance(fetcher.step(), Fetch)
     subscriptions.unsubscribe(fetcher.subscription)  # interrupted before it could report
     subscriptions.awaited()
-    assert other.take() == 1
+    assert other.reset() == 1
     assert isinstance(other.step(), Fetch)
 
 
-def test_reader_that_catches_up_gets_nothing_of_a_successor(subscriptions):
-    reader = Woken(subscriptions)
+def test_reader_gets_no_chunks_of_a_successor(subscriptions):
+    reader = Subscriber(subscriptions)
     fetch = reader.step()
     reader.fetched(fetch, rows("active", 200, *range(1, 51), text="old"))
     assert isinstance(reader.step(), Deliver)
@@ -277,7 +278,7 @@ def test_reader_that_catches_up_gets_nothing_of_a_successor(subscriptions):
 
 
 def test_page_read_across_a_deletion_is_discarded(subscriptions):
-    old, new = Woken(subscriptions), Woken(subscriptions)
+    old, new = Subscriber(subscriptions), Subscriber(subscriptions)
     old.fetched(old.step(), rows("active", 200, *range(1, 51), text="old"))
     old.step()
     old_fetch, new_fetch = old.step(), new.step()
@@ -289,17 +290,17 @@ def test_page_read_across_a_deletion_is_discarded(subscriptions):
     assert [seq for seq, _ in new.catch_up(rows("active", 3, 1, 2, 3))] == [1, 2, 3]
 
 
-def test_shorter_page_of_a_reader_that_catches_up_ends_the_old_tail(subscriptions):
-    waiting = Woken(subscriptions)
+def test_lower_total_in_a_page_of_a_new_reader_ends_the_old_tail(subscriptions):
+    waiting = Subscriber(subscriptions)
     waiting.catch_up(rows("active", 5, 1, 2, 3, 4, 5))
-    new = Woken(subscriptions)
+    new = Subscriber(subscriptions)
     assert new.catch_up(rows("active", 1, 1, text="new")) == [(1, "new")]
-    assert waiting.take() == 1
+    assert waiting.reset() == 1
     assert waiting.step() == Deleted()
 
 
-def test_shorter_stream_than_a_reader_has_read_is_another_stream(subscriptions):
-    behind, ahead = Woken(subscriptions), Woken(subscriptions)
+def test_total_below_the_cursor_of_a_reader_means_deleted(subscriptions):
+    behind, ahead = Subscriber(subscriptions), Subscriber(subscriptions)
     fetch = ahead.step()
     behind.catch_up(rows("active", 0))
     ahead.fetched(fetch, rows("active", 4, 1, 2, 3, 4))
@@ -307,23 +308,23 @@ def test_shorter_stream_than_a_reader_has_read_is_another_stream(subscriptions):
     subscriptions.unsubscribe(behind.subscription)
     subscriptions.awaited()
     wake_all(subscriptions.changed(["a"]))
-    assert ahead.take() == 1
+    assert ahead.reset() == 1
     ahead.fetched(ahead.step(), rows("active", 0))
     assert ahead.step() == Deleted()
 
 
 def test_end_of_stream(subscriptions):
-    reader = Woken(subscriptions)
+    reader = Subscriber(subscriptions)
     reader.fetched(reader.step(), rows("error\nwhy", 1, 1))
     assert list(reader.step().chunks) == [(1, "x")]
     assert reader.step() == Ended(("error", "why", 1))
 
 
 def test_closed_store_raises(subscriptions):
-    reader = Woken(subscriptions)
+    reader = Subscriber(subscriptions)
     reader.catch_up(rows("active", 0))
     wake_all(subscriptions.closed())
-    assert reader.take() == 1
+    assert reader.reset() == 1
     with pytest.raises(StoreClosedError):
         reader.step()
 
@@ -331,7 +332,7 @@ def test_closed_store_raises(subscriptions):
 def test_older_read_does_not_hide_known_chunks(subscriptions, monkeypatch):
     monkeypatch.setattr(_stream_tail, "LIVE_PAGE_CHUNKS", 3)
     monkeypatch.setattr(_subscriptions, "LIVE_PAGE_CHUNKS", 3)
-    waiting, late = Woken(subscriptions), Woken(subscriptions)
+    waiting, late = Subscriber(subscriptions), Subscriber(subscriptions)
     waiting.catch_up(rows("active", 1, 1))
     wake_all(subscriptions.changed(["a"]))
     late_fetch = late.step()
@@ -342,7 +343,7 @@ def test_older_read_does_not_hide_known_chunks(subscriptions, monkeypatch):
 
 
 def test_end_of_a_shorter_successor_is_a_deletion(subscriptions):
-    reader = Woken(subscriptions)
+    reader = Subscriber(subscriptions)
     reader.catch_up(rows("active", 0))
     wake_all(subscriptions.changed(["a"]))
     fetch = reader.step()
@@ -352,7 +353,7 @@ def test_end_of_a_shorter_successor_is_a_deletion(subscriptions):
 
 
 def test_catch_up_overtaken_by_the_end_reads_again(subscriptions):
-    reader, late = Woken(subscriptions), Woken(subscriptions)
+    reader, late = Subscriber(subscriptions), Subscriber(subscriptions)
     reader.catch_up(rows("active", 1, 1))
     late_fetch = late.step()
     wake_all(subscriptions.changed(["a"]))
@@ -368,5 +369,5 @@ def test_append_to_a_successor_does_not_extend_the_ended_tail():
     tail = StreamTail()
     tail.record_position(1, 1)
     tail.mark_stale()
-    take(tail, 2, 1, rows("done", 1))
+    take_page(tail, 2, 1, rows("done", 1))
     assert not tail.append(1, ["of another stream"])

@@ -40,7 +40,7 @@ def test_identifier_with_three_parts_is_rejected():
 def test_derived_names_fit_and_differ():
     assert Table(None, "status").derive("_idx") == "status_idx"
     long_names = ["x" * 63, "x" * 62 + "y", "ü" * 31, "ü" * 30 + "ab", "😀" * 15 + "abc"]
-    derived = [Table(None, name).derive(suffix) for name in long_names for suffix in ("_expires_at_idx", "_announce")]
+    derived = [Table(None, name).derive(suffix) for name in long_names for suffix in ("_expires_at_idx", "_notify")]
     assert all(len(name.encode()) <= 63 for name in derived)
     assert len(set(derived)) == len(derived)
 

@@ -81,7 +81,7 @@ def test_batch_is_not_changed_by_later_calls() -> None:
 def test_every_accepted_text_is_stored_once_and_in_order(
     steps: list[tuple[str, str | None]], max_chunks: int, max_bytes: int
 ) -> None:
-    """Play a writer against a server that may lose the request or the reply of a statement."""
+    """Simulate a writer whose server may lose the request or the reply of a statement."""
     buffer = WriteBuffer(max_chunks, max_bytes)
     accepted: list[str] = []
     stored: list[str] = []
@@ -98,12 +98,12 @@ def test_every_accepted_text_is_stored_once_and_in_order(
 
     for step, text in steps:
         if text is not None:
-            room = not len(buffer) or (
+            fits = not len(buffer) or (
                 len(buffer) < max_chunks
-                and sum(len(each.encode()) for each in [*accepted[buffer.durable :], text]) <= max_bytes
+                and sum(len(item.encode()) for item in [*accepted[buffer.durable :], text]) <= max_bytes
             )
-            assert buffer.add(text) == room
-            if room:
+            assert buffer.add(text) == fits
+            if fits:
                 accepted.append(text)
         elif step == "send":  # the reply is lost
             in_doubt = send()

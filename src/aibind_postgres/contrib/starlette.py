@@ -44,7 +44,7 @@ def routes(handler: AsyncStreamHandler) -> list[Route]:
                 body += part
                 if len(body) > handler.max_body:  # enough for the handler to refuse the request
                     break
-        except ClientDisconnect:  # not an application error; nobody receives this response
+        except ClientDisconnect:  # not an application error; the client does not receive this response
             return Response(status_code=400)
         response = await handler.handle(
             WebRequest(

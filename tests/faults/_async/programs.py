@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from support.programs import BATCH, say, text_of
+from support.programs import BATCH, report, text_of
 
 from aibind_postgres import AsyncPostgresStreamStore
 
@@ -16,7 +16,7 @@ async def append(dsn, id, name):
     async with AsyncPostgresStreamStore(dsn) as store:
         seq = await next_seq(store, id)
         while True:
-            say(await store.append(id, text_of(name, seq), expected_seq=seq))
+            report(await store.append(id, text_of(name, seq), expected_seq=seq))
             seq += 1
 
 
@@ -25,7 +25,7 @@ async def append_many(dsn, id, name):
         seq = await next_seq(store, id)
         while True:
             texts = [text_of(name, seq + offset) for offset in range(BATCH)]
-            say(await store.append_many(id, texts, expected_seq=seq))
+            report(await store.append_many(id, texts, expected_seq=seq))
             seq += BATCH
 
 
@@ -37,11 +37,11 @@ async def write(dsn, id, name):
                 for _ in range(BATCH):
                     await writer.write(text_of(name, seq))
                     seq += 1
-                say(await writer.flush())
+                report(await writer.flush())
 
 
 async def read(dsn, id):
     async with AsyncPostgresStreamStore(dsn) as store:
         async for chunk in store.read_from(id):
-            say(chunk)
-        say(await store.get_status(id))
+            report(chunk)
+        report(await store.get_status(id))

@@ -26,7 +26,7 @@ HOSTILE = [
     '"; DROP TABLE canary; --',
     '"; DROP TABLE canary; $migrate$ --',
     "$$; DROP TABLE canary; $$",
-    "$announce$; DROP TABLE canary; --",
+    "$notify$; DROP TABLE canary; --",
     "x\nDROP TABLE canary;--",
     "*/ DROP TABLE canary; /*",
     "\\'; DROP TABLE canary; --",

@@ -27,7 +27,7 @@ from aibind_postgres import (
 
 pytestmark = pytest.mark.timeout(300)
 
-FAR_OFF = [2**63 - 1, 10**16, -1, -(10**16), -(2**63)]  # values of expires_at
+EXTREME_EXPIRIES = [2**63 - 1, 10**16, -1, -(10**16), -(2**63)]  # values of expires_at
 NO_TIMES = ["infinity", "-infinity", "20000-01-01", "0100-01-01 BC"]  # values of created_at outside datetime's range
 PAGE = 2000  # streams that one statement lists
 
@@ -266,7 +266,7 @@ async def test_negative_count_does_not_end_readers(dsn, tables, admin, write, to
             assert await waiting.result() == [[], ("done", None, 0)] * 3
 
 
-@pytest.mark.parametrize("expires_at", FAR_OFF)
+@pytest.mark.parametrize("expires_at", EXTREME_EXPIRIES)
 async def test_extreme_expiry_does_not_affect_other_streams(store, write, expires_at):
     await write("a", expires_at=expires_at, created_at=None)
     await write("b", state="done", expires_at=expires_at, created_at=None)
@@ -365,7 +365,7 @@ async def test_invalid_conversation_raises_and_stays_unchanged(dsn, conversation
         assert (await store.load("s")).messages == ["mine"]
 
 
-@pytest.mark.parametrize("expires_at", FAR_OFF)
+@pytest.mark.parametrize("expires_at", EXTREME_EXPIRIES)
 async def test_conversation_with_an_extreme_expiry(dsn, conversations, admin, expires_at):
     table = conversations.as_string(None)
     await admin.execute(f"INSERT INTO {table} VALUES ('s', %s, %s)", [json.dumps(DOCUMENT), expires_at])

@@ -93,9 +93,9 @@ def messages(chat):
 
 @pytest.mark.parametrize("closed", ["pool", "store"])
 async def test_close_during_calls_keeps_acknowledged_chunks(dsn, tables, long, closed):
-    async with AsyncPostgresStreamStore(dsn, **tables) as witness:
+    async with AsyncPostgresStreamStore(dsn, **tables) as observer:
         for rnd in range(40 if long else 4):
-            id, live = await witness.create(), await witness.create()
+            id, live = await observer.create(), await observer.create()
             pool = AsyncConnectionPool(dsn, min_size=1, max_size=2, timeout=HANG, open=False)
             await pool.open()
             store = AsyncPostgresStreamStore(pool if closed == "pool" else dsn, **tables, retry_for=HANG)
@@ -131,16 +131,16 @@ async def test_close_during_calls_keeps_acknowledged_chunks(dsn, tables, long, c
                 assert flushed[-1] == writer_error.durable
             await store.close()
             await pool.close()
-            stored = [tuple(chunk) async for chunk in witness.read_from(id, follow=False)]
+            stored = [tuple(chunk) async for chunk in observer.read_from(id, follow=False)]
             assert [seq for seq, _ in stored] == list(range(1, len(stored) + 1))
             assert set(acknowledged) <= set(stored)
             assert len({text for _, text in stored}) == len(stored)
-            assert len(await texts(witness, live)) in (flushed[-1], flushed[-1] + 1)
+            assert len(await texts(observer, live)) in (flushed[-1], flushed[-1] + 1)
 
 
-async def test_recovery_from_too_many_connections(victim, long):
-    limit_connections(victim, 10)
-    async with AsyncPostgresStreamStore(victim.dsn, retry_for=HANG) as store:
+async def test_recovery_from_too_many_connections(disposable_server, long):
+    limit_connections(disposable_server, 10)
+    async with AsyncPostgresStreamStore(disposable_server.dsn, retry_for=HANG) as store:
         for _ in range(3 if long else 1):
             id, other = await store.create(), await store.create()
 
@@ -151,20 +151,20 @@ async def test_recovery_from_too_many_connections(victim, long):
                 async with store.writer(id) as writer:
                     await writer.write("before")
                     await writer.flush()
-                    with fill_up(victim.dsn) as evict:
+                    with fill_up(disposable_server.dsn) as take_all:
                         # The store still has its open connections.
                         await async_gather(*(partial(append, number) for number in range(CALLERS)))
-                        evict()
+                        take_all()
                         for number in range(10):
                             await writer.write(f"meanwhile {number}")
                         with pytest.raises(psycopg.OperationalError):
                             await store.append(id, "refused")
-                        async with AsyncPostgresStreamStore(victim.dsn) as late:
+                        async with AsyncPostgresStreamStore(disposable_server.dsn) as late:
                             with pytest.raises(psycopg.OperationalError, match="too many clients"):
                                 await late.create()
                     await retry(partial(store.get_status, other))
                     # A new store can connect again.
-                    async with AsyncPostgresStreamStore(victim.dsn) as late:
+                    async with AsyncPostgresStreamStore(disposable_server.dsn) as late:
                         assert len(await texts(late, other)) == CALLERS
                 seen = await reading.result(HANG)
             expected = ["before", *(f"meanwhile {number}" for number in range(10))]
@@ -226,15 +226,15 @@ async def test_recovery_from_a_full_disk(dsn, tables, conversations, schema_name
 
 
 @pytest.fixture
-def small_disk(victim):
-    disk = SmallDisk(victim)
+def small_disk(disposable_server):
+    disk = SmallDisk(disposable_server)
     yield disk
-    victim.stop("immediate")
+    disposable_server.stop("immediate")
     disk.close()
 
 
-async def test_real_disk_runs_full_and_grows(victim, small_disk):
-    async with AsyncPostgresStreamStore(victim.dsn, retry_for=0.2) as store:
+async def test_real_disk_runs_full_and_grows(disposable_server, small_disk):
+    async with AsyncPostgresStreamStore(disposable_server.dsn, retry_for=0.2) as store:
         ids = [await store.create() for _ in range(4)]
         acknowledged = {id: [] for id in ids}
 

@@ -72,7 +72,7 @@ class Trial:
 
 
 @asynccontextmanager
-async def trial(network, server_dsn, direct, options):
+async def open_trial(network, server_dsn, direct, options):
     """Yield a trial with an active stream of three chunks, a conversation, and open connections."""
     id = await direct.create(next(names))
     await direct.append_many(id, ["a", "b", "c"])
@@ -91,161 +91,161 @@ async def trial(network, server_dsn, direct, options):
 class Append:
     retries, marker = False, None
 
-    async def prepare(self, it): ...
+    async def prepare(self, trial): ...
 
-    async def call(self, it):
-        return await it.store.append(it.id, "d", expected_seq=4)
+    async def call(self, trial):
+        return await trial.store.append(trial.id, "d", expected_seq=4)
 
-    async def check(self, it, result):
+    async def check(self, trial, result):
         assert result == 4
-        assert await texts_of(it.direct, it.id) == numbered("abcd")
+        assert await texts_of(trial.direct, trial.id) == numbered("abcd")
 
 
 class AppendMany(Append):
-    async def call(self, it):
-        return await it.store.append_many(it.id, TEXTS, expected_seq=4)
+    async def call(self, trial):
+        return await trial.store.append_many(trial.id, TEXTS, expected_seq=4)
 
-    async def check(self, it, result):
+    async def check(self, trial, result):
         assert result == 3 + len(TEXTS)
-        assert await texts_of(it.direct, it.id) == numbered(["a", "b", "c", *TEXTS])
+        assert await texts_of(trial.direct, trial.id) == numbered(["a", "b", "c", *TEXTS])
 
 
 class Write(Append):
     retries, marker = True, TEXTS[0]
 
-    async def call(self, it):
-        stored = len(await texts_of(it.direct, it.id)) - 3
+    async def call(self, trial):
+        stored = len(await texts_of(trial.direct, trial.id)) - 3
         try:
-            async with it.store.writer(it.id) as writer:
+            async with trial.store.writer(trial.id) as writer:
                 for text in TEXTS[stored:]:
                     await writer.write(text)
         except StreamNotActiveError:
-            assert it.calls > 1  # an earlier call ended the stream, and its reply was lost
+            assert trial.calls > 1  # an earlier call ended the stream, and its reply was lost
 
-    async def check(self, it, result):
-        status = await it.direct.get_status(it.id)
-        found = await texts_of(it.direct, it.id)
+    async def check(self, trial, result):
+        status = await trial.direct.get_status(trial.id)
+        found = await texts_of(trial.direct, trial.id)
         assert found == numbered(["a", "b", "c", *TEXTS])[: len(found)]
         complete = len(found) == 3 + len(TEXTS)
         assert complete or status.state == "error"  # a writer that gives up fails its stream
-        assert it.calls > 1 or (complete and status.state == "done")
+        assert trial.calls > 1 or (complete and status.state == "done")
 
 
 class Create(Append):
-    async def call(self, it):
+    async def call(self, trial):
         try:
-            return await it.store.create(f"{it.id}, new")
+            return await trial.store.create(f"{trial.id}, new")
         except StreamExistsError:
-            assert it.calls > 1
-            return f"{it.id}, new"
+            assert trial.calls > 1
+            return f"{trial.id}, new"
 
-    async def check(self, it, result):
-        assert (await it.direct.get_status(result))[:] == ("active", None, 0)
+    async def check(self, trial, result):
+        assert (await trial.direct.get_status(result))[:] == ("active", None, 0)
 
 
 class Complete(Append):
     state, error = "done", None
 
-    async def call(self, it):
-        return await it.store.complete(it.id)
+    async def call(self, trial):
+        return await trial.store.complete(trial.id)
 
-    async def check(self, it, result):
-        assert result or it.calls > 1
-        assert (await it.direct.get_status(it.id))[:] == (self.state, self.error, 3)
+    async def check(self, trial, result):
+        assert result or trial.calls > 1
+        assert (await trial.direct.get_status(trial.id))[:] == (self.state, self.error, 3)
 
 
 class Stop(Complete):
     state = "stopped"
 
-    async def call(self, it):
-        return await it.store.stop(it.id)
+    async def call(self, trial):
+        return await trial.store.stop(trial.id)
 
 
 class Fail(Complete):
     state, error = "error", "too hot"
 
-    async def call(self, it):
-        return await it.store.fail(it.id, "too hot")
+    async def call(self, trial):
+        return await trial.store.fail(trial.id, "too hot")
 
 
 class Delete(Append):
-    async def call(self, it):
-        return await it.store.delete(it.id)
+    async def call(self, trial):
+        return await trial.store.delete(trial.id)
 
-    async def check(self, it, result):
-        assert result or it.calls > 1
-        assert await it.direct.get_status(it.id) is None
-        await it.direct.create(it.id)
-        assert await texts_of(it.direct, it.id) == []
+    async def check(self, trial, result):
+        assert result or trial.calls > 1
+        assert await trial.direct.get_status(trial.id) is None
+        await trial.direct.create(trial.id)
+        assert await texts_of(trial.direct, trial.id) == []
 
 
 class Cleanup(Append):
     marker = "aibind_stream_chunks"
 
-    async def prepare(self, it):
-        async with AsyncPostgresStreamStore(it.server_dsn, ttl=0.001) as store:
-            await store.create(f"{it.id}, expired")
-            await store.append(f"{it.id}, expired", "x")
-            await store.complete(f"{it.id}, expired")
+    async def prepare(self, trial):
+        async with AsyncPostgresStreamStore(trial.server_dsn, ttl=0.001) as store:
+            await store.create(f"{trial.id}, expired")
+            await store.append(f"{trial.id}, expired", "x")
+            await store.complete(f"{trial.id}, expired")
         await async_sleep(0.01)
 
-    async def call(self, it):
-        return await it.store.cleanup()
+    async def call(self, trial):
+        return await trial.store.cleanup()
 
-    async def check(self, it, result):
-        assert result == (1, 1) or it.calls > 1
-        while await it.direct.get_status(f"{it.id}, expired"):  # an earlier call may still run on the server
+    async def check(self, trial, result):
+        assert result == (1, 1) or trial.calls > 1
+        while await trial.direct.get_status(f"{trial.id}, expired"):  # an earlier call may still run on the server
             await async_sleep(0.01)
-        assert await texts_of(it.direct, it.id) == numbered("abc")
+        assert await texts_of(trial.direct, trial.id) == numbered("abc")
 
 
 class ReadFrom(Append):
     retries = True
 
-    async def prepare(self, it):
-        await it.direct.complete(it.id)
+    async def prepare(self, trial):
+        await trial.direct.complete(trial.id)
 
-    async def call(self, it):
-        return [(chunk.seq, chunk.data) async for chunk in it.store.read_from(it.id)]
+    async def call(self, trial):
+        return [(chunk.seq, chunk.data) async for chunk in trial.store.read_from(trial.id)]
 
-    async def check(self, it, result):
+    async def check(self, trial, result):
         assert result == numbered("abc")
 
 
 class Wait(ReadFrom):
-    async def call(self, it):
-        return await it.store.wait(it.id)
+    async def call(self, trial):
+        return await trial.store.wait(trial.id)
 
-    async def check(self, it, result):
+    async def check(self, trial, result):
         assert result[:] == ("done", None, 3)
 
 
 class GetStatus(Append):
-    async def call(self, it):
-        return await it.store.get_status(it.id)
+    async def call(self, trial):
+        return await trial.store.get_status(trial.id)
 
-    async def check(self, it, result):
+    async def check(self, trial, result):
         assert result[:] == ("active", None, 3)
 
 
 class Load(Append):
-    async def call(self, it):
-        return await it.conversations.load(it.id)
+    async def call(self, trial):
+        return await trial.conversations.load(trial.id)
 
-    async def check(self, it, result):
+    async def check(self, trial, result):
         assert list(result.messages) == [{"role": "user"}]
 
 
 class Save(Append):
-    async def prepare(self, it):
-        self.chat = await it.conversations.load(it.id)
+    async def prepare(self, trial):
+        self.chat = await trial.conversations.load(trial.id)
         self.chat.append({"role": "assistant"})
 
-    async def call(self, it):
-        await it.conversations.save(it.id, self.chat, on_conflict="raise")
+    async def call(self, trial):
+        await trial.conversations.save(trial.id, self.chat, on_conflict="raise")
 
-    async def check(self, it, result):
-        stored = await it.direct_conversations.load(it.id)
+    async def check(self, trial, result):
+        stored = await trial.direct_conversations.load(trial.id)
         assert stored.to_json() == self.chat.to_json()
         assert len(stored) == 2
 
@@ -267,16 +267,16 @@ async def test_operation_succeeds_or_raises_and_its_retry_is_safe(network, serve
     options = TIMEOUT if fault in proxy.LASTING else {}
     for _ in range((2 if fault in proxy.LASTING else 5) if long else 1):
         operation = kind()
-        async with trial(network, server_dsn, direct, options) as it:
-            await operation.prepare(it)
+        async with open_trial(network, server_dsn, direct, options) as trial:
+            await operation.prepare(trial)
 
-            async def call(operation=operation, it=it):
-                it.calls += 1
-                return await operation.call(it)
+            async def call(operation=operation, trial=trial):
+                trial.calls += 1
+                return await operation.call(trial)
 
             faults = network.faults
             if fault in TRANSIENT:
-                TRANSIENT[fault](network, operation.marker or it.id)
+                TRANSIENT[fault](network, operation.marker or trial.id)
             else:
                 proxy.LASTING[fault](network)
             result, error = await bounded(network, call)
@@ -288,7 +288,7 @@ async def test_operation_succeeds_or_raises_and_its_retry_is_safe(network, serve
                 assert error is not None
             if error is not None:
                 result = await retry(network, call)
-            await operation.check(it, result)
+            await operation.check(trial, result)
 
 
 @pytest.mark.parametrize("answered", [False, True], ids=["request lost", "reply lost"])

@@ -76,7 +76,7 @@ async def test_appends_without_expected_seq_are_stored_at_most_once(network, dir
                 except psycopg.OperationalError:
                     unknown.add(f"<{number}>")
 
-        async def disturb():
+        async def inject_faults():
             while len(acknowledged) + len(unknown) < (4000 if long else 200):
                 rng.choice(
                     [
@@ -88,7 +88,7 @@ async def test_appends_without_expected_seq_are_stored_at_most_once(network, dir
                 await async_sleep(rng.uniform(0.005, 0.05))
 
         async def append_under_faults():
-            await async_gather(disturb, *[partial(append, 1000 * writer) for writer in range(8)])
+            await async_gather(inject_faults, *[partial(append, 1000 * writer) for writer in range(8)])
 
         async with AsyncBackground(append_under_faults) as running:
             try:
@@ -139,7 +139,7 @@ async def test_reader_gets_each_chunk_once_despite_many_cuts(network, direct, lo
             assert await second.result(HANG) == numbered(map(str, range(1, total + 1))), seed
 
 
-@pytest.mark.parametrize("directions", [proxy.BOTH, (proxy.TO_CLIENT,)], ids=["silent", "notifications held up"])
+@pytest.mark.parametrize("directions", [proxy.BOTH, (proxy.TO_CLIENT,)], ids=["silent", "notifications stalled"])
 async def test_stalled_listen_connection_is_replaced(network, direct, directions):
     id = await direct.create()
     arrived = []
@@ -153,13 +153,13 @@ async def test_stalled_listen_connection_is_replaced(network, direct, directions
             try:
                 await async_until(lambda: network.listened == 1)
                 network.stall(*directions, listening_only=True)
-                give_up_at = monotonic() + 2 * HANG
+                deadline = monotonic() + 2 * HANG
                 for number in count(1):
                     await direct.append(id, f"{number}")
                     await async_until(lambda number=number: len(arrived) == number)  # found by the poll
                     if network.listened > 1:
                         break
-                    assert monotonic() < give_up_at, "the listener keeps its stalled connection"
+                    assert monotonic() < deadline, "the listener keeps its stalled connection"
                     await async_sleep(0.3)
             finally:
                 await direct.complete(id)

@@ -48,8 +48,8 @@ class Pooler:
 
     def _start(self):
         self._process = ExitStack()
-        through = self._process.enter_context(pgbouncer.pgbouncer(self._server.dsn, self._folder))
-        self._address.redirect(through)
+        pooled_dsn = self._process.enter_context(pgbouncer.pgbouncer(self._server.dsn, self._folder))
+        self._address.redirect(pooled_dsn)
 
     def close(self):
         self._process.close()
@@ -57,8 +57,8 @@ class Pooler:
 
 
 @pytest.fixture
-def pooler(victim, tmp_path):
-    pooler = Pooler(victim, tmp_path)
+def pooler(disposable_server, tmp_path):
+    pooler = Pooler(disposable_server, tmp_path)
     yield pooler
     pooler.close()
 
@@ -86,13 +86,13 @@ class Load:
         self.errors = []
 
     async def retry(self, call):
-        give_up_at = monotonic() + HANG
+        deadline = monotonic() + HANG
         while True:
             try:
                 return await call()
             except psycopg.OperationalError as error:
                 self.errors.append(error)
-                assert monotonic() < give_up_at
+                assert monotonic() < deadline
                 await async_sleep(0.02)
 
     async def append(self, id, size):
@@ -124,9 +124,9 @@ class Load:
 
 
 @pytest.mark.parametrize("client", ["connection string", *POOLS])
-async def test_restart_under_load_loses_nothing(pooler, victim, client, long):
+async def test_restart_under_load_loses_nothing(pooler, disposable_server, client, long):
     phase = 10 if long else 1
-    async with AsyncPostgresStreamStore(victim.dsn) as direct, store_for(client, pooler.dsn) as store:
+    async with AsyncPostgresStreamStore(disposable_server.dsn) as direct, store_for(client, pooler.dsn) as store:
         ids = [await direct.create() for _ in range(8)]
         load = Load(store)
         writers = [partial(load.append, id, 1) for id in ids[:3]]
@@ -139,20 +139,20 @@ async def test_restart_under_load_loses_nothing(pooler, victim, client, long):
                 before = sum(map(len, load.written.values()))
                 assert before
                 pooler.restart()
-                give_up_at = monotonic() + HANG
+                deadline = monotonic() + HANG
                 while sum(map(len, load.written.values())) < before + 100:
-                    assert monotonic() < give_up_at, "no progress after a restart"
+                    assert monotonic() < deadline, "no progress after a restart"
                     await async_sleep(0.05)
             await async_sleep(phase)
 
-        async def disturb():
+        async def restart_and_finish():
             try:
                 await restart_twice()
             finally:
                 load.over = True
 
         async with AsyncBackground(partial(async_gather, *[partial(load.read, id) for id in ids])) as readers:
-            async with AsyncBackground(partial(async_gather, disturb, *writers)) as all_writers:
+            async with AsyncBackground(partial(async_gather, restart_and_finish, *writers)) as all_writers:
                 await all_writers.result(HANG + 3 * phase)
             read = await readers.result(HANG)
         for id, found in zip(ids, read, strict=True):

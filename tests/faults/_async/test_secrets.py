@@ -167,10 +167,10 @@ async def test_error_does_not_quote_an_unencodable_chunk(dsn, tables):
             assert_no_secret(texts_of(error))
 
 
-async def test_lost_server_leaves_no_secret_in_errors_and_logs(victim, caplog):
+async def test_lost_server_leaves_no_secret_in_errors_and_logs(disposable_server, caplog):
     caplog.set_level(logging.DEBUG)
-    schema.migrate(victim.dsn)
-    secret = make_conninfo(victim.dsn, password=SECRETS["password"])
+    schema.migrate(disposable_server.dsn)
+    secret = make_conninfo(disposable_server.dsn, password=SECRETS["password"])
     chat = ChatHistory()
     chat.append(SECRETS["message"])
     async with (
@@ -194,11 +194,11 @@ async def test_lost_server_leaves_no_secret_in_errors_and_logs(victim, caplog):
         ):
             await saved.save("s", chat)
             await async_sleep(0.2)
-            victim.kill()
+            disposable_server.kill()
             errors = [await reader.result(60), await writer.result(60)]
         calls = partial(store.append, "a", SECRETS["chunk"]), partial(saved.save, "s", chat)
         errors += await async_gather(*calls, errors=True)
-        victim.start()
+        disposable_server.start()
     for error in errors:
         assert_no_secret(texts_of(error))
         while error.__cause__ is not None:

@@ -12,7 +12,7 @@ import psycopg
 import pytest
 from psycopg_pool import AsyncConnectionPool
 from support.concurrency import async_gather, async_sleep, async_workers
-from support.killing import Killing
+from support.server_killer import ServerKiller
 
 from aibind_postgres import AsyncPostgresConversationStore, AsyncPostgresStreamStore, SequenceConflictError
 
@@ -33,9 +33,9 @@ async def retry(call, losses):
             await async_sleep(0.05)
 
 
-async def append_each(store, id, name, log, killing, losses):
+async def append_each(store, id, name, log, killer, losses):
     seq = 1
-    while not killing.over:
+    while not killer.is_done:
         text = f"{name}/{len(log)}"
         try:
             seq = await retry(partial(store.append, id, text, expected_seq=seq), losses)
@@ -46,10 +46,10 @@ async def append_each(store, id, name, log, killing, losses):
             seq += 1
 
 
-async def append_batches(store, id, name, log, killing, losses):
+async def append_batches(store, id, name, log, killer, losses):
     rng = random.Random(f"{SEED} {name}")
     seq = 1
-    while not killing.over:
+    while not killer.is_done:
         texts = [f"{name}/{len(log) + offset}" for offset in range(rng.randint(2, 20))]
         try:
             last = await retry(partial(store.append_many, id, texts, expected_seq=seq), losses)
@@ -60,11 +60,11 @@ async def append_batches(store, id, name, log, killing, losses):
             seq = last + 1
 
 
-async def write(store, id, name, log, killing, losses):
+async def write(store, id, name, log, killer, losses):
     rng = random.Random(f"{SEED} {name}")
     texts = []
     async with store.writer(id) as writer:
-        while not killing.over:
+        while not killer.is_done:
             for _ in range(rng.randint(1, 20)):
                 texts.append(f"{name}/{len(texts)}")
                 await writer.write(texts[-1])
@@ -121,21 +121,21 @@ def named(workers):
     return {f"{call.__name__} {number}": (call, id) for number, (call, id) in enumerate(workers)}
 
 
-async def test_killed_server_neither_loses_nor_repeats_chunks(victim, long):
+async def test_killed_server_neither_loses_nor_repeats_chunks(disposable_server, long):
     writers, readers = named(WRITERS), named(READERS)
     written = {name: [] for name in writers}
     read = {name: [] for name in readers}
     losses = []
     # `store` has the writers, so its readers get chunks directly; those of `other` get them by notifications.
     async with (
-        AsyncPostgresStreamStore(victim.dsn, retry_for=RETRY_FOR) as store,
-        AsyncPostgresStreamStore(victim.dsn, retry_for=RETRY_FOR) as other,
+        AsyncPostgresStreamStore(disposable_server.dsn, retry_for=RETRY_FOR) as store,
+        AsyncPostgresStreamStore(disposable_server.dsn, retry_for=RETRY_FOR) as other,
     ):
         for id in STREAMS:
             await store.create(id)
-        with Killing(victim, 20 if long else 2, {**written, **read}, losses, SEED) as killing:
+        with ServerKiller(disposable_server, 20 if long else 2, {**written, **read}, losses, SEED) as killer:
             writing = [
-                partial(call, store, id, name, written[name], killing, losses) for name, (call, id) in writers.items()
+                partial(call, store, id, name, written[name], killer, losses) for name, (call, id) in writers.items()
             ]
             reading = [
                 partial(call, (store, other)[number % 2], id, name, read[name])
@@ -151,9 +151,9 @@ async def test_killed_server_neither_loses_nor_repeats_chunks(victim, long):
 
             await async_gather(write_and_end, *reading)
     assert async_workers() == []
-    print(f"{killing.kills} kills, {len(losses)} lost calls, {sum(map(len, written.values()))} acknowledged chunks")
+    print(f"{killer.kills} kills, {len(losses)} lost calls, {sum(map(len, written.values()))} acknowledged chunks")
     assert losses, "no kill interrupted a call"
-    async with await psycopg.AsyncConnection.connect(victim.dsn) as connection:
+    async with await psycopg.AsyncConnection.connect(disposable_server.dsn) as connection:
         for id in STREAMS:
             statement = "SELECT seq, data FROM aibind_stream_chunks WHERE id = %s ORDER BY seq"
             stored = await (await connection.execute(statement, [id])).fetchall()
@@ -165,9 +165,9 @@ async def test_killed_server_neither_loses_nor_repeats_chunks(victim, long):
             assert await (await connection.execute(statement, [id])).fetchone() == ("done", len(stored))
 
 
-async def keep_and_save(store, name, log, killing, losses):
+async def keep_and_save(store, name, log, killer, losses):
     """Load a conversation once, and save it after each message."""
-    while not killing.over:
+    while not killer.is_done:
         session_id = f"conversation {len(log) // MESSAGES}"
         chat = await retry(partial(store.load, session_id), losses)
         for _ in range(MESSAGES):
@@ -177,9 +177,9 @@ async def keep_and_save(store, name, log, killing, losses):
             log.append((session_id, node_id, message))
 
 
-async def load_and_save(store, name, log, killing, losses):
+async def load_and_save(store, name, log, killer, losses):
     """Load and save the conversation for each message."""
-    while not killing.over:
+    while not killer.is_done:
         session_id = f"conversation {len(log) // MESSAGES}"
         chat = await retry(partial(store.load, session_id), losses)
         message = f"{name}/{len(log)}"
@@ -188,11 +188,11 @@ async def load_and_save(store, name, log, killing, losses):
         log.append((session_id, node_id, message))
 
 
-async def test_killed_server_loses_no_message(victim, long):
+async def test_killed_server_loses_no_message(disposable_server, long):
     losses = []
     async with (
-        AsyncPostgresConversationStore(victim.dsn) as store,
-        AsyncPostgresConversationStore(victim.dsn) as other,
+        AsyncPostgresConversationStore(disposable_server.dsn) as store,
+        AsyncPostgresConversationStore(disposable_server.dsn) as other,
     ):
         workers = {
             f"{call.__name__} {number}": partial(call, (store, other)[number % 2])
@@ -200,27 +200,29 @@ async def test_killed_server_loses_no_message(victim, long):
             for call in (keep_and_save, load_and_save)
         }
         written = {name: [] for name in workers}
-        with Killing(victim, 20 if long else 2, written, losses, SEED) as killing:
-            await async_gather(*(partial(work, name, written[name], killing, losses) for name, work in workers.items()))
+        with ServerKiller(disposable_server, 20 if long else 2, written, losses, SEED) as killer:
+            await async_gather(*(partial(work, name, written[name], killer, losses) for name, work in workers.items()))
         acknowledged = sorted(entry for log in written.values() for entry in log)
         stored = []
         async for info in store.list():
             chat = await other.load(info.session_id)
             nodes = chat.tree.serialize()["nodes"]
             stored += [(info.session_id, node_id, node["message"]) for node_id, node in nodes.items()]
-    print(f"{killing.kills} kills, {len(losses)} lost calls, {len(acknowledged)} acknowledged messages")
+    print(f"{killer.kills} kills, {len(losses)} lost calls, {len(acknowledged)} acknowledged messages")
     assert losses, "no kill interrupted a call"
     assert sorted(stored) == acknowledged
 
 
 @pytest.mark.parametrize("how", ["stop", "kill"])
-async def test_dead_pool_connections_are_not_used_after_a_restart(victim, how):
+async def test_dead_pool_connections_are_not_used_after_a_restart(disposable_server, how):
     async with (
-        AsyncConnectionPool(victim.dsn, kwargs={"autocommit": True}, min_size=5, timeout=30, open=False) as pool,
+        AsyncConnectionPool(
+            disposable_server.dsn, kwargs={"autocommit": True}, min_size=5, timeout=30, open=False
+        ) as pool,
         AsyncPostgresStreamStore(pool) as store,
     ):
         await pool.wait()
         id = await store.create()
-        getattr(victim, how)()
-        victim.start()
+        getattr(disposable_server, how)()
+        disposable_server.start()
         assert [await store.append(id, "a") for _ in range(10)] == list(range(1, 11))

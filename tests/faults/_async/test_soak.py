@@ -20,7 +20,7 @@ from aibind_postgres import AsyncPostgresStreamStore, StreamNotFoundError
 
 CHATS = 200
 READERS = 2  # readers of each chat
-MORE_OBJECTS = 10  # objects of the package that may be left in addition to those of a new store
+MAX_REMAINING_OBJECTS = 10  # objects of the package that may be left in addition to those of a new store
 MAX_GROWTH = 16 * 2**20  # bytes of memory between the first quarter and the end
 
 pytestmark = pytest.mark.timeout(900)
@@ -48,10 +48,12 @@ async def retry(call):
             await async_sleep(0.2)
 
 
-async def test_chats_and_a_restart_leave_nothing_behind(victim, long):
+async def test_chats_and_a_restart_leave_nothing_behind(disposable_server, long):
     seconds = 600 if long else 30
     started_at = monotonic()
-    store = AsyncPostgresStreamStore(make_conninfo(victim.dsn, application_name="soak"), ttl=10, retry_for=60)
+    store = AsyncPostgresStreamStore(
+        make_conninfo(disposable_server.dsn, application_name="soak"), ttl=10, retry_for=60
+    )
     before = package_objects()  # smaller leaks than the noise of the resident memory show here
     rng = Random(7)
     pauses = [rng.uniform(0.05, 0.2) for _ in range(CHATS)]
@@ -90,33 +92,33 @@ async def test_chats_and_a_restart_leave_nothing_behind(victim, long):
 
     async def restart():
         await async_sleep(seconds / 2)
-        victim.stop("fast")
+        disposable_server.stop("fast")
         await async_sleep(1)
-        victim.start()
+        disposable_server.start()
 
     await async_gather(*(partial(chat, number) for number in range(CHATS)), clean, restart)
     memory.append(resident())
     assert len(set(streams)) == len(streams) >= CHATS
-    assert sessions(victim.dsn) <= 11  # ten of the pool, one of the listener
+    assert sessions(disposable_server.dsn) <= 11  # ten of the pool, one of the listener
     for _ in range(100):  # the store drops ended readers when another one starts
         with pytest.raises(StreamNotFoundError):
             await store.wait("missing")
-        more = package_objects() - before
-        if sum(more.values()) <= MORE_OBJECTS:
+        remaining = package_objects() - before
+        if sum(remaining.values()) <= MAX_REMAINING_OBJECTS:
             break
         await async_sleep(0.1)
-    assert sum(more.values()) <= MORE_OBJECTS, more
-    with psycopg.connect(victim.dsn) as connection:
+    assert sum(remaining.values()) <= MAX_REMAINING_OBJECTS, remaining
+    with psycopg.connect(disposable_server.dsn) as connection:
         connection.execute("UPDATE aibind_stream_status SET expires_at = 0")
     await store.cleanup()
     assert [info async for info in store.list()] == []
     await store.close()
     assert async_workers() == []
     for _ in range(100):
-        if sessions(victim.dsn) == 0 and threading.active_count() <= threads:
+        if sessions(disposable_server.dsn) == 0 and threading.active_count() <= threads:
             break
         await async_sleep(0.1)
-    assert (sessions(victim.dsn), threading.active_count()) == (0, threads)
-    more = package_objects() - before
-    assert sum(more.values()) <= MORE_OBJECTS, more
+    assert (sessions(disposable_server.dsn), threading.active_count()) == (0, threads)
+    remaining = package_objects() - before
+    assert sum(remaining.values()) <= MAX_REMAINING_OBJECTS, remaining
     assert memory[1] - memory[0] < MAX_GROWTH, memory

@@ -1,4 +1,4 @@
-"""Kills a server repeatedly while clients use it."""
+"""Kills and restarts a server while clients use it."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ EXTRA_KILLS = 20  # maximum number of additional kills if none has interrupted a
 HANG = 90  # seconds without progress on a running server after which a client counts as hanging
 
 
-class Killing:
+class ServerKiller:
     """A thread that kills and restarts a server repeatedly.
 
-    Between two kills and after the last one, it waits until every client makes progress. So each kill interrupts all
-    clients, and a failure names the clients that did not recover.
+    Between two kills and after the last one, it waits until every client makes progress. Each kill therefore
+    interrupts all clients, and a failure names the clients that did not recover.
 
     Args:
         server: The server to kill.
@@ -44,11 +44,11 @@ class Killing:
         print(f"the seed of the kills is {seed}")
 
     @property
-    def over(self) -> bool:
+    def is_done(self) -> bool:
         """Whether all kills are done, or the thread has failed."""
         return not self._thread.is_alive()
 
-    def __enter__(self) -> Killing:
+    def __enter__(self) -> ServerKiller:
         self._thread.start()
         return self
 

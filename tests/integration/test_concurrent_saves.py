@@ -1,4 +1,4 @@
-"""Cancelled saves, and saves during which the history changes. Asynchronous flavour only."""
+"""Cancelled saves, and changes of a history during a save. Asynchronous flavour only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The files around the package agree: classifiers, nox sessions, the CI workflow, versions and links."""
+"""The project files are consistent: classifiers, nox sessions, the CI workflow, versions and links."""
 
 from __future__ import annotations
 

@@ -176,7 +176,7 @@ def five_hundred_tasks(bench: Bench) -> list[Row]:
         found = bench.take_turns(
             {"store": lambda: asyncio.run(store(followed)), "pooled": lambda: asyncio.run(pooled(followed))}
         )
-    work, peer = "append, 500 asyncio tasks, announced", "a pooled connection per append"
+    work, peer = "append, 500 asyncio tasks, with notifications", "a pooled connection per append"
     return [
         compare(work, "rate", found["store"], peer, found["pooled"], at_least(4)),
         compare(f"{work}, p50", "p50", found["store"], peer, found["pooled"]),
@@ -188,9 +188,9 @@ def eight_stores(pipe: Pipe, tables: Tables) -> None:
     """Child process: run eight threads, each with its own store. Repeat on each request of the parent."""
     with suppress(EOFError):
         while True:
-            seconds, announced = pipe.recv()
+            seconds, notifies = pipe.recv()
             with ExitStack() as stack:
-                if not announced:
+                if not notifies:
                     stack.enter_context(mock.patch.object(Notifier, "_notify", skip_notification))
                 stores: dict[str, PostgresStreamStore] = {}
                 for _ in range(8):
@@ -212,9 +212,9 @@ def append_to(stores: dict[str, PostgresStreamStore], stream: str, chunk: str) -
 def separate_stores(bench: Bench) -> list[Row]:
     tables = bench.tables("separate_stores")
 
-    def run(announced: bool) -> Figures:
+    def run(notifies: bool) -> Figures:
         for pipe in pipes:
-            pipe.send((bench.seconds, announced))
+            pipe.send((bench.seconds, notifies))
         for pipe in pipes:
             pipe.recv()
         for pipe in pipes:
@@ -225,6 +225,8 @@ def separate_stores(bench: Bench) -> list[Row]:
     with ExitStack() as stack:
         stack.enter_context(followed_stream(tables))
         pipes = [stack.enter_context(process(eight_stores, tables)) for _ in range(4)]
-        found = bench.take_turns({"announced": lambda: run(True), "silent": lambda: run(False)})
-    work = "append, 32 stores in 4 processes, announced"
-    return [compare(work, "rate", found["announced"], "the same, not announced", found["silent"], at_least(0.85))]
+        found = bench.take_turns({"notified": lambda: run(True), "silent": lambda: run(False)})
+    work = "append, 32 stores in 4 processes, with notifications"
+    return [
+        compare(work, "rate", found["notified"], "the same, without notifications", found["silent"], at_least(0.85))
+    ]
