@@ -67,9 +67,9 @@ async def chat(tables: Tables, seconds: int) -> Figures:
 
 
 def tail(bench: Bench) -> list[Row]:
-    """Send chunks in each way in turn. Each reader is a process; all processes share one clock."""
+    """Send a chunk by each method in turn. Each reader is a process; all processes share one clock."""
     tables, silent_tables = bench.tables("tail"), bench.database("silent")
-    ways: dict[str, Callable[[str], object]] = {}
+    senders: dict[str, Callable[[str], object]] = {}
     missing: dict[str, str] = {}
     with ExitStack() as stack:
         store, silent_store = stack.enter_context(tables.store()), stack.enter_context(silent_tables.store())
@@ -79,8 +79,8 @@ def tail(bench: Bench) -> list[Row]:
         def write_silently(text: str) -> None:
             plain.execute(npm.append, [silent, text], prepare=False)
 
-        ways["notified"] = lambda text: store.append(notified, text)
-        ways["silent"] = write_silently
+        senders["notified"] = lambda text: store.append(notified, text)
+        senders["silent"] = write_silently
         readers = {
             "notified": stack.enter_context(process(tail_store, tables, notified)),
             "silent": stack.enter_context(process(tail_store, silent_tables, silent)),
@@ -91,10 +91,10 @@ def tail(bench: Bench) -> list[Row]:
                 missing[policy] = server.reason
                 continue
             client = stack.enter_context(server.connect())
-            ways[policy] = partial(add_entry, client)
+            senders[policy] = partial(add_entry, client)
             readers[policy] = stack.enter_context(process(tail_redis, server))
 
-        for send in ways.values():
+        for send in senders.values():
             send("first chunk: its reader reports that it is ready")
         for pipe in readers.values():
             pipe.recv()
@@ -103,15 +103,15 @@ def tail(bench: Bench) -> list[Row]:
         for number in range(bench.rounds):
             bench.step(f"round {number + 1} of {bench.rounds}")
             for _ in range(CHUNKS_PER_ROUND):
-                for send in ways.values():
-                    due += PAUSE / len(ways)
+                for send in senders.values():
+                    due += PAUSE / len(senders)
                     time.sleep(max(0.0, due - time.monotonic()))
                     send(str(time.monotonic()))
         store.complete(notified)
         silent_store.complete(silent)
-        for policy in bench.redis.keys() & ways.keys():
-            ways[policy](END)
-        found = {way: in_rounds(pipe.recv()) for way, pipe in readers.items()}
+        for policy in bench.redis.keys() & senders.keys():
+            senders[policy](END)
+        found = {name: in_rounds(pipe.recv()) for name, pipe in readers.items()}
     found |= {policy: Results(missing=reason) for policy, reason in missing.items()}
     work, blocked = "chunk to a reader in another process", "Redis XREAD BLOCK, appendfsync"
     ours, polled = found["notified"], "the npm package's poll"

@@ -15,7 +15,7 @@ async def items(items, gate=None):
         yield "and more"
 
 
-class Silent:
+class SilentSource:
     """A source that yields nothing until it is closed."""
 
     def __init__(self):
@@ -36,7 +36,7 @@ class Silent:
         self.gate.set()
 
 
-class Uninterruptible(Silent):
+class UninterruptibleSource(SilentSource):
     """A source that yields one word and then cannot be interrupted, like a generator that waits in a thread."""
 
     async def __anext__(self):
@@ -56,7 +56,7 @@ class Uninterruptible(Silent):
             raise ValueError("it is running")
 
 
-class Finish:
+class FinishRecorder:
     """Records the arguments of each call of `on_finish`."""
 
     def __init__(self):
@@ -87,7 +87,7 @@ class HookedClient:
 
 
 async def pass_through(sql, params):
-    """Run the statement at once."""
+    """The default hook: no delay and no error."""
 
 
 def is_append(sql):

@@ -18,7 +18,7 @@ from aibind_postgres import AibindError, AsyncPostgresStreamStore, InvalidDataEr
 
 
 async def round_trip(store):
-    """Use every statement; the first ones so often that psycopg prepares them."""
+    """Run every statement. The first ones run often enough for psycopg to prepare them."""
     id = await store.create()
     for number in range(1, 13):
         assert await store.append(id, str(number)) == number
@@ -215,7 +215,7 @@ async def test_without_the_second_migration(dsn, tables):
         async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as admin:
             statement = psycopg.sql.SQL("UPDATE {} SET expires_at = expires_at - 60000").format(tables["status_table"])
             await admin.execute(statement)
-        # Silent for 60 seconds or for 35: without the migration both are possible, so the stream is not ended yet.
+        # Without the migration the last append was between 60 and 35 seconds ago, so the stream is not ended yet.
         assert await store.fail_abandoned(40) == []
         assert await store.fail_abandoned(30) == [id]
         assert await store.cleanup() == (0, 0)

@@ -140,7 +140,7 @@ async def test_call_waits_for_at_most_two_batches():
         return waits
 
     waits = [wait for waits in await async_gather(*[worker] * 30) for wait in waits]
-    # Batches that began after a call arrived: its own, and the one of a leader that was being woken.
+    # Two batches may begin after a call arrives: its own, and that of a leader that is being woken.
     assert max(waits) <= 2
     assert begun[0] < 30 * 50 / 5
 

@@ -6,7 +6,7 @@ import gc
 from functools import partial
 
 import pytest
-from _async.sources import Finish, Silent, items
+from _async.sources import FinishRecorder, SilentSource, items
 from support.concurrency import AsyncBackground, async_sleep, async_until, async_workers
 
 from aibind_postgres import (
@@ -46,7 +46,7 @@ async def read(stream, after_seq=None):
 
 
 async def test_items_arrive_and_reading_resumes_after_any_number(store, other):
-    finish = Finish()
+    finish = FinishRecorder()
     stream = await AsyncDurableStream.start(store, items(ITEMS), on_finish=finish)
     assert await read(stream) == [ServerSentEvent(stream.id, "stream-id", stream.id), *EVENTS, DONE]
     assert await stream.wait() == ("done", None, 6)
@@ -92,7 +92,7 @@ async def test_stream_continues_without_readers_and_references(store, other):
 
 
 async def test_stop_by_another_store_closes_a_silent_source(store, other):
-    source, finish = Silent(), Finish()
+    source, finish = SilentSource(), FinishRecorder()
     stream = await AsyncDurableStream.start(store, source, on_finish=finish)
     await async_until(lambda: source.is_started)
     stopping = await AsyncDurableStream.resume(other, stream.id)
@@ -107,7 +107,7 @@ async def test_stop_by_another_store_closes_a_silent_source(store, other):
 
 
 async def test_stop_keeps_written_chunks(store, other):
-    finish, gate = Finish(), AsyncEvent()
+    finish, gate = FinishRecorder(), AsyncEvent()
     stream = await AsyncDurableStream.start(store, items(["a", "b"], gate), on_finish=finish)
     reader = other.read_from(stream.id)
     assert [(await reader.__anext__()).data for _ in range(2)] == ["\x01a", "\x01b"]
@@ -136,7 +136,7 @@ async def test_error_of_the_source_ends_the_stream_in_error(store, caplog, expos
         yield "a"
         raise error
 
-    finish = Finish()
+    finish = FinishRecorder()
     stream = await AsyncDurableStream.start(store, fail(), on_finish=finish, expose_errors=expose_errors)
     assert (await read(stream))[1:] == [ServerSentEvent("a", id="1"), ServerSentEvent(text, "error"), DONE]
     assert await stream.wait() == ("error", text, 1)
@@ -193,7 +193,7 @@ async def test_chunks_of_other_writers(store):
 async def test_missing_stream(store):
     with pytest.raises(StreamNotFoundError):
         await AsyncDurableStream.resume(store, "nothing")
-    finish, source = Finish(), Silent()
+    finish, source = FinishRecorder(), SilentSource()
     stream = await AsyncDurableStream.start(store, source, id="s", on_finish=finish)
     with pytest.raises(StreamExistsError):
         await AsyncDurableStream.start(store, items([]), id="s")
@@ -209,7 +209,7 @@ async def test_missing_stream(store):
 
 
 async def test_heartbeats_of_a_quiet_stream(store):
-    source = Silent()
+    source = SilentSource()
     stream = await AsyncDurableStream.start(store, source)
     reader = stream.sse(heartbeat=0.05)
     assert b"stream-id" in await reader.__anext__()
@@ -219,7 +219,7 @@ async def test_heartbeats_of_a_quiet_stream(store):
 
 
 async def test_errors_of_callbacks_are_logged(store, caplog):
-    class RaisesWhenClosed(Silent):
+    class RaisesWhenClosed(SilentSource):
         def close(self):
             super().close()
             raise ValueError("will not close")
@@ -236,7 +236,7 @@ async def test_errors_of_callbacks_are_logged(store, caplog):
 
 
 async def test_conflict_with_another_producer_is_logged(store, other, caplog):
-    gate, finish = AsyncEvent(), Finish()
+    gate, finish = AsyncEvent(), FinishRecorder()
     stream = await AsyncDurableStream.start(store, items(["a"], gate), on_finish=finish)
     await other.read_from(stream.id).__anext__()
     await other.append(stream.id, "of another producer")
@@ -255,7 +255,7 @@ async def test_invalid_arguments_raise(store):
 
 
 async def test_wait_timeout(store):
-    source = Silent()
+    source = SilentSource()
     stream = await AsyncDurableStream.start(store, source)
     with pytest.raises(TimeoutError):
         await stream.wait(0.1)

@@ -9,7 +9,15 @@ from functools import partial
 
 import psycopg
 import pytest
-from _async.sources import Finish, HookedClient, Silent, Uninterruptible, is_append, is_status_query, items
+from _async.sources import (
+    FinishRecorder,
+    HookedClient,
+    SilentSource,
+    UninterruptibleSource,
+    is_append,
+    is_status_query,
+    items,
+)
 from psycopg_pool import AsyncConnectionPool
 from support.concurrency import AsyncBackground, async_gather, async_sleep, async_until, async_workers
 
@@ -68,7 +76,7 @@ async def first_word(store, stream):
 
 
 async def test_uninterruptible_source_delays_neither_the_end_nor_on_finish(store, other):
-    source, finish = Uninterruptible(), Finish()
+    source, finish = UninterruptibleSource(), FinishRecorder()
     stream = await AsyncDurableStream.start(store, source, on_finish=finish)
     try:
         await first_word(other, stream)
@@ -82,7 +90,7 @@ async def test_uninterruptible_source_delays_neither_the_end_nor_on_finish(store
 
 
 async def test_source_is_closed_once(store, other):
-    sources = [Silent() for _ in range(50)]
+    sources = [SilentSource() for _ in range(50)]
     streams = [await AsyncDurableStream.start(store, source) for source in sources]
     await async_until(lambda: all(source.is_started for source in sources))
     for stream in streams:
@@ -100,13 +108,13 @@ class CustomInterrupt(BaseException):
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # the exception ends its thread
 async def test_base_exception_of_the_source_ends_the_stream(store, other):
-    class Raising(Uninterruptible):
+    class Raising(UninterruptibleSource):
         async def __anext__(self):
             if not self.is_started:
                 return await super().__anext__()
             raise CustomInterrupt("geheim", 2)
 
-    finish = Finish()
+    finish = FinishRecorder()
     stream = await AsyncDurableStream.start(store, Raising(), on_finish=finish)
     assert await stream.wait(20) == FAILED
     assert finish.calls == [("word", FAILED)]
@@ -114,7 +122,7 @@ async def test_base_exception_of_the_source_ends_the_stream(store, other):
 
 
 async def test_close_of_the_store_ends_its_streams(store, other, dsn, tables):
-    sources, finish = [Silent(), Uninterruptible()], Finish()
+    sources, finish = [SilentSource(), UninterruptibleSource()], FinishRecorder()
     async with AsyncPostgresStreamStore(dsn, **tables) as closing:
         streams = [await AsyncDurableStream.start(closing, source, on_finish=finish) for source in sources]
         await async_until(lambda: all(source.is_started for source in sources))
@@ -128,7 +136,7 @@ async def test_close_of_the_store_ends_its_streams(store, other, dsn, tables):
 
 async def test_shutdown_waits_and_then_ends_the_remaining_streams(store, other):
     assert await AsyncDurableStream.shutdown(store) is True
-    finish, late, gate, never = Finish(), Finish(), AsyncEvent(), Silent()
+    finish, late, gate, never = FinishRecorder(), FinishRecorder(), AsyncEvent(), SilentSource()
     ending = await AsyncDurableStream.start(store, items(["a"], gate), on_finish=finish)
     await AsyncDurableStream.start(store, never, on_finish=late)
     other_stream = await AsyncDurableStream.start(other, items(["a"], gate))
@@ -151,7 +159,7 @@ async def test_shutdown_waits_until_streams_have_ended(hooked, client):
             await async_sleep(0.3)
 
     client.hook = slow_end
-    finish = Finish()
+    finish = FinishRecorder()
     stream = await AsyncDurableStream.start(hooked, items(["a"]), on_finish=finish)
     assert await AsyncDurableStream.shutdown(hooked, 20) is True
     assert await hooked.get_status(stream.id) == ("done", None, 1)
@@ -159,7 +167,7 @@ async def test_shutdown_waits_until_streams_have_ended(hooked, client):
 
 
 async def test_shutdown_after_a_stream_was_deleted(store):
-    source = Silent()
+    source = SilentSource()
     stream = await AsyncDurableStream.start(store, source)
     await async_until(lambda: source.is_started)
     await store.delete(stream.id)
@@ -174,7 +182,7 @@ async def test_shutdown_without_a_server_raises_nothing(hooked, client, caplog):
         if "error" in params and not back.is_set():
             raise psycopg.OperationalError("no server")
 
-    sources = [Silent(), Silent()]
+    sources = [SilentSource(), SilentSource()]
     streams = [await AsyncDurableStream.start(hooked, source) for source in sources]
     await async_until(lambda: all(source.is_started for source in sources))
     client.hook = fail_ends
@@ -193,7 +201,7 @@ async def test_silent_server_does_not_delay_shutdown(hooked, client, monkeypatch
         if "error" in params:
             await silence.wait()
 
-    sources = [Silent() for _ in range(20)]
+    sources = [SilentSource() for _ in range(20)]
     for source in sources:
         await AsyncDurableStream.start(hooked, source)
     await async_until(lambda: all(source.is_started for source in sources))
@@ -235,7 +243,7 @@ async def test_shutdown_before_the_writer_opens_takes_effect_when_it_opens(joini
         await gate.wait()
 
     joining_client.hook = status_hook(delay)
-    source, finish = Silent(), Finish()
+    source, finish = SilentSource(), FinishRecorder()
     stream = await AsyncDurableStream.start(joining, source, on_finish=finish)
     await async_until(entered.is_set)
     with monkeypatch.context() as patch:
@@ -250,7 +258,7 @@ async def test_shutdown_before_the_writer_opens_takes_effect_when_it_opens(joini
 
 
 async def test_source_is_not_read_if_the_stream_is_stopped_before_the_writer_is_open(joining, joining_client, other):
-    source, finish = Silent(), Finish()
+    source, finish = SilentSource(), FinishRecorder()
 
     async def stop(id):
         await other.stop(id)
@@ -267,7 +275,7 @@ async def test_writer_that_cannot_be_opened(joining, joining_client, other, capl
         raise ConnectionError("no server")
 
     joining_client.hook = status_hook(fail)
-    source, finish = Silent(), Finish()
+    source, finish = SilentSource(), FinishRecorder()
     stream = await AsyncDurableStream.start(joining, source, on_finish=finish)
     await async_until(lambda: finish.calls)
     await no_producers()
@@ -289,7 +297,7 @@ async def test_new_stream_is_not_queried_for_its_status(hooked, client, other):
 
 
 async def test_error_on_closing_the_source_is_not_exposed(client, tables, other):
-    class RaisesWhenClosed(Uninterruptible):
+    class RaisesWhenClosed(UninterruptibleSource):
         next_word = AsyncEvent()
         words = 0
 
@@ -333,7 +341,7 @@ async def test_invalid_source_raises_before_the_stream_is_created(store, source)
 
 
 async def test_source_is_closed_if_the_stream_cannot_be_created(store):
-    source = Silent()
+    source = SilentSource()
     await store.create("taken")
     with pytest.raises(StreamExistsError):
         await AsyncDurableStream.start(store, source, id="taken")
@@ -354,7 +362,7 @@ async def test_source_and_on_finish_get_the_context_variables_of_the_caller(stor
         seen.append((status.state, tenant.get("no tenant")))
 
     tenant.set("tenant 7")
-    silent = Silent()
+    silent = SilentSource()
     stream = await AsyncDurableStream.start(store, answer(), on_finish=finish)
     stopped = await AsyncDurableStream.start(store, silent, on_finish=finish)
     tenant.set("tenant 8")
@@ -415,7 +423,7 @@ async def test_source_and_on_finish_run_inside_their_context(hooked, client, oth
 
 
 async def test_error_on_entering_the_context_fails_the_stream(store, caplog):
-    finish, source = Finish(), Silent()
+    finish, source = FinishRecorder(), SilentSource()
     stream = await AsyncDurableStream.start(store, source, context=partial(int, "geheim"), on_finish=finish)
     assert await stream.wait(20) == ("error", "the answer broke off", 0)
     assert (source.is_started, source.closed, finish.calls) == (False, 1, [])
@@ -441,7 +449,7 @@ async def test_error_on_leaving_the_context_does_not_change_the_status(store, ca
         if error is not None:
             raise error
 
-    finish = Finish()
+    finish = FinishRecorder()
     stream = await AsyncDurableStream.start(store, answer(), context=context, on_finish=finish, expose_errors=True)
     status = ("done", None, 1) if error is None else ("error", str(error), 1)
     assert await stream.wait(20) == status
@@ -458,7 +466,7 @@ async def test_error_on_leaving_the_context_after_a_stop_is_logged(store, other,
         finally:
             raise ValueError("geheim")
 
-    source = Silent()
+    source = SilentSource()
     stream = await AsyncDurableStream.start(store, source, context=context)
     await async_until(lambda: source.is_started)
     await other.stop(stream.id)
@@ -468,7 +476,7 @@ async def test_error_on_leaving_the_context_after_a_stop_is_logged(store, other,
 
 @pytest.mark.parametrize("kind", ["generator", "iterator"])
 async def test_source_is_not_read_if_the_stream_is_stopped_while_the_context_is_entered(store, other, kind):
-    entered, gate, calls, finish = [], AsyncEvent(), [], Finish()
+    entered, gate, calls, finish = [], AsyncEvent(), [], FinishRecorder()
 
     @asynccontextmanager
     async def context():
@@ -480,7 +488,7 @@ async def test_source_is_not_read_if_the_stream_is_stopped_while_the_context_is_
         calls.append("the model")
         yield "a"
 
-    iterator = Silent()
+    iterator = SilentSource()
     source = answer() if kind == "generator" else iterator
     stream = await AsyncDurableStream.start(store, source, context=context, on_finish=finish)
     await async_until(lambda: entered)
@@ -495,7 +503,7 @@ async def test_source_is_not_read_if_the_stream_is_stopped_while_the_context_is_
 
 
 async def test_status_is_none_if_it_cannot_be_queried(hooked, client, other, caplog):
-    gate, last, finish = AsyncEvent(), AsyncEvent(), Finish()
+    gate, last, finish = AsyncEvent(), AsyncEvent(), FinishRecorder()
 
     async def answer():
         yield "a"
@@ -524,7 +532,7 @@ async def test_concurrent_ends_at_random_moments(store, other):
     sources, finishes, streams = [], [], []
 
     async def begin(number):
-        source, finish = Silent(), Finish()
+        source, finish = SilentSource(), FinishRecorder()
         sources.append(source)
         finishes.append(finish)
         streams.append(await AsyncDurableStream.start(store, source, on_finish=finish))

@@ -132,11 +132,11 @@ def test_queries_of_a_source_leave_no_connections(store, count_source_connection
 async def test_queries_of_a_source_after_its_request_leave_no_connections(
     dsn, tables, count_source_connections, middleware
 ):
-    request_over = asyncio.Event()
+    request_ended = asyncio.Event()
 
     async def generate(generation):
         yield "a"
-        await request_over.wait()
+        await request_ended.wait()
         yield await sync_to_async(run_queries)()
         assert count_source_connections() >= 2
 
@@ -148,7 +148,7 @@ async def test_queries_of_a_source_after_its_request_leave_no_connections(
             response = await view(stream_request(AsyncRequestFactory()), path="stream")
             await sync_to_async(run_queries)()
             await sync_to_async(connections.close_all)()
-        request_over.set()
+        request_ended.set()
         assert b"data: (1,)(1,)" in b"".join([part async for part in response])
         assert await AsyncDurableStream.shutdown(store, 20)
         until(lambda: count_source_connections() == 0 and threading.active_count() <= threads)

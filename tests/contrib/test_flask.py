@@ -47,7 +47,7 @@ def test_two_handlers_in_one_application(app):
 
 
 def test_application_context_of_source_is_torn_down_at_its_end(app, dsn, tables):
-    events, request_over = [], Event()
+    events, request_ended = [], Event()
 
     def resource():
         if "resource" not in g:
@@ -61,7 +61,7 @@ def test_application_context_of_source_is_torn_down_at_its_end(app, dsn, tables)
             events.append("down")
 
     def use(generation):
-        assert request_over.wait(20)
+        assert request_ended.wait(20)
         own = resource()
         yield "a"
         assert resource() is own
@@ -73,7 +73,7 @@ def test_application_context_of_source_is_torn_down_at_its_end(app, dsn, tables)
         app.before_request(lambda: resource() and None)
         response = app.test_client().post("/ai/stream", json={"prompt": "hi"})
         assert events == ["up", "down"]
-        request_over.set()
+        request_ended.set()
         assert b"event: done" in response.data
         until(lambda: events == ["up", "down", "up", "the end", "down"])
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
-from support.programs import BATCH, BOUND, program, text_of
+from support.programs import BATCH, TIMEOUT, program, text_of
 
 from aibind_postgres import PostgresStreamStore, SequenceConflictError, StreamNotActiveError
 
@@ -49,7 +49,7 @@ def rng():
 def wait_for_server(database):
     """Wait until the server has run the last statements of a killed producer and closed its connections."""
     statement = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'producer'"
-    deadline = time.monotonic() + BOUND
+    deadline = time.monotonic() + TIMEOUT
     with psycopg.connect(database, autocommit=True) as connection:
         while connection.execute(statement).fetchone() != (0,):
             assert time.monotonic() < deadline, "the server still has a connection of the killed producer"

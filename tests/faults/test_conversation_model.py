@@ -31,7 +31,7 @@ CHANGES = st.sampled_from(["append", "append", "edit", "root", "select", "remove
 
 
 @dataclass
-class Held:
+class HeldHistory:
     """A history, and the state that a store keeps for it."""
 
     chat: ChatHistory
@@ -39,9 +39,9 @@ class Held:
     base: str | None = None  # the stored text when it last equalled the history
     known: frozenset[str | None] = frozenset([None])  # texts that may be stored if no other writer was involved
 
-    def under(self, session: str) -> Held:
+    def under(self, session: str) -> HeldHistory:
         """Return the state for a session. Under another session, the history counts as new."""
-        return self if self.session == session else Held(self.chat, session)
+        return self if self.session == session else HeldHistory(self.chat, session)
 
 
 @dataclass
@@ -63,7 +63,7 @@ class Conversations(RuleBasedStateMachine):
         self.tables = tables
         self.rows: dict[str, Row] = {}
         self.numbers = count(1)
-        self.held = {holder: Held(ChatHistory()) for holder in FLAVOURS}
+        self.held = {holder: HeldHistory(ChatHistory()) for holder in FLAVOURS}
         tables.run("DELETE FROM {conversations}")
 
     def current(self, session: str) -> str | None:
@@ -95,7 +95,7 @@ class Conversations(RuleBasedStateMachine):
         chat = self.stores.call(holder, "load", session)
         current = self.current(session)
         assert chat.to_json() == (ChatHistory().to_json() if current is None else current)
-        self.held[holder] = Held(chat, session, current, frozenset([current]))
+        self.held[holder] = HeldHistory(chat, session, current, frozenset([current]))
 
     @rule(holder=HOLDERS, change=CHANGES, index=st.integers(0, 20))
     def change(self, holder, change, index):
@@ -127,11 +127,11 @@ class Conversations(RuleBasedStateMachine):
 
     def check_merge(self, base: str | None, ours: str, theirs: str | None, merged: str) -> None:
         """Assert that additions are kept, removals are applied, and the result is a valid document."""
-        before, here, there = messages(base), messages(ours), messages(theirs)
+        base_messages, our_messages, their_messages = messages(base), messages(ours), messages(theirs)
         kept = {
             node_id: message
-            for node_id, message in {**here, **there}.items()
-            if (node_id in here and node_id in there) or node_id not in before
+            for node_id, message in {**our_messages, **their_messages}.items()
+            if (node_id in our_messages and node_id in their_messages) or node_id not in base_messages
         }
         assert messages(merged) == kept
         assert len(ChatHistory.from_json(merged)) == len(kept)

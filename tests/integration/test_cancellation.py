@@ -46,7 +46,7 @@ async def test_cancelled_calls_leave_no_connection_checked_out_and_no_gap(dsn, t
 
 async def test_pool_after_a_call_cancelled_at_any_step(dsn, tables):
     class SlowPool(AsyncConnectionPool):
-        """A pool that takes two turns of the loop to take a connection back, as a busy one does."""
+        """A pool that needs two iterations of the event loop to take a connection back, like a busy pool."""
 
         async def putconn(self, connection):
             assert (
@@ -77,7 +77,7 @@ async def test_pool_after_a_call_cancelled_at_any_step(dsn, tables):
                 assert connection.autocommit == is_autocommit
 
 
-async def test_cancellation_together_with_a_connection_of_the_pool(dsn, tables):
+async def test_cancellation_as_the_pool_hands_over_a_connection(dsn, tables):
     async with AsyncConnectionPool(dsn, min_size=1, max_size=1, timeout=5, open=False) as pool:
         async with AsyncPostgresStreamStore(pool, **tables) as store:
             id = await store.create()
@@ -197,7 +197,7 @@ def test_worker_cancelled_during_a_send_loses_and_repeats_nothing(dsn, tables):
                     client.ready = True
                     await asyncio.sleep(60)
             finally:
-                await asyncio.sleep(0.2)  # the notification of the end began too late for `asyncio.run` to wait for it
+                await asyncio.sleep(0.2)  # the notification of the end starts too late for `asyncio.run` to wait for it
                 await pool.close()
 
         task = asyncio.create_task(produce())

@@ -1,4 +1,4 @@
-"""The command, run in processes of its own, with warnings as errors."""
+"""The command, run in separate processes, with warnings as errors."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ TEXTS = {
 }
 
 
-def environment(dsn: str | None, **more: str) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if name not in ("DATABASE_URL", "XDG_DATA_HOME")}
-    return {**kept, **({"DATABASE_URL": dsn} if dsn else {}), **more}
+def environment(dsn: str | None, **extra: str) -> dict[str, str]:
+    inherited = {name: value for name, value in os.environ.items() if name not in ("DATABASE_URL", "XDG_DATA_HOME")}
+    return {**inherited, **({"DATABASE_URL": dsn} if dsn else {}), **extra}
 
 
 def run(
@@ -50,7 +50,7 @@ def run(
 
 
 def in_parallel(commands: Iterable[list[str]]) -> Callable[..., list[subprocess.CompletedProcess[bytes]]]:
-    """Return a function that runs the commands at the same time, each with the options it is called with."""
+    """Return a function that runs all commands concurrently, each with the options of the call."""
 
     def run_all(**options: Any) -> list[subprocess.CompletedProcess[bytes]]:
         with ThreadPoolExecutor(4) as threads:
@@ -79,7 +79,7 @@ def store(database: str) -> Iterator[PostgresStreamStore]:
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """An empty folder outside the one of pytest, which no other user can enter: the server of root is another user."""
+    """An empty folder. The user that runs the embedded server for root cannot enter pytest's `tmp_path`."""
     with tempfile.TemporaryDirectory(prefix="aibind-test-") as name:
         yield Path(name).resolve()
 

@@ -21,7 +21,7 @@ from aibind_postgres import embedded
 
 @pytest.fixture
 def base() -> Iterator[Path]:
-    """An empty folder. pytest's `tmp_path` is closed to other users, such as the user `pgserver`."""
+    """An empty folder outside pytest's `tmp_path`, which other users such as `pgserver` cannot enter."""
     with tempfile.TemporaryDirectory(prefix="aibind-test-") as name:
         yield Path(name).resolve()
 

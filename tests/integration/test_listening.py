@@ -10,12 +10,12 @@ from support.concurrency import Background
 
 from aibind_postgres import AsyncPostgresStreamStore, PostgresStreamStore, _subscriptions
 
-LISTENER = "aibind_postgres-listener"  # its task
+LISTENER = "aibind_postgres-listener"  # the name of its task
 
 
 def test_garbage_collection_while_subscriptions_change(dsn, tables, monkeypatch):
     class CollectingLock:
-        """Collects garbage whenever it is held, as Python may do."""
+        """Collects garbage each time it is acquired, as Python may do."""
 
         def __init__(self):
             self._lock = threading.Lock()

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-BOUND = 90  # seconds after which a process without a report, or without an end, counts as hanging
+TIMEOUT = 90  # seconds after which a process without a report, or without an end, counts as hanging
 BATCH = 7  # chunks per call of a producer
 
 # The main module of a subprocess. It reports the name of the error that ends the function, if any.
@@ -53,7 +53,7 @@ class Program:
 
     def wait_for(self, count: int) -> None:
         """Wait until the program has reported `count` values."""
-        deadline = time.monotonic() + BOUND
+        deadline = time.monotonic() + TIMEOUT
         while len(reports := self.reports()) < count:
             assert self.process.poll() is None, f"the program has ended; its last report is {reports[-1:]}"
             assert time.monotonic() < deadline, f"the program hangs; its last report is {reports[-1:]}"
@@ -61,7 +61,7 @@ class Program:
 
     def end(self) -> list[Any]:
         """Wait until the program ends, and return all reported values."""
-        self.process.wait(BOUND)
+        self.process.wait(TIMEOUT)
         return self.reports()
 
     def kill(self) -> list[Any]:

@@ -63,7 +63,7 @@ async def test_cancelled_queued_call_never_runs(combiner, gated):
     assert gated.batches == [[1], [3]]
 
 
-async def test_cancelled_single_call_hands_over(combiner, gated):
+async def test_cancelled_single_call_hands_over_the_lead(combiner, gated):
     first, second = await queued(combiner, 1, 2)
     first.cancel()
     await asyncio.wait([first])

@@ -46,7 +46,7 @@ async def test_ended_wait_removes_its_waiter():
     assert event._waiters == set()
 
 
-async def test_cancellation_together_with_the_event():
+async def test_cancellation_as_the_event_is_set():
     event = AsyncEvent()
     waiter = asyncio.create_task(event.wait(10))
     await asyncio.sleep(0)

@@ -77,11 +77,11 @@ async def store_for(client, dsn):
 
 
 class Load:
-    """Writers that run until `over` is set, their texts, and the errors of their attempts."""
+    """Writers that run until `is_done` is set, their texts, and the errors of their attempts."""
 
     def __init__(self, store):
         self._store = store
-        self.over = False
+        self.is_done = False
         self.written = {}
         self.errors = []
 
@@ -98,7 +98,7 @@ class Load:
     async def append(self, id, size):
         """Append `size` chunks at a time, and repeat each call until it is acknowledged."""
         texts = self.written[id] = []
-        while not self.over:
+        while not self.is_done:
             new = [f"{id} {len(texts) + number}" for number in range(size)]
             first = len(texts) + 1
             if size == 1:
@@ -113,7 +113,7 @@ class Load:
         texts = self.written[id] = []
         async with self._store.writer(id) as writer:
             for number in count():
-                if self.over:
+                if self.is_done:
                     break
                 await writer.write(f"{id} {number}")
                 texts.append(f"{id} {number}")
@@ -149,7 +149,7 @@ async def test_restart_under_load_loses_nothing(pooler, disposable_server, clien
             try:
                 await restart_twice()
             finally:
-                load.over = True
+                load.is_done = True
 
         async with AsyncBackground(partial(async_gather, *[partial(load.read, id) for id in ids])) as readers:
             async with AsyncBackground(partial(async_gather, restart_and_finish, *writers)) as all_writers:

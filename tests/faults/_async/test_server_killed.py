@@ -126,7 +126,7 @@ async def test_killed_server_neither_loses_nor_repeats_chunks(disposable_server,
     written = {name: [] for name in writers}
     read = {name: [] for name in readers}
     losses = []
-    # `store` has the writers, so its readers get chunks directly; those of `other` get them by notifications.
+    # The writers use `store`, so its readers get chunks directly. The readers of `other` get them by notifications.
     async with (
         AsyncPostgresStreamStore(disposable_server.dsn, retry_for=RETRY_FOR) as store,
         AsyncPostgresStreamStore(disposable_server.dsn, retry_for=RETRY_FOR) as other,
