@@ -25,7 +25,7 @@ from aibind_postgres import (
 
 CHUNKS = 200
 MAX_REMAINING_OBJECTS = 10  # objects of the package that a used store may have in addition to those of a new one
-USES = ["unused", "used", "watching", "busy"]
+USES = ["unused", "used", "reading", "busy"]
 
 # psycopg, its pools and Python from 3.12 on warn if a process with threads forks.
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
@@ -56,17 +56,17 @@ def in_use(store, use):
         yield
         return
     id = store.create()
-    over = threading.Event()
+    finished = threading.Event()
     seen = []
 
     def read():
         seen.extend(store.read_from(id))
 
     def append():
-        while not over.is_set():
+        while not finished.is_set():
             store.append(id, "x")
 
-    calls = {"used": [], "watching": [read], "busy": [read, append, append]}[use]
+    calls = {"used": [], "reading": [read], "busy": [read, append, append]}[use]
     threads = [threading.Thread(target=call) for call in calls]
     for thread in threads[:1]:
         thread.start()
@@ -78,7 +78,7 @@ def in_use(store, use):
     try:
         yield
     finally:
-        over.set()
+        finished.set()
         for thread in threads[1:]:
             thread.join(60)
         store.complete(id)
@@ -88,7 +88,7 @@ def in_use(store, use):
 
 
 def was_refused(call):
-    """Return whether a call in a child process raised the error for forked processes, within 20 seconds."""
+    """Return whether a call raised the error for forked processes, within 20 seconds."""
     began = time.monotonic()
     try:
         call()
@@ -101,7 +101,7 @@ def was_refused(call):
 
 # A single connection serves one thread.
 KINDS = [(kind, use) for kind in ("string", "pool", "closed pool") for use in USES]
-KINDS += [("connection", use) for use in USES if use not in ("watching", "busy")]
+KINDS += [("connection", use) for use in USES if use not in ("reading", "busy")]
 
 
 @pytest.mark.parametrize(("kind", "use"), KINDS)
