@@ -80,7 +80,7 @@ class Table(NamedTuple):
         return self.name.encode()[:available].decode(errors="ignore") + tail
 
 
-def distinct(*tables: str | Identifier) -> list[Table]:
+def parse_distinct(*tables: str | Identifier) -> list[Table]:
     """Parse table names.
 
     Raises:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 from ._async.client import as_client as as_async_client
 from ._sync.client import as_client
-from ._tables import CHUNKS_TABLE, CONVERSATIONS_TABLE, STATUS_TABLE, Table, distinct, quote
+from ._tables import CHUNKS_TABLE, CONVERSATIONS_TABLE, STATUS_TABLE, Table, parse_distinct, quote
 
 if TYPE_CHECKING:
     from psycopg.sql import Identifier
@@ -52,7 +52,7 @@ def render(
     Example:
         >>> sql = render(status_table="chat.status", chunks_table="chat.chunks")
     """
-    chunks, status, conversations = distinct(chunks_table, status_table, conversations_table)
+    chunks, status, conversations = parse_distinct(chunks_table, status_table, conversations_table)
     tables = {CHUNKS_TABLE: chunks, STATUS_TABLE: status, CONVERSATIONS_TABLE: conversations}
 
     def replace_name(match: re.Match[str]) -> str:

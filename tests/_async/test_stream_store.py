@@ -333,7 +333,7 @@ async def test_abandoned_streams_are_failed(store, admin, tables):
     assert await store.fail_abandoned(120) == []
     assert sorted(await store.fail_abandoned(timedelta(seconds=60))) == ["never began", "silent"]
     assert await store.fail_abandoned(60) == []
-    assert await store.get_status("silent") == StreamStatus("error", "abandoned: no sign of life for 60 seconds", 1)
+    assert await store.get_status("silent") == StreamStatus("error", "abandoned: no chunk for 60 seconds", 1)
     assert await store.get_status("alive") == StreamStatus("active", None, 1)
     with pytest.raises(StreamNotActiveError):
         await store.append("silent", "late")

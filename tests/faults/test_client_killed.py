@@ -15,7 +15,7 @@ from support.programs import BATCH, TIMEOUT, program, text_of
 from aibind_postgres import PostgresStreamStore, SequenceConflictError, StreamNotActiveError
 
 SEED = 5
-ABANDONED = ["error", "abandoned: no sign of life for 0 seconds"]
+ABANDONED = ["error", "abandoned: no chunk for 0 seconds"]
 
 pytestmark = [
     pytest.mark.timeout(600),

@@ -210,7 +210,7 @@ class Streams(RuleBasedStateMachine):
             for id, stream in self.model.items()
             if stream.state == "active" and self.now - stream.last_activity >= hours
         }
-        text = f"abandoned: no sign of life for {hours * HOUR:g} seconds"
+        text = f"abandoned: no chunk for {hours * HOUR:g} seconds"
         assert set(self.stores.call(flavour, "fail_abandoned", hours * HOUR)) == silent
         for id in silent:
             self.model[id].end("error", text, self.now)

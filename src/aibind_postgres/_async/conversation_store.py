@@ -229,7 +229,7 @@ class AsyncPostgresConversationStore:
         Raises:
             InvalidDataError: `batch_size` is not an int of at least 1.
         """
-        arguments.sequence_number(batch_size, "batch_size", least=1)
+        arguments.integer(batch_size, "batch_size", minimum=1)
         total: int = 0
         while True:
             [(deleted,)] = await self._database.query(self._sql.cleanup, [batch_size])

@@ -1,4 +1,4 @@
-"""Durable streams: each is written from a source in the background and read as Server-Sent Events."""
+"""Durable streams: produced from a source in the background, and read as Server-Sent Events."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 
 class AsyncDurableStream:
-    """A stream that outlives the request it answers. `start` produces one, `resume` reads one from any process."""
+    """A stream that outlives the request that started it.
+
+    `start` produces a stream from a source. `resume` reads an existing stream, in any process.
+    """
 
     def __init__(
         self, store: AsyncPostgresStreamStore, id: str, producer: AsyncProducer | None = None, after_seq: int = 0
@@ -48,43 +51,57 @@ class AsyncDurableStream:
         expose_errors: bool = False,
         context: Callable[[], AbstractAsyncContextManager[object]] = nullcontext,
     ) -> AsyncDurableStream:
-        """Create a stream, write it from a source in the background, and return at once.
+        """Create a stream, copy a source into it in the background, and return at once.
 
-        The stream ends with its source, or when it is ended elsewhere; readers may come and go. When it is ended
-        elsewhere, in any process, the source is closed. A generator that is busy in a thread is closed when it next
-        yields. If the source raises, the stream ends in state error, and the exception goes to the log. If it raises
-        `WebError`, the stream gets the text of that error, and nothing is logged.
+        The end of a stream depends on its source:
 
-        A cancelled call starts the stream all the same. Call `shutdown` before the process ends. After a process has
-        died, `fail_abandoned` ends its streams. In Django, call `start` when the transaction is committed.
+        - If the source ends, the stream ends in state done.
+        - If the source raises, the stream ends in state error, and the exception is logged. If the exception is a
+          `WebError`, the stream gets its text, and nothing is logged.
+        - If any process ends or deletes the stream, the source is closed. A generator that is running in a thread is
+          closed when it next yields.
+
+        The stream does not depend on its readers, and is started even if the call is cancelled.
+
+        Call `shutdown` before the process ends. If a process dies, `fail_abandoned` ends its streams. In Django, call
+        `start` after the transaction has been committed.
 
         Args:
             store: The store.
-            source: An iterable of this flavour that yields `str` and `StreamEvent`, such as a generator.
+            source: An iterable of `str` and `StreamEvent`, such as a generator. For an asynchronous store, an
+                asynchronous iterable.
             id: The stream id. Default: a new, unguessable id.
-            on_finish: Called once, with the produced text and the final status. If the source comes to its end, it is
-                called before the stream is done, so readers wait for it; otherwise after the stream has ended. If the
-                stream was ended elsewhere, the last chunks of the text may not be stored. The status is None if the
-                stream was deleted or the database cannot be reached. If the stream is stopped, or the process ends,
-                while `on_finish` runs, it has received the status done and is not called again. It must not wait for
-                its own stream, nor close the store.
-            expose_errors: Whether clients see the text of the source's exception. Default: they see a generic text.
-            context: Called for a context manager of this flavour, once for the source and once for `on_finish`; both
-                may be open at the same time. The source is read inside it, and closed inside it if it is a generator.
-                Use it for resources that a framework releases at the end of a request: with threads, Flask's
-                `app.app_context`. If entering it raises, the source or `on_finish` counts as failed. An error of
-                leaving it goes to the log only. Default: no context.
+            on_finish: Called once, with the produced text and the final status. Default: no callback.
+
+                - If the source ends, the call comes before the stream is done, so readers wait for it. If the stream
+                  is stopped or the process ends during this call, there is no second call: the status was done.
+                - Otherwise the call comes after the stream has ended. If another caller ended the stream, the last
+                  chunks of the text may not be stored. The status is None if the stream was deleted or the database
+                  cannot be reached.
+
+                It must not wait for its own stream, and must not close the store.
+            expose_errors: Whether clients see the text of the source's exception. Default: False, which shows a generic
+                text.
+            context: Returns a context manager, asynchronous for an asynchronous store. Called once for the source and
+                once for `on_finish`; both contexts may be open at the same time. The source is read inside the context,
+                and closed inside it if it is a generator. Use it for resources that a framework releases at the end of
+                a request, such as Flask's `app.app_context`. If entering the context raises, the source or `on_finish`
+                counts as failed. An exception on leaving it is only logged. Default: no context.
 
         Returns:
             The stream.
 
         Raises:
-            TypeError: The source is not an iterable of this flavour.
-            StreamExistsError: The id is taken. The source is closed, as after every later error.
-            InvalidDataError: The id is invalid, or contains a line break, which an event cannot contain.
+            TypeError: The source is not such an iterable.
+            StreamExistsError: A stream with this id exists. The source is closed.
+            InvalidDataError: The id is invalid, or contains a line break, which an event cannot contain. The source is
+                closed.
         """
         if not async_is_source(source):
-            raise TypeError(f"a source must be an iterable of this flavour, not {type(source).__name__}")
+            raise TypeError(
+                "the source must be an iterable, and asynchronous for an asynchronous store, "
+                f"not {type(source).__name__}"
+            )
         streams: list[AsyncDurableStream] = []
 
         async def begin() -> None:
@@ -93,7 +110,7 @@ class AsyncDurableStream:
                 stream_id = new_id() if id is None else arguments.identifier(id)
                 encode(_id_event(stream_id))
                 await store.create(stream_id)
-                # A transaction of the caller may hide the new stream from the producer, which must query it then.
+                # In a transaction of the caller, the new stream may be invisible to the producer: it must query the state.
                 known_active = not store._database.client.in_transaction()
                 producer = AsyncProducer(store, stream_id, source, on_finish, expose_errors, context, known_active)
             except BaseException:
@@ -106,64 +123,71 @@ class AsyncDurableStream:
 
     @classmethod
     async def resume(cls, store: AsyncPostgresStreamStore, id: str, after_seq: int = 0) -> AsyncDurableStream:
-        """Return an existing stream, to be read from any process.
+        """Return an existing stream for reading. Any process can resume a stream.
 
         Args:
             store: The store.
             id: The stream id.
-            after_seq: The number of the last chunk that the client has. Default 0: read from the beginning.
+            after_seq: The sequence number of the last chunk that the client has. Default: 0, the beginning.
 
         Returns:
             The stream.
 
         Raises:
-            StreamNotFoundError: There is no such stream.
-            InvalidDataError: The id or the number is invalid.
+            StreamNotFoundError: The stream does not exist.
+            InvalidDataError: The id is invalid, or `after_seq` is not an int of at least 0.
         """
-        cursor = arguments.sequence_number(after_seq, "after_seq", least=0)
+        cursor = arguments.integer(after_seq, "after_seq", minimum=0)
         if await store.get_status(id) is None:
             raise StreamNotFoundError(id)
         return cls(store, id, after_seq=cursor)
 
     @classmethod
     async def shutdown(cls, store: AsyncPostgresStreamStore, timeout: float | timedelta = 5.0) -> bool:
-        """Wait for the streams that this process produces into a store, then end the remaining ones in state error.
+        """Wait for the streams that this process produces, then end the remaining ones in state error.
 
-        Call it before the process ends, while the stores are open. Closing the store does the same without waiting.
+        Call it before the process ends, while the store is open. Closing the store does the same without waiting.
         After the timeout, `on_finish` has two more seconds to return.
 
         Args:
-            store: The store.
-            timeout: Seconds to wait. Default 5.
+            store: The store of the streams.
+            timeout: Seconds, or a timedelta, to wait. Default: 5.
 
         Returns:
-            True if all streams came to their end, False if some were ended.
+            True if all streams ended by themselves, False if this call ended some of them.
+
+        Raises:
+            ValueError: `timeout` is negative.
         """
-        return await shutdown(store, arguments.seconds(timeout, "timeout", zero=True))
+        return await shutdown(store, arguments.seconds(timeout, "timeout", allow_zero=True))
 
     def sse(self, after_seq: int | None = None, *, heartbeat: float | timedelta = 15.0) -> AsyncIterator[bytes]:
         """Iterate over the stream as encoded Server-Sent Events, until it has ended.
 
-        The first event is `stream-id`, if the stream was started by this object and is read from the beginning. The
-        event of each chunk has the chunk's number as its id, whether it has a name or not. The last events are `error`
-        with its text or `stopped`, if the stream ended so, and always `done`. If `done` is missing, the connection was
-        lost.
+        The events are, in this order:
+
+        1. `stream-id`, if `start` returned this object and the stream is read from the beginning.
+        2. One event for each chunk, named or unnamed. Its id is the sequence number of the chunk.
+        3. `error` with the error text, or `stopped`, if the stream ended in that state.
+        4. `done`, in every case. If it is missing, the connection was lost.
 
         Args:
-            after_seq: The number of the last chunk that the client has. Default: the one given to `resume`, else 0.
-            heartbeat: Seconds without an event after which a comment is sent, so that proxies keep the connection.
-                Default 15.
+            after_seq: The sequence number of the last chunk that the client has. Default: the value given to `resume`,
+                or 0.
+            heartbeat: Seconds, or a timedelta, without an event after which a comment is sent, so that proxies keep
+                the connection open. Default: 15.
 
         Yields:
             The bytes of one event or comment.
 
         Raises:
             StreamNotFoundError: The stream does not exist, or was deleted.
-            InvalidDataError: The number is negative.
+            InvalidDataError: `after_seq` is not an int of at least 0.
+            ValueError: `heartbeat` is not more than zero.
         """
         cursor = self._after_seq
         if after_seq is not None:
-            cursor = arguments.sequence_number(after_seq, "after_seq", least=0)
+            cursor = arguments.integer(after_seq, "after_seq", minimum=0)
         return self._sse(cursor, arguments.seconds(heartbeat, "heartbeat"))
 
     async def _sse(self, after_seq: int, heartbeat: float) -> AsyncIterator[bytes]:
@@ -184,10 +208,10 @@ class AsyncDurableStream:
         yield encode(ServerSentEvent("", "done"))
 
     async def stop(self) -> bool:
-        """End the stream as stopped by a user.
+        """End the stream in state stopped, as a user does.
 
         Returns:
-            True if this call ended the stream, False if it had ended.
+            True if this call ended the stream, False if it had already ended.
 
         Raises:
             StreamNotFoundError: The stream was deleted.
@@ -195,27 +219,31 @@ class AsyncDurableStream:
         return await self._store.stop(self.id)
 
     async def wait(self, timeout: float | timedelta | None = None) -> StreamStatus:
-        """Wait until the stream has ended and, if it was started by this object, `on_finish` has returned.
+        """Wait until the stream has ended. If `start` returned this object, also wait until `on_finish` has returned.
 
-        If its producer could not reach the server to end it, the stream is active until `fail_abandoned` is called.
+        If the producer cannot reach the server to end the stream, the stream stays active until `fail_abandoned` is
+        called.
 
         Args:
-            timeout: Seconds to wait. Default: no limit.
+            timeout: Seconds, or a timedelta, to wait. Default: no limit.
 
         Returns:
             The final status.
 
         Raises:
-            TimeoutError: The time is over.
+            TimeoutError: The stream is still active, or `on_finish` has not returned, after `timeout`.
             StreamNotFoundError: The stream was deleted.
+            ValueError: `timeout` is negative.
         """
-        seconds = None if timeout is None else arguments.seconds(timeout, "timeout", zero=True)
+        seconds = None if timeout is None else arguments.seconds(timeout, "timeout", allow_zero=True)
         started_at = monotonic()
         status = await self._store.wait(self.id, seconds)
         if self._producer is not None:
             remaining = None if seconds is None else max(0.0, started_at + seconds - monotonic())
             if not await self._producer.finished.wait(remaining):
-                raise TimeoutError(f"stream {self.id!r} has ended, but its on_finish has not returned in time")
+                raise TimeoutError(
+                    f"stream {self.id!r} has ended, but its on_finish has not returned within the timeout"
+                )
         return status
 
 
@@ -225,13 +253,13 @@ async def _end_producers(store: AsyncPostgresStreamStore) -> None:
 
 
 def _id_event(stream_id: str) -> ServerSentEvent:
-    # A client would resume after a numeric id, as after that of a chunk.
+    # A numeric event id would look like the sequence number of a chunk, and a client would resume after it.
     return ServerSentEvent(stream_id, "stream-id", None if stream_id.isdigit() else stream_id)
 
 
 def _chunk_event(chunk: StreamChunk) -> bytes:
     event, data = event_of(chunk.data)
     encoded = encode(ServerSentEvent(data, event, str(chunk.seq)))
-    # aibind's client ignores the id of a named event, and would resume before it. By the standard, an id without data
-    # dispatches no event.
+    # aibind's client ignores the id of a named event, so it would receive the event again on resuming. The id is
+    # repeated after the event: by the standard, an id without data dispatches no event.
     return encoded if event == MESSAGE else encoded + b"id: %d\n\n" % chunk.seq

@@ -1,4 +1,4 @@
-"""Follows streams: carries out the steps that `_subscriptions` decides."""
+"""Follow streams: perform the I/O of the steps that `_subscriptions` returns."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 
 class Heartbeat(NamedTuple):
-    """Nothing has arrived for the idle timeout."""
+    """No chunk has arrived within the idle timeout."""
 
 
 class AsyncFollower:
-    """One reader of a stream, from after `cursor` on; a cursor of infinity waits for the end of the stream alone.
+    """One reader of a stream, for one caller at a time. Used as a context manager.
 
-    Used as a context manager, and by one caller at a time.
+    It reads the chunks after `cursor`. With a cursor of infinity it only waits for the end of the stream.
     """
 
     def __init__(
@@ -61,12 +61,14 @@ class AsyncFollower:
     async def next(self, *, deadline: float = math.inf, idle_timeout: float = math.inf) -> Deliver | Ended | Heartbeat:
         """Return the next chunks, or the end of the stream.
 
-        Returns a `Heartbeat` if nothing has arrived for `idle_timeout` seconds.
+        Args:
+            deadline: The value of `monotonic()` at which to raise `TimeoutError`; no limit by default.
+            idle_timeout: Seconds without a chunk after which to return a `Heartbeat`; no limit by default.
 
         Raises:
-            StreamNotFoundError: There is no such stream, or it was deleted.
-            TimeoutError: The `deadline` of the monotonic clock has passed while the stream is active.
-            Exception: The error of a read that could not be repeated.
+            StreamNotFoundError: The stream does not exist, or was deleted.
+            TimeoutError: The deadline has passed and the stream is active, or the server could not be reached.
+            Exception: The error of a read that was not recoverable, or that exceeded the time for retries.
         """
         idle_at = monotonic() + idle_timeout
         while True:
@@ -80,7 +82,7 @@ class AsyncFollower:
                 await self._fetch(step, deadline)
             elif not await self._wait(min(deadline, idle_at)):
                 if deadline <= idle_at:
-                    raise TimeoutError(f"stream {self._stream_id!r} is still active")
+                    raise TimeoutError(f"stream {self._stream_id!r} is still active at the end of the timeout")
                 return Heartbeat()
 
     async def _fetch(self, fetch: Fetch, deadline: float) -> None:
@@ -90,17 +92,17 @@ class AsyncFollower:
                 page = await self._pages.live_page(read, fetch.characters, deadline)
             else:
                 page = await self._pages.page(self._stream_id, fetch.after, fetch.limit, deadline)
-        except GeneratorExit:  # perhaps by the garbage collector, in a thread that holds the mutex: `__exit__` follows
+        except GeneratorExit:  # the garbage collector may run this while its thread holds the mutex; `__exit__` follows
             raise
         except BaseException as error:
-            # Other readers must not fail by the deadline of this one, nor by its cancellation.
+            # The deadline or cancellation of this reader must not fail the other readers.
             failure = error if isinstance(error, Exception) and monotonic() < deadline else None
             wake_all(self._subscriptions.fetch_failed(self._subscription, fetch, failure))
             raise
         wake_all(self._subscriptions.fetched(self._subscription, fetch, page))
 
     async def _wait(self, until: float) -> bool:
-        """Wait until woken; return False at the time `until`."""
+        """Wait until woken. Return False when `until`, a value of `monotonic()`, has passed."""
         woken = False
         try:
             timeout = None if until == math.inf else until - monotonic()
@@ -113,17 +115,17 @@ class AsyncFollower:
             wake_all(self._subscriptions.stop_waiting(self._subscription))
             raise
         if woken:
-            self._woken.clear()  # before the next step is asked for, so that no later wake-up is lost
+            self._woken.clear()  # before `next_step`, so that no later wake-up is lost
         else:
             wake_all(self._subscriptions.stop_waiting(self._subscription))
         return woken
 
 
 @contextmanager
-def watching_end(
+def subscribe_to_end(
     subscriptions: Subscriptions, listener: AsyncListener, stream_id: str, wake: Callable[[], None]
 ) -> Iterator[None]:
-    """Return a context manager in which `wake` is called whenever the stream may have ended."""
+    """Return a context manager inside which `wake` is called when the stream may have ended."""
     subscription = subscriptions.subscribe(stream_id, math.inf, wake, ends_only=True)
     try:
         listener.ensure_running()

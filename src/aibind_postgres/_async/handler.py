@@ -115,14 +115,14 @@ class AsyncStreamHandler:
         self.prefix = prefix.rstrip("/")
         if self.prefix and not self.prefix.startswith("/"):
             raise ValueError(f"prefix must begin with a slash: {prefix!r}")
-        self.max_body = arguments.sequence_number(max_body, "max_body", least=0)
+        self.max_body = arguments.integer(max_body, "max_body", minimum=0)
         self._generate = generate
         self._compact = compact or generate
         self._store = store
         self._conversations = conversations
         self._authorize = authorize
         if max_messages is not None:
-            arguments.sequence_number(max_messages, "max_messages", least=1)
+            arguments.integer(max_messages, "max_messages", minimum=1)
         self._max_messages = max_messages
         self._heartbeat = arguments.seconds(heartbeat, "heartbeat")
         self._expose_errors = expose_errors

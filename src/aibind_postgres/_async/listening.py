@@ -1,4 +1,4 @@
-"""Wakes subscriptions when other processes change streams: by notifications, with a poll as the fallback."""
+"""Wake subscriptions when other processes change streams: by notifications, with polling as the fallback."""
 
 from __future__ import annotations
 
@@ -30,20 +30,19 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("aibind_postgres")
 
-ANSWER_TIMEOUT = 5.0  # seconds for an answer on the listening connection
-MAX_SILENCE = (
-    3.0  # seconds without a sign of life from it, after which a change that only the poll found starts a probe
-)
-PROBE_TIMEOUT = 2.0  # seconds in which a probe must arrive
-MAX_POLL_FACTOR = 10  # times poll_interval: the longest pause of a poll that finds nothing
-MAX_POLL_RETRY = 5.0  # seconds between two polls that fail
-MIN_RECONNECT, MAX_RECONNECT = 0.1, 30.0  # seconds between two attempts to connect, doubled each time
+ANSWER_TIMEOUT = 5.0  # seconds to wait for the answer to a statement on the LISTEN connection
+PROBE_AFTER = 3.0  # seconds since the last message on that connection before a missed change starts a probe
+PROBE_TIMEOUT = 2.0  # seconds within which a probe must arrive
+MAX_POLL_FACTOR = 10  # the longest pause between polls that find no change, as a multiple of poll_interval
+MAX_POLL_RETRY = 5.0  # the longest pause in seconds after a poll that failed
+MIN_RECONNECT, MAX_RECONNECT = 0.1, 30.0  # seconds between two attempts to connect; the pause doubles each time
 
 
 class AsyncListener:
-    """The worker that wakes the subscriptions of one store.
+    """Runs the worker that wakes the subscriptions of one store.
 
-    It starts with the first subscription that waits, and ends when there have been none for a while.
+    The worker starts when a subscription begins to wait. It ends when no subscription has waited for
+    `WORKER_IDLE_TIMEOUT`.
     """
 
     def __init__(
@@ -66,17 +65,17 @@ class AsyncListener:
         self._warned = False
 
     def ensure_running(self) -> None:
-        """Start the worker if it does not run; called after a subscription is registered."""
+        """Start the worker if it does not run. Call this after a subscription is registered."""
         if not self._is_running():
             with self._mutex:
                 if not self._is_running() and not self._database.closing.is_set():
-                    # The connection also tells the current worker from one that is about to end.
+                    # The connection also identifies the worker: the previous one may not have ended yet.
                     connection = AsyncListenConnection(self._client, self._notifier, self._database.closing)
                     self._connection = connection
                     self._worker = async_spawn(partial(self._run, connection), "aibind_postgres-listener")
 
     def _is_running(self) -> bool:
-        worker = self._worker  # which another thread may remove
+        worker = self._worker  # another thread may set the attribute to None
         return worker is not None and worker.is_alive()
 
     async def close(self) -> None:
@@ -95,7 +94,7 @@ class AsyncListener:
             while not self._database.closing.is_set():
                 if self._subscriptions.awaited():
                     awaited_at = monotonic()
-                elif monotonic() - awaited_at > WORKER_IDLE_TIMEOUT and self._ends_idle():
+                elif monotonic() - awaited_at > WORKER_IDLE_TIMEOUT and self._end_if_idle():
                     return
                 if await connection.connect_if_due():
                     wake_all(self._subscriptions.changed(None))  # notifications may have been missed
@@ -105,11 +104,11 @@ class AsyncListener:
                         continue
                     polled_at = monotonic()
                     if found := await self._poll(connection):
-                        await connection.probe_if_silent()
+                        await connection.probe_if_quiet()
                 except Exception as error:
                     if self._database.closing.is_set():
                         return
-                    # The readers run their own statements, and raise where the caller sees it.
+                    # The readers run their own statements, and raise the error in their callers.
                     logger.debug("listening or polling failed: %s", type(error).__name__)
                     await connection.disconnect_if_broken(error)
                     pause = min(pause * 2, max(MAX_POLL_RETRY, self._poll_interval))
@@ -124,11 +123,11 @@ class AsyncListener:
             wake_all(self._subscriptions.changed(None))  # a reader that still waits starts another worker
             await connection.disconnect()
 
-    def _ends_idle(self) -> bool:
-        """Return whether the worker ends, since nobody waits."""
+    def _end_if_idle(self) -> bool:
+        """Unregister the worker. Return True if it must end: no subscription waits, or another worker runs."""
         with self._mutex:
             worker, self._worker = self._worker, None
-        # A subscription that waits from here on finds no worker, and starts one.
+        # A subscription that begins to wait now finds no worker, and starts one.
         if not self._subscriptions.awaited():
             return True
         with self._mutex:
@@ -138,30 +137,30 @@ class AsyncListener:
 
     async def _receive(self, connection: AsyncListenConnection, timeout: float) -> None:
         if not connection.is_connected:
-            await self._database.closing.wait(min(timeout, connection.seconds_until_due))
+            await self._database.closing.wait(min(timeout, connection.seconds_until_connect))
             return
         async for payload in connection.notifications(timeout):
             wake_all(self._subscriptions.changed(decode_payload(payload, self._notifier.sender)))
-        if await connection.is_unavailable() and not self._warned:
+        if await connection.check_probe() and not self._warned:
             self._warned = True
             logger.warning(
-                "notifications unavailable: LISTEN receives nothing on this connection, as behind a transaction "
-                "pooler. Readers are woken by polling instead, every %g to %g seconds",
+                "notifications unavailable: LISTEN does not work on this connection, as through a transaction pooler. "
+                "Readers are woken by polling, every %g to %g seconds: use a direct connection for notifications",
                 self._poll_interval,
                 MAX_POLL_FACTOR * self._poll_interval,
             )
 
     async def _poll(self, connection: AsyncListenConnection) -> bool:
-        """Read the states of the awaited streams; return whether this woke anyone."""
+        """Query the states of the awaited streams. Return True if subscriptions were woken."""
         streams = self._subscriptions.awaited()
         if not streams:
             return False
         params = [json_array({stream.id for stream in streams})]
         if connection.is_connected and self._client.joins_transactions:
-            # Not in the caller's transaction, which belongs to another thread.
+            # The client would use the caller's transaction, which belongs to another thread.
             rows = await connection.query(self._poll_statement, *params)
         else:
-            # Through the client, so that the poll has the search_path, role and rights of the readers.
+            # With the client, the poll uses the search_path, role and privileges of the readers.
             rows = await self._client.query(self._poll_statement, params)
         woken = self._subscriptions.polled(streams, {stream_id: (state, total) for stream_id, state, total in rows})
         wake_all(woken)
@@ -169,7 +168,7 @@ class AsyncListener:
 
 
 class AsyncListenConnection:
-    """The connection that LISTENs, opened again whenever it is lost."""
+    """The connection that LISTENs. It is opened again when it is lost."""
 
     def __init__(self, client: AsyncClient, notifier: AsyncNotifier, closing: AsyncEvent) -> None:
         self._client = client
@@ -178,9 +177,9 @@ class AsyncListenConnection:
         self._mutex = Mutex()
         self._connection: psycopg.AsyncConnection[Row] | None = None
         self._direct = False  # connected to a server process, not to a pooler
-        self._probed_at = math.inf  # when a probe was sent that has not arrived
-        self._active_at = 0.0  # the last sign of life
-        self._due_at = 0.0  # of the next attempt to connect
+        self._probed_at = math.inf  # the time at which the pending probe was sent
+        self._active_at = 0.0  # the time of the last message from the server
+        self._connect_at = 0.0  # the time of the next attempt to connect
         self._reconnect_pause = MIN_RECONNECT
 
     @property
@@ -188,32 +187,32 @@ class AsyncListenConnection:
         return self._connection is not None
 
     @property
-    def seconds_until_due(self) -> float:
+    def seconds_until_connect(self) -> float:
         """Seconds until the next attempt to connect; infinity if the client cannot open connections."""
-        return max(0.0, self._due_at - monotonic())
+        return max(0.0, self._connect_at - monotonic())
 
     async def connect_if_due(self) -> bool:
-        """Connect if there is no connection and the last attempt is long enough ago; return whether it did."""
-        if self._connection is not None or monotonic() < self._due_at:
+        """Connect if there is no connection and the time of the next attempt has come. Return True if connected."""
+        if self._connection is not None or monotonic() < self._connect_at:
             return False
-        self._due_at = monotonic() + self._reconnect_pause
+        self._connect_at = monotonic() + self._reconnect_pause
         self._reconnect_pause = min(self._reconnect_pause * 2, MAX_RECONNECT)
         try:
             connection = await self._client.connect()
             if connection is None:
-                self._due_at = math.inf
+                self._connect_at = math.inf
                 return False
             with self._mutex:
                 self._connection = connection
-            if self._closing.is_set():  # `interrupt` came too early to find this connection
+            if self._closing.is_set():  # `interrupt` was called before there was a connection
                 await self.disconnect()
                 return False
             self._direct = await is_direct(connection, monotonic() + ANSWER_TIMEOUT)
             await self.query(f"LISTEN {quote(self._notifier.channel)}")
             if not self._direct:
-                await self._probe_from_outside()
+                await self._probe_from_other_session()
         except Exception as error:
-            logger.debug("no connection to listen on: %s", type(error).__name__)
+            logger.debug("the LISTEN connection could not be opened: %s", type(error).__name__)
             await self.disconnect()
             return False
         self._reconnect_pause = MIN_RECONNECT
@@ -226,8 +225,8 @@ class AsyncListenConnection:
             self._probed_at, self._active_at = math.inf, monotonic()
             yield notification.payload
 
-    async def is_unavailable(self) -> bool:
-        """Check the last probe: if it got lost, connect again, or behind a pooler give up and return True."""
+    async def check_probe(self) -> bool:
+        """Handle a probe that did not arrive: disconnect, or through a pooler stop listening. Return True if stopped."""
         if monotonic() - self._probed_at <= PROBE_TIMEOUT:
             return False
         self._probed_at = math.inf
@@ -237,28 +236,28 @@ class AsyncListenConnection:
         await self.query("UNLISTEN *")
         return True
 
-    async def probe_if_silent(self) -> None:
-        """Probe the connection after the poll found a change that it missed.
+    async def probe_if_quiet(self) -> None:
+        """Probe the LISTEN connection after polling found a change it missed.
 
-        By a notification, so that polling goes on meanwhile.
+        The probe is a notification, so that polling continues until it arrives.
         """
-        silent = monotonic() - self._active_at > MAX_SILENCE and self._probed_at == math.inf
-        # Where the client joins transactions, the poll itself uses this connection.
-        if self._connection is not None and self._direct and silent and not self._client.joins_transactions:
-            await self._client.query(NOTIFY, self._probe())
+        is_quiet = monotonic() - self._active_at > PROBE_AFTER and self._probed_at == math.inf
+        # If the client joins transactions, the poll itself uses this connection.
+        if self._connection is not None and self._direct and is_quiet and not self._client.joins_transactions:
+            await self._client.query(NOTIFY, self._probe_params())
             self._probed_at = monotonic()
 
-    async def _probe_from_outside(self) -> None:
-        # From another session: through a pooler, a notification to itself could arrive by accident.
+    async def _probe_from_other_session(self) -> None:
+        # Through a pooler, a notification that a session sends to itself could arrive by accident.
         other = await self._client.connect()
         if other is not None:
             try:
-                await execute(other, NOTIFY, self._probe(), monotonic() + ANSWER_TIMEOUT)
+                await execute(other, NOTIFY, self._probe_params(), monotonic() + ANSWER_TIMEOUT)
             finally:
                 await other.close()
             self._probed_at = monotonic()
 
-    def _probe(self) -> Sequence[str]:
+    def _probe_params(self) -> Sequence[str]:
         return [self._notifier.channel, json_array(encode_payloads([""], self._notifier.sender))]
 
     async def query(self, sql: str, *params: object) -> Sequence[Row]:
@@ -287,6 +286,6 @@ class AsyncListenConnection:
 
 
 def _shut_down_socket(connection: psycopg.AsyncConnection[Any]) -> None:
-    # Closing a connection while another thread waits on it is not safe; ending its traffic is, and wakes that thread.
-    with suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(connection.fileno())) as line:
-        line.shutdown(socket.SHUT_RDWR)
+    # Closing a connection on which another thread waits is unsafe. Shutting its socket down is safe, and wakes the thread.
+    with suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(connection.fileno())) as duplicate:
+        duplicate.shutdown(socket.SHUT_RDWR)

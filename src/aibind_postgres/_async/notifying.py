@@ -1,4 +1,4 @@
-"""Wakes the subscriptions of this process after a change, and sends the notifications for other processes."""
+"""Wake the subscriptions of this process after a change, and notify other processes."""
 
 from __future__ import annotations
 
@@ -22,17 +22,21 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("aibind_postgres")
 
-COOLDOWN_FACTOR = 30  # times the shorter of the last two sends: one that was delayed by chance does not count
+# Cooldown: 30 × the shorter of the last two sends, so that one delayed send does not extend it.
+COOLDOWN_FACTOR = 30
 MIN_COOLDOWN, MAX_COOLDOWN = 0.005, 0.1  # seconds
 
 
 class AsyncNotifier:
-    """Sends notifications after the commit and in the background.
+    """Sends notifications in the background, after the commit of the change.
 
-    NOTIFY inside the transaction of an append would hold a lock of the whole server during its flush. The first change
-    after a cooldown is sent at once. Changes during a send and the cooldown after it go out together, so sending takes
-    a small part of the time, however many changes there are. A client whose statements join a transaction of the caller
-    sends at once instead, and PostgreSQL delivers the notification when that transaction commits.
+    NOTIFY inside the transaction of an append would hold a server-wide lock while the commit is flushed.
+
+    The first change after a cooldown is sent at once. Changes during a send and its cooldown are sent together, which
+    limits the time spent on sending for any number of changes.
+
+    If the client joins transactions of the caller, notifications are sent at once, in that transaction. PostgreSQL
+    delivers them when it commits.
     """
 
     def __init__(self, client: AsyncClient, subscriptions: Subscriptions, channel: str) -> None:
@@ -41,28 +45,32 @@ class AsyncNotifier:
         self._subscriptions = subscriptions
         self._instance = uuid.uuid4().hex
         self._mutex = Mutex()
-        self._pending: dict[str, None] = {}
+        self._pending: dict[str, None] = {}  # ids of changed streams, in order
         self._filled = AsyncEvent()
         self._closing = AsyncEvent()
         self._worker: AsyncWorker | None = None
 
     @property
     def sender(self) -> str:
-        """The name of this store in payloads; it differs in a forked process."""
+        """The id of this store in payloads. A forked process has a different one."""
         return f"{self._instance}/{os.getpid()}"
 
     async def changed(self, stream_ids: Collection[str]) -> None:
-        """Wake the subscriptions of streams that have changed here, and notify other processes."""
+        """Wake the subscriptions of streams that this process has changed, and notify other processes."""
         wake_all(self._subscriptions.changed(stream_ids))
         await self._notify(stream_ids)
 
     async def deleted(self, stream_id: str) -> None:
-        """End the subscriptions of a stream that was deleted here, and notify other processes."""
+        """End the subscriptions of a stream that this process has deleted, and notify other processes."""
         wake_all(self._subscriptions.deleted(stream_id))
         await self._notify([stream_id])
 
     async def appended(self, appended: Collection[tuple[str, int, Sequence[str]]]) -> None:
-        """Pass on texts that were appended here: stream ids, the numbers before them, and the texts."""
+        """Deliver texts that this process has appended, and notify other processes.
+
+        Args:
+            appended: Tuples of the stream id, the sequence number before the first text, and the texts.
+        """
         wake_all(self._subscriptions.appended(appended))
         await self._notify([stream_id for stream_id, _, _ in appended])
 
@@ -76,10 +84,10 @@ class AsyncNotifier:
             await worker.join(CLOSING_TIMEOUT)
 
     async def _notify(self, stream_ids: Iterable[str]) -> None:
-        """Send, or queue to be sent.
+        """Send a notification, or queue it for the worker.
 
-        Only a client that joins a transaction of the caller raises, since there a failed NOTIFY has undone the change.
-        Elsewhere the poll of other processes finds changes without a notification.
+        If the client joins a transaction of the caller, errors propagate: a failed NOTIFY has aborted the change.
+        Otherwise errors are ignored: other processes find the change by polling.
         """
         if self._client.joins_transactions:
             await self._send(stream_ids, None)
@@ -93,7 +101,7 @@ class AsyncNotifier:
                     self._worker = async_spawn(self._work, "aibind_postgres-notifier")
 
     async def _work(self) -> None:
-        taken = math.inf
+        duration = math.inf
         while True:
             await self._filled.wait(0 if self._closing.is_set() else WORKER_IDLE_TIMEOUT)
             with self._mutex:
@@ -106,9 +114,9 @@ class AsyncNotifier:
             try:
                 await self._send(batch, self.sender)
             except Exception as error:
-                logger.debug("a notification for %d streams was not sent: %s", len(batch), type(error).__name__)
-            taken, taken_before = monotonic() - started, taken
-            cooldown = COOLDOWN_FACTOR * min(taken, taken_before)
+                logger.debug("notification for %d streams not sent: %s", len(batch), type(error).__name__)
+            duration, previous_duration = monotonic() - started, duration
+            cooldown = COOLDOWN_FACTOR * min(duration, previous_duration)
             await self._closing.wait(min(max(cooldown, MIN_COOLDOWN), MAX_COOLDOWN))
 
     async def _send(self, stream_ids: Iterable[str], sender: str | None) -> None:

@@ -1,4 +1,4 @@
-"""The stream store: durable, ordered, resumable streams of text."""
+"""The stream store: durable, ordered and resumable streams of text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from .. import _arguments as arguments
 from .._sql import StreamStatements
 from .._subscriptions import Deliver, Ended, Subscriptions, wake_all
-from .._tables import CHUNKS_TABLE, STATUS_TABLE, distinct
+from .._tables import CHUNKS_TABLE, STATUS_TABLE, parse_distinct
 from .._write_buffer import WriteBuffer
 from ..errors import StreamExistsError, StreamNotFoundError
 from ..models import (
@@ -29,7 +29,7 @@ from ..models import (
 )
 from .appending import Append, AsyncAppender
 from .database import AsyncDatabase
-from .following import AsyncFollower, watching_end
+from .following import AsyncFollower, subscribe_to_end
 from .listening import AsyncListener
 from .notifying import AsyncNotifier
 from .reading import AsyncPageReader
@@ -41,45 +41,51 @@ if TYPE_CHECKING:
 
     from .client import AsyncClientLike
 
-LIST_PAGE_ROWS = 2000  # read by one statement
+LIST_PAGE_ROWS = 2000  # rows that one statement of `list` returns
 
 
 class AsyncPostgresStreamStore:
-    """Streams of text chunks in two tables: written by any process, read from any process, resumed after any chunk.
+    """Stores streams of text chunks in two tables.
 
-    Callers may share a store between threads, or between the tasks of one event loop.
+    Any process can write a stream, read it, and resume reading after any chunk. Threads, or the tasks of one event
+    loop, may share a store.
 
-    Simultaneous appends share statements, unless the client joins the callers' transactions. A client that tells its
-    callers apart, by a context variable or by the thread, should therefore set `joins_transactions`. The statements are
-    made for the isolation level READ COMMITTED: at a higher one, simultaneous writers get serialization errors, and a
-    reader inside a transaction sees nothing new.
+    Simultaneous appends share statements, unless the client joins the callers' transactions. A client that selects a
+    connection for each caller, by a context variable or by the thread, should therefore set `joins_transactions`.
+
+    The statements expect the isolation level READ COMMITTED. At a higher level, simultaneous writers get serialization
+    errors, and a reader inside a transaction sees no new chunks.
 
     Args:
-        client: A psycopg pool, a psycopg connection, a connection string (the store then owns a pool), or an object
-            with the `PostgresClient` protocol. On a connection that is inside a transaction the store takes part in it:
-            its writes become durable when that transaction commits.
-        chunks_table: Table of the chunks, as "table", "schema.table" or `psycopg.sql.Identifier`.
-        status_table: Table of the streams.
-        poll_interval: Seconds between two looks for chunks without a notification, 0.1 by default. It grows to ten
-            times as much while none arrive.
-        ttl: Seconds for which a stream is kept after its end, 300 by default.
-        retry_for: Seconds for which a reader or a writer that has lost the server tries to reach it again, 30 by
-            default. Then it raises the driver's error, or `StreamWriteError`.
-        timeout: Seconds to wait for the answer to a statement, including the wait for a connection of the pool. Then
-            the connection is closed, the server is asked to cancel the statement, and `psycopg.OperationalError` is
-            raised: the statement may have taken effect. None, the default, sets no limit. Connecting has its own limit,
-            `connect_timeout` in the connection string. Clients of other drivers have their own timeouts.
-        synchronous_commit: PostgreSQL's setting of this name for the writes of this store; None, the default, leaves
-            it to the server. With "off", a crash of the server may lose the last acknowledged writes. In a transaction
-            of the caller it holds for the whole transaction.
+        client: A connection string, a psycopg pool or connection, or an object with the `PostgresClient` protocol. A
+            connection string becomes a pool that the store owns. If the client is a connection inside a transaction,
+            the store takes part in that transaction: its writes become durable when the transaction commits.
+        chunks_table: The name of the chunks table, as "table", "schema.table" or `psycopg.sql.Identifier`;
+            `aibind_stream_chunks` by default.
+        status_table: The name of the status table; `aibind_stream_status` by default.
+        poll_interval: Seconds, or a timedelta, between two polls for changes without a notification; 0.1 by default.
+            While polls find no change, the interval grows to ten times this value.
+        ttl: Seconds, or a timedelta, for which a stream is kept after its end; 300 by default.
+        retry_for: Seconds, or a timedelta, for which a reader or a writer retries while the server is unreachable; 30
+            by default. After that, a reader raises the driver's error and a writer raises `StreamWriteError`.
+        timeout: Seconds, or a timedelta, to wait for the answer to a statement, including the wait for a connection of
+            the pool; no limit by default. After that, the connection is closed, the server is asked to cancel the
+            statement, and `psycopg.OperationalError` is raised; the statement may have taken effect. It does not limit
+            connecting: set `connect_timeout` in the connection string. Clients of other drivers do not accept it.
+        synchronous_commit: PostgreSQL's setting of this name for the writes of this store; the server's by default.
+            With "off", a crash of the server may lose the last acknowledged writes. In a transaction of the caller, it
+            applies to the whole transaction.
 
     Raises:
-        SchemaError: From every method, if a table or a column is missing.
-        StoreClosedError: From every method, once the store is closed.
-        RuntimeError: From every method, in another event loop than that of the first call.
-        ForkedError: From every method, in a process that was forked after the first call.
-        psycopg.Error: From every method, the driver's own error if the server cannot be reached.
-        ValueError: A table name or a setting is invalid.
+        ValueError: By the constructor, for an invalid table name or setting.
+        TypeError: By the constructor, for an argument of the wrong type.
+        InvalidDataError: By every method, for an id that is empty, longer than 1,024 bytes, or not storable.
+        SchemaError: By every method, if a table or a column is missing.
+        StoreClosedError: By every method, once the store is closed.
+        RuntimeError: By every method, in a different event loop from the one of the first call.
+        ForkedError: By every method, in a process that was forked after the first call.
+
+    Every method raises the driver's own error if the server cannot be reached.
     """
 
     def __init__(
@@ -94,15 +100,15 @@ class AsyncPostgresStreamStore:
         timeout: float | timedelta | None = None,
         synchronous_commit: SynchronousCommit | None = None,
     ) -> None:
-        chunks, status = distinct(chunks_table, status_table)
+        chunks, status = parse_distinct(chunks_table, status_table)
         poll_seconds = arguments.seconds(poll_interval, "poll_interval")
         self._ttl = arguments.milliseconds(ttl, "ttl")
         self._tables = (status, chunks)
-        self._database = AsyncDatabase(client, arguments.seconds(retry_for, "retry_for", zero=True), timeout)
+        self._database = AsyncDatabase(client, arguments.seconds(retry_for, "retry_for", allow_zero=True), timeout)
         self._sql = StreamStatements(chunks, status, synchronous_commit)
-        runner = self._database.client
-        self._subscriptions = Subscriptions(share=not runner.joins_transactions)
-        self._notifier = AsyncNotifier(runner, self._subscriptions, status.channel)
+        wrapped_client = self._database.client
+        self._subscriptions = Subscriptions(share=not wrapped_client.joins_transactions)
+        self._notifier = AsyncNotifier(wrapped_client, self._subscriptions, status.channel)
         self._listener = AsyncListener(
             self._database, self._subscriptions, self._notifier, self._sql.poll, poll_seconds
         )
@@ -115,14 +121,16 @@ class AsyncPostgresStreamStore:
         return f"<{type(self).__name__} in {tables}, {self._database.client!r}, {self._database.state}>"
 
     async def create(self, id: str | None = None) -> str:
-        """Create a stream and return its id. Of several simultaneous callers with one id, one succeeds.
+        """Create a stream. If several callers use one id at the same time, one of them succeeds.
 
         Args:
-            id: 1 to 1,024 bytes in UTF-8. None, the default, makes a new one that cannot be guessed.
+            id: The stream id, 1 to 1,024 bytes in UTF-8. Default: a new, unguessable id.
+
+        Returns:
+            The stream id.
 
         Raises:
-            StreamExistsError: A stream of this id exists, in any state.
-            InvalidDataError: The id cannot be stored.
+            StreamExistsError: A stream with this id exists, in any state.
         """
         stream_id = str(uuid.uuid4()) if id is None else id
         if not await self.acquire(stream_id):
@@ -130,44 +138,62 @@ class AsyncPostgresStreamStore:
         return stream_id
 
     async def acquire(self, id: str) -> bool:
-        """Create a stream unless one of this id exists.
+        """Create a stream unless a stream with this id exists.
+
+        Args:
+            id: The stream id.
 
         Returns:
-            True if this call created it, so that the caller produces; False if the caller is to read it.
+            True if this call created the stream: the caller should write it. False if the stream exists: the caller
+            should read it.
         """
         rows = await self._database.query(self._sql.create, [arguments.identifier(id), self._ttl])
         return bool(rows[0][0])
 
     async def append(self, id: str, chunk: str, *, expected_seq: int | None = None) -> int:
-        """Append one chunk and return its number. The chunk is durable when this returns.
+        """Append one chunk. The chunk is durable when this returns.
+
+        After any of the errors below, nothing was written.
 
         Args:
-            id: The stream.
-            chunk: Text without NUL.
-            expected_seq: The number that the chunk must get. If the same text already has it, nothing is written and
-                the call succeeds: so an append whose outcome is unknown can be repeated.
+            id: The stream id.
+            chunk: Text without NUL characters and lone surrogates.
+            expected_seq: The sequence number that the chunk must get; the next one by default. If the same text is
+                already stored under this number, nothing is written and the call succeeds. An append with an unknown
+                outcome can therefore be repeated.
+
+        Returns:
+            The sequence number of the chunk.
 
         Raises:
-            StreamNotFoundError: There is no such stream.
+            StreamNotFoundError: The stream does not exist.
             StreamNotActiveError: The stream has ended.
-            SequenceConflictError: Another text has the expected number, or it is not the next one.
-            InvalidDataError: The chunk cannot be stored. After any of these errors nothing was written.
+            SequenceConflictError: `expected_seq` is not the next sequence number, or another text is stored under it.
+            InvalidDataError: The chunk cannot be stored, or `expected_seq` is not an int of at least 1.
         """
         return await self._append(id, [arguments.storable_text(chunk, "a chunk")], expected_seq)
 
     async def append_many(self, id: str, chunks: Iterable[str], *, expected_seq: int | None = None) -> int:
-        """Append chunks, all of them or none, and return the number of the last one.
+        """Append several chunks in one transaction, all of them or none.
 
-        They get consecutive numbers, the first one `expected_seq` if that is given. If the same texts already have
-        these numbers, nothing is written. Without chunks the last number of the stream is returned. Raises the errors
-        of `append`, also without chunks.
+        Args:
+            id: The stream id.
+            chunks: The texts. They get consecutive sequence numbers.
+            expected_seq: The sequence number that the first chunk must get; the next one by default. If the same texts
+                are already stored under these numbers, nothing is written and the call succeeds.
+
+        Returns:
+            The sequence number of the last chunk. If `chunks` is empty, the last one of the stream.
+
+        Raises:
+            AibindError: The classes are those of `append`, also if `chunks` is empty.
         """
         return await self._append(id, arguments.chunk_list(chunks), expected_seq)
 
     async def _append(self, id: str, texts: Sequence[str], expected_seq: int | None) -> int:
         stream_id = arguments.identifier(id)
         if expected_seq is not None:
-            arguments.sequence_number(expected_seq, "expected_seq", least=1)
+            arguments.integer(expected_seq, "expected_seq", minimum=1)
         return await self._appender.append(Append(stream_id, texts, expected_seq))
 
     def writer(
@@ -178,51 +204,57 @@ class AsyncPostgresStreamStore:
         max_bytes: int = 1_000_000,
         on_end: Callable[[Exception], Any] | None = None,
     ) -> AsyncStreamWriter:
-        """Return a context manager that writes to a stream from a buffer, each chunk exactly once.
-
-        Its chunks follow the stored ones.
+        """Return a context manager that buffers chunks and writes each of them exactly once, after the stored chunks.
 
         Args:
-            id: An active stream.
-            max_chunks: `write` waits while the buffer holds this many chunks, 1,000 by default.
-            max_bytes: `write` waits while the buffer would exceed this many bytes of UTF-8, 1,000,000 by default. A
-                single chunk may be larger.
-            on_end: Called in the background when the stream ended before the block did, for example since a user
-                stopped it, with the error that `write` raises from then on. It may be a coroutine function in the
-                asynchronous flavour. A writer with it works in the background on every client, in Django outside of the
-                caller's transaction.
+            id: The id of an active stream.
+            max_chunks: The maximum number of chunks in the buffer; 1,000 by default. `write` waits while the buffer
+                is full.
+            max_bytes: The maximum size of the buffer in bytes of UTF-8; 1,000,000 by default. A single chunk may be
+                larger.
+            on_end: Called in the background if the stream ends before the block, for example because a user stopped
+                it. The argument is the error that `write` raises from then on. For an asynchronous store, it may be a
+                coroutine function. A writer with this callback has a background worker with every client; in Django
+                the worker writes outside the caller's transaction. Default: no callback.
+
+        Returns:
+            The writer.
 
         Raises:
-            StreamNotFoundError: When entered, if there is no such stream.
-            StreamNotActiveError: When entered, if the stream has ended.
+            InvalidDataError: `max_chunks` or `max_bytes` is not an int of at least 1.
+            StreamNotFoundError: On entering the block: the stream does not exist.
+            StreamNotActiveError: On entering the block: the stream has ended.
         """
         stream_id = arguments.identifier(id)
-        arguments.sequence_number(max_chunks, "max_chunks", least=1)
-        arguments.sequence_number(max_bytes, "max_bytes", least=1)
-        subscribe = partial(watching_end, self._subscriptions, self._listener, stream_id)
+        arguments.integer(max_chunks, "max_chunks", minimum=1)
+        arguments.integer(max_bytes, "max_bytes", minimum=1)
+        subscribe = partial(subscribe_to_end, self._subscriptions, self._listener, stream_id)
         buffer = WriteBuffer(max_chunks, max_bytes)
         operations = StreamOperations(self._append, self.complete, self.fail, self.get_status)
         return AsyncStreamWriter(stream_id, buffer, operations, self._database, subscribe, on_end)
 
     def read_from(self, id: str, after_seq: int = 0, *, follow: bool = True) -> AsyncIterator[StreamChunk]:
-        """Iterate over the chunks with a number above `after_seq`, each exactly once and in order.
+        """Iterate over the chunks after `after_seq`, each exactly once and in order.
 
-        It holds no connection while it waits or while the caller is busy. It holds one page of chunks in memory: 50
-        at first, then up to 2,000, but about a million characters. If the server goes away it keeps its position and
-        tries again for `retry_for` seconds.
+        The iterator holds no connection while it waits or while the caller is busy. It holds one page of chunks in
+        memory: at first 50 chunks, later up to 2,000 chunks or about a million characters. If the connection is lost,
+        the iterator keeps its position and retries for the store's `retry_for` seconds.
 
         Args:
-            id: The stream.
-            after_seq: The number of the last chunk that the caller has, 0 by default.
-            follow: If true, the default, wait for new chunks until the stream ends; `get_status` then returns how. If
-                false, end with the last stored chunk.
+            id: The stream id.
+            after_seq: The sequence number of the last chunk that the caller has; 0 by default.
+            follow: Whether to wait for new chunks until the stream ends; True by default. `get_status` then returns the
+                final state. If False, the iterator ends after the last stored chunk.
+
+        Yields:
+            The chunks.
 
         Raises:
-            StreamNotFoundError: There is no such stream, or it was deleted meanwhile.
-            InvalidDataError: `after_seq` is negative.
+            StreamNotFoundError: The stream does not exist, or was deleted during the iteration.
+            InvalidDataError: `after_seq` is not an int of at least 0.
         """
         stream_id = arguments.identifier(id)
-        cursor = arguments.sequence_number(after_seq, "after_seq", least=0)
+        cursor = arguments.integer(after_seq, "after_seq", minimum=0)
         return self._read(stream_id, cursor) if follow else self._pages.stored(stream_id, cursor)
 
     async def _read(self, stream_id: str, cursor: int) -> AsyncIterator[StreamChunk]:
@@ -237,83 +269,106 @@ class AsyncPostgresStreamStore:
     def replay(self, id: str, after_seq: int = 0, *, speed: float = 1.0) -> AsyncIterator[StreamChunk]:
         """Iterate over the stored chunks at the pace at which they were written.
 
-        The first chunk comes at once, and so does a chunk without a known time, written before migration 0002. The
-        caller's own time counts as part of a pause.
+        The first chunk is returned at once. So is a chunk without a known time, which was written before migration
+        0002. The time that the caller spends on a chunk counts as part of the next pause.
 
         Args:
-            id: The stream.
-            after_seq: The number of the last chunk that the caller has, 0 by default.
-            speed: 2 is twice as fast; infinity leaves out the pauses; 1 by default.
+            id: The stream id.
+            after_seq: The sequence number of the last chunk that the caller has; 0 by default.
+            speed: The factor by which the replay is faster than the writer; 1 by default. Infinity omits the pauses.
+
+        Yields:
+            The chunks.
 
         Raises:
-            StreamNotFoundError: There is no such stream.
-            ValueError: `speed` is not above zero.
+            StreamNotFoundError: The stream does not exist.
+            InvalidDataError: `after_seq` is not an int of at least 0.
+            ValueError: `speed` is not more than zero.
             SchemaError: Migration 0002 is missing.
         """
         stream_id = arguments.identifier(id)
-        cursor = arguments.sequence_number(after_seq, "after_seq", least=0)
+        cursor = arguments.integer(after_seq, "after_seq", minimum=0)
         if not speed > 0:
-            raise ValueError(f"speed must be above zero, not {speed!r}")
+            raise ValueError(f"speed must be more than zero, not {speed!r}")
         return self._pages.replay(stream_id, cursor, speed)
 
     async def get_status(self, id: str) -> StreamStatus | None:
-        """Return the state, the error text and the number of chunks of a stream, or None if there is none."""
+        """Return the status of a stream: the state, the error text and the number of chunks.
+
+        Args:
+            id: The stream id.
+
+        Returns:
+            The status, or None if the stream does not exist.
+        """
         rows = await self._database.query(self._sql.status, [arguments.identifier(id)])
         return StreamStatus._make(rows[0]) if rows else None
 
     async def wait(self, id: str, timeout: float | timedelta | None = None) -> StreamStatus:
-        """Wait until a stream has ended, and return its status.
-
-        If the server goes away it tries again as `read_from` does.
+        """Wait until a stream has ended. If the connection is lost, retry as `read_from` does.
 
         Args:
-            id: The stream.
-            timeout: Seconds to wait; None, the default, waits without limit. A statement that has been sent is waited
-                for beyond it, as long as the driver does.
+            id: The stream id.
+            timeout: Seconds, or a timedelta, to wait; no limit by default. A statement that has been sent is not
+                interrupted: the call then returns later, when the driver does.
+
+        Returns:
+            The final status.
 
         Raises:
-            TimeoutError: The stream is still active after `timeout` seconds.
-            StreamNotFoundError: There is no such stream, or it was deleted meanwhile.
+            TimeoutError: The stream is still active after `timeout`, or the server could not be reached.
+            StreamNotFoundError: The stream does not exist, or was deleted during the wait.
+            ValueError: `timeout` is negative.
         """
         stream_id = arguments.identifier(id)
         deadline = math.inf
         if timeout is not None:
-            deadline = monotonic() + arguments.seconds(timeout, "timeout", zero=True)
+            deadline = monotonic() + arguments.seconds(timeout, "timeout", allow_zero=True)
         with self._follow(stream_id, math.inf) as follower:
             while not isinstance(step := await follower.next(deadline=deadline), Ended):
                 pass
             return step.status
 
     async def stop(self, id: str) -> bool:
-        """End a stream as stopped by a user.
+        """End a stream in state stopped, as a user does.
+
+        Args:
+            id: The stream id.
 
         Returns:
-            True if this call ended it, False if it had ended already.
+            True if this call ended the stream, False if it had already ended.
 
         Raises:
-            StreamNotFoundError: There is no such stream.
+            StreamNotFoundError: The stream does not exist.
         """
         return await self._end(id, "stopped", None)
 
     async def complete(self, id: str) -> bool:
-        """End a stream as done.
+        """End a stream in state done.
+
+        Args:
+            id: The stream id.
 
         Returns:
-            True if this call ended it, False if it had ended already.
+            True if this call ended the stream, False if it had already ended.
 
         Raises:
-            StreamNotFoundError: There is no such stream.
+            StreamNotFoundError: The stream does not exist.
         """
         return await self._end(id, "done", None)
 
     async def fail(self, id: str, error: str) -> bool:
-        """End a stream with an error text, which its readers get.
+        """End a stream in state error.
+
+        Args:
+            id: The stream id.
+            error: The error text, which readers of the stream receive.
 
         Returns:
-            True if this call ended it, False if it had ended already.
+            True if this call ended the stream, False if it had already ended.
 
         Raises:
-            StreamNotFoundError: There is no such stream.
+            StreamNotFoundError: The stream does not exist.
             InvalidDataError: The text cannot be stored.
         """
         return await self._end(id, "error", arguments.storable_text(error, "an error text"))
@@ -323,15 +378,18 @@ class AsyncPostgresStreamStore:
         [(ended, exists)] = await self._database.query(self._sql.end, [stream_id, state, error, self._ttl])
         if not exists:
             raise StreamNotFoundError(stream_id)
-        # Also if it had ended: the call that ended it may have lost its reply, and announced nothing.
+        # Also if it had already ended: the call that ended it may have lost its reply and not have notified.
         await self._notifier.changed([stream_id])
         return bool(ended)
 
     async def delete(self, id: str) -> bool:
-        """Delete a stream and its chunks, active or not. Its readers and writers get `StreamNotFoundError`.
+        """Delete a stream and its chunks, in any state. Its readers and writers raise `StreamNotFoundError`.
+
+        Args:
+            id: The stream id.
 
         Returns:
-            True if there was one.
+            True if the stream existed.
         """
         stream_id = arguments.identifier(id)
         [(total_chunks, deleted_chunks)] = await self._database.query(self._sql.delete, [stream_id])
@@ -349,24 +407,28 @@ class AsyncPostgresStreamStore:
         created_after: datetime | None = None,
         created_before: datetime | None = None,
     ) -> AsyncIterator[StreamInfo]:
-        """Iterate over the streams in the order of their ids, or with a time in the order of their creation.
+        """Iterate over the streams in the order of their ids. With a time filter, the order is that of creation.
 
-        A stream that is created or deleted meanwhile may appear or not.
+        A stream that is created or deleted during the iteration may or may not appear.
 
         Args:
-            state: Only streams in this state; None, the default, for all.
-            created_after: Only streams created at this time or later, with a time zone.
-            created_before: Only streams created before this time, with a time zone.
+            state: Return only streams in this state; all by default.
+            created_after: Return only streams created at this time or later; all by default. A datetime with a time
+                zone.
+            created_before: Return only streams created before this time; all by default. A datetime with a time zone.
+
+        Yields:
+            An entry for each stream.
 
         Raises:
             ValueError: The state is unknown, or a time has no time zone.
-            SchemaError: A time is given and migration 0002 is missing.
+            SchemaError: A time is given, and migration 0002 is missing.
         """
         if state is not None and state not in get_args(StreamState):
             raise ValueError(f"state must be one of {', '.join(get_args(StreamState))}, not {state!r}")
         for bound in (created_after, created_before):
             if bound is not None and bound.tzinfo is None:
-                raise ValueError("created_after and created_before must have a time zone")
+                raise ValueError(f"created_after and created_before must have a time zone, unlike {bound!r}")
         return self._list(state, created_after, created_before)
 
     async def _list(
@@ -388,17 +450,20 @@ class AsyncPostgresStreamStore:
             last_id, last_time = rows[-1][0], rows[-1][-1]
 
     async def cleanup(self, *, batch_size: int = 1000) -> CleanupResult:
-        """Delete the ended streams whose ttl is over, with their chunks. Safe to run in many processes at once.
+        """Delete the ended streams that have expired, with their chunks. Safe to run in several processes at once.
 
-        Active streams remain: see `fail_abandoned`.
+        Active streams are kept: end abandoned ones with `fail_abandoned`.
 
         Args:
-            batch_size: Streams that one statement deletes at most, 1,000 by default.
+            batch_size: The maximum number of streams that one statement deletes; 1,000 by default.
 
         Returns:
             The numbers of deleted streams and chunks.
+
+        Raises:
+            InvalidDataError: `batch_size` is not an int of at least 1.
         """
-        arguments.sequence_number(batch_size, "batch_size", least=1)
+        arguments.integer(batch_size, "batch_size", minimum=1)
         streams = chunks = 0
         while True:
             [(deleted_streams, deleted_chunks)] = await self._database.query(self._sql.cleanup, [batch_size])
@@ -408,28 +473,35 @@ class AsyncPostgresStreamStore:
                 return CleanupResult(streams, chunks)
 
     async def fail_abandoned(self, older_than: float | timedelta) -> builtins.list[str]:
-        """End, in state error, the active streams that have been silent for `older_than` seconds, and return their ids.
+        """End the active streams that have got no chunk for `older_than` seconds, in state error.
 
-        It is for streams whose producer died. Without migration 0002 the silence is derived from the expiry: then
-        every writer must have this store's ttl, and a stream is ended up to a quarter of the ttl later.
+        Use it for streams of dead producers. Without migration 0002, the time of the last chunk is derived from the
+        expiry: every writer must then use the ttl of this store, and a stream may be ended later, by up to a quarter
+        of the ttl.
 
         Args:
-            older_than: Seconds since the last chunk, or since the creation of a stream without chunks. Choose more than
-                the longest pause of a living producer.
+            older_than: Seconds, or a timedelta, since the last chunk, or since the creation of a stream without chunks.
+                Use a longer time than the longest pause of a running producer.
+
+        Returns:
+            The ids of the ended streams.
+
+        Raises:
+            ValueError: `older_than` is negative.
         """
-        silence = arguments.seconds(older_than, "older_than", zero=True)
-        text = f"abandoned: no sign of life for {silence:g} seconds"
-        rows = await self._database.query(self._sql.fail_abandoned, [self._ttl, round(silence * 1000), text])
+        idle_seconds = arguments.seconds(older_than, "older_than", allow_zero=True)
+        text = f"abandoned: no chunk for {idle_seconds:g} seconds"
+        rows = await self._database.query(self._sql.fail_abandoned, [self._ttl, round(idle_seconds * 1000), text])
         stream_ids = [row[0] for row in rows]
         if stream_ids:
             await self._notifier.changed(stream_ids)
         return stream_ids
 
     async def close(self) -> None:
-        """Close the store, and its pool if it owns that. Safe to repeat.
+        """Close the store, and its pool if it was made from a connection string. Safe to repeat.
 
-        The streams that are still produced here end in state error first; `DurableStream.shutdown` gives them time to
-        end well. Callers that wait get `StoreClosedError`.
+        Streams that this process still produces end in state error; call `DurableStream.shutdown` before, to wait for
+        them. Waiting callers raise `StoreClosedError`.
         """
         if self._database.inherited:
             return
