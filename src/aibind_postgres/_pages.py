@@ -1,4 +1,4 @@
-"""Pages: the chunks and the state of a stream as one statement reads them, and how large the next page may be. Pure."""
+"""Pages: chunks and the state of a stream, as read by one statement. Pure."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ from typing import Any, NamedTuple
 from .models import StreamChunk, StreamState, StreamStatus
 
 FIRST_PAGE_CHUNKS, MAX_PAGE_CHUNKS = 50, 2000
-PAGE_CHARACTERS = 1_000_000  # aimed at in the pages after the first one
+PAGE_CHARACTERS = 1_000_000  # the target size of the pages after the first one
 
 
 class Page(NamedTuple):
-    """Some chunks of a stream, with its state in the same snapshot.
+    """Some chunks of a stream, with the state of the stream in the same snapshot.
 
-    `total` is the number of chunks of the stream, `rows` the numbers and texts of those in this
-    page, perhaps with more columns. No chunk up to
-    number `end` is missing from the pages so far.
+    Attributes:
+        state: The state of the stream.
+        error: The error text of the stream, or None.
+        total: The number of chunks of the stream.
+        rows: The sequence numbers and texts of the chunks in this page; a statement may add columns.
+        end: The position that the page reaches: it contains all chunks of the range up to this sequence number.
     """
 
     state: StreamState
@@ -28,9 +31,15 @@ class Page(NamedTuple):
 
     @classmethod
     def parse(cls, rows: Sequence[tuple[Any, ...]], after: int, limit: int) -> Page | None:
-        """Parse the rows of a READ statement for `limit` chunks after number `after`; None if there is no stream.
+        """Parse the rows of a READ statement, or return None if the stream does not exist.
 
-        The first row is the status: the number of chunks, negative, and the state with the error text in a second line.
+        The first row is the status. It consists of the negated number of chunks, and of the state, followed by a line
+        break and the error text if there is one.
+
+        Args:
+            rows: The rows.
+            after: The sequence number after which the statement reads.
+            limit: The number of sequence numbers that the statement reads.
         """
         if not rows:
             return None
@@ -40,13 +49,13 @@ class Page(NamedTuple):
 
     @property
     def chunks(self) -> Iterator[StreamChunk]:
-        """The chunks of rows that have no more columns."""
-        # As `StreamChunk._make` does, but without a call of Python for each row, and without a list of them.
+        """The chunks. The rows must have no additional columns."""
+        # Like `StreamChunk._make`, without a Python call for each row and without a list.
         return map(tuple.__new__, repeat(StreamChunk), self.rows)
 
     @property
     def is_last(self) -> bool:
-        """Whether the stream has no chunks behind this page."""
+        """Whether the stream had no more chunks after this page."""
         return self.end >= self.total
 
     @property
@@ -55,6 +64,6 @@ class Page(NamedTuple):
 
     @property
     def next_limit(self) -> int:
-        """How many chunks to read next, so that large chunks do not fill the memory of slow readers."""
+        """The limit of the next page. It is smaller for large chunks, to bound the memory of each reader."""
         size = sum([len(row[1]) for row in self.rows])
         return max(1, min(MAX_PAGE_CHUNKS, PAGE_CHARACTERS * len(self.rows) // size)) if size else MAX_PAGE_CHUNKS

@@ -4,7 +4,7 @@ Conventions:
 
 - Parameters are numbered (`$1`), so that psycopg's raw cursors and asyncpg accept the same text.
 - Times are milliseconds since the epoch, by the server's clock.
-- A statement for one stream names `id = $1` on each table.
+- A statement on one stream has the condition `id = $1` for each table.
 - The status table is locked before the chunks table, as in the migrations.
 """
 
@@ -19,11 +19,11 @@ from .models import SynchronousCommit
 if TYPE_CHECKING:
     from ._tables import Table
 
-# statement_timestamp() advances inside a transaction, and its comparisons can use an index.
+# Unlike now(), statement_timestamp() advances inside a transaction; unlike clock_timestamp(), it can use an index.
 NOW = "(extract(epoch FROM statement_timestamp()) * 1000)::bigint"
 
-# The range of datetime, in any time zone. Other writers may store earlier, later and infinite times.
-TELLABLE = "BETWEEN '0001-01-02 00:00Z' AND '9999-12-30 00:00Z'"
+# The range of Python's datetime, in any time zone. Other writers may store times outside it, and infinity.
+IN_RANGE = "BETWEEN '0001-01-02 00:00Z' AND '9999-12-30 00:00Z'"
 
 STATUS_ROW = "-greatest(total_chunks, 0) AS seq, state || coalesce(chr(10) || error, '') AS data"
 
@@ -34,10 +34,10 @@ WITH created AS (
     ON CONFLICT (id) DO NOTHING
     RETURNING id
 ), orphans AS (
-    -- Chunks that outlived an earlier stream of this id would hold the numbers of the new one.
+    -- Chunks left over from an earlier stream with this id would occupy sequence numbers of the new one.
     DELETE FROM {chunks} WHERE id = $1::text AND EXISTS (SELECT FROM created)
 )
-SELECT EXISTS (SELECT FROM created) {committed_so}
+SELECT EXISTS (SELECT FROM created) {commit_setting}
 """
 
 APPEND = """
@@ -52,10 +52,10 @@ WITH advanced AS (
     INSERT INTO {chunks} (id, seq, data)
     SELECT $1::text, total_chunks, $2::text FROM advanced
 )
-SELECT total_chunks FROM advanced {committed_so}
+SELECT total_chunks FROM advanced {commit_setting}
 """
 
-# Takes the length of the array once: in the SELECT it would be computed again for each chunk.
+# Computes the length of the array in RETURNING: in the SELECT it would be computed again for each chunk.
 APPEND_MANY = """
 WITH advanced AS (
     UPDATE {status}
@@ -66,18 +66,18 @@ WITH advanced AS (
     RETURNING total_chunks, total_chunks - json_array_length($2::text::json) AS last_before
 ), stored AS (
     INSERT INTO {chunks} (id, seq, data)
-    SELECT $1::text, last_before + new.place, new.data
-      FROM advanced, json_array_elements_text($2::text::json) WITH ORDINALITY AS new (data, place)
+    SELECT $1::text, last_before + new.ordinal, new.data
+      FROM advanced, json_array_elements_text($2::text::json) WITH ORDINALITY AS new (data, ordinal)
 )
-SELECT total_chunks FROM advanced {committed_so}
+SELECT total_chunks FROM advanced {commit_setting}
 """
 
-# Several appends: a JSON array of objects with id, texts and expected; each id occurs once. The rows are locked first,
-# so that `expected` is compared with the row version that is updated. Rows locked by other transactions are skipped:
-# one stream cannot delay the others of the batch, and two batches cannot deadlock.
+# Appends to several streams. $1 is a JSON array of objects with id, texts and expected; each id occurs once. The rows
+# are locked first, so that `expected` is compared with the row version that is updated. Rows that other transactions
+# have locked are skipped, so that one stream cannot delay the others of the batch, and two batches cannot deadlock.
 APPEND_BATCH = """
 WITH wanted AS MATERIALIZED (
-    SELECT id, expected, texts, json_array_length(texts) AS number
+    SELECT id, expected, texts, json_array_length(texts) AS added
       FROM json_to_recordset($1::text::json) AS item (id text, expected bigint, texts json)
 ), locked AS MATERIALIZED (
     SELECT id, total_chunks
@@ -86,24 +86,24 @@ WITH wanted AS MATERIALIZED (
        FOR UPDATE SKIP LOCKED
 ), advanced AS (
     UPDATE {status} AS s
-       SET total_chunks = s.total_chunks + wanted.number,
+       SET total_chunks = s.total_chunks + wanted.added,
            expires_at = {renewed_expiry}
       FROM locked JOIN wanted USING (id)
      WHERE s.id = locked.id
        AND (wanted.expected IS NULL OR locked.total_chunks = wanted.expected - 1)
-    RETURNING wanted.id, s.total_chunks - wanted.number AS last_before, wanted.texts
+    RETURNING wanted.id, s.total_chunks - wanted.added AS last_before, wanted.texts
 ), stored AS (
     INSERT INTO {chunks} (id, seq, data)
-    SELECT advanced.id, last_before + new.place, new.data
-      FROM advanced, json_array_elements_text(texts) WITH ORDINALITY AS new (data, place)
+    SELECT advanced.id, last_before + new.ordinal, new.data
+      FROM advanced, json_array_elements_text(texts) WITH ORDINALITY AS new (data, ordinal)
 )
-SELECT id, last_before FROM advanced {committed_so}
+SELECT id, last_before FROM advanced {commit_setting}
 """
 
-# One snapshot: the first row is the status, and `_pages.Page` parses it: the number of chunks, negative, and the state
-# with the error text in a second line. A page of chunks follows. A chunk above the number of chunks in the status is
-# left over from another stream. A page is a range of numbers and not a LIMIT, which may be planned as a sort of all
-# that follows. (No chunk has a number from 2^62 on.)
+# Reads the status and a page of chunks in one snapshot. `_pages.Page` parses the first row: the negated number of
+# chunks, and the state, followed by a line break and the error text. Chunks with a number above total_chunks are left
+# over from another stream. A page is a range of sequence numbers, since a LIMIT may be planned as a sort of all later
+# chunks. 2^62 avoids an overflow; no chunk has a higher number.
 READ = """
 SELECT {status_row} FROM {status} WHERE id = $1::text
 UNION ALL
@@ -114,10 +114,10 @@ SELECT seq, data FROM {chunks}
 ORDER BY seq
 """
 
-# READ for many streams: a JSON array of objects with place, id and after.
+# READ for many streams. $1 is a JSON array of objects with index, id and after.
 READ_BATCH = """
-SELECT wanted.place, found.seq, found.data
-  FROM json_to_recordset($1::text::json) AS wanted (place integer, id text, after bigint),
+SELECT wanted.index, found.seq, found.data
+  FROM json_to_recordset($1::text::json) AS wanted (index integer, id text, after bigint),
        LATERAL (
            SELECT {status_row} FROM {status} WHERE id = wanted.id
            UNION ALL
@@ -126,20 +126,20 @@ SELECT wanted.place, found.seq, found.data
               AND seq <= least(least(wanted.after, 1::bigint << 62) + $2::bigint,
                                (SELECT total_chunks FROM {status} WHERE id = wanted.id))
        ) AS found
- ORDER BY wanted.place, found.seq
+ ORDER BY wanted.index, found.seq
 """
 
 READ_TIMED = """
 SELECT {status_row}, NULL::float8 AS written_at FROM {status} WHERE id = $1::text
 UNION ALL
-SELECT seq, data, CASE WHEN created_at {tellable} THEN extract(epoch FROM created_at)::float8 END FROM {chunks}
+SELECT seq, data, CASE WHEN created_at {in_range} THEN extract(epoch FROM created_at)::float8 END FROM {chunks}
  WHERE id = $1::text AND seq > $2::bigint
    AND seq <= least(least($2::bigint, 1::bigint << 62) + $3::bigint,
                     (SELECT total_chunks FROM {status} WHERE id = $1::text))
 ORDER BY seq
 """
 
-# The next number after an empty page: total_chunks may be far larger than the number of chunks.
+# The next sequence number after an empty page, since total_chunks may be far larger than the number of chunks.
 NEXT = """
 SELECT min(seq) FROM {chunks}
  WHERE id = $1::text AND seq > $2::bigint AND seq <= (SELECT total_chunks FROM {status} WHERE id = $1::text)
@@ -147,7 +147,7 @@ SELECT min(seq) FROM {chunks}
 
 STATUS = "SELECT state, error, greatest(total_chunks, 0) FROM {status} WHERE id = $1::text"
 
-# The states of all streams that readers wait for.
+# The states of the streams for which readers wait.
 POLL = """
 SELECT id, state, total_chunks FROM {status}
  WHERE id = ANY (ARRAY(SELECT json_array_elements_text($1::text::json)))
@@ -161,7 +161,7 @@ WITH ended AS (
     RETURNING id
 )
 SELECT EXISTS (SELECT FROM ended) AS ended, EXISTS (SELECT FROM {status} WHERE id = $1::text) AS found
-{committed_so}
+{commit_setting}
 """
 
 DELETE = """
@@ -170,7 +170,7 @@ WITH deleted AS (
 ), emptied AS (
     DELETE FROM {chunks} WHERE id = $1::text RETURNING seq
 )
-SELECT (SELECT total_chunks FROM deleted), (SELECT count(*) FROM emptied) {committed_so}
+SELECT (SELECT total_chunks FROM deleted), (SELECT count(*) FROM emptied) {commit_setting}
 """
 
 # Deletes a chunk that was appended after the snapshot of DELETE. Keeps the chunks of a new stream with the same id.
@@ -180,14 +180,14 @@ WITH now AS (
 ), orphans AS (
     DELETE FROM {chunks} WHERE id = $1::text AND seq > coalesce((SELECT total_chunks FROM now), 0) RETURNING 1
 )
-SELECT (SELECT count(*) FROM orphans) {committed_so}
+SELECT (SELECT count(*) FROM orphans) {commit_setting}
 """
 
-# Reads the column of migration 0002 through JSON, which gives NULL if the column is missing. OFFSET 0 keeps the planner
-# from computing it twice.
+# created_at of migration 0002 is read through JSON, which returns NULL if the column is missing. OFFSET 0 prevents the
+# planner from computing it twice.
 LIST = """
 SELECT id, state, error, greatest(total_chunks, 0), expires_at,
-       CASE WHEN t.created_at {tellable} THEN t.created_at END
+       CASE WHEN t.created_at {in_range} THEN t.created_at END
   FROM {status} AS s, LATERAL (SELECT (to_jsonb(s) ->> 'created_at')::timestamptz OFFSET 0) AS t (created_at)
  WHERE ($1::text IS NULL OR state = $1::text) AND id > $2::text
  ORDER BY id
@@ -197,7 +197,7 @@ SELECT id, state, error, greatest(total_chunks, 0), expires_at,
 # The last column is parameter $6 of the next page. The JSON format of a time is exact under all session settings.
 LIST_BY_TIME = """
 SELECT id, state, error, greatest(total_chunks, 0), expires_at,
-       CASE WHEN created_at {tellable} THEN created_at END, to_jsonb(created_at) #>> '{{}}'
+       CASE WHEN created_at {in_range} THEN created_at END, to_jsonb(created_at) #>> '{{}}'
   FROM {status}
  WHERE ($1::text IS NULL OR state = $1::text)
    AND created_at >= coalesce($4::timestamptz, '-infinity')
@@ -221,15 +221,15 @@ WITH expired AS MATERIALIZED (
 ), streams AS (
     DELETE FROM {status} WHERE id = ANY (ARRAY(SELECT id FROM expired)) RETURNING 1
 )
-SELECT (SELECT count(*) FROM streams) AS streams, (SELECT count(*) FROM chunks) AS chunks {committed_so}
+SELECT (SELECT count(*) FROM streams) AS streams, (SELECT count(*) FROM chunks) AS chunks {commit_setting}
 """
 
-# The last activity is the created_at of the last chunk, else of the stream (migration 0002). Without these columns it
-# is derived from expires_at and the ttl of this store. Since expires_at may lag by a quarter of the ttl, the estimate
-# is the latest possible time, and no active producer is ended. An expires_at outside the range of timestamps is
-# clamped: its error would fail the whole statement.
+# The last activity is created_at of the last chunk, or of a stream without chunks (migration 0002). Without these
+# columns it is derived from expires_at and the ttl of this store. expires_at may lag by a quarter of the ttl, so the
+# latest possible time is used: no running producer is ended. An expires_at outside the range of timestamps is clamped,
+# since its conversion would fail the whole statement.
 FAIL_ABANDONED = """
-WITH silent AS MATERIALIZED (
+WITH abandoned AS MATERIALIZED (
     SELECT id FROM {status} AS s
      WHERE state = 'active'
        AND coalesce(
@@ -246,10 +246,10 @@ WITH silent AS MATERIALIZED (
 ), ended AS (
     UPDATE {status}
        SET state = 'error', error = $3::text, expires_at = {now} + $1::bigint
-     WHERE id = ANY (ARRAY(SELECT id FROM silent)) AND state = 'active'
+     WHERE id = ANY (ARRAY(SELECT id FROM abandoned)) AND state = 'active'
     RETURNING id
 )
-SELECT id FROM ended {committed_so}
+SELECT id FROM ended {commit_setting}
 """
 
 NOTIFY = "SELECT pg_notify($1::text, payload) FROM json_array_elements_text($2::text::json) AS payload"
@@ -261,7 +261,7 @@ class StreamStatements:
     Args:
         chunks: The chunks table.
         status: The status table.
-        synchronous_commit: PostgreSQL's setting for statements that write; the server's by default.
+        synchronous_commit: PostgreSQL's setting of this name for statements that write; the server's by default.
 
     Raises:
         ValueError: `synchronous_commit` is not a value of PostgreSQL's setting.
@@ -277,9 +277,9 @@ class StreamStatements:
             "chunks": chunks.quoted,
             "status": status.quoted,
             "now": NOW,
-            "tellable": TELLABLE,
+            "in_range": IN_RANGE,
             "status_row": STATUS_ROW,
-            "committed_so": "" if synchronous_commit is None else setting,
+            "commit_setting": "" if synchronous_commit is None else setting,
         }
 
         def fill(statement: str, ttl: str = "$4") -> str:
@@ -307,8 +307,8 @@ class StreamStatements:
 def renewed_expiry(ttl: str) -> str:
     """Return the SQL expression for expires_at after an append. `ttl` is the name of a parameter, in milliseconds.
 
-    The expiry is renewed once a quarter of the ttl has passed since the last renewal. Most appends leave the column
-    unchanged, and so stay heap-only updates.
+    The expiry is renewed if a quarter of the ttl has passed since the last renewal. Most appends therefore do not
+    change this indexed column, and are heap-only updates.
     """
     return f"""
            CASE WHEN expires_at < {NOW} + {ttl}::bigint - {ttl}::bigint / 4
@@ -321,5 +321,5 @@ def json_text(value: object) -> str:
 
 
 def json_array(texts: Iterable[str]) -> str:
-    """Return texts as one JSON parameter. psycopg takes several times longer to build an array."""
+    """Return texts as one parameter, a JSON array. psycopg needs several times longer to adapt a list."""
     return json_text(list(texts))

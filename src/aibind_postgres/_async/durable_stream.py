@@ -110,7 +110,7 @@ class AsyncDurableStream:
                 stream_id = new_id() if id is None else arguments.identifier(id)
                 encode(_id_event(stream_id))
                 await store.create(stream_id)
-                # In a transaction of the caller, the new stream may be invisible to the producer: it must query the state.
+                # In a transaction of the caller, the producer may not see the new stream: it must query the state.
                 known_active = not store._database.client.in_transaction()
                 producer = AsyncProducer(store, stream_id, source, on_finish, expose_errors, context, known_active)
             except BaseException:

@@ -226,7 +226,7 @@ class AsyncListenConnection:
             yield notification.payload
 
     async def check_probe(self) -> bool:
-        """Handle a probe that did not arrive: disconnect, or through a pooler stop listening. Return True if stopped."""
+        """If the last probe did not arrive, disconnect, or stop listening through a pooler. Return True if stopped."""
         if monotonic() - self._probed_at <= PROBE_TIMEOUT:
             return False
         self._probed_at = math.inf
@@ -286,6 +286,6 @@ class AsyncListenConnection:
 
 
 def _shut_down_socket(connection: psycopg.AsyncConnection[Any]) -> None:
-    # Closing a connection on which another thread waits is unsafe. Shutting its socket down is safe, and wakes the thread.
+    # Closing a connection on which another thread waits is unsafe. Shutting down its socket is safe and wakes the thread.
     with suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(connection.fileno())) as duplicate:
         duplicate.shutdown(socket.SHUT_RDWR)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("aibind_postgres")
 
-# Cooldown: 30 × the shorter of the last two sends, so that one delayed send does not extend it.
+# Cooldown: 30 times the shorter of the last two sends, so that one delayed send does not extend it.
 COOLDOWN_FACTOR = 30
 MIN_COOLDOWN, MAX_COOLDOWN = 0.005, 0.1  # seconds
 

@@ -1,4 +1,4 @@
-"""Producers: each copies a source into a stream, in the background, and calls `on_finish` at the end."""
+"""Producers: copy sources into streams in the background, then call `on_finish`."""
 
 from __future__ import annotations
 
@@ -32,39 +32,39 @@ logger = logging.getLogger("aibind_postgres")
 
 GENERIC_ERROR = "the answer broke off"  # shown to clients when the source raises
 
-SHUTDOWN_GRACE = 2.0  # seconds that producers have to end after `shutdown` has asked them to
+SHUTDOWN_GRACE = 2.0  # seconds to wait for producers after `shutdown` has requested their end
 
 
 class Phase(Enum):
-    """The phases of a producer, in their order. WRITING may be skipped."""
+    """The phases of a producer, in this order. WRITING may be skipped."""
 
     STARTING = "starting"  # the stream's writer is not open yet
     WRITING = "writing"  # the source is being copied
-    FINISHING = "finishing"  # the source is closed or interrupted, `on_finish` runs
+    FINISHING = "finishing"  # the source is closed or interrupted, and `on_finish` runs
     ENDED = "ended"  # the stream has ended and `on_finish` has returned
 
 
 class EndReason(Enum):
     """Why a producer ends."""
 
-    SOURCE_FINISHED = "the source came to its end"
+    SOURCE_FINISHED = "the source ended"
     SOURCE_FAILED = "the source or its context raised"
-    STOPPED = "the stream was ended elsewhere"
+    STOPPED = "the stream was ended by another caller"
     DELETED = "the stream was deleted"
     WRITE_FAILED = "the chunks could not be stored"
     INTERRUPTED = "the worker was interrupted, as by the end of its event loop"
-    SHUTDOWN = "the store is being closed, or the application shuts down"
+    SHUTDOWN = "the application called shutdown, or closes the store"
     INTERPRETER_EXIT = "the interpreter exits"
 
 
 class AsyncProducer:
-    """Copies a source into a stream, in a background worker, then calls `on_finish`.
+    """Copies a source into a stream, then runs `on_finish`.
 
-    Two workers take part: the producer's own reads the source, and the writer's sends chunks and reports when the
-    stream has ended elsewhere. Every ending goes through `end`.
+    It uses two workers. The producer's worker reads the source. The writer's worker sends the chunks, and reports if
+    another caller has ended the stream. Every end of a producer is a call of `end`.
     """
 
-    _registry: ClassVar[set[AsyncProducer]] = set()  # the producers of this process; these are their only references
+    _registry: ClassVar[set[AsyncProducer]] = set()  # the producers of this process; keeps them alive
     _registry_mutex: ClassVar[Mutex] = Mutex()
     _exit_hook_installed: ClassVar[bool] = False
 
@@ -85,7 +85,7 @@ class AsyncProducer:
         self._on_finish = on_finish
         self._expose_errors = expose_errors
         self._context = context
-        self._texts: list[str] = []  # the texts that `on_finish` gets
+        self._texts: list[str] = []  # the argument of `on_finish`
         self._writer = store.writer(stream_id, on_end=self._writer_closed)
         if known_active:
             self._writer._assume_active()
@@ -99,7 +99,7 @@ class AsyncProducer:
         if is_first:
             async_at_exit(shutdown_all)
         with self._mutex:  # `end` reads the worker, and may run before this method returns
-            # The source belongs to the caller, and so does its context.
+            # The source runs on behalf of the caller, so it gets the caller's context variables.
             self._worker = async_spawn(self._run, "aibind_postgres-producer", inherit=True)
 
     @classmethod
@@ -110,25 +110,28 @@ class AsyncProducer:
 
     @classmethod
     def forget_all(cls) -> None:
-        """Forget all producers. Called in a forked process: they belong to the parent."""
+        """Empty the registry in a forked process: the producers belong to the parent."""
         cls._registry_mutex, cls._registry = Mutex(), set()
 
     async def end(self, reason: EndReason, status: StreamStatus | None = None) -> bool:
-        """End this producer. Every ending goes through here, and the first one takes effect.
+        """End this producer. Only the first call takes effect.
 
-        SHUTDOWN and INTERPRETER_EXIT only request that the writer ends the stream in state error. The writer then
-        reports STOPPED, unless the source comes to its end first. Every other reason does the following:
+        With SHUTDOWN and INTERPRETER_EXIT, the call only requests that the writer ends the stream in state error. The
+        writer then calls with STOPPED, unless the source ends first.
 
-        1. Interrupt the source, unless its reader has closed it.
-        2. Call `on_finish`: after SOURCE_FINISHED before the stream is done, else after the stream has ended.
-        3. Leave the registry and set `finished`. After SOURCE_FINISHED `_run` does that, when the stream is done.
+        With every other reason, the call:
+
+        1. Interrupts the source, unless its reader has closed it.
+        2. Calls `on_finish`. With SOURCE_FINISHED, the stream is still active; otherwise it has ended.
+        3. Removes the producer from the registry and sets `finished`. With SOURCE_FINISHED, `_run` does this after the
+           stream is done.
 
         Args:
             reason: Why the producer ends.
             status: The status for `on_finish`. Default: queried from the store.
 
         Returns:
-            False if an earlier call has ended the producer.
+            False if an earlier call has ended the producer, True otherwise.
         """
         with self._mutex:
             if self._phase in (Phase.FINISHING, Phase.ENDED):
@@ -149,7 +152,7 @@ class AsyncProducer:
         return True
 
     async def _end_without_worker(self) -> bool:
-        """End the stream of a worker that was cancelled before it began, as at the end of an event loop."""
+        """End the stream if the worker was cancelled before its first step, as at the end of an event loop."""
         self._writer._release()
         await self._fail_stream()
         await self._source.close()
@@ -163,14 +166,14 @@ class AsyncProducer:
         self.finished.set()
 
     async def _writer_closed(self, error: Exception) -> None:
-        """End after a report of the writer's worker: nothing more can be stored."""
+        """End the producer because the writer's worker reports that no more chunks can be stored."""
         reason = _reason_of(error)
         if reason is EndReason.WRITE_FAILED:
             logger.error("the producer of stream %r gave up: %s", self.stream_id, error)
         await self.end(reason)
 
     async def _run(self) -> None:
-        """Copy the source, then leave the writer's block, which ends the stream."""
+        """Copy the source inside the writer's block. Leaving the block ends the stream."""
         reason = EndReason.SOURCE_FINISHED
         interruption: BaseException | None = None
         try:
@@ -178,7 +181,7 @@ class AsyncProducer:
                 with self._mutex:
                     if self._phase is Phase.STARTING:
                         self._phase = Phase.WRITING
-                await self._store._database.client.release_thread()  # the source may take long
+                await self._store._database.client.release_thread()  # the source may run for a long time
                 await self._write()
         except SourceError:
             reason = EndReason.SOURCE_FAILED
@@ -186,7 +189,8 @@ class AsyncProducer:
             reason = _reason_of(error)
             if reason is EndReason.DELETED and self._phase is Phase.STARTING:
                 logger.error(
-                    "stream %r not found by its producer: is the transaction that created it not over?", self.stream_id
+                    "stream %r not found by its producer: start it after the transaction that creates it has been committed",
+                    self.stream_id,
                 )
             elif reason is EndReason.WRITE_FAILED and not self._ended_by_writer:
                 logger.error("the producer of stream %r gave up: %s", self.stream_id, error)
@@ -197,7 +201,7 @@ class AsyncProducer:
                 interruption = error.__cause__ or error
         if self._phase is Phase.STARTING:
             await self._fail_stream()
-        await self._source.close()  # if it was not read
+        await self._source.close()  # no effect if it was read
         if self._reason is EndReason.SOURCE_FINISHED:
             self._mark_ended()
         else:
@@ -208,7 +212,7 @@ class AsyncProducer:
 
     @property
     def _ended_by_writer(self) -> bool:
-        """Whether the writer's worker has ended this producer: its own worker then has no more to report."""
+        """Whether the writer's worker has ended this producer. Its own worker then logs nothing more."""
         return self._reason not in (None, EndReason.SOURCE_FINISHED)
 
     async def _fail_stream(self) -> None:
@@ -218,16 +222,20 @@ class AsyncProducer:
         except StreamNotFoundError:
             pass
         except Exception as error:
-            logger.error("stream %r could not be ended by its producer: %s", self.stream_id, error)
+            logger.error(
+                "stream %r could not be ended by its producer, and stays active until fail_abandoned is called: %s",
+                self.stream_id,
+                error,
+            )
 
     async def _write(self) -> None:
-        """Write the source. An exception carries the error text that the writer stores."""
+        """Copy the source, then run `on_finish`. The text of a raised exception becomes the error text of the stream."""
         try:
             await self._copy_source()
             last = await self._writer.flush()
-            # Readers that see the end of the stream then find the results of `on_finish`.
+            # `on_finish` comes first, so that readers that see the end of the stream find its results.
             if not await self.end(EndReason.SOURCE_FINISHED, StreamStatus("done", None, last)):
-                raise SourceError(GENERIC_ERROR)  # the stream must not become done
+                raise SourceError(GENERIC_ERROR)  # prevents state done
         except (SourceError, StreamNotActiveError, StreamNotFoundError):
             raise
         except Exception as error:
@@ -241,7 +249,7 @@ class AsyncProducer:
         storing = False
         try:
             async with self._entered_context():
-                if self._reason is not None:  # the stream ended while the context was entered
+                if self._reason is not None:  # the producer was ended while it entered the context
                     raise SourceError(GENERIC_ERROR)
                 try:
                     async for item in self._source.items:
@@ -253,8 +261,8 @@ class AsyncProducer:
                             self._texts.append(item)
                 finally:
                     await self._source.close()
-        except WebError as refusal:
-            raise SourceError(refusal.text or GENERIC_ERROR) from None
+        except WebError as web_error:
+            raise SourceError(web_error.text or GENERIC_ERROR) from None
         except Exception as error:
             if storing or self._reason is not None:
                 raise
@@ -264,7 +272,7 @@ class AsyncProducer:
 
     @asynccontextmanager
     async def _entered_context(self) -> AsyncIterator[None]:
-        """Enter the caller's context. Log errors of leaving it: the work inside it is done."""
+        """Enter the caller's context. Errors on leaving it are only logged, since the work inside it is complete."""
         context = self._context()
         await context.__aenter__()
         try:
@@ -290,16 +298,16 @@ class AsyncProducer:
         try:
             return await self._store.get_status(self.stream_id)
         except Exception as error:
-            logger.error("the final status of stream %r is unknown to its producer: %s", self.stream_id, error)
+            logger.error("the final status of stream %r could not be queried for on_finish: %s", self.stream_id, error)
             return None
 
 
 class SourceState(Enum):
-    """The states of a source. It is closed once, by its reader or by an interrupt."""
+    """The states of a source. Its reader or `interrupt` closes it."""
 
     OPEN = "open"
     INTERRUPTED = "interrupted"  # another worker is closing it
-    ABANDONED = "abandoned"  # its reader has left while another worker was closing it
+    RELEASED = "released"  # its reader has stopped reading while another worker was closing it
     CLOSED = "closed"
 
 
@@ -312,21 +320,21 @@ class AsyncSource:
         self._state = SourceState.OPEN
 
     async def close(self) -> None:
-        """Close the source. Called by its reader only, when it reads no more."""
+        """Close the source. Only its reader calls this, when it has stopped reading."""
         with self._mutex:
             is_open = self._state is SourceState.OPEN
             if is_open:
                 self._state = SourceState.CLOSED
             elif self._state is SourceState.INTERRUPTED:
-                self._state = SourceState.ABANDONED
+                self._state = SourceState.RELEASED
         if is_open:
             await close_source(self.items)
 
     async def interrupt(self, reader: AsyncWorker) -> None:
-        """Let a reader that waits for the next item stop.
+        """Stop a reader that waits for the next item.
 
-        In threads a generator is closed by its reader alone: resources that it holds may be bound to that thread, and
-        while it runs, no other thread can close it.
+        With threads, only the reader closes a generator. The generator may hold resources that are bound to that
+        thread, and no other thread can close it while it runs.
         """
         with self._mutex:
             if self._state is not SourceState.OPEN or inspect.isgenerator(self.items):
@@ -334,23 +342,27 @@ class AsyncSource:
             self._state = SourceState.INTERRUPTED
         closed = async_interrupt(reader, self.items)
         with self._mutex:
-            abandoned = self._state is SourceState.ABANDONED
-            self._state = SourceState.CLOSED if closed or abandoned else SourceState.OPEN
-        if abandoned and not closed:
+            released = self._state is SourceState.RELEASED
+            self._state = SourceState.CLOSED if closed or released else SourceState.OPEN
+        if released and not closed:
             await close_source(self.items)
 
 
 async def shutdown(store: AsyncPostgresStreamStore, timeout: float, reason: EndReason = EndReason.SHUTDOWN) -> bool:
-    """Wait `timeout` seconds for the producers of a store, then end them. Return True if all ended by themselves."""
+    """Wait up to `timeout` seconds for the producers of a store, then end the remaining ones.
+
+    Returns:
+        True if all producers ended by themselves.
+    """
     deadline = monotonic() + timeout
     producers = AsyncProducer.running(store)
-    late = [producer for producer in producers if not await producer.finished.wait(max(0.0, deadline - monotonic()))]
-    for producer in late:
+    running = [each for each in producers if not await each.finished.wait(max(0.0, deadline - monotonic()))]
+    for producer in running:
         await producer.end(reason)
     deadline = monotonic() + SHUTDOWN_GRACE
-    for producer in late:
+    for producer in running:
         await producer.finished.wait(max(0.0, deadline - monotonic()))
-    return not late
+    return not running
 
 
 async def shutdown_all() -> None:
@@ -360,7 +372,7 @@ async def shutdown_all() -> None:
 
 
 async def close_source(source: object) -> None:
-    """Close a source if it has a method for that. Errors go to the log."""
+    """Close a source if it has a method `aclose` or `close`. Errors are only logged."""
     close = getattr(source, "aclose", None) or getattr(source, "close", None)
     if close is not None:
         try:
@@ -376,11 +388,11 @@ def _reason_of(error: Exception) -> EndReason:
 
 
 class SourceError(Exception):
-    """Ends a stream in state error, with this text."""
+    """Raised inside the writer's block to end the stream in state error with this text."""
 
 
 class SourceInterrupted(BaseException):
-    """Ends a stream in state error with this text. It replaces an interruption, which may have a text of its own."""
+    """Raised in place of an interruption, to end the stream with this text instead of the interruption's."""
 
 
 if hasattr(os, "register_at_fork"):
