@@ -25,7 +25,7 @@ T = TypeVar("T")
 # Remove when Python 3.12 is the oldest supported version.
 
 
-async def async_take(
+async def async_checkout(
     take: Callable[[], Coroutine[Any, Any, T]], give_back: Callable[[T], Coroutine[Any, Any, None]]
 ) -> T:
     """Return the result of `take`. If the caller was cancelled meanwhile, give it back and raise `CancelledError`."""
@@ -99,7 +99,7 @@ def at_end_of_loop(run: Callable[[], None], unless: Event) -> None:
 # Remove when a pool discards closed connections without a round trip.
 
 
-def has_ended(connection: psycopg.Connection[Any] | psycopg.AsyncConnection[Any]) -> bool:
+def is_closed_by_server(connection: psycopg.Connection[Any] | psycopg.AsyncConnection[Any]) -> bool:
     """Return True if the server has closed an idle connection. This costs no round trip."""
     try:
         connection.pgconn.consume_input()  # may return the server's last message

@@ -1,4 +1,4 @@
-"""Append chunks to streams: simultaneous appends share a statement."""
+"""Append chunks to streams. Simultaneous appends share a statement."""
 
 from __future__ import annotations
 
@@ -20,30 +20,32 @@ if TYPE_CHECKING:
     from .database import AsyncDatabase
     from .notifying import AsyncNotifier
 
-ATTEMPTS = 5
-LANES = 2  # concurrent batches: PostgreSQL executes one while it writes the WAL of the other
+ATTEMPTS = 5  # of an append that is skipped for no apparent reason
+LANES = 2  # concurrent batches, so that PostgreSQL executes one while it writes the WAL of the other
 BATCH_ITEMS, BATCH_BYTES = 500, 500_000
-LARGEST_COMBINED = 20_000  # bytes; a larger append runs alone, since it would delay the others of its batch
-TEXT_BYTES = 100  # added to the size of each text, for its row
+LARGEST_COMBINED = 20_000  # bytes; an append of this size runs alone, since it would delay the rest of its batch
+ROW_BYTES = 100  # the assumed overhead of one chunk
 
 
 class Append(NamedTuple):
+    """The texts to append to one stream, and the sequence number that the first one must get, if any."""
+
     stream_id: str
     texts: Sequence[str]
     expected_seq: int | None
 
 
 class AsyncAppender:
-    """Appends to streams. Simultaneous appends share statements.
+    """Appends chunks to the streams of one store. Simultaneous appends share statements.
 
     A shared statement skips an append in these cases:
 
     - The stream does not exist or has ended.
     - The next sequence number is not the expected one.
     - Another transaction has locked the stream's row.
-    - The server rejects the statement: then all its appends are skipped.
+    - The server rejects the statement. In this case all appends of the statement are skipped.
 
-    A skipped append runs alone, which raises its own error or waits for the lock.
+    A skipped append then runs alone: it raises its own error, or waits for the lock.
     """
 
     def __init__(
@@ -57,7 +59,7 @@ class AsyncAppender:
         self._sql = statements
         self._ttl = ttl
         self._notifier = notifier
-        # A stream always uses the same lane, so that concurrent batches do not lock the same row.
+        # Each stream always uses the same lane, so that concurrent batches do not lock the same row.
         self._lanes = [AsyncCombiner(self._run, max_items=BATCH_ITEMS, max_size=BATCH_BYTES) for _ in range(LANES)]
 
     async def append(self, append: Append) -> int:
@@ -69,9 +71,10 @@ class AsyncAppender:
             StreamNotFoundError: The stream does not exist.
             StreamNotActiveError: The stream has ended.
             SequenceConflictError: `expected_seq` is not the next sequence number.
+            AibindError: The stream is active, but a policy or trigger of the table prevents the update.
         """
         self._database.check_owner()
-        size = TEXT_BYTES * len(append.texts)
+        size = ROW_BYTES * len(append.texts)
         if size < LARGEST_COMBINED:
             size += sum([len(text.encode()) for text in append.texts])
         # A statement in a caller's transaction must not contain the appends of other callers.
@@ -142,15 +145,22 @@ class AsyncAppender:
         return lasts
 
     async def _check_skipped(self, append: Append) -> int | None:
-        """Return the last sequence number if these texts are stored already, or raise the reason for the skip.
+        """Find out why an append was skipped.
 
-        Return None if there is no reason any more: another append may succeed.
+        Returns:
+            The last sequence number if the texts are already stored at `expected_seq`. None if no reason remains, so
+            that another attempt may succeed.
+
+        Raises:
+            StreamNotFoundError: The stream does not exist.
+            StreamNotActiveError: The stream has ended.
+            SequenceConflictError: `expected_seq` is not the next sequence number.
         """
         stream_id, texts, expected_seq = append
-        # One statement, so one snapshot: between two statements the same append, sent twice, could be stored.
-        after, number = (0, 0) if expected_seq is None else (expected_seq - 1, len(texts))
-        rows = await self._database.query(self._sql.read, [stream_id, after, number])
-        page = Page.parse(rows, after, number)
+        # One statement for one snapshot: a repeated request could store the same append between two statements.
+        after, limit = (0, 0) if expected_seq is None else (expected_seq - 1, len(texts))
+        rows = await self._database.query(self._sql.read, [stream_id, after, limit])
+        page = Page.parse(rows, after, limit)
         if page is None:
             raise StreamNotFoundError(stream_id)
         if expected_seq is not None and texts and [text for _, text in page.rows] == list(texts):

@@ -1,4 +1,4 @@
-"""The client of a store: the public protocol, and psycopg's pools and connections behind the same interface."""
+"""The client of a store: the public protocol, and the clients for psycopg's pools and connections."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from .._concurrency import (
     async_is_flavour,
     async_shielded,
 )
-from .._workarounds import async_at_end_of_loop, async_take, has_ended
+from .._workarounds import async_at_end_of_loop, async_checkout, is_closed_by_server
 from ..errors import InvalidDataError, copy_error
 from .connections import (
     Row,
     UnansweredError,
-    abandon,
+    cancel_and_close,
     execute,
     is_direct,
     open_connection,
@@ -36,15 +36,16 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-CONNECTION_TIMEOUT = 5.0  # seconds to wait for a pool's connection from which to copy the parameters
+CONNECTION_TIMEOUT = 5.0  # seconds to wait for a connection of the pool, whose parameters are copied
 
 
 class AsyncPostgresClient(Protocol):
     """The protocol for a driver other than psycopg: any object with this `query` method.
 
     Attributes:
-        connection_errors: Optional: a tuple of the exceptions after which another attempt may succeed. Default: none.
-        joins_transactions: Optional: True if statements run inside a transaction of the caller. Default: False.
+        connection_errors: Optional. A tuple of the exception classes after which another attempt may succeed. Default:
+            none.
+        joins_transactions: Optional. Whether statements may run inside a transaction of the caller. Default: False.
     """
 
     async def query(self, sql: str, params: Sequence[Any], /) -> Sequence[Any]:
@@ -57,7 +58,7 @@ class AsyncPostgresClient(Protocol):
             params: The values of the parameters.
 
         Returns:
-            The rows, each a sequence or a mapping in the order of the select list. Empty for a statement without rows.
+            The rows. Each is a sequence, or a mapping, in the order of the select list. Empty for a statement without rows.
         """
         ...
 
@@ -80,7 +81,7 @@ class AsyncClient:
         return f"<{type(self).__name__} of {type(self._client).__name__}>"
 
     def is_connected(self) -> bool:
-        """Return True if there are connections that a forked process would share."""
+        """Return True if there are open connections, which a forked process would share."""
         return False
 
     async def query(self, sql: str, params: Sequence[Any]) -> Sequence[Row]:
@@ -89,7 +90,7 @@ class AsyncClient:
         return [tuple(row.values()) if isinstance(row, Mapping) else tuple(row) for row in rows]
 
     async def connect(self) -> psycopg.AsyncConnection[Row] | None:
-        """Open another connection to the same database, in autocommit mode. Return None if that is not possible."""
+        """Open another connection to the same database, in autocommit mode. Return None if this is not possible."""
         return None
 
     def is_recoverable(self, error: Exception) -> bool:
@@ -101,10 +102,10 @@ class AsyncClient:
         return self.joins_transactions
 
     async def release_thread(self) -> None:
-        """Release the resources of the current thread. A store's worker calls this at its end."""
+        """Release the connection of the current thread. The workers of a store call this at their end."""
 
     async def close(self) -> None:
-        """Close the connections that this client has opened."""
+        """Close the connections that this client owns."""
 
     async def __aenter__(self) -> Self:
         return self
@@ -131,19 +132,19 @@ class AsyncPsycopgClient(AsyncClient):
             if self._direct is None:
                 if connection.info.parameter_status("client_encoding") == "SQL_ASCII":
                     raise InvalidDataError(
-                        "the client_encoding is SQL_ASCII, with which psycopg returns bytes: connect with UTF8"
+                        "the connection's client_encoding is SQL_ASCII, with which psycopg returns bytes: set it to UTF8"
                     )
                 self._direct = await is_direct(connection, deadline)
-            # Behind a transaction pooler the next statement may run in another session, in which a prepared statement
-            # of the same name may be a different one.
+            # Through a transaction pooler, the next statement may run in another session, in which a prepared statement
+            # with the same name may differ.
             return await execute(connection, sql, params, deadline, prepare=None if self._direct else False)
         except UnansweredError:
-            await abandon(connection)
+            await cancel_and_close(connection)
             raise
 
 
 class AsyncPoolClient(AsyncPsycopgClient):
-    """A psycopg pool. The first statement opens an `owned` pool, and closing the store closes it."""
+    """The client for a psycopg pool. The first statement opens an `owned` pool, and `close` closes it."""
 
     def __init__(self, pool: AsyncConnectionPool[Any], timeout: float | None, *, owned: bool = False) -> None:
         super().__init__(timeout)
@@ -165,31 +166,31 @@ class AsyncPoolClient(AsyncPsycopgClient):
         if self._owned and self._pool.closed:
             await self._open()
         deadline = monotonic() + self._timeout
-        connection = await self._idle_connection(deadline)
+        connection = await self._checkout(deadline)
         autocommit = connection.autocommit
         try:
             if not autocommit:
-                # Saves the round trips of BEGIN and COMMIT; the change of mode itself needs none.
+                # Saves the round trips of BEGIN and COMMIT. Changing the mode needs no round trip.
                 await connection.set_autocommit(True)
             return await self._run(connection, sql, params, deadline)
         finally:
-            # A pool loses a connection if its return is cancelled.
-            await async_shielded(partial(self._give_back, connection, autocommit))
+            # A pool loses a connection if `putconn` is cancelled.
+            await async_shielded(partial(self._return_connection, connection, autocommit))
 
-    async def _idle_connection(self, deadline: float) -> psycopg.AsyncConnection[Any]:
+    async def _checkout(self, deadline: float) -> psycopg.AsyncConnection[Any]:
         deadline = min(deadline, monotonic() + self._pool.timeout)
         while True:
-            # The pool's context manager would end a transaction: in autocommit mode there is none.
+            # Not `connection()` of the pool: it would end a transaction, and in autocommit mode there is none.
             remaining = max(0.0, deadline - monotonic())
-            connection: psycopg.AsyncConnection[Any] = await async_take(
+            connection: psycopg.AsyncConnection[Any] = await async_checkout(
                 partial(self._pool.getconn, remaining), self._pool.putconn
             )
-            if not has_ended(connection):
+            if not is_closed_by_server(connection):
                 return connection
-            # The pool replaces a closed connection that is returned.
+            # The pool replaces the closed connection.
             await async_shielded(partial(self._pool.putconn, connection))
 
-    async def _give_back(self, connection: psycopg.AsyncConnection[Any], autocommit: bool) -> None:
+    async def _return_connection(self, connection: psycopg.AsyncConnection[Any], autocommit: bool) -> None:
         try:
             if not autocommit and connection.info.transaction_status == TransactionStatus.IDLE:
                 await connection.set_autocommit(False)
@@ -200,14 +201,14 @@ class AsyncPoolClient(AsyncPsycopgClient):
         called_at = monotonic()
         async with self._opening:
             if self._connect_error is not None and self._connect_failed_at > called_at:
-                raise copy_error(self._connect_error)  # failed while this caller waited for the lock
+                raise copy_error(self._connect_error)  # another caller failed while this one waited
             if not self._connected:
-                # One connection first: the pool itself only logs the error, and its callers get a timeout.
+                # A failure to connect must raise: the pool only logs it, and its callers get a timeout.
                 try:
                     async with await psycopg.AsyncConnection.connect(str(self._pool.conninfo)):
                         self._connected = True
                 except Exception as error:
-                    # A copy has no traceback, which would keep the caller's frames alive.
+                    # The copy has no traceback, which would keep the frames of the caller alive.
                     self._connect_error, self._connect_failed_at = copy_error(error), monotonic()
                     raise
             if self._pool.closed:
@@ -217,14 +218,14 @@ class AsyncPoolClient(AsyncPsycopgClient):
                 await self._pool.close()
 
     async def connect(self) -> psycopg.AsyncConnection[Row] | None:
-        # The listener calls this: it polls meanwhile without a connection, and must not wait long for a busy pool.
+        # Only the listener calls this. It must not wait long for a busy pool: it can poll without this connection.
         async with self._pool.connection(min(self._pool.timeout, CONNECTION_TIMEOUT)) as connection:
             parameters = parameters_of(connection)
         return await open_connection(parameters)
 
     def is_recoverable(self, error: Exception) -> bool:
         lost = isinstance(error, (psycopg.OperationalError, psycopg.InterfaceError))
-        # If no connection has ever succeeded, the address may be wrong: retries would hide that.
+        # Before the first connection, the address may be wrong: retries would delay the error.
         return lost and not isinstance(error, PoolClosed) and self._connected
 
     async def close(self) -> None:
@@ -234,7 +235,7 @@ class AsyncPoolClient(AsyncPsycopgClient):
 
 
 class AsyncConnectionClient(AsyncPsycopgClient):
-    """A psycopg connection of the caller. Statements take part in its transaction."""
+    """The client for a psycopg connection of the caller. Statements take part in its transaction."""
 
     joins_transactions = True
 
@@ -262,7 +263,12 @@ class AsyncConnectionClient(AsyncPsycopgClient):
 
 
 def as_client(client: AsyncClientLike, timeout: float | None = None) -> AsyncClient:
-    """Return the client for an argument of a store. A connection string becomes a pool that the client owns."""
+    """Return the client for the `client` argument of a store. A connection string becomes a pool that the client owns.
+
+    Raises:
+        ValueError: The connection string is malformed, or `timeout` is given for the client of another driver.
+        TypeError: The argument is not a client of this flavour.
+    """
     if isinstance(client, str):
         pool: AsyncConnectionPool[Any] = AsyncConnectionPool(
             with_defaults(client),

@@ -1,4 +1,4 @@
-"""Combine simultaneous calls: those that queue during one run share the next."""
+"""Combine simultaneous calls: the calls that queue during one run share the next run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Result = TypeVar("Result")
 ItemIn = TypeVar("ItemIn", contravariant=True)
 ResultOut = TypeVar("ResultOut", covariant=True)
 
-TAKEOVER_TIMEOUT = 0.1  # seconds that a queued call waits for a run before it becomes a second leader
+TAKEOVER_TIMEOUT = 0.1  # seconds that a run may take before a queued call becomes an additional leader
 
 
 class AsyncRun(Protocol[ItemIn, ResultOut]):
@@ -27,7 +27,7 @@ class AsyncRun(Protocol[ItemIn, ResultOut]):
 
 
 class AsyncCall(Generic[Item, Result]):
-    """One caller's item, and its result once a run has returned."""
+    """The item of one caller, and its result after a run has returned."""
 
     woken: AsyncOneShotEvent  # set only for a queued call
 
@@ -53,7 +53,7 @@ class AsyncCall(Generic[Item, Result]):
             raise copy_error(self._results) from self._results
         if not self._results:
             raise AibindError(
-                "this call was combined with others, and their run was interrupted: it is not known if it took effect"
+                "this call was combined with others, and their statement was interrupted: it may or may not have taken effect"
             )
         return self._results[0]
 
@@ -61,18 +61,18 @@ class AsyncCall(Generic[Item, Result]):
 class AsyncCombiner(Generic[Item, Result]):
     """Runs the items of simultaneous calls in batches.
 
-    - The first caller is the leader, and runs its own item at once. Later callers queue.
-    - When a run returns, the longest waiting caller becomes the leader, and runs the queue as one batch. The other
-      callers of the batch are its followers. A caller waits for at most the current run and its own, unless the queue
-      exceeds a batch.
+    - The first caller becomes the leader and runs its own item at once. Later callers queue.
+    - When a run returns, the caller that has waited longest becomes the leader and runs the queue as one batch. The
+      other callers of the batch are its followers. A caller waits for at most the current run and its own, unless the
+      queue exceeds a batch.
     - An exception of `run` is raised in every caller of the batch.
     - A cancelled caller leaves the queue. If its batch is running, the batch continues for the others.
     - If a run exceeds `TAKEOVER_TIMEOUT`, the next caller becomes a leader as well, and runs at the same time.
 
     Args:
         run: Processes the items of a batch.
-        max_items: The most items of a batch.
-        max_size: The largest sum of their sizes.
+        max_items: The maximum number of items of a batch.
+        max_size: The maximum sum of their sizes, in the unit of `size` of `call`.
     """
 
     def __init__(self, run: AsyncRun[Item, Result], *, max_items: int, max_size: int) -> None:
@@ -89,7 +89,11 @@ class AsyncCombiner(Generic[Item, Result]):
 
         Args:
             item: The item.
-            size: Its part of `max_size`.
+            size: The size of the item, for `max_size`; 1 by default.
+
+        Raises:
+            AibindError: The run was interrupted, so the outcome is unknown.
+            Exception: A copy of the error of the run.
         """
         call: AsyncCall[Item, Result] = AsyncCall(item, size)
         with self._mutex:
@@ -107,7 +111,7 @@ class AsyncCombiner(Generic[Item, Result]):
                 raise
             if not call.is_leader:
                 return call.result()
-        if self._queue:  # without the mutex: a call that queues at this moment runs in the next batch
+        if self._queue:  # read without the mutex: a call that is queued later runs in the next batch
             batch = [call]
             await async_shielded(partial(self._run_batch, batch), partial(self._finish_batch, batch))
             return call.result()
@@ -158,7 +162,7 @@ class AsyncCombiner(Generic[Item, Result]):
                 call.set_result(result)
 
     def _finish_batch(self, batch: Sequence[AsyncCall[Item, Result]]) -> None:
-        """Hand over, then wake the followers: the next batch starts while they wake up."""
+        """Hand over to the next call, then wake the followers, so that the next batch starts while they wake up."""
         leader, *followers = batch
         self._release(leader)
         for call in followers:

@@ -1,4 +1,4 @@
-"""Open a psycopg connection, and run a statement on it."""
+"""Open psycopg connections, and run statements on them."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from .._workarounds import can_cancel_in_time
 
 Row: TypeAlias = tuple[Any, ...]
 
-# Defaults for parameters set neither in the connection string nor in the environment. They detect a lost server or
-# network within a minute (tcp_user_timeout is in milliseconds), and return text from a database without an encoding.
+# Defaults for parameters that are set neither in the connection string nor in the environment. The timeouts detect a
+# lost server or network within a minute (tcp_user_timeout is in milliseconds). With client_encoding, psycopg returns
+# text from a database without an encoding.
 DEFAULTS = {
     "connect_timeout": "10",
     "keepalives_idle": "30",
@@ -36,9 +37,8 @@ def with_defaults(conninfo: str) -> str:
     """Add `DEFAULTS` for parameters that are not set.
 
     Raises:
-        ValueError: The string is malformed, or the driver would take a part of the password for the host, the port or
-            the database, since the password is not percent-encoded. The driver's errors would quote that part; this
-            error quotes nothing.
+        ValueError: The string is malformed, or a password that is not percent-encoded would be parsed as the host, the
+            port or the database. Unlike the driver's errors, this error does not quote a part of the password.
     """
     with suppress(psycopg.ProgrammingError, UnicodeEncodeError):
         given = conninfo_to_dict(conninfo)
@@ -53,7 +53,7 @@ def with_defaults(conninfo: str) -> str:
 
 
 def _missing_from(given: Mapping[str, Any]) -> dict[str, str]:
-    """Return the `DEFAULTS` set neither in these parameters of libpq nor in the environment."""
+    """Return those of `DEFAULTS` that are set neither in these libpq parameters nor in the environment."""
     variables = {option.keyword.decode(): option.envvar for option in Conninfo.get_defaults()}
     return {
         name: value
@@ -63,23 +63,23 @@ def _missing_from(given: Mapping[str, Any]) -> dict[str, str]:
 
 
 def parameters_of(connection: psycopg.AsyncConnection[Any]) -> dict[str, str]:
-    """Return the parameters that open another connection like this one, with the password."""
+    """Return the libpq parameters of a connection, including the password, to open another one."""
     return {**connection.info.get_parameters(), "password": connection.info.password}
 
 
 async def open_connection(parameters: Mapping[str, Any]) -> psycopg.AsyncConnection[Row]:
-    """Open a connection in autocommit mode, with these parameters of libpq and `DEFAULTS` for the others."""
+    """Open a connection in autocommit mode with these libpq parameters. Add `DEFAULTS` that are not set."""
     return await psycopg.AsyncConnection.connect(
         **{**_missing_from(parameters), **parameters}, autocommit=True, prepare_threshold=None
     )
 
 
 class UnansweredError(psycopg.OperationalError):
-    """The server did not answer a statement in time: it may or may not have taken effect."""
+    """The server did not answer a statement within the timeout. The statement may or may not have taken effect."""
 
 
 class AsyncTimedCursor(psycopg.AsyncRawCursor[Row]):
-    """Stops waiting for the answer to a statement at `deadline`, a value of `monotonic()`.
+    """A cursor that stops waiting for the answer to a statement at `deadline`, a value of `monotonic()`.
 
     TCP does not detect a peer that accepts data but never replies.
     """
@@ -94,8 +94,8 @@ class AsyncTimedCursor(psycopg.AsyncRawCursor[Row]):
 
     def _in_time(self, steps: Generator[Any, Any, None]) -> Generator[Any, Any, None]:
         if monotonic() >= self._deadline:
-            raise psycopg.OperationalError("the connection was not free within the timeout: the statement was not sent")
-        # Psycopg resumes this generator several times a second, also if nothing has arrived.
+            raise psycopg.OperationalError("the connection was busy for the whole timeout: the statement was not sent")
+        # Psycopg resumes this generator several times a second, even if nothing has arrived.
         ready = None
         with suppress(StopIteration):
             while True:
@@ -105,7 +105,7 @@ class AsyncTimedCursor(psycopg.AsyncRawCursor[Row]):
                         "the server has not answered within the timeout: the statement may or may not have taken effect"
                     )
                 ready = yield wanted
-                if ready is None:  # psycopg starts over after an interruption, with a limit of its own
+                if ready is None:  # after an interruption, psycopg waits again with its own timeout
                     self._deadline = math.inf
 
 
@@ -122,12 +122,12 @@ async def execute(
     Args:
         connection: The connection.
         sql: The statement, with numbered parameters.
-        params: Their values.
-        deadline: The value of `monotonic()` at which to stop waiting.
-        prepare: As in psycopg: None prepares a repeated statement, False never does.
+        params: The values of the parameters; none by default.
+        deadline: The value of `monotonic()` at which to stop waiting; no limit by default.
+        prepare: As in psycopg: None prepares repeated statements, False (the default) never prepares.
 
     Raises:
-        UnansweredError: The deadline has passed. Abandon the connection: the answer may still arrive.
+        UnansweredError: The deadline has passed. Close the connection, since the answer may still arrive.
     """
     cursor = AsyncTimedCursor(connection, deadline)
     await cursor.execute(sql, params, binary=True, prepare=prepare)
@@ -135,10 +135,10 @@ async def execute(
     return await cursor.fetchall() if cursor.pgresult is not None and cursor.pgresult.nfields else []
 
 
-async def abandon(connection: psycopg.AsyncConnection[Any]) -> None:
-    """Close a connection on which a statement was not answered, and cancel the statement if the server can be reached.
+async def cancel_and_close(connection: psycopg.AsyncConnection[Any]) -> None:
+    """Cancel an unanswered statement if the server can be reached, and close its connection.
 
-    A statement that waits for a lock would otherwise occupy one of the server's connections.
+    Without the cancel request, a statement that waits for a lock would continue to occupy a connection of the server.
     """
     try:
         if can_cancel_in_time():
@@ -149,6 +149,6 @@ async def abandon(connection: psycopg.AsyncConnection[Any]) -> None:
 
 
 async def is_direct(connection: psycopg.AsyncConnection[Any], deadline: float) -> bool:
-    """Return True if a connection leads to one server process. Poolers report a fake backend PID."""
+    """Return True if a connection is not pooled. Poolers report a fake backend PID."""
     [(process_id,)] = await execute(connection, "SELECT pg_backend_pid()", (), deadline)
     return bool(process_id == connection.info.backend_pid)

@@ -1,4 +1,4 @@
-"""The database of a store: runs statements, translates errors, retries."""
+"""The database of a store: run statements, translate errors and retry."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 ResultOut = TypeVar("ResultOut", covariant=True)
 
-WORKER_IDLE_TIMEOUT = 30.0  # seconds after which an idle background worker ends
+WORKER_IDLE_TIMEOUT = 30.0  # seconds without work after which a background worker ends
 CLOSING_TIMEOUT = 10.0  # seconds that `close` waits for a background worker
 
-FIRST_RETRY, LONGEST_RETRY = 0.05, 2.0  # seconds between two attempts; the pause doubles each time
+MIN_RETRY_PAUSE, MAX_RETRY_PAUSE = 0.05, 2.0  # seconds between two attempts; the pause doubles each time
 
 
 class AsyncAttempt(Protocol[ResultOut]):
@@ -37,13 +37,13 @@ class AsyncAttempt(Protocol[ResultOut]):
 
 
 class AsyncDatabase:
-    """The database of one store. Once `closing` is set, statements and pauses raise `StoreClosedError`."""
+    """The database of one store. When `closing` is set, statements and pauses raise `StoreClosedError`."""
 
     def __init__(self, client: AsyncClientLike, retry_for: float, timeout: float | timedelta | None) -> None:
         self.client = as_client(client, None if timeout is None else arguments.seconds(timeout, "timeout"))
         self.closing = AsyncEvent()
         self._retry_for = retry_for
-        # The process that owns the connections and workers; None before there are any.
+        # The id of the process that owns the connections and workers; None before there are any.
         self._process = os.getpid() if self.client.is_connected() else None
         self._loop: object = None
 
@@ -57,13 +57,13 @@ class AsyncDatabase:
 
     @property
     def inherited(self) -> bool:
-        """True in a process that was forked from the owner."""
+        """Whether this process was forked from the owner."""
         return self._process is not None and self._process != os.getpid()
 
     def check_owner(self) -> None:
         """Raise if the process or event loop differs from the one of the first call.
 
-        Call this before taking a mutex: one that a thread of the parent process held at the fork is never released.
+        Call this before acquiring a mutex: if a thread of the parent process held it at the fork, it is never released.
 
         Raises:
             ForkedError: The process differs.
@@ -73,7 +73,7 @@ class AsyncDatabase:
             self._process = os.getpid()
         elif self.inherited:
             raise ForkedError(
-                "this store and its connections belong to the process from which this one was forked: "
+                "this store and its connections belong to the parent of this forked process: "
                 "make a store in each process, after the fork"
             )
         if self._loop is None:
@@ -82,7 +82,11 @@ class AsyncDatabase:
             raise RuntimeError("this store is bound to a different event loop: make a store in each event loop")
 
     async def query(self, statement: str, params: Sequence[object]) -> Sequence[Row]:
-        """Run one statement and return its rows."""
+        """Run one statement and return its rows. Errors that `translate` knows become errors of this package.
+
+        Raises:
+            StoreClosedError: The store is closed, or was closed during the call.
+        """
         self.check_owner()
         if self.closing.is_set():
             raise StoreClosedError("this store is closed: make a new one")
@@ -91,20 +95,24 @@ class AsyncDatabase:
         except Exception as error:
             if self.closing.is_set():
                 raise StoreClosedError("this store was closed during the call") from error
-            if (known := translate(error)) is not None:
-                # Python's error quotes the whole text that cannot be encoded.
-                raise known from (None if isinstance(error, UnicodeError) else error)
+            if (translated := translate(error)) is not None:
+                # A UnicodeError quotes the whole text, which may be confidential.
+                raise translated from (None if isinstance(error, UnicodeError) else error)
             raise
 
     async def retry(self, attempt: AsyncAttempt[Result], deadline: float = math.inf) -> Result:
-        """Run `attempt`, and repeat it with growing pauses for `retry_for` seconds while the server is unreachable.
+        """Run `attempt`. Repeat it with growing pauses for up to `retry_for` seconds while the server is unreachable.
 
         Args:
             attempt: The operation.
-            deadline: The value of `monotonic()` at which to raise `TimeoutError` instead.
+            deadline: The value of `monotonic()` at which to stop retrying; no limit by default.
+
+        Raises:
+            TimeoutError: The deadline has passed.
+            Exception: The last error, if it is not recoverable or `retry_for` seconds have passed.
         """
         give_up_at: float | None = None
-        pause = FIRST_RETRY
+        pause = MIN_RETRY_PAUSE
         while True:
             try:
                 return await attempt()
@@ -118,9 +126,9 @@ class AsyncDatabase:
                     raise TimeoutError("the server could not be reached within the timeout") from error
                 if now >= give_up_at:
                     raise
-                # Random pauses: many callers lose the server at the same moment.
+                # The pause is random, since many callers lose the connection at the same time.
                 await self.sleep(min(uniform(pause / 2, pause), give_up_at - now, deadline - now))
-                pause = min(pause * 2, LONGEST_RETRY)
+                pause = min(pause * 2, MAX_RETRY_PAUSE)
 
     async def query_with_retry(
         self, statement: str, params: Sequence[object], deadline: float = math.inf
@@ -129,5 +137,6 @@ class AsyncDatabase:
         return await self.retry(partial(self.query, statement, params), deadline)
 
     async def sleep(self, seconds: float) -> None:
+        """Sleep. Raise `StoreClosedError` as soon as the store is closed."""
         if await self.closing.wait(seconds):
             raise StoreClosedError("this store was closed during the call")

@@ -82,7 +82,7 @@ class AsyncFollower:
                 await self._fetch(step, deadline)
             elif not await self._wait(min(deadline, idle_at)):
                 if deadline <= idle_at:
-                    raise TimeoutError(f"stream {self._stream_id!r} is still active at the end of the timeout")
+                    raise TimeoutError(f"stream {self._stream_id!r} is still active")
                 return Heartbeat()
 
     async def _fetch(self, fetch: Fetch, deadline: float) -> None:

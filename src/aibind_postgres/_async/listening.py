@@ -286,6 +286,6 @@ class AsyncListenConnection:
 
 
 def _shut_down_socket(connection: psycopg.AsyncConnection[Any]) -> None:
-    # Closing a connection on which another thread waits is unsafe. Shutting down its socket is safe and wakes the thread.
+    # Closing a connection on which another thread waits is unsafe. Shutting down its socket is safe, and wakes it.
     with suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(connection.fileno())) as duplicate:
         duplicate.shutdown(socket.SHUT_RDWR)

@@ -189,7 +189,7 @@ class AsyncProducer:
             reason = _reason_of(error)
             if reason is EndReason.DELETED and self._phase is Phase.STARTING:
                 logger.error(
-                    "stream %r not found by its producer: start it after the transaction that creates it has been committed",
+                    "stream %r not found by its producer: commit the transaction that creates it before",
                     self.stream_id,
                 )
             elif reason is EndReason.WRITE_FAILED and not self._ended_by_writer:
@@ -229,7 +229,7 @@ class AsyncProducer:
             )
 
     async def _write(self) -> None:
-        """Copy the source, then run `on_finish`. The text of a raised exception becomes the error text of the stream."""
+        """Copy the source, then run `on_finish`. The text of a raised error becomes the error text of the stream."""
         try:
             await self._copy_source()
             last = await self._writer.flush()

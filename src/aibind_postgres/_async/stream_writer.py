@@ -1,4 +1,4 @@
-"""The stream writer: it buffers chunks and sends them in the background, each exactly once."""
+"""The stream writer: buffer chunks and send them in the background, each exactly once."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ logger = logging.getLogger("aibind_postgres")
 Parameters = ParamSpec("Parameters")
 ResultOut = TypeVar("ResultOut", covariant=True)
 
-MAX_ERROR_LENGTH = 1000  # characters of an exception's text that are stored
+MAX_ERROR_LENGTH = 1000  # the most characters of an exception's text that are stored
 
-# How often blocked callers check that the worker is alive, in seconds. A worker that is cancelled before it has begun,
-# as at the end of an event loop, wakes nobody.
+# How often blocked callers check that the worker is alive, in seconds. A worker that is cancelled before its first step,
+# as at the end of an event loop, cannot wake them.
 WORKER_CHECK_INTERVAL = 1.0
 
 
 class AsyncOperation(Protocol[Parameters, ResultOut]):
-    """An operation of a store."""
+    """The type of a method of a store."""
 
     async def __call__(self, *args: Parameters.args, **kwargs: Parameters.kwargs) -> ResultOut: ...
 
@@ -62,29 +62,32 @@ class WriterState(Enum):
     """The states of a stream writer, in this order. READY and CLOSING may be skipped."""
 
     NEW = "not entered"
-    READY = "not entered, of a stream that is known to be active"
+    READY = "not entered; the stream is known to be active"
     OPEN = "open"  # the block has been entered: chunks are accepted
     CLOSING = "closing"  # the block has been left: buffered chunks are being sent
-    CLOSED = "closed"  # nothing more can be stored
+    CLOSED = "closed"  # calls raise
 
 
 class AsyncStreamWriter:
     """Writes chunks to one stream. Returned by a store's `writer`, and used as a context manager.
 
-    `write` puts a chunk into a buffer. A background worker sends the buffered chunks as one statement. Chunks that are
-    written meanwhile form the next statement, so a busy server gets larger statements, not more of them. If the server
-    cannot be reached, the worker retries for the store's `retry_for` seconds. Each statement contains the number that
-    its first chunk must get, so a statement with an unknown outcome is sent again without writing a chunk twice.
+    `write` puts a chunk into a buffer. A background worker sends all buffered chunks in one statement. Chunks that are
+    written during a statement are sent in the next one, so a busy server receives larger statements, not more of them.
 
-    Leaving the block waits until all chunks are durable and completes the stream. If the block raises, the writer also
-    sends its chunks, and ends the stream in state error with the first 1,000 characters of the exception's text.
+    If the server is unreachable, the worker retries for the store's `retry_for` seconds. Each statement contains the
+    expected sequence number of its first chunk. A statement with an unknown outcome can therefore be sent again, and no
+    chunk is written twice.
 
-    A stream has one producer: if another one appends to it, `SequenceConflictError` is raised. If the stream is ended
-    elsewhere, `is_active` is False and `write` raises `StreamNotActiveError`: as soon as the writer is notified, not
-    only with the next statement. An error of the worker is raised by every later call.
+    The end of the block waits until all chunks are durable, then ends the stream in state done. If the block raises, the
+    writer sends the buffered chunks as well, and ends the stream in state error, with the first 1,000 characters of the
+    exception's text.
 
-    On the caller's own connection, or in Django, there is no worker: each chunk is sent at once, in the caller's
-    transaction if there is one.
+    A stream must have one producer: if another one appends to it, `SequenceConflictError` is raised. If another caller
+    ends the stream, `is_active` becomes False and `write` raises `StreamNotActiveError` as soon as the writer is
+    notified, without waiting for the next statement. After an error of the worker, every call raises that error.
+
+    With a connection as the client, or in Django, there is no worker. Each chunk is sent at once, in the transaction of
+    the caller if there is one.
     """
 
     def __init__(
@@ -98,8 +101,14 @@ class AsyncStreamWriter:
     ) -> None:
         """Initialise a writer.
 
-        `subscribe` gets a callback and returns a context manager inside which the callback is called, from any thread,
-        when the stream may have ended.
+        Args:
+            stream_id: The stream id.
+            buffer: An empty buffer.
+            operations: The operations of the store.
+            database: The database of the store.
+            subscribe: Takes a callback. Returns a context manager inside which the callback is called, from any thread,
+                when the stream may have ended.
+            on_end: The callback of `writer`, or None.
         """
         self._stream_id = stream_id
         self._operations = operations
@@ -108,11 +117,11 @@ class AsyncStreamWriter:
         self._subscription = ExitStack()
         self._on_end = on_end
         in_background = on_end is not None or not database.client.joins_transactions
-        self._turns = None if in_background else AsyncLock()  # without a worker, callers send in turn
+        self._send_lock = None if in_background else AsyncLock()  # without a worker, one caller sends at a time
         self._worker: AsyncWorker | None = None
-        self._due = AsyncEvent()  # the worker has work
-        self._progress = AsyncEvent()  # chunks became durable, or the writer is closed; replaced each time
-        self._mutex = Mutex()  # guards all that follows, the worker and the events
+        self._due = AsyncEvent()  # set if the worker has work
+        self._progress = AsyncEvent()  # set once chunks are durable or the writer is closed, then replaced
+        self._mutex = Mutex()  # guards the worker, the events, and the attributes below
         self._buffer = buffer
         self._state = WriterState.NEW
         self._error: Exception | None = None  # raised by calls in state CLOSED
@@ -126,12 +135,12 @@ class AsyncStreamWriter:
         )
 
     async def write(self, chunk: str) -> None:
-        """Put a chunk into the buffer. If the buffer is full, wait until it has room.
+        """Put a chunk into the buffer. If the buffer is full, wait until it has capacity.
 
-        If the call is cancelled while it waits, the chunk was not accepted. Without a worker, it may have been stored.
+        If the call is cancelled while it waits, the chunk is not accepted. Without a worker, it may have been stored.
 
         Args:
-            chunk: The text.
+            chunk: Text without NUL characters and lone surrogates.
 
         Raises:
             InvalidDataError: The chunk is not text, or cannot be stored.
@@ -139,7 +148,7 @@ class AsyncStreamWriter:
             StreamNotFoundError: The stream was deleted.
             SequenceConflictError: Another producer writes to the stream.
             StreamWriteError: Earlier chunks could not be stored.
-            RuntimeError: The call is not inside the writer's block.
+            RuntimeError: The writer's block has not been entered, or has been left.
         """
         await self._write(arguments.storable_text(chunk, "a chunk"))
 
@@ -149,21 +158,21 @@ class AsyncStreamWriter:
             self._database.check_owner()
             with self._mutex:
                 if self._state is not WriterState.OPEN:
-                    raise self._refusal()
+                    raise self._state_error()
                 if self._buffer.add(text):
                     self._ensure_worker()
                     self._due.set()
                     break
                 progress = self._progress
             await self._wait_for(progress)
-        if self._turns is not None:
-            await self._send_in_turn(self._turns)
+        if self._send_lock is not None:
+            await self._send_all(self._send_lock)
 
     async def flush(self) -> int:
         """Wait until all written chunks are durable.
 
         Returns:
-            The number of the last chunk.
+            The sequence number of the last chunk.
 
         Raises:
             AibindError: The chunks could not be stored. The classes are those of `write`.
@@ -176,17 +185,17 @@ class AsyncStreamWriter:
                 if self._buffer.durable >= last:
                     return last
                 if self._state is WriterState.CLOSED:
-                    raise self._refusal()
+                    raise self._state_error()
                 progress = self._progress
             await self._wait_for(progress)
 
     @property
     def is_active(self) -> bool:
-        """False before the block is entered, and once it is known that nothing more can be written."""
+        """Whether the writer can store chunks: True from entering the block until the stream is known to have ended."""
         return self._state in (WriterState.OPEN, WriterState.CLOSING)
 
     def _assume_active(self) -> None:
-        """Subscribe now to a stream that was just created, so that entering the block sends no status query."""
+        """Subscribe to a stream that was just created, so that entering the block needs no status query."""
         self._subscription.enter_context(self._subscribe(self._wake))
         self._state = WriterState.READY
 
@@ -194,7 +203,9 @@ class AsyncStreamWriter:
         with self._mutex:
             state = self._state
             if state not in (WriterState.NEW, WriterState.READY):
-                raise RuntimeError("a stream writer can be entered only once: create another one")
+                raise RuntimeError(
+                    f"the writer of stream {self._stream_id!r} can be entered only once: create another one"
+                )
             self._state = WriterState.OPEN
         try:
             if state is WriterState.NEW:
@@ -215,12 +226,12 @@ class AsyncStreamWriter:
             if self._state is WriterState.OPEN:
                 self._state = WriterState.CLOSING
         errors: list[BaseException] = [] if error is None else [error]
-        await async_shielded(partial(self._conclude, errors), self._release)
+        await async_shielded(partial(self._finish, errors), self._release)
         if error is None and errors:
             raise errors.pop()
 
-    async def _conclude(self, errors: list[BaseException]) -> None:
-        """Send the buffered chunks and end the stream. Put the error to raise into `errors`; log later errors."""
+    async def _finish(self, errors: list[BaseException]) -> None:
+        """Send the buffered chunks and end the stream. Append the first error to `errors`, and log later errors."""
         for step in (self.flush, partial(self._end_stream, errors)):
             try:
                 await step()
@@ -241,9 +252,9 @@ class AsyncStreamWriter:
             await worker.join(CLOSING_TIMEOUT)
 
     async def _end_stream(self, errors: Sequence[BaseException]) -> None:
-        """End the stream as done, or in state error if there were errors.
+        """End the stream in state done, or in state error if there were errors.
 
-        A stream that has ended, or that another producer writes to, is left alone.
+        Do nothing if the stream has ended or another producer writes to it.
         """
         state = "error" if errors else "done"
         with self._mutex:
@@ -257,19 +268,22 @@ class AsyncStreamWriter:
             except Exception as error:
                 raise StreamWriteError(self._stream_id, self._buffer.durable, 0) from error
         elif not isinstance(earlier, (SequenceConflictError, StreamNotActiveError, StreamNotFoundError)):
-            fail = partial(self._operations.fail, self._stream_id, _storable(errors[0]))
-            # After `StreamWriteError` the server has been retried long enough.
+            fail = partial(self._operations.fail, self._stream_id, _storable_text(errors[0]))
+            # No retries after `StreamWriteError`: the worker has already retried.
             await (fail() if isinstance(earlier, StreamWriteError) else self._database.retry(fail))
 
     def _release(self) -> None:
         with self._mutex:
-            self._close(RuntimeError("the block of this stream writer was interrupted"))
+            self._close(RuntimeError(f"the block of the writer of stream {self._stream_id!r} was interrupted"))
         self._subscription.close()
 
     def _close(self, error: Exception) -> bool:
-        """Enter state CLOSED, in which calls raise `error`. The first error stays. Return whether the block was open.
+        """Enter state CLOSED, in which calls raise `error`. Only the first call takes effect.
 
-        Every ending goes through here. Called with the mutex held.
+        Call this with the mutex held.
+
+        Returns:
+            True if the state was OPEN.
         """
         was_open = self._state is WriterState.OPEN
         if self._state is not WriterState.CLOSED:
@@ -279,9 +293,9 @@ class AsyncStreamWriter:
         return was_open
 
     def _request_end(self, text: str) -> None:
-        """Request that the worker ends the stream in state error, after the next batch. Return at once.
+        """Request that the worker ends the stream in state error after the next batch. Return at once.
 
-        A request before the block is entered takes effect then. A request after the block is left has no effect.
+        A request before the block takes effect on entering it. A request after the block has no effect.
         """
         with self._mutex:
             self._end_text = text
@@ -293,22 +307,26 @@ class AsyncStreamWriter:
             self._may_have_ended = True
             self._due.set()
 
-    def _refusal(self) -> Exception:
-        """Return the error to raise in a call that the state does not allow."""
+    def _state_error(self) -> Exception:
+        """Return the error for a call that the current state does not allow."""
         if self._error is not None:
             error = copy_error(self._error)
             error.__cause__ = self._error.__cause__ or self._error
             return error
         if self._state is WriterState.CLOSING:
-            return RuntimeError("the block of this stream writer has been left")
-        return RuntimeError("a stream writer must be used as a context manager")
+            return RuntimeError(
+                f"the block of the writer of stream {self._stream_id!r} has been left: create another writer"
+            )
+        return RuntimeError(
+            f"the writer of stream {self._stream_id!r} has not been entered: use it as a context manager"
+        )
 
     def _ensure_worker(self) -> None:
-        """Start a worker if none runs. The last one may have been cancelled, perhaps before it had begun."""
+        """Start a worker if none runs. The previous one may have been cancelled, even before its first step."""
         if self._worker is not None and self._worker.is_alive():
             return
-        if self._turns is None and self._state is not WriterState.CLOSED:
-            inherit = self._on_end is not None  # the callback belongs to the caller, and so does its context
+        if self._send_lock is None and self._state is not WriterState.CLOSED:
+            inherit = self._on_end is not None  # `on_end` gets the context variables of the caller
             self._worker = async_spawn(self._work, "aibind_postgres-writer", inherit=inherit)
             self._due.set()
 
@@ -324,9 +342,9 @@ class AsyncStreamWriter:
             await self._database.client.release_thread()
 
     async def _wait_for(self, progress: AsyncEvent) -> None:
-        """Wait for progress, with a worker or by sending in this call."""
-        if self._turns is not None:
-            await self._send_in_turn(self._turns)
+        """Wait for progress of the worker. Without a worker, send the buffered chunks in this call."""
+        if self._send_lock is not None:
+            await self._send_all(self._send_lock)
             return
         is_set = False
         while not is_set:
@@ -334,17 +352,17 @@ class AsyncStreamWriter:
                 self._ensure_worker()
             is_set = await progress.wait(WORKER_CHECK_INTERVAL)
 
-    async def _send_in_turn(self, turns: AsyncLock) -> None:
-        """Send all that is buffered, in this call."""
-        async with turns:
+    async def _send_all(self, lock: AsyncLock) -> None:
+        """Send all buffered chunks in this call."""
+        async with lock:
             while self._buffer and self._state is not WriterState.CLOSED:
                 await self._send_due()
         with self._mutex:
             if self._state is WriterState.CLOSED:
-                raise self._refusal()
+                raise self._state_error()
 
     async def _send_due(self) -> None:
-        """Send a batch, or else check that the stream is active if it may have ended; end the stream on request."""
+        """Send a batch, or without one check that the stream is active if needed. Then end the stream if requested."""
         with self._mutex:
             if self._state is WriterState.CLOSED:
                 return
@@ -370,8 +388,10 @@ class AsyncStreamWriter:
             await self._active_status()
         except AibindError:
             raise
-        except Exception as error:  # the next statement, or the next call of `_wake`, meets it again
-            logger.debug("a stream writer could not query its stream: %s", type(error).__name__)
+        except Exception as error:  # the next statement or check raises it again
+            logger.debug(
+                "the writer of stream %r could not query its status: %s", self._stream_id, type(error).__name__
+            )
 
     async def _active_status(self) -> StreamStatus:
         """Return the stream's status. Raise if the stream has ended or does not exist."""
@@ -402,7 +422,7 @@ class AsyncStreamWriter:
         progress.set()
 
 
-def _storable(error: BaseException) -> str:
-    """Return the storable part of an exception's text, or the name of its class."""
+def _storable_text(error: BaseException) -> str:
+    """Return the part of an exception's text that can be stored. If the text is empty, return the name of its class."""
     text = str(error)[:MAX_ERROR_LENGTH].replace("\0", "").encode(errors="replace").decode()
     return text or type(error).__name__
