@@ -1,4 +1,4 @@
-"""Argument checks, made before anything is sent to the server. Pure."""
+"""Checks of arguments, before anything is sent to the server. Pure."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from .errors import InvalidDataError
 # An id must fit into an index entry (2,704 bytes) and, as JSON, into a notification (7,999 bytes).
 MAX_ID_BYTES = 1024
 
-MAX_NUMBER = 2**63 - 1  # a bigint
-MAX_SECONDS = 1e9  # accepted by all clocks and timers
+MAX_NUMBER = 2**63 - 1  # the maximum of a bigint
+MAX_SECONDS = 1e9  # all clocks and timers accept this duration
 
 
 def storable_text(value: object, name: str) -> str:
@@ -70,26 +70,26 @@ def chunk_list(chunks: Iterable[str]) -> list[str]:
     return texts
 
 
-def sequence_number(value: object, name: str, *, least: int) -> int:
-    """Return `value` if it is an int from `least` to the maximum of a bigint.
+def integer(value: object, name: str, *, minimum: int) -> int:
+    """Return `value` if it is an int from `minimum` to the maximum of a bigint.
 
     Raises:
         InvalidDataError: `value` is not an int, or out of range.
     """
     if not isinstance(value, int) or isinstance(value, bool):
         raise InvalidDataError(f"{name} must be an int, not {type(value).__name__}")
-    if not least <= value <= MAX_NUMBER:
-        raise InvalidDataError(f"{name} must be from {least} to {MAX_NUMBER}, not {value}")
+    if not minimum <= value <= MAX_NUMBER:
+        raise InvalidDataError(f"{name} must be from {minimum} to {MAX_NUMBER}, not {value}")
     return value
 
 
-def seconds(value: float | timedelta, name: str, *, zero: bool = False) -> float:
+def seconds(value: float | timedelta, name: str, *, allow_zero: bool = False) -> float:
     """Return a duration in seconds.
 
     Args:
-        value: Seconds or a timedelta: more than 0, and at most 1e9 seconds.
+        value: Seconds, or a timedelta: more than 0, and at most 1e9 seconds.
         name: The name of the value in the error text.
-        zero: Whether 0 is allowed; False by default.
+        allow_zero: Whether 0 is allowed; False by default.
 
     Raises:
         TypeError: `value` is neither a number nor a timedelta.
@@ -98,12 +98,12 @@ def seconds(value: float | timedelta, name: str, *, zero: bool = False) -> float
     if isinstance(value, bool) or not isinstance(value, (int, float, timedelta)):
         raise TypeError(f"{name} must be a number of seconds or a timedelta, not {type(value).__name__}")
     number = value.total_seconds() if isinstance(value, timedelta) else value
-    if not (0 < number <= MAX_SECONDS or (number == 0 and zero)):
-        least = "zero or more" if zero else "more than zero"
-        raise ValueError(f"{name} must be {least} seconds, and at most {MAX_SECONDS:g}, not {value!r}")
+    if not (0 < number <= MAX_SECONDS or (number == 0 and allow_zero)):
+        bound = "zero or more" if allow_zero else "more than zero"
+        raise ValueError(f"{name} must be {bound} seconds, and at most {MAX_SECONDS:g}, not {value!r}")
     return number
 
 
 def milliseconds(value: float | timedelta, name: str) -> int:
-    """Return a duration in milliseconds, at least 1. The arguments and errors are those of `seconds`."""
+    """Return a duration in milliseconds, at least 1. Arguments and errors are those of `seconds`."""
     return max(1, round(seconds(value, name) * 1000))

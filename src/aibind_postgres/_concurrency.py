@@ -1,7 +1,7 @@
-"""The only place where the two flavours differ: primitives in pairs, `AsyncX` and `X`, `async_x` and `x`.
+"""Concurrency primitives in pairs: `AsyncX` and `async_x` for asyncio, `X` and `x` for threads.
 
-`Mutex` is the same in both flavours: it guards state for a few instructions, and is never held across an `await`.
-This module imports the standard library only.
+All other code is the same for both flavours. So is `Mutex`: it guards state for a few instructions, and is never held
+across an `await`. This module imports only the standard library.
 """
 
 from __future__ import annotations
@@ -23,10 +23,9 @@ Event = threading.Event
 
 
 class AsyncEvent:
-    """Like `threading.Event`: unlike asyncio's event, `wait` has a timeout and returns whether the event is set.
+    """An event like `threading.Event`: unlike asyncio's, `wait` has a timeout and returns whether the event is set.
 
-    Each waiter is a future, without `asyncio.wait_for`: that needs a task, and before Python 3.12 it may swallow a
-    cancellation.
+    It does not use `asyncio.wait_for`, which creates a task, and may swallow a cancellation before Python 3.12.
     """
 
     def __init__(self) -> None:
@@ -62,11 +61,11 @@ class AsyncEvent:
 class AsyncOneShotEvent:
     """An event that is set once, for one waiting task.
 
-    All waiters of an event loop must use the same timeout, and may time out early: they share one timer, since a timer
-    for each would cost more than the rest of the wait.
+    All waiters of an event loop share one timer, since one timer for each would cost more than the rest of the wait.
+    They must therefore use the same timeout, and may time out early.
     """
 
-    # Weak references: a future refers to its loop, and this dictionary must not keep a loop alive.
+    # The references to futures are weak, since a future refers to its loop and must not keep the loop alive.
     _waiting: ClassVar[WeakKeyDictionary[asyncio.AbstractEventLoop, list[ref[asyncio.Future[bool]]]]] = (
         WeakKeyDictionary()
     )
@@ -100,7 +99,7 @@ class AsyncOneShotEvent:
 
 
 class OneShotEvent:
-    """An event that is set once, for one waiting thread, at a tenth of the cost of `threading.Event`."""
+    """An event that is set once, for one waiting thread. It costs a tenth of a `threading.Event`."""
 
     def __init__(self) -> None:
         self._unset = threading.Lock()
@@ -128,7 +127,7 @@ class AsyncWorker:
         self._task.cancel()
 
     def is_alive(self) -> bool:
-        """Return True until the task has ended. A task cancelled before its first step never runs its `finally`."""
+        """Return True until the task has ended. The task cannot report this: cancelled early, it never runs."""
         return not self._task.done()
 
     async def join(self, timeout: float | None = None) -> None:
@@ -144,12 +143,12 @@ def async_spawn(run: Callable[[], Coroutine[Any, Any, None]], name: str, *, inhe
     Args:
         run: The coroutine function.
         name: The name of the task.
-        inherit: Copy the caller's context variables, for work on the caller's behalf. By default the context is empty,
-            so that a background worker does not keep the request that happened to start it.
+        inherit: Whether to copy the caller's context variables, for work on the caller's behalf; False by default. A
+            shared worker has an empty context, so that it does not keep the data of the request that started it.
     """
     loop = asyncio.get_running_loop()
     context = copy_context() if inherit else Context()
-    # Without the loop's task factory, which may run the first step at once: the caller may hold a mutex.
+    # The loop's task factory may run the first step at once, while the caller holds a mutex: do not use it.
     return AsyncWorker(context.run(lambda: asyncio.Task(run(), loop=loop, name=name)))
 
 
@@ -159,7 +158,7 @@ def spawn(run: Callable[[], None], name: str, *, inherit: bool = False) -> Worke
     Args:
         run: The function.
         name: The name of the thread.
-        inherit: Copy the caller's context variables, as `async_spawn` does.
+        inherit: Whether to copy the caller's context variables, as for `async_spawn`; False by default.
     """
     context = copy_context() if inherit else Context()
     thread = threading.Thread(target=context.run, args=[run], name=name, daemon=True)
@@ -168,12 +167,12 @@ def spawn(run: Callable[[], None], name: str, *, inherit: bool = False) -> Worke
 
 
 def async_running_loop() -> object:
-    """Return the running event loop, to which tasks are bound."""
+    """Return the running event loop."""
     return asyncio.get_running_loop()
 
 
 def running_loop() -> object:
-    """Return None: threads are bound to no event loop."""
+    """Return None, since threads have no event loop."""
     return None
 
 
@@ -183,11 +182,12 @@ _shielded: set[asyncio.Task[None]] = set()  # asyncio holds only weak references
 async def async_shielded(
     run: Callable[[], Coroutine[Any, Any, None]], on_done: Callable[[], None] | None = None
 ) -> None:
-    """Run `run` to its end, also if the caller is cancelled meanwhile.
+    """Run `run` to its end, even if the caller is cancelled.
 
     Args:
         run: The coroutine function.
-        on_done: Called when `run` has returned or raised, or when the event loop ends before its first step.
+        on_done: Called when `run` has returned or raised, or when the event loop ends before the first step of `run`.
+            Default: no callback.
     """
 
     def finish(task: asyncio.Task[None] | None = None) -> None:
@@ -204,8 +204,8 @@ async def async_shielded(
         return
     loop = asyncio.get_running_loop()
     if sys.version_info >= (3, 12) and not isinstance(sys.exc_info()[1], asyncio.CancelledError):
-        # A task that never waits ends here, without a turn of the loop. Not after a cancellation: when a loop ends, all
-        # its tasks must receive theirs first.
+        # Saves an iteration of the loop for a `run` that never waits. Not for a cancelled caller: at its end, a loop must
+        # cancel all tasks before one of them continues.
         task = asyncio.Task(run(), loop=loop, eager_start=True)
         if task.done():
             finish()
@@ -228,23 +228,23 @@ def shielded(run: Callable[[], None], on_done: Callable[[], None] | None = None)
 
 
 def async_is_source(source: object) -> bool:
-    """Return True if `async for` accepts this."""
+    """Return True if `async for` accepts the object."""
     return hasattr(source, "__aiter__")
 
 
 def is_source(source: object) -> bool:
-    """Return True if `for` accepts this, except a text, which would yield single characters."""
+    """Return True if `for` accepts the object. Return False for a text, which would yield single characters."""
     return hasattr(source, "__iter__") and not isinstance(source, (str, bytes))
 
 
 def async_interrupt(worker: AsyncWorker, source: object) -> bool:
-    """Interrupt a worker that waits for the next item of a source. Return False: the worker closes the source."""
+    """Interrupt a worker that waits for the next item of a source. Return False, since the worker closes it."""
     worker.cancel()
     return False
 
 
 def interrupt(worker: Worker, source: object) -> bool:
-    """Close a source for which a worker waits. Return True if it is closed."""
+    """Close a source, so that a worker stops waiting for the next item. Return True if the source was closed."""
     close = getattr(source, "close", None)
     if close is None:
         return False
@@ -256,7 +256,7 @@ def interrupt(worker: Worker, source: object) -> bool:
 
 
 async def async_call_or_await(callback: Callable[..., Any], *args: object) -> Any:
-    """Call a callback of either flavour and return its result."""
+    """Call a function or a coroutine function and return its result."""
     result = callback(*args)
     return await result if inspect.isawaitable(result) else result
 
@@ -265,7 +265,7 @@ def call_or_await(callback: Callable[..., Any], *args: object) -> Any:
     """Call a callback and return its result.
 
     Raises:
-        TypeError: The result is awaitable: nothing awaits it here, and it would count as true.
+        TypeError: The result is awaitable. Nothing would await it, and it would count as true.
     """
     result = callback(*args)
     if inspect.iscoroutine(result):
@@ -276,7 +276,7 @@ def call_or_await(callback: Callable[..., Any], *args: object) -> Any:
 
 
 def async_at_exit(run: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """Do nothing: an event loop that ends cancels its tasks, and waits until they have cleaned up."""
+    """Do nothing: at its end, an event loop cancels its tasks and waits for them."""
 
 
 def at_exit(run: Callable[[], None]) -> None:
@@ -284,11 +284,11 @@ def at_exit(run: Callable[[], None]) -> None:
     atexit.register(run)
 
 
-def async_is_flavour(call: object) -> bool:
+def async_is_flavour(method: object) -> bool:
     """Return True for a coroutine function."""
-    return inspect.iscoroutinefunction(call)
+    return inspect.iscoroutinefunction(method)
 
 
-def is_flavour(call: object) -> bool:
-    """Return True for a callable that is no coroutine function."""
-    return callable(call) and not inspect.iscoroutinefunction(call)
+def is_flavour(method: object) -> bool:
+    """Return True for a callable that is not a coroutine function."""
+    return callable(method) and not inspect.iscoroutinefunction(method)

@@ -1,4 +1,4 @@
-"""The payloads of notifications: a JSON object with the ids of the streams that changed, and the sender. Pure."""
+"""Encode and decode the payloads of notifications: JSON objects with the changed stream ids and the sender. Pure."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ MAX_PAYLOAD_BYTES = 7_999  # PostgreSQL accepts less than 8,000
 
 
 def encode_payloads(stream_ids: Iterable[str], sender: str | None) -> Iterator[str]:
-    """Pack stream ids into as few payloads as they fit in.
+    """Encode stream ids in as few payloads as possible.
 
-    `sender` marks each payload, so that its sender can ignore it.
+    Args:
+        stream_ids: The ids of the streams that have changed.
+        sender: The id of the store that sends them, so that it can ignore its own notifications. None for no sender.
     """
     head = "{" if sender is None else f'{{"by":{json.dumps(sender)},'
     packed = ""
     for stream_id in stream_ids:
-        item = json.dumps(stream_id)  # ASCII, so that its length in bytes does not depend on the database's encoding
+        item = json.dumps(
+            stream_id
+        )  # in ASCII, so that the length in bytes does not depend on the encoding of the database
         if packed and len(head) + len(packed) + len(item) + len('"ids":[,]}') > MAX_PAYLOAD_BYTES:
             yield f'{head}"ids":[{packed}]}}'
             packed = ""
@@ -25,14 +29,15 @@ def encode_payloads(stream_ids: Iterable[str], sender: str | None) -> Iterator[s
         yield f'{head}"ids":[{packed}]}}'
 
 
-def decode_payload(payload: str, listener: str) -> list[str] | None:
-    """Return the stream ids of a payload: none if `listener` sent it, None if any stream may have changed.
+def decode_payload(payload: str, receiver: str) -> list[str] | None:
+    """Return the stream ids of a payload.
 
-    A payload of another format is a hint that something has changed.
+    The list is empty if `receiver` sent the payload. The result is None if the payload has another format: then any
+    stream may have changed.
     """
     try:
         content = json.loads(payload)
-        if content.get("by") == listener:
+        if content.get("by") == receiver:
             return []
         stream_ids = content["ids"]
     except (ValueError, TypeError, KeyError, AttributeError):

@@ -1,6 +1,6 @@
-"""SQLSTATE codes: which errors of this package they become, and which ones are certain or temporary. Pure.
+"""Classify and translate the errors of drivers by their SQLSTATE codes. Pure.
 
-Appendix A of PostgreSQL's manual lists the codes. Their first two characters name a class.
+Appendix A of PostgreSQL's manual lists the codes. Their first two characters are the class.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ def wrote_nothing(error: Exception) -> bool:
 
 
 def is_temporary(error: Exception) -> bool:
-    """Return True if the code alone shows that another attempt may succeed."""
+    """Return True if another attempt may succeed, according to the code."""
     return (sqlstate(error) or "").startswith(tuple(TEMPORARY))
 
 
 def translate(error: Exception) -> AibindError | None:
-    """Return this package's error for a driver's error, or None if the driver's error is to propagate."""
+    """Return the error of this package for a driver's error, or None if the driver's error should propagate."""
     code = sqlstate(error)
     if code in (UNDEFINED_TABLE, UNDEFINED_COLUMN):
         return SchemaError(
@@ -70,15 +70,17 @@ def translate(error: Exception) -> AibindError | None:
             "or correct the table names given to the store"
         )
     if code == NUMERIC_VALUE_OUT_OF_RANGE:
-        return AibindError("the stream takes no more chunks: its last one has the highest possible sequence number")
+        return AibindError(
+            "the stream takes no more chunks, since its last one has the highest number: create another stream"
+        )
     if code == UNIQUE_VIOLATION:
         return AibindError(
-            "the next sequence number of the stream is taken by a chunk for which it was not given out: "
-            "find the program that writes to the chunks table by itself"
+            "the next sequence number of the stream is used by a chunk that another program has inserted: "
+            "find the program that writes to the chunks table"
         )
     if code in (CHARACTER_NOT_IN_REPERTOIRE, UNTRANSLATABLE_CHARACTER) or isinstance(error, UnicodeEncodeError):
         return InvalidDataError(
-            "the database's encoding lacks a character of this text: use a database with encoding UTF8"
+            "the database's encoding cannot represent a character of this text: use a database with encoding UTF8"
         )
     return None
 

@@ -1,4 +1,4 @@
-"""Table names: parsed, checked and quoted, and the names derived from them. Pure."""
+"""Parse, check and quote table names, and derive other names from them. Pure."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MAX_NAME_BYTES = 63  # PostgreSQL silently truncates longer names (NAMEDATALEN -
 
 
 class Table(NamedTuple):
-    """A table. Without a schema, `search_path` finds it."""
+    """The name of a table. If `schema` is None, PostgreSQL searches `search_path`."""
 
     schema: str | None
     name: str
@@ -61,8 +61,8 @@ class Table(NamedTuple):
     def channel(self) -> str:
         """The NOTIFY channel for changes of this table: its name without the schema.
 
-        Stores that name the schema and stores that rely on `search_path` so use the same channel. A notification for a
-        table of the same name in another schema costs one query.
+        Without the schema, stores that name it and stores that rely on `search_path` use the same channel. A
+        notification for a table with the same name in another schema costs one query.
         """
         return self.name
 
@@ -71,7 +71,7 @@ class Table(NamedTuple):
         return quote(name) if self.schema is None else f"{quote(self.schema)}.{quote(name)}"
 
     def derive(self, suffix: str) -> str:
-        """Return the name of this table with a suffix. If it exceeds 63 bytes, a digest replaces its end."""
+        """Return the name of this table with a suffix. In a name over 63 bytes, a digest replaces the end of the table's."""
         derived = self.name + suffix
         if len(derived.encode()) <= MAX_NAME_BYTES:
             return derived
@@ -81,14 +81,15 @@ class Table(NamedTuple):
 
 
 def parse_distinct(*tables: str | Identifier) -> list[Table]:
-    """Parse table names.
+    """Parse table names that must differ.
 
     Raises:
         ValueError: A name is invalid, or two names are the same.
+        TypeError: A name is neither a str nor an `Identifier`.
     """
     parsed = [Table.parse(table) for table in tables]
     if len(set(parsed)) < len(parsed):
-        raise ValueError(f"these tables must differ: {', '.join(table.quoted for table in parsed)}")
+        raise ValueError(f"the table names must differ: {', '.join(table.quoted for table in parsed)}")
     return parsed
 
 

@@ -21,43 +21,41 @@ T = TypeVar("T")
 
 # asyncio, before Python 3.12: `wait_for` swallows a cancellation that arrives together with the result.
 # https://github.com/python/cpython/issues/86296
-# psycopg_pool waits for a connection by `wait_for`, so a cancelled reader would continue to read.
+# psycopg_pool waits for a connection with `wait_for`, so a cancelled reader would continue to read.
 # Remove when Python 3.12 is the oldest supported version.
 
 
-async def async_checkout(
-    take: Callable[[], Coroutine[Any, Any, T]], give_back: Callable[[T], Coroutine[Any, Any, None]]
-) -> T:
-    """Return the result of `take`. If the caller was cancelled meanwhile, give it back and raise `CancelledError`."""
+async def async_checkout(get: Callable[[], Coroutine[Any, Any, T]], put: Callable[[T], Coroutine[Any, Any, None]]) -> T:
+    """Return the result of `get`. If the caller was cancelled during the call, `put` it back and raise `CancelledError`."""
     if sys.version_info >= (3, 12):
-        return await take()
+        return await get()
     if sys.version_info >= (3, 11):
         task = asyncio.current_task()
         assert task is not None
         cancelled = task.cancelling()
-        taken = await take()
+        result = await get()
         if task.cancelling() == cancelled:
-            return taken
-        await async_shielded(partial(give_back, taken))
+            return result
+        await async_shielded(partial(put, result))
         raise asyncio.CancelledError
-    taking = asyncio.get_running_loop().create_task(take())
+    getting = asyncio.get_running_loop().create_task(get())
     try:
-        return await asyncio.shield(taking)
+        return await asyncio.shield(getting)
     except asyncio.CancelledError:
 
         async def undo() -> None:
-            taking.cancel()
-            await asyncio.wait([taking])
-            if not taking.cancelled() and taking.exception() is None:
-                await give_back(taking.result())
+            getting.cancel()
+            await asyncio.wait([getting])
+            if not getting.cancelled() and getting.exception() is None:
+                await put(getting.result())
 
         await async_shielded(undo)
         raise
 
 
-def take(take: Callable[[], T], give_back: Callable[[T], None]) -> T:
-    """Return the result of `take`: threads cannot be cancelled."""
-    return take()
+def checkout(get: Callable[[], T], put: Callable[[T], None]) -> T:
+    """Return the result of `get`. Threads cannot be cancelled."""
+    return get()
 
 
 # psycopg_pool, from 3.2.8 to at least 3.3.3: a worker that is cancelled while it connects logs the cancellation
@@ -66,17 +64,17 @@ def take(take: Callable[[], T], give_back: Callable[[T], None]) -> T:
 
 
 def async_at_end_of_loop(run: Callable[[], Coroutine[Any, Any, None]], unless: AsyncEvent) -> None:
-    """Call `run` when the event loop cancels its tasks at its end, unless the event is set before.
+    """Call `run` when the event loop cancels its tasks at its end, unless the event `unless` is set before.
 
-    The other tasks finish first, but for the pools' workers, which wait for `run`. Workers of this package that were
-    started in that time are cancelled, since `asyncio.run` does not wait for them.
+    `run` is called after all other tasks have finished, except the workers of pools, which wait for `run`. Workers of
+    this package that were started in the meantime are cancelled, since `asyncio.run` does not wait for them.
     """
 
-    async def attend() -> None:
+    async def wait_for_end() -> None:
         try:
             await unless.wait()
         except asyncio.CancelledError:
-            # Tasks with this text in their name are the pools' workers, and other tasks like this one.
+            # This text is in the names of the workers of pools, and of other tasks like this one.
             if tasks := {task for task in asyncio.all_tasks() if " of aibind_postgres" not in task.get_name()}:
                 await asyncio.wait(tasks)
             if workers := {task for task in asyncio.all_tasks() if task.get_name().startswith("aibind_postgres-")}:
@@ -86,30 +84,30 @@ def async_at_end_of_loop(run: Callable[[], Coroutine[Any, Any, None]], unless: A
             await run()
             raise
 
-    async_spawn(attend, "end of the loop of aibind_postgres")
+    async_spawn(wait_for_end, "end of the loop of aibind_postgres")
 
 
 def at_end_of_loop(run: Callable[[], None], unless: Event) -> None:
-    """Do nothing: threads have no event loop."""
+    """Do nothing, since threads have no event loop."""
 
 
-# psycopg_pool, all versions: a pool hands out idle connections that the server has closed; its `check` callback costs
-# a round trip for each use. After a restart of the server each of them would fail one call.
+# psycopg_pool, all versions: `getconn` returns idle connections that the server has closed. Its `check` callback costs
+# a round trip for each use. After a restart of the server, each idle connection would fail one call.
 # https://github.com/psycopg/psycopg/issues/656
 # Remove when a pool discards closed connections without a round trip.
 
 
 def is_closed_by_server(connection: psycopg.Connection[Any] | psycopg.AsyncConnection[Any]) -> bool:
-    """Return True if the server has closed an idle connection. This costs no round trip."""
+    """Return True if the server has closed an idle connection. Needs no round trip."""
     try:
-        connection.pgconn.consume_input()  # may return the server's last message
-        connection.pgconn.consume_input()  # and only then the end of the connection
+        connection.pgconn.consume_input()  # may read only the last message of the server
+        connection.pgconn.consume_input()  # reads the end of the connection
     except psycopg.OperationalError:
         return True
     return False
 
 
-# libpq, before 17: its cancel request blocks without a timeout, and `cancel_safe` of psycopg falls back to it.
+# libpq, before 17: its cancel request has no timeout, and `cancel_safe` of psycopg falls back to it.
 # https://github.com/psycopg/psycopg/issues/534
 # Remove when psycopg requires libpq 17.
 

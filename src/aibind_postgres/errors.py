@@ -1,4 +1,4 @@
-"""Every error that this package raises itself. Connection errors stay those of the driver."""
+"""The errors of this package. Connection errors are those of the driver."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class AibindError(Exception):
     """Base class of every error of this package."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # The arguments of `__init__` are the public attributes, in order; an error without attributes has its text.
+        # The arguments of `__init__` are the public attributes in order, or the text if there are none.
         attributes = [value for name, value in vars(self).items() if not name.startswith("_")]
         return type(self), tuple(attributes) or self.args
 
@@ -28,7 +28,7 @@ class StreamNotFoundError(AibindError):
 
 
 class StreamExistsError(AibindError):
-    """`create` was called with the id of an existing stream. `acquire` returns False instead of raising.
+    """`create` was called with the id of an existing stream. `acquire` returns False instead.
 
     Attributes:
         stream_id: The id of the existing stream.
@@ -73,18 +73,18 @@ class SequenceConflictError(AibindError):
 
 
 class StreamWriteError(AibindError):
-    """A stream writer could not store its chunks. `__cause__` is the reason.
+    """A stream writer could not store its chunks. `__cause__` is the driver's error.
 
     Attributes:
         stream_id: The id of the stream.
         durable: The sequence number of the last chunk known to be durable.
-        unsaved: The number of chunks after it. Those that were being sent may or may not be stored.
+        unsaved: The number of later chunks. Those of the last statement may or may not be stored.
     """
 
     def __init__(self, stream_id: str, durable: int, unsaved: int) -> None:
         super().__init__(
-            f"writing to stream {stream_id!r} failed: its chunks are known to be durable up to number {durable}, "
-            f"and {unsaved} more are not"
+            f"writing to stream {stream_id!r} failed: its chunks are durable up to number {durable}, "
+            f"and {unsaved} more may not be stored"
         )
         self.stream_id = stream_id
         self.durable = durable
@@ -122,11 +122,11 @@ class ConversationConflictError(AibindError):
 
     Attributes:
         session_id: The id of the conversation.
-        ours: The `ChatHistory` that was to be saved.
+        ours: The `ChatHistory` that was not saved.
         theirs: The stored `ChatHistory`; empty if the conversation was deleted or has expired.
     """
 
-    # `Any`: this module is below `history`, and imports nothing from it, not even for types.
+    # The types are `Any`, since this module must not import `history`, which imports it.
     def __init__(self, session_id: str, ours: Any, theirs: Any) -> None:
         super().__init__(
             f"conversation {session_id!r} was changed since it was loaded, and was not saved: load it again, "
@@ -140,9 +140,9 @@ class ConversationConflictError(AibindError):
 class WebError(AibindError):
     """Rejects a request with an HTTP status and a text. `generate` and `authorize` may raise it.
 
-    A streamed answer has sent its status before its generator begins. If the generator raises this error, the stream
-    ends in state "error", with the text. A plain function `generate` that returns a generator can still reject the
-    request.
+    The status of a streamed answer is sent before its generator runs. If the generator raises this error, the stream
+    ends in state "error" with this text. To reject the request, raise it in a plain function `generate`, before it
+    returns the generator.
 
     Attributes:
         status: The HTTP status of the response.
@@ -160,19 +160,19 @@ class InvalidDataError(AibindError, ValueError):
 
 
 class SchemaError(AibindError):
-    """A table or a column is missing. The text names it, and the command that creates it."""
+    """A table or a column is missing. The error text contains its name, and the command that creates it."""
 
 
 class ForkedError(AibindError):
-    """The store was made in the parent of this process. Make a store in each process, after the fork."""
+    """The store was first used in the parent of this process. Make a store in each process, after the fork."""
 
 
 class StoreClosedError(AibindError):
-    """The store is closed."""
+    """The store is closed. Make a new one."""
 
 
 def copy_error(error: Exception) -> Exception:
-    """Copy an error, so that each caller raises its own instance."""
+    """Copy an error, so that each caller raises its own instance. Return the error itself if it cannot be copied."""
     try:
         return copy.copy(error)
     except Exception:

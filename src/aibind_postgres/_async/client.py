@@ -58,7 +58,8 @@ class AsyncPostgresClient(Protocol):
             params: The values of the parameters.
 
         Returns:
-            The rows. Each is a sequence, or a mapping, in the order of the select list. Empty for a statement without rows.
+            The rows, each a sequence or a mapping, in the order of the select list. Empty if the statement returns no
+            rows.
         """
         ...
 
@@ -132,7 +133,7 @@ class AsyncPsycopgClient(AsyncClient):
             if self._direct is None:
                 if connection.info.parameter_status("client_encoding") == "SQL_ASCII":
                     raise InvalidDataError(
-                        "the connection's client_encoding is SQL_ASCII, with which psycopg returns bytes: set it to UTF8"
+                        "the connection's client_encoding is SQL_ASCII, with which psycopg returns bytes: use UTF8"
                     )
                 self._direct = await is_direct(connection, deadline)
             # Through a transaction pooler, the next statement may run in another session, in which a prepared statement

@@ -53,7 +53,7 @@ class AsyncCall(Generic[Item, Result]):
             raise copy_error(self._results) from self._results
         if not self._results:
             raise AibindError(
-                "this call was combined with others, and their statement was interrupted: it may or may not have taken effect"
+                "this call shared a statement with others, which was interrupted: it may or may not have taken effect"
             )
         return self._results[0]
 

@@ -1,4 +1,4 @@
-"""The conversation store: loads, saves and merges branching histories."""
+"""The conversation store: load, save and merge branching conversations."""
 
 from __future__ import annotations
 
@@ -34,12 +34,13 @@ OnConflict: TypeAlias = Literal["merge", "raise", "overwrite"]
 class AsyncPostgresConversationStore:
     """Stores conversations with branches in one table.
 
-    Concurrent callers may share a store, but not a `ChatHistory`. The statements expect the isolation level READ
-    COMMITTED. Expired conversations are treated as deleted; the server's clock decides.
+    Threads, or the tasks of one event loop, may share a store, but not a `ChatHistory`. The statements expect the
+    isolation level READ COMMITTED. Expired conversations are treated as deleted. Expiry depends on the server's clock.
 
     Args:
-        client: A connection string, a psycopg pool or connection, or another client, as for the stream store. If it is
-            a connection inside a transaction, the store takes part in that transaction.
+        client: A connection string, a psycopg pool or connection, or an object with the `PostgresClient` protocol, as
+            for the stream store. If the client is a connection inside a transaction, the store takes part in that
+            transaction.
         table: The name of the table; `aibind_conversations` by default. Use `psycopg.sql.Identifier` for a name with
             a dot.
         ttl: Seconds, or a timedelta, for which a conversation is kept after it was last saved or touched; 1800 by
@@ -48,9 +49,13 @@ class AsyncPostgresConversationStore:
             default. Clients of other drivers do not accept it.
 
     Raises:
+        ValueError: By the constructor, for an invalid table name or setting.
+        TypeError: By the constructor, for an argument of the wrong type.
         InvalidDataError: By every method, for a session id that is empty, longer than 1,024 bytes, or not storable.
         SchemaError: By every method, if the table is missing.
         StoreClosedError: By every method, once the store is closed.
+        RuntimeError: By every method, in a different event loop from the one of the first call.
+        ForkedError: By every method, in a process that was forked after the first call.
 
     Every method raises the driver's own error if the server cannot be reached.
     """
@@ -89,10 +94,10 @@ class AsyncPostgresConversationStore:
         return self._to_history(key, rows[0][0] if rows else None)
 
     async def save(self, session_id: str, chat: ChatHistory[Any], *, on_conflict: OnConflict = "merge") -> None:
-        """Save a conversation. When this returns, it is durable and `chat` equals the stored conversation.
+        """Save a conversation. When this returns, it is durable, and `chat` equals the stored conversation.
 
-        The same call can be repeated if its outcome is unknown because the connection broke, and if the caller's
-        transaction was rolled back.
+        The call can be repeated if its outcome is unknown because the connection was lost, or if the transaction of the
+        caller was rolled back.
 
         Args:
             session_id: The id of the conversation.
@@ -100,9 +105,9 @@ class AsyncPostgresConversationStore:
             on_conflict: The action if the stored conversation has changed since this store loaded or saved `chat`
                 under this id:
 
-                - `"merge"` (default): Additions of either side are kept, removals of either side are applied. A
-                  message whose parent the other side has removed moves below the active leaf of that side. The active
-                  leaf of `chat` wins if it has moved.
+                - `"merge"` (default): Additions of either side are kept, and removals of either side are applied. If one
+                  side has removed the parent of a message, the message moves below the active leaf of that side. If the
+                  active leaf of `chat` has moved, it becomes the active leaf.
                 - `"raise"`: Raise `ConversationConflictError`.
                 - `"overwrite"`: Replace the stored conversation without reading it.
 
@@ -116,7 +121,7 @@ class AsyncPostgresConversationStore:
             InvalidHistoryError: The stored row is not a valid conversation, or has a different message under an id of
                 `chat`; nothing is stored. Not raised for `"overwrite"`.
             TypeError: `chat` is not a `ChatHistory`.
-            ValueError: `on_conflict` is none of these values.
+            ValueError: `on_conflict` is not one of these values.
         """
         key = arguments.identifier(session_id, "a session id")
         _check_on_conflict(on_conflict)
@@ -124,7 +129,7 @@ class AsyncPostgresConversationStore:
             raise TypeError(f"chat must be a ChatHistory, not {type(chat).__name__}")
         sent = chat.to_json()
         origin = self._origin_of(key, chat)
-        # If the reply is lost, the row may hold this text.
+        # If the reply is lost, the row may contain this text.
         chat._origin = origin.with_sent(_digest(sent))
         if on_conflict == "overwrite":
             await self._database.query(self._sql.overwrite, [key, sent, self._ttl])
@@ -139,7 +144,7 @@ class AsyncPostgresConversationStore:
             chat._origin = origin._replace(base=stored, digests=(_digest(stored),))
 
     async def _save_text(self, chat: ChatHistory[Any], origin: Origin, sent: str, on_conflict: OnConflict) -> str:
-        """Store the sent text, or its merge with the stored one, and return the text that was stored."""
+        """Store `sent`, or its merge with the stored text. Return the text that was stored."""
         own = {*origin.digests, _digest(sent)}
         text, expected = sent, origin.digests[-1]
         while True:
@@ -148,7 +153,7 @@ class AsyncPostgresConversationStore:
             if saved:
                 return text
             expected = None if found is None else _digest(found)
-            if expected in own:  # an earlier reply was lost or rolled back, and no other writer was involved
+            if expected in own:  # stored by this history: an earlier reply was lost, or its transaction was rolled back
                 text = sent
             elif on_conflict == "raise":
                 raise ConversationConflictError(origin.session_id, chat, self._to_history(origin.session_id, found))
@@ -173,7 +178,7 @@ class AsyncPostgresConversationStore:
         Raises:
             ConversationConflictError: As for `save`.
             InvalidHistoryError: As for `load` and `save`.
-            ValueError: `on_conflict` is none of the values of `save`.
+            ValueError: `on_conflict` is not one of the values of `save`.
         """
         _check_on_conflict(on_conflict)
         chat = await self.load(session_id)
@@ -185,6 +190,9 @@ class AsyncPostgresConversationStore:
     async def touch(self, session_id: str) -> bool:
         """Restart the ttl of a conversation.
 
+        Args:
+            session_id: The id of the conversation.
+
         Returns:
             True if the conversation exists.
         """
@@ -193,6 +201,9 @@ class AsyncPostgresConversationStore:
 
     async def delete(self, session_id: str) -> bool:
         """Delete a conversation.
+
+        Args:
+            session_id: The id of the conversation.
 
         Returns:
             True if the conversation existed.

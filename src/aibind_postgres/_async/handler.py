@@ -1,4 +1,4 @@
-"""The HTTP API for aibind's browser client, independent of web frameworks."""
+"""The HTTP API for aibind's browser client, for any web framework."""
 
 from __future__ import annotations
 
@@ -72,30 +72,30 @@ class AsyncStreamHandler:
     restarted worker. The other routes collect the output of `generate` and respond with plain text or JSON.
 
     With `conversations`, `/stream` continues the conversation of the request's session id. The handler saves each turn
-    with a merging save. It saves before the stream is done, or after the stream was stopped, failed or was deleted. In
-    the latter cases the saved answer is the text so far, with the state in its metadata.
+    with `on_conflict="merge"`: before the stream is done, or after it was stopped, failed or was deleted. In the latter
+    cases the saved answer is the text produced so far, with the state in its metadata.
 
     Args:
-        generate: Called with a `Generation`. Returns an iterable of `str` and `StreamEvent`, such as a generator. The
-            source may yield a `usage` event. Both may raise `WebError`; a source that is streamed then ends its stream
-            in state error, since the status line has been sent.
-        store: The store of the streams.
-        conversations: The store of the conversations. Default: None, which saves no conversations.
-        prefix: The path in front of all routes. It begins with a slash. Default: `/__aibind__`.
-        authorize: Called with the request and the id of a stream or session before that is read, resumed, stopped or
-            saved. A false result refuses the request with status 403. It may raise `WebError`. To record the owner of
-            a stream, use the `stream_id` of the `Generation`. Default: None, which allows everyone who has the id; ids
-            of streams cannot be guessed.
+        generate: Called with a `Generation`. Returns a source: an iterable of `str` and `StreamEvent`, such as a
+            generator. The source may yield a `usage` event. The call and the source may raise `WebError`. If the source
+            of a stream raises it, the status line has been sent, so the stream ends in state error.
+        store: The stream store.
+        conversations: The conversation store. Default: None, which saves no conversations.
+        prefix: The path prefix of all routes. It must be empty or begin with a slash. Default: `/__aibind__`.
+        authorize: Called with the request and the id of a stream or session, before the handler reads, resumes, stops or
+            saves it. A false result rejects the request with status 403. It may raise `WebError`. To record the owner
+            of a stream, use `stream_id` of the `Generation`. Default: None, which gives access to anyone with the id;
+            stream ids are unguessable.
         max_messages: The maximum number of earlier messages that `generate` receives. Default: None, which is all.
         compact: Called instead of `generate` to summarise a conversation. Default: `generate`.
         max_body: The maximum size of a request body in bytes. The browser sends the attachments of a conversation with
             each request, in base64, which adds a third to their size. Default: 10,000,000.
-        heartbeat: Seconds without an event after which a response sends a comment. Default: 15.
-        expose_errors: Whether a stream that failed shows the exception text of the source to clients. Default: False,
-            which shows a generic text.
+        heartbeat: Seconds, or a timedelta, without an event after which a response sends a comment. Default: 15.
+        expose_errors: Whether clients see the text of an exception that the source of a stream raises. Default: False, which
+            shows a generic text.
 
     Raises:
-        ValueError: `prefix` is neither empty nor begins with a slash, or a number is out of range.
+        ValueError: `prefix` is not empty and does not begin with a slash, or a number is out of range.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class AsyncStreamHandler:
     ) -> None:
         self.prefix = prefix.rstrip("/")
         if self.prefix and not self.prefix.startswith("/"):
-            raise ValueError(f"prefix must begin with a slash: {prefix!r}")
+            raise ValueError(f"prefix must be empty or begin with a slash, not {prefix!r}")
         self.max_body = arguments.integer(max_body, "max_body", minimum=0)
         self._generate = generate
         self._compact = compact or generate
@@ -146,11 +146,11 @@ class AsyncStreamHandler:
         """Handle one request.
 
         Args:
-            request: The request, with its path still under `prefix`.
+            request: The request. Its path includes `prefix`.
 
         Returns:
-            The response. A `WebError` becomes its status, and any other exception is logged and becomes status 500.
-            Both have a JSON body `{"error": text}`.
+            The response. For a `WebError`, it has the status of the error. Any other exception is logged, and the
+            status is 500. In both cases the body is the JSON object `{"error": text}`.
         """
         route = request.path.removeprefix(self.prefix) if request.path.startswith(self.prefix) else None
         method, respond = self._routes.get(route or "", ("", None))
@@ -215,7 +215,7 @@ class AsyncStreamHandler:
         return self._event_stream(stream)
 
     def _event_stream(self, stream: AsyncDurableStream) -> AsyncWebResponse:
-        # A header holds ASCII only. Ids that this handler creates are never quoted.
+        # A header contains ASCII only. Ids that this handler creates need no quoting.
         header_id = stream.id if stream.id.isascii() and stream.id.isprintable() else quote(stream.id)
         return AsyncWebResponse(200, {**EVENT_STREAM, "X-Stream-Id": header_id}, self._encoded_events(stream))
 
@@ -244,7 +244,7 @@ class AsyncStreamHandler:
         if self._conversations is not None and generation.session_id is not None:
             with _map_client_errors():
                 chat = await self._conversations.load(generation.session_id)
-            if not chat.is_empty:  # an outdated page may send fewer messages than the summary would replace
+            if not chat.is_empty:  # an outdated page may send fewer messages than the summary replaces
                 generation = generation._replace(messages=chat.messages)
         if not generation.messages:
             raise WebError(400, "the conversation has no messages to summarise")
@@ -272,7 +272,7 @@ class AsyncStreamHandler:
 
 @contextmanager
 def _map_client_errors() -> Iterator[None]:
-    """Map unknown or invalid ids to 404 or 400. Use it around store calls only: application errors must propagate."""
+    """Map unknown or invalid ids to 404 or 400. Use it for store calls only: errors of the application propagate."""
     try:
         yield
     except StreamNotFoundError:

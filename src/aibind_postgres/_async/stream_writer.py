@@ -37,8 +37,8 @@ ResultOut = TypeVar("ResultOut", covariant=True)
 
 MAX_ERROR_LENGTH = 1000  # the most characters of an exception's text that are stored
 
-# How often blocked callers check that the worker is alive, in seconds. A worker that is cancelled before its first step,
-# as at the end of an event loop, cannot wake them.
+# How often blocked callers check that the worker is alive, in seconds. A worker that is cancelled before its first
+# step, as at the end of an event loop, cannot wake them.
 WORKER_CHECK_INTERVAL = 1.0
 
 
@@ -78,8 +78,8 @@ class AsyncStreamWriter:
     expected sequence number of its first chunk. A statement with an unknown outcome can therefore be sent again, and no
     chunk is written twice.
 
-    The end of the block waits until all chunks are durable, then ends the stream in state done. If the block raises, the
-    writer sends the buffered chunks as well, and ends the stream in state error, with the first 1,000 characters of the
+    The end of the block waits until all chunks are durable, then ends the stream in state done. If the block raises,
+    the writer sends the buffered chunks as well, and ends the stream in state error, with the first 1,000 characters of the
     exception's text.
 
     A stream must have one producer: if another one appends to it, `SequenceConflictError` is raised. If another caller
@@ -191,7 +191,7 @@ class AsyncStreamWriter:
 
     @property
     def is_active(self) -> bool:
-        """Whether the writer can store chunks: True from entering the block until the stream is known to have ended."""
+        """Whether the writer can store chunks: True from entering the block until an error or the end."""
         return self._state in (WriterState.OPEN, WriterState.CLOSING)
 
     def _assume_active(self) -> None:
