@@ -1,4 +1,4 @@
-"""The JSON document that stores a conversation, shared with @aibind/core: parse, validate, serialize. Pure."""
+"""Parse, validate and serialize the JSON document of a conversation, in the format of @aibind/core. Pure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .errors import InvalidDataError, InvalidHistoryError
 Document: TypeAlias = dict[str, Any]
 
 VERSION = 1
-# Below Python's own limits, which would otherwise fail later, when a message is read or saved.
+# Limits below those of Python, which would fail only when a message is read or saved.
 MAX_DEPTH = 200  # levels of nesting
 MAX_INT_BITS = 14_000  # Python converts at most 4,300 digits
 
@@ -33,7 +33,7 @@ def copy_json(value: Any, depth: int = MAX_DEPTH) -> Any:
 
     Args:
         value: The value to copy.
-        depth: Maximum levels of nesting; 200 by default.
+        depth: The maximum levels of nesting; 200 by default.
 
     Raises:
         InvalidDataError: `value` is not a JSON value, or is nested more deeply than `depth`.
@@ -57,9 +57,9 @@ def copy_json(value: Any, depth: int = MAX_DEPTH) -> Any:
 
 
 def serialize_document(document: Document) -> str:
-    """Return a document as JSON text. Equal documents with the same order of keys give the same text."""
+    """Return a document as JSON text. Documents that are equal, also in the order of keys, give equal texts."""
     text = json.dumps(document, ensure_ascii=False, separators=(",", ":"))
-    # JavaScript can cut a string inside a surrogate pair; a lone surrogate cannot be encoded, so it is escaped.
+    # JavaScript can split a surrogate pair. A lone surrogate cannot be encoded, so it is escaped.
     return re.sub("[\ud800-\udfff]", lambda surrogate: f"\\u{ord(surrogate[0]):04x}", text)
 
 
@@ -74,7 +74,7 @@ def parse_document(text: str) -> Document:
         data = json.loads(text, parse_constant=_reject_constant)
     except (ValueError, RecursionError, AttributeError):
         # `from None`: the original errors contain the text of the conversation.
-        raise InvalidHistoryError("it is not JSON text, or is nested too deeply") from None
+        raise InvalidHistoryError("it is not JSON, or is nested too deeply") from None
     return validate_document(data)
 
 

@@ -1,4 +1,4 @@
-"""The three-way merge of conversations, as documents. Pure.
+"""Merge the documents of a conversation with a common base (three-way merge). Pure.
 
 Additions of either side, relative to the common base, are kept. Removals of either side are applied. The result does
 not depend on the order of the sides, except for the active leaf.
@@ -43,26 +43,26 @@ def merge(base: Document, ours: Document, theirs: Document) -> Document:
         _nodes_without_links(base), _nodes_without_links(ours), _nodes_without_links(theirs), by_age, _merge_node
     )
 
-    def path_end(side: Document) -> str | None:
-        """Return the active leaf of a side, or its nearest ancestor that is kept."""
+    def kept_leaf(side: Document) -> str | None:
+        """Return the active leaf of a side, or its nearest kept ancestor."""
         node_id: str | None = side["activeLeafId"]
         while node_id is not None and node_id not in kept:
             node_id = side["nodes"][node_id]["parentId"]
         return node_id
 
-    ends = {"ours": path_end(ours), "theirs": path_end(theirs)}
+    leaves = {"ours": kept_leaf(ours), "theirs": kept_leaf(theirs)}
 
     def new_parent(node_id: str, parent_id: str | None) -> str | None:
-        """Return the parent in the merged tree of a node with this parent."""
+        """Return the parent of a node in the merged tree, given its parent in the documents."""
         if parent_id is None or parent_id in kept:
             return parent_id
-        # An earlier merge whose reply was lost may have moved the node already: keep its parent.
+        # If an earlier merge has moved the node and its reply was lost, keep the parent of that merge.
         for side in (ours, theirs):
             if node_id in side["nodes"]:
                 other_id: str | None = side["nodes"][node_id]["parentId"]
                 if other_id is None or other_id in kept:
                     return other_id
-        return ends["theirs" if parent_id in ours["nodes"] else "ours"]  # the side that removed the parent
+        return leaves["theirs" if parent_id in ours["nodes"] else "ours"]  # the side that removed the parent
 
     parents = {node_id: new_parent(node_id, node["parentId"]) for node_id, node in kept.items()}
     children = _merge_children(base, ours, theirs, parents, _by_age(kept))
@@ -71,7 +71,7 @@ def merge(base: Document, ours: Document, theirs: Document) -> Document:
     nodes = {key: {**node, "parentId": parents[key], "children": children[key]} for key, node in kept.items()}
     # A side that kept its active leaf defers to the other.
     order = ("ours", "theirs") if ours["activeLeafId"] != base["activeLeafId"] else ("theirs", "ours")
-    active = next((ends[side] for side in order if ends[side] is not None), None)
+    active = next((leaves[side] for side in order if leaves[side] is not None), None)
     others = _merge_dicts(_other_fields(base), _other_fields(ours), _other_fields(theirs), _by_name, _merge_value)
     return {**others, "nodes": nodes, "rootIds": children[None], "activeLeafId": active}
 
@@ -141,7 +141,7 @@ def _break_cycles(
             node_id = str(parents[node_id])
         path = list(visited)
         cycle = path[path.index(node_id) :]
-        # Prefer a node that the merge has moved: nodes stay below the parents that they were written for.
+        # Prefer a node that the merge has moved, so that the other nodes keep their parents.
         cut = min(cycle, key=lambda each: (parents[each] == original_parents[each], each))
         children[parents[cut]].remove(cut)
         children[None].append(cut)
@@ -176,12 +176,12 @@ def _merge_value(base: Any, ours: Any, theirs: Any) -> Any:
         return ours
     if ours == base:
         return theirs
-    # Any rule works that does not depend on the order of the sides.
+    # Any rule is valid if it does not depend on the order of the sides.
     return max(ours, theirs, key=lambda value: json.dumps(value, sort_keys=True))
 
 
 def _merge_order(base: list[str], ours: list[str], theirs: list[str], sort_key: SortKey) -> list[str]:
-    """Merge the keys of both sides. Keys in both keep their order; the keys between two of these are sorted."""
+    """Merge the keys of both sides. Shared keys keep their order; the keys between two of them are sorted."""
     if ours == base:
         return theirs
     if theirs in (base, ours):

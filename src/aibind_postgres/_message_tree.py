@@ -1,6 +1,6 @@
 """A tree of messages with one current path. Pure.
 
-The tree keeps the document that @aibind/core reads and writes, so unknown fields of a document are preserved.
+The tree stores its nodes in the document format of @aibind/core, and preserves unknown fields.
 """
 
 from __future__ import annotations
@@ -58,9 +58,8 @@ class TreePath(Generic[M]):
 class MessageTree(Generic[M]):
     """A tree of messages. One node, the active leaf, marks the end of the current path.
 
-    A message is any JSON value: dict, list, str, int, float, bool or None. Arguments and results are copied. A node
-    does not change after it was added: an edited message is a new node next to the old one. A tree is not
-    thread-safe.
+    A message is any JSON value: dict, list, str, int, float, bool or None. Arguments and results are copied. Nodes are
+    immutable: an edited message is a new sibling of the old one. A tree is not thread-safe.
 
     A method that fails leaves the tree unchanged. Methods that take the id of a node raise `MessageNotFoundError` if
     the tree has no such node. Methods that take a message or metadata raise `InvalidDataError` for values that JSON
@@ -100,7 +99,7 @@ class MessageTree(Generic[M]):
 
     @property
     def active_leaf_id(self) -> str | None:
-        """The id of the node that ends the current path, or None."""
+        """The id of the last node of the current path, or None if the path is empty."""
         active: str | None = self._document["activeLeafId"]
         return active
 
@@ -171,7 +170,7 @@ class MessageTree(Generic[M]):
         return self.set_active_leaf(self._add_node(self.active_leaf_id, message, metadata))
 
     def add_root(self, message: M, metadata: Mapping[str, Any] | None = None) -> str:
-        """Add a root, make it the active leaf and return its id. The arguments and errors are those of `append`."""
+        """Add a root and make it the active leaf. Arguments, result and errors are those of `append`."""
         return self.set_active_leaf(self._add_node(None, message, metadata))
 
     def add_child(self, parent_id: str, message: M, metadata: Mapping[str, Any] | None = None) -> str:
@@ -193,11 +192,11 @@ class MessageTree(Generic[M]):
         return self._add_node(parent_id, message, metadata)
 
     def branch(self, parent_id: str, message: M, metadata: Mapping[str, Any] | None = None) -> str:
-        """Add a message below a node, as `add_child` does, and make it the active leaf. Returns its id."""
+        """Add a message below a node and make it the active leaf. Arguments, result and errors are those of `add_child`."""
         return self.set_active_leaf(self.add_child(parent_id, message, metadata))
 
     def set_active_leaf(self, node_id: str) -> str:
-        """End the current path at a node, which need not be a leaf, and return its id.
+        """Make a node the end of the current path, and return its id. The node may have children.
 
         Raises:
             MessageNotFoundError: The tree has no node with this id.
@@ -207,7 +206,7 @@ class MessageTree(Generic[M]):
         return node_id
 
     def rewind(self, node_id: str) -> None:
-        """End the current path before a node. The next appended message becomes a sibling of the node.
+        """Make the parent of a node the end of the current path. The next appended message becomes a sibling of the node.
 
         Raises:
             MessageNotFoundError: The tree has no node with this id.
@@ -217,10 +216,10 @@ class MessageTree(Generic[M]):
     def next_sibling(self, node_id: str) -> str | None:
         """Switch to the next sibling of a node.
 
-        The new active leaf is found by following first children from the sibling down to a leaf.
+        The new active leaf is the first leaf below the sibling: the path follows first children.
 
         Returns:
-            The id of the active leaf, or None if the node is the last sibling; then nothing changes.
+            The id of the active leaf. None if the node is the last sibling; then nothing changes.
 
         Raises:
             MessageNotFoundError: The tree has no node with this id.
@@ -231,7 +230,7 @@ class MessageTree(Generic[M]):
         """Switch to the previous sibling of a node, in the same way as `next_sibling`.
 
         Returns:
-            The id of the active leaf, or None if the node is the first sibling; then nothing changes.
+            The id of the active leaf. None if the node is the first sibling; then nothing changes.
 
         Raises:
             MessageNotFoundError: The tree has no node with this id.
@@ -241,8 +240,8 @@ class MessageTree(Generic[M]):
     def remove(self, node_id: str) -> None:
         """Remove a node and its descendants.
 
-        If the active leaf is removed, the new one is found below the last remaining sibling, by following first
-        children down to a leaf. Without siblings it is the parent. Without a parent there is no active leaf.
+        If this removes the active leaf, the new one is the first leaf below the last remaining sibling of the node.
+        Without siblings it is the parent. Without a parent there is no active leaf.
 
         Raises:
             MessageNotFoundError: The tree has no node with this id.

@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 async def async_checkout(get: Callable[[], Coroutine[Any, Any, T]], put: Callable[[T], Coroutine[Any, Any, None]]) -> T:
-    """Return the result of `get`. If the caller was cancelled during the call, `put` it back and raise `CancelledError`."""
+    """Return the result of `get`. If the caller is cancelled, `put` the result back and raise `CancelledError`."""
     if sys.version_info >= (3, 12):
         return await get()
     if sys.version_info >= (3, 11):

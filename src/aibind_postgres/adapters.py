@@ -39,9 +39,11 @@ def wrap_sqlalchemy(engine: AsyncEngine) -> AsyncPostgresClient: ...
 def wrap_sqlalchemy(engine: Engine | AsyncEngine) -> PostgresClient | AsyncPostgresClient:
     """Use an SQLAlchemy engine as the client of a store.
 
-    Each statement takes a connection from the engine's pool, in autocommit mode, and returns it: a store never takes
-    part in a `Session`'s transaction. Notifications wake readers with the drivers psycopg and psycopg2: the listener
-    opens one more connection with the parameters of the engine. With other drivers readers poll.
+    Each statement uses a connection of the engine's pool in autocommit mode: a store never takes part in the
+    transaction of a `Session`.
+
+    With the drivers psycopg and psycopg2, readers receive notifications. The listener opens one more connection, with
+    the parameters of the engine. With other drivers, readers poll.
 
     Args:
         engine: An `Engine`, or an `AsyncEngine` for an asynchronous store, with any driver. The caller disposes of it.
@@ -50,7 +52,7 @@ def wrap_sqlalchemy(engine: Engine | AsyncEngine) -> PostgresClient | AsyncPostg
         The client.
 
     Raises:
-        TypeError: The argument is no engine, or its database is not PostgreSQL.
+        TypeError: The argument is not an engine, or its database is not PostgreSQL.
 
     Example:
         store = PostgresStreamStore(wrap_sqlalchemy(engine))
@@ -66,14 +68,14 @@ def wrap_sqlalchemy(engine: Engine | AsyncEngine) -> PostgresClient | AsyncPostg
 
 
 def wrap_django(alias: str = "default") -> PostgresClient:
-    """Use Django's connection of the current thread as the client of a store.
+    """Use Django's connection of the current thread as the client of a synchronous store.
 
-    The store takes part in `transaction.atomic()`: chunks appended inside it become visible, and readers are notified,
-    at its commit; a rollback removes them. The listener opens one more connection with the parameters of Django's. For
-    code that runs in threads, not in an event loop.
+    The store takes part in `transaction.atomic()`. Chunks appended inside the block become visible when it commits, and
+    readers are notified then. A rollback removes the chunks. The listener opens one more connection, with the
+    parameters of Django's connection.
 
     Args:
-        alias: The database's name in Django's setting DATABASES. Default: "default".
+        alias: The name of the database in Django's setting DATABASES. Default: "default".
 
     Returns:
         The client.
@@ -94,8 +96,8 @@ def wrap_django(alias: str = "default") -> PostgresClient:
 def wrap_asyncpg(client: Any) -> AsyncPostgresClient:
     """Use an asyncpg pool or connection as the client of an asynchronous store.
 
-    With a connection the store takes part in its transaction. Nothing else may use that connection while a reader
-    waits, since asyncpg refuses simultaneous statements. Readers poll.
+    Readers poll, without notifications. With a connection, the store takes part in its transaction. Do not use that
+    connection for anything else while a reader waits, since asyncpg rejects simultaneous statements.
 
     Args:
         client: The asyncpg pool or connection. The caller closes it.
@@ -126,7 +128,7 @@ class _SQLAlchemy(sync_client.Client):
 
     def query(self, sql: str, params: Sequence[Any]) -> Sequence[Row]:
         with self._engine.connect() as connection:
-            result = connection.execute(_text_clause(sql), _named(params))
+            result = connection.execute(_text_clause(sql), _named_params(params))
             return list(map(tuple, result)) if result.returns_rows else []
 
     def connect(self) -> psycopg.Connection[Row] | None:
@@ -135,7 +137,7 @@ class _SQLAlchemy(sync_client.Client):
             if isinstance(driver, psycopg.Connection):
                 parameters = sync_connections.parameters_of(driver)
             elif self._engine.driver == "psycopg2":
-                parameters = _known_to_libpq({**driver.info.dsn_parameters, "password": driver.info.password})
+                parameters = _libpq_parameters({**driver.info.dsn_parameters, "password": driver.info.password})
             else:
                 return None
         return sync_connections.open_connection(parameters)
@@ -154,7 +156,7 @@ class _AsyncSQLAlchemy(async_client.AsyncClient):
 
     async def query(self, sql: str, params: Sequence[Any]) -> Sequence[Row]:
         async with self._engine.connect() as connection:
-            result = await connection.execute(_text_clause(sql), _named(params))
+            result = await connection.execute(_text_clause(sql), _named_params(params))
             return list(map(tuple, result)) if result.returns_rows else []
 
     async def connect(self) -> psycopg.AsyncConnection[Row] | None:
@@ -187,21 +189,20 @@ class _Django(sync_client.Client):
         try:
             with wrapper.cursor() as cursor:
                 if params:
-                    cursor.execute(_for_django(sql), _named(params))
+                    cursor.execute(_django_sql(sql), _named_params(params))
                 else:
                     cursor.execute(sql)
                 rows = cursor.fetchall() if cursor.description else []
         finally:
-            # Django closes the connections of its own threads at the end of a request, also lost ones; nothing closes
-            # those of background threads.
+            # Django closes its connections at the end of a request, but only those of the threads that serve requests.
             if getattr(self._thread, "is_background", False) or _is_lost(wrapper):
                 wrapper.close()
-        return rows if wrapper.timezone is not None else [_aware(row, wrapper.timezone_name) for row in rows]
+        return rows if wrapper.timezone is not None else [_with_timezone(row, wrapper.timezone_name) for row in rows]
 
     def connect(self) -> psycopg.Connection[Row] | None:
-        self._thread.is_background = True  # only the listener's thread calls this
+        self._thread.is_background = True  # only the thread of the listener calls this
         wrapper = self._wrapper
-        connection = sync_connections.open_connection(_known_to_libpq(wrapper.get_connection_params()))
+        connection = sync_connections.open_connection(_libpq_parameters(wrapper.get_connection_params()))
         if role := wrapper.settings_dict["OPTIONS"].get("assume_role"):
             connection.execute(f"SET ROLE {quote(role)}")
         return connection
@@ -238,14 +239,14 @@ class _AsyncpgPool(async_client.AsyncClient):
 class _AsyncpgConnection(async_client.AsyncClient):
     def __init__(self, connection: Any) -> None:
         self._connection = connection
-        self._turn = asyncio.Lock()
+        self._lock = asyncio.Lock()
         self.joins_transactions = True
 
     def __repr__(self) -> str:
         return "<asyncpg client of a connection>"
 
     async def query(self, sql: str, params: Sequence[Any]) -> Sequence[Row]:
-        async with self._turn:
+        async with self._lock:
             return list(map(tuple, await self._connection.fetch(sql, *params)))
 
     def is_recoverable(self, error: Exception) -> bool:
@@ -274,16 +275,16 @@ def _text_clause(sql: str) -> TextClause:
 
 
 @lru_cache
-def _for_django(sql: str) -> str:
+def _django_sql(sql: str) -> str:
     return _with_placeholder(sql.replace("%", "%%"), "%(aibind_{})s")
 
 
-def _named(params: Sequence[Any]) -> dict[str, Any]:
-    # For some drivers SQLAlchemy replaces `%(name)s` also in a table's name: this prefix is unlikely there.
+def _named_params(params: Sequence[Any]) -> dict[str, Any]:
+    # With some drivers, SQLAlchemy also replaces `%(name)s` in table names. The prefix is unlikely to occur there.
     return {f"aibind_{number}": value for number, value in enumerate(params, start=1)}
 
 
-def _known_to_libpq(parameters: Mapping[str, Any]) -> dict[str, Any]:
+def _libpq_parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
     known = {option.keyword.decode() for option in psycopg.pq.Conninfo.get_defaults()}
     return {name: value for name, value in parameters.items() if name in known}
 
@@ -306,6 +307,6 @@ def _is_lost(wrapper: Any) -> bool:
     return wrapper.connection is not None and wrapper.connection.closed and not _in_transaction(wrapper)
 
 
-def _aware(row: Row, zone: str) -> Row:
-    # With USE_TZ off, Django returns naive times in the session's time zone.
+def _with_timezone(row: Row, zone: str) -> Row:
+    # If USE_TZ is False, Django returns naive times in the time zone of the session.
     return tuple(value.replace(tzinfo=ZoneInfo(zone)) if isinstance(value, datetime) else value for value in row)

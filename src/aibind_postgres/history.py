@@ -1,4 +1,4 @@
-"""Conversations with branches: the message tree, and the chat operations on it. Pure."""
+"""Conversations with branches: chat operations on a message tree. Pure."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Origin(NamedTuple):
     Attributes:
         store: The id of the store object.
         session_id: The id of the conversation.
-        base: The text of the row when it last certainly equalled the history, as the base of a merge; None for no row.
-        digests: Digests of the texts that the row may hold if no other writer changed it: that of `base`, then those
-            of the saves with an unknown outcome. The last one is the most likely.
+        base: The base of a merge: the text of the row when it was last known to equal the history. None for no row.
+        digests: The digests of all texts that the row may contain if no other writer has changed it: the digest of
+            `base`, then those of saves with an unknown outcome. The last one is the most likely.
     """
 
     store: str
@@ -32,7 +32,7 @@ class Origin(NamedTuple):
     digests: tuple[str | None, ...]
 
     def with_sent(self, digest: str) -> Origin:
-        """Return the origin after a text with this digest was sent, with an unknown outcome."""
+        """Return the origin after a text with this digest was sent and the outcome is unknown."""
         return self._replace(digests=(*(known for known in self.digests if known != digest), digest))
 
 
@@ -70,12 +70,12 @@ class ChatHistory(Generic[M]):
 
     @property
     def messages(self) -> list[M]:
-        """The messages of the current path, the first one first."""
+        """The messages of the current path, in order."""
         return self.tree.active_path.messages
 
     @property
     def node_ids(self) -> list[str]:
-        """The ids of the messages of the current path."""
+        """The ids of the messages of the current path, in order."""
         return self.tree.active_path.node_ids
 
     @property
@@ -99,7 +99,7 @@ class ChatHistory(Generic[M]):
         return self.tree.append(message, metadata)
 
     def edit(self, id: str, message: M) -> str:
-        """Add an alternative to a message, and end the current path there.
+        """Add an alternative to a message, and make it the end of the current path.
 
         Args:
             id: The id of the message to replace. It stays in the tree.
@@ -118,7 +118,7 @@ class ChatHistory(Generic[M]):
         return self.tree.add_root(message) if node.parent_id is None else self.tree.branch(node.parent_id, message)
 
     def regenerate(self, id: str, message: M) -> str:
-        """Add an alternative to an answer. Does the same as `edit`."""
+        """Add an alternative to an answer. The same as `edit`."""
         return self.edit(id, message)
 
     def has_alternatives(self, id: str) -> bool:
@@ -187,7 +187,7 @@ class ChatHistory(Generic[M]):
         return node_id
 
     def to_json(self) -> str:
-        """Return the document as JSON text, which the TypeScript package reads, too. Equal trees give equal texts."""
+        """Return the conversation as JSON text, which the TypeScript package can read. Equal trees give equal texts."""
         return serialize_document(self.tree._document)
 
     @classmethod
@@ -206,7 +206,7 @@ class ChatHistory(Generic[M]):
         return chat
 
     def _apply_stored(self, sent: str, stored: str) -> None:
-        """Apply the difference between the sent and the stored text, and keep changes made since it was sent."""
+        """Apply the difference between the sent and the stored text. Keep changes made after the text was sent."""
         document = parse_trusted_document(stored)
         if self.to_json() != sent:
             document = merge(parse_trusted_document(sent), self.tree._document, document)

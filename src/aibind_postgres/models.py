@@ -1,4 +1,4 @@
-"""Plain data: chunks and events of streams, and the rows of listings."""
+"""Plain data: chunks and events of streams, and entries of lists."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class StreamChunk(NamedTuple):
     """One chunk of a stream.
 
     Attributes:
-        seq: The sequence number: 1, 2, 3 … without gaps.
+        seq: The sequence number, from 1 without gaps.
         data: The text.
     """
 
@@ -29,10 +29,10 @@ class StreamChunk(NamedTuple):
 
 
 class StreamEvent(NamedTuple):
-    """A named event in a stream, in addition to its text, such as `usage` or `tool_call`.
+    """A named event in a stream of text, such as `usage` or `tool_call`.
 
     Attributes:
-        event: The name of the event, which the browser code handles.
+        event: The name of the event, for the code in the browser.
         data: The data of the event.
     """
 
@@ -40,11 +40,11 @@ class StreamEvent(NamedTuple):
     data: str
 
 
-# Separates the name of an event from its data in a chunk, as in the TypeScript packages. Plain text has an empty name,
-# so that it may contain any characters.
+# Separates the name of an event from its data in a chunk, as in the TypeScript packages. Plain text has an empty name
+# and the separator as well, so that it may contain any characters.
 _SEPARATOR = "\x01"
 
-# Events about the stream itself.
+# The names of events about the stream itself.
 _RESERVED = ("stream-id", "error", "stopped", "done", "message")
 
 
@@ -61,14 +61,16 @@ def chunk_text(item: str | StreamEvent) -> str:
     if isinstance(item, str):
         return _SEPARATOR + item
     if not isinstance(item, StreamEvent) or not isinstance(item.event, str) or not isinstance(item.data, str):
-        raise InvalidDataError(f"a source must yield str or StreamEvent, of str, not {type(item).__name__}")
+        raise InvalidDataError(f"a source must yield str, or StreamEvent with str fields, not {type(item).__name__}")
     if not item.event or item.event in _RESERVED or re.search(f"[\r\n{_SEPARATOR}]", item.event):
-        raise InvalidDataError(f"{item.event!r} cannot be the name of an event in a stream")
+        raise InvalidDataError(
+            f"{item.event!r} cannot be the name of an event: it is empty, reserved, or contains a line break or \\x01"
+        )
     return item.event + _SEPARATOR + item.data
 
 
 def event_of(text: str) -> tuple[str, str]:
-    """Return the event name and the data of a chunk text. The name of plain text is `message`."""
+    """Return the event name and the data of a chunk. The name for plain text is `message`."""
     event, separator, data = text.partition(_SEPARATOR)
     if not separator:
         return "message", text

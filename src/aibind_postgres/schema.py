@@ -1,6 +1,6 @@
-"""The schema: renders the migrations for given table names, and applies them.
+"""Render the migrations for given table names, and apply them.
 
-Every migration is idempotent, so applied migrations are not recorded.
+All migrations are idempotent, so applied migrations are not recorded.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from ._async.client import AsyncClientLike
     from ._sync.client import ClientLike
 
-_PACKAGED = Path(__file__).parent / "sql"  # of an installed package; a checkout has the folder at its top level
+_PACKAGED = Path(__file__).parent / "sql"  # in an installed package; in a checkout, the folder is at the top level
 SQL_FOLDER = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[2] / "sql"
 
-# Matches the default table names and the names derived from them: indexes, triggers and, with a bracket, functions.
-# Comments are matched in order to skip them: a table name with a line break would end the comment.
+# Matches the default table names and the names derived from them: indexes, triggers and, with a parenthesis, functions.
+# Comments are matched to skip them, since a table name with a line break would end the comment.
 _NAMES = re.compile(
     rf"--[^\n]*|\b(?P<table>{CHUNKS_TABLE}|{STATUS_TABLE}|{CONVERSATIONS_TABLE})(?P<suffix>_\w+)?\b(?P<call>\()?"
 )
@@ -37,17 +37,21 @@ def render(
     conversations_table: str | Identifier = CONVERSATIONS_TABLE,
     notify_trigger: bool = False,
 ) -> str:
-    """Return the SQL that creates or updates the schema, for psql, Alembic, Django, Flyway and similar tools.
+    """Return the SQL that creates or updates the schema, for tools such as psql, Alembic, Django and Flyway.
 
     Args:
         chunks_table: The name of the chunks table; `aibind_stream_chunks` by default.
         status_table: The name of the status table; `aibind_stream_status` by default.
         conversations_table: The name of the conversations table; `aibind_conversations` by default.
-        notify_trigger: Whether to add a trigger that notifies readers of writes by other software, such as the
+        notify_trigger: Whether to add a trigger that notifies readers when other software writes, such as the
             TypeScript package; False by default.
+
+    Returns:
+        The SQL text.
 
     Raises:
         ValueError: A table name is invalid, or two names are the same.
+        TypeError: A table name is neither a str nor an `Identifier`.
 
     Example:
         >>> sql = render(status_table="chat.status", chunks_table="chat.chunks")
@@ -76,10 +80,10 @@ class SchemaOptions(TypedDict, total=False):
 
 
 def migrate(client: ClientLike, **options: Unpack[SchemaOptions]) -> None:
-    """Create or update the schema, in one transaction. Safe to repeat, and to run in several processes at once.
+    """Create or update the schema in one transaction. Safe to repeat, and to run in several processes at once.
 
     Args:
-        client: A client, as for a store. With a connection inside a transaction, the schema becomes part of that
+        client: A client, as for a store. If it is a connection inside a transaction, the schema is created in that
             transaction.
         **options: The options of `render`.
 
@@ -94,7 +98,7 @@ def migrate(client: ClientLike, **options: Unpack[SchemaOptions]) -> None:
 
 
 async def async_migrate(client: AsyncClientLike, **options: Unpack[SchemaOptions]) -> None:
-    """Create or update the schema. The asynchronous form of `migrate`.
+    """Create or update the schema, as `migrate` does, with an asynchronous client.
 
     Args:
         client: A client, as for an asynchronous store.
@@ -110,13 +114,13 @@ async def async_migrate(client: AsyncClientLike, **options: Unpack[SchemaOptions
 def _render_name(table: Table, suffix: str | None, call: str | None) -> str:
     if suffix is None:
         return table.quoted + (call or "")
-    # CREATE INDEX and CREATE TRIGGER use the schema of the table and reject a schema in the name; functions need one.
+    # CREATE INDEX and CREATE TRIGGER use the schema of the table, and reject a qualified name. Functions need one.
     return table.qualify(table.derive(suffix)) + call if call else quote(table.derive(suffix))
 
 
 def _as_one_statement(script: str) -> str:
-    # One statement is one transaction through any driver and pooler. The lock serializes concurrent migrations: CREATE
-    # TABLE IF NOT EXISTS can fail if two of them create the table.
+    # One statement is one transaction with every driver and pooler. The lock serializes concurrent migrations, since
+    # CREATE TABLE IF NOT EXISTS can fail if two of them create the same table.
     tag = "$migrate$"
     while tag in script:
         tag = f"{tag[:-1]}_$"

@@ -22,7 +22,7 @@ class ServerSentEvent(NamedTuple):
 
     Attributes:
         data: The text of the event.
-        event: Its name. Default: `message`.
+        event: The name of the event. Default: `message`.
         id: The id that a browser sends back as `Last-Event-ID` when it reconnects. Default: None.
         retry: The reconnection delay in milliseconds. Default: None, which leaves the client's delay unchanged.
     """
@@ -36,8 +36,8 @@ class ServerSentEvent(NamedTuple):
 def encode(event: ServerSentEvent) -> bytes:
     """Encode an event for the wire.
 
-    A CR or CRLF in the data arrives as LF, since the format has one line ending. No field of an event can inject
-    another field or event.
+    A CR or CRLF in the data arrives as LF, since the format does not distinguish line ends. No field of an event can
+    inject another field or event.
 
     Args:
         event: The event to encode.
@@ -66,7 +66,13 @@ def encode(event: ServerSentEvent) -> bytes:
 
 
 def comment(text: str = "") -> bytes:
-    """Encode a comment. Clients ignore it; sending one keeps proxies from closing an idle connection.
+    """Encode a comment, which clients ignore. Comments keep proxies from closing an idle connection.
+
+    Args:
+        text: The text of the comment; empty by default.
+
+    Returns:
+        The bytes to send.
 
     Raises:
         InvalidDataError: The text contains a lone surrogate.
@@ -92,7 +98,7 @@ def _encoded(text: str) -> bytes:
 class EventParser:
     """An incremental parser of an event stream.
 
-    An event that the end of the connection truncates is never returned.
+    It never returns an incomplete event, such as one that the end of the connection has truncated.
 
     Attributes:
         last_event_id: The id to send as `Last-Event-ID` when resuming. Empty until an event with an id has arrived.
@@ -109,7 +115,7 @@ class EventParser:
         self._started = False
         self._after_cr = False
         self._line: list[str] = []  # the parts of the incomplete line
-        self._data: list[str] = []  # from here on: the fields of the incomplete event
+        self._data: list[str] = []  # this and the following: fields of the incomplete event
         self._event = ""
         self._id: str | None = None
         self._retry: int | None = None
@@ -121,7 +127,7 @@ class EventParser:
         """Parse the next bytes.
 
         Args:
-            received: Any number of bytes; events and characters may be split anywhere.
+            received: Any number of bytes. Events and characters may be split at any point.
 
         Returns:
             The events that these bytes complete.

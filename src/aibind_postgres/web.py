@@ -16,17 +16,18 @@ Kind = Literal["stream", "structured", "chat", "compact", "complete", "title"]
 
 
 class WebRequest(NamedTuple):
-    """A request of any framework, as a handler takes it.
+    """An HTTP request of any framework, as the argument of a handler.
 
     Attributes:
         method: The HTTP method in upper case.
         path: The path, including the handler's prefix.
         query: The query parameters, one value for each name.
         headers: The headers, with names in lower case.
-        body: The whole body. Only its first `max_body + 1` bytes are needed, since a handler refuses longer ones.
-        original: The request object of the framework, for `generate` and `authorize`.
-        context: Returns the context manager to enter around the source and around `on_finish`. Both may outlive the
-            request, so an adapter uses it to set up the resources that the framework otherwise ties to a request.
+        body: The complete body. Of a longer one, the first `max_body + 1` bytes suffice, since a handler rejects it.
+        original: The request object of the framework, for `generate` and `authorize`. Default: None.
+        context: Returns a context manager that is entered around the source and around `on_finish`. Both may outlive
+            the request, so an adapter sets up resources there that the framework otherwise binds to a request. Default:
+            no context.
     """
 
     method: str
@@ -38,7 +39,7 @@ class WebRequest(NamedTuple):
     context: Callable[[], Any] = nullcontext
 
     def __repr__(self) -> str:
-        """Leave out values that may be secret: of the query, of headers such as Cookie, and the body."""
+        """Omit values that may be secret: those of the query and the headers, and the body."""
         query, headers = ", ".join(self.query), ", ".join(self.headers)
         return (
             f"<{type(self).__name__} {self.method} {self.path}, query: [{query}], headers: [{headers}], "
@@ -52,8 +53,8 @@ class Generation(NamedTuple):
     Attributes:
         kind: The route that was called.
         prompt: The last message of the user. Empty for `compact`.
-        messages: The conversation including earlier messages, each with `role` and `content`. The last one is `prompt`,
-            except for `compact`, where all of them are to be summarised.
+        messages: The messages of the conversation, each with `role` and `content`. The last one is `prompt`. For
+            `compact`, these are the messages to summarise.
         system: The system prompt, if the client sent one.
         model: The name of a model, if the client sent one.
         session_id: The id of the conversation, if the client sent one.
@@ -76,7 +77,7 @@ class Generation(NamedTuple):
     stream_id: str | None = None
 
     def __repr__(self) -> str:
-        """Leave out texts and the request's values, which may be secret."""
+        """Omit the texts and the values of the request, which may be secret."""
         return (
             f"<{type(self).__name__} {self.kind}, {len(self.messages)} messages, model={self.model!r}, "
             f"session_id={self.session_id!r}, stream_id={self.stream_id!r}, {self.request!r}>"
@@ -146,9 +147,12 @@ def _required_messages(body: Mapping[str, Any], *, allow_empty: bool) -> list[di
 def parse_resume_cursor(request: WebRequest, stream_id: str) -> int:
     """Return the sequence number after which to resume.
 
-    The header `Last-Event-ID` takes precedence over the query parameter `after`: `EventSource` keeps the URL it was
-    made with and updates the header. The first event of a stream has the stream's id as its event id, so that id means
-    0, unless it is itself a number.
+    The header `Last-Event-ID` takes precedence over the query parameter `after`, since `EventSource` updates the header
+    and not the URL. The first event of a stream has the stream id as its event id, so this id means 0. A numeric stream
+    id means its number.
+
+    Raises:
+        WebError: 400: the value is neither a sequence number nor the stream id.
     """
     cursor = request.headers.get("last-event-id") or request.query.get("after") or "0"
     if cursor.isascii() and cursor.isdigit() and len(cursor) <= 15:

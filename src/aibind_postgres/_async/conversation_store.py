@@ -96,8 +96,8 @@ class AsyncPostgresConversationStore:
     async def save(self, session_id: str, chat: ChatHistory[Any], *, on_conflict: OnConflict = "merge") -> None:
         """Save a conversation. When this returns, it is durable, and `chat` equals the stored conversation.
 
-        The call can be repeated if its outcome is unknown because the connection was lost, or if the transaction of the
-        caller was rolled back.
+        The call can be repeated if its outcome is unknown because the connection was lost, or if the caller's
+        transaction was rolled back.
 
         Args:
             session_id: The id of the conversation.
@@ -106,8 +106,8 @@ class AsyncPostgresConversationStore:
                 under this id:
 
                 - `"merge"` (default): Additions of either side are kept, and removals of either side are applied. If one
-                  side has removed the parent of a message, the message moves below the active leaf of that side. If the
-                  active leaf of `chat` has moved, it becomes the active leaf.
+                  side has removed the parent of a message, the message moves below the active leaf of that side. The
+                  active leaf of `chat` wins if it has moved.
                 - `"raise"`: Raise `ConversationConflictError`.
                 - `"overwrite"`: Replace the stored conversation without reading it.
 
