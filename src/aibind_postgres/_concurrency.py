@@ -204,8 +204,8 @@ async def async_shielded(
         return
     loop = asyncio.get_running_loop()
     if sys.version_info >= (3, 12) and not isinstance(sys.exc_info()[1], asyncio.CancelledError):
-        # Saves an iteration of the loop if `run` never waits. Not for a cancelled caller: at its end, a loop must cancel
-        # all tasks before one of them continues.
+        # Saves an iteration of the loop if `run` never waits. Not for a cancelled caller: when a loop ends, it must
+        # cancel all tasks before one of them continues.
         task = asyncio.Task(run(), loop=loop, eager_start=True)
         if task.done():
             finish()

@@ -58,8 +58,8 @@ class TreePath(Generic[M]):
 class MessageTree(Generic[M]):
     """A tree of messages. One node, the active leaf, marks the end of the current path.
 
-    A message is any JSON value: dict, list, str, int, float, bool or None. Arguments and results are copied. Nodes are
-    immutable: an edited message is a new sibling of the old one. A tree is not thread-safe.
+    A message is any JSON value: dict, list, str, int, float, bool or None. Arguments and results are copied. Messages
+    are immutable: an edited message is a new sibling of the old one. A tree is not thread-safe.
 
     A method that fails leaves the tree unchanged. Methods that take the id of a node raise `MessageNotFoundError` if
     the tree has no such node. Methods that take a message or metadata raise `InvalidDataError` for values that JSON
@@ -192,7 +192,7 @@ class MessageTree(Generic[M]):
         return self._add_node(parent_id, message, metadata)
 
     def branch(self, parent_id: str, message: M, metadata: Mapping[str, Any] | None = None) -> str:
-        """Add a message below a node and make it the active leaf. Arguments, result and errors are those of `add_child`."""
+        """Add a message below a node and make it the active leaf. Otherwise the same as `add_child`."""
         return self.set_active_leaf(self.add_child(parent_id, message, metadata))
 
     def set_active_leaf(self, node_id: str) -> str:
@@ -206,7 +206,9 @@ class MessageTree(Generic[M]):
         return node_id
 
     def rewind(self, node_id: str) -> None:
-        """Make the parent of a node the end of the current path. The next appended message becomes a sibling of the node.
+        """Make the parent of a node the end of the current path.
+
+        The next appended message becomes a sibling of the node.
 
         Raises:
             MessageNotFoundError: The tree has no node with this id.

@@ -71,7 +71,7 @@ class Table(NamedTuple):
         return quote(name) if self.schema is None else f"{quote(self.schema)}.{quote(name)}"
 
     def derive(self, suffix: str) -> str:
-        """Return the name of this table with a suffix. If it exceeds 63 bytes, a digest replaces the end of the table name."""
+        """Return the table name with a suffix. If it exceeds 63 bytes, a digest replaces the end of the table name."""
         derived = self.name + suffix
         if len(derived.encode()) <= MAX_NAME_BYTES:
             return derived

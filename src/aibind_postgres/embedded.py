@@ -1,7 +1,7 @@
 """A private PostgreSQL server for first steps, tests and small applications. Requires the `embedded` extra.
 
-Each user of a data folder holds a shared lock on it, and the last one stops the server. If a process dies, the operating
-system releases its lock, so there is no list of users that could become stale.
+Each user of a data folder holds a shared lock on it, and the last one stops the server. If a process dies, the
+operating system releases its lock, so there is no list of users that could become stale.
 """
 
 from __future__ import annotations
@@ -249,8 +249,8 @@ class _Cluster:
                     socket_folder.rmdir()
 
     def _run(self, program: str, *arguments: str, data: Path | None = None) -> None:
-        # PG* variables would change the behaviour of the programs. pg_ctl passes its arguments to a shell, so the folder
-        # is passed as PGDATA, and file names are relative to it.
+        # PG* variables would change the behaviour of the programs. pg_ctl passes its arguments to a shell, so the
+        # folder is passed as PGDATA, and file names are relative to it.
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PG")}
         environment.update(PGDATA=str(data or self.folder), LC_ALL="C")
         with tempfile.TemporaryFile() as output:  # the server would keep a pipe open

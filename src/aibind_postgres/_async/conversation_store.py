@@ -105,9 +105,9 @@ class AsyncPostgresConversationStore:
             on_conflict: The action if the stored conversation has changed since this store loaded or saved `chat`
                 under this id:
 
-                - `"merge"` (default): Additions of either side are kept, and removals of either side are applied. If one
-                  side has removed the parent of a message, the message moves below the active leaf of that side. The
-                  active leaf of `chat` wins if it has moved.
+                - `"merge"` (default): Additions of either side are kept, and removals of either side are applied. If
+                  one side has removed the parent of a message, the message moves below the active leaf of that side.
+                  The active leaf of `chat` wins if it has moved.
                 - `"raise"`: Raise `ConversationConflictError`.
                 - `"overwrite"`: Replace the stored conversation without reading it.
 

@@ -82,8 +82,8 @@ class AsyncStreamHandler:
         store: The stream store.
         conversations: The conversation store. Default: None, which saves no conversations.
         prefix: The path prefix of all routes. It must be empty or begin with a slash. Default: `/__aibind__`.
-        authorize: Called with the request and the id of a stream or session, before the handler reads, resumes, stops or
-            saves it. A false result rejects the request with status 403. It may raise `WebError`. To record the owner
+        authorize: Called with the request and the id of a stream or session, before the handler reads, resumes, stops
+            or saves it. A false result rejects the request with status 403. It may raise `WebError`. To record the owner
             of a stream, use `stream_id` of the `Generation`. Default: None, which gives access to anyone with the id;
             stream ids are unguessable.
         max_messages: The maximum number of earlier messages that `generate` receives. Default: None, which is all.
@@ -91,8 +91,8 @@ class AsyncStreamHandler:
         max_body: The maximum size of a request body in bytes. The browser sends the attachments of a conversation with
             each request, in base64, which adds a third to their size. Default: 10,000,000.
         heartbeat: Seconds, or a timedelta, without an event after which a response sends a comment. Default: 15.
-        expose_errors: Whether clients see the text of an exception that the source of a stream raises. Default: False, which
-            shows a generic text.
+        expose_errors: Whether clients see the text of an exception that the source of a stream raises. Default: False,
+            which shows a generic text.
 
     Raises:
         ValueError: `prefix` is not empty and does not begin with a slash, or a number is out of range.

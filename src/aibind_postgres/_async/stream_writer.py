@@ -79,8 +79,8 @@ class AsyncStreamWriter:
     chunk is written twice.
 
     The end of the block waits until all chunks are durable, then ends the stream in state done. If the block raises,
-    the writer sends the buffered chunks as well, and ends the stream in state error, with the first 1,000 characters of the
-    exception's text.
+    the writer also sends the buffered chunks, and ends the stream in state error with the first 1,000 characters of
+    the exception's text.
 
     A stream must have one producer: if another one appends to it, `SequenceConflictError` is raised. If another caller
     ends the stream, `is_active` becomes False and `write` raises `StreamNotActiveError` as soon as the writer is
