@@ -19,7 +19,7 @@ class Page(NamedTuple):
         state: The state of the stream.
         error: The error text of the stream, or None.
         total: The number of chunks of the stream.
-        rows: The sequence numbers and texts of the chunks in this page; a statement may add columns.
+        rows: The sequence numbers and texts of the chunks in this page. A statement may add columns.
         end: The position that the page reaches: it contains all chunks of the range up to this sequence number.
     """
 

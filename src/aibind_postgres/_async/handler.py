@@ -82,10 +82,10 @@ class AsyncStreamHandler:
         store: The stream store.
         conversations: The conversation store. Default: None, which saves no conversations.
         prefix: The path prefix of all routes. It must be empty or begin with a slash. Default: `/__aibind__`.
-        authorize: Called with the request and the id of a stream or session, before the handler reads, resumes,
-            stops or saves it. A false result rejects the request with status 403. It may raise `WebError`. To record the owner
-            of a stream, use `stream_id` of the `Generation`. Default: None, which gives access to anyone with the id;
-            stream ids are unguessable.
+        authorize: Called with the request and the id of a stream or session, before the handler reads, resumes, stops
+            or saves it. A false result rejects the request with status 403. It may raise `WebError`. To record the
+            owner of a stream, use `stream_id` of the `Generation`. Default: None, which gives access to anyone with the
+            id; stream ids are unguessable.
         max_messages: The maximum number of earlier messages that `generate` receives. Default: None, which is all.
         compact: Called instead of `generate` to summarise a conversation. Default: `generate`.
         max_body: The maximum size of a request body in bytes. The browser sends the attachments of a conversation with
