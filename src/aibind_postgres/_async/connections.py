@@ -149,6 +149,6 @@ async def cancel_and_close(connection: psycopg.AsyncConnection[Any]) -> None:
 
 
 async def is_direct(connection: psycopg.AsyncConnection[Any], deadline: float) -> bool:
-    """Return True if a connection is not pooled. Poolers report a fake backend PID."""
+    """Return True if a connection does not go through a pooler. Poolers report a fake backend PID."""
     [(process_id,)] = await execute(connection, "SELECT pg_backend_pid()", (), deadline)
     return bool(process_id == connection.info.backend_pid)

@@ -73,8 +73,8 @@ class AsyncDurableStream:
             id: The stream id. Default: a new, unguessable id.
             on_finish: Called once, with the produced text and the final status. Default: no callback.
 
-                - If the source ends, the call comes before the stream is done, so readers wait for it. If the stream
-                  is stopped or the process ends during this call, there is no second call: the status was done.
+                - If the source ends, the call comes before the stream is done, so readers wait for it. The status
+                  is done. If the stream is stopped or the process ends during the call, there is no second call.
                 - Otherwise the call comes after the stream has ended. If another caller ended the stream, the last
                   chunks of the text may not be stored. The status is None if the stream was deleted or the database
                   cannot be reached.

@@ -286,6 +286,7 @@ class AsyncListenConnection:
 
 
 def _shut_down_socket(connection: psycopg.AsyncConnection[Any]) -> None:
-    # Closing a connection on which another thread waits is unsafe. Shutting down its socket is safe, and wakes it.
+    # Closing a connection while another thread waits on it is unsafe. A shutdown of the socket is safe, and wakes that
+    # thread.
     with suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(connection.fileno())) as duplicate:
         duplicate.shutdown(socket.SHUT_RDWR)

@@ -61,7 +61,7 @@ class AsyncProducer:
     """Copies a source into a stream, then runs `on_finish`.
 
     It uses two workers. The producer's worker reads the source. The writer's worker sends the chunks, and reports if
-    another caller has ended the stream. Every end of a producer is a call of `end`.
+    another caller has ended the stream. Every producer ends through `end`.
     """
 
     _registry: ClassVar[set[AsyncProducer]] = set()  # the producers of this process; keeps them alive
@@ -189,7 +189,7 @@ class AsyncProducer:
             reason = _reason_of(error)
             if reason is EndReason.DELETED and self._phase is Phase.STARTING:
                 logger.error(
-                    "stream %r not found by its producer: commit the transaction that creates it before",
+                    "stream %r not found by its producer: first commit the transaction that creates it",
                     self.stream_id,
                 )
             elif reason is EndReason.WRITE_FAILED and not self._ended_by_writer:

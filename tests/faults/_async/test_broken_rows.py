@@ -168,11 +168,11 @@ async def test_uncounted_chunks_are_neither_read_nor_overwritten(store, write):
     await write("a", total=1, chunks=[1, 2, 3])
     assert await numbers(store, "a") == [1]
     for expected in (None, 2):
-        with pytest.raises(AibindError, match="not given out"):
+        with pytest.raises(AibindError, match="another program has inserted"):
             await store.append("a", "new", expected_seq=expected)
-        with pytest.raises(AibindError, match="not given out"):
+        with pytest.raises(AibindError, match="another program has inserted"):
             await store.append_many("a", ["new", "newer"], expected_seq=expected)
-    with pytest.raises(AibindError, match="not given out"):
+    with pytest.raises(AibindError, match="another program has inserted"):
         async with store.writer("a") as writer:
             await writer.write("new")
     status = await store.get_status("a")
