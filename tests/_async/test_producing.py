@@ -335,7 +335,7 @@ async def test_error_on_closing_the_source_is_not_exposed(client, tables, other)
 
 @pytest.mark.parametrize("source", [None, "one text", 7, object()])
 async def test_invalid_source_raises_before_the_stream_is_created(store, source):
-    with pytest.raises(TypeError, match="a source must be an iterable"):
+    with pytest.raises(TypeError, match="the source must be an iterable"):
         await AsyncDurableStream.start(store, source)
     assert [info async for info in store.list()] == []
 
@@ -523,7 +523,7 @@ async def test_status_is_none_if_it_cannot_be_queried(hooked, client, other, cap
     await async_until(lambda: finish.calls)
     last.set()
     assert finish.calls == [("a", None)]
-    assert "is unknown to its producer: no server" in caplog.text
+    assert "could not be queried for on_finish: no server" in caplog.text
 
 
 async def test_concurrent_ends_at_random_moments(store, other):
