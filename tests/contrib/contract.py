@@ -34,7 +34,7 @@ from aibind_postgres._pages import Page
 from aibind_postgres._sql import StreamStatements, json_text
 from aibind_postgres._subscriptions import LIVE_PAGE_CHUNKS
 from aibind_postgres._sync import client as sync_client
-from aibind_postgres._tables import distinct
+from aibind_postgres._tables import parse_distinct
 from aibind_postgres.schema import async_migrate, migrate
 
 TEXTS = ["", "plain", "é 👩‍👩‍👧", "'; --", '"\\\n\t', "100%", "%s %(p1)s %%", "$1 :p1 ::text \\:x", "x" * 100_000]
@@ -191,7 +191,7 @@ def combined(ours: PostgresStreamStore, client: Any, tables: dict[str, Any], at_
 
 def batch_of_reads(tables: dict[str, Any], positions: dict[str, int]) -> tuple[str, list[Any]]:
     """Return the statement that reads several streams, each after a number, and its parameters."""
-    statements = StreamStatements(*distinct(tables["chunks_table"], tables["status_table"]))
+    statements = StreamStatements(*parse_distinct(tables["chunks_table"], tables["status_table"]))
     items = [{"place": place, "id": id, "after": after} for place, (id, after) in enumerate(positions.items())]
     return statements.read_batch, [json_text(items), LIVE_PAGE_CHUNKS]
 
