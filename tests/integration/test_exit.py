@@ -47,9 +47,24 @@ def test_end_of_the_program_ends_its_streams(database, end):
         assert store.get_status("s") == ("error", "the answer broke off", 1)
 
 
+class CountingMutex:
+    """A mutex that counts how often it was taken."""
+
+    def __init__(self):
+        self.taken = 0
+        self._lock = threading.Lock()
+
+    def __enter__(self):
+        self._lock.acquire()
+        self.taken += 1
+
+    def __exit__(self, *error):
+        self._lock.release()
+
+
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_forked_child_has_no_producers(database, monkeypatch):
-    release, registry_mutex = threading.Event(), threading.Lock()
+    release, registry_mutex = threading.Event(), CountingMutex()
     with monkeypatch.context() as patch:
         patch.setattr(producing, "Mutex", lambda: registry_mutex)
         Producer.forget_all()  # which replaces the mutex of the registry
@@ -61,6 +76,7 @@ def test_forked_child_has_no_producers(database, monkeypatch):
     with PostgresStreamStore(database) as store:
         stream = DurableStream.start(store, source())
         next(store.read_from(stream.id))
+        assert registry_mutex.taken
         with registry_mutex:  # held by another thread at the moment of the fork
             assert in_a_child(lambda: (len(Producer.running()), DurableStream.shutdown(store, 20))) == "(0, True)"
         assert [producer.stream_id for producer in Producer.running(store)] == [stream.id]
