@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from aibind_postgres import AsyncPostgresStreamStore
+from aibind_postgres._async import combining
+from aibind_postgres._concurrency import AsyncOneShotEvent
 
 
 @pytest.fixture
@@ -12,3 +14,17 @@ async def other(dsn, tables):
     """A second store on the same tables. It stands for another process, since it shares no state with the first."""
     async with AsyncPostgresStreamStore(dsn, **tables) as store:
         yield store
+
+
+@pytest.fixture
+def queued(monkeypatch):
+    """The events of calls that are in a queue, to be combined with others, or have been in one."""
+    events = set()
+
+    class RecordingEvent(AsyncOneShotEvent):
+        async def wait(self, timeout):  # a call waits after it has queued
+            events.add(self)
+            return await super().wait(timeout)
+
+    monkeypatch.setattr(combining, AsyncOneShotEvent.__name__, RecordingEvent)
+    return events

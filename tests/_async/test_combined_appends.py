@@ -20,7 +20,7 @@ from aibind_postgres import (
     StreamNotFoundError,
 )
 from aibind_postgres._async import appending, combining
-from aibind_postgres._concurrency import AsyncEvent, AsyncOneShotEvent
+from aibind_postgres._concurrency import AsyncEvent
 
 
 class GatedClient:
@@ -54,20 +54,6 @@ async def pool(dsn):
 @pytest.fixture
 async def client(pool):
     return GatedClient(pool)
-
-
-@pytest.fixture
-def queued(monkeypatch):
-    """The events of calls that are in a queue, to be combined with others, or have been in one."""
-    events = set()
-
-    class RecordingEvent(AsyncOneShotEvent):
-        async def wait(self, timeout):  # a call waits after it has queued
-            events.add(self)
-            return await super().wait(timeout)
-
-    monkeypatch.setattr(combining, AsyncOneShotEvent.__name__, RecordingEvent)
-    return events
 
 
 @pytest.fixture

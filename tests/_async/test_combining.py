@@ -16,7 +16,8 @@ from aibind_postgres._concurrency import AsyncEvent
 class Recorder:
     """A run that records its batches, waits for a gate, and raises for items in `broken`."""
 
-    def __init__(self):
+    def __init__(self, queued):
+        self.queued = queued
         self.batches = []
         self.gate = AsyncEvent()
         self.gate.set()
@@ -32,8 +33,8 @@ class Recorder:
 
 
 @pytest.fixture
-def recorder():
-    return Recorder()
+def recorder(queued):
+    return Recorder(queued)
 
 
 @pytest.fixture
@@ -50,6 +51,7 @@ def no_takeover(monkeypatch):
 async def run_together(combiner, recorder, items, sizes=None, errors=False):
     """Start a call with item 0, queue one for each of `items` in order, and return their results."""
     recorder.gate.clear()
+    recorder.queued.clear()
     calls = []
 
     async def queue():
@@ -60,7 +62,7 @@ async def run_together(combiner, recorder, items, sizes=None, errors=False):
                 call = AsyncBackground(partial(combiner.call, item, (sizes or {}).get(item, 1)))
                 await call.__aenter__()
                 calls.append(call)
-                await async_until(lambda index=index: len(combiner._queue) == index + 1)
+                await async_until(lambda index=index: len(recorder.queued) == index + 1)
             recorder.gate.set()
             for call in calls:
                 try:
@@ -72,6 +74,14 @@ async def run_together(combiner, recorder, items, sizes=None, errors=False):
         return results
 
     return await queue()
+
+
+async def assert_idle(combiner, recorder):
+    """Check that no call is running or queued: the next one runs at once, and alone."""
+    recorder.queued.clear()
+    assert await combiner.call(7) == 70
+    assert not recorder.queued
+    assert recorder.batches[-1] == [7]
 
 
 async def test_single_call_runs_at_once(combiner, recorder):
@@ -156,14 +166,13 @@ async def test_takeover_of_a_stuck_run(combiner, recorder):
         gate.set()
         assert await stuck.result() == 10
     assert await combiner.call(6) == 60
-    assert combiner._leader is None
+    await assert_idle(combiner, recorder)
 
 
-async def test_each_of_thousands_of_calls_gets_its_own_result(combiner):
+async def test_each_of_thousands_of_calls_gets_its_own_result(combiner, recorder):
     async def worker(start):
         return [await combiner.call(number) for number in range(start, start + 100)]
 
     results = await async_gather(*[partial(worker, start * 100) for start in range(40)])
     assert results == [[number * 10 for number in range(start * 100, start * 100 + 100)] for start in range(40)]
-    assert combiner._leader is None
-    assert not combiner._queue
+    await assert_idle(combiner, recorder)

@@ -107,9 +107,9 @@ async def test_more_than_a_page_at_once(store, client):
     id = await store.create()
     async with AsyncBackground(partial(async_gather, *[partial(collect, store, id)] * 3)) as readers:
         await all_waiting(client, 3)
+        client.fetches.clear()
         await store.append_many(id, ["x"] * (LIVE_PAGE_CHUNKS * 3 + 7))
-        await async_sleep(0.01)
-        await async_until(client.is_quiet)
+        await async_until(lambda: client.fetches and client.is_quiet())
         await store.append_many(id, ["x"] * LIVE_PAGE_CHUNKS)
         await store.complete(id)
         for chunks in await readers.result():
