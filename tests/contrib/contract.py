@@ -192,15 +192,15 @@ def combined(ours: PostgresStreamStore, client: Any, tables: dict[str, Any], at_
 def batch_of_reads(tables: dict[str, Any], positions: dict[str, int]) -> tuple[str, list[Any]]:
     """Return the statement that reads several streams, each after a number, and its parameters."""
     statements = StreamStatements(*parse_distinct(tables["chunks_table"], tables["status_table"]))
-    items = [{"place": place, "id": id, "after": after} for place, (id, after) in enumerate(positions.items())]
+    items = [{"index": index, "id": id, "after": after} for index, (id, after) in enumerate(positions.items())]
     return statements.read_batch, [json_text(items), LIVE_PAGE_CHUNKS]
 
 
 def check_batch(rows: Sequence[Any], total: int) -> None:
     """Check the rows of a stream of which one chunk was to be read, of an empty stream and of a missing one."""
     found: list[list[Any]] = [[], [], []]
-    for place, *row in rows:
-        found[place].append(tuple(row))
+    for index, *row in rows:
+        found[index].append(tuple(row))
     page, empty, missing = [Page.parse(rows, 0, LIVE_PAGE_CHUNKS) for rows in found]
     assert page is not None
     assert (page.state, page.error, page.total, page.rows) == ("active", None, total, [(total, TEXTS[-1])])
