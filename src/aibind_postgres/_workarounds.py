@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, TypeVar
 
@@ -115,3 +116,28 @@ def is_closed_by_server(connection: psycopg.Connection[Any] | psycopg.AsyncConne
 def can_cancel_in_time() -> bool:
     """Return True if `cancel_safe` obeys its timeout."""
     return capabilities.has_cancel_safe()
+
+
+# asgiref, before 3.13: a nested `ThreadSensitiveContext` has no effect, and Django enters one around each request. The
+# thread in which it runs `sync_to_async` calls ends with the request, but the source of a stream continues.
+# Remove when asgiref 3.13 is the oldest supported version, which needs Python 3.11 or later: then enter
+# `ThreadSensitiveContext(executor=…)` with an executor of one thread, and call `at_end` in that thread.
+
+
+@asynccontextmanager
+async def separate_asgiref_thread(at_end: Callable[[], object]) -> AsyncIterator[None]:
+    """Run `sync_to_async` calls in a thread of their own. It calls `at_end` before it ends."""
+    from asgiref.sync import AsyncToSync, SyncToAsync, ThreadSensitiveContext  # comes with Django
+
+    context = ThreadSensitiveContext()
+    token = SyncToAsync.thread_sensitive_context.set(context)
+    outer = getattr(AsyncToSync.executors, "current", None)  # set by synchronous middleware, and takes precedence
+    AsyncToSync.executors.current = None
+    try:
+        yield
+    finally:
+        AsyncToSync.executors.current = outer
+        SyncToAsync.thread_sensitive_context.reset(token)
+        if (executor := SyncToAsync.context_to_thread_executor.pop(context, None)) is not None:
+            executor.submit(at_end)
+            executor.shutdown(wait=False)

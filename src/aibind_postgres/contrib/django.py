@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
-from asgiref.sync import AsyncToSync, SyncToAsync, ThreadSensitiveContext
 from django.core.exceptions import ImproperlyConfigured
 from django.core.handlers.asgi import ASGIRequest
 from django.db import connections
@@ -16,9 +16,10 @@ from django.urls import re_path
 from django.views.decorators.csrf import csrf_exempt
 
 from .. import AsyncStreamHandler, AsyncWebResponse, StreamHandler, WebRequest, WebResponse
+from .._workarounds import separate_asgiref_thread
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import Iterator
 
     from django.http import HttpRequest
     from django.http.response import HttpResponseBase
@@ -80,7 +81,9 @@ def _from_django(handler: StreamHandler | AsyncStreamHandler, request: HttpReque
         {name.lower(): value for name, value in request.headers.items()},
         _read_body(request, handler.max_body + 1),  # one byte more than the handler accepts
         request,
-        _separate_thread if isinstance(handler, AsyncStreamHandler) else _close_connections,
+        partial(separate_asgiref_thread, connections.close_all)
+        if isinstance(handler, AsyncStreamHandler)
+        else _close_connections,
     )
 
 
@@ -106,24 +109,3 @@ def _close_connections() -> Iterator[None]:
         yield
     finally:
         connections.close_all()
-
-
-# Workaround for asgiref before 3.13. Django enters a `ThreadSensitiveContext` around each request, and in these
-# versions a nested one has no effect.
-# Remove when asgiref 3.13 is the oldest supported version, which needs Python 3.11 or later: then enter
-# `ThreadSensitiveContext(executor=…)` with an executor of one thread, and close the connections in that thread.
-@asynccontextmanager
-async def _separate_thread() -> AsyncIterator[None]:
-    """Run the `sync_to_async` calls of a source in a separate thread: the request's thread ends with the request."""
-    context = ThreadSensitiveContext()
-    token = SyncToAsync.thread_sensitive_context.set(context)
-    outer = getattr(AsyncToSync.executors, "current", None)  # set by synchronous middleware, and takes precedence
-    AsyncToSync.executors.current = None
-    try:
-        yield
-    finally:
-        AsyncToSync.executors.current = outer
-        SyncToAsync.thread_sensitive_context.reset(token)
-        if (executor := SyncToAsync.context_to_thread_executor.pop(context, None)) is not None:
-            executor.submit(connections.close_all)
-            executor.shutdown(wait=False)
