@@ -15,12 +15,11 @@ LAYERS = [
     {"errors", "_concurrency"},
     {"_sqlstate", "_workarounds", "models", "history", "sse", "web", "_document", "_merging", "_message_tree"},
     {"_arguments", "_conversation_sql", "_notifications", "_pages", "_sql", "_stream_tail"}
-    | {"_subscriptions", "_tables"}
-    | {"_write_buffer", "wire"},
+    | {"_subscriptions", "_tables", "_write_buffer"},
     {"_async", "_sync"},
     {"schema", "adapters", "embedded"},
     {"__init__"},
-    {"contrib", "sources", "cli"},
+    {"contrib", "cli"},
 ]
 
 # The same inside `_async`.
@@ -106,10 +105,8 @@ ASYNC_RANKS = {name: rank for rank, layer in enumerate(ASYNC_LAYERS) for name in
 
 
 def test_every_module_has_a_layer() -> None:
-    assert {top(module) for module in MODULES} - RANKS.keys() == set()
-    assert {
-        module.partition(".")[2] for module in MODULES if module.startswith("_async.")
-    } - ASYNC_RANKS.keys() == set()
+    assert {top(module) for module in MODULES} == RANKS.keys()
+    assert {module.partition(".")[2] for module in MODULES if module.startswith("_async.")} == ASYNC_RANKS.keys()
 
 
 def test_imports_go_downwards() -> None:
@@ -143,9 +140,7 @@ def test_errors_import_nothing_of_the_package() -> None:
 
 def test_core_does_not_import_its_extras() -> None:
     assert [
-        (module, name)
-        for module, name in IMPORTS
-        if top(name) in ("contrib", "sources", "cli") and top(module) != top(name)
+        (module, name) for module, name in IMPORTS if top(name) in ("contrib", "cli") and top(module) != top(name)
     ] == []
 
 
