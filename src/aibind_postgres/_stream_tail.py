@@ -95,7 +95,9 @@ class StreamTail:
 
     def append(self, before: int, texts: Sequence[str]) -> bool:
         """Add texts that were appended here after number `before`; return False if a fetch must read them."""
-        follows = self.is_known and before == self.end and not self.ended
+        if self.ended:  # the append was to a new stream of this id
+            return False
+        follows = self.is_known and before == self.end
         self.total = max(self.total, before + len(texts))
         if not follows or len(texts) > LIVE_PAGE_CHUNKS:
             return False

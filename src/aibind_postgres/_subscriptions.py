@@ -157,6 +157,7 @@ class Subscriptions:
             StoreClosedError: The store was closed.
         """
         with self._mutex:
+            subscription.stream.waiting.discard(subscription)  # a late wake-up may be of an earlier wait
             if subscription.decided:
                 step = subscription.decided.popleft()
                 if isinstance(step, Exception):
@@ -255,16 +256,32 @@ class Subscriptions:
         wake_all(woken)
         return awaited
 
-    def polled(self, streams: Iterable[FollowedStream], found: Mapping[str, tuple[str, int]]) -> list[Subscription]:
-        """Take the result of a poll for `streams`: the states and numbers of chunks of those that exist."""
+    def polled(
+        self, streams: Iterable[FollowedStream], states: Mapping[str, tuple[str, int]]
+    ) -> tuple[list[Subscription], bool]:
+        """Take the result of a poll for `streams`: the states and numbers of chunks of those that exist.
+
+        Returns:
+            The subscriptions to wake, and whether the poll found a change. A fetch may already be under way for it.
+        """
         woken: list[Subscription] = []
+        found = False
         with self._mutex:
             for stream in streams:
-                state, total = found.get(stream.id, (None, 0))
+                state, total = states.get(stream.id, (None, 0))
                 if stream.tail.finds_change(state, total):
+                    found = True
                     woken += stream.mark_stale()
                     woken += stream.wake_ends_only() if state != "active" else []
-        return woken
+        return woken, found
+
+    def is_empty(self) -> bool:
+        """Return True if there are no subscriptions."""
+        with self._mutex:
+            woken = self._remove_left()
+            empty = not self._streams
+        wake_all(woken)
+        return empty
 
     def closed(self) -> list[Subscription]:
         """End all subscriptions with `StoreClosedError`, since the store is closed."""

@@ -82,7 +82,9 @@ def comment(text: str = "") -> bytes:
 
 def _one_line(field: str, value: str) -> str:
     if _UNSAFE[field].search(value):
-        raise InvalidDataError(f"the {field} of a server-sent event must not contain a line break or NUL: {value!r}")
+        raise InvalidDataError(
+            f"the {field} of a server-sent event must not contain a line break or NUL: {value[:100]!r}"
+        )
     if field == "event" and not value:
         raise InvalidDataError("the name of a server-sent event must not be empty")
     return value

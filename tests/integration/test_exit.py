@@ -8,9 +8,17 @@ import threading
 import psycopg
 import pytest
 from psycopg_pool import AsyncConnectionPool
+from support.concurrency import async_workers, workers
 from support.lifecycles import in_a_child, run_to_the_end
 
-from aibind_postgres import AsyncDurableStream, AsyncPostgresStreamStore, DurableStream, PostgresStreamStore
+from aibind_postgres import (
+    AsyncDurableStream,
+    AsyncPostgresStreamStore,
+    DurableStream,
+    ForkedError,
+    PostgresStreamStore,
+    _subscriptions,
+)
 from aibind_postgres._sync import producing
 from aibind_postgres._sync.producing import Producer
 
@@ -82,6 +90,67 @@ def test_forked_child_has_no_producers(database, monkeypatch):
         assert [producer.stream_id for producer in Producer.running(store)] == [stream.id]
         release.set()
         assert stream.wait(20).state == "done"
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_writer_of_a_forked_child_raises_and_starts_no_worker(database, monkeypatch):
+    mutex = CountingMutex()
+    with monkeypatch.context() as patch:
+        patch.setattr(_subscriptions, "Lock", lambda: mutex)
+        store = PostgresStreamStore(database)
+    id = store.create()
+
+    def enter_writer():
+        with pytest.raises(ForkedError), store.writer(id):
+            pass
+        return workers()
+
+    with store:
+        with pytest.raises(TimeoutError):
+            store.wait(id, 0)
+        assert mutex.taken
+        with mutex:  # held by another thread at the moment of the fork
+            assert in_a_child(enter_writer) == "[]"
+
+
+async def test_writer_of_another_event_loop_raises_and_starts_no_worker(dsn, tables):
+    async with AsyncPostgresStreamStore(dsn, **tables) as store:
+        id = await store.create()
+
+        async def enter_writer():
+            with pytest.raises(RuntimeError, match="different event loop"):
+                async with store.writer(id):
+                    pass
+            return async_workers()
+
+        assert await asyncio.to_thread(asyncio.run, enter_writer()) == []
+
+
+@pytest.mark.parametrize("worker", ["producer", "listener"])
+def test_start_without_a_thread_ends_the_stream(database, monkeypatch, worker):
+    start, closed = threading.Thread.start, []
+
+    class Source:
+        def __iter__(self):
+            raise AssertionError("the source must not be read")
+
+        def close(self):
+            closed.append(True)
+
+    def refuse(thread):
+        if thread.name == f"aibind_postgres-{worker}":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with PostgresStreamStore(database) as store:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            with pytest.raises(RuntimeError, match="can't start new thread"):
+                DurableStream.start(store, Source(), id="s")
+        assert closed == [True]
+        assert store.get_status("s") == ("error", "the answer broke off", 0)
+        assert DurableStream.shutdown(store, 0) is True
+    assert workers() == []
 
 
 class CancellingClient:

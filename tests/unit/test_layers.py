@@ -15,7 +15,7 @@ LAYERS = [
     {"errors", "_concurrency"},
     {"_sqlstate", "_workarounds", "models", "history", "sse", "web", "_document", "_merging", "_message_tree"},
     {"_arguments", "_conversation_sql", "_notifications", "_pages", "_sql", "_stream_tail"}
-    | {"_subscriptions", "_tables", "_write_buffer"},
+    | {"_lifecycle", "_subscriptions", "_tables", "_write_buffer"},
     {"_async", "_sync"},
     {"schema", "adapters", "embedded"},
     {"__init__"},

@@ -220,12 +220,12 @@ def subscriptions():
 
 def test_writers_are_woken_by_possible_ends_only(subscriptions):
     writer = Subscriber(subscriptions, math.inf, ends_only=True)
-    wake_all(subscriptions.polled(subscriptions.awaited(), {"a": ("active", 5)}))
+    wake_all(subscriptions.polled(subscriptions.awaited(), {"a": ("active", 5)})[0])
     wake_all(subscriptions.appended([("a", 0, ["x"])]))
     wake_all(subscriptions.changed(None))
     assert writer.count == 0
     for end in (
-        lambda: subscriptions.polled(subscriptions.awaited(), {"a": ("stopped", 5)}),
+        lambda: subscriptions.polled(subscriptions.awaited(), {"a": ("stopped", 5)})[0],
         lambda: subscriptions.changed(["a"]),
         lambda: subscriptions.deleted("a"),
         subscriptions.closed,
@@ -371,3 +371,35 @@ def test_append_to_a_successor_does_not_extend_the_ended_tail():
     tail.mark_stale()
     take_page(tail, 2, 1, rows("done", 1))
     assert not tail.append(1, ["of another stream"])
+
+
+def test_late_append_to_an_ended_tail_changes_no_total():
+    tail = StreamTail()
+    tail.record_position(1, 3)
+    tail.mark_stale()
+    take_page(tail, 2, 3, rows("done", 3))
+    assert not tail.append(9, ["of another stream"])
+    assert tail.status == ("done", None, 3)
+
+
+def test_reader_woken_late_waits_no_longer(subscriptions):
+    readers = [Subscriber(subscriptions), Subscriber(subscriptions)]
+    for reader in readers:
+        reader.catch_up(rows("active", 0))
+    [chosen] = subscriptions.changed(["a"])
+    [late] = [reader for reader in readers if reader.subscription is not chosen]
+    fetch = late.step()  # the wake-up of an earlier wait, while this reader waits again
+    assert isinstance(fetch, Fetch)
+    assert isinstance(subscriptions.next_step(chosen), Wait)
+    assert subscriptions.fetch_failed(late.subscription, fetch, OSError()) == [chosen]
+
+
+def test_poll_reports_a_change_under_a_fetch(subscriptions):
+    reader, other = Subscriber(subscriptions), Subscriber(subscriptions)
+    for each in (reader, other):
+        each.catch_up(rows("active", 0))
+    assert isinstance(other.step(), Wait)
+    wake_all(subscriptions.changed(None))
+    assert isinstance(other.step(), Fetch)
+    assert isinstance(reader.step(), Wait)
+    assert subscriptions.polled(subscriptions.awaited(), {"a": ("active", 5)}) == ([], True)

@@ -286,7 +286,8 @@ class SubscriptionsMachine(RuleBasedStateMachine):
         self.polls.append((self.subscriptions.awaited(), found))
 
     def end_poll(self, place: int) -> None:
-        wake_all(self.subscriptions.polled(*self.polls.pop(place)))
+        woken, _ = self.subscriptions.polled(*self.polls.pop(place))
+        wake_all(woken)
 
     # Readers
 

@@ -107,7 +107,7 @@ class AsyncCombiner(Generic[Item, Result]):
                 while not (await call.woken.wait(TAKEOVER_TIMEOUT) or call.done):
                     self._take_over(call)
             except BaseException:
-                self._release(call)
+                self._hand_over(call)
                 raise
             if not call.is_leader:
                 return call.result()
@@ -118,7 +118,7 @@ class AsyncCombiner(Generic[Item, Result]):
         try:
             [result] = await self._run([item])
         finally:
-            self._release(call)
+            self._hand_over(call)
         return result
 
     def _make_leader(self, call: AsyncCall[Item, Result]) -> None:
@@ -133,7 +133,7 @@ class AsyncCombiner(Generic[Item, Result]):
                 self._make_leader(call)
                 call.woken.set()
 
-    def _release(self, call: AsyncCall[Item, Result]) -> None:
+    def _hand_over(self, call: AsyncCall[Item, Result]) -> None:
         """Remove a call from the queue or, if it is the leader, hand over to the next call."""
         with self._mutex:
             if self._leader is call:
@@ -164,6 +164,6 @@ class AsyncCombiner(Generic[Item, Result]):
     def _finish_batch(self, batch: Sequence[AsyncCall[Item, Result]]) -> None:
         """Hand over to the next call, then wake the followers, so that the next batch starts while they wake up."""
         leader, *followers = batch
-        self._release(leader)
+        self._hand_over(leader)
         for call in followers:
             call.woken.set()

@@ -16,7 +16,7 @@ from ..history import new_id
 from ..models import StreamChunk, StreamEvent, StreamStatus, event_of
 from ..sse import MESSAGE, ServerSentEvent, comment, encode
 from .following import Heartbeat
-from .producing import AsyncProducer, close_source, shutdown
+from .producing import AsyncProducer, close_source, fail_stream, shutdown
 
 if TYPE_CHECKING:
     from .stream_store import AsyncPostgresStreamStore
@@ -112,7 +112,11 @@ class AsyncDurableStream:
                 await store.create(stream_id)
                 # In a transaction of the caller, the producer may not see the new stream: it must query the state.
                 known_active = not store._database.client.in_transaction()
-                producer = AsyncProducer(store, stream_id, source, on_finish, expose_errors, context, known_active)
+                try:
+                    producer = AsyncProducer(store, stream_id, source, on_finish, expose_errors, context, known_active)
+                except BaseException:  # no thread can start
+                    await fail_stream(store, stream_id)
+                    raise
             except BaseException:
                 await close_source(source)
                 raise

@@ -124,11 +124,11 @@ class AsyncListener:
             await connection.disconnect()
 
     def _end_if_idle(self) -> bool:
-        """Unregister the worker. Return True if it must end: no subscription waits, or another worker runs."""
+        """Unregister the worker. Return True if it must end: there are no subscriptions, or another worker runs."""
         with self._mutex:
             worker, self._worker = self._worker, None
-        # A subscription that begins to wait now finds no worker, and starts one.
-        if not self._subscriptions.awaited():
+        # A subscription that is registered now finds no worker when it waits, and starts one.
+        if self._subscriptions.is_empty():
             return True
         with self._mutex:
             another = self._worker is not None
@@ -151,7 +151,7 @@ class AsyncListener:
             )
 
     async def _poll(self, connection: AsyncListenConnection) -> bool:
-        """Query the states of the awaited streams. Return True if subscriptions were woken."""
+        """Query the states of the awaited streams. Return True if that found a change."""
         streams = self._subscriptions.awaited()
         if not streams:
             return False
@@ -162,9 +162,10 @@ class AsyncListener:
         else:
             # With the client, the poll uses the search_path, role and privileges of the readers.
             rows = await self._client.query(self._poll_statement, params)
-        woken = self._subscriptions.polled(streams, {stream_id: (state, total) for stream_id, state, total in rows})
+        states = {stream_id: (state, total) for stream_id, state, total in rows}
+        woken, found = self._subscriptions.polled(streams, states)
         wake_all(woken)
-        return bool(woken)
+        return found
 
 
 class AsyncListenConnection:

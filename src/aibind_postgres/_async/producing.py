@@ -8,7 +8,6 @@ import os
 import sys
 from collections.abc import AsyncIterable, AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from enum import Enum
 from time import monotonic
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -22,6 +21,7 @@ from .._concurrency import (
     async_interrupt,
     async_spawn,
 )
+from .._lifecycle import EndReason, Phase, SourceState
 from ..errors import StreamNotActiveError, StreamNotFoundError, WebError
 from ..models import StreamEvent, StreamStatus, chunk_text
 
@@ -33,28 +33,6 @@ logger = logging.getLogger("aibind_postgres")
 GENERIC_ERROR = "the answer broke off"  # shown to clients when the source raises
 
 SHUTDOWN_GRACE = 2.0  # seconds to wait for producers after `shutdown` has requested their end
-
-
-class Phase(Enum):
-    """The phases of a producer, in this order. WRITING may be skipped."""
-
-    STARTING = "starting"  # the stream's writer is not open yet
-    WRITING = "writing"  # the source is being copied
-    FINISHING = "finishing"  # the source is closed or interrupted, and `on_finish` runs
-    ENDED = "ended"  # the stream has ended and `on_finish` has returned
-
-
-class EndReason(Enum):
-    """Why a producer ends."""
-
-    SOURCE_FINISHED = "the source ended"
-    SOURCE_FAILED = "the source or its context raised"
-    STOPPED = "the stream was ended by another caller"
-    DELETED = "the stream was deleted"
-    WRITE_FAILED = "the chunks could not be stored"
-    INTERRUPTED = "the worker was interrupted, as by the end of its event loop"
-    SHUTDOWN = "the application called shutdown, or closes the store"
-    INTERPRETER_EXIT = "the interpreter exits"
 
 
 class AsyncProducer:
@@ -91,16 +69,23 @@ class AsyncProducer:
             self._writer._assume_active()
         self._mutex = Mutex()
         self._phase = Phase.STARTING
+        self._requested: EndReason | None = None  # SHUTDOWN or INTERPRETER_EXIT
         self._reason: EndReason | None = None  # from phase FINISHING on
-        with self._registry_mutex:
-            self._registry.add(self)
-            is_first = not self._exit_hook_installed
-            AsyncProducer._exit_hook_installed = True
+        with self._mutex:  # `end` reads the worker, and may be called as soon as the registry has this producer
+            with self._registry_mutex:
+                self._registry.add(self)
+                is_first = not self._exit_hook_installed
+                AsyncProducer._exit_hook_installed = True
+            try:
+                # The source runs on behalf of the caller, so it gets the caller's context variables.
+                self._worker = async_spawn(self._run, "aibind_postgres-producer", inherit=True)
+            except BaseException:  # no thread can start
+                with self._registry_mutex:
+                    self._registry.discard(self)
+                self._writer._abort()
+                raise
         if is_first:
             async_at_exit(shutdown_all)
-        with self._mutex:  # `end` reads the worker, and may run before this method returns
-            # The source runs on behalf of the caller, so it gets the caller's context variables.
-            self._worker = async_spawn(self._run, "aibind_postgres-producer", inherit=True)
 
     @classmethod
     def running(cls, store: AsyncPostgresStreamStore | None = None) -> list[AsyncProducer]:
@@ -113,17 +98,25 @@ class AsyncProducer:
         """Empty the registry in a forked process: the producers belong to the parent."""
         cls._registry_mutex, cls._registry = Mutex(), set()
 
+    async def request_end(self, reason: EndReason) -> None:
+        """Let the writer end the stream in state error. `end` then gets `reason`, unless the source ends first.
+
+        Args:
+            reason: SHUTDOWN or INTERPRETER_EXIT.
+        """
+        with self._mutex:
+            self._requested = reason
+            worker = self._worker
+        self._writer._request_end(GENERIC_ERROR)
+        if not worker.is_alive():
+            await self._end_without_worker()
+
     async def end(self, reason: EndReason, status: StreamStatus | None = None) -> bool:
-        """End this producer. Only the first call takes effect.
+        """End this producer. Every ending goes through here, and only the first call takes effect.
 
-        With SHUTDOWN and INTERPRETER_EXIT, the call only requests that the writer ends the stream in state error. The
-        writer then calls with STOPPED, unless the source ends first.
-
-        With every other reason, the call:
-
-        1. Interrupts the source, unless its reader has closed it.
-        2. Calls `on_finish`. With SOURCE_FINISHED, the stream is still active; otherwise it has ended.
-        3. Removes the producer from the registry and sets `finished`. With SOURCE_FINISHED, `_run` does this after the
+        1. Interrupt the source, unless its reader has closed it.
+        2. Call `on_finish`. With SOURCE_FINISHED, the stream is still active; otherwise it has ended.
+        3. Remove the producer from the registry and set `finished`. With SOURCE_FINISHED, `_run` does this after the
            stream is done.
 
         Args:
@@ -136,13 +129,8 @@ class AsyncProducer:
         with self._mutex:
             if self._phase in (Phase.FINISHING, Phase.ENDED):
                 return False
+            self._phase, self._reason = Phase.FINISHING, reason
             worker = self._worker
-            is_request = reason in (EndReason.SHUTDOWN, EndReason.INTERPRETER_EXIT)
-            if not is_request:
-                self._phase, self._reason = Phase.FINISHING, reason
-        if is_request:
-            self._writer._request_end(GENERIC_ERROR)
-            return worker.is_alive() or await self._end_without_worker()
         try:
             await self._source.interrupt(worker)
             await self._call_on_finish(status)
@@ -151,12 +139,12 @@ class AsyncProducer:
                 self._mark_ended()
         return True
 
-    async def _end_without_worker(self) -> bool:
+    async def _end_without_worker(self) -> None:
         """End the stream if the worker was cancelled before its first step, as at the end of an event loop."""
-        self._writer._release()
-        await self._fail_stream()
+        self._writer._abort()
+        await fail_stream(self._store, self.stream_id)
         await self._source.close()
-        return await self.end(EndReason.INTERRUPTED)
+        await self.end(EndReason.INTERRUPTED)
 
     def _mark_ended(self) -> None:
         with self._mutex:
@@ -167,10 +155,17 @@ class AsyncProducer:
 
     async def _writer_closed(self, error: Exception) -> None:
         """End the producer because the writer's worker reports that no more chunks can be stored."""
-        reason = _reason_of(error)
+        reason = self._reason_of(error)
         if reason is EndReason.WRITE_FAILED:
             logger.error("the producer of stream %r gave up: %s", self.stream_id, error)
         await self.end(reason)
+
+    def _reason_of(self, error: Exception) -> EndReason:
+        if isinstance(error, StreamNotFoundError):
+            return EndReason.DELETED
+        if isinstance(error, StreamNotActiveError):
+            return self._requested or EndReason.STOPPED
+        return EndReason.WRITE_FAILED
 
     async def _run(self) -> None:
         """Copy the source inside the writer's block. Leaving the block ends the stream."""
@@ -186,7 +181,7 @@ class AsyncProducer:
         except SourceError:
             reason = EndReason.SOURCE_FAILED
         except Exception as error:
-            reason = _reason_of(error)
+            reason = self._reason_of(error)
             if reason is EndReason.DELETED and self._phase is Phase.STARTING:
                 logger.error(
                     "stream %r not found by its producer: first commit the transaction that creates it",
@@ -200,7 +195,7 @@ class AsyncProducer:
                 logger.error("the producer of stream %r was interrupted", self.stream_id)
                 interruption = error.__cause__ or error
         if self._phase is Phase.STARTING:
-            await self._fail_stream()
+            await fail_stream(self._store, self.stream_id)
         await self._source.close()  # no effect if it was read
         if self._reason is EndReason.SOURCE_FINISHED:
             self._mark_ended()
@@ -214,19 +209,6 @@ class AsyncProducer:
     def _ended_by_writer(self) -> bool:
         """Whether the writer's worker has ended this producer. Its own worker then logs nothing more."""
         return self._reason not in (None, EndReason.SOURCE_FINISHED)
-
-    async def _fail_stream(self) -> None:
-        """End the stream in state error, without its writer."""
-        try:
-            await self._store.fail(self.stream_id, GENERIC_ERROR)
-        except StreamNotFoundError:
-            pass
-        except Exception as error:
-            logger.error(
-                "stream %r could not be ended by its producer, and stays active until fail_abandoned is called: %s",
-                self.stream_id,
-                error,
-            )
 
     async def _write(self) -> None:
         """Copy the source, then run `on_finish`. The text of a raised error becomes the error text of the stream."""
@@ -302,15 +284,6 @@ class AsyncProducer:
             return None
 
 
-class SourceState(Enum):
-    """The states of a source. Its reader or `interrupt` closes it."""
-
-    OPEN = "open"
-    INTERRUPTED = "interrupted"  # another worker is closing it
-    RELEASED = "released"  # its reader has stopped reading while another worker was closing it
-    CLOSED = "closed"
-
-
 class AsyncSource:
     """An iterable of chunks that is closed exactly once."""
 
@@ -358,7 +331,7 @@ async def shutdown(store: AsyncPostgresStreamStore, timeout: float, reason: EndR
     producers = AsyncProducer.running(store)
     running = [each for each in producers if not await each.finished.wait(max(0.0, deadline - monotonic()))]
     for producer in running:
-        await producer.end(reason)
+        await producer.request_end(reason)
     deadline = monotonic() + SHUTDOWN_GRACE
     for producer in running:
         await producer.finished.wait(max(0.0, deadline - monotonic()))
@@ -371,6 +344,20 @@ async def shutdown_all() -> None:
         await shutdown(store, 0.0, EndReason.INTERPRETER_EXIT)
 
 
+async def fail_stream(store: AsyncPostgresStreamStore, stream_id: str) -> None:
+    """End a stream in state error, without its writer. Log an error."""
+    try:
+        await store.fail(stream_id, GENERIC_ERROR)
+    except StreamNotFoundError:
+        pass
+    except Exception as error:
+        logger.error(
+            "stream %r could not be ended by its producer, and stays active until fail_abandoned is called: %s",
+            stream_id,
+            error,
+        )
+
+
 async def close_source(source: object) -> None:
     """Close a source if it has a method `aclose` or `close`. Errors are only logged."""
     close = getattr(source, "aclose", None) or getattr(source, "close", None)
@@ -379,12 +366,6 @@ async def close_source(source: object) -> None:
             await async_call_or_await(close)
         except Exception:
             logger.exception("a source raised when it was closed")
-
-
-def _reason_of(error: Exception) -> EndReason:
-    if isinstance(error, StreamNotFoundError):
-        return EndReason.DELETED
-    return EndReason.STOPPED if isinstance(error, StreamNotActiveError) else EndReason.WRITE_FAILED
 
 
 class SourceError(Exception):

@@ -506,16 +506,18 @@ class AsyncPostgresStreamStore:
         if self._database.inherited:
             return
         self._database.check_owner()
-        if not self._database.closing.is_set():
-            for hook in tuple(self._close_hooks):
-                await hook(self)
-        self._database.closing.set()
-        wake_all(self._subscriptions.closed())
-        async with self._database.client:
-            try:
-                await self._listener.close()
-            finally:
-                await self._notifier.close()
+        try:
+            if not self._database.closing.is_set():
+                for hook in tuple(self._close_hooks):
+                    await hook(self)
+        finally:
+            self._database.closing.set()
+            wake_all(self._subscriptions.closed())
+            async with self._database.client:
+                try:
+                    await self._listener.close()
+                finally:
+                    await self._notifier.close()
 
     async def __aenter__(self) -> Self:
         return self

@@ -5,14 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
-from enum import Enum
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
 from .. import _arguments as arguments
 from .._concurrency import AsyncEvent, AsyncLock, AsyncWorker, Mutex, async_call_or_await, async_shielded, async_spawn
+from .._lifecycle import WriterState
 from ..errors import (
     AibindError,
     SequenceConflictError,
@@ -48,24 +47,13 @@ class AsyncOperation(Protocol[Parameters, ResultOut]):
     async def __call__(self, *args: Parameters.args, **kwargs: Parameters.kwargs) -> ResultOut: ...
 
 
-@dataclass(frozen=True)
-class StreamOperations:
+class StreamOperations(NamedTuple):
     """The operations of a store that a writer needs. `append_many` expects validated texts and a sequence number."""
 
     append_many: AsyncOperation[[str, Sequence[str], int], int]
     complete: AsyncOperation[[str], bool]
     fail: AsyncOperation[[str, str], bool]
     get_status: AsyncOperation[[str], StreamStatus | None]
-
-
-class WriterState(Enum):
-    """The states of a stream writer, in this order. READY and CLOSING may be skipped."""
-
-    NEW = "not entered"
-    READY = "not entered; the stream is known to be active"
-    OPEN = "open"  # the block has been entered: chunks are accepted
-    CLOSING = "closing"  # the block has been left: buffered chunks are being sent
-    CLOSED = "closed"  # calls raise
 
 
 class AsyncStreamWriter:
@@ -159,8 +147,8 @@ class AsyncStreamWriter:
             with self._mutex:
                 if self._state is not WriterState.OPEN:
                     raise self._state_error()
+                self._ensure_worker()  # first, since it raises if no thread can start
                 if self._buffer.add(text):
-                    self._ensure_worker()
                     self._due.set()
                     break
                 progress = self._progress
@@ -196,10 +184,12 @@ class AsyncStreamWriter:
 
     def _assume_active(self) -> None:
         """Subscribe to a stream that was just created, so that entering the block needs no status query."""
+        self._database.check_owner()
         self._subscription.enter_context(self._subscribe(self._wake))
         self._state = WriterState.READY
 
     async def __aenter__(self) -> Self:
+        self._database.check_owner()  # before any mutex, and before the listener starts
         with self._mutex:
             state = self._state
             if state not in (WriterState.NEW, WriterState.READY):
@@ -214,7 +204,7 @@ class AsyncStreamWriter:
             with self._mutex:
                 self._ensure_worker()
         except BaseException:
-            self._release()
+            self._abort()
             raise
         return self
 
@@ -226,7 +216,7 @@ class AsyncStreamWriter:
             if self._state is WriterState.OPEN:
                 self._state = WriterState.CLOSING
         errors: list[BaseException] = [] if error is None else [error]
-        await async_shielded(partial(self._finish, errors), self._release)
+        await async_shielded(partial(self._finish, errors), self._abort)
         if error is None and errors:
             raise errors.pop()
 
@@ -272,7 +262,8 @@ class AsyncStreamWriter:
             # No retries after `StreamWriteError`: the worker has already retried.
             await (fail() if isinstance(earlier, StreamWriteError) else self._database.retry(fail))
 
-    def _release(self) -> None:
+    def _abort(self) -> None:
+        """Close the writer if it is not closed yet, and unsubscribe."""
         with self._mutex:
             self._close(RuntimeError(f"the block of the writer of stream {self._stream_id!r} was interrupted"))
         self._subscription.close()
