@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
@@ -16,7 +15,7 @@ from .._document import empty_document, parse_document, parse_trusted_document, 
 from .._merging import merge
 from .._tables import CONVERSATIONS_TABLE, Table
 from ..errors import ConversationConflictError
-from ..history import ChatHistory, Origin
+from ..history import ChatHistory, Origin, new_id
 from ..models import ConversationInfo, from_epoch_ms
 from .database import AsyncDatabase
 
@@ -72,7 +71,7 @@ class AsyncPostgresConversationStore:
         self._sql = ConversationStatements(self._table)
         self._ttl = arguments.milliseconds(ttl, "ttl")
         self._database = AsyncDatabase(client, retry_for=0.0, timeout=timeout)
-        self._id = uuid.uuid4().hex  # marks the histories that this store has loaded or saved
+        self._id = new_id()  # marks the histories that this store has loaded or saved
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} in {self._table.quoted}, {self._database.client!r}, {self._database.state}>"

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import math
 import os
-import uuid
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from time import monotonic
 from typing import TYPE_CHECKING
 
 from .._concurrency import AsyncEvent, AsyncWorker, Mutex, async_spawn
+from .._message_tree import new_id
 from .._notifications import encode_payloads
 from .._sql import NOTIFY, json_array
 from .._subscriptions import Subscriptions, wake_all
@@ -43,7 +43,7 @@ class AsyncNotifier:
         self.channel = channel
         self._client = client
         self._subscriptions = subscriptions
-        self._instance = uuid.uuid4().hex
+        self._instance = new_id()
         self._mutex = Mutex()
         self._pending: dict[str, None] = {}  # ids of changed streams, in order
         self._filled = AsyncEvent()

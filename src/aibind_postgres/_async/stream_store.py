@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import builtins
 import math
-import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from datetime import datetime, timedelta
 from functools import partial
@@ -13,6 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, get_args
 
 from .. import _arguments as arguments
+from .._message_tree import new_id
 from .._sql import StreamStatements
 from .._subscriptions import Deliver, Ended, Subscriptions, wake_all
 from .._tables import CHUNKS_TABLE, STATUS_TABLE, parse_distinct
@@ -132,7 +132,7 @@ class AsyncPostgresStreamStore:
         Raises:
             StreamExistsError: A stream with this id exists, in any state.
         """
-        stream_id = str(uuid.uuid4()) if id is None else id
+        stream_id = new_id() if id is None else id
         if not await self.acquire(stream_id):
             raise StreamExistsError(stream_id)
         return stream_id
