@@ -24,7 +24,6 @@ from aibind_postgres import (
 )
 
 CHUNKS = 200
-MAX_REMAINING_OBJECTS = 10  # objects of the package that a used store may have in addition to those of a new one
 USES = ["unused", "used", "reading", "busy"]
 
 # psycopg, its pools and Python from 3.12 on warn if a process with threads forks.
@@ -256,7 +255,6 @@ async def write_and_sleep(store, id):
 def test_one_event_loop_after_another(dsn, tables, long):
     async def use(id):
         store = AsyncPostgresStreamStore(dsn, **tables)
-        before = package_objects()
         async with store:
             await store.create(id)
             seen = []
@@ -272,17 +270,17 @@ def test_one_event_loop_after_another(dsn, tables, long):
             interrupted += [asyncio.create_task(write_and_sleep(store, f"{id} interrupted"))]
             while len(seen) < 10:  # then each reader waits for the next chunk
                 await asyncio.sleep(0.01)
-        return store, interrupted, before
+        return interrupted
 
     for number in range(50 if long else 5):
-        store, interrupted, before = asyncio.run(asyncio.wait_for(use(f"stream {number}"), 40))
+        before = package_objects()
+        interrupted = asyncio.run(asyncio.wait_for(use(f"stream {number}"), 40))
         assert all(task.done() for task in interrupted)
         for task in interrupted:
             assert task.cancelled() or task.exception() is not None
         del task, interrupted
         remaining = package_objects() - before
-        assert sum(remaining.values()) <= MAX_REMAINING_OBJECTS, remaining
-        del store
+        assert not remaining
 
 
 def test_event_loop_ends_while_the_pool_of_an_open_store_grows(dsn, tables, long):
