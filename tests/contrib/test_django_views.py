@@ -157,6 +157,6 @@ async def test_queries_of_a_source_after_its_request_leave_no_connections(
 def test_stream_in_an_open_transaction_is_logged(store, caplog):
     with transaction.atomic():
         stream = DurableStream.start(store, generate(None))
-        until(lambda: "is the transaction that created it not over?" in caplog.text)
+        until(lambda: "first commit the transaction that creates it" in caplog.text)
     store.fail_abandoned(0)  # the producer may have failed it before
     assert store.get_status(stream.id).state == "error"

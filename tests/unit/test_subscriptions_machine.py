@@ -29,7 +29,7 @@ from aibind_postgres._subscriptions import (
     wake_all,
 )
 
-EXAMPLES = int(os.environ.get("SUBSCRIPTIONS_EXAMPLES", "1500"))
+EXAMPLES = 700
 STEPS = 80
 MAX_READERS = 4
 MAX_CHUNKS = 12
