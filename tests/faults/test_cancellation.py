@@ -133,7 +133,9 @@ async def test_call_cancelled_at_any_step(dsn, tables, conversations, long, call
     ):
         await pool.wait()
         trial = Trial(store, AsyncPostgresConversationStore(pool, table=conversations))
-        for _ in range(5 if long else 1):
+        rounds = 0
+        while rounds < (5 if long else 1) or (cancelled <= 10 and rounds < 10):  # a busy machine cancels fewer calls
+            rounds += 1
             steps = finished = 0
             while finished < FINISHED:
                 steps += 1 + steps // (200 if long else 20)  # one by one at first, then in growing strides
