@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple
 
 from .._concurrency import AsyncEvent
-from .._subscriptions import Deleted, Deliver, Ended, Fetch, Subscriptions, wake_all
+from .._subscriptions import Deleted, Deliver, Ended, Fetch, Subscriptions, Wait, wake_all
 from ..errors import StreamNotFoundError
 from .reading import LiveRead
 
@@ -70,20 +70,21 @@ class AsyncFollower:
             TimeoutError: The deadline has passed and the stream is active, or the server could not be reached.
             Exception: The error of a read that was not recoverable, or that exceeded the time for retries.
         """
+        self._database.check_owner()
         idle_at = monotonic() + idle_timeout
         while True:
-            self._database.check_owner()
             step = self._subscriptions.next_step(self._subscription)
-            if isinstance(step, (Deliver, Ended)):
-                return step
-            if isinstance(step, Deleted):
-                raise StreamNotFoundError(self._stream_id)
-            if isinstance(step, Fetch):
+            if isinstance(step, Wait):
+                if not await self._wait(min(deadline, idle_at)):
+                    if deadline <= idle_at:
+                        raise TimeoutError(f"stream {self._stream_id!r} is still active")
+                    return Heartbeat()
+            elif isinstance(step, Fetch):
                 await self._fetch(step, deadline)
-            elif not await self._wait(min(deadline, idle_at)):
-                if deadline <= idle_at:
-                    raise TimeoutError(f"stream {self._stream_id!r} is still active")
-                return Heartbeat()
+            elif isinstance(step, Deleted):
+                raise StreamNotFoundError(self._stream_id)
+            else:
+                return step
 
     async def _fetch(self, fetch: Fetch, deadline: float) -> None:
         try:
