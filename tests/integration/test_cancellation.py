@@ -61,19 +61,20 @@ async def test_pool_after_a_call_cancelled_at_any_step(dsn, tables):
         options = {"kwargs": {"autocommit": is_autocommit}, "min_size": 1, "max_size": 1, "timeout": 5, "open": False}
         async with SlowPool(dsn, **options) as pool, AsyncPostgresStreamStore(pool, **tables) as store:
             id = await store.create()
-            finished = cancelled = steps = 0
-            while finished < 3:  # each time one step later
-                steps += 1
-                task = asyncio.create_task(store.append(id, "x"))
-                for _ in range(steps):
-                    await asyncio.sleep(0)
-                    if task.done():
-                        break
-                task.cancel()
-                await asyncio.wait([task])
-                finished, cancelled = finished + (not task.cancelled()), cancelled + task.cancelled()
-                assert (await store.get_status(id)).state == "active"
-            assert cancelled > 10
+            cancelled = 0
+            while cancelled <= 10:  # on a busy machine a call takes fewer steps
+                finished = steps = 0
+                while finished < 3:  # each time one step later
+                    steps += 1
+                    task = asyncio.create_task(store.append(id, "x"))
+                    for _ in range(steps):
+                        await asyncio.sleep(0)
+                        if task.done():
+                            break
+                    task.cancel()
+                    await asyncio.wait([task])
+                    finished, cancelled = finished + (not task.cancelled()), cancelled + task.cancelled()
+                    assert (await store.get_status(id)).state == "active"
             async with pool.connection() as connection:
                 assert connection.autocommit == is_autocommit
 
@@ -308,7 +309,7 @@ def run_and_cancel(main, by):
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("last", ["end of the loop", "producer", "watch"])
+@pytest.mark.parametrize("last", ["end of the loop", "producer", "listener"])
 def test_end_of_the_loop_ends_streams_in_error_and_closes_sources(dsn, tables, caplog, last, reverse):
     closed = []
 
