@@ -284,11 +284,11 @@ def at_exit(run: Callable[[], None]) -> None:
     atexit.register(run)
 
 
-def async_is_flavour(method: object) -> bool:
+def async_matches_flavour(method: object) -> bool:
     """Return True for a coroutine function."""
     return inspect.iscoroutinefunction(method)
 
 
-def is_flavour(method: object) -> bool:
+def matches_flavour(method: object) -> bool:
     """Return True for a callable that is not a coroutine function."""
     return callable(method) and not inspect.iscoroutinefunction(method)

@@ -29,7 +29,7 @@ class EndReason(Enum):
 
     SOURCE_FINISHED = "the source ended"
     SOURCE_FAILED = "the source or its context raised"
-    STOPPED = "the stream was ended by another caller"
+    ENDED_ELSEWHERE = "the stream was ended by another caller"
     DELETED = "the stream was deleted"
     WRITE_FAILED = "the chunks could not be stored"
     INTERRUPTED = "the worker was interrupted, as by the end of its event loop"

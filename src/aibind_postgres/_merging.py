@@ -181,7 +181,10 @@ def _merge_value(base: Any, ours: Any, theirs: Any) -> Any:
 
 
 def _merge_order(base: list[str], ours: list[str], theirs: list[str], sort_key: SortKey) -> list[str]:
-    """Merge the keys of both sides. Shared keys keep their order; the keys between two of them are sorted."""
+    """Merge the keys of both sides.
+
+    Shared keys keep their order. The keys between two of them are merged by `sort_key`, each side in its own order.
+    """
     if ours == base:
         return theirs
     if theirs in (base, ours):

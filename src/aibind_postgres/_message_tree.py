@@ -62,9 +62,9 @@ class MessageTree(Generic[M]):
     A message is any JSON value: dict, list, str, int, float, bool or None. Arguments and results are copied. Messages
     are immutable: an edited message is a new sibling of the old one. A tree is not thread-safe.
 
-    A method that fails leaves the tree unchanged. Methods that take the id of a node raise `MessageNotFoundError` if
-    the tree has no such node. Methods that take a message or metadata raise `InvalidDataError` for values that JSON
-    cannot represent.
+    A method that fails leaves the tree unchanged. Methods that take the id of a node, except `get`, raise
+    `MessageNotFoundError` if the tree has no such node. Methods that take a message or metadata raise
+    `InvalidDataError` for values that JSON cannot represent.
 
     Args:
         generate_id: Returns the ids of new nodes; random UUIDs by default. The ids must be unique among all writers of
@@ -115,11 +115,18 @@ class MessageTree(Generic[M]):
         return TreePath([], []) if self.active_leaf_id is None else self.path_to(self.active_leaf_id)
 
     def get(self, node_id: str) -> TreeNode[M] | None:
-        """Return a node, or None if the tree has no node with this id."""
+        """Return a node, or None if the tree has no node with this id.
+
+        Args:
+            node_id: The id of the node.
+        """
         return self._snapshot(node_id) if node_id in self._nodes else None
 
     def path_to(self, node_id: str) -> TreePath[M]:
         """Return the path from the root to a node.
+
+        Args:
+            node_id: The id of the node.
 
         Raises:
             MessageNotFoundError: The tree has no node with this id.
@@ -129,6 +136,9 @@ class MessageTree(Generic[M]):
 
     def siblings(self, node_id: str) -> tuple[list[TreeNode[M]], int]:
         """Return the siblings of a node.
+
+        Args:
+            node_id: The id of the node.
 
         Returns:
             The children of the node's parent, including the node itself, and the index of the node in that list. The
@@ -146,6 +156,9 @@ class MessageTree(Generic[M]):
 
     def depth(self, node_id: str) -> int:
         """Return the distance of a node from its root; 0 for a root.
+
+        Args:
+            node_id: The id of the node.
 
         Raises:
             MessageNotFoundError: The tree has no node with this id.
@@ -199,6 +212,9 @@ class MessageTree(Generic[M]):
     def set_active_leaf(self, node_id: str) -> str:
         """Make a node the end of the current path, and return its id. The node may have children.
 
+        Args:
+            node_id: The id of the node.
+
         Raises:
             MessageNotFoundError: The tree has no node with this id.
         """
@@ -211,6 +227,9 @@ class MessageTree(Generic[M]):
 
         The next appended message becomes a sibling of the node.
 
+        Args:
+            node_id: The id of the node.
+
         Raises:
             MessageNotFoundError: The tree has no node with this id.
         """
@@ -220,6 +239,9 @@ class MessageTree(Generic[M]):
         """Switch to the next sibling of a node.
 
         The new active leaf is the first leaf below the sibling: the path follows first children.
+
+        Args:
+            node_id: The id of the node.
 
         Returns:
             The id of the active leaf. None if the node is the last sibling; then nothing changes.
@@ -231,6 +253,9 @@ class MessageTree(Generic[M]):
 
     def prev_sibling(self, node_id: str) -> str | None:
         """Switch to the previous sibling of a node, in the same way as `next_sibling`.
+
+        Args:
+            node_id: The id of the node.
 
         Returns:
             The id of the active leaf. None if the node is the first sibling; then nothing changes.
@@ -245,6 +270,9 @@ class MessageTree(Generic[M]):
 
         If this removes the active leaf, the new one is the first leaf below the last remaining sibling of the node.
         Without siblings it is the parent. Without a parent there is no active leaf.
+
+        Args:
+            node_id: The id of the node.
 
         Raises:
             MessageNotFoundError: The tree has no node with this id.
@@ -273,6 +301,9 @@ class MessageTree(Generic[M]):
         Args:
             data: A document, as returned by `serialize`. It is copied.
             generate_id: As for the constructor.
+
+        Returns:
+            The tree.
 
         Raises:
             InvalidHistoryError: `data` is not a valid document.

@@ -175,10 +175,10 @@ SELECT (SELECT total_chunks FROM deleted), (SELECT count(*) FROM emptied) {commi
 
 # Deletes a chunk that was appended after the snapshot of DELETE. Keeps the chunks of a new stream with the same id.
 DELETE_ORPHANS = """
-WITH now AS (
+WITH current AS (
     SELECT total_chunks FROM {status} WHERE id = $1::text
 ), orphans AS (
-    DELETE FROM {chunks} WHERE id = $1::text AND seq > coalesce((SELECT total_chunks FROM now), 0) RETURNING 1
+    DELETE FROM {chunks} WHERE id = $1::text AND seq > coalesce((SELECT total_chunks FROM current), 0) RETURNING 1
 )
 SELECT (SELECT count(*) FROM orphans) {commit_setting}
 """

@@ -65,13 +65,14 @@ def translate(error: Exception) -> AibindError | None:
     code = sqlstate(error)
     if code in (UNDEFINED_TABLE, UNDEFINED_COLUMN):
         return SchemaError(
-            f"{_first_line(error)}. Create it with `aibind-postgres migrate`, with (async_)migrate of "
-            "aibind_postgres.schema, or with the SQL that `aibind-postgres schema` prints; "
+            f"{_first_line(error)}. Create it with `aibind-postgres migrate`, with migrate or async_migrate "
+            "of aibind_postgres.schema, or with the SQL that `aibind-postgres schema` prints; "
             "or correct the table names given to the store"
         )
     if code == NUMERIC_VALUE_OUT_OF_RANGE:
         return AibindError(
-            "the stream takes no more chunks, since its last one has the highest number: create another stream"
+            "the stream is full: its last chunk has the highest sequence number that the table can store: "
+            "create another stream"
         )
     if code == UNIQUE_VIOLATION:
         return AibindError(

@@ -12,7 +12,7 @@ from .models import StreamChunk, StreamStatus
 if TYPE_CHECKING:
     from ._pages import Page
 
-LIVE_PAGE_CHUNKS = 200  # read by one shared fetch at most
+SHARED_PAGE_CHUNKS = 200  # read by one shared fetch at most
 TAIL_CHUNKS, TAIL_CHARACTERS = 500, 200_000  # kept for slower readers
 TYPICAL_CHUNK_CHARACTERS = 100  # assumed until a chunk of the stream is known
 
@@ -22,14 +22,14 @@ class StreamTail:
 
     def __init__(self) -> None:
         self.version = 1  # grows with each possible change of the stream
-        self.total = 0  # chunks that the stream is known to have, to those who wait at the end of the tail
-        self._read_total = 0  # chunks that a reader has found
-        self.end = 0  # number of the last cached chunk
-        self.notified = False  # by a notification, since the last poll that found a change
+        self.total = 0  # number of chunks according to shared fetches and local appends, cached or not
+        self._read_total = 0  # the largest total at which a reader was caught up
+        self.end = 0  # sequence number up to which the tail is complete
+        self.notified = False  # marked stale by a notification or a local write since the last poll that found a change
         self._start = 0  # number before the first cached chunk
         self._chunks: list[StreamChunk] = []
         self._characters = 0
-        self.is_known = False  # whether any position in the stream is known
+        self.has_position = False  # False until the first page or recorded position sets `end`
         self._fetched_version = 0  # version at the begin of the newest fetch that read everything
         self._state: str | None = "active"  # None: deleted
         self._error: str | None = None
@@ -50,14 +50,14 @@ class StreamTail:
         return self._fetched_version == self.version
 
     @property
-    def least_total(self) -> int:
-        """The number of chunks below which the stream is another one of this id."""
+    def min_total(self) -> int:
+        """The least number of chunks of this stream. A page with fewer is of a new stream with this id."""
         return max(self.total, self._read_total)
 
     @property
     def expected_characters(self) -> int:
         size = self._characters // len(self._chunks) if self._chunks else TYPICAL_CHUNK_CHARACTERS
-        return LIVE_PAGE_CHUNKS * size
+        return SHARED_PAGE_CHUNKS * size
 
     @property
     def status(self) -> StreamStatus:
@@ -72,18 +72,18 @@ class StreamTail:
             return None
         return self._chunks[bisect_right(self._chunks, cursor, key=itemgetter(0)) :]
 
-    def take(self, page: Page | None, after: int, version: int, least_total: int) -> None:
+    def take(self, page: Page | None, after: int, version: int, min_total: int) -> None:
         """Add a page that was read after number `after`; the other values are those when the read began."""
         # A stream never gets shorter: a shorter one is another stream of this id. A deleted one does not come back.
         # The stream may have grown since the read began, but not after its end.
         if page is not None and page.state != "active":
-            least_total = max(least_total, self.least_total)
-        if self.deleted or page is None or page.total < least_total:
+            min_total = max(min_total, self.min_total)
+        if self.deleted or page is None or page.total < min_total:
             self._state = None
             return
         if not page.rows and not page.is_last:
-            after = page.total  # a hole, perhaps a huge one: each reader catches up behind it on its own
-        if not self.is_known or after > self.end:
+            after = page.total  # a gap, possibly very large: each reader skips it with its own read
+        if not self.has_position or after > self.end:
             self._begin(min(after, page.total))
         if after <= self.end:  # chunks that were appended in this process meanwhile are cached already
             self._extend([chunk for chunk in page.chunks if chunk.seq > self.end])
@@ -97,9 +97,9 @@ class StreamTail:
         """Add texts that were appended here after number `before`; return False if a fetch must read them."""
         if self.ended:  # the append was to a new stream of this id
             return False
-        follows = self.is_known and before == self.end
+        follows = self.has_position and before == self.end
         self.total = max(self.total, before + len(texts))
-        if not follows or len(texts) > LIVE_PAGE_CHUNKS:
+        if not follows or len(texts) > SHARED_PAGE_CHUNKS:
             return False
         self._extend([StreamChunk(seq, text) for seq, text in enumerate(texts, before + 1)])
         return True
@@ -107,7 +107,7 @@ class StreamTail:
     def record_position(self, version: int, total: int) -> None:
         """Record that a reader was caught up at `total`, the end of an active stream, as of `version`."""
         self._read_total = max(self._read_total, total)
-        if not self.is_known:
+        if not self.has_position:
             self._begin(total)
         if total == self.end and total >= self.total:  # else chunks are known that the tail lacks
             self._fetched_version = max(self._fetched_version, version)
@@ -119,8 +119,9 @@ class StreamTail:
     def finds_change(self, state: str | None, total: int) -> bool:
         """Return whether the result of a poll is a change that is not known yet; state None: no such stream.
 
-        A result counts once, since readers may see other rows than the poll does. A change that a notification may
-        still bring is left to it until the next poll.
+        A result counts once, since readers may see other rows than the poll does. If the stream was marked stale since
+        the last poll that found a change, the next change is ignored once: a fetch or another notification may still
+        deliver it.
         """
         result = (state, total)
         if result == self._polled or (state == "active" and total <= self.total):
@@ -137,7 +138,7 @@ class StreamTail:
     def _begin(self, after: int) -> None:
         self._chunks, self._characters = [], 0
         self._start = self.end = after
-        self.is_known = True
+        self.has_position = True
 
     def _extend(self, chunks: Sequence[StreamChunk]) -> None:
         if chunks:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from ._arguments import MAX_NUMBER
 from ._pages import FIRST_PAGE_CHUNKS, Page
-from ._stream_tail import LIVE_PAGE_CHUNKS, StreamTail
+from ._stream_tail import SHARED_PAGE_CHUNKS, StreamTail
 from .errors import StoreClosedError, copy_error
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Fetch(NamedTuple):
     shared: bool
     characters: int  # expected in the page
     version: int
-    total: int
+    min_total: int
     ended: bool
 
 
@@ -73,10 +73,10 @@ class Subscription:
         self.cursor = cursor
         self.wake = wake
         self.ends_only = ends_only  # woken when the stream may have ended, not when it grows
-        self.following = False  # it has caught up and reads from the tail
+        self.at_tail = False  # it has caught up and reads from the tail
         self.limit = FIRST_PAGE_CHUNKS
         self.delivered = 0  # number of the last chunk that was delivered
-        self.decided: deque[Step | Exception] = deque()  # steps that do not depend on the tail
+        self.queued_steps: deque[Step | Exception] = deque()  # steps that do not depend on the tail
 
 
 class FollowedStream:
@@ -95,7 +95,7 @@ class FollowedStream:
 
     def fetch_after(self, cursor: float) -> int:
         """Return the number after which to fetch: the end of the tail while other readers wait there."""
-        if self.tail.is_known and any(subscription.cursor < math.inf for subscription in self.waiting):
+        if self.tail.has_position and any(subscription.cursor < math.inf for subscription in self.waiting):
             return self.tail.end
         return int(min(cursor, MAX_NUMBER))
 
@@ -131,23 +131,23 @@ class Subscriptions:
         self._mutex = Lock()
         # Several of one id: readers of a deleted stream may be busy while a new stream of its id has readers.
         self._streams: dict[str, set[FollowedStream]] = {}
-        self._left: deque[Subscription] = deque()
+        self._unsubscribed: deque[Subscription] = deque()
 
     def subscribe(
         self, stream_id: str, cursor: float, wake: Callable[[], None], *, ends_only: bool = False
     ) -> Subscription:
         """Register a reader that has the chunks up to `cursor`, or with `ends_only` a writer."""
         with self._mutex:
-            woken = self._remove_left()
+            woken = self._remove_unsubscribed()
             subscription = Subscription(FollowedStream(stream_id), cursor, wake, ends_only)
             self._join(subscription)
         wake_all(woken)
         return subscription
 
     def unsubscribe(self, subscription: Subscription) -> None:
-        """Remove a subscription soon."""
+        """Queue a subscription for removal by the next `subscribe`, `awaited` or `is_empty`."""
         # Without the mutex: the garbage collector closes forgotten readers in any thread, also in one that holds it.
-        self._left.append(subscription)
+        self._unsubscribed.append(subscription)
 
     def next_step(self, subscription: Subscription) -> Step:
         """Return the next step of a reader.
@@ -158,19 +158,19 @@ class Subscriptions:
         """
         with self._mutex:
             subscription.stream.waiting.discard(subscription)  # a late wake-up may be of an earlier wait
-            if subscription.decided:
-                step = subscription.decided.popleft()
+            if subscription.queued_steps:
+                step = subscription.queued_steps.popleft()
                 if isinstance(step, Exception):
                     raise copy_error(step) from step
                 return step
             stream, tail = subscription.stream, subscription.stream.tail
-            if not subscription.following:
-                return self._catch_up(subscription)
+            if not subscription.at_tail:
+                return self._start_own_fetch(subscription)
             if tail.deleted:
                 return DELETED
             cached = tail.after(subscription.cursor)
             if cached is None:
-                return self._catch_up(subscription)
+                return self._start_own_fetch(subscription)
             if cached:
                 subscription.cursor = subscription.delivered = cached[-1].seq
                 return Deliver(cached)
@@ -181,16 +181,16 @@ class Subscriptions:
                 return WAIT
             stream.fetching = subscription
             after = stream.fetch_after(subscription.cursor)
-            return Fetch(after, LIVE_PAGE_CHUNKS, True, tail.expected_characters, tail.version, tail.least_total, False)
+            return Fetch(after, SHARED_PAGE_CHUNKS, True, tail.expected_characters, tail.version, tail.min_total, False)
 
     def fetched(self, subscription: Subscription, fetch: Fetch, page: Page | None) -> list[Subscription]:
         """Take the page of a fetch; None if the stream was not found."""
         with self._mutex:
             if not fetch.shared:
-                return self._caught_up(subscription, fetch, page)
+                return self._take_own_page(subscription, fetch, page)
             stream = subscription.stream
             stream.fetching = None
-            stream.tail.take(page, fetch.after, fetch.version, fetch.total)
+            stream.tail.take(page, fetch.after, fetch.version, fetch.min_total)
             if stream.tail.deleted:
                 return self._drop(stream)
             ended = stream.wake_ends_only() if stream.tail.ended else []
@@ -199,7 +199,13 @@ class Subscriptions:
     def fetch_failed(
         self, subscription: Subscription, fetch: Fetch, error: Exception | None = None
     ) -> list[Subscription]:
-        """End a fetch without a page: all readers that wait for it raise `error`, or without one another fetches."""
+        """End a fetch that returned no page.
+
+        Args:
+            subscription: The subscription that fetched.
+            fetch: The fetch.
+            error: Raised by all waiting readers of a shared fetch. Default: None, which wakes one of them to fetch.
+        """
         with self._mutex:
             if not fetch.shared:
                 return []
@@ -209,7 +215,7 @@ class Subscriptions:
                 return stream.wake_one()
             failed, stream.waiting = list(stream.waiting), set()
             for waiting in failed:
-                waiting.decided.append(error)
+                waiting.queued_steps.append(error)
             return failed
 
     def stop_waiting(self, subscription: Subscription) -> list[Subscription]:
@@ -251,7 +257,7 @@ class Subscriptions:
     def awaited(self) -> list[FollowedStream]:
         """Return the streams on which any subscription waits, for a poll."""
         with self._mutex:
-            woken = self._remove_left()
+            woken = self._remove_unsubscribed()
             awaited = [stream for streams in self._streams.values() for stream in streams if stream.is_awaited]
         wake_all(woken)
         return awaited
@@ -278,7 +284,7 @@ class Subscriptions:
     def is_empty(self) -> bool:
         """Return True if there are no subscriptions."""
         with self._mutex:
-            woken = self._remove_left()
+            woken = self._remove_unsubscribed()
             empty = not self._streams
         wake_all(woken)
         return empty
@@ -288,60 +294,60 @@ class Subscriptions:
         with self._mutex:
             every = [each for streams in self._streams.values() for stream in streams for each in stream.subscriptions]
             for subscription in every:
-                subscription.decided.append(StoreClosedError("this store was closed meanwhile"))
+                subscription.queued_steps.append(StoreClosedError("this store was closed during the call"))
             return every
 
-    def _catch_up(self, subscription: Subscription) -> Fetch | Deleted:
+    def _start_own_fetch(self, subscription: Subscription) -> Fetch | Deleted:
         """Let a reader read on its own, from a snapshot of the tail's version."""
-        subscription.following = False
+        subscription.at_tail = False
         if subscription.stream.tail.deleted:
             if subscription.delivered:  # the next page could be of a new stream of this id
                 return DELETED
             self._join(subscription)
         tail, after = subscription.stream.tail, int(min(subscription.cursor, MAX_NUMBER))
-        return Fetch(after, subscription.limit, False, 0, tail.version, tail.least_total, tail.ended)
+        return Fetch(after, subscription.limit, False, 0, tail.version, tail.min_total, tail.ended)
 
-    def _caught_up(self, subscription: Subscription, fetch: Fetch, page: Page | None) -> list[Subscription]:
+    def _take_own_page(self, subscription: Subscription, fetch: Fetch, page: Page | None) -> list[Subscription]:
         """Take the page of a reader that catches up."""
         stream, version = subscription.stream, fetch.version
         woken: list[Subscription] = []
         if page is None or page.total < subscription.delivered:
-            subscription.decided.append(DELETED)
+            subscription.queued_steps.append(DELETED)
             return []
         # Since the fetch began the stream was deleted or has ended: the page may be of a new stream of this id.
         if stream.tail.deleted or (stream.tail.ended and not fetch.ended and page.state == "active"):
             return []
-        if page.total < fetch.total or (fetch.ended and page.state == "active"):
-            # The page is of a new stream of this id, the tail of its predecessor, which other readers still hold.
+        if page.total < fetch.min_total or (fetch.ended and page.state == "active"):
+            # The page belongs to a new stream of this id, and the tail to the deleted one.
             woken = self._drop(stream)
             if subscription.delivered:
-                subscription.decided.append(DELETED)
+                subscription.queued_steps.append(DELETED)
                 return woken
             self._join(subscription)
             version = 0  # the new tail has missed the changes since the snapshot
         if page.rows:
-            subscription.decided.append(Deliver(page.chunks))
+            subscription.queued_steps.append(Deliver(page.chunks))
             subscription.delivered = page.rows[-1][0]
         if not page.is_last:
             subscription.cursor, subscription.limit = page.end, page.next_limit
             return woken
         subscription.cursor = max(subscription.cursor, page.total)
         if page.state != "active":
-            subscription.decided.append(Ended(page.status))
+            subscription.queued_steps.append(Ended(page.status))
             return woken
         subscription.stream.tail.record_position(version, page.total)
-        subscription.following = True
+        subscription.at_tail = True
         return woken
 
     def _join(self, subscription: Subscription) -> None:
-        """Move a subscription to its stream as it is now."""
-        left = subscription.stream
-        left.subscriptions.discard(subscription)
-        if not left.subscriptions:
-            self._forget(left)
-        streams = self._streams.setdefault(left.id, set())
+        """Move a subscription to the active stream of its id, or to a new one if none is active or shared."""
+        previous = subscription.stream
+        previous.subscriptions.discard(subscription)
+        if not previous.subscriptions:
+            self._forget(previous)
+        streams = self._streams.setdefault(previous.id, set())
         active = [stream for stream in streams if not stream.tail.ended] if self._share else []
-        subscription.stream = active[0] if active else FollowedStream(left.id)
+        subscription.stream = active[0] if active else FollowedStream(previous.id)
         subscription.stream.subscriptions.add(subscription)
         streams.add(subscription.stream)
 
@@ -360,10 +366,10 @@ class Subscriptions:
         if not streams:
             self._streams.pop(stream.id, None)
 
-    def _remove_left(self) -> list[Subscription]:
+    def _remove_unsubscribed(self) -> list[Subscription]:
         woken: list[Subscription] = []
-        while self._left:
-            subscription = self._left.popleft()
+        while self._unsubscribed:
+            subscription = self._unsubscribed.popleft()
             stream = subscription.stream
             stream.subscriptions.discard(subscription)
             stream.waiting.discard(subscription)

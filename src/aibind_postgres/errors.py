@@ -83,8 +83,8 @@ class StreamWriteError(AibindError):
 
     def __init__(self, stream_id: str, durable: int, unsaved: int) -> None:
         super().__init__(
-            f"writing to stream {stream_id!r} failed: its chunks are durable up to number {durable}, "
-            f"and {unsaved} more may not be stored"
+            f"writing to stream {stream_id!r} or ending it failed: chunks up to number {durable} are durable, "
+            f"{unsaved} later ones may be missing, and the stream may still be active"
         )
         self.stream_id = stream_id
         self.durable = durable
@@ -164,7 +164,10 @@ class SchemaError(AibindError):
 
 
 class ForkedError(AibindError):
-    """The store was first used in the parent of this process. Make a store in each process, after the fork."""
+    """The store belongs to the parent of this process. Make a store in each process, after the fork.
+
+    A store belongs to the process that first uses it, or that makes it from an open pool or connection.
+    """
 
 
 class StoreClosedError(AibindError):

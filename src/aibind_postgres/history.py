@@ -94,7 +94,8 @@ class ChatHistory(Generic[M]):
             The id of the new message.
 
         Raises:
-            InvalidDataError: JSON cannot represent the message or the metadata.
+            InvalidDataError: JSON cannot represent the message or the metadata, or `generate_id` returned an invalid
+                id.
         """
         return self.tree.append(message, metadata)
 
@@ -110,7 +111,7 @@ class ChatHistory(Generic[M]):
 
         Raises:
             MessageNotFoundError: There is no message with this id.
-            InvalidDataError: JSON cannot represent the message.
+            InvalidDataError: JSON cannot represent the message, or `generate_id` returned an invalid id.
         """
         node = self.tree.get(id)
         if node is None:
@@ -124,6 +125,9 @@ class ChatHistory(Generic[M]):
     def has_alternatives(self, id: str) -> bool:
         """Return whether a message has alternatives.
 
+        Args:
+            id: The id of the message.
+
         Raises:
             MessageNotFoundError: There is no message with this id.
         """
@@ -132,6 +136,9 @@ class ChatHistory(Generic[M]):
     def alternative_count(self, id: str) -> int:
         """Return the number of alternatives, including the message itself.
 
+        Args:
+            id: The id of the message.
+
         Raises:
             MessageNotFoundError: There is no message with this id.
         """
@@ -139,6 +146,9 @@ class ChatHistory(Generic[M]):
 
     def alternative_index(self, id: str) -> int:
         """Return the index of a message among its alternatives, from 0.
+
+        Args:
+            id: The id of the message.
 
         Raises:
             MessageNotFoundError: There is no message with this id.
@@ -150,6 +160,9 @@ class ChatHistory(Generic[M]):
 
         The path continues from the alternative through first children down to a leaf.
 
+        Args:
+            id: The id of the message.
+
         Returns:
             The id of that leaf, or None if there is no next alternative; then nothing changes.
 
@@ -160,6 +173,9 @@ class ChatHistory(Generic[M]):
 
     def prev_alternative(self, id: str) -> str | None:
         """Switch the current path to the previous alternative of a message, in the same way as `next_alternative`.
+
+        Args:
+            id: The id of the message.
 
         Returns:
             The id of the leaf, or None if there is no previous alternative; then nothing changes.
@@ -179,7 +195,8 @@ class ChatHistory(Generic[M]):
             The id of the summary.
 
         Raises:
-            InvalidDataError: JSON cannot represent the summary; then nothing is removed.
+            InvalidDataError: JSON cannot represent the summary, or `generate_id` returned an invalid id; then
+                nothing is removed.
         """
         node_id = self.tree.add_root(summary, {"compacted": True, "compactedAt": utc_timestamp()})
         for root_id in self.tree.root_ids[:-1]:
@@ -197,6 +214,9 @@ class ChatHistory(Generic[M]):
         Args:
             text: The text, as returned by `to_json`.
             generate_id: As for the constructor.
+
+        Returns:
+            The history.
 
         Raises:
             InvalidHistoryError: The text is not a valid document.

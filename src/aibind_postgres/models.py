@@ -83,7 +83,7 @@ class StreamStatus(NamedTuple):
 
     Attributes:
         state: `"active"`, `"done"`, `"stopped"` or `"error"`.
-        error: The text that was passed to `fail`; None in every other state.
+        error: The error text in state error; None in every other state.
         total_chunks: The number of chunks.
     """
 
@@ -98,7 +98,7 @@ class StreamInfo(NamedTuple):
     Attributes:
         id: The id of the stream.
         state: `"active"`, `"done"`, `"stopped"` or `"error"`.
-        error: The text that was passed to `fail`; None in every other state.
+        error: The error text in state error; None in every other state.
         total_chunks: The number of chunks.
         expires_at: The time after which `cleanup` may delete the stream, once it has ended.
         created_at: The time of creation. None if the stream is older than migration 0002, or if the time is out of

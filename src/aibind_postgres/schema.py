@@ -89,6 +89,7 @@ def migrate(client: ClientLike, **options: Unpack[SchemaOptions]) -> None:
 
     Raises:
         ValueError: A table name is invalid, or two names are the same.
+        TypeError: A table name is neither a str nor an `Identifier`.
 
     Example:
         >>> migrate("postgresql://localhost/app")  # doctest: +SKIP
@@ -106,6 +107,7 @@ async def async_migrate(client: AsyncClientLike, **options: Unpack[SchemaOptions
 
     Raises:
         ValueError: A table name is invalid, or two names are the same.
+        TypeError: A table name is neither a str nor an `Identifier`.
     """
     async with as_async_client(client) as opened:
         await opened.query(_as_one_statement(render(**options)), ())

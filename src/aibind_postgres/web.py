@@ -23,7 +23,8 @@ class WebRequest(NamedTuple):
         path: The path, including the handler's prefix.
         query: The query parameters, one value for each name.
         headers: The headers, with names in lower case.
-        body: The complete body. Of a longer one, the first `max_body + 1` bytes suffice, since a handler rejects it.
+        body: The body. If it is longer than the handler's `max_body`, the first `max_body + 1` bytes suffice: the
+            handler rejects it.
         original: The request object of the framework, for `generate` and `authorize`. Default: None.
         context: Returns a context manager that is entered around the source and around `on_finish`. Both may outlive
             the request, so an adapter sets up resources there that the framework otherwise binds to a request. Default:
@@ -52,7 +53,7 @@ class Generation(NamedTuple):
 
     Attributes:
         kind: The route that was called.
-        prompt: The last message of the user. Empty for `compact`.
+        prompt: The `prompt` or `input` field, or the content of the last message. Empty for `compact`.
         messages: The messages of the conversation, each with `role` and `content`. The last one is `prompt`. For
             `compact`, these are the messages to summarise.
         system: The system prompt, if the client sent one.
@@ -148,8 +149,8 @@ def parse_resume_cursor(request: WebRequest, stream_id: str) -> int:
     """Return the sequence number after which to resume.
 
     The header `Last-Event-ID` takes precedence over the query parameter `after`, since `EventSource` updates the header
-    and not the URL. The first event of a stream has the stream id as its event id, so this id means 0. A numeric stream
-    id means its number.
+    and not the URL. The first event of a stream has the stream id as its event id, so this id means 0. If
+    the stream id is itself a number of at most 15 digits, it is read as a sequence number.
 
     Raises:
         WebError: 400: the value is neither a sequence number nor the stream id.

@@ -211,7 +211,7 @@ async def test_large_append_runs_alone(store, client, queued, monkeypatch):
     monkeypatch.setattr(combining, "TAKEOVER_TIMEOUT", 60)
     ids = [await store.create() for _ in range(3)]
     calls = [
-        partial(store.append, ids[0], "x" * appending.LARGEST_COMBINED),
+        partial(store.append, ids[0], "x" * appending.MIN_ALONE_BYTES),
         partial(store.append_many, ids[1], [""] * 1000),
     ]
     client.gate.clear()

@@ -19,7 +19,7 @@ from aibind_postgres import (
     StreamNotFoundError,
     _stream_tail,
 )
-from aibind_postgres._stream_tail import LIVE_PAGE_CHUNKS
+from aibind_postgres._stream_tail import SHARED_PAGE_CHUNKS
 
 NEVER = 3600  # a poll_interval: every change arrives by a notification
 
@@ -108,12 +108,12 @@ async def test_more_than_a_page_at_once(store, client):
     async with AsyncBackground(partial(async_gather, *[partial(collect, store, id)] * 3)) as readers:
         await all_waiting(client, 3)
         client.fetches.clear()
-        await store.append_many(id, ["x"] * (LIVE_PAGE_CHUNKS * 3 + 7))
+        await store.append_many(id, ["x"] * (SHARED_PAGE_CHUNKS * 3 + 7))
         await async_until(lambda: client.fetches and client.is_quiet())
-        await store.append_many(id, ["x"] * LIVE_PAGE_CHUNKS)
+        await store.append_many(id, ["x"] * SHARED_PAGE_CHUNKS)
         await store.complete(id)
         for chunks in await readers.result():
-            assert [seq for seq, _ in chunks] == list(range(1, LIVE_PAGE_CHUNKS * 4 + 8))
+            assert [seq for seq, _ in chunks] == list(range(1, SHARED_PAGE_CHUNKS * 4 + 8))
 
 
 async def test_replaced_stream_ends_only_its_old_readers(store, other, client):

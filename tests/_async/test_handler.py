@@ -208,7 +208,7 @@ async def test_incomplete_answer_is_saved_with_its_state(api, end):
         handler._generate = generate
     response = await api.post("/stream", {"prompt": "hi", "sessionId": "a"}, handler=handler)
     if end == "error":
-        assert (await events(response))[-2:] == [ServerSentEvent("the answer broke off", "error"), DONE]
+        assert (await events(response))[-2:] == [ServerSentEvent("the answer was interrupted", "error"), DONE]
     await api.wait_for_producers()
     chat = await api.conversations.load("a")
     question, answer = chat.messages[:2]
@@ -317,7 +317,7 @@ async def test_errors_of_generate(api, caplog):
     for generate, expected in (
         (refuse, (402, "no money left")),
         (refuse_without_text, (402, "refused")),
-        (fail, (500, "the answer broke off")),
+        (fail, (500, "internal server error")),
     ):
         handler = AsyncStreamHandler(generate, store=api.store)
         assert error_of(await api.post("/stream", {"prompt": "hi"}, handler=handler)) == expected
@@ -330,7 +330,7 @@ async def test_application_errors_are_500(api, caplog, fault):
     conversation = {"messages": [{"role": "user", "content": "hi"}], "sessionId": "a"}
     for path, body in (("/complete", {"input": "x"}), ("/compact", conversation)):
         caplog.clear()
-        assert error_of(await api.post(path, body)) == (500, "the answer broke off")
+        assert error_of(await api.post(path, body)) == (500, "internal server error")
         assert "geheim" in caplog.text
 
     def fail(request, id):
@@ -338,7 +338,7 @@ async def test_application_errors_are_500(api, caplog, fault):
 
     caplog.clear()
     handler = api.with_options(authorize=fail)
-    assert error_of(await api.post("/stream/stop", {"id": "s"}, handler=handler)) == (500, "the answer broke off")
+    assert error_of(await api.post("/stream/stop", {"id": "s"}, handler=handler)) == (500, "internal server error")
     assert "geheim" in caplog.text
 
 

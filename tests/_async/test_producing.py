@@ -32,7 +32,7 @@ from aibind_postgres import (
 from aibind_postgres._async import producing
 from aibind_postgres._concurrency import AsyncEvent
 
-FAILED = ("error", "the answer broke off", 1)
+FAILED = ("error", "the answer was interrupted", 1)
 
 
 @pytest.fixture
@@ -128,9 +128,9 @@ async def test_close_of_the_store_ends_its_streams(store, other, dsn, tables):
         await async_until(lambda: all(source.is_started for source in sources))
         await first_word(other, streams[1])
     sources[1].gate.set()
-    assert await other.get_status(streams[0].id) == ("error", "the answer broke off", 0)
+    assert await other.get_status(streams[0].id) == ("error", "the answer was interrupted", 0)
     assert await other.get_status(streams[1].id) == FAILED
-    assert sorted(finish.calls) == [("", ("error", "the answer broke off", 0)), ("word", FAILED)]
+    assert sorted(finish.calls) == [("", ("error", "the answer was interrupted", 0)), ("word", FAILED)]
     await async_until(lambda: sources[0].closed == 1)
 
 
@@ -146,7 +146,7 @@ async def test_shutdown_waits_and_then_ends_the_remaining_streams(store, other):
         gate.set()
         assert await shutting_down.result() is False
     assert finish.calls == [("aand more", ("done", None, 2))]
-    assert late.calls == [("", ("error", "the answer broke off", 0))]
+    assert late.calls == [("", ("error", "the answer was interrupted", 0))]
     await async_until(lambda: never.closed)
     assert await store.get_status(ending.id) == ("done", None, 2)
     assert (await other_stream.wait(20)).state == "done"
@@ -187,11 +187,11 @@ async def test_shutdown_without_a_server_raises_nothing(hooked, client, caplog):
     await async_until(lambda: all(source.is_started for source in sources))
     client.hook = fail_ends
     assert await AsyncDurableStream.shutdown(hooked, 0) is False
-    assert caplog.text.count("gave up: no server") == 2
+    assert caplog.text.count("failed: no server") == 2
     await async_until(lambda: [source.closed for source in sources] == [1, 1])
     back.set()
     for stream in streams:
-        assert await stream.wait(20) == ("error", "the answer broke off", 0)
+        assert await stream.wait(20) == ("error", "the answer was interrupted", 0)
 
 
 async def test_silent_server_does_not_delay_shutdown(hooked, client, monkeypatch):
@@ -253,8 +253,8 @@ async def test_shutdown_before_the_writer_opens_takes_effect_when_it_opens(joini
     gate.set()
     await async_until(lambda: source.closed)
     await async_until(lambda: finish.calls)
-    assert finish.calls == [("", ("error", "the answer broke off", 0))]
-    assert await other.get_status(stream.id) == ("error", "the answer broke off", 0)
+    assert finish.calls == [("", ("error", "the answer was interrupted", 0))]
+    assert await other.get_status(stream.id) == ("error", "the answer was interrupted", 0)
 
 
 async def test_source_is_not_read_if_the_stream_is_stopped_before_the_writer_is_open(joining, joining_client, other):
@@ -280,8 +280,8 @@ async def test_writer_that_cannot_be_opened(joining, joining_client, other, capl
     await async_until(lambda: finish.calls)
     await no_producers()
     assert (source.is_started, source.closed, finish.calls) == (False, 1, [("", None)])
-    assert "gave up: no server" in caplog.text
-    assert await other.get_status(stream.id) == ("error", "the answer broke off", 0)
+    assert "failed: no server" in caplog.text
+    assert await other.get_status(stream.id) == ("error", "the answer was interrupted", 0)
 
 
 async def test_new_stream_is_not_queried_for_its_status(hooked, client, other):
@@ -425,7 +425,7 @@ async def test_source_and_on_finish_run_inside_their_context(hooked, client, oth
 async def test_error_on_entering_the_context_fails_the_stream(store, caplog):
     finish, source = FinishRecorder(), SilentSource()
     stream = await AsyncDurableStream.start(store, source, context=partial(int, "geheim"), on_finish=finish)
-    assert await stream.wait(20) == ("error", "the answer broke off", 0)
+    assert await stream.wait(20) == ("error", "the answer was interrupted", 0)
     assert (source.is_started, source.closed, finish.calls) == (False, 1, [])
     for failed in ("the source of stream", "on_finish of stream"):
         assert failed in caplog.text

@@ -251,7 +251,7 @@ async def test_write_error_counts_durable_and_unsaved_chunks(client, tables):
                 await writer.write("c")
                 await writer.flush()
         assert (caught.value.durable, caught.value.unsaved) == (1, 2)
-        assert "up to number 1, and 2 more may not be stored" in str(caught.value)
+        assert "up to number 1 are durable, 2 later ones may be missing" in str(caught.value)
         assert await store.get_status(id) == ("error", str(caught.value), 1)
 
 

@@ -228,7 +228,7 @@ def test_terminated_server_saves_the_answer(framework, web_database, context, st
         chat.wait_for_answer("no language model")
         assert demo.terminate() in (143, -15)
         demo.start()
-        chat.wait_for_note("The answer is incomplete: the answer broke off")
+        chat.wait_for_note("The answer is incomplete: the answer was interrupted")
         chat.wait_until_idle()
         [question, answer] = stored(chat)
         assert chat.turns == [question, answer]

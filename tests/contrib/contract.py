@@ -32,7 +32,7 @@ from aibind_postgres import (
 from aibind_postgres._async import client as async_client
 from aibind_postgres._pages import Page
 from aibind_postgres._sql import StreamStatements, json_text
-from aibind_postgres._subscriptions import LIVE_PAGE_CHUNKS
+from aibind_postgres._subscriptions import SHARED_PAGE_CHUNKS
 from aibind_postgres._sync import client as sync_client
 from aibind_postgres._tables import parse_distinct
 from aibind_postgres.schema import async_migrate, migrate
@@ -193,7 +193,7 @@ def batch_of_reads(tables: dict[str, Any], positions: dict[str, int]) -> tuple[s
     """Return the statement that reads several streams, each after a number, and its parameters."""
     statements = StreamStatements(*parse_distinct(tables["chunks_table"], tables["status_table"]))
     items = [{"index": index, "id": id, "after": after} for index, (id, after) in enumerate(positions.items())]
-    return statements.read_batch, [json_text(items), LIVE_PAGE_CHUNKS]
+    return statements.read_batch, [json_text(items), SHARED_PAGE_CHUNKS]
 
 
 def check_batch(rows: Sequence[Any], total: int) -> None:
@@ -201,7 +201,7 @@ def check_batch(rows: Sequence[Any], total: int) -> None:
     found: list[list[Any]] = [[], [], []]
     for index, *row in rows:
         found[index].append(tuple(row))
-    page, empty, missing = [Page.parse(rows, 0, LIVE_PAGE_CHUNKS) for rows in found]
+    page, empty, missing = [Page.parse(rows, 0, SHARED_PAGE_CHUNKS) for rows in found]
     assert page is not None
     assert (page.state, page.error, page.total, page.rows) == ("active", None, total, [(total, TEXTS[-1])])
     assert empty is not None

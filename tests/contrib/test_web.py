@@ -89,11 +89,11 @@ def test_failed_answer_hides_the_exception(client, store):
         received = response.read()
     assert b"secret" not in received
     [_, *after_id] = EventParser().feed(received)
-    error = ServerSentEvent("the answer broke off", "error")
+    error = ServerSentEvent("the answer was interrupted", "error")
     assert after_id == [ServerSentEvent("half ", id="1"), ServerSentEvent("way", id="2"), error, DONE]
     for after in range(3):
         assert list(events(client.resume(id, after))) == after_id[after:]
-    assert store.get_status(id) == ("error", "the answer broke off", 2)
+    assert store.get_status(id) == ("error", "the answer was interrupted", 2)
 
 
 def test_stop_while_the_model_is_silent(client, store):

@@ -159,7 +159,7 @@ def test_disconnected_readers_leave_no_files_or_polls(client, store, web_databas
         connections = [stack.enter_context(client.connect()) for _ in range(100)]
         for connection in connections:
             connection.sendall(resume_request(id))
-        # Files that were open before may be closed meanwhile.
+        # Files that were open before may be closed in the meantime.
         within(30, lambda: count_files() >= before + len(connections) - 10)
         within(30, lambda: count_connections(web_database, POLLED) > 0)
         for connection in connections:

@@ -334,7 +334,7 @@ def test_end_of_the_loop_ends_streams_in_error_and_closes_sources(dsn, tables, c
     assert len(closed) == len(ids)
     assert "destroyed" not in caplog.text
     with PostgresStreamStore(dsn, **tables) as store:
-        assert {store.get_status(id) for id in ids} == {("error", "the answer broke off", 1)}
+        assert {store.get_status(id) for id in ids} == {("error", "the answer was interrupted", 1)}
 
 
 async def test_stream_starts_if_its_caller_is_cancelled_at_any_step(dsn, tables):

@@ -52,7 +52,7 @@ def test_end_of_the_program_ends_its_streams(database, end):
     assert output == "half error\n", errors
     assert exit_code == {"sys.exit(3)": 3, "raise ValueError": 1}.get(end, 0)
     with PostgresStreamStore(database) as store:
-        assert store.get_status("s") == ("error", "the answer broke off", 1)
+        assert store.get_status("s") == ("error", "the answer was interrupted", 1)
 
 
 class CountingMutex:
@@ -148,7 +148,7 @@ def test_start_without_a_thread_ends_the_stream(database, monkeypatch, worker):
             with pytest.raises(RuntimeError, match="can't start new thread"):
                 DurableStream.start(store, Source(), id="s")
         assert closed == [True]
-        assert store.get_status("s") == ("error", "the answer broke off", 0)
+        assert store.get_status("s") == ("error", "the answer was interrupted", 0)
         assert DurableStream.shutdown(store, 0) is True
     assert workers() == []
 
@@ -188,7 +188,7 @@ async def test_shutdown_ends_a_producer_that_was_cancelled_before_it_began(dsn, 
         async with AsyncPostgresStreamStore(CancellingClient(pool), **tables) as store:
             stream = await AsyncDurableStream.start(store, Source(), on_finish=lambda *call: calls.append(call))
             assert await AsyncDurableStream.shutdown(store, 0) is False
-            assert await store.get_status(stream.id) == ("error", "the answer broke off", 0)
+            assert await store.get_status(stream.id) == ("error", "the answer was interrupted", 0)
             assert await AsyncDurableStream.shutdown(store, 0) is True
     assert closed == [True]
-    assert calls == [("", ("error", "the answer broke off", 0))]
+    assert calls == [("", ("error", "the answer was interrupted", 0))]

@@ -14,7 +14,7 @@ import psycopg
 from psycopg_pool import AsyncConnectionPool, ConnectionPool
 
 from aibind_postgres._async.client import AsyncPoolClient
-from aibind_postgres._subscriptions import LIVE_PAGE_CHUNKS
+from aibind_postgres._subscriptions import SHARED_PAGE_CHUNKS
 from aibind_postgres._sync.client import PoolClient
 from support.concurrency import async_until, until
 
@@ -132,7 +132,7 @@ class _ReadRecorder:
             raise self.read_error
         if "json_to_recordset" in sql:
             self.fetches.append([item["id"] for item in json.loads(params[0])])
-        elif params[2] == LIVE_PAGE_CHUNKS:
+        elif params[2] == SHARED_PAGE_CHUNKS:
             self.fetches.append([params[0]])
         else:
             self.reads.append(params[0])

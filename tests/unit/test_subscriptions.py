@@ -8,7 +8,7 @@ import pytest
 
 from aibind_postgres import StoreClosedError, _stream_tail, _subscriptions
 from aibind_postgres._pages import Page
-from aibind_postgres._stream_tail import LIVE_PAGE_CHUNKS, StreamTail
+from aibind_postgres._stream_tail import SHARED_PAGE_CHUNKS, StreamTail
 from aibind_postgres._subscriptions import (
     Deleted,
     Deliver,
@@ -28,7 +28,7 @@ def take_page(tail, version, after, rows, least=None):
 
 
 def page(rows, after=0):
-    return Page.parse(rows, after, _stream_tail.LIVE_PAGE_CHUNKS)
+    return Page.parse(rows, after, _stream_tail.SHARED_PAGE_CHUNKS)
 
 
 def rows(state, total, *seqs, text="x"):
@@ -111,7 +111,7 @@ def test_lower_total_means_deleted():
 
 
 def test_full_page_leaves_tail_stale(monkeypatch):
-    monkeypatch.setattr(_stream_tail, "LIVE_PAGE_CHUNKS", 2)
+    monkeypatch.setattr(_stream_tail, "SHARED_PAGE_CHUNKS", 2)
     tail = StreamTail()
     take_page(tail, 1, 0, rows("done", 3, 1, 2))
     assert not tail.is_current
@@ -126,12 +126,12 @@ def test_tail_does_not_span_a_gap():
     tail = StreamTail()
     tail.record_position(1, 2)
     tail.mark_stale()
-    take_page(tail, 2, 2, rows("active", 2 * LIVE_PAGE_CHUNKS))
+    take_page(tail, 2, 2, rows("active", 2 * SHARED_PAGE_CHUNKS))
     assert tail.is_current
     assert tail.after(2) is None
-    assert tail.after(2 * LIVE_PAGE_CHUNKS) == ()
-    assert tail.append(2 * LIVE_PAGE_CHUNKS, ["x"])
-    assert tail.after(2 * LIVE_PAGE_CHUNKS) == [(2 * LIVE_PAGE_CHUNKS + 1, "x")]
+    assert tail.after(2 * SHARED_PAGE_CHUNKS) == ()
+    assert tail.append(2 * SHARED_PAGE_CHUNKS, ["x"])
+    assert tail.after(2 * SHARED_PAGE_CHUNKS) == [(2 * SHARED_PAGE_CHUNKS + 1, "x")]
 
 
 def test_cursor_outside_the_tail():
@@ -160,7 +160,7 @@ def test_append_of_the_same_store_needs_no_fetch():
     assert tail.is_current
     assert not tail.append(7, ["x"])  # another process has written in between
     assert not tail.append(2, ["c"])  # reported late, or of another stream with this id
-    assert not tail.append(3, ["x"] * (LIVE_PAGE_CHUNKS + 1))  # too long to cache
+    assert not tail.append(3, ["x"] * (SHARED_PAGE_CHUNKS + 1))  # too long to cache
     assert tail.after(1) == [(2, "b"), (3, "c")]
     assert not tail.finds_change("active", 3)  # this store has sent the notification
 
@@ -330,8 +330,8 @@ def test_closed_store_raises(subscriptions):
 
 
 def test_older_read_does_not_hide_known_chunks(subscriptions, monkeypatch):
-    monkeypatch.setattr(_stream_tail, "LIVE_PAGE_CHUNKS", 3)
-    monkeypatch.setattr(_subscriptions, "LIVE_PAGE_CHUNKS", 3)
+    monkeypatch.setattr(_stream_tail, "SHARED_PAGE_CHUNKS", 3)
+    monkeypatch.setattr(_subscriptions, "SHARED_PAGE_CHUNKS", 3)
     waiting, late = Subscriber(subscriptions), Subscriber(subscriptions)
     waiting.catch_up(rows("active", 1, 1))
     wake_all(subscriptions.changed(["a"]))

@@ -204,7 +204,7 @@ class SubscriptionsMachine(RuleBasedStateMachine):
     def known_lengths(self, id: str) -> list[int]:
         """Return the numbers of chunks that are known here of a stream that may have been deleted meanwhile."""
         readers = [reader for reader in self.readers if reader.id == id and not reader.subscription.stream.tail.deleted]
-        return [n for each in readers for n in (each.subscription.stream.tail.least_total, each.subscription.delivered)]
+        return [n for each in readers for n in (each.subscription.stream.tail.min_total, each.subscription.delivered)]
 
     def may_create(self, id: str) -> bool:
         # A late report of the deletion would also end the readers of the successor.
@@ -311,7 +311,7 @@ class SubscriptionsMachine(RuleBasedStateMachine):
         if reader.status == "waiting":
             reader.woken = False
         reader.status = "ready"
-        is_known_deleted = reader.stream and reader.stream.deletion_reported and not reader.subscription.decided
+        is_known_deleted = reader.stream and reader.stream.deletion_reported and not reader.subscription.queued_steps
         try:
             step = self.subscriptions.next_step(reader.subscription)
         except FetchError:
@@ -481,8 +481,8 @@ class SubscriptionsMachine(RuleBasedStateMachine):
 def test_random_interleavings(monkeypatch):
     # So small that a few chunks fill pages and tails.
     monkeypatch.setattr(_subscriptions, "FIRST_PAGE_CHUNKS", 2)
-    monkeypatch.setattr(_subscriptions, "LIVE_PAGE_CHUNKS", 2)
-    monkeypatch.setattr(_stream_tail, "LIVE_PAGE_CHUNKS", 2)
+    monkeypatch.setattr(_subscriptions, "SHARED_PAGE_CHUNKS", 2)
+    monkeypatch.setattr(_stream_tail, "SHARED_PAGE_CHUNKS", 2)
     monkeypatch.setattr(_stream_tail, "TAIL_CHUNKS", 3)
     monkeypatch.setattr(_pages, "MAX_PAGE_CHUNKS", 3)
     monkeypatch.setattr(_subscriptions, "Subscription", NumberedSubscription)

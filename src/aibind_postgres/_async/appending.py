@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 ATTEMPTS = 5  # of an append that is skipped for no apparent reason
 LANES = 2  # concurrent batches, so that PostgreSQL executes one while it writes the WAL of the other
 BATCH_ITEMS, BATCH_BYTES = 500, 500_000
-LARGEST_COMBINED = 20_000  # bytes; an append of this size runs alone, since it would delay the rest of its batch
+MIN_ALONE_BYTES = 20_000  # bytes; an append of this size runs alone, since it would delay the rest of its batch
 ROW_BYTES = 100  # the assumed overhead of one chunk
 
 
@@ -75,10 +75,10 @@ class AsyncAppender:
         """
         self._database.check_owner()
         size = ROW_BYTES * len(append.texts)
-        if size < LARGEST_COMBINED:
+        if size < MIN_ALONE_BYTES:
             size += sum([len(text.encode()) for text in append.texts])
         # A statement in a caller's transaction must not contain the appends of other callers.
-        combined = size < LARGEST_COMBINED and not self._database.client.joins_transactions
+        combined = size < MIN_ALONE_BYTES and not self._database.client.joins_transactions
         for _ in range(ATTEMPTS):
             if combined:
                 last = await self._lanes[hash(append.stream_id) % LANES].call(append, size)

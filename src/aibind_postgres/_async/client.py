@@ -16,7 +16,7 @@ from psycopg_pool import AsyncConnectionPool, PoolClosed
 from .._concurrency import (
     AsyncEvent,
     AsyncLock,
-    async_is_flavour,
+    async_matches_flavour,
     async_shielded,
 )
 from .._workarounds import async_at_end_of_loop, async_checkout, is_closed_by_server
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-CONNECTION_TIMEOUT = 5.0  # seconds to wait for a connection of the pool, whose parameters are copied
+LISTENER_CHECKOUT_TIMEOUT = 5.0  # seconds that the listener waits for a pooled connection, to copy its parameters
 
 
 class AsyncPostgresClient(Protocol):
@@ -103,7 +103,7 @@ class AsyncClient:
         return self.joins_transactions
 
     async def release_thread(self) -> None:
-        """Release the connection of the current thread. The workers of a store call this at their end."""
+        """Release the connection of the current thread. Writers and producers call this in their workers."""
 
     async def close(self) -> None:
         """Close the connections that this client owns."""
@@ -151,7 +151,7 @@ class AsyncPoolClient(AsyncPsycopgClient):
         super().__init__(timeout)
         self._pool = pool
         self._owned = owned
-        self._connected = not owned
+        self._has_connected = not owned
         self._opening = AsyncLock()
         self._connect_error: Exception | None = None
         self._connect_failed_at = 0.0
@@ -203,11 +203,11 @@ class AsyncPoolClient(AsyncPsycopgClient):
         async with self._opening:
             if self._connect_error is not None and self._connect_failed_at > called_at:
                 raise copy_error(self._connect_error)  # another caller failed while this one waited
-            if not self._connected:
+            if not self._has_connected:
                 # A failure to connect must raise: the pool only logs it, and its callers get a timeout.
                 try:
                     async with await psycopg.AsyncConnection.connect(str(self._pool.conninfo)):
-                        self._connected = True
+                        self._has_connected = True
                 except Exception as error:
                     # The copy has no traceback, which would keep the frames of the caller alive.
                     self._connect_error, self._connect_failed_at = copy_error(error), monotonic()
@@ -220,14 +220,14 @@ class AsyncPoolClient(AsyncPsycopgClient):
 
     async def connect(self) -> psycopg.AsyncConnection[Row] | None:
         # Only the listener calls this. It must not wait long for a busy pool: it can poll without this connection.
-        async with self._pool.connection(min(self._pool.timeout, CONNECTION_TIMEOUT)) as connection:
+        async with self._pool.connection(min(self._pool.timeout, LISTENER_CHECKOUT_TIMEOUT)) as connection:
             parameters = parameters_of(connection)
         return await open_connection(parameters)
 
     def is_recoverable(self, error: Exception) -> bool:
         lost = isinstance(error, (psycopg.OperationalError, psycopg.InterfaceError))
         # Before the first connection, the address may be wrong: retries would delay the error.
-        return lost and not isinstance(error, PoolClosed) and self._connected
+        return lost and not isinstance(error, PoolClosed) and self._has_connected
 
     async def close(self) -> None:
         self._closed.set()
@@ -285,7 +285,7 @@ def as_client(client: AsyncClientLike, timeout: float | None = None) -> AsyncCli
         return AsyncPoolClient(client, timeout)
     if isinstance(client, psycopg.AsyncConnection):
         return AsyncConnectionClient(client, timeout)
-    if not isinstance(client, AsyncClient) and async_is_flavour(getattr(client, "query", None)):
+    if not isinstance(client, AsyncClient) and async_matches_flavour(getattr(client, "query", None)):
         client = AsyncClient(client)
     if isinstance(client, AsyncClient):
         if timeout is not None:

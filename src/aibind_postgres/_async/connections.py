@@ -43,8 +43,8 @@ def with_defaults(conninfo: str) -> str:
     with suppress(psycopg.ProgrammingError, UnicodeEncodeError):
         given = conninfo_to_dict(conninfo)
         is_uri = re.match(r"postgres(ql)?://", conninfo)
-        is_clear = not is_uri or re.fullmatch(r"\w+://([^@/?]*@)?[^@?]*(\?.*)?", conninfo, re.DOTALL)
-        if is_clear and re.fullmatch("[0-9, ]*", str(given.get("port", ""))):
+        is_unambiguous = not is_uri or re.fullmatch(r"\w+://([^@/?]*@)?[^@?]*(\?.*)?", conninfo, re.DOTALL)
+        if is_unambiguous and re.fullmatch("[0-9, ]*", str(given.get("port", ""))):
             return make_conninfo(conninfo, **_missing_from(given))
     raise ValueError(
         "not a connection string of PostgreSQL, such as postgresql://user@host/database: "
@@ -90,9 +90,9 @@ class AsyncTimedCursor(psycopg.AsyncRawCursor[Row]):
 
     def _execute_gen(self, *args: Any, **options: Any) -> Generator[Any, Any, None]:
         steps = super()._execute_gen(*args, **options)
-        return steps if self._deadline == math.inf else self._in_time(steps)
+        return steps if self._deadline == math.inf else self._with_deadline(steps)
 
-    def _in_time(self, steps: Generator[Any, Any, None]) -> Generator[Any, Any, None]:
+    def _with_deadline(self, steps: Generator[Any, Any, None]) -> Generator[Any, Any, None]:
         if monotonic() >= self._deadline:
             raise psycopg.OperationalError("the connection was busy for the whole timeout: the statement was not sent")
         # Psycopg resumes this generator several times a second, even if nothing has arrived.

@@ -52,9 +52,10 @@ class AsyncPostgresConversationStore:
         TypeError: By the constructor, for an argument of the wrong type.
         InvalidDataError: By every method, for a session id that is empty, longer than 1,024 bytes, or not storable.
         SchemaError: By every method, if the table is missing.
-        StoreClosedError: By every method, once the store is closed.
+        StoreClosedError: By every method, once the store is closed. `close` can be repeated.
         RuntimeError: By every method, in a different event loop from the one of the first call.
-        ForkedError: By every method, in a process that was forked after the first call.
+        ForkedError: By every method except `close`, in a process that was forked after the first call, or after the
+            store was made from an open pool or connection.
 
     Every method raises the driver's own error if the server cannot be reached.
     """

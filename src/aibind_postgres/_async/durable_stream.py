@@ -76,8 +76,8 @@ class AsyncDurableStream:
                 - If the source ends, the call comes before the stream is done, so readers wait for it. The status
                   is done. If the stream is stopped or the process ends during the call, there is no second call.
                 - Otherwise the call comes after the stream has ended. If another caller ended the stream, the last
-                  chunks of the text may not be stored. The status is None if the stream was deleted or the database
-                  cannot be reached.
+                  chunks of the text may not be stored. If chunks could not be stored, the stream may still be active.
+                  The status is None if the stream was deleted or the database cannot be reached.
 
                 It must not wait for its own stream, and must not close the store.
             expose_errors: Whether clients see the text of the source's exception. Default: False, which shows a generic
@@ -92,7 +92,7 @@ class AsyncDurableStream:
             The stream.
 
         Raises:
-            TypeError: The source is not such an iterable.
+            TypeError: The source is not an iterable, or not asynchronous for an asynchronous store. It is not closed.
             StreamExistsError: A stream with this id exists. The source is closed.
             InvalidDataError: The id is invalid, or contains a line break, which an event cannot contain. The source is
                 closed.
@@ -158,10 +158,11 @@ class AsyncDurableStream:
             timeout: Seconds, or a timedelta, to wait. Default: 5.
 
         Returns:
-            True if all streams ended by themselves, False if this call ended some of them.
+            True if all producers finished within `timeout`.
 
         Raises:
-            ValueError: `timeout` is negative.
+            ValueError: `timeout` is negative, or above 1e9 seconds.
+            TypeError: `timeout` is neither a number nor a timedelta.
         """
         return await shutdown(store, arguments.seconds(timeout, "timeout", allow_zero=True))
 
@@ -173,7 +174,7 @@ class AsyncDurableStream:
         1. `stream-id`, if `start` returned this object and the stream is read from the beginning.
         2. One event for each chunk, named or unnamed. Its id is the sequence number of the chunk.
         3. `error` with the error text, or `stopped`, if the stream ended in that state.
-        4. `done`, in every case. If it is missing, the connection was lost.
+        4. `done`, after every final state. If it is missing, the stream was deleted or reading failed.
 
         Args:
             after_seq: The sequence number of the last chunk that the client has. Default: the value given to `resume`,
@@ -187,7 +188,8 @@ class AsyncDurableStream:
         Raises:
             StreamNotFoundError: The stream does not exist, or was deleted.
             InvalidDataError: `after_seq` is not an int of at least 0.
-            ValueError: `heartbeat` is not more than zero.
+            ValueError: `heartbeat` is not more than zero, or above 1e9 seconds.
+            TypeError: `heartbeat` is neither a number nor a timedelta.
         """
         cursor = self._after_seq
         if after_seq is not None:
@@ -212,7 +214,7 @@ class AsyncDurableStream:
         yield encode(ServerSentEvent("", "done"))
 
     async def stop(self) -> bool:
-        """End the stream in state stopped, as a user does.
+        """End the stream in state stopped, for example on a user's request.
 
         Returns:
             True if this call ended the stream, False if it had already ended.
@@ -237,7 +239,8 @@ class AsyncDurableStream:
         Raises:
             TimeoutError: The stream is still active, or `on_finish` has not returned, after `timeout`.
             StreamNotFoundError: The stream was deleted.
-            ValueError: `timeout` is negative.
+            ValueError: `timeout` is negative, or above 1e9 seconds.
+            TypeError: `timeout` is neither a number nor a timedelta.
         """
         seconds = None if timeout is None else arguments.seconds(timeout, "timeout", allow_zero=True)
         started_at = monotonic()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from .._concurrency import AsyncEvent
 from .._subscriptions import Deleted, Deliver, Ended, Fetch, Subscriptions, Wait, wake_all
 from ..errors import StreamNotFoundError
-from .reading import LiveRead
+from .reading import SharedRead
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -89,8 +89,8 @@ class AsyncFollower:
     async def _fetch(self, fetch: Fetch, deadline: float) -> None:
         try:
             if fetch.shared:
-                read = LiveRead(self._stream_id, fetch.after)
-                page = await self._pages.live_page(read, fetch.characters, deadline)
+                read = SharedRead(self._stream_id, fetch.after)
+                page = await self._pages.shared_page(read, fetch.characters, deadline)
             else:
                 page = await self._pages.page(self._stream_id, fetch.after, fetch.limit, deadline)
         except GeneratorExit:  # the garbage collector may run this while its thread holds the mutex; `__exit__` follows

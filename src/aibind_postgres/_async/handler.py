@@ -27,7 +27,7 @@ from ..web import (
     required_text,
 )
 from .durable_stream import AsyncDurableStream
-from .producing import GENERIC_ERROR, close_source
+from .producing import close_source
 
 if TYPE_CHECKING:
     from ..history import ChatHistory
@@ -68,12 +68,15 @@ class AsyncWebResponse:
 class AsyncStreamHandler:
     """Handles the requests of aibind's browser client.
 
-    Answers of `/stream`, `/structured` and `/chat` are durable streams: they survive a reload, a lost connection and a
-    restarted worker. The other routes collect the output of `generate` and respond with plain text or JSON.
+    Answers of `/stream`, `/structured` and `/chat` are durable streams: after a reload or a lost connection, any worker
+    resumes them. The other routes collect the output of `generate` and respond with plain text or JSON.
 
     With `conversations`, `/stream` continues the conversation of the request's session id. The handler saves each turn
-    with `on_conflict="merge"`: before the stream is done, or after it was stopped, failed or was deleted. In the latter
-    cases the saved answer is the text produced so far, with the state in its metadata.
+    with `on_conflict="merge"`:
+
+    - If the source ends, before the stream is done.
+    - Otherwise after the stream has ended. The saved answer is the text produced so far, if there is any, with the
+      state in its metadata.
 
     Args:
         generate: Called with a `Generation`. Returns a source: an iterable of `str` and `StreamEvent`, such as a
@@ -86,7 +89,8 @@ class AsyncStreamHandler:
             or saves it. A false result rejects the request with status 403. It may raise `WebError`. To record the
             owner of a stream, use `stream_id` of the `Generation`. Default: None, which gives access to anyone with the
             id; stream ids are unguessable.
-        max_messages: The maximum number of earlier messages that `generate` receives. Default: None, which is all.
+        max_messages: The maximum number of stored messages that `/stream` puts before the prompt. Default: None, which
+            is all.
         compact: Called instead of `generate` to summarise a conversation. Default: `generate`.
         max_body: The maximum size of a request body in bytes. The browser sends the attachments of a conversation with
             each request, in base64, which adds a third to their size. Default: 10,000,000.
@@ -96,6 +100,7 @@ class AsyncStreamHandler:
 
     Raises:
         ValueError: `prefix` is not empty and does not begin with a slash, or a number is out of range.
+        TypeError: `heartbeat` is neither a number nor a timedelta.
     """
 
     def __init__(
@@ -166,7 +171,7 @@ class AsyncStreamHandler:
             return _json({"error": error.text or "refused"}, error.status)
         except Exception:
             logger.exception("%s %s failed", request.method, request.path)
-            return _json({"error": GENERIC_ERROR}, 500)
+            return _json({"error": "internal server error"}, 500)
         return response
 
     async def _stream(self, kind: Kind, request: WebRequest) -> AsyncWebResponse:

@@ -41,8 +41,8 @@ MIN_RECONNECT, MAX_RECONNECT = 0.1, 30.0  # seconds between two attempts to conn
 class AsyncListener:
     """Runs the worker that wakes the subscriptions of one store.
 
-    The worker starts when a subscription begins to wait. It ends when no subscription has waited for
-    `WORKER_IDLE_TIMEOUT`.
+    The worker starts when a subscription begins to wait. It ends when there are no subscriptions and none has waited in
+    the last `WORKER_IDLE_TIMEOUT` seconds.
     """
 
     def __init__(
@@ -193,7 +193,7 @@ class AsyncListenConnection:
         return max(0.0, self._connect_at - monotonic())
 
     async def connect_if_due(self) -> bool:
-        """Connect if there is no connection and the time of the next attempt has come. Return True if connected."""
+        """Connect if there is no connection and the next attempt is due. Return True if this call connected."""
         if self._connection is not None or monotonic() < self._connect_at:
             return False
         self._connect_at = monotonic() + self._reconnect_pause
@@ -227,7 +227,10 @@ class AsyncListenConnection:
             yield notification.payload
 
     async def check_probe(self) -> bool:
-        """If the last probe did not arrive, disconnect, or stop listening through a pooler. Return True if stopped."""
+        """Disconnect if the last probe did not arrive within `PROBE_TIMEOUT`.
+
+        Through a pooler, send UNLISTEN instead and return True.
+        """
         if monotonic() - self._probed_at <= PROBE_TIMEOUT:
             return False
         self._probed_at = math.inf
@@ -240,7 +243,7 @@ class AsyncListenConnection:
     async def probe_if_quiet(self) -> None:
         """Probe the LISTEN connection after polling found a change it missed.
 
-        The probe is a notification, so that polling continues until it arrives.
+        The probe is a notification: polling continues while it is under way.
         """
         is_quiet = monotonic() - self._active_at > PROBE_AFTER and self._probed_at == math.inf
         # If the client joins transactions, the poll itself uses this connection.

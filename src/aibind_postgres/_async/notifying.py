@@ -46,7 +46,7 @@ class AsyncNotifier:
         self._instance = new_id()
         self._mutex = Mutex()
         self._pending: dict[str, None] = {}  # ids of changed streams, in order
-        self._filled = AsyncEvent()
+        self._due = AsyncEvent()
         self._closing = AsyncEvent()
         self._worker: AsyncWorker | None = None
 
@@ -78,7 +78,7 @@ class AsyncNotifier:
         """Send the pending notifications and end the worker."""
         with self._mutex:
             self._closing.set()
-            self._filled.set()
+            self._due.set()
             worker = self._worker
         if worker is not None:
             await worker.join(CLOSING_TIMEOUT)
@@ -94,7 +94,7 @@ class AsyncNotifier:
             return
         with self._mutex:
             if not self._pending:
-                self._filled.set()
+                self._due.set()
             self._pending.update(dict.fromkeys(stream_ids))
             if self._worker is None or not self._worker.is_alive():
                 with suppress(RuntimeError):  # no thread can start while the interpreter exits
@@ -103,9 +103,9 @@ class AsyncNotifier:
     async def _work(self) -> None:
         duration = math.inf
         while True:
-            await self._filled.wait(0 if self._closing.is_set() else WORKER_IDLE_TIMEOUT)
+            await self._due.wait(0 if self._closing.is_set() else WORKER_IDLE_TIMEOUT)
             with self._mutex:
-                self._filled.clear()
+                self._due.clear()
                 batch, self._pending = self._pending, {}
                 if not batch:
                     self._worker = None

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("aibind_postgres")
 
-GENERIC_ERROR = "the answer broke off"  # shown to clients when the source raises
+GENERIC_ERROR = "the answer was interrupted"  # shown to clients when the source raises
 
 SHUTDOWN_GRACE = 2.0  # seconds to wait for producers after `shutdown` has requested their end
 
@@ -115,7 +115,8 @@ class AsyncProducer:
         """End this producer. Every ending goes through here, and only the first call takes effect.
 
         1. Interrupt the source, unless its reader has closed it.
-        2. Call `on_finish`. With SOURCE_FINISHED, the stream is still active; otherwise it has ended.
+        2. Call `on_finish`. With SOURCE_FINISHED, the stream is still active. With WRITE_FAILED, it may be. With other
+           reasons, it has ended.
         3. Remove the producer from the registry and set `finished`. With SOURCE_FINISHED, `_run` does this after the
            stream is done.
 
@@ -157,14 +158,14 @@ class AsyncProducer:
         """End the producer because the writer's worker reports that no more chunks can be stored."""
         reason = self._reason_of(error)
         if reason is EndReason.WRITE_FAILED:
-            logger.error("the producer of stream %r gave up: %s", self.stream_id, error)
+            logger.error("the producer of stream %r failed: %s", self.stream_id, error)
         await self.end(reason)
 
     def _reason_of(self, error: Exception) -> EndReason:
         if isinstance(error, StreamNotFoundError):
             return EndReason.DELETED
         if isinstance(error, StreamNotActiveError):
-            return self._requested or EndReason.STOPPED
+            return self._requested or EndReason.ENDED_ELSEWHERE
         return EndReason.WRITE_FAILED
 
     async def _run(self) -> None:
@@ -178,7 +179,7 @@ class AsyncProducer:
                         self._phase = Phase.WRITING
                 await self._store._database.client.release_thread()  # the source may run for a long time
                 await self._write()
-        except SourceError:
+        except ProducerError:
             reason = EndReason.SOURCE_FAILED
         except Exception as error:
             reason = self._reason_of(error)
@@ -188,7 +189,7 @@ class AsyncProducer:
                     self.stream_id,
                 )
             elif reason is EndReason.WRITE_FAILED and not self._ended_by_writer:
-                logger.error("the producer of stream %r gave up: %s", self.stream_id, error)
+                logger.error("the producer of stream %r failed: %s", self.stream_id, error)
         except BaseException as error:
             reason = EndReason.INTERRUPTED
             if not self._ended_by_writer:
@@ -217,22 +218,22 @@ class AsyncProducer:
             last = await self._writer.flush()
             # `on_finish` comes first, so that readers that see the end of the stream find its results.
             if not await self.end(EndReason.SOURCE_FINISHED, StreamStatus("done", None, last)):
-                raise SourceError(GENERIC_ERROR)  # prevents state done
-        except (SourceError, StreamNotActiveError, StreamNotFoundError):
+                raise ProducerError(GENERIC_ERROR)  # prevents state done
+        except (ProducerError, StreamNotActiveError, StreamNotFoundError):
             raise
         except Exception as error:
             if not self._ended_by_writer:
-                logger.error("the producer of stream %r gave up: %s", self.stream_id, error)
-            raise SourceError(GENERIC_ERROR) from error
+                logger.error("the producer of stream %r failed: %s", self.stream_id, error)
+            raise ProducerError(GENERIC_ERROR) from error
         except BaseException as interruption:
-            raise SourceInterrupted(GENERIC_ERROR) from interruption
+            raise ProducerInterrupted(GENERIC_ERROR) from interruption
 
     async def _copy_source(self) -> None:
         storing = False
         try:
             async with self._entered_context():
                 if self._reason is not None:  # the producer was ended while it entered the context
-                    raise SourceError(GENERIC_ERROR)
+                    raise ProducerError(GENERIC_ERROR)
                 try:
                     async for item in self._source.items:
                         text = arguments.storable_text(chunk_text(item), "a chunk")
@@ -244,13 +245,13 @@ class AsyncProducer:
                 finally:
                     await self._source.close()
         except WebError as web_error:
-            raise SourceError(web_error.text or GENERIC_ERROR) from None
+            raise ProducerError(web_error.text or GENERIC_ERROR) from None
         except Exception as error:
             if storing or self._reason is not None:
                 raise
             logger.exception("the source of stream %r failed", self.stream_id)
             error_text = str(error) or type(error).__name__
-            raise SourceError(error_text if self._expose_errors else GENERIC_ERROR) from error
+            raise ProducerError(error_text if self._expose_errors else GENERIC_ERROR) from error
 
     @asynccontextmanager
     async def _entered_context(self) -> AsyncIterator[None]:
@@ -368,11 +369,11 @@ async def close_source(source: object) -> None:
             logger.exception("a source raised when it was closed")
 
 
-class SourceError(Exception):
+class ProducerError(Exception):
     """Raised inside the writer's block to end the stream in state error with this text."""
 
 
-class SourceInterrupted(BaseException):
+class ProducerInterrupted(BaseException):
     """Raised in place of an interruption, to end the stream with this text instead of the interruption's."""
 
 

@@ -12,7 +12,7 @@ from .. import _arguments as arguments
 from .._pages import FIRST_PAGE_CHUNKS, Page
 from .._sql import StreamStatements, json_text
 from .._sqlstate import wrote_nothing
-from .._stream_tail import LIVE_PAGE_CHUNKS
+from .._stream_tail import SHARED_PAGE_CHUNKS
 from ..errors import StreamNotFoundError
 from ..models import StreamChunk
 from .combining import AsyncCombiner
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 BATCH_STREAMS, BATCH_CHARACTERS = 200, 8_000_000  # the most streams and expected characters of one statement
 
 
-class LiveRead(NamedTuple):
-    """A request for at most `LIVE_PAGE_CHUNKS` chunks after sequence number `after`."""
+class SharedRead(NamedTuple):
+    """A request for at most `SHARED_PAGE_CHUNKS` chunks after sequence number `after`."""
 
     stream_id: str
     after: int
@@ -47,9 +47,9 @@ class AsyncPageReader:
         rows = await self._database.query_with_retry(self._sql.read, [stream_id, after, limit], deadline)
         return await self._skip_gap(stream_id, Page.parse(rows, after, limit))
 
-    async def live_page(self, read: LiveRead, characters: int, deadline: float) -> Page | None:
-        """Read the newest chunks of a stream. Simultaneous reads share a statement."""
-        return await self._database.retry(partial(self._read_live, read, characters), deadline)
+    async def shared_page(self, read: SharedRead, characters: int, deadline: float) -> Page | None:
+        """Read at most `SHARED_PAGE_CHUNKS` chunks after `read.after`. Simultaneous reads share a statement."""
+        return await self._database.retry(partial(self._read_shared, read, characters), deadline)
 
     async def stored(self, stream_id: str, cursor: int) -> AsyncIterator[StreamChunk]:
         """Iterate over the stored chunks after `cursor`, without waiting for more."""
@@ -93,17 +93,17 @@ class AsyncPageReader:
         [(next_seq,)] = await self._database.query_with_retry(self._sql.next, [stream_id, page.end])
         return page._replace(end=page.total if next_seq is None else int(next_seq) - 1)
 
-    async def _read_live(self, read: LiveRead, characters: int) -> Page | None:
+    async def _read_shared(self, read: SharedRead, characters: int) -> Page | None:
         if self._database.client.joins_transactions:  # its statements must not serve other callers
             return await self._read_alone(read)
         [page] = await self._combiner.call(read, characters) or [await self._read_alone(read)]
         return page
 
-    async def _read_alone(self, read: LiveRead) -> Page | None:
-        rows = await self._database.query(self._sql.read, [*read, LIVE_PAGE_CHUNKS])
-        return Page.parse(rows, read.after, LIVE_PAGE_CHUNKS)
+    async def _read_alone(self, read: SharedRead) -> Page | None:
+        rows = await self._database.query(self._sql.read, [*read, SHARED_PAGE_CHUNKS])
+        return Page.parse(rows, read.after, SHARED_PAGE_CHUNKS)
 
-    async def _run(self, reads: Sequence[LiveRead]) -> Sequence[Sequence[Page | None]]:
+    async def _run(self, reads: Sequence[SharedRead]) -> Sequence[Sequence[Page | None]]:
         """Return a list with one page for each read, or empty lists if the reads must run alone.
 
         The server rejects a shared statement if, for example, it cannot convert the text of one stream.
@@ -114,7 +114,7 @@ class AsyncPageReader:
             [{"index": index, "id": read.stream_id, "after": read.after} for index, read in enumerate(reads)]
         )
         try:
-            rows = await self._database.query(self._sql.read_batch, [items, LIVE_PAGE_CHUNKS])
+            rows = await self._database.query(self._sql.read_batch, [items, SHARED_PAGE_CHUNKS])
         except Exception as error:
             if not wrote_nothing(error):
                 raise
@@ -122,4 +122,4 @@ class AsyncPageReader:
         found: list[list[Row]] = [[] for _ in reads]
         for index, *row in rows:
             found[index].append(tuple(row))
-        return [[Page.parse(rows, read.after, LIVE_PAGE_CHUNKS)] for rows, read in zip(found, reads, strict=True)]
+        return [[Page.parse(rows, read.after, SHARED_PAGE_CHUNKS)] for rows, read in zip(found, reads, strict=True)]

@@ -81,11 +81,13 @@ class AsyncPostgresStreamStore:
         TypeError: By the constructor, for an argument of the wrong type.
         InvalidDataError: By every method, for an id that is empty, longer than 1,024 bytes, or not storable.
         SchemaError: By every method, if a table or a column is missing.
-        StoreClosedError: By every method, once the store is closed.
+        StoreClosedError: By every method, once the store is closed. `close` can be repeated.
         RuntimeError: By every method, in a different event loop from the one of the first call.
-        ForkedError: By every method, in a process that was forked after the first call.
+        ForkedError: By every method except `close`, in a process that was forked after the first call, or after the
+            store was made from an open pool or connection.
 
-    Every method raises the driver's own error if the server cannot be reached.
+    Every method raises the driver's own error if the server cannot be reached. Iterators raise these errors during the
+    iteration, and writers on entering the block.
     """
 
     def __init__(
@@ -170,6 +172,8 @@ class AsyncPostgresStreamStore:
             StreamNotActiveError: The stream has ended.
             SequenceConflictError: `expected_seq` is not the next sequence number, or another text is stored under it.
             InvalidDataError: The chunk cannot be stored, or `expected_seq` is not an int of at least 1.
+            AibindError: The stream is full, another program has used the sequence number, or a policy or trigger of
+                the table prevents the update.
         """
         return await self._append(id, [arguments.storable_text(chunk, "a chunk")], expected_seq)
 
@@ -212,10 +216,10 @@ class AsyncPostgresStreamStore:
                 is full.
             max_bytes: The maximum size of the buffer in bytes of UTF-8; 1,000,000 by default. A single chunk may be
                 larger.
-            on_end: Called in the background if the stream ends before the block, for example because a user stopped
-                it. The argument is the error that `write` raises from then on. For an asynchronous store, it may be a
-                coroutine function. A writer with this callback has a background worker with every client; in Django
-                the worker writes outside the caller's transaction. Default: no callback.
+            on_end: Called in the background if, before the end of the block, the stream is ended or deleted by another
+                caller, or chunks cannot be stored. The argument is the error that `write` raises from then on. For an
+                asynchronous store, it may be a coroutine function. A writer with this callback has a background worker
+                with every client; in Django the worker writes outside the caller's transaction. Default: no callback.
 
         Returns:
             The writer.
@@ -318,7 +322,8 @@ class AsyncPostgresStreamStore:
         Raises:
             TimeoutError: The stream is still active after `timeout`, or the server could not be reached.
             StreamNotFoundError: The stream does not exist, or was deleted during the wait.
-            ValueError: `timeout` is negative.
+            ValueError: `timeout` is negative, or above 1e9 seconds.
+            TypeError: `timeout` is neither a number nor a timedelta.
         """
         stream_id = arguments.identifier(id)
         deadline = math.inf
@@ -330,7 +335,7 @@ class AsyncPostgresStreamStore:
             return step.status
 
     async def stop(self, id: str) -> bool:
-        """End a stream in state stopped, as a user does.
+        """End a stream in state stopped, for example on a user's request.
 
         Args:
             id: The stream id.
@@ -407,7 +412,8 @@ class AsyncPostgresStreamStore:
         created_after: datetime | None = None,
         created_before: datetime | None = None,
     ) -> AsyncIterator[StreamInfo]:
-        """Iterate over the streams in the order of their ids. With a time filter, the order is that of creation.
+        """Iterate over the streams in the order of their ids. With a time filter, the order is that of creation, and
+        streams without a recorded time are left out: those that are older than migration 0002.
 
         A stream that is created or deleted during the iteration may or may not appear.
 
@@ -475,9 +481,9 @@ class AsyncPostgresStreamStore:
     async def fail_abandoned(self, older_than: float | timedelta) -> builtins.list[str]:
         """End the active streams that have got no chunk for `older_than` seconds, in state error.
 
-        Use it for streams of dead producers. Without migration 0002, the time of the last chunk is derived from the
-        expiry: every writer must then use the ttl of this store, and a stream may be ended later, by up to a quarter
-        of the ttl.
+        Use it for streams of dead producers. Without migration 0002, and for chunks that are older than it, the time of
+        the last chunk is derived from the expiry: every writer must then use the ttl of this store, and a stream may be
+        ended later, by up to a quarter of the ttl.
 
         Args:
             older_than: Seconds, or a timedelta, since the last chunk, or since the creation of a stream without chunks.
@@ -487,7 +493,8 @@ class AsyncPostgresStreamStore:
             The ids of the ended streams.
 
         Raises:
-            ValueError: `older_than` is negative.
+            ValueError: `older_than` is negative, or above 1e9 seconds.
+            TypeError: `older_than` is neither a number nor a timedelta.
         """
         idle_seconds = arguments.seconds(older_than, "older_than", allow_zero=True)
         text = f"abandoned: no chunk for {idle_seconds:g} seconds"

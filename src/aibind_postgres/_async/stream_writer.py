@@ -72,7 +72,8 @@ class AsyncStreamWriter:
 
     A stream must have one producer: if another one appends to it, `SequenceConflictError` is raised. If another caller
     ends the stream, `is_active` becomes False and `write` raises `StreamNotActiveError` as soon as the writer is
-    notified, without waiting for the next statement. After an error of the worker, every call raises that error.
+    notified, without waiting for the next statement. After an error of the worker, `write` raises that error, and so
+    does `flush` if not all chunks are durable.
 
     With a connection as the client, or in Django, there is no worker. Each chunk is sent at once, in the transaction of
     the caller if there is one.
@@ -160,10 +161,11 @@ class AsyncStreamWriter:
         """Wait until all written chunks are durable.
 
         Returns:
-            The sequence number of the last chunk.
+            The sequence number of the last chunk of the stream; 0 before the block.
 
         Raises:
             AibindError: The chunks could not be stored. The classes are those of `write`.
+            RuntimeError: The end of the writer's block was interrupted.
         """
         self._database.check_owner()
         with self._mutex:
@@ -353,7 +355,10 @@ class AsyncStreamWriter:
                 raise self._state_error()
 
     async def _send_due(self) -> None:
-        """Send a batch, or without one check that the stream is active if needed. Then end the stream if requested."""
+        """Send the next batch. If there is none and the stream may have ended, check its status.
+
+        Then end the stream if requested.
+        """
         with self._mutex:
             if self._state is WriterState.CLOSED:
                 return
