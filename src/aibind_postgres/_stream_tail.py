@@ -33,6 +33,7 @@ class StreamTail:
         self._fetched_version = 0  # version at the begin of the newest fetch that read everything
         self._state: str | None = "active"  # None: deleted
         self._error: str | None = None
+        self._total_at_poll = 0  # `total` when the newest poll began
         self._polled: object = None
 
     @property
@@ -116,6 +117,9 @@ class StreamTail:
     def delete(self) -> None:
         self._state = None
 
+    def begin_poll(self) -> None:
+        self._total_at_poll = self.total
+
     def finds_change(self, state: str | None, total: int) -> bool:
         """Return whether the result of a poll is a change that is not known yet; state None: no such stream.
 
@@ -124,7 +128,8 @@ class StreamTail:
         deliver it.
         """
         result = (state, total)
-        if result == self._polled or (state == "active" and total <= self.total):
+        # Fewer chunks than when the poll began: it is a new stream of this id.
+        if result == self._polled or (state == "active" and self._total_at_poll <= total <= self.total):
             return False
         if self.notified:
             self.notified = False

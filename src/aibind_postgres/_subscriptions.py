@@ -1,13 +1,13 @@
 """Live reading without I/O: decides which reader fetches, which waits, and which chunks each one gets.
 
-A `Subscriptions` registry serves one store, in either flavour. Its methods return the subscriptions to wake, and the
-caller wakes them with `wake_all`: no callback runs while the mutex is held.
+A `Subscriptions` registry serves one store, in either flavour. Methods that take a report return the subscriptions to
+wake, and the caller wakes them with `wake_all`: no callback runs while the mutex is held.
 """
 
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from threading import Lock
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
@@ -82,8 +82,9 @@ class Subscription:
 class FollowedStream:
     """A stream that subscriptions of this store follow, with their common tail. Guarded by the registry's mutex."""
 
-    def __init__(self, stream_id: str) -> None:
+    def __init__(self, stream_id: str, number: int) -> None:
         self.id = stream_id
+        self.number = number  # grows with each followed stream of the store
         self.tail = StreamTail()
         self.subscriptions: set[Subscription] = set()
         self.waiting: set[Subscription] = set()
@@ -102,6 +103,9 @@ class FollowedStream:
     def mark_stale(self) -> list[Subscription]:
         self.tail.mark_stale()
         return self.wake_one()
+
+    def changed(self) -> list[Subscription]:
+        return [*self.mark_stale(), *self.wake_ends_only()]
 
     def wake_one(self) -> list[Subscription]:
         """Return one waiting reader, to fetch, if a fetch is needed and none is under way."""
@@ -132,6 +136,8 @@ class Subscriptions:
         # Several of one id: readers of a deleted stream may be busy while a new stream of its id has readers.
         self._streams: dict[str, set[FollowedStream]] = {}
         self._unsubscribed: deque[Subscription] = deque()
+        self.newest = 0  # the number of the newest followed stream
+        self._deletes: Counter[str] = Counter()  # statements under way that delete a stream
 
     def subscribe(
         self, stream_id: str, cursor: float, wake: Callable[[], None], *, ends_only: bool = False
@@ -139,7 +145,7 @@ class Subscriptions:
         """Register a reader that has the chunks up to `cursor`, or with `ends_only` a writer."""
         with self._mutex:
             woken = self._remove_unsubscribed()
-            subscription = Subscription(FollowedStream(stream_id), cursor, wake, ends_only)
+            subscription = Subscription(FollowedStream(stream_id, 0), cursor, wake, ends_only)
             self._join(subscription)
         wake_all(woken)
         return subscription
@@ -163,11 +169,16 @@ class Subscriptions:
                 if isinstance(step, Exception):
                     raise copy_error(step) from step
                 return step
+            if subscription.stream.tail.deleted:
+                if subscription.at_tail or subscription.delivered:  # the next page could be of a new stream of this id
+                    return DELETED
+                self._join(subscription)
             stream, tail = subscription.stream, subscription.stream.tail
+            if stream.id in self._deletes:
+                stream.waiting.add(subscription)
+                return WAIT
             if not subscription.at_tail:
                 return self._start_own_fetch(subscription)
-            if tail.deleted:
-                return DELETED
             cached = tail.after(subscription.cursor)
             if cached is None:
                 return self._start_own_fetch(subscription)
@@ -186,10 +197,13 @@ class Subscriptions:
     def fetched(self, subscription: Subscription, fetch: Fetch, page: Page | None) -> list[Subscription]:
         """Take the page of a fetch; None if the stream was not found."""
         with self._mutex:
+            stream = subscription.stream
+            if fetch.shared:
+                stream.fetching = None
+            if stream.id in self._deletes:  # the page may be of a new stream of this id
+                return []
             if not fetch.shared:
                 return self._take_own_page(subscription, fetch, page)
-            stream = subscription.stream
-            stream.fetching = None
             stream.tail.take(page, fetch.after, fetch.version, fetch.min_total)
             if stream.tail.deleted:
                 return self._drop(stream)
@@ -224,14 +238,21 @@ class Subscriptions:
             subscription.stream.waiting.discard(subscription)
             return subscription.stream.wake_one()
 
-    def appended(self, appended: Iterable[tuple[str, int, Sequence[str]]]) -> list[Subscription]:
-        """Take texts that were appended in this process: stream ids, the numbers before them, and the texts."""
+    def appended(self, appended: Iterable[tuple[str, int, Sequence[str]]], newest: int) -> list[Subscription]:
+        """Take texts that were appended in this process.
+
+        Args:
+            appended: Tuples of the stream id, the sequence number before the first text, and the texts.
+            newest: The attribute of this name before the statement. A stream that is followed since then may be a new
+                stream of this id.
+        """
         woken: list[Subscription] = []
         with self._mutex:
             for stream_id, before, texts in appended:
                 for stream in self._streams.get(stream_id, ()):
                     # In a transaction of the caller, others may not see the chunks yet.
-                    cached = self._share and stream.tail.append(before, texts)
+                    known = self._share and stream.number <= newest and stream_id not in self._deletes
+                    cached = known and stream.tail.append(before, texts)
                     woken += stream.wake_ready() if cached else stream.mark_stale()
         return woken
 
@@ -242,23 +263,38 @@ class Subscriptions:
             for stream_id in list(self._streams) if stream_ids is None else stream_ids:
                 for stream in self._streams.get(stream_id, ()):
                     stream.tail.notified = stream_ids is not None
-                    woken += stream.mark_stale()
                     # After a reconnect the next poll finds the streams that have ended.
-                    woken += stream.wake_ends_only() if stream_ids is not None else []
+                    woken += stream.mark_stale() if stream_ids is None else stream.changed()
         return woken
 
-    def deleted(self, stream_id: str) -> list[Subscription]:
-        """End the subscriptions of a stream that was deleted in this process: a new one of its id may exist at once."""
-        if not self._share:  # the transaction may yet be rolled back
-            return self.changed([stream_id])
+    def begin_delete(self, stream_id: str) -> None:
+        """Let the readers of a stream wait until `end_delete`: meanwhile, a page may be of a new stream of its id."""
+        if self._share:  # else the transaction may yet be rolled back
+            with self._mutex:
+                self._deletes[stream_id] += 1
+
+    def end_delete(self, stream_id: str, deleted: bool) -> list[Subscription]:
+        """Take the outcome of a statement that deletes a stream: whether it is known to have deleted one."""
+        woken: list[Subscription] = []
         with self._mutex:
-            return [woken for stream in list(self._streams.get(stream_id, ())) for woken in self._drop(stream)]
+            if self._share:
+                self._deletes[stream_id] -= 1
+                for stream in list(self._streams.get(stream_id, ())) if deleted else []:
+                    woken += self._drop(stream)
+            if not self._deletes[stream_id]:
+                del self._deletes[stream_id]
+                for stream in self._streams.get(stream_id, ()):
+                    woken += [*stream.waiting, *stream.changed()]
+                    stream.waiting.clear()
+        return list(dict.fromkeys(woken))
 
     def awaited(self) -> list[FollowedStream]:
         """Return the streams on which any subscription waits, for a poll."""
         with self._mutex:
             woken = self._remove_unsubscribed()
             awaited = [stream for streams in self._streams.values() for stream in streams if stream.is_awaited]
+            for stream in awaited:
+                stream.tail.begin_poll()
         wake_all(woken)
         return awaited
 
@@ -278,7 +314,8 @@ class Subscriptions:
                 if stream.tail.finds_change(state, total):
                     found = True
                     woken += stream.mark_stale()
-                    woken += stream.wake_ends_only() if state != "active" else []
+                if state != "active":  # at each poll, since the status query of a writer may fail
+                    woken += stream.wake_ends_only()
         return woken, found
 
     def is_empty(self) -> bool:
@@ -297,13 +334,9 @@ class Subscriptions:
                 subscription.queued_steps.append(StoreClosedError("this store was closed during the call"))
             return every
 
-    def _start_own_fetch(self, subscription: Subscription) -> Fetch | Deleted:
+    def _start_own_fetch(self, subscription: Subscription) -> Fetch:
         """Let a reader read on its own, from a snapshot of the tail's version."""
         subscription.at_tail = False
-        if subscription.stream.tail.deleted:
-            if subscription.delivered:  # the next page could be of a new stream of this id
-                return DELETED
-            self._join(subscription)
         tail, after = subscription.stream.tail, int(min(subscription.cursor, MAX_NUMBER))
         return Fetch(after, subscription.limit, False, 0, tail.version, tail.min_total, tail.ended)
 
@@ -323,7 +356,7 @@ class Subscriptions:
             if subscription.delivered:
                 subscription.queued_steps.append(DELETED)
                 return woken
-            self._join(subscription)
+            self._move(subscription, self._follow(stream.id))
             version = 0  # the new tail has missed the changes since the snapshot
         if page.rows:
             subscription.queued_steps.append(Deliver(page.chunks))
@@ -341,15 +374,23 @@ class Subscriptions:
 
     def _join(self, subscription: Subscription) -> None:
         """Move a subscription to the active stream of its id, or to a new one if none is active or shared."""
+        stream_id = subscription.stream.id
+        streams = self._streams.get(stream_id, set()) if self._share else set()
+        active = [stream for stream in streams if not stream.tail.ended]
+        self._move(subscription, active[0] if active else self._follow(stream_id))
+
+    def _move(self, subscription: Subscription, stream: FollowedStream) -> None:
         previous = subscription.stream
         previous.subscriptions.discard(subscription)
         if not previous.subscriptions:
             self._forget(previous)
-        streams = self._streams.setdefault(previous.id, set())
-        active = [stream for stream in streams if not stream.tail.ended] if self._share else []
-        subscription.stream = active[0] if active else FollowedStream(previous.id)
-        subscription.stream.subscriptions.add(subscription)
-        streams.add(subscription.stream)
+        subscription.stream = stream
+        stream.subscriptions.add(subscription)
+        self._streams.setdefault(stream.id, set()).add(stream)
+
+    def _follow(self, stream_id: str) -> FollowedStream:
+        self.newest += 1
+        return FollowedStream(stream_id, self.newest)
 
     def _drop(self, stream: FollowedStream) -> list[Subscription]:
         """Remove a stream that no longer exists."""

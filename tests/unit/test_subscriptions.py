@@ -135,7 +135,7 @@ def test_tail_does_not_span_a_gap():
 
 
 def test_cursor_outside_the_tail():
-    stream = FollowedStream("a")
+    stream = FollowedStream("a", 1)
     tail = stream.tail
     assert stream.fetch_after(7) == 7
     assert stream.fetch_after(math.inf) == 2**63 - 1
@@ -213,6 +213,11 @@ class Subscriber:
                     return chunks
 
 
+def delete(subscriptions):
+    subscriptions.begin_delete("a")
+    return subscriptions.end_delete("a", deleted=True)
+
+
 @pytest.fixture
 def subscriptions():
     return Subscriptions(share=True)
@@ -221,13 +226,13 @@ def subscriptions():
 def test_writers_are_woken_by_possible_ends_only(subscriptions):
     writer = Subscriber(subscriptions, math.inf, ends_only=True)
     wake_all(subscriptions.polled(subscriptions.awaited(), {"a": ("active", 5)})[0])
-    wake_all(subscriptions.appended([("a", 0, ["x"])]))
+    wake_all(subscriptions.appended([("a", 0, ["x"])], subscriptions.newest))
     wake_all(subscriptions.changed(None))
     assert writer.count == 0
     for end in (
         lambda: subscriptions.polled(subscriptions.awaited(), {"a": ("stopped", 5)})[0],
         lambda: subscriptions.changed(["a"]),
-        lambda: subscriptions.deleted("a"),
+        lambda: delete(subscriptions),
         subscriptions.closed,
     ):
         wake_all(end())
@@ -236,7 +241,7 @@ def test_writers_are_woken_by_possible_ends_only(subscriptions):
 
 def test_writer_is_woken_by_the_end_of_a_successor(subscriptions):
     writer = Subscriber(subscriptions, math.inf, ends_only=True)
-    wake_all(subscriptions.deleted("a"))
+    wake_all(delete(subscriptions))
     assert writer.reset() == 1
     wake_all(subscriptions.changed(["a"]))
     assert writer.reset() == 1
@@ -248,7 +253,7 @@ def test_without_sharing_each_subscription_has_its_own_tail():
     assert one.subscription.stream is not two.subscription.stream
     for reader in (one, two):
         assert reader.catch_up(rows("active", 0)) == []
-    wake_all(subscriptions.appended([("a", 0, ["x"])]))
+    wake_all(subscriptions.appended([("a", 0, ["x"])], subscriptions.newest))
     assert (one.reset(), two.reset()) == (1, 1)
     assert isinstance(one.step(), Fetch)
     assert isinstance(two.step(), Fetch)
@@ -273,7 +278,7 @@ def test_reader_gets_no_chunks_of_a_successor(subscriptions):
     fetch = reader.step()
     reader.fetched(fetch, rows("active", 200, *range(1, 51), text="old"))
     assert isinstance(reader.step(), Deliver)
-    wake_all(subscriptions.deleted("a"))
+    wake_all(delete(subscriptions))
     assert reader.step() == Deleted()
 
 
@@ -282,7 +287,7 @@ def test_page_read_across_a_deletion_is_discarded(subscriptions):
     old.fetched(old.step(), rows("active", 200, *range(1, 51), text="old"))
     old.step()
     old_fetch, new_fetch = old.step(), new.step()
-    wake_all(subscriptions.deleted("a"))
+    wake_all(delete(subscriptions))
     for reader, fetch in ((old, old_fetch), (new, new_fetch)):
         reader.fetched(fetch, rows("active", 60, *range(fetch.after + 1, 61), text="new"))
     assert old.step() == Deleted()
@@ -347,7 +352,7 @@ def test_end_of_a_shorter_successor_is_a_deletion(subscriptions):
     reader.catch_up(rows("active", 0))
     wake_all(subscriptions.changed(["a"]))
     fetch = reader.step()
-    wake_all(subscriptions.appended([("a", 0, ["x", "y", "z"])]))
+    wake_all(subscriptions.appended([("a", 0, ["x", "y", "z"])], subscriptions.newest))
     reader.fetched(fetch, rows("done", 1, 1, text="new"))  # deleted and created again before the fetch has read it
     assert reader.step() == Deleted()
 
@@ -403,3 +408,63 @@ def test_poll_reports_a_change_under_a_fetch(subscriptions):
     assert isinstance(other.step(), Fetch)
     assert isinstance(reader.step(), Wait)
     assert subscriptions.polled(subscriptions.awaited(), {"a": ("active", 5)}) == ([], True)
+
+
+def test_late_report_of_an_append_does_not_extend_the_tail_of_a_new_stream(subscriptions):
+    newest = subscriptions.newest  # before the statement, whose reply is delayed
+    wake_all(delete(subscriptions))
+    reader = Subscriber(subscriptions)
+    reader.catch_up(rows("active", 0))
+    wake_all(subscriptions.appended([("a", 0, ["of the deleted stream"])], newest))
+    assert reader.reset() == 1
+    assert isinstance(reader.step(), Fetch)
+
+
+def test_readers_wait_while_their_stream_is_deleted(subscriptions):
+    at_tail, catching_up = Subscriber(subscriptions), Subscriber(subscriptions)
+    at_tail.catch_up(rows("active", 1, 1))
+    own_fetch = catching_up.step()
+    wake_all(subscriptions.changed(["a"]))
+    assert at_tail.reset() == 1
+    shared_fetch = at_tail.step()
+    subscriptions.begin_delete("a")
+    at_tail.fetched(shared_fetch, rows("active", 2, 2, text="new"))
+    catching_up.fetched(own_fetch, rows("active", 2, 1, 2, text="new"))
+    new = Subscriber(subscriptions)
+    readers = [at_tail, catching_up, new]
+    assert [reader.step() for reader in readers] == [Wait()] * 3
+    wake_all(subscriptions.end_delete("a", deleted=True))
+    assert [reader.reset() for reader in readers] == [1, 1, 1]
+    assert at_tail.step() == Deleted()
+    for reader in (catching_up, new):
+        assert reader.catch_up(rows("active", 2, 1, 2, text="new")) == [(1, "new"), (2, "new")]
+
+
+def test_readers_continue_after_a_failed_deletion(subscriptions):
+    readers = [Subscriber(subscriptions), Subscriber(subscriptions)]
+    readers[0].catch_up(rows("active", 0))
+    subscriptions.begin_delete("a")
+    assert [reader.step() for reader in readers] == [Wait(), Wait()]
+    wake_all(subscriptions.end_delete("a", deleted=False))
+    assert [reader.reset() for reader in readers] == [1, 1]
+    for reader in readers:
+        assert reader.catch_up(rows("active", 1, 1)) == [(1, "x")]
+
+
+def test_poll_finds_a_shorter_stream(subscriptions):
+    reader = Subscriber(subscriptions)
+    reader.catch_up(rows("active", 2, 1, 2))
+    streams = subscriptions.awaited()
+    wake_all(subscriptions.appended([("a", 2, ["x"])], subscriptions.newest))
+    assert reader.reset() == 1
+    assert isinstance(reader.step(), Deliver)
+    reader.step()
+    assert subscriptions.polled(streams, {"a": ("active", 2)}) == ([], False)  # it began before the append
+    assert subscriptions.polled(subscriptions.awaited(), {"a": ("active", 1)}) == ([reader.subscription], True)
+
+
+def test_every_poll_wakes_writers_of_an_ended_stream(subscriptions):
+    writer = Subscriber(subscriptions, math.inf, ends_only=True)
+    for _ in range(3):  # the status query of the writer may fail
+        wake_all(subscriptions.polled(subscriptions.awaited(), {"a": ("stopped", 0)})[0])
+        assert writer.reset() == 1

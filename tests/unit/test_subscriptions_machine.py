@@ -74,7 +74,6 @@ class Stream:
     error: str | None = None
     ended_at: float = math.inf  # or deleted
     deleted_at: float = math.inf
-    deletion_reported: bool = False
 
     def texts(self, after: int, limit: int) -> list[str]:
         return [f"{self.number}:{seq}" for seq in range(after + 1, min(after + limit, self.length) + 1)]
@@ -100,6 +99,7 @@ class Reader:
     page: object = UNREAD
     stream: Stream | None = None  # known once a chunk has arrived
     failed: bool = False  # the fetch for which it waited has failed
+    deletion_reported: bool = False  # of the stream that it reads
     subscription: Subscription = field(init=False)
 
     def __repr__(self) -> str:
@@ -112,6 +112,15 @@ class Reader:
     @property
     def waits_unwoken(self) -> bool:
         return self.status == "waiting" and not self.woken and not self.ends_only
+
+
+@dataclass(eq=False)
+class Delete:
+    """A call that deletes a stream in this process."""
+
+    id: str
+    is_committed: bool = False
+    stream: Stream | None = None  # the deleted one
 
 
 class SubscriptionsMachine(RuleBasedStateMachine):
@@ -129,7 +138,8 @@ class SubscriptionsMachine(RuleBasedStateMachine):
         self.readers: list[Reader] = []  # those that are subscribed
         self.reader_numbers = count()
         self.left: list[Reader] = []  # those that have unsubscribed, but are not removed yet
-        self.reports: list[tuple[str, str, Callable[[], list[Subscription]]]] = []  # of changes in this process
+        self.reports: list[tuple[str, Callable[[], list[Subscription]]]] = []  # of changes in this process
+        self.deletes: list[Delete] = []
         self.notifications: list[str] = []
         self.polls: list[tuple[list[FollowedStream], dict[str, tuple[str, int]]]] = []
 
@@ -171,16 +181,11 @@ class SubscriptionsMachine(RuleBasedStateMachine):
             (3, [(self.append_here, *args, late) for args in here for late in both]),
             (3, [(self.append_elsewhere, stream.id, n, late) for stream, n in growing for late in both]),
             (1, [(self.end, stream.id, here) for stream in active for here in both]),
-            (1, [(self.delete, id, here) for id in self.streams for here in both]),
-            (
-                2,
-                [
-                    (self.delete, id, here)
-                    for id, each in self.streams.items()
-                    if each.state != "active"
-                    for here in both
-                ],
-            ),
+            (1, [(self.delete_elsewhere, id) for id in self.streams]),
+            (1, [(self.delete_elsewhere, stream.id) for stream in self.streams.values() if stream.state != "active"]),
+            (1, [(self.begin_delete, id) for id in self.ids if len(self.deletes) < 2]),
+            (3, [(self.commit_delete, each) for each in self.deletes if not each.is_committed]),
+            (2, [(self.end_delete, each) for each in self.deletes]),
             (3, [(self.create, id) for id in self.ids if id not in self.streams and self.may_create(id)]),
             (3, [(self.deliver_report, place) for place in range(len(self.reports))]),
             (3, [(self.notify, place, once) for place in notices for once in (True, True, True, False)]),
@@ -201,25 +206,24 @@ class SubscriptionsMachine(RuleBasedStateMachine):
 
     # Writers
 
-    def known_lengths(self, id: str) -> list[int]:
-        """Return the numbers of chunks that are known here of a stream that may have been deleted meanwhile."""
-        readers = [reader for reader in self.readers if reader.id == id and not reader.subscription.stream.tail.deleted]
-        return [n for each in readers for n in (each.subscription.stream.tail.min_total, each.subscription.delivered)]
+    def unaware(self, id: str) -> list[Reader]:
+        """Return the readers of a stream that may have been deleted meanwhile, without a report of it."""
+        if self.share and any(each.id == id and each.stream is not None for each in self.deletes):
+            return []  # they wait for the report
+        return [each for each in self.readers if each.id == id and not each.subscription.stream.tail.deleted]
 
     def may_create(self, id: str) -> bool:
-        # A late report of the deletion would also end the readers of the successor.
-        if any(report[:2] == (id, "deleted") for report in self.reports):
-            return False
         # The page of a read that began earlier could be of either stream.
-        for reader in self.readers:
-            if reader.id == id and reader.fetch is not None and not reader.subscription.stream.tail.deleted:
-                return False
-        # A poll does not find a stream that has become shorter, nor the same result a second time.
-        return not self.lossy or not self.known_lengths(id)
+        return all(reader.fetch is None for reader in self.unaware(id))
 
     def create(self, id: str) -> None:
         # A successor that is no shorter looks like its predecessor until the deletion was seen.
-        lengths = [length for length in self.known_lengths(id) if length]
+        lengths = [
+            length
+            for reader in self.unaware(id)
+            for length in (reader.subscription.stream.tail.min_total, reader.subscription.delivered)
+            if length
+        ]
         most = min(lengths) - 1 if lengths else MAX_CHUNKS
         self.streams[id] = Stream(id, len(self.every), self.clock, most, bool(lengths))
         self.every.append(self.streams[id])
@@ -227,8 +231,8 @@ class SubscriptionsMachine(RuleBasedStateMachine):
     def append_here(self, id: str, number: int, late: bool) -> None:
         stream, before = self.streams[id], self.streams[id].length
         stream.length += number
-        texts = stream.texts(before, number)
-        self.report_change(id, "appended", partial(self.subscriptions.appended, [(id, before, texts)]), late)
+        appended = [(id, before, stream.texts(before, number))]
+        self.report_change(id, partial(self.subscriptions.appended, appended, self.subscriptions.newest), late)
 
     def append_elsewhere(self, id: str, number: int, late: bool) -> None:
         self.streams[id].length += number
@@ -241,36 +245,49 @@ class SubscriptionsMachine(RuleBasedStateMachine):
         stream.ended_at = self.clock
         stream.state, stream.error = ("done", None) if stream.number % 2 else ("error", f"error of {stream.number}")
         if here:
-            self.report_change(id, "changed", partial(self.subscriptions.changed, [id]), late=True)
+            self.report_change(id, partial(self.subscriptions.changed, [id]), late=True)
         else:
             self.notifications.append(id)
 
-    def delete(self, id: str, here: bool) -> None:
-        # A late report of texts looks like one of the successor.
+    def remove(self, id: str) -> Stream | None:
+        stream = self.streams.pop(id, None)
+        if stream is not None:
+            stream.deleted_at = self.clock
+            stream.ended_at = min(stream.ended_at, self.clock)
+        return stream
+
+    def delete_elsewhere(self, id: str) -> None:
+        # A late report of texts looks like one of the successor. Deletions in this process are told apart.
         for place in reversed(range(len(self.reports))):
-            if self.reports[place][:2] == (id, "appended"):
+            if self.reports[place][0] == id:
                 self.deliver_report(place)
-        stream = self.streams.pop(id)
-        stream.deleted_at = self.clock
-        stream.ended_at = min(stream.ended_at, self.clock)
-        if here:
-            self.report_change(id, "deleted", partial(self.report_deletion, stream), late=True)
-        else:
-            self.notifications.append(id)
+        self.remove(id)
+        self.notifications.append(id)
+
+    def begin_delete(self, id: str) -> None:
+        self.deletes.append(Delete(id))
+        self.subscriptions.begin_delete(id)
+
+    def commit_delete(self, delete: Delete) -> None:
+        delete.is_committed, delete.stream = True, self.remove(delete.id)
+
+    def end_delete(self, delete: Delete) -> None:
+        """Report the outcome of a delete, which is an error if it is not committed."""
+        self.deletes.remove(delete)
+        if delete.stream is not None and self.share:
+            for reader in self.readers:
+                reader.deletion_reported |= reader.stream is delete.stream
+        wake_all(self.subscriptions.end_delete(delete.id, delete.stream is not None))
 
     # Reports, notifications and polls
 
-    def report_deletion(self, stream: Stream) -> list[Subscription]:
-        stream.deletion_reported = self.share
-        return self.subscriptions.deleted(stream.id)
-
-    def report_change(self, id: str, kind: str, call: Callable[[], list[Subscription]], late: bool) -> None:
-        self.reports.append((id, kind, call))
+    def report_change(self, id: str, call: Callable[[], list[Subscription]], late: bool) -> None:
+        self.reports.append((id, call))
         if not late:
             self.deliver_report(len(self.reports) - 1)
 
     def deliver_report(self, place: int) -> None:
-        wake_all(self.reports.pop(place)[2]())
+        wake_all(self.reports.pop(place)[1]())
 
     def notify(self, place: int, once: bool) -> None:
         id = self.notifications.pop(place) if once else self.notifications[place]
@@ -311,7 +328,7 @@ class SubscriptionsMachine(RuleBasedStateMachine):
         if reader.status == "waiting":
             reader.woken = False
         reader.status = "ready"
-        is_known_deleted = reader.stream and reader.stream.deletion_reported and not reader.subscription.queued_steps
+        is_known_deleted = reader.deletion_reported and not reader.subscription.queued_steps
         try:
             step = self.subscriptions.next_step(reader.subscription)
         except FetchError:
@@ -327,9 +344,7 @@ class SubscriptionsMachine(RuleBasedStateMachine):
                 reader.status, reader.fetch = "fetching", step
                 followed = reader.subscription.stream
                 waiting = [each for each in self.readers if each.waits_unwoken and each.subscription.stream is followed]
-                skips = (
-                    step.shared and step.after > followed.tail.end and any(each.cursor < math.inf for each in waiting)
-                )
+                skips = step.shared and step.after > followed.tail.end
                 assert not (skips and any(each.cursor < math.inf for each in waiting)), (
                     "a shared fetch skips chunks for which others wait"
                 )
@@ -406,6 +421,7 @@ class SubscriptionsMachine(RuleBasedStateMachine):
         # A reader that has left may have been chosen: its removal wakes another one.
         if (
             not self.left
+            and all(each.id != followed.id for each in self.deletes)
             and not followed.tail.is_current
             and any(each.waits_unwoken for each in others)
             and followed.fetching is None
@@ -425,7 +441,7 @@ class SubscriptionsMachine(RuleBasedStateMachine):
         else:
             raise AssertionError("readers run without end")
         if not self.lossy and not self.left:  # a reader that has left may have been woken, or have been fetching
-            unreported = {*self.notifications, *[report[0] for report in self.reports]}
+            unreported = {*self.notifications, *[id for id, _ in self.reports], *[each.id for each in self.deletes]}
             for reader in self.readers:
                 if reader.id not in unreported:
                     self.check_complete(reader)
@@ -439,6 +455,8 @@ class SubscriptionsMachine(RuleBasedStateMachine):
         self.run_all()
         while self.reports:
             self.deliver_report(0)
+        while self.deletes:
+            self.end_delete(self.deletes[0])
         while self.notifications and not self.lossy:
             self.notify(0, True)
         self.run_all()
@@ -462,13 +480,13 @@ class SubscriptionsMachine(RuleBasedStateMachine):
     def check_complete(self, reader: Reader) -> None:
         stream = self.streams.get(reader.id)
         if reader.ends_only:
-            # A poll finds the same end of a later stream only once.
+            # A poll does not find the end of a stream that was deleted and created again.
             ended = [
                 each.ended_at
                 for each in self.every
                 if each.id == reader.id
                 and reader.subscribed_at < each.ended_at < math.inf
-                and (not self.lossy or each.created_at <= reader.subscribed_at)
+                and (not self.lossy or stream in (each, None))
             ]
             assert reader.woken_at >= max(ended, default=-1), "a writer was not woken by the end of its stream"
             return

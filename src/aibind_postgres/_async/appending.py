@@ -79,16 +79,22 @@ class AsyncAppender:
             size += sum([len(text.encode()) for text in append.texts])
         # A statement in a caller's transaction must not contain the appends of other callers.
         combined = size < MIN_ALONE_BYTES and not self._database.client.joins_transactions
-        for _ in range(ATTEMPTS):
-            if combined:
-                last = await self._lanes[hash(append.stream_id) % LANES].call(append, size)
-            else:
-                last = await self._append_alone(append)
-            if last is None:
-                last = await self._check_skipped(append)
-            if last is not None:
-                return last
-            combined = False
+        try:
+            for _ in range(ATTEMPTS):
+                if combined:
+                    last = await self._lanes[hash(append.stream_id) % LANES].call(append, size)
+                else:
+                    last = await self._append_alone(append)
+                if last is None:
+                    last = await self._check_skipped(append)
+                if last is not None:
+                    return last
+                combined = False
+        except GeneratorExit:  # see `AsyncFollower`
+            raise
+        except BaseException:
+            self._notifier.wake([append.stream_id])  # the texts may be stored
+            raise
         raise AibindError(
             f"stream {append.stream_id!r} is active, but its row cannot be updated: check the policies and triggers "
             "of its table, and that its total_chunks is not negative"
@@ -101,11 +107,12 @@ class AsyncAppender:
             statement, data = self._sql.append, texts[0]
         else:
             statement, data = self._sql.append_many, json_array(texts)
+        newest = self._notifier.newest
         rows = await self._database.query(statement, [stream_id, data, expected_seq, self._ttl])
         if not rows:
             return None
         last = int(rows[0][0])
-        await self._notifier.appended([(stream_id, last - len(texts), texts)])
+        await self._notifier.appended([(stream_id, last - len(texts), texts)], newest)
         return last
 
     async def _run(self, appends: Sequence[Append]) -> Sequence[int | None]:
@@ -127,6 +134,7 @@ class AsyncAppender:
             for stream_id, group in groups.items()
         ]
         lasts: list[int | None] = [None] * len(appends)
+        newest = self._notifier.newest
         try:
             rows = await self._database.query(self._sql.append_batch, [json_text(items), self._ttl])
         except Exception as error:
@@ -141,7 +149,7 @@ class AsyncAppender:
                 last += len(texts)
                 lasts[index] = last
         if appended:
-            await self._notifier.appended(appended)
+            await self._notifier.appended(appended, newest)
         return lasts
 
     async def _check_skipped(self, append: Append) -> int | None:
@@ -159,12 +167,13 @@ class AsyncAppender:
         stream_id, texts, expected_seq = append
         # One statement for one snapshot: a repeated request could store the same append between two statements.
         after, limit = (0, 0) if expected_seq is None else (expected_seq - 1, len(texts))
+        newest = self._notifier.newest
         rows = await self._database.query(self._sql.read, [stream_id, after, limit])
         page = Page.parse(rows, after, limit)
         if page is None:
             raise StreamNotFoundError(stream_id)
         if expected_seq is not None and texts and [text for _, text in page.rows] == list(texts):
-            await self._notifier.appended([(stream_id, expected_seq - 1, texts)])
+            await self._notifier.appended([(stream_id, expected_seq - 1, texts)], newest)
             return expected_seq + len(texts) - 1
         if page.state != "active":
             raise StreamNotActiveError(stream_id, page.state)

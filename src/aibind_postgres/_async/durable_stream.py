@@ -180,7 +180,7 @@ class AsyncDurableStream:
             after_seq: The sequence number of the last chunk that the client has. Default: the value given to `resume`,
                 or 0.
             heartbeat: Seconds, or a timedelta, without an event after which a comment is sent, so that proxies keep
-                the connection open. Default: 15.
+                the connection open. Default: 15. None is sent during retries, while the server is unreachable.
 
         Yields:
             The bytes of one event or comment.

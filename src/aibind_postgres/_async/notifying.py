@@ -51,28 +51,33 @@ class AsyncNotifier:
         self._worker: AsyncWorker | None = None
 
     @property
+    def newest(self) -> int:
+        """The number of the newest followed stream of this process."""
+        return self._subscriptions.newest
+
+    @property
     def sender(self) -> str:
         """The id of this store in payloads. A forked process has a different one."""
         return f"{self._instance}/{os.getpid()}"
 
+    def wake(self, stream_ids: Collection[str]) -> None:
+        """Wake the subscriptions of streams that this process may have changed."""
+        wake_all(self._subscriptions.changed(stream_ids))
+
     async def changed(self, stream_ids: Collection[str]) -> None:
         """Wake the subscriptions of streams that this process has changed, and notify other processes."""
-        wake_all(self._subscriptions.changed(stream_ids))
-        await self._notify(stream_ids)
+        self.wake(stream_ids)
+        await self.notify(stream_ids)
 
-    async def deleted(self, stream_id: str) -> None:
-        """End the subscriptions of a stream that this process has deleted, and notify other processes."""
-        wake_all(self._subscriptions.deleted(stream_id))
-        await self._notify([stream_id])
-
-    async def appended(self, appended: Collection[tuple[str, int, Sequence[str]]]) -> None:
+    async def appended(self, appended: Collection[tuple[str, int, Sequence[str]]], newest: int) -> None:
         """Deliver texts that this process has appended, and notify other processes.
 
         Args:
             appended: Tuples of the stream id, the sequence number before the first text, and the texts.
+            newest: The newest followed stream before the statement, as for `Subscriptions.appended`.
         """
-        wake_all(self._subscriptions.appended(appended))
-        await self._notify([stream_id for stream_id, _, _ in appended])
+        wake_all(self._subscriptions.appended(appended, newest))
+        await self.notify([stream_id for stream_id, _, _ in appended])
 
     async def close(self) -> None:
         """Send the pending notifications and end the worker."""
@@ -83,7 +88,7 @@ class AsyncNotifier:
         if worker is not None:
             await worker.join(CLOSING_TIMEOUT)
 
-    async def _notify(self, stream_ids: Iterable[str]) -> None:
+    async def notify(self, stream_ids: Iterable[str]) -> None:
         """Send a notification, or queue it for the worker.
 
         If the client joins a transaction of the caller, errors propagate: a failed NOTIFY has aborted the change.

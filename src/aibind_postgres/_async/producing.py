@@ -132,6 +132,7 @@ class AsyncProducer:
                 return False
             self._phase, self._reason = Phase.FINISHING, reason
             worker = self._worker
+        logger.debug("the producer of stream %r ends: %s", self.stream_id, reason.value)
         try:
             await self._source.interrupt(worker)
             await self._call_on_finish(status)

@@ -55,10 +55,7 @@ class AsyncPageReader:
         """Iterate over the stored chunks after `cursor`, without waiting for more."""
         limit, delivered = FIRST_PAGE_CHUNKS, 0
         while True:
-            page = await self.page(stream_id, cursor, limit)
-            # Streams never shrink: a smaller total means a new stream with this id.
-            if page is None or page.total < delivered:
-                raise StreamNotFoundError(stream_id)
+            page = await self._stored_page(self._sql.read, stream_id, cursor, limit, delivered)
             for chunk in page.chunks:
                 yield chunk
             if page.is_last:
@@ -68,13 +65,10 @@ class AsyncPageReader:
 
     async def replay(self, stream_id: str, cursor: int, speed: float) -> AsyncIterator[StreamChunk]:
         """Iterate over the stored chunks at `speed` times the pace at which they were written."""
-        due_at, limit = monotonic(), FIRST_PAGE_CHUNKS
+        due_at, limit, delivered = monotonic(), FIRST_PAGE_CHUNKS, 0
         written_before: float | None = None
         while True:
-            rows = await self._database.query_with_retry(self._sql.read_timed, [stream_id, cursor, limit])
-            page = await self._skip_gap(stream_id, Page.parse(rows, cursor, limit))
-            if page is None:
-                raise StreamNotFoundError(stream_id)
+            page = await self._stored_page(self._sql.read_timed, stream_id, cursor, limit, delivered)
             for seq, data, written_at in page.rows:
                 if written_at is not None:
                     due_at += max(0.0, written_at - (written_before or written_at)) / speed
@@ -82,9 +76,18 @@ class AsyncPageReader:
                 if (pause := due_at - monotonic()) > 0:
                     await self._database.sleep(min(pause, arguments.MAX_SECONDS))
                 yield StreamChunk(seq, data)
+                delivered = seq
             if page.is_last:
                 return
             cursor, limit = page.end, page.next_limit
+
+    async def _stored_page(self, statement: str, stream_id: str, cursor: int, limit: int, delivered: int) -> Page:
+        rows = await self._database.query_with_retry(statement, [stream_id, cursor, limit])
+        page = await self._skip_gap(stream_id, Page.parse(rows, cursor, limit))
+        # Streams never shrink: a smaller total means a new stream with this id.
+        if page is None or page.total < delivered:
+            raise StreamNotFoundError(stream_id)
+        return page
 
     async def _skip_gap(self, stream_id: str, page: Page | None) -> Page | None:
         """Extend an empty page up to the next chunk, since `total` may be far larger than the number of chunks."""

@@ -285,7 +285,7 @@ class AsyncPostgresStreamStore:
             The chunks.
 
         Raises:
-            StreamNotFoundError: The stream does not exist.
+            StreamNotFoundError: The stream does not exist, or was deleted during the iteration.
             InvalidDataError: `after_seq` is not an int of at least 0.
             ValueError: `speed` is not more than zero.
             SchemaError: Migration 0002 is missing.
@@ -380,7 +380,13 @@ class AsyncPostgresStreamStore:
 
     async def _end(self, id: str, state: StreamState, error: str | None) -> bool:
         stream_id = arguments.identifier(id)
-        [(ended, exists)] = await self._database.query(self._sql.end, [stream_id, state, error, self._ttl])
+        try:
+            [(ended, exists)] = await self._database.query(self._sql.end, [stream_id, state, error, self._ttl])
+        except GeneratorExit:  # see `AsyncFollower`
+            raise
+        except BaseException:
+            self._notifier.wake([stream_id])  # the stream may have ended
+            raise
         if not exists:
             raise StreamNotFoundError(stream_id)
         # Also if it had already ended: the call that ended it may have lost its reply and not have notified.
@@ -397,13 +403,23 @@ class AsyncPostgresStreamStore:
             True if the stream existed.
         """
         stream_id = arguments.identifier(id)
-        [(total_chunks, deleted_chunks)] = await self._database.query(self._sql.delete, [stream_id])
-        if total_chunks is None:
-            return False
-        if deleted_chunks < total_chunks:
-            await self._database.query(self._sql.delete_orphans, [stream_id])
-        await self._notifier.deleted(stream_id)
-        return True
+        self._database.check_owner()
+        self._subscriptions.begin_delete(stream_id)
+        deleted = False
+        try:
+            [(total_chunks, deleted_chunks)] = await self._database.query(self._sql.delete, [stream_id])
+            deleted = total_chunks is not None
+            if deleted and deleted_chunks < total_chunks:
+                await self._database.query(self._sql.delete_orphans, [stream_id])
+        except GeneratorExit:  # see `AsyncFollower`
+            raise
+        except BaseException:
+            wake_all(self._subscriptions.end_delete(stream_id, deleted))
+            raise
+        wake_all(self._subscriptions.end_delete(stream_id, deleted))
+        # Also if there was none: the call that deleted it may have lost its reply and not have notified.
+        await self._notifier.notify([stream_id])
+        return deleted
 
     def list(
         self,

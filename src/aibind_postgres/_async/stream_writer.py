@@ -76,7 +76,7 @@ class AsyncStreamWriter:
     does `flush` if not all chunks are durable.
 
     With a connection as the client, or in Django, there is no worker. Each chunk is sent at once, in the transaction of
-    the caller if there is one.
+    the caller if there is one. The writer then learns from its next statement that the stream has ended.
     """
 
     def __init__(
@@ -187,8 +187,12 @@ class AsyncStreamWriter:
     def _assume_active(self) -> None:
         """Subscribe to a stream that was just created, so that entering the block needs no status query."""
         self._database.check_owner()
-        self._subscription.enter_context(self._subscribe(self._wake))
+        self._follow_end()
         self._state = WriterState.READY
+
+    def _follow_end(self) -> None:
+        if self._send_lock is None:  # without a worker, only the next statement finds that the stream has ended
+            self._subscription.enter_context(self._subscribe(self._wake))
 
     async def __aenter__(self) -> Self:
         self._database.check_owner()  # before any mutex, and before the listener starts
@@ -201,7 +205,7 @@ class AsyncStreamWriter:
             self._state = WriterState.OPEN
         try:
             if state is WriterState.NEW:
-                self._subscription.enter_context(self._subscribe(self._wake))
+                self._follow_end()
                 self._buffer.durable = (await self._database.retry(self._active_status)).total_chunks
             with self._mutex:
                 self._ensure_worker()
