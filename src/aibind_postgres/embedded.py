@@ -37,8 +37,8 @@ def server(path: str | os.PathLike[str] | None = None, *, version: int = 18) -> 
     Several blocks, threads and processes can use one folder at the same time: the first one starts the server, and the
     last one stops it. Only this user can connect, and only from this machine.
 
-    PostgreSQL refuses to run as root. For root, the server runs as the system user `pgserver`. That user is created if
-    it is missing, owns the folder, and gets permission to traverse the folders above it.
+    PostgreSQL refuses to run as root. For root, the server runs as the system user `pgserver`, which is created if it
+    is missing and owns the folder. Every system user gets permission to traverse the folders above it.
 
     Args:
         path: The data folder, which is created with its parents if it is missing. None (default) uses a temporary
