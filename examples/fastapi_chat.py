@@ -1,4 +1,6 @@
-"""A chat in FastAPI. Its answers survive a reload, a lost connection and a restart of the server.
+"""A chat in FastAPI. Its answers survive a reload and a lost connection.
+
+If the web server restarts, the text so far is kept.
 
 pip install 'aibind-postgres[binary,starlette]' fastapi uvicorn
 DATABASE_URL=postgresql://… uvicorn --app-dir examples fastapi_chat:app
@@ -13,7 +15,7 @@ from typing import Any
 
 from fastapi import FastAPI, HTTPException
 from fastapi.responses import FileResponse
-from shared import DAY, PAGE, turns
+from shared import DAY, PAGE, messages
 from shared.model import LONGEST_PAUSE, async_answer
 
 from aibind_postgres import (
@@ -70,7 +72,7 @@ async def page() -> FileResponse:
 @app.get("/conversation/{session}")
 async def conversation(session: str) -> list[dict[str, Any]]:
     try:
-        return turns.current_path(await conversations.load(session))
+        return messages.current_path(await conversations.load(session))
     except ValueError:  # an invalid id
         raise HTTPException(404) from None
 
@@ -79,6 +81,6 @@ async def conversation(session: str) -> list[dict[str, Any]]:
 async def change(session: str, action: str, id: str) -> list[dict[str, Any]]:
     try:
         async with conversations.edit(session) as chat:
-            return turns.change(chat, action, id)
+            return messages.change(chat, action, id)
     except (LookupError, ValueError):
         raise HTTPException(404) from None

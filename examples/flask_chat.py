@@ -1,4 +1,6 @@
-"""A chat in Flask. Its answers survive a reload, a lost connection and a restart of the server.
+"""A chat in Flask. Its answers survive a reload and a lost connection.
+
+If the web server restarts, the text so far is kept.
 
 pip install 'aibind-postgres[binary,flask]' gunicorn
 DATABASE_URL=postgresql://… gunicorn --chdir examples --threads 100 flask_chat:app
@@ -11,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from flask import Flask, Response, abort, send_file
-from shared import DAY, PAGE, housekeeping, turns
+from shared import DAY, PAGE, housekeeping, messages
 from shared.model import answer
 
 from aibind_postgres import (
@@ -47,7 +49,7 @@ def page() -> Response:
 @app.get("/conversation/<session>")
 def conversation(session: str) -> list[dict[str, Any]]:
     try:
-        return turns.current_path(conversations.load(session))
+        return messages.current_path(conversations.load(session))
     except ValueError:  # an invalid id
         abort(404)
 
@@ -56,6 +58,6 @@ def conversation(session: str) -> list[dict[str, Any]]:
 def change(session: str, action: str, id: str) -> list[dict[str, Any]]:
     try:
         with conversations.edit(session) as chat:
-            return turns.change(chat, action, id)
+            return messages.change(chat, action, id)
     except (LookupError, ValueError):
         abort(404)

@@ -1,4 +1,6 @@
-"""A chat in Django. Its answers survive a reload, a lost connection and a restart of the server.
+"""A chat in Django. Its answers survive a reload and a lost connection.
+
+If the web server restarts, the text so far is kept.
 
 pip install 'aibind-postgres[binary,django]' gunicorn
 DATABASE_URL=postgresql://… gunicorn --chdir examples --threads 100 django_chat.wsgi

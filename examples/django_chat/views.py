@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 
 from django.http import FileResponse, Http404, HttpRequest, JsonResponse
-from shared import DAY, PAGE, housekeeping, turns
+from shared import DAY, PAGE, housekeeping, messages
 from shared.model import answer
 
 from aibind_postgres import Generation, PostgresConversationStore, PostgresStreamStore, schema
@@ -26,7 +26,7 @@ def page(request: HttpRequest) -> FileResponse:
 
 def conversation(request: HttpRequest, session: str) -> JsonResponse:
     try:
-        return JsonResponse(turns.current_path(conversations.load(session)), safe=False)
+        return JsonResponse(messages.current_path(conversations.load(session)), safe=False)
     except ValueError:  # an invalid id
         raise Http404 from None
 
@@ -34,6 +34,6 @@ def conversation(request: HttpRequest, session: str) -> JsonResponse:
 def change(request: HttpRequest, session: str, action: str, id: str) -> JsonResponse:
     try:
         with conversations.edit(session) as chat:
-            return JsonResponse(turns.change(chat, action, id), safe=False)
+            return JsonResponse(messages.change(chat, action, id), safe=False)
     except (LookupError, ValueError):
         raise Http404 from None

@@ -1,4 +1,4 @@
-"""Code that the chat examples share: the page, the model, housekeeping and the turns of a conversation."""
+"""Code that the chat examples share: the page, the model, housekeeping and the messages of a conversation."""
 
 from pathlib import Path
 

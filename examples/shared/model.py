@@ -16,8 +16,8 @@ from collections.abc import AsyncIterator, Iterator
 from functools import cache
 from typing import Any
 
-REAL = bool(os.environ.get("OPENAI_API_KEY") or os.environ.get("OPENAI_BASE_URL"))
-NAME = os.environ.get("OPENAI_MODEL") or "gpt-4o-mini"
+USE_OPENAI = bool(os.environ.get("OPENAI_API_KEY") or os.environ.get("OPENAI_BASE_URL"))
+MODEL = os.environ.get("OPENAI_MODEL") or "gpt-4o-mini"
 
 try:
     DELAY = float(os.environ.get("AIBIND_DEMO_DELAY") or 0.03)
@@ -27,32 +27,32 @@ if not 0 <= DELAY < math.inf:
     raise ValueError("AIBIND_DEMO_DELAY must be a number of seconds")
 
 # Seconds without a token after which a producer is considered dead.
-LONGEST_PAUSE = 300 if REAL else 30 + DELAY
+LONGEST_PAUSE = 300 if USE_OPENAI else 30 + DELAY
 
 SYSTEM = {"role": "system", "content": "You are a helpful assistant. Be brief."}
 
 TEXT = """\
 You wrote: “{prompt}”
 
-I am no language model, only a stand-in that types a fixed text. The transport is real, though. Each piece of this \
-text is a numbered row in PostgreSQL before you see it.
+This is a fixed text, since no language model is configured. It is stored and sent like the answer of a model. Each \
+piece of it is a numbered row in PostgreSQL before you see it.
 
-So be rude to me. Reload this page: the text is still here, and continues. Open a second tab: both show the same text. \
-Disconnect from the network: when it is back, your browser sends the number of the last event it received, and \
+Try to interrupt it. Reload this page: the text is still here, and continues. Open a second tab: both show the same \
+text. Disconnect from the network: when it is back, your browser sends the number of the last event it received, and \
 continues with the next one, without duplicates. Kill the server in the middle of a sentence: the text so far is kept, \
 and the page reports that the answer is incomplete.
 
-Stop me, and the text so far is kept. Edit your question, and the new answer becomes an alternative to this one: use \
+Press Stop: the text so far is kept. Edit your question, and the new answer becomes an alternative to this one: use \
 the arrows to switch between them. No message is ever overwritten.
 
-That is all I can type, and I will type it again as often as you like. ✦
+This is the end of the text. ✦
 """
 
 
 def answer(messages: list[dict[str, Any]]) -> Iterator[str]:
     """Yield the tokens of an answer to a conversation."""
-    if REAL:
-        parameters = {"model": NAME, "messages": [SYSTEM, *messages], "stream": True}
+    if USE_OPENAI:
+        parameters = {"model": MODEL, "messages": [SYSTEM, *messages], "stream": True}
         # The block closes the response, so stopping the answer also stops the model.
         with _client("OpenAI").chat.completions.create(**parameters) as stream:
             for event in stream:
@@ -65,8 +65,8 @@ def answer(messages: list[dict[str, Any]]) -> Iterator[str]:
 
 async def async_answer(messages: list[dict[str, Any]]) -> AsyncIterator[str]:
     """Yield the tokens of an answer to a conversation, for asyncio."""
-    if REAL:
-        parameters = {"model": NAME, "messages": [SYSTEM, *messages], "stream": True}
+    if USE_OPENAI:
+        parameters = {"model": MODEL, "messages": [SYSTEM, *messages], "stream": True}
         async with await _client("AsyncOpenAI").chat.completions.create(**parameters) as stream:
             async for event in stream:
                 for text in _texts(event):

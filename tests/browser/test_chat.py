@@ -58,7 +58,7 @@ def test_reload_and_second_tab_during_an_answer(demo, context, stored):
     chat.page.reload()
     chat.wait_for_answer("no language model")
     second = ChatPage(context, chat.url)
-    second.wait_for_answer("rude")
+    second.wait_for_answer("interrupt")
     for tab in (chat, second):
         tab.wait_until_idle()
     [question, answer] = chat.turns

@@ -55,7 +55,7 @@ def run_model(**environment: str) -> subprocess.CompletedProcess[str]:
 
 def test_stand_in_yields_its_text() -> None:
     tokens = run_model().stdout.split("|")
-    assert "".join(tokens).startswith("You wrote: “Why {so}?”\n\nI am no language model")
+    assert "".join(tokens).startswith("You wrote: “Why {so}?”\n\nThis is a fixed text")
     assert len(tokens) > 150
 
 
@@ -138,7 +138,7 @@ def call(url: str, method: str = "GET") -> tuple[int, Any]:
 def test_conversation_urls(empty_database: str, framework: str) -> None:
     with Demo(framework, empty_database, delay=0) as demo:
         with urlopen(demo.url, timeout=20) as page:
-            assert b"<title>A chat that loses nothing</title>" in page.read()
+            assert b"<title>A durable chat</title>" in page.read()
         assert call(f"{demo.url}conversation/a%20b") == (200, [])
         assert call(f"{demo.url}conversation/a%00b")[0] == 404
         body = json.dumps({"prompt": "hi", "sessionId": "a b"}).encode()

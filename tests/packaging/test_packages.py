@@ -144,7 +144,7 @@ def test_web_demo_with_the_extra(built: Built, web: Path, framework: str) -> Non
         try:
             assert process.stdout is not None
             with urlopen(process.stdout.readline().split()[4], timeout=30) as page:
-                assert b"A chat that loses nothing" in page.read()
+                assert b"A durable chat" in page.read()
         finally:
             process.send_signal(signal.SIGINT)
     assert process.returncode == 130

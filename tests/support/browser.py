@@ -118,4 +118,4 @@ class ChatPage:
     @property
     def turns(self) -> list[Any]:
         """The texts of the visible turns."""
-        return self.page.locator("#turns p").all_text_contents()
+        return self.page.locator("#messages p").all_text_contents()

@@ -1,4 +1,4 @@
-"""The turns of a conversation as the page shows them, and the changes that the page can make."""
+"""The messages of a conversation as the page shows them, and the changes that the page can make."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,10 +19,10 @@ ACTIONS: dict[str, Callable[[ChatHistory[Any], str], object]] = {
 
 def current_path(chat: ChatHistory[Any]) -> list[dict[str, Any]]:
     """Return the messages of the current path, each with its state and its position among its alternatives."""
-    turns = []
+    messages = []
     for id in chat.node_ids:
         alternatives, index = chat.tree.siblings(id)
-        turns.append(
+        messages.append(
             {
                 "id": id,
                 "role": alternatives[index].message["role"],
@@ -32,7 +32,7 @@ def current_path(chat: ChatHistory[Any]) -> list[dict[str, Any]]:
                 "alternatives": len(alternatives),
             }
         )
-    return turns
+    return messages
 
 
 def change(chat: ChatHistory[Any], action: str, id: str) -> list[dict[str, Any]]:
