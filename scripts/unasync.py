@@ -50,7 +50,10 @@ def _check(source: Path) -> None:
         match node:
             case ast.Constant(value=str(text)):
                 if words := sorted({word for word in re.findall(r"\w+", text) if convert_name(word) != word}):
-                    raise SystemExit(f"{source}:{node.lineno}: a text names {', '.join(words)}")
+                    raise SystemExit(
+                        f"{source}:{node.lineno}: the string contains {', '.join(words)}, "
+                        "which the sync flavour renames: rephrase it"
+                    )
             case ast.Await() if node in inside:
                 raise SystemExit(f"{source}:{node.lineno}: await inside an f-string")
             case ast.Name(id=name) | ast.Attribute(attr=name) if node in inside and convert_name(name) != name:

@@ -27,8 +27,8 @@ class WebRequest(NamedTuple):
             handler rejects it.
         original: The request object of the framework, for `generate` and `authorize`. Default: None.
         context: Returns a context manager that is entered around the source and around `on_finish`. Both may outlive
-            the request, so an adapter sets up resources there that the framework otherwise binds to a request. Default:
-            no context.
+            the request, so an integration sets up resources there that the framework otherwise binds to a request.
+            Default: no context.
     """
 
     method: str

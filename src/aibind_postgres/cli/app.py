@@ -34,13 +34,27 @@ Dsn = Annotated[
         show_default=False,
     ),
 ]
+DemoDsn = Annotated[
+    str | None,
+    typer.Option(
+        "--dsn",
+        metavar="URL",
+        help="Connection string. Default: a temporary embedded PostgreSQL; $DATABASE_URL is ignored.",
+        show_default=False,
+    ),
+]
 ChunksTable = Annotated[str, typer.Option("--chunks-table", metavar="NAME", help="Table of the chunks.")]
 StatusTable = Annotated[str, typer.Option("--status-table", metavar="NAME", help="Table of the stream states.")]
 ConversationsTable = Annotated[
     str, typer.Option("--conversations-table", metavar="NAME", help="Table of the conversations.")
 ]
 NotifyTrigger = Annotated[
-    bool, typer.Option("--notify-trigger", help="Add a trigger that notifies readers of appends by other clients.")
+    bool,
+    typer.Option(
+        "--notify-trigger",
+        help="Add a trigger that notifies readers of appends by writers that do not notify, such as the TypeScript "
+        "package.",
+    ),
 ]
 After = Annotated[int, typer.Option("--after", metavar="N", min=0, help="Start after chunk number N.")]
 
@@ -114,7 +128,7 @@ def demo(
         int, typer.Option("--port", metavar="N", min=0, max=65535, help="Port of the chat; 0 selects a free one.")
     ] = 8000,
     framework: Annotated[Framework, typer.Option("--framework", help="Web framework of the chat.")] = Framework.FASTAPI,
-    dsn: Dsn = None,
+    dsn: DemoDsn = None,
     chunks_table: ChunksTable = CHUNKS_TABLE,
     status_table: StatusTable = STATUS_TABLE,
 ) -> None:

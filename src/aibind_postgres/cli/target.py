@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -72,7 +72,7 @@ def database(target: Target) -> Iterator[str]:
         elif dsn := os.environ.get("DATABASE_URL"):
             yield _check_dsn(dsn, "DATABASE_URL")
         else:
-            with _embedded_server(target, "no --dsn and no DATABASE_URL", _data_folder()) as dsn:
+            with _embedded_server(target, ("--dsn", "DATABASE_URL"), _data_folder()) as dsn:
                 yield dsn
 
 
@@ -86,20 +86,21 @@ def demo_database(target: Target) -> Iterator[str]:
         if target.dsn:
             yield _check_dsn(target.dsn, "--dsn")
         else:
-            with _embedded_server(target, "no --dsn", None) as dsn:
+            with _embedded_server(target, ("--dsn",), None) as dsn:
                 yield dsn
 
 
 @contextmanager
-def _embedded_server(target: Target, reason: str, folder: Path | None) -> Iterator[str]:
-    """Run the embedded server, print the reason, and create its tables."""
+def _embedded_server(target: Target, sources: Sequence[str], folder: Path | None) -> Iterator[str]:
+    """Run the embedded server, report that none of `sources` names a database, and create its tables."""
     with ExitStack() as stack:
         try:
             dsn = stack.enter_context(embedded.server(folder))
         except ModuleNotFoundError as error:
-            exit_with(USAGE, f"{error}, or give --dsn or DATABASE_URL")
+            exit_with(USAGE, f"{error}, or give {' or '.join(sources)}")
         except (OSError, RuntimeError) as error:
             exit_with(FAILED, f"the embedded PostgreSQL cannot be used: {error}")
+        reason = " and ".join(f"no {source}" for source in sources)
         print_message(f"{reason}: using the embedded PostgreSQL in {folder or 'a temporary folder'}")
         schema.migrate(dsn, chunks_table=target.chunks_table, status_table=target.status_table)
         yield dsn

@@ -1,4 +1,4 @@
-"""Adapters that connect a stream handler to a web framework, one module each.
+"""Integrations of a stream handler with web frameworks, one module each.
 
-An adapter converts requests and responses. All decisions are made by the handler.
+An integration converts requests and responses. The handler makes all decisions.
 """

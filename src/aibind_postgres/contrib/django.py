@@ -43,7 +43,9 @@ def urlpatterns(handler: StreamHandler | AsyncStreamHandler) -> list[URLPattern]
         match the server.
 
     Example:
-        `urlpatterns = [*urlpatterns(handler)]`
+        from aibind_postgres.contrib import django as aibind
+
+        urlpatterns = [*aibind.urlpatterns(handler)]
     """
     if isinstance(handler, AsyncStreamHandler):
         asynchronous = handler

@@ -12,8 +12,8 @@ METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]  # the handler responds with
 def blueprint(handler: StreamHandler) -> Blueprint:
     """Return a blueprint with the routes of a handler.
 
-    `WebRequest.original` is the Flask request. A generator that is stored as a stream runs in a separate application
-    context with a separate `g`. That context is torn down when the generator ends.
+    `WebRequest.original` is the Flask request. The generator of a durable stream runs in a separate application context
+    with a separate `g`. That context is torn down when the generator ends.
 
     Each reader occupies a server thread while it reads. Use a server with many threads.
 
