@@ -28,7 +28,7 @@ from .peers import pgbench_program, redis_server
 from .readers import fan_out, idle
 from .reading import memory, replay
 from .report import as_json, draw, environment, table
-from .writing import batches, importing, one_producer, ten_million
+from .writing import batches, import_benchmark, one_producer, ten_million
 
 BENCHMARKS = {
     "one-producer": one_producer,
@@ -45,7 +45,7 @@ BENCHMARKS = {
     "32-stores": separate_stores,
     "conversations": conversations,
     "10-million": ten_million,
-    "import": importing,
+    "import": import_benchmark,
 }
 
 

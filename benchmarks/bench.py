@@ -11,7 +11,7 @@ from typing import TypeVar
 import psycopg
 from psycopg.conninfo import make_conninfo
 
-from .measure import Figures, Missing, Results, take_turns
+from .measure import Figures, Missing, Results, run_interleaved
 from .peers import Redis, Tables
 
 Peer = TypeVar("Peer")
@@ -31,7 +31,7 @@ class Bench:
 
     @property
     def seconds(self) -> float:
-        """Duration of one contestant in one round."""
+        """Duration of one variant in one round."""
         return 0.5 if self.quick else 1.25
 
     def tables(self, name: str) -> Tables:
@@ -47,12 +47,12 @@ class Bench:
         tables.migrate()
         return tables
 
-    def take_turns(
-        self, contestants: dict[str, Callable[[], Figures] | Missing], rounds: int | None = None
+    def run_interleaved(
+        self, variants: dict[str, Callable[[], Figures] | Missing], rounds: int | None = None
     ) -> dict[str, Results]:
-        return take_turns(rounds or self.rounds, contestants, self.step)
+        return run_interleaved(rounds or self.rounds, variants, self.step)
 
 
 def with_peer(peer: Peer | Missing, run: Callable[[Peer], Figures]) -> Callable[[], Figures] | Missing:
-    """Return a contestant that runs with this peer, or the reason why the peer is missing."""
+    """Return a variant that runs with this peer, or the reason why the peer is missing."""
     return peer if isinstance(peer, Missing) else partial(run, peer)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 WARM_UP = 10  # appends by each caller, to open connections and prepare statements
 
 
-def threads(streams: Sequence[str], seconds: float, append: Callable[[str, str], object]) -> Figures:
+def run_threads(streams: Sequence[str], seconds: float, append: Callable[[str, str], object]) -> Figures:
     """Run one thread per stream. Each appends for some seconds and waits for each acknowledgement."""
     ready = threading.Barrier(len(streams), timeout=60)
 
@@ -47,8 +47,8 @@ def threads(streams: Sequence[str], seconds: float, append: Callable[[str, str],
     return summary(outcomes)
 
 
-async def tasks(streams: Sequence[str], seconds: float, append: Callable[[str, str], Awaitable[object]]) -> Figures:
-    """Do the same as `threads` with one asyncio task per stream."""
+async def run_tasks(streams: Sequence[str], seconds: float, append: Callable[[str, str], Awaitable[object]]) -> Figures:
+    """Do the same as `run_threads` with one asyncio task per stream."""
 
     async def work(stream: str, begin: asyncio.Event) -> tuple[float, list[float]]:
         await begin.wait()
@@ -77,7 +77,7 @@ def summary(outcomes: Sequence[tuple[float, list[float]]]) -> Figures:
 
 def shared_store(tables: Tables, count: int, seconds: float) -> Figures:
     with tables.store() as store:
-        return threads([store.create() for _ in range(count)], seconds, store.append)
+        return run_threads([store.create() for _ in range(count)], seconds, store.append)
 
 
 def pooled_appends(tables: Tables, count: int, seconds: float) -> Figures:
@@ -92,7 +92,7 @@ def pooled_appends(tables: Tables, count: int, seconds: float) -> Figures:
             with pool.connection() as connection:
                 connection.execute(statement, [stream, chunk, None, TTL], binary=True).fetchone()
 
-        return threads(streams, seconds, append)
+        return run_threads(streams, seconds, append)
 
 
 def hundred_threads(bench: Bench) -> list[Row]:
@@ -100,7 +100,7 @@ def hundred_threads(bench: Bench) -> list[Row]:
     with tables.store() as store:
         for number in range(32):
             store.create(str(number))
-    found = bench.take_turns(
+    found = bench.run_interleaved(
         {
             "store": lambda: shared_store(tables, 100, bench.seconds),
             "pooled": lambda: pooled_appends(tables, 100, bench.seconds),
@@ -118,7 +118,7 @@ def hundred_threads(bench: Bench) -> list[Row]:
 
 def eight_threads(bench: Bench) -> list[Row]:
     tables = bench.tables("eight_threads")
-    found = bench.take_turns(
+    found = bench.run_interleaved(
         {
             "store": lambda: shared_store(tables, 8, bench.seconds),
             "pooled": lambda: pooled_appends(tables, 8, bench.seconds),
@@ -156,7 +156,7 @@ def five_hundred_tasks(bench: Bench) -> list[Row]:
     async def store(followed: str) -> Figures:
         async with tables.async_store() as store:
             streams = [await store.create() for _ in range(499)]
-            return await tasks([followed, *streams], seconds, store.append)
+            return await run_tasks([followed, *streams], seconds, store.append)
 
     async def pooled(followed: str) -> Figures:
         statement = tables.sql.append
@@ -170,10 +170,10 @@ def five_hundred_tasks(bench: Bench) -> list[Row]:
                     cursor = await connection.execute(statement, [stream, chunk, None, TTL], binary=True)
                     await cursor.fetchone()
 
-            return await tasks([followed, *streams], seconds, append)
+            return await run_tasks([followed, *streams], seconds, append)
 
     with followed_stream(tables) as followed:
-        found = bench.take_turns(
+        found = bench.run_interleaved(
             {"store": lambda: asyncio.run(store(followed)), "pooled": lambda: asyncio.run(pooled(followed))}
         )
     work, peer = "append, 500 asyncio tasks, with notifications", "a pooled connection per append"
@@ -198,7 +198,7 @@ def eight_stores(pipe: Pipe, tables: Tables) -> None:
                     stores[store.create()] = store
                 pipe.send("ready")
                 pipe.recv()  # wait for the other processes
-                pipe.send(threads(list(stores), seconds, partial(append_to, stores)))
+                pipe.send(run_threads(list(stores), seconds, partial(append_to, stores)))
 
 
 def skip_notification(self: object, stream_ids: object) -> None:
@@ -225,7 +225,7 @@ def separate_stores(bench: Bench) -> list[Row]:
     with ExitStack() as stack:
         stack.enter_context(followed_stream(tables))
         pipes = [stack.enter_context(process(eight_stores, tables)) for _ in range(4)]
-        found = bench.take_turns({"notified": lambda: run(True), "silent": lambda: run(False)})
+        found = bench.run_interleaved({"notified": lambda: run(True), "silent": lambda: run(False)})
     work = "append, 32 stores in 4 processes, with notifications"
     return [
         compare(work, "rate", found["notified"], "the same, without notifications", found["silent"], at_least(0.85))

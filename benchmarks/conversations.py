@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 LENGTHS = (10, 1_000, 10_000)  # in messages
 MESSAGE_LENGTH = 200  # in characters
-LIFETIME = 1_800_000  # milliseconds; the default of a store
+TTL = 1_800_000  # milliseconds; the default of a store
 
 WARM_UP = 10  # runs of each operation, to open connections and prepare statements
 
@@ -117,7 +117,7 @@ class Conversation:
         statement = f"""
             INSERT INTO {self.table} (session_id, data, expires_at) VALUES ($1, $2, $3)
             ON CONFLICT (session_id) DO UPDATE SET data = EXCLUDED.data, expires_at = EXCLUDED.expires_at"""
-        self.connection.execute(statement, [self.key, text, milliseconds() + LIFETIME], binary=True)
+        self.connection.execute(statement, [self.key, text, milliseconds() + TTL], binary=True)
 
 
 def conversations(bench: Bench) -> list[Row]:
@@ -125,8 +125,8 @@ def conversations(bench: Bench) -> list[Row]:
     tables = bench.tables("conversations")
     table = f"{tables.schema}.conversations"
     lengths = LENGTHS[:-1] if bench.quick else LENGTHS
-    seconds = bench.seconds / 20  # short turns, so that contestants run close together in time
-    turns: dict[str, Callable[[], Figures] | Missing] = {}
+    seconds = bench.seconds / 20  # short runs, so that variants run close together in time
+    variants: dict[str, Callable[[], Figures] | Missing] = {}
     with ExitStack() as stack:
         store, other = (stack.enter_context(PostgresConversationStore(tables.dsn, table=table)) for _ in range(2))
         connection = stack.enter_context(tables.connect())
@@ -134,10 +134,10 @@ def conversations(bench: Bench) -> list[Row]:
             text = conversation_text(length)
             conversation = Conversation(text, length, str(length), table, store, other, connection)
             for name, operation in conversation.operations.items():
-                turns[f"{length:,} messages, {name}"] = partial(repeat, operation, seconds)
+                variants[f"{length:,} messages, {name}"] = partial(repeat, operation, seconds)
                 if length == lengths[0]:
                     repeat(operation, 0, least=WARM_UP)
-        found = bench.take_turns(turns, rounds=bench.rounds if bench.quick else 2 * bench.rounds)
+        found = bench.run_interleaved(variants, rounds=bench.rounds if bench.quick else 2 * bench.rounds)
     return [row for length in lengths for row in rows_of(f"{length:,} messages", found)]
 
 

@@ -1,4 +1,4 @@
-"""Measuring: contestants take turns, each round gives one figure per contestant, and rows compare medians."""
+"""Measuring: variants run interleaved, each round gives one figure per variant, and rows compare medians."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Missing(NamedTuple):
     reason: str
 
 
-class Bar(NamedTuple):
-    """Target of a row: for the ratio if it has a peer, else for the figure itself."""
+class Target(NamedTuple):
+    """The target of a row: for the ratio if it has a peer, else for the figure itself."""
 
     value: float
     at_most: bool
@@ -30,21 +30,21 @@ class Bar(NamedTuple):
         value = f"1/{1 / self.value:.0f}" if self.value <= 0.25 else f"{self.value:g}"
         return f"{'≤' if self.at_most else '≥'} {value}"
 
-    def is_reached(self, value: float) -> bool:
+    def is_met(self, value: float) -> bool:
         return value <= self.value if self.at_most else value >= self.value
 
 
-def at_least(value: float) -> Bar:
-    return Bar(value, at_most=False)
+def at_least(value: float) -> Target:
+    return Target(value, at_most=False)
 
 
-def at_most(value: float) -> Bar:
-    return Bar(value, at_most=True)
+def at_most(value: float) -> Target:
+    return Target(value, at_most=True)
 
 
 @dataclass
 class Results:
-    """Figures of one contestant, with one value per round. Empty if it is missing, with the reason."""
+    """Figures of one variant, with one value per round. Empty if it is missing, with the reason."""
 
     figures: dict[str, list[float]] = field(default_factory=dict)
     missing: str = ""
@@ -63,7 +63,7 @@ class Row:
     ours: Sequence[float] = ()
     peer: str = ""
     theirs: Sequence[float] = ()
-    bar: Bar | None = None
+    target: Target | None = None
     note: str = ""  # reason why figures are missing
 
     @property
@@ -74,32 +74,32 @@ class Row:
         return median(ours / theirs for ours, theirs in zip(self.ours, self.theirs, strict=True))
 
     @property
-    def is_reached(self) -> bool | None:
-        if self.bar is None or self.note:
+    def is_met(self) -> bool | None:
+        if self.target is None or self.note:
             return None
         ratio = self.ratio
-        return self.bar.is_reached(median(self.ours) if ratio is None else ratio)
+        return self.target.is_met(median(self.ours) if ratio is None else ratio)
 
 
-def compare(work: str, figure: str, ours: Results, peer: str, theirs: Results, bar: Bar | None = None) -> Row:
+def compare(work: str, figure: str, ours: Results, peer: str, theirs: Results, target: Target | None = None) -> Row:
     """Return the row that compares one of our figures with the same figure of a peer."""
     measured = ours.figures[figure]
-    return Row(work, UNITS[figure], measured, peer, theirs.figures.get(figure, ()), bar, theirs.missing)
+    return Row(work, UNITS[figure], measured, peer, theirs.figures.get(figure, ()), target, theirs.missing)
 
 
-def take_turns(
-    rounds: int, contestants: dict[str, Callable[[], Figures] | Missing], step: Callable[[str], None]
+def run_interleaved(
+    rounds: int, variants: dict[str, Callable[[], Figures] | Missing], step: Callable[[str], None]
 ) -> dict[str, Results]:
-    """Run each contestant once per round: A B C, A B C, …, so that a changing load affects all of them."""
+    """Run each variant once per round: A B C, A B C, …, so that a changing load affects all of them."""
     results = {
-        name: Results(missing=contestant.reason if isinstance(contestant, Missing) else "")
-        for name, contestant in contestants.items()
+        name: Results(missing=variant.reason if isinstance(variant, Missing) else "")
+        for name, variant in variants.items()
     }
     for number in range(rounds):
-        for name, contestant in contestants.items():
-            if not isinstance(contestant, Missing):
+        for name, variant in variants.items():
+            if not isinstance(variant, Missing):
                 step(f"round {number + 1} of {rounds}: {name}")
-                results[name].add(contestant())
+                results[name].add(variant())
     return results
 
 

@@ -60,8 +60,8 @@ def idle(bench: Bench) -> list[Row]:
             theirs = statements(2)
     work = f"{READERS:,} idle readers in one process"
     return [
-        Row(work, "statements/s", ours, bar=at_most(2)),
-        Row(f"{work}: connections outside the pool", "", [connections - POOL], bar=at_most(1)),
+        Row(work, "statements/s", ours, target=at_most(2)),
+        Row(f"{work}: connections outside the pool", "", [connections - POOL], target=at_most(1)),
         Row(work, "statements/s", ours, f"{NPM_READERS} readers of the npm package, polling", theirs),
     ]
 
@@ -155,10 +155,10 @@ def fan_out(bench: Bench) -> list[Row]:
     work, figures = f"{READERS:,} readers of one stream in one process", latencies(delays)
     return [
         # The end of the stream is one more change.
-        Row(f"{work}: fetches for each change", "", [fetches / (chunks + 1)], bar=at_most(1)),
-        Row(f"{work}: share of the chunks that arrived", "", [len(delays) / (chunks * READERS)], bar=at_least(1)),
+        Row(f"{work}: fetches for each change", "", [fetches / (chunks + 1)], target=at_most(1)),
+        Row(f"{work}: share of the chunks that arrived", "", [len(delays) / (chunks * READERS)], target=at_least(1)),
         Row(f"{work}: chunk to reader, p50", "ms", [figures["p50"]]),
-        Row(f"{work}: chunk to reader, p99", "ms", [figures["p99"]], bar=at_most(60)),
+        Row(f"{work}: chunk to reader, p99", "ms", [figures["p99"]], target=at_most(60)),
     ]
 
 

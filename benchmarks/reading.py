@@ -23,7 +23,7 @@ CHUNKS = 100_000
 MANY_CHUNKS = 1_000_000
 PAGE = 1_000  # entries per XRANGE; larger pages are not faster
 
-TURN = 0.5  # seconds at least, so that the caches left by the previous contestant matter little
+READ_SECONDS = 0.5  # seconds at least, so that the caches left by the previous variant matter little
 
 EVERYTHING = "SELECT seq, data FROM {} WHERE id = $1 ORDER BY seq"
 
@@ -50,19 +50,23 @@ def replay(bench: Bench) -> list[Row]:
                 await store.get_status(stream)
                 times = 0
                 start = time.perf_counter()
-                while (elapsed := time.perf_counter() - start) < TURN:
+                while (elapsed := time.perf_counter() - start) < READ_SECONDS:
                     async for _ in store.read_from(stream, follow=False):
                         pass
                     times += 1
                 return {"rate": times * CHUNKS / elapsed}
 
-        found = bench.take_turns(
+        found = bench.run_interleaved(
             {
-                "store": lambda: all_of(lambda: store.read_from(stream, follow=False)),
+                "store": lambda: read_repeatedly(lambda: store.read_from(stream, follow=False)),
                 "asyncio store": lambda: asyncio.run(async_store_read()),
-                "fetchall": lambda: all_of(lambda: connection.execute(everything, [stream], binary=True).fetchall()),
-                "Redis": with_peer(bench.redis["always"], lambda server: all_of(lambda: entries(server))),
-                "npm": lambda: all_of(lambda: NpmDesign(tables).read(connection, stream)),
+                "fetchall": lambda: read_repeatedly(
+                    lambda: connection.execute(everything, [stream], binary=True).fetchall()
+                ),
+                "Redis": with_peer(
+                    bench.redis["always"], lambda server: read_repeatedly(lambda: redis_entries(server))
+                ),
+                "npm": lambda: read_repeatedly(lambda: NpmDesign(tables).read(connection, stream)),
             }
         )
     work, raw = f"replay of {CHUNKS:,} chunks", "psycopg fetchall, binary"
@@ -74,17 +78,17 @@ def replay(bench: Bench) -> list[Row]:
     ]
 
 
-def all_of(read: Callable[[], Iterable[Any]]) -> Figures:
+def read_repeatedly(read: Callable[[], Iterable[Any]]) -> Figures:
     """Read everything repeatedly and discard it. Return the rate."""
     times = 0
     start = time.perf_counter()
-    while (elapsed := time.perf_counter() - start) < TURN:
+    while (elapsed := time.perf_counter() - start) < READ_SECONDS:
         deque(read(), maxlen=0)
         times += 1
     return {"rate": times * CHUNKS / elapsed}
 
 
-def entries(server: Redis) -> Iterator[Any]:
+def redis_entries(server: Redis) -> Iterator[Any]:
     """Read the Redis stream page by page."""
     with server.connect() as client:
         cursor = "-"
@@ -113,12 +117,12 @@ def memory(bench: Bench) -> list[Row]:
         with process(reader, tables, stream) as pipe:
             return {"growth": pipe.recv()}
 
-    found = bench.take_turns(
+    found = bench.run_interleaved(
         {"store": lambda: growth(read_all), "fetchall": lambda: growth(fetch_all)}, rounds=1 if bench.quick else 3
     )
     work = f"memory to read {MANY_CHUNKS:,} chunks"
     return [
-        Row(work, "MiB", found["store"].figures["growth"], bar=at_most(32)),
+        Row(work, "MiB", found["store"].figures["growth"], target=at_most(32)),
         compare(work, "growth", found["store"], "psycopg fetchall, binary", found["fetchall"]),
     ]
 

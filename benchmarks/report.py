@@ -16,9 +16,9 @@ from typing import Any
 import typer
 from rich.table import Table
 
-from .measure import Bar, Row
+from .measure import Row, Target
 
-HEADINGS = ["work", "ours", "peer", "its figure", "ratio", "bar", "reached"]
+HEADINGS = ["work", "ours", "peer", "peer's figure", "ratio", "target", "met"]
 PACKAGES = ["aibind-postgres", "psycopg", "psycopg-pool", "redis", "hiredis"]
 
 PAGE = Path(__file__).parent / "README.md"
@@ -26,7 +26,7 @@ PICTURE = Path(__file__).parent / "results.svg"
 RESULTS = re.compile(r"(?<=<!-- results -->\n).*?(?=<!-- end of results -->)", re.DOTALL)
 
 # Readable on white and on black.
-TEXT, REACHED, MISSED, NEUTRAL = "#808080", "#3a87c8", "#d2691e", "#9a9a9a"
+TEXT, MET, MISSED, NEUTRAL = "#808080", "#3a87c8", "#d2691e", "#9a9a9a"
 
 LESS_IS_BETTER = ("ms", "MiB", "statements/s")
 
@@ -42,17 +42,17 @@ def cells(row: Row) -> list[str]:
     ours = figure(median(row.ours), row.unit) if row.ours else ""
     theirs = figure(median(row.theirs), row.unit) if row.theirs else row.note
     ratio = "" if row.ratio is None else f"1/{1 / row.ratio:,.1f}" if row.ratio <= 0.25 else f"{row.ratio:.3g}"
-    reached = {None: "", True: "yes", False: "NO"}[row.is_reached]
-    return [row.work, ours, row.peer, theirs, ratio, str(row.bar or ""), reached]
+    met = {None: "", True: "yes", False: "NO"}[row.is_met]
+    return [row.work, ours, row.peer, theirs, ratio, str(row.target or ""), met]
 
 
 def table(rows: Iterable[Row]) -> Table:
     """Return the table for a terminal."""
     result = Table(*HEADINGS)
     for row in rows:
-        style = {None: "", True: "green", False: "red"}[row.is_reached]
-        *others, reached = cells(row)
-        result.add_row(*others, f"[{style}]{reached}[/]" if style else reached)
+        style = {None: "", True: "green", False: "red"}[row.is_met]
+        *others, met = cells(row)
+        result.add_row(*others, f"[{style}]{met}[/]" if style else met)
     return result
 
 
@@ -82,8 +82,8 @@ def as_json(rows: Iterable[Row], about: dict[str, Any]) -> str:
             "ours_median": median(row.ours) if row.ours else None,
             "theirs_median": median(row.theirs) if row.theirs else None,
         }
-        bar = row.bar._asdict() if row.bar else None
-        listed.append({**asdict(row), "bar": bar, **medians, "ratio": row.ratio, "reached": row.is_reached})
+        target = row.target._asdict() if row.target else None
+        listed.append({**asdict(row), "target": target, **medians, "ratio": row.ratio, "met": row.is_met})
     return json.dumps({**about, "rows": listed}, indent=1, ensure_ascii=False) + "\n"
 
 
@@ -93,12 +93,12 @@ def from_json(text: str) -> tuple[list[Row], dict[str, Any]]:
     rows = []
     for item in about.pop("rows"):
         measured = {name: item[name] for name in ("work", "unit", "ours", "peer", "theirs", "note")}
-        rows.append(Row(**measured, bar=Bar(**item["bar"]) if item["bar"] else None))
+        rows.append(Row(**measured, target=Target(**item["target"]) if item["target"] else None))
     return rows, about
 
 
 def draw(rows: Iterable[Row], file: Path) -> None:
-    """Draw the ratio to each peer, with a line at the bar."""
+    """Draw the ratio to each peer, with a line at the target."""
     import matplotlib as mpl
 
     mpl.use("agg")
@@ -108,10 +108,10 @@ def draw(rows: Iterable[Row], file: Path) -> None:
     drawing, axes = plt.subplots(figsize=(13, 1.0 + 0.3 * len(shown)), layout="constrained")
     for index, (row, ratio) in enumerate(shown):
         exponent = -1 if row.unit in LESS_IS_BETTER else 1
-        color = {None: NEUTRAL, True: REACHED, False: MISSED}[row.is_reached]
+        color = {None: NEUTRAL, True: MET, False: MISSED}[row.is_met]
         axes.barh(index, ratio**exponent - 1, left=1, height=0.66, color=color)
-        if row.bar is not None:
-            axes.plot([row.bar.value**exponent] * 2, [index - 0.45, index + 0.45], color=TEXT, linewidth=2)
+        if row.target is not None:
+            axes.plot([row.target.value**exponent] * 2, [index - 0.45, index + 0.45], color=TEXT, linewidth=2)
         measured = f"{figure(median(row.ours), row.unit)} : {figure(median(row.theirs), row.unit)}"
         axes.annotate(
             measured, (1.01, index), xycoords=("axes fraction", "data"), va="center", color=TEXT, annotation_clip=False
@@ -125,7 +125,8 @@ def draw(rows: Iterable[Row], file: Path) -> None:
     axes.spines[:].set_visible(False)
     axes.margins(y=0.01)
     drawing.suptitle(
-        "How many times better than the peer. The line is the bar. Blue: reached. Orange: not reached.",
+        "Ratio to each peer, inverted where less is better: above 1 is better. The line is the target. Blue: met. "
+        "Orange: not met.",
         x=0.01,
         ha="left",
         color=TEXT,

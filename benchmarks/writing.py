@@ -10,7 +10,7 @@ from functools import partial
 from aibind_postgres._sql import json_array
 
 from .bench import Bench, with_peer
-from .concurrent_appends import tasks, threads
+from .concurrent_appends import run_tasks, run_threads
 from .import_cost import STATEMENTS, measure
 from .measure import TOKEN, Figures, Results, Row, at_least, at_most, compare, latencies
 from .peers import TTL, NpmDesign, Redis, Tables, pgbench
@@ -25,11 +25,11 @@ def one_producer(bench: Bench) -> list[Row]:
 
     def store_appends() -> Figures:
         with tables.store() as store:
-            return threads([store.create()], bench.seconds, store.append)
+            return run_threads([store.create()], bench.seconds, store.append)
 
     async def async_store_appends() -> Figures:
         async with tables.async_store() as store:
-            return await tasks([await store.create()], bench.seconds, store.append)
+            return await run_tasks([await store.create()], bench.seconds, store.append)
 
     def raw_appends() -> Figures:
         statement = tables.sql.append
@@ -38,11 +38,11 @@ def one_producer(bench: Bench) -> list[Row]:
             def append(stream: str, chunk: str) -> None:
                 connection.execute(statement, [stream, chunk, None, TTL], binary=True).fetchone()
 
-            return threads([store.create()], bench.seconds, append)
+            return run_threads([store.create()], bench.seconds, append)
 
-    def entries(server: Redis) -> Figures:
+    def redis_appends(server: Redis) -> Figures:
         with server.connect() as client:
-            return threads(["one"], bench.seconds, lambda stream, chunk: client.xadd(stream, {"data": chunk}))
+            return run_threads(["one"], bench.seconds, lambda stream, chunk: client.xadd(stream, {"data": chunk}))
 
     def npm_appends() -> Figures:
         statement = NpmDesign(tables).append
@@ -53,16 +53,16 @@ def one_producer(bench: Bench) -> list[Row]:
                 with pool.connection() as connection:
                     connection.execute(statement, [stream, chunk], prepare=False).fetchone()
 
-            return threads([store.create()], bench.seconds, append)
+            return run_threads([store.create()], bench.seconds, append)
 
-    found = bench.take_turns(
+    found = bench.run_interleaved(
         {
             "store": store_appends,
             "asyncio store": lambda: asyncio.run(async_store_appends()),
             "pgbench": with_peer(bench.pgbench, lambda program: pgbench(program, tables, 1, bench.seconds)),
             "raw statement": raw_appends,
-            "Redis, always": with_peer(bench.redis["always"], entries),
-            "Redis, everysec": with_peer(bench.redis["everysec"], entries),
+            "Redis, always": with_peer(bench.redis["always"], redis_appends),
+            "Redis, everysec": with_peer(bench.redis["everysec"], redis_appends),
             "npm": npm_appends,
         }
     )
@@ -71,7 +71,7 @@ def one_producer(bench: Bench) -> list[Row]:
     return [
         compare(work, "rate", ours, server, found["pgbench"], at_least(0.75)),
         compare(f"{work}, asyncio", "rate", found["asyncio store"], server, found["pgbench"], at_least(0.45)),
-        compare(work, "rate", ours, "its statement, raw psycopg", found["raw statement"]),
+        compare(work, "rate", ours, "the store's statement, raw psycopg", found["raw statement"]),
         compare(work, "rate", ours, f"{redis} always", found["Redis, always"], at_least(1.7)),
         compare(work, "rate", ours, f"{redis} everysec", found["Redis, everysec"]),
         compare(work, "rate", ours, "the npm package's statement", found["npm"]),
@@ -114,7 +114,7 @@ def batches(bench: Bench) -> list[Row]:
 
             return repeat(write)
 
-    found = bench.take_turns(
+    found = bench.run_interleaved(
         {
             "store": store_batches,
             "raw statement": raw_batches,
@@ -123,7 +123,7 @@ def batches(bench: Bench) -> list[Row]:
     )
     work, ours = "append_many, 1,000 chunks each", found["store"]
     return [
-        compare(work, "rate", ours, "its statement, raw psycopg", found["raw statement"], at_least(0.9)),
+        compare(work, "rate", ours, "the store's statement, raw psycopg", found["raw statement"], at_least(0.9)),
         compare(work, "rate", ours, "Redis XADD pipelined, always", found["Redis, always"], at_least(4)),
     ]
 
@@ -184,12 +184,12 @@ def import_time(statement: str) -> Figures:
     return {"p50": measure(statement)}
 
 
-def importing(bench: Bench) -> list[Row]:
+def import_benchmark(bench: Bench) -> list[Row]:
     for statement in STATEMENTS.values():  # warms the file cache and writes bytecode
         measure(statement)
-    found = bench.take_turns(
+    found = bench.run_interleaved(
         {name: partial(import_time, statement) for name, statement in STATEMENTS.items()}, rounds=3 * bench.rounds
     )
     ours, base = found["ours"].figures["p50"], found["base"].figures["p50"]
     extra = [total - psycopg for total, psycopg in zip(ours, base, strict=True)]
-    return [Row("import, beyond psycopg and its pool", "ms", extra, bar=at_most(30))]
+    return [Row("import, beyond psycopg and its pool", "ms", extra, target=at_most(30))]
