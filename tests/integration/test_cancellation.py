@@ -277,8 +277,6 @@ async def test_workers_cancelled_before_their_first_step_are_replaced(dsn, table
             task.cancel()
         return {task.get_name().removeprefix("aibind_postgres-") for task in new}
 
-    async with AsyncPostgresStreamStore(dsn, **tables, poll_interval=0.01) as store, store.writer(await store.create()):
-        pass
     async with AsyncPostgresStreamStore(dsn, **tables, poll_interval=0.01) as store:
         id = await store.create()
         known = asyncio.all_tasks()
@@ -293,12 +291,13 @@ async def test_workers_cancelled_before_their_first_step_are_replaced(dsn, table
                 assert (await asyncio.wait_for(reading, 20)).data == "b"
 
 
-def run_and_cancel(main, by):
-    """Run `main` as `asyncio.run` does, but cancel the tasks in the order of the key `by`."""
+def run_and_cancel(main, last, reverse):
+    """Run `main` as `asyncio.run` does, but cancel the tasks with `last` in their name after the others, or before."""
     loop = asyncio.new_event_loop()
     try:
         result = loop.run_until_complete(main)
-        tasks = sorted(asyncio.all_tasks(loop), key=by)
+        tasks = sorted(asyncio.all_tasks(loop), key=lambda task: (last in task.get_name()) != reverse)
+        assert any(last in task.get_name() for task in tasks)
         for task in tasks:
             task.cancel()
         loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
@@ -309,7 +308,7 @@ def run_and_cancel(main, by):
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("last", ["end of the loop", "producer", "listener"])
+@pytest.mark.parametrize("last", ["end of the loop", "producer", "writer", "notifier", "listener"])
 def test_end_of_the_loop_ends_streams_in_error_and_closes_sources(dsn, tables, caplog, last, reverse):
     closed = []
 
@@ -329,7 +328,7 @@ def test_end_of_the_loop_ends_streams_in_error_and_closes_sources(dsn, tables, c
 
     gc.collect()  # objects of earlier tests
     caplog.clear()
-    ids = run_and_cancel(serve(), by=lambda task: (last in task.get_name()) != reverse)
+    ids = run_and_cancel(serve(), last, reverse)
     gc.collect()
     assert len(closed) == len(ids)
     assert "destroyed" not in caplog.text

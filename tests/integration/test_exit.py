@@ -158,6 +158,7 @@ class CancellingClient:
 
     def __init__(self, pool):
         self._pool = pool
+        self.cancelled = 0
 
     async def query(self, sql, params):
         async with self._pool.connection() as connection:
@@ -167,11 +168,10 @@ class CancellingClient:
             asyncio.get_running_loop().call_soon(self.cancel_producers)
         return rows
 
-    @staticmethod
-    def cancel_producers():
+    def cancel_producers(self):
         for task in asyncio.all_tasks():
             if task.get_name() == "aibind_postgres-producer":
-                task.cancel()
+                self.cancelled += task.cancel()
 
 
 async def test_shutdown_ends_a_producer_that_was_cancelled_before_it_began(dsn, tables):
@@ -185,10 +185,12 @@ async def test_shutdown_ends_a_producer_that_was_cancelled_before_it_began(dsn, 
             closed.append(True)
 
     async with AsyncConnectionPool(dsn, kwargs={"autocommit": True}, min_size=1, open=False) as pool:
-        async with AsyncPostgresStreamStore(CancellingClient(pool), **tables) as store:
+        client = CancellingClient(pool)
+        async with AsyncPostgresStreamStore(client, **tables) as store:
             stream = await AsyncDurableStream.start(store, Source(), on_finish=lambda *call: calls.append(call))
             assert await AsyncDurableStream.shutdown(store, 0) is False
             assert await store.get_status(stream.id) == ("error", "the answer was interrupted", 0)
             assert await AsyncDurableStream.shutdown(store, 0) is True
+    assert client.cancelled == 1
     assert closed == [True]
     assert calls == [("", ("error", "the answer was interrupted", 0))]

@@ -12,11 +12,13 @@ from concurrent.futures import Future, wait
 from functools import partial
 from typing import Any
 
+TIMEOUT = 30  # seconds after which a call counts as hanging, and a condition as false
+
 async_sleep = asyncio.sleep
 sleep = time.sleep
 
 
-async def async_until(condition: Callable[[], object], timeout: float = 30) -> None:
+async def async_until(condition: Callable[[], object], timeout: float = TIMEOUT) -> None:
     """Wait until a condition is true. Fail after `timeout` seconds."""
     deadline = time.monotonic() + timeout
     while not condition():
@@ -24,7 +26,7 @@ async def async_until(condition: Callable[[], object], timeout: float = 30) -> N
         await async_sleep(0.002)
 
 
-def until(condition: Callable[[], object], timeout: float = 30) -> None:
+def until(condition: Callable[[], object], timeout: float = TIMEOUT) -> None:
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline, f"the condition is still false after {timeout} seconds"
@@ -80,7 +82,7 @@ class AsyncBackground:
             self._task.cancel()
         await asyncio.wait([self._task])
 
-    async def result(self, timeout: float = 20) -> Any:
+    async def result(self, timeout: float = TIMEOUT) -> Any:
         return await asyncio.wait_for(asyncio.shield(self._task), timeout)
 
 
@@ -96,17 +98,17 @@ class Background:
         if kind is None:
             wait([self._future])
 
-    def result(self, timeout: float = 20) -> Any:
+    def result(self, timeout: float = TIMEOUT) -> Any:
         return self._future.result(timeout)
 
 
 def async_workers() -> list[str]:
-    """Return the names of the package's background tasks."""
-    return [task.get_name() for task in asyncio.all_tasks() if task.get_name().startswith("aibind_postgres")]
+    """Return the names of the tasks of the package and of its pools."""
+    return [name for task in asyncio.all_tasks() if "aibind_postgres" in (name := task.get_name())]
 
 
 def workers() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("aibind_postgres")]
+    return [thread.name for thread in threading.enumerate() if "aibind_postgres" in thread.name]
 
 
 def run_python(code: str, *arguments: str) -> subprocess.Popen[str]:
