@@ -10,7 +10,7 @@ import psycopg
 import pytest
 from psycopg_pool import AsyncConnectionPool
 from support.concurrency import AsyncBackground, async_gather, async_sleep, async_until
-from support.recording import AsyncRecordingPoolClient
+from support.recording import AsyncRecordingConnectionClient, AsyncRecordingPoolClient
 
 from aibind_postgres import (
     AsyncPostgresStreamStore,
@@ -265,15 +265,19 @@ async def test_readers_and_waits_together(store, other, client):
     assert results[3:] == [("error", "why", 10)] * 3
 
 
-async def test_readers_in_a_transaction_share_no_fetch(dsn, tables):
+async def test_readers_on_a_callers_connection_share_no_fetch(dsn, tables):
     async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as connection:
-        async with AsyncPostgresStreamStore(connection, **tables) as store:
+        client = AsyncRecordingConnectionClient(connection, None)
+        async with AsyncPostgresStreamStore(client, **tables, poll_interval=NEVER) as store:
             id = await store.create()
             async with connection.transaction(force_rollback=True):
                 await store.append(id, "rolled back")
                 assert [chunk.data async for chunk in store.read_from(id, follow=False)] == ["rolled back"]
-            async with AsyncBackground(partial(async_gather, *[partial(collect, store, id)] * 2)) as readers:
-                await async_sleep(0.2)
+            client.reads.clear()
+            async with AsyncBackground(partial(async_gather, *[partial(collect, store, id)] * 10)) as readers:
+                await all_waiting(client, 10)
+                client.fetches.clear()
                 await store.append(id, "x")
                 await store.complete(id)
-                assert await readers.result() == [[(1, "x")]] * 2
+                assert await readers.result() == [[(1, "x")]] * 10
+            assert len(client.fetches) >= 10

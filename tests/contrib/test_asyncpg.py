@@ -75,16 +75,16 @@ async def test_reader_after_lost_connections(pool, theirs, tables, dsn):
         await contract.async_survives(store, theirs, dsn)
 
 
-async def test_lost_connection_of_the_caller_raises_at_once(connection, tables, dsn):
-    async with AsyncPostgresStreamStore(wrap_asyncpg(connection), **tables) as store:
+async def test_lost_connection_of_the_caller_raises_without_retries(connection, tables, dsn):
+    async with AsyncPostgresStreamStore(wrap_asyncpg(connection), **tables, retry_for=3600) as store:
         id = await store.create()
         connection.terminate()
         with pytest.raises((asyncpg.InterfaceError, asyncpg.PostgresConnectionError)):
             await anext(store.read_from(id))
 
 
-async def test_closed_pool_raises_at_once(pool, tables):
-    async with AsyncPostgresStreamStore(wrap_asyncpg(pool), **tables) as store:
+async def test_closed_pool_raises_without_retries(pool, tables):
+    async with AsyncPostgresStreamStore(wrap_asyncpg(pool), **tables, retry_for=3600) as store:
         id = await store.create()
         await pool.close()
         with pytest.raises(asyncpg.InterfaceError, match="clos"):

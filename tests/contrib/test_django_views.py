@@ -158,5 +158,7 @@ def test_stream_in_an_open_transaction_is_logged(store, caplog):
     with transaction.atomic():
         stream = DurableStream.start(store, generate(None))
         until(lambda: "first commit the transaction that creates it" in caplog.text)
-    store.fail_abandoned(0)  # the producer may have failed it before
+        assert DurableStream.shutdown(store, 20)
+        assert store.get_status(stream.id) == ("active", None, 0)
+    assert store.fail_abandoned(0) == [stream.id]
     assert store.get_status(stream.id).state == "error"

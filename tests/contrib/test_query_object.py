@@ -114,7 +114,7 @@ async def test_reader_after_lost_connections_with_connection_errors_in_tasks(asy
 
 def test_first_error_is_raised_without_connection_errors(pool, tables, monkeypatch):
     client = QueryClient(pool, tuple_row)
-    with PostgresStreamStore(client, **tables) as store:
+    with PostgresStreamStore(client, **tables, retry_for=3600) as store:
         id = store.create()
 
         def fail(sql, params):

@@ -13,9 +13,9 @@ from typing import Any
 import psycopg
 from psycopg_pool import AsyncConnectionPool, ConnectionPool
 
-from aibind_postgres._async.client import AsyncPoolClient
+from aibind_postgres._async.client import AsyncConnectionClient, AsyncPoolClient
 from aibind_postgres._subscriptions import SHARED_PAGE_CHUNKS
-from aibind_postgres._sync.client import PoolClient
+from aibind_postgres._sync.client import ConnectionClient, PoolClient
 from support.concurrency import async_until, until
 
 POLL = "SELECT id, state, total_chunks FROM"  # occurs in the poll for waiting readers, and in no other statement
@@ -168,6 +168,38 @@ class AsyncRecordingPoolClient(_ReadRecorder, AsyncPoolClient):
 
 
 class RecordingPoolClient(_ReadRecorder, PoolClient):
+    def query(self, sql: str, params: Sequence[Any]) -> Sequence[Any]:
+        is_read = self._begin(sql, params)
+        try:
+            return super().query(sql, params)
+        finally:
+            if is_read:
+                self._end()
+
+    def connect(self) -> Any:
+        connection = super().connect()
+        self._record_connection()
+        return connection
+
+
+class AsyncRecordingConnectionClient(_ReadRecorder, AsyncConnectionClient):
+    """The client of a connection. It records the reads of its stores."""
+
+    async def query(self, sql: str, params: Sequence[Any]) -> Sequence[Any]:
+        is_read = self._begin(sql, params)
+        try:
+            return await super().query(sql, params)
+        finally:
+            if is_read:
+                self._end()
+
+    async def connect(self) -> Any:
+        connection = await super().connect()
+        self._record_connection()
+        return connection
+
+
+class RecordingConnectionClient(_ReadRecorder, ConnectionClient):
     def query(self, sql: str, params: Sequence[Any]) -> Sequence[Any]:
         is_read = self._begin(sql, params)
         try:

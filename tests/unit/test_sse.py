@@ -130,10 +130,9 @@ def test_invalid_event_raises(event):
         encode(event)
 
 
-def test_long_line_in_small_pieces_takes_linear_time():
-    """The parser scans each piece once, not the pieces before it again."""
+def test_long_line_in_small_pieces():
     parser = EventParser()
-    for _ in range(200_000):
-        assert parser.feed(b"data: x" if not parser._line else b"xxxxx") == []
+    for piece in [b"data: x", *[b"xxxxx"] * 199_999]:
+        assert parser.feed(piece) == []
     [event] = parser.feed(b"\n\n")
     assert len(event.data) == 1 + 5 * 199_999
