@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from datetime import datetime, timedelta, timezone
+from datetime import timedelta
 
 import psycopg
 import pytest
@@ -52,12 +52,16 @@ async def expire(run, session_id):
     await run("UPDATE TABLE SET expires_at = 0 WHERE session_id = $1", session_id)
 
 
-async def remaining(run, session_id):
-    """Return the seconds until a conversation expires."""
-    [(seconds,)] = await run(
-        "SELECT expires_at / 1000.0 - extract(epoch FROM now()) FROM TABLE WHERE session_id = $1", session_id
-    )
-    return float(seconds)
+async def expiry(run, session_id):
+    """Return the time at which a conversation expires, in milliseconds since the epoch."""
+    [(expires_at,)] = await run("SELECT expires_at FROM TABLE WHERE session_id = $1", session_id)
+    return expires_at
+
+
+async def server_time(run):
+    """Return the time of the server in milliseconds since the epoch, rounded as expires_at is."""
+    [(now,)] = await run("SELECT (extract(epoch FROM clock_timestamp()) * 1000)::bigint")
+    return now
 
 
 async def test_save_and_load(store):
@@ -150,13 +154,16 @@ async def test_save_and_touch_restart_the_ttl(dsn, conversations, run):
             chat = await store.load("s")
             for renew in (store.save, store.touch):
                 await run("UPDATE TABLE SET expires_at = expires_at - 30000")
+                before = await server_time(run)
                 await renew(*(("s", chat) if renew == store.save else ("s",)))
-                assert 50 < await remaining(run, "s") <= 60.1
+                after = await server_time(run)
+                assert before + 60_000 <= await expiry(run, "s") <= after + 60_000
             await run("UPDATE TABLE SET expires_at = expires_at - 30000")
+            expires_at = await expiry(run, "s")
             await store.load("s")
             async with store.edit("s"):
                 pass
-            assert await remaining(run, "s") < 31
+            assert await expiry(run, "s") == expires_at
 
 
 async def test_expired_conversation_is_treated_as_deleted(store, run):
@@ -205,13 +212,16 @@ async def test_touch_and_delete_return_whether_the_conversation_exists(store):
 async def test_list_is_ordered_by_id_and_paged(store, run, monkeypatch):
     monkeypatch.setattr(conversation_store, "LIST_PAGE_ROWS", 3)
     names = [f"s{number}" for number in range(7)]
+    before = await server_time(run)
     for name in reversed(names):
         await store.save(name, ChatHistory())
+    after = await server_time(run)
     await expire(run, "s4")
     infos = [info async for info in store.list()]
     assert [info.session_id for info in infos] == [name for name in names if name != "s4"]
     assert isinstance(infos[0], ConversationInfo)
-    assert abs(infos[0].expires_at - datetime.now(timezone.utc) - timedelta(seconds=1800)) < timedelta(seconds=60)
+    ttl = 1_800_000
+    assert before + ttl <= round(infos[0].expires_at.timestamp() * 1000) <= after + ttl
 
 
 async def test_cleanup_deletes_expired_conversations_and_returns_their_number(store, run):

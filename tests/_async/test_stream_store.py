@@ -249,14 +249,20 @@ async def test_delete_removes_the_chunks(store, admin, tables):
     assert await cursor.fetchall() == [("b", 1)]
 
 
-async def test_list_returns_every_stream(store):
-    before = datetime.now(timezone.utc)
+async def server_time(admin):
+    cursor = await admin.execute("SELECT clock_timestamp()")
+    return (await cursor.fetchone())[0]
+
+
+async def test_list_returns_every_stream(store, admin):
+    before = await server_time(admin)
     for id, end in (("a", None), ("b", store.stop), ("c", store.complete), ("d", None)):
         await store.create(id)
         await store.append(id, "x")
         if end is not None:
             await end(id)
     await store.fail("d", "why")
+    after = await server_time(admin)
     listed = [info async for info in store.list()]
     assert [info[:4] for info in listed] == [
         ("a", "active", None, 1),
@@ -264,10 +270,10 @@ async def test_list_returns_every_stream(store):
         ("c", "done", None, 1),
         ("d", "error", "why", 1),
     ]
-    minute = timedelta(minutes=1)
+    ttl, rounding = timedelta(seconds=300), timedelta(milliseconds=1)
     for info in listed:
-        assert abs(info.created_at - before) < minute
-        assert abs(info.expires_at - before - timedelta(seconds=300)) < minute
+        assert before <= info.created_at <= after
+        assert before - rounding <= info.expires_at - ttl <= after + rounding
     for state, ids in (("active", ["a"]), ("stopped", ["b"]), ("done", ["c"]), ("error", ["d"])):
         assert [info.id async for info in store.list(state=state)] == ids
 
@@ -341,20 +347,19 @@ async def test_abandoned_streams_are_failed(store, admin, tables):
 
 async def test_append_renews_the_expiry(store, admin, tables):
     id = await store.create()
+    now, ttl = "(extract(epoch FROM clock_timestamp()) * 1000)::bigint", 300_000
 
-    async def seconds_left():
-        cursor = await run(admin, tables, "SELECT expires_at / 1000.0 - extract(epoch FROM now()) FROM {status}")
-        return float((await cursor.fetchone())[0])
+    async def one(statement, params=()):
+        return (await (await run(admin, tables, statement, params)).fetchone())[0]
 
-    async def seconds_left_after_append(left):
-        await run(admin, tables, "UPDATE {status} SET expires_at = (extract(epoch FROM now()) + %s) * 1000", [left])
+    # Most appends leave the column alone: it is renewed after a quarter of the ttl, 75 seconds.
+    for left, is_renewed in [(280_000, False), (200_000, True), (-50_000, True)]:
+        expires_at = await one(f"UPDATE {{status}} SET expires_at = {now} + %s RETURNING expires_at", [left])
+        before = await one(f"SELECT {now}")
         await store.append(id, "a")
-        return await seconds_left()
-
-    # Most appends leave the column alone: it is renewed after a quarter of the ttl.
-    assert 240 < await seconds_left_after_append(250) < 260
-    assert 290 < await seconds_left_after_append(200) < 301
-    assert 290 < await seconds_left_after_append(-50) < 301
+        after = await one(f"SELECT {now}")
+        renewed = await one("SELECT expires_at FROM {status}")
+        assert before + ttl <= renewed <= after + ttl if is_renewed else renewed == expires_at
 
 
 async def test_invalid_arguments_raise(store):

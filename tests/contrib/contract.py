@@ -14,7 +14,7 @@ from typing import Any
 import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict
-from support.concurrency import AsyncBackground, Background, async_gather, async_sleep, gather
+from support.concurrency import AsyncBackground, Background, async_gather, async_sleep, async_until, gather, until
 
 from aibind_postgres import (
     AsyncPostgresConversationStore,
@@ -38,6 +38,10 @@ from aibind_postgres._tables import parse_distinct
 from aibind_postgres.schema import async_migrate, migrate
 
 TEXTS = ["", "plain", "é 👩‍👩‍👧", "'; --", '"\\\n\t', "100%", "%s %(p1)s %%", "$1 :p1 ::text \\:x", "x" * 100_000]
+
+SERVER_TIME = "SELECT extract(epoch FROM clock_timestamp())::float8"
+TTL = 1800  # seconds, the default of a conversation store
+ROUNDING = 0.001  # seconds, since expires_at is rounded to milliseconds
 
 NAMES = ['we"ird', "we:ird", "we::ird", "we$1ird", "100%", "%(p1)s", "back\\:slash\\", "it's -- /* $1", "{0} ?"]
 
@@ -71,19 +75,17 @@ async def async_ending(store: AsyncPostgresStreamStore, id: str) -> AsyncIterato
         await store.stop(id)
 
 
-def within(seconds: float, condition: Callable[[], bool]) -> None:
-    """Wait until a condition is true. Fail after `seconds`."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
+def server_time(client: Any) -> float:
+    """Return the seconds since the epoch by the clock of the server."""
+    with sync_client.as_client(client) as runner:
+        [[seconds]] = runner.query(SERVER_TIME, [])
+    return float(seconds)
 
 
-async def async_within(seconds: float, condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        await async_sleep(0.001)
+async def async_server_time(client: Any) -> float:
+    async with async_client.as_client(client) as runner:
+        [[seconds]] = await runner.query(SERVER_TIME, [])
+    return float(seconds)
 
 
 def round_trip(
@@ -93,6 +95,7 @@ def round_trip(
     at_thread_end: Callable[[], None] = lambda: None,
 ) -> None:
     """Use every statement. `client` and `tables` are those of the store. Threads call `at_thread_end` at their end."""
+    before = server_time(client)
     id = ours.create()
     with pytest.raises(StreamExistsError):
         ours.create(id)
@@ -121,11 +124,12 @@ def round_trip(
     with pytest.raises(StreamNotActiveError):
         ours.append(id, "more")
 
+    after = server_time(client)
     infos = {info.id: info for info in ours.list()}
     assert {infos[stream_id].state for stream_id in (id, other, failed)} == {"stopped", "done", "error"}
     created_at = infos[id].created_at
     assert created_at is not None
-    assert abs(time.time() - created_at.timestamp()) < 60
+    assert before <= created_at.timestamp() <= after
     since = [info.id for info in ours.list(created_after=created_at, state="error")]
     assert since == [failed]
     assert id not in [info.id for info in ours.list(created_before=created_at)]
@@ -141,15 +145,17 @@ def round_trip(
         ours.stop(id)
     with pytest.raises(StreamNotFoundError):
         ours.append(id, "more")
-    combined(ours, client, tables, at_thread_end)
+    check_combined(ours, client, tables, at_thread_end)
 
 
-def combined(ours: PostgresStreamStore, client: Any, tables: dict[str, Any], at_thread_end: Callable[[], None]) -> None:
+def check_combined(
+    ours: PostgresStreamStore, client: Any, tables: dict[str, Any], at_thread_end: Callable[[], None]
+) -> None:
     """Use the statements that simultaneous callers share, and a stream writer."""
     one, two, three = ours.create(), ours.create(), ours.create()
     ours.stop(three)
 
-    def ending(call: Callable[[], Any]) -> Callable[[], Any]:
+    def ending_thread(call: Callable[[], Any]) -> Callable[[], Any]:
         def run() -> Any:
             try:
                 return call()
@@ -160,10 +166,10 @@ def combined(ours: PostgresStreamStore, client: Any, tables: dict[str, Any], at_
 
     for _ in range(6):  # often enough that the driver prepares the statements
         before = ours.get_status(one).total_chunks
-        singles = [ending(partial(ours.append, one, text)) for text in TEXTS]
-        several = ending(partial(ours.append_many, one, TEXTS))
-        expected = ending(partial(ours.append, two, "first", expected_seq=1))
-        late = ending(partial(ours.append, three, "too late"))
+        singles = [ending_thread(partial(ours.append, one, text)) for text in TEXTS]
+        several = ending_thread(partial(ours.append_many, one, TEXTS))
+        expected = ending_thread(partial(ours.append, two, "first", expected_seq=1))
+        late = ending_thread(partial(ours.append, three, "too late"))
         *numbers, last, first, refused = gather(*singles, several, expected, late, errors=True)
         assert sorted({*numbers, *range(last - len(TEXTS) + 1, last + 1)}) == list(
             range(before + 1, before + 2 * len(TEXTS) + 1)
@@ -209,8 +215,8 @@ def check_batch(rows: Sequence[Any], total: int) -> None:
     assert missing is None
 
 
-def conversing(ours: PostgresConversationStore) -> None:
-    """Use every statement of a conversation store."""
+def check_conversations(ours: PostgresConversationStore, client: Any) -> None:
+    """Use every statement of a conversation store. `client` is that of the store."""
     document = {"content": TEXTS}
     with ours.edit("s") as chat:
         chat.append(document)
@@ -229,17 +235,19 @@ def conversing(ours: PostgresConversationStore) -> None:
     assert len(again) == 1 + 3 * 6
     assert again.messages[0] == document
     copied = ChatHistory.from_json(again.to_json())
+    before = server_time(client)
     for number in range(6):
         ours.save(f"%s {number} :p1", copied, on_conflict="overwrite")
+    after = server_time(client)
     infos = list(ours.list())
     assert [info.session_id for info in infos] == [*(f"%s {number} :p1" for number in range(6)), "s"]
-    assert 0 < infos[0].expires_at.timestamp() - time.time() < 3600
+    assert before + TTL - ROUNDING <= infos[0].expires_at.timestamp() <= after + TTL + ROUNDING
     assert ours.delete("s") is True
     assert ours.delete("s") is False
     assert ours.cleanup() == 0
 
 
-def following(
+def check_following(
     ours: PostgresStreamStore, theirs: PostgresStreamStore, at_thread_end: Callable[[], None] = lambda: None
 ) -> None:
     """Follow the chunks of two stores in threads, each of which calls `at_thread_end` at its end."""
@@ -266,33 +274,31 @@ def following(
         assert waiter.result() == ("done", None, 20)
 
 
-def pushed(
+def check_notification(
     ours: PostgresStreamStore, theirs: PostgresStreamStore, at_thread_end: Callable[[], None] = lambda: None
-) -> float:
-    """Return the seconds from an append to its arrival at a waiting reader. `ours` must have a long `poll_interval`."""
+) -> None:
+    """Read chunks of `theirs` as they are notified. `ours` must have a `poll_interval` of an hour."""
     id = theirs.create()
-    arrivals: list[float] = []
+    arrived: list[str] = []
 
     def follow() -> None:
         try:
-            for _ in ours.read_from(id):
-                arrivals.append(time.monotonic())
+            for chunk in ours.read_from(id):
+                arrived.append(chunk.data)
         finally:
             at_thread_end()
 
     with Background(follow) as reader, ending(theirs, id):
         theirs.append(id, "the reader is there")
-        within(30, lambda: bool(arrivals))
+        until(lambda: len(arrived) == 1)
         time.sleep(1)  # until it waits, and the listener is connected
-        sent = time.monotonic()
         theirs.append(id, "now")
-        within(30, lambda: len(arrivals) == 2)
+        until(lambda: len(arrived) == 2)
         theirs.complete(id)
         reader.result()
-    return arrivals[1] - sent
 
 
-def survives(
+def check_reconnect(
     ours: PostgresStreamStore, theirs: PostgresStreamStore, dsn: str, at_thread_end: Callable[[], None] = lambda: None
 ) -> None:
     """Continue to read after the server has ended every connection except those of `theirs`."""
@@ -309,7 +315,7 @@ def survives(
     with Background(follow) as reader, ending(theirs, id):
         for number in range(5):
             theirs.append(id, f"{number}")
-            within(30, lambda number=number: len(arrived) > number)
+            until(lambda number=number: len(arrived) > number)
             with psycopg.connect(dsn, autocommit=True) as admin:
                 admin.execute(TERMINATE)
         theirs.complete(id)
@@ -344,6 +350,7 @@ SELECT pg_terminate_backend(pid) FROM pg_stat_activity
 
 
 async def async_round_trip(ours: AsyncPostgresStreamStore, client: Any, tables: dict[str, Any]) -> None:
+    before = await async_server_time(client)
     id = await ours.create()
     with pytest.raises(StreamExistsError):
         await ours.create(id)
@@ -372,11 +379,12 @@ async def async_round_trip(ours: AsyncPostgresStreamStore, client: Any, tables: 
     with pytest.raises(StreamNotActiveError):
         await ours.append(id, "more")
 
+    after = await async_server_time(client)
     infos = {info.id: info async for info in ours.list()}
     assert {infos[stream_id].state for stream_id in (id, other, failed)} == {"stopped", "done", "error"}
     created_at = infos[id].created_at
     assert created_at is not None
-    assert abs(time.time() - created_at.timestamp()) < 60
+    assert before <= created_at.timestamp() <= after
     since = [info.id async for info in ours.list(created_after=created_at, state="error")]
     assert since == [failed]
     assert id not in [info.id async for info in ours.list(created_before=created_at)]
@@ -392,10 +400,10 @@ async def async_round_trip(ours: AsyncPostgresStreamStore, client: Any, tables: 
         await ours.stop(id)
     with pytest.raises(StreamNotFoundError):
         await ours.append(id, "more")
-    await async_combined(ours, client, tables)
+    await async_check_combined(ours, client, tables)
 
 
-async def async_combined(ours: AsyncPostgresStreamStore, client: Any, tables: dict[str, Any]) -> None:
+async def async_check_combined(ours: AsyncPostgresStreamStore, client: Any, tables: dict[str, Any]) -> None:
     one, two, three = await ours.create(), await ours.create(), await ours.create()
     await ours.stop(three)
 
@@ -430,7 +438,7 @@ async def async_combined(ours: AsyncPostgresStreamStore, client: Any, tables: di
     await ours.complete(one)
 
 
-async def async_conversing(ours: AsyncPostgresConversationStore) -> None:
+async def async_check_conversations(ours: AsyncPostgresConversationStore, client: Any) -> None:
     document = {"content": TEXTS}
     async with ours.edit("s") as chat:
         chat.append(document)
@@ -449,17 +457,19 @@ async def async_conversing(ours: AsyncPostgresConversationStore) -> None:
     assert len(again) == 1 + 3 * 6
     assert again.messages[0] == document
     copied = ChatHistory.from_json(again.to_json())
+    before = await async_server_time(client)
     for number in range(6):
         await ours.save(f"%s {number} :p1", copied, on_conflict="overwrite")
+    after = await async_server_time(client)
     infos = [info async for info in ours.list()]
     assert [info.session_id for info in infos] == [*(f"%s {number} :p1" for number in range(6)), "s"]
-    assert 0 < infos[0].expires_at.timestamp() - time.time() < 3600
+    assert before + TTL - ROUNDING <= infos[0].expires_at.timestamp() <= after + TTL + ROUNDING
     assert await ours.delete("s") is True
     assert await ours.delete("s") is False
     assert await ours.cleanup() == 0
 
 
-async def async_following(ours: AsyncPostgresStreamStore, theirs: AsyncPostgresStreamStore) -> None:
+async def async_check_following(ours: AsyncPostgresStreamStore, theirs: AsyncPostgresStreamStore) -> None:
     id = await ours.create()
 
     async def follow() -> list[Any]:
@@ -477,27 +487,25 @@ async def async_following(ours: AsyncPostgresStreamStore, theirs: AsyncPostgresS
         assert await waiter.result() == ("done", None, 20)
 
 
-async def async_pushed(ours: AsyncPostgresStreamStore, theirs: AsyncPostgresStreamStore) -> float:
+async def async_check_notification(ours: AsyncPostgresStreamStore, theirs: AsyncPostgresStreamStore) -> None:
     id = await theirs.create()
-    arrivals: list[float] = []
+    arrived: list[str] = []
 
     async def follow() -> None:
-        async for _ in ours.read_from(id):
-            arrivals.append(time.monotonic())
+        async for chunk in ours.read_from(id):
+            arrived.append(chunk.data)
 
     async with AsyncBackground(follow) as reader, async_ending(theirs, id):
         await theirs.append(id, "the reader is there")
-        await async_within(30, lambda: bool(arrivals))
+        await async_until(lambda: len(arrived) == 1)
         await async_sleep(1)
-        sent = time.monotonic()
         await theirs.append(id, "now")
-        await async_within(30, lambda: len(arrivals) == 2)
+        await async_until(lambda: len(arrived) == 2)
         await theirs.complete(id)
         await reader.result()
-    return arrivals[1] - sent
 
 
-async def async_survives(ours: AsyncPostgresStreamStore, theirs: AsyncPostgresStreamStore, dsn: str) -> None:
+async def async_check_reconnect(ours: AsyncPostgresStreamStore, theirs: AsyncPostgresStreamStore, dsn: str) -> None:
     id = await ours.create()
     arrived: list[str] = []
 
@@ -508,7 +516,7 @@ async def async_survives(ours: AsyncPostgresStreamStore, theirs: AsyncPostgresSt
     async with AsyncBackground(follow) as reader, async_ending(theirs, id):
         for number in range(5):
             await theirs.append(id, f"{number}")
-            await async_within(30, lambda number=number: len(arrived) > number)
+            await async_until(lambda number=number: len(arrived) > number)
             async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as admin:
                 await admin.execute(TERMINATE)
         await theirs.complete(id)

@@ -50,7 +50,7 @@ async def test_round_trip(pool, tables):
 async def test_conversation_store(pool, connection, conversations):
     for client in (pool, connection):
         async with AsyncPostgresConversationStore(wrap_asyncpg(client), table=conversations) as store:
-            await contract.async_conversing(store)
+            await contract.async_check_conversations(store, wrap_asyncpg(client))
 
 
 async def test_round_trip_on_a_connection(connection, tables):
@@ -67,12 +67,12 @@ async def test_round_trip_on_a_connection_of_a_pool(pool, tables):
 async def test_following(request, kind, pool, connection, theirs, tables):
     client = {"pool": pool, "connection": connection}[kind]
     async with AsyncPostgresStreamStore(wrap_asyncpg(client), **tables, poll_interval=0.05) as store:
-        await contract.async_following(store, theirs)
+        await contract.async_check_following(store, theirs)
 
 
 async def test_reader_after_lost_connections(pool, theirs, tables, dsn):
     async with AsyncPostgresStreamStore(wrap_asyncpg(pool), **tables, poll_interval=0.05) as store:
-        await contract.async_survives(store, theirs, dsn)
+        await contract.async_check_reconnect(store, theirs, dsn)
 
 
 async def test_lost_connection_of_the_caller_raises_without_retries(connection, tables, dsn):

@@ -13,7 +13,6 @@ from contrib import contract
 from django.db import OperationalError, connections, transaction
 from django.test import override_settings
 from django.utils.connection import ConnectionDoesNotExist
-from psycopg.conninfo import make_conninfo
 from support.concurrency import Background, gather, workers
 
 from aibind_postgres import PostgresConversationStore, PostgresStreamStore, StreamNotFoundError
@@ -38,12 +37,6 @@ def _close_connections_at_the_end():
 
 
 @pytest.fixture
-def theirs(dsn, tables):
-    with PostgresStreamStore(make_conninfo(dsn, application_name="stays"), **tables) as store:
-        yield store
-
-
-@pytest.fixture
 def ours(tables):
     with PostgresStreamStore(wrap_django(), **tables, poll_interval=0.05) as store:
         yield store
@@ -65,7 +58,7 @@ def test_round_trip(tables, alias):
 @pytest.mark.parametrize("alias", ALIASES)
 def test_conversation_store(conversations, alias):
     with PostgresConversationStore(wrap_django(alias), table=conversations) as store:
-        contract.conversing(store)
+        contract.check_conversations(store, wrap_django(alias))
 
 
 def test_save_after_a_rolled_back_save(conversations):
@@ -97,17 +90,17 @@ def test_round_trip_without_time_zones(tables, alias, zone):
 @pytest.mark.parametrize("alias", ALIASES)
 def test_following(theirs, tables, alias):
     with PostgresStreamStore(wrap_django(alias), **tables, poll_interval=0.05) as store:
-        contract.following(store, theirs, close_connections)
+        contract.check_following(store, theirs, close_connections)
 
 
 @pytest.mark.parametrize("alias", ALIASES)
 def test_notifications_wake_readers(theirs, tables, alias):
-    with PostgresStreamStore(wrap_django(alias), **tables, poll_interval=60) as store:
-        assert contract.pushed(store, theirs, close_connections) < 10
+    with PostgresStreamStore(wrap_django(alias), **tables, poll_interval=3600) as store:
+        contract.check_notification(store, theirs, close_connections)
 
 
 def test_reader_after_lost_connections(ours, theirs, dsn):
-    contract.survives(ours, theirs, dsn, close_connections)
+    contract.check_reconnect(ours, theirs, dsn, close_connections)
 
 
 def test_one_connection_per_thread(ours):
@@ -152,7 +145,7 @@ def test_savepoint(ours, theirs):
 
 def test_commit_wakes_readers_of_other_stores(ours, dsn, tables):
     id = ours.create()
-    with PostgresStreamStore(dsn, **tables, poll_interval=60) as reading:
+    with PostgresStreamStore(dsn, **tables, poll_interval=3600) as reading:
         with Background(lambda: [(chunk, time.monotonic()) for chunk in reading.read_from(id)]) as reader:
             time.sleep(1)
             with transaction.atomic():
@@ -162,11 +155,11 @@ def test_commit_wakes_readers_of_other_stores(ours, dsn, tables):
                 committed = time.monotonic()
             [(chunk, arrived)] = reader.result()
     assert chunk == (1, "one")
-    assert committed <= arrived < committed + 10
+    assert committed <= arrived
 
 
 def test_commit_wakes_readers_of_the_same_store(tables):
-    with PostgresStreamStore(wrap_django(), **tables, poll_interval=60) as store:
+    with PostgresStreamStore(wrap_django(), **tables, poll_interval=3600) as store:
         id = store.create()
 
         def follow():
@@ -211,7 +204,7 @@ def test_background_threads_close_djangos_connections(theirs, tables, monkeypatc
     if not listens:
         monkeypatch.setattr(own_connections, "open_connection", refuse)
     with PostgresStreamStore(wrap_django(), **tables, poll_interval=0.05) as store:
-        contract.following(store, theirs, close_connections)
+        contract.check_following(store, theirs, close_connections)
         assert "aibind_postgres-listener" in workers()
     close_connections()
     gc.collect()

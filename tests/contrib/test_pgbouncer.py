@@ -9,7 +9,7 @@ from contrib import contract
 from psycopg_pool import AsyncConnectionPool, ConnectionPool
 from support import pgbouncer
 from support.commit_settings import record_commit_settings
-from support.concurrency import AsyncBackground, Background, async_gather, gather
+from support.concurrency import AsyncBackground, Background, async_gather, async_until, gather, until
 
 from aibind_postgres import (
     AsyncPostgresConversationStore,
@@ -82,22 +82,22 @@ async def test_round_trip_in_tasks(async_store, async_client, tables):
 
 def test_conversation_store(client, conversations):
     with PostgresConversationStore(client, table=conversations) as store:
-        contract.conversing(store)
+        contract.check_conversations(store, client)
 
 
 async def test_conversation_store_in_tasks(async_client, conversations):
     async with AsyncPostgresConversationStore(async_client, table=conversations) as store:
-        await contract.async_conversing(store)
+        await contract.async_check_conversations(store, async_client)
 
 
 def test_following(store, dsn, tables):
     with PostgresStreamStore(dsn, **tables) as theirs:
-        contract.following(store, theirs)
+        contract.check_following(store, theirs)
 
 
 async def test_following_in_tasks(async_store, dsn, tables):
     async with AsyncPostgresStreamStore(dsn, **tables) as theirs:
-        await contract.async_following(async_store, theirs)
+        await contract.async_check_following(async_store, theirs)
 
 
 @pytest.mark.parametrize("setting", ["off", "local"])
@@ -149,10 +149,10 @@ def test_fallback_to_polling_with_one_warning(store, dsn, tables, caplog):
                 arrived.append(chunk)
 
         with Background(follow) as first, Background(follow) as second, contract.ending(theirs, id):
-            contract.within(30, lambda: bool(caplog.records))
+            until(lambda: bool(caplog.records))
             for number in range(1, 11):
                 theirs.append(id, f"{number}")
-                contract.within(30, lambda number=number: len(arrived) >= 2 * number)
+                until(lambda number=number: len(arrived) >= 2 * number)
             theirs.complete(id)
             first.result()
             second.result()
@@ -180,10 +180,10 @@ async def test_fallback_to_polling_with_one_warning_in_tasks(async_store, dsn, t
             AsyncBackground(follow) as second,
             contract.async_ending(theirs, id),
         ):
-            await contract.async_within(30, lambda: bool(caplog.records))
+            await async_until(lambda: bool(caplog.records))
             for number in range(1, 11):
                 await theirs.append(id, f"{number}")
-                await contract.async_within(30, lambda number=number: len(arrived) >= 2 * number)
+                await async_until(lambda number=number: len(arrived) >= 2 * number)
             await theirs.complete(id)
             await first.result()
             await second.result()

@@ -79,37 +79,37 @@ async def test_round_trip_in_tasks(async_pool, tables, rows):
 @pytest.mark.parametrize("rows", ROWS)
 def test_conversation_store(pool, conversations, rows):
     with PostgresConversationStore(QueryClient(pool, rows), table=conversations) as store:
-        contract.conversing(store)
+        contract.check_conversations(store, QueryClient(pool, rows))
 
 
 @pytest.mark.parametrize("rows", ROWS)
 async def test_conversation_store_in_tasks(async_pool, conversations, rows):
     async with AsyncPostgresConversationStore(AsyncQueryClient(async_pool, rows), table=conversations) as store:
-        await contract.async_conversing(store)
+        await contract.async_check_conversations(store, AsyncQueryClient(async_pool, rows))
 
 
 @pytest.mark.parametrize("rows", ROWS)
 def test_following(pool, theirs, tables, rows):
     with PostgresStreamStore(QueryClient(pool, rows), **tables, poll_interval=0.05) as store:
-        contract.following(store, theirs)
+        contract.check_following(store, theirs)
 
 
 @pytest.mark.parametrize("rows", ROWS)
 async def test_following_in_tasks(async_pool, async_theirs, tables, rows):
     async with AsyncPostgresStreamStore(AsyncQueryClient(async_pool, rows), **tables, poll_interval=0.05) as store:
-        await contract.async_following(store, async_theirs)
+        await contract.async_check_following(store, async_theirs)
 
 
 def test_reader_after_lost_connections_with_connection_errors(pool, theirs, tables, dsn):
     with PostgresStreamStore(ClientWithErrors(pool, tuple_row), **tables, poll_interval=0.05) as store:
-        contract.survives(store, theirs, dsn)
+        contract.check_reconnect(store, theirs, dsn)
 
 
 async def test_reader_after_lost_connections_with_connection_errors_in_tasks(async_pool, async_theirs, tables, dsn):
     async with AsyncPostgresStreamStore(
         AsyncClientWithErrors(async_pool, tuple_row), **tables, poll_interval=0.05
     ) as store:
-        await contract.async_survives(store, async_theirs, dsn)
+        await contract.async_check_reconnect(store, async_theirs, dsn)
 
 
 def test_first_error_is_raised_without_connection_errors(pool, tables, monkeypatch):

@@ -53,46 +53,46 @@ async def test_round_trip_in_tasks(async_engine, tables):
 @pytest.mark.parametrize("conversations", ["plain", "quotes", "formats"], indirect=True)
 def test_conversation_store(engine, conversations):
     with PostgresConversationStore(wrap_sqlalchemy(engine), table=conversations) as store:
-        contract.conversing(store)
+        contract.check_conversations(store, wrap_sqlalchemy(engine))
 
 
 @pytest.mark.parametrize("conversations", ["plain", "quotes", "formats"], indirect=True)
 async def test_conversation_store_in_tasks(async_engine, conversations):
     async with AsyncPostgresConversationStore(wrap_sqlalchemy(async_engine), table=conversations) as store:
-        await contract.async_conversing(store)
+        await contract.async_check_conversations(store, wrap_sqlalchemy(async_engine))
 
 
 @names_of_all_kinds
 def test_following(engine, theirs, tables):
     with PostgresStreamStore(wrap_sqlalchemy(engine), **tables, poll_interval=0.05) as store:
-        contract.following(store, theirs)
+        contract.check_following(store, theirs)
 
 
 @names_of_all_kinds
 async def test_following_in_tasks(async_engine, async_theirs, tables):
     async with AsyncPostgresStreamStore(wrap_sqlalchemy(async_engine), **tables, poll_interval=0.05) as store:
-        await contract.async_following(store, async_theirs)
+        await contract.async_check_following(store, async_theirs)
 
 
 def test_notifications_wake_readers(engine, theirs, tables):
-    with PostgresStreamStore(wrap_sqlalchemy(engine), **tables, poll_interval=60) as store:
-        assert contract.pushed(store, theirs) < 10
+    with PostgresStreamStore(wrap_sqlalchemy(engine), **tables, poll_interval=3600) as store:
+        contract.check_notification(store, theirs)
 
 
 @pytest.mark.parametrize("async_engine", ["psycopg"], indirect=True)
 async def test_notifications_wake_readers_in_tasks(async_engine, async_theirs, tables):
-    async with AsyncPostgresStreamStore(wrap_sqlalchemy(async_engine), **tables, poll_interval=60) as store:
-        assert await contract.async_pushed(store, async_theirs) < 10
+    async with AsyncPostgresStreamStore(wrap_sqlalchemy(async_engine), **tables, poll_interval=3600) as store:
+        await contract.async_check_notification(store, async_theirs)
 
 
 def test_reader_after_lost_connections(engine, theirs, tables, dsn):
     with PostgresStreamStore(wrap_sqlalchemy(engine), **tables, poll_interval=0.05) as store:
-        contract.survives(store, theirs, dsn)
+        contract.check_reconnect(store, theirs, dsn)
 
 
 async def test_reader_after_lost_connections_in_tasks(async_engine, async_theirs, tables, dsn):
     async with AsyncPostgresStreamStore(wrap_sqlalchemy(async_engine), **tables, poll_interval=0.05) as store:
-        await contract.async_survives(store, async_theirs, dsn)
+        await contract.async_check_reconnect(store, async_theirs, dsn)
 
 
 def test_many_readers_share_one_connection(dsn, theirs, tables):

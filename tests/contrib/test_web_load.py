@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import psycopg
 import pytest
-from contrib.contract import within
+from support.concurrency import until
 
 from aibind_postgres import PostgresStreamStore
 from aibind_postgres.sse import EventParser, ServerSentEvent
@@ -160,14 +160,14 @@ def test_disconnected_readers_leave_no_files_or_polls(client, store, web_databas
         for connection in connections:
             connection.sendall(resume_request(id))
         # Files that were open before may be closed in the meantime.
-        within(30, lambda: count_files() >= before + len(connections) - 10)
-        within(30, lambda: count_connections(web_database, POLLED) > 0)
+        until(lambda: count_files() >= before + len(connections) - 10)
+        until(lambda: count_connections(web_database, POLLED) > 0)
         for connection in connections:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     # More database connections may be open than before.
-    within(30, lambda: count_files() <= before + len(connections) / 2)
+    until(lambda: count_files() <= before + len(connections) / 2)
     # Each process with readers polls at least once a second.
-    within(30, lambda: count_connections(web_database, POLLED) == 0)
+    until(lambda: count_connections(web_database, POLLED) == 0)
     for _ in range(50):  # no process has lost its threads
         assert client.post("/complete", {"input": "x"}).read() == b"x "
     store.stop(id)

@@ -19,6 +19,7 @@ from typing import Any
 import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
+from support.concurrency import until
 
 from aibind_postgres import PostgresStreamStore, schema
 from aibind_postgres.cli.writing import NotTextError, decode, split
@@ -62,13 +63,6 @@ def in_parallel(commands: Iterable[list[str]]) -> Callable[..., list[subprocess.
 def start(*arguments: str, dsn: str) -> subprocess.Popen[bytes]:
     pipe = subprocess.PIPE
     return subprocess.Popen([*COMMAND, *arguments], stdin=pipe, stdout=pipe, stderr=pipe, env=environment(dsn))
-
-
-def eventually(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not become true within 30 s"
-        time.sleep(0.01)
 
 
 @pytest.fixture
@@ -145,10 +139,10 @@ def test_write_sends_input_at_once_and_ctrl_c_stops_the_stream(database: str, st
         assert writer.stdin is not None
         writer.stdin.write(b"one two thr")
         writer.stdin.flush()
-        eventually(lambda: (status := store.get_status("live")) and status.total_chunks == 2)
+        until(lambda: (status := store.get_status("live")) and status.total_chunks == 2)
         writer.stdin.write(b"ee ")
         writer.stdin.flush()
-        eventually(lambda: (status := store.get_status("live")) and status.total_chunks == 3)
+        until(lambda: (status := store.get_status("live")) and status.total_chunks == 3)
         writer.send_signal(signal.SIGINT)
         _, errors = writer.communicate()
     assert writer.returncode == 130
@@ -192,7 +186,7 @@ def test_stream_stopped_by_another_process_during_write(database: str, store: Po
             assert writer.stdin is not None
             writer.stdin.write(b"one\n")
             writer.stdin.flush()
-            eventually(lambda: (status := store.get_status(f"ended{rest!r}")) and status.total_chunks)  # noqa: B023  # not kept
+            until(lambda: (status := store.get_status(f"ended{rest!r}")) and status.total_chunks)  # noqa: B023  # not kept
             store.stop(f"ended{rest!r}")
             _, errors = writer.communicate(rest)
         assert writer.returncode == 1
@@ -206,7 +200,7 @@ def test_write_ends_the_stream_on_a_signal(database: str, store: PostgresStreamS
         assert writer.stdin is not None
         writer.stdin.write(b"one\n")
         writer.stdin.flush()
-        eventually(lambda: (status := store.get_status("x")) and status.total_chunks == 1)
+        until(lambda: (status := store.get_status("x")) and status.total_chunks == 1)
         writer.send_signal(number)
     assert writer.returncode == 128 + number
     status = store.get_status("x")
