@@ -16,6 +16,8 @@ from support.concurrency import AsyncBackground, async_gather, async_sleep
 
 from aibind_postgres import AibindError, AsyncPostgresStreamStore, InvalidDataError, SchemaError, schema
 
+HOUR = 3600  # seconds
+
 
 async def round_trip(store):
     """Run every statement. The first ones run often enough for psycopg to prepare them."""
@@ -202,7 +204,7 @@ async def test_without_the_second_migration(dsn, tables):
     async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as admin:
         for table in tables.values():
             await admin.execute(psycopg.sql.SQL("ALTER TABLE {} DROP COLUMN created_at").format(table))
-    async with AsyncPostgresStreamStore(dsn, **tables, ttl=100) as store:
+    async with AsyncPostgresStreamStore(dsn, **tables, ttl=100 * HOUR) as store:
         id = await store.create()
         await store.append_many(id, ["1", "2"])
         assert await collect_now(store, id) == [(1, "1"), (2, "2")]
@@ -213,11 +215,11 @@ async def test_without_the_second_migration(dsn, tables):
         with pytest.raises(SchemaError, match="created_at"):
             [info async for info in store.list(created_after=info.expires_at)]
         async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as admin:
-            statement = psycopg.sql.SQL("UPDATE {} SET expires_at = expires_at - 60000").format(tables["status_table"])
-            await admin.execute(statement)
-        # Without the migration the last append was between 60 and 35 seconds ago, so the stream is not ended yet.
-        assert await store.fail_abandoned(40) == []
-        assert await store.fail_abandoned(30) == [id]
+            statement = psycopg.sql.SQL("UPDATE {} SET expires_at = expires_at - %s").format(tables["status_table"])
+            await admin.execute(statement, [60 * HOUR * 1000])
+        # Without the migration the last append was between 60 and 35 hours ago, so the stream is not ended yet.
+        assert await store.fail_abandoned(40 * HOUR) == []
+        assert await store.fail_abandoned(30 * HOUR) == [id]
         assert await store.cleanup() == (0, 0)
         assert await store.delete(id) is True
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import pytest
-from support.concurrency import AsyncBackground, async_gather, async_sleep, async_until
+from support.concurrency import AsyncBackground, async_gather, async_until
 
 from aibind_postgres import AibindError
 from aibind_postgres._async import combining
@@ -131,28 +131,29 @@ async def test_failed_single_call_raises_the_original_error(combiner, recorder):
 
 
 @pytest.mark.usefixtures("no_takeover")
-async def test_call_waits_for_at_most_two_batches():
-    begun = [0]
+async def test_call_waits_for_the_current_run_and_its_own(combiner, recorder):
+    calls = []
 
-    async def run(items):
-        begun[0] += 1
-        number = begun[0]
-        await async_sleep(0.001)
-        return [number] * len(items)
+    async def start(items):
+        for item in items:
+            call = AsyncBackground(partial(combiner.call, item))
+            await call.__aenter__()
+            calls.append(call)
 
-    combiner = AsyncCombiner(run, max_items=1000, max_size=1000)
-
-    async def worker():
-        waits = []
-        for _ in range(50):
-            before = begun[0]
-            waits.append(await combiner.call(0) - before)
-        return waits
-
-    waits = [wait for waits in await async_gather(*[worker] * 30) for wait in waits]
-    # Two batches may begin after a call arrives: its own, and that of a leader that is being woken.
-    assert max(waits) <= 2
-    assert begun[0] < 30 * 50 / 5
+    recorder.gate.clear()
+    await start([0])
+    await async_until(lambda: recorder.batches)
+    for number in range(1, 20):
+        recorder.queued.clear()
+        items = [10 * number + index for index in range(10)]
+        await start(items)
+        await async_until(lambda: len(recorder.queued) == 10)
+        gate, recorder.gate = recorder.gate, AsyncEvent()
+        gate.set()
+        await async_until(lambda number=number: len(recorder.batches) == number + 1)
+        assert sorted(recorder.batches[number]) == items
+    recorder.gate.set()
+    assert [await call.result() for call in calls] == [0, *range(100, 2000, 10)]
 
 
 async def test_takeover_of_a_stuck_run(combiner, recorder):

@@ -334,9 +334,11 @@ async def test_repeated_merge_stays_below_the_summary(store, client):
 
 
 async def test_duplicate_ids_raise_and_lose_nothing(store):
-    one, two = await load_twice(store)
-    for chat in (one, two):
-        chat.tree._generate_id = lambda: "m1"
+    ids = ["m1", "m1", "m0"]
+    one = ChatHistory(generate_id=lambda: ids.pop())
+    one.append("first")
+    await store.save("s", one)
+    two = copy.deepcopy(one)
     one.append("one")
     two.append("two")
     await store.save("s", one)

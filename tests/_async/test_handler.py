@@ -203,9 +203,9 @@ async def test_incomplete_answer_is_saved_with_its_state(api, end):
         for number in range(1000):
             yield f"{number}"
 
-    handler = api.handler if end == "error" else api.with_options()
+    handler = api.handler
     if end != "error":
-        handler._generate = generate
+        handler = AsyncStreamHandler(generate, store=api.store, conversations=api.conversations)
     response = await api.post("/stream", {"prompt": "hi", "sessionId": "a"}, handler=handler)
     if end == "error":
         assert (await events(response))[-2:] == [ServerSentEvent("the answer was interrupted", "error"), DONE]

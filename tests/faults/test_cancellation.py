@@ -134,7 +134,7 @@ async def test_call_cancelled_at_any_step(dsn, tables, conversations, long, call
         await pool.wait()
         trial = Trial(store, AsyncPostgresConversationStore(pool, table=conversations))
         rounds = 0
-        while rounds < (5 if long else 1) or (cancelled <= 10 and rounds < 10):  # a busy machine cancels fewer calls
+        while rounds < (5 if long else 1) or cancelled <= 10:  # on a busy machine a call takes fewer steps
             rounds += 1
             steps = finished = 0
             while finished < FINISHED:
@@ -168,7 +168,6 @@ async def test_call_cancelled_at_any_step(dsn, tables, conversations, long, call
                 stored = {chunk.seq: chunk.data async for chunk in store.read_from(other, follow=False)}
                 assert [seq for seq, text in stored.items() if text == "other"] == sorted(seqs)
                 await assert_pool_recovers(pool, size, autocommit)
-        assert cancelled > 10
         await assert_no_reader_is_left(pool)
     assert async_workers() == []
 

@@ -106,7 +106,7 @@ async def test_cancelled_producer_ends_its_stream(dsn, tables):
                     await asyncio.sleep(0.001)
 
         task = asyncio.create_task(produce())
-        await asyncio.sleep(0.1)
+        assert (await asyncio.wait_for(anext(store.read_from(id)), 20)).data == "0"
         task.cancel()
         await asyncio.wait([task])
         assert task.cancelled()
@@ -342,14 +342,14 @@ async def test_stream_starts_if_its_caller_is_cancelled_at_any_step(dsn, tables)
 
     async with AsyncPostgresStreamStore(dsn, **tables) as store:
         cancelled = 0
-        for turns in range(40):
-            starting = asyncio.create_task(AsyncDurableStream.start(store, source()))
-            for _ in range(turns):
-                await asyncio.sleep(0)
-            starting.cancel()
-            await asyncio.wait([starting])
-            cancelled += starting.cancelled()
-        assert cancelled > 5
+        while cancelled <= 5:  # on a busy machine a call takes fewer steps
+            for turns in range(40):
+                starting = asyncio.create_task(AsyncDurableStream.start(store, source()))
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                starting.cancel()
+                await asyncio.wait([starting])
+                cancelled += starting.cancelled()
         states = set()
         deadline = time.monotonic() + 20
         while states != {"done"}:

@@ -6,9 +6,12 @@ import asyncio
 import threading
 
 import pytest
+from support.concurrency import until
 
 from aibind_postgres import AibindError
 from aibind_postgres._async.combining import AsyncCombiner
+from aibind_postgres._concurrency import OneShotEvent
+from aibind_postgres._sync import combining
 from aibind_postgres._sync.combining import Combiner
 
 
@@ -112,7 +115,10 @@ async def test_no_call_hangs_after_cancellations_at_any_step(combiner, gated, st
     results = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 20)
     for number in (0, 2, 4, 5):
         assert results[number] == number * 10
-    assert combiner._leader is None
+    call = asyncio.create_task(combiner.call(9))
+    await asyncio.sleep(0)
+    assert gated.batches[-1] == [9]  # it runs at once: no other call leads
+    assert await call == 90
 
 
 def test_combiner_after_the_end_of_its_loop():
@@ -148,9 +154,14 @@ async def test_cancelled_batch_raises_in_its_callers(combiner, gated):
     assert await combiner.call(3) == 30
 
 
-def test_interrupted_leader_raises_in_its_followers_and_hands_over():
-    batches = []
+def test_interrupted_leader_raises_in_its_followers_and_hands_over(monkeypatch):
+    batches, queued_calls = [], set()
     gate = threading.Event()
+
+    class RecordingEvent(OneShotEvent):
+        def wait(self, timeout):  # a call waits after it has queued
+            queued_calls.add(self)
+            return super().wait(timeout)
 
     def run(items):
         batches.append(list(items))
@@ -160,6 +171,8 @@ def test_interrupted_leader_raises_in_its_followers_and_hands_over():
             raise KeyboardInterrupt
         return [item * 10 for item in items]
 
+    monkeypatch.setattr(combining, "OneShotEvent", RecordingEvent)
+    monkeypatch.setattr(combining, "TAKEOVER_TIMEOUT", 60)
     combiner = Combiner(run, max_items=100, max_size=100)
     results = {}
 
@@ -172,8 +185,7 @@ def test_interrupted_leader_raises_in_its_followers_and_hands_over():
     threads = [threading.Thread(target=call, args=(item,), daemon=True) for item in range(4)]
     for number, thread in enumerate(threads):
         thread.start()
-        while len(combiner._queue) + len(batches) <= number:
-            pass
+        until(lambda number=number: len(queued_calls) + len(batches) > number)
     gate.set()
     for thread in threads:
         thread.join(20)
