@@ -121,13 +121,13 @@ class StreamTail:
         self._total_at_poll = self.total
 
     def finds_change(self, state: str | None, total: int) -> bool:
-        """Return whether the result of a poll is a change that is not known yet; state None: no such stream.
+        """Return whether the result of a poll is a change that is not known yet; state None: the poll found no stream.
 
-        A result counts once, since readers may see other rows than the poll does. If the stream was marked stale since
-        the last poll that found a change, the next change is ignored once: a fetch or another notification may still
-        deliver it.
+        A result counts once, since readers may see other rows than the poll does. If the poll finds no stream, growth
+        that a fetch has found counts in its place. If the stream was marked stale since the last poll that found a
+        change, the next change is ignored once: a fetch or another notification may still deliver it.
         """
-        result = (state, total)
+        result = (state, self.total if state is None else total)
         # Fewer chunks than when the poll began: it is a new stream of this id.
         if result == self._polled or (state == "active" and self._total_at_poll <= total <= self.total):
             return False

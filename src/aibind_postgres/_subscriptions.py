@@ -311,8 +311,11 @@ class Subscriptions:
         with self._mutex:
             for stream in streams:
                 state, total = states.get(stream.id, (None, 0))
-                if stream.tail.finds_change(state, total):
-                    found = True
+                changed = stream.tail.finds_change(state, total)
+                found |= changed
+                # The poll runs without the settings of the readers, such as those that row-level security uses: if it
+                # does not see the stream, one reader reads in its place.
+                if changed or state is None:
                     woken += stream.mark_stale()
                 if state != "active":  # at each poll, since the status query of a writer may fail
                     woken += stream.wake_ends_only()

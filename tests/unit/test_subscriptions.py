@@ -468,3 +468,16 @@ def test_every_poll_wakes_writers_of_an_ended_stream(subscriptions):
     for _ in range(3):  # the status query of the writer may fail
         wake_all(subscriptions.polled(subscriptions.awaited(), {"a": ("stopped", 0)})[0])
         assert writer.reset() == 1
+
+
+def test_poll_that_does_not_see_a_stream_lets_a_reader_read_each_time(subscriptions):
+    reader = Subscriber(subscriptions)
+    reader.catch_up(rows("active", 0))
+    found = []
+    for page in (rows("active", 0), rows("active", 1, 1), rows("active", 1), rows("active", 1)):
+        woken, changed = subscriptions.polled(subscriptions.awaited(), {})
+        wake_all(woken)
+        found.append(changed)
+        assert reader.reset() == 1
+        reader.catch_up(page)
+    assert found == [True, False, True, False]

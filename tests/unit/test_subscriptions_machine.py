@@ -143,10 +143,16 @@ class SubscriptionsMachine(RuleBasedStateMachine):
         self.notifications: list[str] = []
         self.polls: list[tuple[list[FollowedStream], dict[str, tuple[str, int]]]] = []
 
-    @initialize(share=st.sampled_from([True, True, False]), ids=st.sampled_from(["a", "a", "ab"]), lossy=st.booleans())
-    def open(self, share: bool, ids: str, lossy: bool) -> None:
+    @initialize(
+        share=st.sampled_from([True, True, False]),
+        ids=st.sampled_from(["a", "a", "ab"]),
+        lossy=st.booleans(),
+        blind=st.sampled_from([False, False, True]),
+    )
+    def open(self, share: bool, ids: str, lossy: bool, blind: bool) -> None:
         self.share, self.ids = share, ids
         self.lossy = lossy  # notifications may be lost, and polls run
+        self.blind = blind  # polls see no stream, as under row-level security
         self.subscriptions = Subscriptions(share=share)
         for id in ids:
             self.create(id)
@@ -298,7 +304,8 @@ class SubscriptionsMachine(RuleBasedStateMachine):
 
     def begin_poll(self) -> None:
         self.left.clear()
-        found = {id: (stream.state, stream.length) for id, stream in self.streams.items()}
+        visible = {} if self.blind else self.streams
+        found = {id: (stream.state, stream.length) for id, stream in visible.items()}
         self.polls.append((self.subscriptions.awaited(), found))
 
     def end_poll(self, place: int) -> None:

@@ -107,9 +107,10 @@ class AsyncPageReader:
         return Page.parse(rows, read.after, SHARED_PAGE_CHUNKS)
 
     async def _run(self, reads: Sequence[SharedRead]) -> Sequence[Sequence[Page | None]]:
-        """Return a list with one page for each read, or empty lists if the reads must run alone.
+        """Return a list with one page for each read, or an empty list for a read that must run alone.
 
-        The server rejects a shared statement if, for example, it cannot convert the text of one stream.
+        The server rejects a shared statement if, for example, it cannot convert the text of one stream. A stream that
+        the statement does not find may be visible to its reader, whose session may have other settings.
         """
         if len(reads) == 1:
             return [[await self._read_alone(reads[0])]]
@@ -125,4 +126,5 @@ class AsyncPageReader:
         found: list[list[Row]] = [[] for _ in reads]
         for index, *row in rows:
             found[index].append(tuple(row))
-        return [[Page.parse(rows, read.after, SHARED_PAGE_CHUNKS)] for rows, read in zip(found, reads, strict=True)]
+        pages = [Page.parse(rows, read.after, SHARED_PAGE_CHUNKS) for rows, read in zip(found, reads, strict=True)]
+        return [[] if page is None else [page] for page in pages]

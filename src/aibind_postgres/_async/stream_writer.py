@@ -323,8 +323,8 @@ class AsyncStreamWriter:
         if self._worker is not None and self._worker.is_alive():
             return
         if self._send_lock is None and self._state is not WriterState.CLOSED:
-            inherit = self._on_end is not None  # `on_end` gets the context variables of the caller
-            self._worker = async_spawn(self._work, "aibind_postgres-writer", inherit=inherit)
+            # `on_end` and the client get the context variables of the caller, on which its session may depend.
+            self._worker = async_spawn(self._work, "aibind_postgres-writer", inherit=True)
             self._due.set()
 
     async def _work(self) -> None:
