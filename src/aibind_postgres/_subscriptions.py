@@ -349,7 +349,7 @@ class Subscriptions:
         woken: list[Subscription] = []
         if page is None or page.total < subscription.delivered:
             subscription.queued_steps.append(DELETED)
-            return []
+            return stream.changed()
         # Since the fetch began the stream was deleted or has ended: the page may be of a new stream of this id.
         if stream.tail.deleted or (stream.tail.ended and not fetch.ended and page.state == "active"):
             return []
@@ -361,6 +361,9 @@ class Subscriptions:
                 return woken
             self._move(subscription, self._follow(stream.id))
             version = 0  # the new tail has missed the changes since the snapshot
+            stream = subscription.stream
+        if page.state != "active" and not stream.tail.ended:  # the writer may not have notified the others
+            woken += stream.changed()
         if page.rows:
             subscription.queued_steps.append(Deliver(page.chunks))
             subscription.delivered = page.rows[-1][0]
@@ -371,8 +374,10 @@ class Subscriptions:
         if page.state != "active":
             subscription.queued_steps.append(Ended(page.status))
             return woken
-        subscription.stream.tail.record_position(version, page.total)
+        stream.tail.record_position(version, page.total)
         subscription.at_tail = True
+        if page.total > stream.tail.total:  # chunks that the others lack
+            woken += stream.mark_stale()
         return woken
 
     def _join(self, subscription: Subscription) -> None:

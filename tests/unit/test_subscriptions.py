@@ -309,13 +309,30 @@ def test_total_below_the_cursor_of_a_reader_means_deleted(subscriptions):
     fetch = ahead.step()
     behind.catch_up(rows("active", 0))
     ahead.fetched(fetch, rows("active", 4, 1, 2, 3, 4))
-    ahead.catch_up([])
-    subscriptions.unsubscribe(behind.subscription)
-    subscriptions.awaited()
-    wake_all(subscriptions.changed(["a"]))
-    assert ahead.reset() == 1
+    assert len(list(ahead.step().chunks)) == 4
     ahead.fetched(ahead.step(), rows("active", 0))
     assert ahead.step() == Deleted()
+
+
+def test_new_reader_wakes_one_that_lacks_its_chunks(subscriptions):
+    behind, ahead = Subscriber(subscriptions), Subscriber(subscriptions)
+    fetch = ahead.step()
+    behind.catch_up(rows("active", 0))
+    ahead.fetched(fetch, rows("active", 1, 1))
+    assert behind.reset() == 1
+    behind.fetched(behind.step(), rows("active", 1, 1))
+    assert [chunk.seq for chunk in behind.step().chunks] == [1]
+    assert len(list(ahead.step().chunks)) == 1
+    assert ahead.step() == Wait()
+
+
+@pytest.mark.parametrize("page", [rows("stopped", 0), []], ids=["ended", "deleted"])
+def test_new_reader_that_finds_the_end_wakes_the_others(subscriptions, page):
+    waiting, writer = Subscriber(subscriptions), Subscriber(subscriptions, math.inf, ends_only=True)
+    waiting.catch_up(rows("active", 0))
+    new = Subscriber(subscriptions)
+    new.fetched(new.step(), page)
+    assert waiting.reset() == writer.reset() == 1
 
 
 def test_end_of_stream(subscriptions):

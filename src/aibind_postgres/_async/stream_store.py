@@ -149,8 +149,11 @@ class AsyncPostgresStreamStore:
             True if this call created the stream: the caller should write it. False if the stream exists: the caller
             should read it.
         """
-        rows = await self._database.query(self._sql.create, [arguments.identifier(id), self._ttl])
-        return bool(rows[0][0])
+        stream_id = arguments.identifier(id)
+        [(created,)] = await self._database.query(self._sql.create, [stream_id, self._ttl])
+        if created:
+            self._notifier.wake([stream_id])  # readers of a deleted stream with this id
+        return bool(created)
 
     async def append(self, id: str, chunk: str, *, expected_seq: int | None = None) -> int:
         """Append one chunk. The chunk is durable when this returns.
@@ -305,8 +308,12 @@ class AsyncPostgresStreamStore:
         Returns:
             The status, or None if the stream does not exist.
         """
-        rows = await self._database.query(self._sql.status, [arguments.identifier(id)])
-        return StreamStatus._make(rows[0]) if rows else None
+        stream_id = arguments.identifier(id)
+        rows = await self._database.query(self._sql.status, [stream_id])
+        status = StreamStatus._make(rows[0]) if rows else None
+        if status is None or status.state != "active":
+            self._notifier.wake([stream_id])  # whoever ended the stream may not have notified
+        return status
 
     async def wait(self, id: str, timeout: float | timedelta | None = None) -> StreamStatus:
         """Wait until a stream has ended. If the connection is lost, retry as `read_from` does.
@@ -382,13 +389,13 @@ class AsyncPostgresStreamStore:
         stream_id = arguments.identifier(id)
         try:
             [(ended, exists)] = await self._database.query(self._sql.end, [stream_id, state, error, self._ttl])
+            if not exists:
+                raise StreamNotFoundError(stream_id)
         except GeneratorExit:  # see `AsyncFollower`
             raise
         except BaseException:
             self._notifier.wake([stream_id])  # the stream may have ended
             raise
-        if not exists:
-            raise StreamNotFoundError(stream_id)
         # Also if it had already ended: the call that ended it may have lost its reply and not have notified.
         await self._notifier.changed([stream_id])
         return bool(ended)
