@@ -1,46 +1,39 @@
-"""Encode and decode the payloads of notifications: JSON objects with the changed stream ids and the sender. Pure."""
+"""Encode and decode the payloads of notifications: the sender and the digests of the changed streams. Pure.
+
+Every role that may connect to the database can LISTEN, and a stream id gives access to its stream. Payloads therefore
+contain digests, from which an unguessable id cannot be derived. Words are separated by a space.
+"""
 
 from __future__ import annotations
 
-import json
+import hashlib
 from collections.abc import Iterable, Iterator
+from itertools import islice
 
-MAX_PAYLOAD_BYTES = 7_999  # PostgreSQL accepts less than 8,000
+DIGESTS = 200  # in one payload at most: PostgreSQL accepts less than 8,000 bytes
+
+
+def digest_of(stream_id: str) -> str:
+    """Return the first 128 bits of the SHA-256 of a stream id. The optional trigger computes the same in SQL."""
+    return hashlib.sha256(stream_id.encode()).hexdigest()[:32]
 
 
 def encode_payloads(stream_ids: Iterable[str], sender: str | None) -> Iterator[str]:
-    """Encode stream ids in as few payloads as possible.
+    """Encode stream ids in payloads.
 
     Args:
         stream_ids: The ids of the streams that have changed.
         sender: The id of the store that sends them, so that it can ignore its own notifications. None for no sender.
     """
-    head = "{" if sender is None else f'{{"by":{json.dumps(sender)},'
-    packed = ""
-    for stream_id in stream_ids:
-        item = json.dumps(
-            stream_id
-        )  # in ASCII, so that the length in bytes does not depend on the encoding of the database
-        if packed and len(head) + len(packed) + len(item) + len('"ids":[,]}') > MAX_PAYLOAD_BYTES:
-            yield f'{head}"ids":[{packed}]}}'
-            packed = ""
-        packed += f",{item}" if packed else item
-    if packed:
-        yield f'{head}"ids":[{packed}]}}'
+    digests = map(digest_of, stream_ids)
+    while batch := list(islice(digests, DIGESTS)):
+        yield " ".join([sender or "-", *batch])
 
 
-def decode_payload(payload: str, receiver: str) -> list[str] | None:
-    """Return the stream ids of a payload.
+def decode_payload(payload: str, receiver: str) -> list[str]:
+    """Return the digests in a payload; none if `receiver` sent it.
 
-    The list is empty if `receiver` sent the payload. The result is None if the payload has another format: then any
-    stream may have changed.
+    The words of a payload that this package did not send match no stream.
     """
-    try:
-        content = json.loads(payload)
-        if content.get("by") == receiver:
-            return []
-        stream_ids = content["ids"]
-    except (ValueError, TypeError, KeyError, AttributeError):
-        return None
-    is_list = isinstance(stream_ids, list) and all(isinstance(stream_id, str) for stream_id in stream_ids)
-    return stream_ids if is_list else None
+    sender, *digests = payload.split(" ")
+    return [] if sender == receiver else digests

@@ -13,6 +13,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from ._arguments import MAX_NUMBER
+from ._notifications import digest_of
 from ._pages import FIRST_PAGE_CHUNKS, Page
 from ._stream_tail import SHARED_PAGE_CHUNKS, StreamTail
 from .errors import StoreClosedError, copy_error
@@ -135,6 +136,7 @@ class Subscriptions:
         self._mutex = Lock()
         # Several of one id: readers of a deleted stream may be busy while a new stream of its id has readers.
         self._streams: dict[str, set[FollowedStream]] = {}
+        self._ids: dict[str, str] = {}  # the keys of `_streams` by their digests
         self._unsubscribed: deque[Subscription] = deque()
         self.newest = 0  # the number of the newest followed stream
         self._deletes: Counter[str] = Counter()  # statements under way that delete a stream
@@ -256,8 +258,14 @@ class Subscriptions:
                     woken += stream.wake_ready() if cached else stream.mark_stale()
         return woken
 
+    def notified(self, digests: Iterable[str]) -> list[Subscription]:
+        """Mark the streams with these digests stale, after a notification. Unknown digests are ignored."""
+        with self._mutex:
+            stream_ids = [self._ids[digest] for digest in digests if digest in self._ids]
+        return self.changed(stream_ids)
+
     def changed(self, stream_ids: Iterable[str] | None) -> list[Subscription]:
-        """Mark streams stale, as after a notification, or with None all streams, as after a reconnect."""
+        """Mark streams stale after a change, or with None all streams, as after a reconnect."""
         woken: list[Subscription] = []
         with self._mutex:
             for stream_id in list(self._streams) if stream_ids is None else stream_ids:
@@ -394,7 +402,10 @@ class Subscriptions:
             self._forget(previous)
         subscription.stream = stream
         stream.subscriptions.add(subscription)
-        self._streams.setdefault(stream.id, set()).add(stream)
+        if stream.id not in self._streams:
+            self._streams[stream.id] = set()
+            self._ids[digest_of(stream.id)] = stream.id
+        self._streams[stream.id].add(stream)
 
     def _follow(self, stream_id: str) -> FollowedStream:
         self.newest += 1
@@ -412,8 +423,8 @@ class Subscriptions:
     def _forget(self, stream: FollowedStream) -> None:
         streams = self._streams.get(stream.id, set())
         streams.discard(stream)
-        if not streams:
-            self._streams.pop(stream.id, None)
+        if not streams and stream.id in self._streams:
+            del self._streams[stream.id], self._ids[digest_of(stream.id)]
 
     def _remove_unsubscribed(self) -> list[Subscription]:
         woken: list[Subscription] = []

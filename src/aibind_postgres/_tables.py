@@ -62,7 +62,7 @@ class Table(NamedTuple):
         """The NOTIFY channel for changes of this table: its name without the schema.
 
         Without the schema, stores that name it and stores that rely on `search_path` use the same channel. A
-        notification for a table with the same name in another schema costs one query.
+        notification for a table with the same name in another schema is ignored, unless both have a stream of its id.
         """
         return self.name
 

@@ -24,9 +24,11 @@ _PACKAGED = Path(__file__).parent / "sql"  # in an installed package; in a check
 SQL_FOLDER = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[2] / "sql"
 
 # Matches the default table names and the names derived from them: indexes, triggers and, with a parenthesis, functions.
-# Comments are matched to skip them, since a table name with a line break would end the comment.
+# In single quotes, the name of the status table is the channel. Comments are matched to skip them, since a table name
+# with a line break would end the comment.
 _NAMES = re.compile(
-    rf"--[^\n]*|\b(?P<table>{CHUNKS_TABLE}|{STATUS_TABLE}|{CONVERSATIONS_TABLE})(?P<suffix>_\w+)?\b(?P<call>\()?"
+    rf"--[^\n]*|'(?P<channel>{STATUS_TABLE})'|"
+    rf"\b(?P<table>{CHUNKS_TABLE}|{STATUS_TABLE}|{CONVERSATIONS_TABLE})(?P<suffix>_\w+)?\b(?P<call>\()?"
 )
 
 
@@ -60,6 +62,8 @@ def render(
     tables = {CHUNKS_TABLE: chunks, STATUS_TABLE: status, CONVERSATIONS_TABLE: conversations}
 
     def replace_name(match: re.Match[str]) -> str:
+        if match["channel"]:
+            return quote(status.channel)  # the argument of a trigger may be an identifier
         if match["table"] is None:
             return match[0]
         return _render_name(tables[match["table"]], match["suffix"], match["call"])

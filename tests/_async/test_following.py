@@ -19,6 +19,7 @@ from aibind_postgres import (
     StreamNotFoundError,
     _stream_tail,
 )
+from aibind_postgres._notifications import digest_of
 from aibind_postgres._stream_tail import SHARED_PAGE_CHUNKS
 
 NEVER = 3600  # a poll_interval: every change arrives by a notification
@@ -61,6 +62,23 @@ async def test_many_readers_share_one_fetch_per_change(store, other, client, wri
         results = await readers.result()
     assert results == [[(number, f"{number}") for number in range(1, 21)]] * 50
     assert len(client.fetches) <= 21
+
+
+async def test_foreign_notifications_cause_no_reads(store, other, client, dsn, tables):
+    id = await store.create()
+    channel = tables["status_table"]._obj[-1]
+    async with AsyncBackground(partial(collect, store, id)) as reader:
+        await all_waiting(client, 1)
+        client.fetches.clear()
+        async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as stranger:
+            for payload in ("", "null", f'{{"ids": ["{id}"]}}', id, f"- {digest_of('another')}", "[" * 7999) * 60:
+                await stranger.execute("SELECT pg_notify(%s, %s)", [channel, payload])
+        await other.append(id, "a")  # notifications arrive in order
+        await async_until(lambda: client.fetches)
+        await async_until(client.is_quiet)
+        assert len(client.fetches) == 1
+        await other.complete(id)
+        assert await reader.result() == [(1, "a")]
 
 
 async def test_readers_of_many_streams_share_statements(store, client):

@@ -23,6 +23,7 @@ from aibind_postgres import (
     StreamNotFoundError,
     schema,
 )
+from aibind_postgres._notifications import digest_of
 
 HOSTILE = ["plain", "quotes", "mixed case", "63 bytes", "formats"]  # a channel is named after its table
 
@@ -160,6 +161,23 @@ async def test_trigger_notifies_for_foreign_writers(dsn, tables, schema_name):
             async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as plain:
                 await plain.execute(psycopg.sql.SQL("UPDATE {status} SET state = 'done'").format(**names))
             assert (await waiter.result()).state == "done"
+
+
+@pytest.mark.parametrize("notifier", ["writer", "trigger"])
+async def test_notifications_contain_no_stream_id(dsn, tables, schema_name, store, notifier):
+    if notifier == "trigger":
+        conversations = psycopg.sql.Identifier(schema_name, "conversations")
+        schema.migrate(dsn, **tables, conversations_table=conversations, notify_trigger=True)
+    update = psycopg.sql.SQL("UPDATE {} SET state = 'done'").format(tables["status_table"])
+    id = await store.create()
+    async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as stranger:
+        await stranger.execute(
+            psycopg.sql.SQL("LISTEN {}").format(psycopg.sql.Identifier(tables["status_table"]._obj[-1]))
+        )
+        await (store.append(id, "x") if notifier == "writer" else stranger.execute(update))
+        [notification] = [each async for each in stranger.notifies(timeout=20, stop_after=1)]
+    assert id not in notification.payload
+    assert digest_of(id) in notification.payload
 
 
 async def test_reader_may_start_after_a_future_chunk(store, other):

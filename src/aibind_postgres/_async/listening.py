@@ -140,7 +140,7 @@ class AsyncListener:
             await self._database.closing.wait(min(timeout, connection.seconds_until_connect))
             return
         async for payload in connection.notifications(timeout):
-            wake_all(self._subscriptions.changed(decode_payload(payload, self._notifier.sender)))
+            wake_all(self._subscriptions.notified(decode_payload(payload, self._notifier.sender)))
         if await connection.check_probe() and not self._warned:
             self._warned = True
             logger.warning(
