@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple
+from urllib.parse import parse_qsl
 
 from .errors import WebError
 
@@ -21,7 +22,7 @@ class WebRequest(NamedTuple):
     Attributes:
         method: The HTTP method in upper case.
         path: The path, including the handler's prefix.
-        query: The query parameters, one value for each name.
+        query_string: The query string as the client sent it, percent-encoded and without the question mark.
         headers: The headers, with names in lower case.
         body: The body. If it is longer than the handler's `max_body`, the first `max_body + 1` bytes suffice: the
             handler rejects it.
@@ -33,15 +34,34 @@ class WebRequest(NamedTuple):
 
     method: str
     path: str
-    query: Mapping[str, str]
+    query_string: bytes
     headers: Mapping[str, str]
     body: bytes
     original: Any = None
     context: Callable[[], Any] = nullcontext
 
+    @property
+    def query(self) -> dict[str, str]:
+        """The query parameters.
+
+        Raises:
+            WebError: 400: a parameter occurs twice, or the query string is not UTF-8.
+        """
+        pairs = self._query_pairs("strict")
+        query = dict(pairs)
+        if len(query) < len(pairs):  # another program, such as a proxy that checks access, may read the other value
+            raise WebError(400, "a query parameter occurs twice")
+        return query
+
+    def _query_pairs(self, errors: str) -> list[tuple[str, str]]:
+        try:
+            return parse_qsl(self.query_string.decode(errors=errors), keep_blank_values=True, errors=errors)
+        except UnicodeDecodeError:
+            raise WebError(400, "the query string is not UTF-8") from None
+
     def __repr__(self) -> str:
         """Omit values that may be secret: those of the query and the headers, and the body."""
-        query, headers = ", ".join(self.query), ", ".join(self.headers)
+        query, headers = ", ".join(name for name, _ in self._query_pairs("replace")), ", ".join(self.headers)
         return (
             f"<{type(self).__name__} {self.method} {self.path}, query: [{query}], headers: [{headers}], "
             f"{len(self.body)} bytes>"
@@ -86,11 +106,15 @@ class Generation(NamedTuple):
 
 
 def parse_body(request: WebRequest) -> dict[str, Any]:
-    """Return the JSON object in the body of a request. Raise `WebError` (400) if the body is anything else."""
+    """Return the JSON object in the body of a request.
+
+    Raises:
+        WebError: 400: the body is not a JSON object in UTF-8. JSON from the network has no byte order mark (RFC 8259).
+    """
     try:
-        body = json.loads(request.body)
+        body = json.loads(request.body.decode())  # from bytes, `loads` would also accept UTF-16 and UTF-32
     except (ValueError, RecursionError):
-        raise WebError(400, "the body is not JSON") from None
+        raise WebError(400, "the body is not JSON in UTF-8") from None
     if not isinstance(body, dict):
         raise WebError(400, "the body must be a JSON object")
     return body

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from urllib.parse import urlencode
 
 import pytest
 from psycopg.sql import Identifier
@@ -48,7 +49,7 @@ class Api:
 
     async def request(self, method, path, body=None, query=None, headers=None, handler=None):
         encoded = body if isinstance(body, bytes) else json.dumps(body).encode()
-        request = WebRequest(method, f"/__aibind__{path}", query or {}, headers or {}, encoded)
+        request = WebRequest(method, f"/__aibind__{path}", urlencode(query or {}).encode(), headers or {}, encoded)
         return await (handler or self.handler).handle(request)
 
     async def post(self, path, body, **options):
@@ -92,7 +93,7 @@ async def test_stream_and_resume(api, path):
     id = response.headers["X-Stream-Id"]
     assert response.status == 200
     assert response.headers["Content-Type"] == "text/event-stream"
-    assert response.headers["Cache-Control"] == "no-cache"
+    assert response.headers["Cache-Control"] == "no-cache, no-store, no-transform"
     assert response.headers["X-Accel-Buffering"] == "no"
     assert response.headers["Access-Control-Expose-Headers"] == "X-Stream-Id"
     arrived = [ServerSentEvent("Hello", id="1"), ServerSentEvent("{}", "usage", "2"), ServerSentEvent(" world", id="3")]
@@ -107,7 +108,7 @@ async def test_stream_and_resume(api, path):
             ({"id": id, "after": str(after)}, {}),
             ({"id": id, "after": "0"}, {"last-event-id": str(after)}),
         ):
-            resumed = await api.request("GET", "/stream/resume", query=query, headers=headers)
+            resumed = await api.request("GET", f"{path}/resume", query=query, headers=headers)
             assert resumed.headers["X-Stream-Id"] == id
             assert await events(resumed) == [*arrived[after:], DONE]
     from_start = await api.request("GET", "/structured/resume", query={"id": id}, headers={"last-event-id": id})
@@ -117,7 +118,8 @@ async def test_stream_and_resume(api, path):
 async def test_stop(api):
     await api.store.create("s")
     assert json.loads((await api.post("/stream/stop", {"id": "s"})).body) == {"ok": True}
-    assert json.loads((await api.post("/structured/stop", {"id": "s"})).body) == {"ok": True}
+    for path in ("/structured/stop", "/chat/stop"):
+        assert json.loads((await api.post(path, {"id": "s"})).body) == {"ok": True}
     assert (await api.store.get_status("s")).state == "stopped"
     resumed = await api.request("GET", "/stream/resume", query={"id": "s"})
     assert await events(resumed) == [ServerSentEvent("", "stopped"), DONE]
@@ -134,7 +136,7 @@ async def test_complete_title_and_compact(api):
     ]
     api.items = ["in short", StreamEvent("usage", '{"inputTokens": 9, "outputTokens": 2}')]
     conversation = {"messages": [{"role": "user", "content": "hi"}]}
-    for path in ("/compact", "/stream/compact", "/structured/compact"):
+    for path in ("/compact", "/stream/compact", "/structured/compact", "/chat/compact"):
         response = await api.post(path, conversation)
         assert json.loads(response.body) == {"summary": "in short", "tokensSaved": 7}
         assert api.generations[-1].kind == "compact"
@@ -259,6 +261,10 @@ async def test_unauthorized_requests_read_and_change_nothing(api):
         ("POST", "/stream/resume", {}, 405, "use GET"),
         ("POST", "/stream", b"{", 400, "JSON"),
         ("POST", "/stream", b"\xff", 400, "JSON"),
+        ("POST", "/stream", '{"prompt": "x"}'.encode("utf-16"), 400, "UTF-8"),
+        ("POST", "/stream", '{"prompt": "x"}'.encode("utf-16-le"), 400, "UTF-8"),
+        ("POST", "/stream", '{"prompt": "x"}'.encode("utf-32-be"), 400, "UTF-8"),
+        ("POST", "/stream", '{"prompt": "x"}'.encode("utf-8-sig"), 400, "UTF-8"),
         ("POST", "/stream", b"[" * 100_000, 400, "JSON"),
         ("POST", "/stream", [], 400, "object"),
         ("POST", "/stream", {}, 400, "prompt is required"),
@@ -344,7 +350,7 @@ async def test_application_errors_are_500(api, caplog, fault):
 
 async def test_custom_prefix(api):
     handler = api.with_options(prefix="/ai/")
-    request = WebRequest("POST", "/ai/complete", {}, {}, b'{"input": "x"}')
+    request = WebRequest("POST", "/ai/complete", b"", {}, b'{"input": "x"}')
     assert (await handler.handle(request)).status == 200
     assert (await handler.handle(request._replace(path="/aiz/complete"))).status == 404
     assert (await handler.handle(request._replace(path="/complete"))).status == 404
@@ -405,10 +411,22 @@ async def test_delete_while_reading_ends_response(api):
     assert [encoded async for encoded in body] == []
 
 
-async def test_responses_are_not_cached(api):
+async def test_responses_are_not_stored(api):
     for response in (
         await api.request("GET", "/stream/resume", query={"id": "nothing"}),
+        await api.request("GET", "/stream"),
         await api.post("/complete", {"input": "x"}),
-        await api.post("/stream", {"prompt": "x"}),
+        await api.post("/compact", {"messages": [{"role": "user", "content": "hi"}]}),
     ):
-        assert response.headers["Cache-Control"] == "no-cache"
+        assert response.headers["Cache-Control"] == "no-store"
+    response = await api.post("/stream", {"prompt": "x"})
+    assert response.headers["Cache-Control"] == "no-cache, no-store, no-transform"
+
+
+@pytest.mark.parametrize("query_string", [b"id=s&id=s", b"id=s&%69d=other", b"after=&after=1", b"id=%ff"])
+async def test_ambiguous_query_is_refused(api, query_string):
+    await api.store.create("s")
+    for method, path in (("GET", "/stream/resume"), ("POST", "/stream/stop")):
+        request = WebRequest(method, f"/__aibind__{path}", query_string, {}, b'{"id": "s"}')
+        assert error_of(await api.handler.handle(request))[0] == 400
+    assert (await api.store.get_status("s")).state == "active"

@@ -27,7 +27,7 @@ ROUTES = {
     ),
     "chat": (
         {"messages": [{"role": "user", "content": "which colour?"}]},
-        "/stream",
+        "/chat",
         [("message", "The sky "), CALL, CALL, ("message", "is "), ("message", "blue"), USAGE],
     ),
 }
@@ -37,7 +37,7 @@ def test_stream_and_resume_at_every_number(client):
     response = client.post("/stream", {"prompt": "to be or not to be 😀"})
     assert response.status == 200
     assert response.getheader("Content-Type").startswith("text/event-stream")
-    assert response.getheader("Cache-Control") == "no-cache"
+    assert response.getheader("Cache-Control") == "no-cache, no-store, no-transform"
     assert response.getheader("Access-Control-Expose-Headers") == "X-Stream-Id"
     id = response.getheader("X-Stream-Id")
     [first, *stored, done] = events(response)
@@ -108,7 +108,7 @@ def test_stop_while_the_model_is_silent(client, store):
     assert list(events(client.resume(id, 0))) == [ServerSentEvent("one", id="1"), ServerSentEvent("", "stopped"), DONE]
 
 
-@pytest.mark.parametrize("path", ["/stream", "/structured"])
+@pytest.mark.parametrize("path", ["/stream", "/structured", "/chat"])
 def test_stop_in_another_process_closes_the_source(client, store, path):
     log_id = store.create()
     reader = events(client.post("/stream", {"prompt": f"block {log_id}"}))
@@ -153,6 +153,11 @@ def test_heartbeat(client, store):
         ("GET", "/stream/resume?id=nothing", None, {}, 404),
         ("GET", "/structured/resume?id=nothing", None, {}, 404),
         ("GET", "/stream/resume", None, {}, 400),
+        ("GET", "/stream/resume?id=nothing&id=nothing", None, {}, 400),
+        ("GET", "/stream/resume?id=nothing&%69d=other", None, {}, 400),
+        ("GET", "/stream/resume?id=nothing&after=1&after=2", None, {}, 400),
+        ("GET", "/stream/resume?id=%ff", None, {}, 400),
+        ("POST", "/stream", '{"prompt": "x"}'.encode("utf-16"), {}, 400),
         ("POST", "/stream/stop", b'{"id": "nothing"}', {}, 404),
         ("POST", "/stream/stop", b"{}", {}, 400),
         ("GET", "/stream/resume?id=nothing", None, {"User": "stranger"}, 403),
@@ -163,6 +168,7 @@ def test_error_response(client, method, path, body, headers, status):
     response = client.request(method, path, body, headers)
     with closing(response):
         assert response.status == status
+        assert response.getheader("Cache-Control") == "no-store"
         assert list(json.loads(response.read())) == ["error"]
 
 

@@ -39,11 +39,12 @@ logger = logging.getLogger("aibind_postgres")
 
 EVENT_STREAM = {
     "Content-Type": "text/event-stream",
-    "Cache-Control": "no-cache",
+    # A compressing proxy would hold events back until it has enough to compress.
+    "Cache-Control": "no-cache, no-store, no-transform",
     "X-Accel-Buffering": "no",  # keeps nginx from buffering events
     "Access-Control-Expose-Headers": "X-Stream-Id",
 }
-PLAIN_TEXT = {"Content-Type": "text/plain; charset=utf-8", "Cache-Control": "no-cache"}
+PLAIN_TEXT = {"Content-Type": "text/plain; charset=utf-8", "Cache-Control": "no-store"}
 
 
 @dataclass(frozen=True)
@@ -138,11 +139,11 @@ class AsyncStreamHandler:
             "/complete": ("POST", partial(self._complete, "complete")),
             "/title": ("POST", partial(self._complete, "title")),
         }
-        for path in ("/stream", "/structured"):
+        for path in ("/stream", "/structured", "/chat"):
             self._routes[f"{path}/stop"] = ("POST", self._stop)
             self._routes[f"{path}/resume"] = ("GET", self._resume)
-        for path in ("", "/stream", "/structured"):
             self._routes[f"{path}/compact"] = ("POST", self._compact_conversation)
+        self._routes["/compact"] = ("POST", self._compact_conversation)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} at {self.prefix!r}, {self._store!r}>"
@@ -166,6 +167,7 @@ class AsyncStreamHandler:
                 return _json({"error": f"use {method}"}, 405, {"Allow": method})
             if len(request.body) > self.max_body:
                 raise WebError(413, f"the body must be at most {self.max_body} bytes long")
+            request.query  # noqa: B018  # raises for each route
             response: AsyncWebResponse = await respond(request)
         except WebError as error:
             return _json({"error": error.text or "refused"}, error.status)
@@ -302,5 +304,5 @@ async def _collect(source: AsyncIterable[str | StreamEvent]) -> tuple[str, str]:
 
 
 def _json(content: object, status: int = 200, headers: Mapping[str, str] | None = None) -> AsyncWebResponse:
-    all_headers = {"Content-Type": "application/json", "Cache-Control": "no-cache", **(headers or {})}
+    all_headers = {"Content-Type": "application/json", "Cache-Control": "no-store", **(headers or {})}
     return AsyncWebResponse(status, all_headers, json.dumps(content).encode())

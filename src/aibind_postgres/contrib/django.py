@@ -79,7 +79,7 @@ def _from_django(handler: StreamHandler | AsyncStreamHandler, request: HttpReque
     return WebRequest(
         str(request.method),
         f"{handler.prefix}/{path}",
-        request.GET.dict(),
+        _query_string(request),
         {name.lower(): value for name, value in request.headers.items()},
         _read_body(request, handler.max_body + 1),  # one byte more than the handler accepts
         request,
@@ -87,6 +87,11 @@ def _from_django(handler: StreamHandler | AsyncStreamHandler, request: HttpReque
         if isinstance(handler, AsyncStreamHandler)
         else _close_connections,
     )
+
+
+def _query_string(request: HttpRequest) -> bytes:
+    encoding = "utf-8" if isinstance(request, ASGIRequest) else "latin-1"  # with which it was decoded
+    return str(request.META.get("QUERY_STRING", "")).encode(encoding)
 
 
 def _read_body(request: HttpRequest, limit: int) -> bytes:

@@ -42,7 +42,7 @@ def blueprint(handler: StreamHandler) -> Blueprint:
             WebRequest(
                 request.method,
                 f"{handler.prefix}/{path}",
-                request.args.to_dict(),
+                request.query_string,
                 {name.lower(): value for name, value in request.headers},
                 _read_body(handler.max_body),
                 original,

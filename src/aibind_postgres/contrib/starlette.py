@@ -50,7 +50,7 @@ def routes(handler: AsyncStreamHandler) -> list[Route]:
             WebRequest(
                 request.method,
                 f"{handler.prefix}/{request.path_params['path']}",
-                dict(request.query_params),
+                request.scope["query_string"],
                 dict(request.headers),
                 bytes(body),
                 request,
