@@ -98,9 +98,9 @@ async def test_polled_reader_under_row_level_security(store, other):
     id = await other.create("a-1")
     received = []
     async with AsyncBackground(partial(read, store, id, received)) as reader:
-        for number in range(5):
-            await other.append(id, str(number))
-            await async_until(lambda: len(received) > number)
+        for texts in (["a"], ["a", "b"], ["a", "b", "c"]):
+            await other.append(id, texts[-1])
+            await async_until(partial(received.__eq__, texts))
         await other.delete(id)
         with pytest.raises(StreamNotFoundError):
             await reader.result()

@@ -253,30 +253,6 @@ async def test_database_with_another_encoding(server, encoding):
             await admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
-async def test_failed_notification_raises_in_the_transaction_it_aborts(database):
-    role = f"role_{uuid.uuid4().hex}"
-    async with await psycopg.AsyncConnection.connect(database, autocommit=True) as admin:
-        await admin.execute(f"CREATE ROLE {role}")
-        try:
-            await admin.execute(f"GRANT ALL ON aibind_stream_chunks, aibind_stream_status TO {role}")
-            await admin.execute("REVOKE EXECUTE ON FUNCTION pg_notify FROM PUBLIC")
-            async with (
-                await psycopg.AsyncConnection.connect(database) as connection,
-                AsyncPostgresStreamStore(connection) as store,
-            ):
-                await store.create("a")
-                await connection.commit()
-                await connection.execute(f"SET ROLE {role}")
-                with pytest.raises(psycopg.errors.InsufficientPrivilege):
-                    await store.append("a", "undone")
-                await connection.rollback()
-            async with AsyncPostgresStreamStore(database) as store:
-                assert await collect_now(store, "a") == []
-        finally:
-            await admin.execute(f"DROP OWNED BY {role}")
-            await admin.execute(f"DROP ROLE {role}")
-
-
 async def test_row_that_cannot_be_updated(dsn, tables, schema_name):
     async with AsyncPostgresStreamStore(dsn, **tables) as store:
         id = await store.create()

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import gc
 import time
+import uuid
 import weakref
 
 import django
 import psycopg
 import pytest
 from contrib import contract
-from django.db import OperationalError, connections, transaction
+from django.db import OperationalError, ProgrammingError, connections, transaction
 from django.test import override_settings
 from django.utils.connection import ConnectionDoesNotExist
+from psycopg.sql import SQL, Identifier
 from support.concurrency import Background, gather, workers
 
 from aibind_postgres import PostgresConversationStore, PostgresStreamStore, StreamNotFoundError
@@ -186,6 +188,36 @@ def test_lost_connection_in_a_transaction_raises_without_retries(tables, dsn):
                 admin.execute(contract.TERMINATE)
             list(store.read_from(id, follow=False))
         assert store.get_status(id) == ("active", None, 0)
+
+
+def test_refused_notification(ours, theirs, tables, run_sql, caplog):
+    id = ours.create()
+    role = f"silent_{uuid.uuid4().hex}"
+    run_sql(f"CREATE ROLE {role}")
+    run_sql("REVOKE EXECUTE ON FUNCTION pg_notify FROM PUBLIC")
+    try:
+        names = {"schema": Identifier(tables["status_table"]._obj[0]), "role": Identifier(role)}
+        for statement in (
+            "GRANT USAGE ON SCHEMA {schema} TO {role}",
+            "GRANT ALL ON ALL TABLES IN SCHEMA {schema} TO {role}",
+        ):
+            run_sql(SQL(statement).format(**names).as_string())
+        with connections["default"].cursor() as cursor:
+            cursor.execute(f"SET ROLE {role}")
+        assert ours.append(id, "kept") == 1
+        with pytest.raises(ProgrammingError), transaction.atomic():
+            ours.append(id, "undone")
+        with transaction.atomic():
+            with pytest.raises(ProgrammingError), transaction.atomic():
+                ours.append(id, "undone")
+            assert ours.get_status(id) == ("active", None, 1)
+        assert theirs.get_status(id) == ("active", None, 1)
+        assert [record.levelname for record in caplog.records] == ["WARNING"]
+    finally:
+        close_connections()
+        run_sql("GRANT EXECUTE ON FUNCTION pg_notify TO PUBLIC")
+        run_sql(f"DROP OWNED BY {role}")
+        run_sql(f"DROP ROLE {role}")
 
 
 @pytest.mark.parametrize("listens", [True, False])

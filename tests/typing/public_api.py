@@ -176,7 +176,7 @@ def writers(store: PostgresStreamStore) -> None:
         assert_type(writer.flush(), int)
         assert_type(writer.is_active, bool)
         writer.write(b"chunk")  # type: ignore[arg-type]
-    PostgresStreamStore("", synchronous_commit="off")
+    PostgresStreamStore("", synchronous_commit="off", notify=False)
     PostgresStreamStore("", synchronous_commit="maybe")  # type: ignore[arg-type]
 
 

@@ -17,6 +17,7 @@ import psycopg
 from .._concurrency import AsyncEvent, AsyncWorker, Mutex, async_spawn
 from .._notifications import decode_payload, encode_payloads
 from .._sql import NOTIFY, json_array
+from .._sqlstate import wrote_nothing
 from .._subscriptions import Subscriptions, wake_all
 from .._tables import quote
 from .connections import UnansweredError, execute, is_direct
@@ -248,8 +249,13 @@ class AsyncListenConnection:
         is_quiet = monotonic() - self._active_at > PROBE_AFTER and self._probed_at == math.inf
         # If the client joins transactions, the poll itself uses this connection.
         if self._connection is not None and self._direct and is_quiet and not self._client.joins_transactions:
-            await self._client.query(NOTIFY, self._probe_params())
-            self._probed_at = monotonic()
+            try:
+                await self._client.query(NOTIFY, self._probe_params())
+                self._probed_at = monotonic()
+            except Exception as error:
+                if not wrote_nothing(error):
+                    raise
+                self._active_at = monotonic()  # the server refuses notifications: polling continues at its pace
 
     async def _probe_from_other_session(self) -> None:
         # Through a pooler, a notification that a session sends to itself could arrive by accident.

@@ -14,6 +14,7 @@ from .._concurrency import AsyncEvent, AsyncWorker, Mutex, async_spawn
 from .._message_tree import new_id
 from .._notifications import encode_payloads
 from .._sql import NOTIFY, json_array
+from .._sqlstate import is_temporary, sqlstate
 from .._subscriptions import Subscriptions, wake_all
 from .database import CLOSING_TIMEOUT, WORKER_IDLE_TIMEOUT
 
@@ -37,11 +38,19 @@ class AsyncNotifier:
 
     If the client joins transactions of the caller, notifications are sent at once, in that transaction. PostgreSQL
     delivers them when it commits.
+
+    Args:
+        client: The client of the store.
+        subscriptions: The subscriptions of the store.
+        channel: The channel of the notifications.
+        enabled: Whether to notify other processes.
     """
 
-    def __init__(self, client: AsyncClient, subscriptions: Subscriptions, channel: str) -> None:
+    def __init__(self, client: AsyncClient, subscriptions: Subscriptions, channel: str, enabled: bool) -> None:
         self.channel = channel
         self._client = client
+        self._enabled = enabled
+        self._warned = False
         self._subscriptions = subscriptions
         self._instance = new_id()
         self._mutex = Mutex()
@@ -91,11 +100,19 @@ class AsyncNotifier:
     async def notify(self, stream_ids: Iterable[str]) -> None:
         """Send a notification, or queue it for the worker.
 
-        If the client joins a transaction of the caller, errors propagate: a failed NOTIFY has aborted the change.
-        Otherwise errors are ignored: other processes find the change by polling.
+        In a transaction of the caller, errors propagate: a failed NOTIFY has aborted the change. Otherwise the change
+        is durable, so errors are only logged: other processes find the change by polling.
         """
+        if not self._enabled:
+            return
         if self._client.joins_transactions:
-            await self._send(stream_ids, None)
+            in_transaction = self._client.in_transaction()  # before the statement, which may lose the connection
+            try:
+                await self._send(stream_ids, None)
+            except Exception as error:
+                if in_transaction:
+                    raise
+                self._log_failure(error)
             return
         with self._mutex:
             if not self._pending:
@@ -119,7 +136,7 @@ class AsyncNotifier:
             try:
                 await self._send(batch, self.sender)
             except Exception as error:
-                logger.debug("notification for %d streams not sent: %s", len(batch), type(error).__name__)
+                self._log_failure(error)
             duration, previous_duration = monotonic() - started, duration
             cooldown = COOLDOWN_FACTOR * min(duration, previous_duration)
             await self._closing.wait(min(max(cooldown, MIN_COOLDOWN), MAX_COOLDOWN))
@@ -127,3 +144,18 @@ class AsyncNotifier:
     async def _send(self, stream_ids: Iterable[str], sender: str | None) -> None:
         payloads = json_array(encode_payloads(stream_ids, sender))
         await self._client.query(NOTIFY, [self.channel, payloads])
+
+    def _log_failure(self, error: Exception) -> None:
+        """Warn once if the server refuses notifications. A lost connection may be back for the next one."""
+        code = sqlstate(error)
+        is_lost = is_temporary(error) or (code is None and self._client.is_recoverable(error))
+        level = logging.DEBUG if is_lost or self._warned else logging.WARNING
+        self._warned = self._warned or level == logging.WARNING
+        logger.log(
+            level,
+            "notifications cannot be sent: %s %s. Changes are stored, and readers in other processes find them by "
+            "polling. Check that the role may execute pg_notify and that the notification queue is not full, or pass "
+            "notify=False",
+            type(error).__name__,
+            code or "",
+        )

@@ -75,6 +75,8 @@ class AsyncPostgresStreamStore:
         synchronous_commit: PostgreSQL's setting of this name for the writes of this store; the server's by default.
             With "off", a crash of the server may lose the last acknowledged writes. In a transaction of the caller, it
             applies to the whole transaction.
+        notify: Whether to notify readers in other processes of changes; True by default. If False, they find changes by
+            polling. In a two-phase transaction, pass False: PostgreSQL cannot prepare one that has notified.
 
     Raises:
         ValueError: By the constructor, for an invalid table name or setting.
@@ -101,6 +103,7 @@ class AsyncPostgresStreamStore:
         retry_for: float | timedelta = 30.0,
         timeout: float | timedelta | None = None,
         synchronous_commit: SynchronousCommit | None = None,
+        notify: bool = True,
     ) -> None:
         chunks, status = parse_distinct(chunks_table, status_table)
         poll_seconds = arguments.seconds(poll_interval, "poll_interval")
@@ -110,7 +113,7 @@ class AsyncPostgresStreamStore:
         self._sql = StreamStatements(chunks, status, synchronous_commit)
         wrapped_client = self._database.client
         self._subscriptions = Subscriptions(share=not wrapped_client.joins_transactions)
-        self._notifier = AsyncNotifier(wrapped_client, self._subscriptions, status.channel)
+        self._notifier = AsyncNotifier(wrapped_client, self._subscriptions, status.channel, notify)
         self._listener = AsyncListener(
             self._database, self._subscriptions, self._notifier, self._sql.poll, poll_seconds
         )
