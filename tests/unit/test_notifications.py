@@ -49,7 +49,7 @@ def test_unknown_payload_concerns_no_stream(payload):
 
 
 def test_sender_differs_in_a_forked_process(monkeypatch):
-    notifier = Notifier(PlainClient(), Subscriptions(share=True), "channel")
+    notifier = Notifier(PlainClient(), Subscriptions(share=True), "channel", enabled=True)
     sender = notifier.sender
     assert sender == notifier.sender
     monkeypatch.setattr(os, "getpid", lambda: 1)
