@@ -20,13 +20,26 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
 
+import psycopg
+from psycopg.pq import Conninfo
+
 if sys.platform != "win32":
     import fcntl
 
-_PORT = "5432"  # only a part of the socket name: the server does not listen on the network
+# Only a part of the socket name, since the server does not listen on the network. On this port of another address,
+# which a variable of the environment may name, there is no PostgreSQL.
+_PORT = "1"
 _CLUSTER_NAME = "cluster_name=aibind_postgres"  # the option that identifies an embedded server
 _INIT_PREFIX = "initializing-"  # of the temporary folder in which initdb runs
 _MAX_SOCKET_PATH = 103  # bytes; the smallest limit among the supported systems
+# For parameters that have no default in libpq, and for which an empty value is invalid.
+_NEUTRAL = {
+    "client_encoding": "UTF8",
+    "connect_timeout": "10",
+    "max_protocol_version": "latest",
+    "min_protocol_version": "3.0",
+    "sslcertmode": "allow",
+}
 _TIMEOUT = "60"  # seconds for a start or a stop; after a crash, the start replays the write-ahead log
 
 
@@ -47,14 +60,15 @@ def server(path: str | os.PathLike[str] | None = None, *, version: int = 18) -> 
             version.
 
     Yields:
-        The connection string, as a URL.
+        The connection string, as a URL. It overrides the libpq variables that are set at the call, such as PGHOSTADDR,
+        PGOPTIONS and PGSERVICE, and has been tested: this server answers.
 
     Raises:
         ModuleNotFoundError: The `embedded` extra is not installed.
         ValueError: The extra does not contain this version.
         OSError: The folder cannot be used; it is left unchanged. Subclasses: `NotADirectoryError` for a file,
             `FileExistsError` for a folder with other files, `PermissionError` for missing permissions.
-        RuntimeError: The server cannot be started. The text contains the messages of PostgreSQL.
+        RuntimeError: The server cannot be started, or does not answer. The text contains the messages of PostgreSQL.
 
     Example:
         >>> with server() as dsn:  # doctest: +SKIP
@@ -83,9 +97,11 @@ def server(path: str | os.PathLike[str] | None = None, *, version: int = 18) -> 
             fcntl.flock(usage_lock, fcntl.LOCK_SH)
             socket_folder = cluster.running() or cluster.start()
             cleanup.callback(_release, cluster, usage_lock, "immediate" if path is None else "fast")
+            parameters = {"host": str(socket_folder), "port": _PORT, **_overrides()}
+            dsn = f"postgresql://postgres@/postgres?{urlencode(parameters, quote_via=quote, safe='/')}"
+            _check_answer(dsn, folder)
         try:
-            location = urlencode({"host": socket_folder, "port": _PORT}, quote_via=quote, safe="/")
-            yield f"postgresql://postgres@/postgres?{location}"
+            yield dsn
         finally:
             if os.getpid() != owner_pid:
                 cleanup.pop_all()  # a forked child: the server belongs to the parent
@@ -109,6 +125,33 @@ def _programs() -> dict[int, Path]:
 
 def _versions(programs: dict[int, Path]) -> str:
     return " or ".join(str(version) for version in sorted(programs))
+
+
+def _overrides() -> dict[str, str]:
+    """Return neutral values for the parameters that the environment sets by variables or by a service."""
+    return {
+        name: _NEUTRAL.get(name) or (option.compiled or b"").decode()
+        for option in Conninfo.get_defaults()
+        if option.val != option.compiled
+        and (name := option.keyword.decode()) not in ("host", "port", "user", "dbname", "service", "servicefile")
+    }
+
+
+def _check_answer(dsn: str, folder: Path) -> None:
+    """Raise `RuntimeError` unless the connection string leads to the server in this folder."""
+    pid_file = "postmaster.pid"  # with the process id, the folder and the time of the start
+    try:
+        with psycopg.connect(dsn) as connection:
+            [[answer]] = connection.execute(f"SELECT pg_read_binary_file('{pid_file}')").fetchall()
+        if answer.splitlines()[:3] == (folder / pid_file).read_bytes().splitlines()[:3]:
+            return
+        problem = "another server answers"
+    except psycopg.Error as error:
+        problem = str(error).strip()
+    variables = ", ".join(sorted(name for name in os.environ if name.startswith("PG"))) or "none"
+    raise RuntimeError(
+        f"the embedded server in {folder} does not answer: {problem} (variables of libpq that are set: {variables})"
+    )
 
 
 @contextmanager

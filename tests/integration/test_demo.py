@@ -30,7 +30,8 @@ def check(output: str) -> None:
 
 def test_embedded_server_leaves_no_files() -> None:
     with tempfile.TemporaryDirectory(prefix="aibind-test-") as folder:
-        environment = {**os.environ, "DATABASE_URL": "ignored by the demo", "HOME": folder, "TMPDIR": folder}
+        ignored = {"DATABASE_URL": "ignored by the demo", "PGHOSTADDR": "127.0.0.1", "PGOPTIONS": "-c search_path=x"}
+        environment = {**os.environ, **ignored, "HOME": folder, "TMPDIR": folder}
         done = subprocess.run(COMMAND, capture_output=True, encoding="utf-8", env=environment, timeout=120)
         assert done.returncode == 0, done.stderr
         assert os.listdir(folder) == []

@@ -15,8 +15,10 @@ from typing import Any
 
 import psycopg
 import pytest
+from psycopg.pq import Conninfo
 
 from aibind_postgres import embedded
+from aibind_postgres._sync.connections import open_connection, parameters_of
 
 
 @pytest.fixture
@@ -81,6 +83,83 @@ def test_unusual_folder_names(base: Path, name: str) -> None:
         socket_folder = Path(query(dsn, "SHOW unix_socket_directories"))
     assert not is_running(base / name)
     assert socket_folder == base / name or not socket_folder.exists()
+
+
+# Values that make a connection fail or differ. `nonsense` is invalid for most parameters.
+HOSTILE = {
+    "PGHOSTADDR": "127.0.0.1",
+    "PGOPTIONS": "-c search_path=nowhere",
+    "PGCLIENTENCODING": "LATIN1",
+    "PGREQUIREAUTH": "scram-sha-256",
+    "PGREQUIREPEER": "nobody",
+    "PGTARGETSESSIONATTRS": "standby",
+    "PGCHANNELBINDING": "require",
+    "PGGSSENCMODE": "require",
+    "PGSSLMODE": "verify-full",
+    "PGSSLNEGOTIATION": "direct",
+    "PGMINPROTOCOLVERSION": "3.2",
+    "PGREQUIRESSL": "1",
+}
+KEYWORDS = {
+    option.envvar.decode(): option.keyword.decode()
+    for option in Conninfo.get_defaults()
+    if option.envvar and option.keyword != b"service"
+}
+# Parameters without a variable, which only a service can set.
+ONLY_OF_SERVICES = {"replication": "true", "keepalives_idle": "nonsense", "tcp_user_timeout": "nonsense"}
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[Path]:
+    """The data folder of a running server."""
+    with tempfile.TemporaryDirectory(prefix="aibind-test-") as name:
+        folder = Path(name).resolve() / "data"
+        with embedded.server(folder):
+            yield folder
+
+
+def check_connections(folder: Path) -> None:
+    with embedded.server(folder) as dsn, psycopg.connect(dsn) as connection:
+        assert query(dsn, "SHOW data_directory") == str(folder)
+        assert query(dsn, "SHOW search_path") == '"$user", public'
+        assert query(dsn, "SHOW client_encoding") == "UTF8"
+        open_connection(parameters_of(connection)).close()  # as for the LISTEN connection of a store
+
+
+@pytest.mark.parametrize("names", [*HOSTILE, " ".join(HOSTILE)])
+def test_connection_string_overrides_variables(running: Path, names: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in names.split():
+        monkeypatch.setenv(name, HOSTILE[name])
+    check_connections(running)
+
+
+def test_connection_string_overrides_invalid_variables(running: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in KEYWORDS:
+        monkeypatch.setenv(name, "nonsense")
+    check_connections(running)
+
+
+def test_connection_string_overrides_a_service(running: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {keyword: HOSTILE.get(name, "nonsense") for name, keyword in KEYWORDS.items()} | ONLY_OF_SERVICES
+    services = tmp_path / "services"
+    services.write_text("\n".join(["[mine]", *(f"{keyword}={value}" for keyword, value in settings.items())]))
+    monkeypatch.setenv("PGSERVICEFILE", str(services))
+    monkeypatch.setenv("PGSERVICE", "mine")
+    check_connections(running)
+
+
+def test_variable_that_no_string_overrides_is_named(running: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PGSERVICE", "no such service")
+    monkeypatch.setenv("PGPASSWORD", "geheim")
+    with pytest.raises(RuntimeError, match=r"no such service.*PGSERVICE") as caught, embedded.server(running):
+        pass
+    assert "geheim" not in str(caught.value)
+
+
+def test_answer_of_another_server_is_rejected(running: Path, tmp_path: Path) -> None:
+    (tmp_path / "postmaster.pid").write_text("1\nelsewhere\n0\n")
+    with embedded.server(running) as dsn, pytest.raises(RuntimeError, match="another server"):
+        embedded._check_answer(dsn, tmp_path)
 
 
 def test_blocks_and_threads_share_a_folder_and_the_last_one_stops_the_server(base: Path) -> None:

@@ -63,8 +63,12 @@ def _missing_from(given: Mapping[str, Any]) -> dict[str, str]:
 
 
 def parameters_of(connection: psycopg.AsyncConnection[Any]) -> dict[str, str]:
-    """Return the libpq parameters of a connection, including the password, to open another one."""
-    return {**connection.info.get_parameters(), "password": connection.info.password}
+    """Return all libpq parameters of a connection, including the password, to open another one.
+
+    Parameters with libpq's default are included: for a missing one, libpq would read the environment again.
+    """
+    values = {option.keyword: option.val for option in connection.pgconn.info if option.val is not None}
+    return {keyword.decode(): value.decode() for keyword, value in values.items()}
 
 
 async def open_connection(parameters: Mapping[str, Any]) -> psycopg.AsyncConnection[Row]:
