@@ -401,9 +401,10 @@ def test_write_with_an_existing_id(database: str, store: PostgresStreamStore) ->
     [
         ("postgresql://me:geheim@localhost:1/db", 1, "Connection refused"),
         ("postgresql://me:geheim@nowhere.invalid/db", 1, "check the host"),
-        ("postgresql://me:geheim/geheim@nowhere.invalid/db", 1, "cannot connect"),
+        ("postgresql://me:geheim/geheim@nowhere.invalid/db", 2, "%2F"),
         ("postgresql://me:ge@geheim@localhost/db", 2, "%40"),
-        ("postgresql+psycopg://me:geheim@localhost/db", 2, "not a connection string"),
+        ("postgresql+psycopg://me:geheim@localhost/db", 2, "write postgresql://"),
+        ("postgresql://me:geheim@localhost/db?supa=base-pooler.x", 2, "'supa': remove it"),
         ("me:geheim", 2, "not a connection string"),
     ],
 )

@@ -13,7 +13,8 @@ PACKAGE = Path(aibind_postgres.__file__).parent
 # From the bottom up, by the first part of a module's name. A module may import lower layers and its own.
 LAYERS = [
     {"errors", "_concurrency"},
-    {"_sqlstate", "_workarounds", "models", "history", "sse", "web", "_document", "_merging", "_message_tree"},
+    {"_conninfo", "_sqlstate", "_workarounds", "models", "history", "sse", "web"}
+    | {"_document", "_merging", "_message_tree"},
     {"_arguments", "_conversation_sql", "_notifications", "_pages", "_sql", "_stream_tail"}
     | {"_lifecycle", "_subscriptions", "_tables", "_write_buffer"},
     {"_async", "_sync"},

@@ -19,6 +19,7 @@ from .._concurrency import (
     async_matches_flavour,
     async_shielded,
 )
+from .._conninfo import with_defaults
 from .._workarounds import async_at_end_of_loop, async_checkout, is_closed_by_server
 from ..errors import InvalidDataError, copy_error
 from .connections import (
@@ -29,7 +30,6 @@ from .connections import (
     is_direct,
     open_connection,
     parameters_of,
-    with_defaults,
 )
 
 if TYPE_CHECKING:

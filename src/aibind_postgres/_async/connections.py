@@ -3,63 +3,20 @@
 from __future__ import annotations
 
 import math
-import os
-import re
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import suppress
 from time import monotonic
 from typing import Any, TypeAlias
 
 import psycopg
-from psycopg.conninfo import conninfo_to_dict, make_conninfo
-from psycopg.pq import Conninfo
 from psycopg.rows import tuple_row
 
+from .._conninfo import missing_defaults
 from .._workarounds import can_cancel_in_time
 
 Row: TypeAlias = tuple[Any, ...]
 
-# Defaults for parameters that are set neither in the connection string nor in the environment. The timeouts detect a
-# lost server or network within a minute (tcp_user_timeout is in milliseconds). With client_encoding, psycopg returns
-# text from a database without an encoding.
-DEFAULTS = {
-    "connect_timeout": "10",
-    "keepalives_idle": "30",
-    "keepalives_interval": "10",
-    "tcp_user_timeout": "10000",
-    "client_encoding": "UTF8",
-}
-
 CANCEL_TIMEOUT = 1.0  # seconds within which the server must accept a cancel request
-
-
-def with_defaults(conninfo: str) -> str:
-    """Add `DEFAULTS` for parameters that are not set.
-
-    Raises:
-        ValueError: The string is malformed, or a password that is not percent-encoded would be parsed as the host, the
-            port or the database. Unlike the driver's errors, this error does not quote a part of the password.
-    """
-    with suppress(psycopg.ProgrammingError, UnicodeEncodeError):
-        given = conninfo_to_dict(conninfo)
-        is_uri = re.match(r"postgres(ql)?://", conninfo)
-        is_unambiguous = not is_uri or re.fullmatch(r"\w+://([^@/?]*@)?[^@?]*(\?.*)?", conninfo, re.DOTALL)
-        if is_unambiguous and re.fullmatch("[0-9, ]*", str(given.get("port", ""))):
-            return make_conninfo(conninfo, **_missing_from(given))
-    raise ValueError(
-        "not a connection string of PostgreSQL, such as postgresql://user@host/database: "
-        "in a user's name or password, write @ as %40, / as %2F, and % as %25"
-    )
-
-
-def _missing_from(given: Mapping[str, Any]) -> dict[str, str]:
-    """Return those of `DEFAULTS` that are set neither in these libpq parameters nor in the environment."""
-    variables = {option.keyword.decode(): option.envvar for option in Conninfo.get_defaults()}
-    return {
-        name: value
-        for name, value in DEFAULTS.items()
-        if name not in given and (variables[name] or b"").decode() not in os.environ
-    }
 
 
 def parameters_of(connection: psycopg.AsyncConnection[Any]) -> dict[str, str]:
@@ -72,9 +29,9 @@ def parameters_of(connection: psycopg.AsyncConnection[Any]) -> dict[str, str]:
 
 
 async def open_connection(parameters: Mapping[str, Any]) -> psycopg.AsyncConnection[Row]:
-    """Open a connection in autocommit mode with these libpq parameters. Add `DEFAULTS` that are not set."""
+    """Open a connection in autocommit mode with these libpq parameters. Add our defaults for those that are not set."""
     return await psycopg.AsyncConnection.connect(
-        **{**_missing_from(parameters), **parameters}, autocommit=True, prepare_threshold=None
+        **{**missing_defaults(parameters), **parameters}, autocommit=True, prepare_threshold=None
     )
 
 

@@ -12,9 +12,9 @@ from typing import NamedTuple, NoReturn
 
 import psycopg
 import typer
-from psycopg.conninfo import conninfo_to_dict
 
 from .. import embedded, schema
+from .._conninfo import with_defaults
 from .._tables import CHUNKS_TABLE, STATUS_TABLE
 from ..errors import AibindError, InvalidDataError, StreamNotFoundError
 
@@ -118,13 +118,10 @@ def _data_folder() -> Path:
 def _check_dsn(dsn: str, source: str) -> str:
     """Return the connection string after a test connection. Exit if it is malformed."""
     try:
-        parameters = conninfo_to_dict(dsn)
-    except psycopg.ProgrammingError:
-        # The message of libpq is not shown, since it quotes the string with its password.
-        exit_with(USAGE, f"{source} is not a connection string of PostgreSQL, such as postgresql://user@host/database")
-    if "@" in str(parameters.get("host", "")):
-        exit_with(USAGE, f"{source}: an @ in the user name or password must be written as %40")
-    psycopg.connect(dsn, connect_timeout=int(parameters.get("connect_timeout") or 10)).close()
+        complete = with_defaults(dsn)
+    except ValueError as error:
+        exit_with(USAGE, f"{source}: {error}")
+    psycopg.connect(complete).close()
     return dsn
 
 
