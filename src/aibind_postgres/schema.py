@@ -6,22 +6,30 @@ All migrations are idempotent, so applied migrations are not recorded.
 from __future__ import annotations
 
 import re
+from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
 
+from psycopg.sql import Identifier
+
+from ._async.client import AsyncClientLike
 from ._async.client import as_client as as_async_client
-from ._sync.client import as_client
+from ._sync.client import ClientLike, as_client
 from ._tables import CHUNKS_TABLE, CONVERSATIONS_TABLE, STATUS_TABLE, Table, parse_distinct, quote
 
-if TYPE_CHECKING:
-    from psycopg.sql import Identifier
-    from typing_extensions import Unpack
-
-    from ._async.client import AsyncClientLike
-    from ._sync.client import ClientLike
-
-_PACKAGED = Path(__file__).parent / "sql"  # in an installed package; in a checkout, the folder is at the top level
+_PACKAGED = resources.files(__package__) / "sql"  # also in a zip file; in a checkout, the folder is at the top level
 SQL_FOLDER = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[2] / "sql"
+
+# The files in their order. Each condition is true if the last statement of its file has run.
+_MIGRATIONS = {
+    "0001_tables.sql": "to_regclass({conversations}) IS NOT NULL",
+    "0002_housekeeping.sql": "EXISTS (SELECT FROM pg_attribute WHERE attrelid = to_regclass({chunks}) "
+    "AND attname = 'created_at' AND atthasdef)",
+    "0003_conversations.sql": "to_regclass({index}) IS NOT NULL",
+}
+_NOTIFY_TRIGGER = {
+    "optional/notify_trigger.sql": "EXISTS (SELECT FROM pg_trigger WHERE tgrelid = to_regclass({status}) "
+    "AND tgname = {trigger})"
+}
 
 # Matches the default table names and the names derived from them: indexes, triggers and, with a parenthesis, functions.
 # In single quotes, the name of the status table is the channel. Comments are matched to skip them, since a table name
@@ -54,67 +62,96 @@ def render(
     Raises:
         ValueError: A table name is invalid, or two names are the same.
         TypeError: A table name is neither a str nor an `Identifier`.
+        FileNotFoundError: The package has no SQL files, such as in a program that was frozen without them.
 
     Example:
         >>> sql = render(status_table="chat.status", chunks_table="chat.chunks")
     """
-    chunks, status, conversations = parse_distinct(chunks_table, status_table, conversations_table)
-    tables = {CHUNKS_TABLE: chunks, STATUS_TABLE: status, CONVERSATIONS_TABLE: conversations}
-
-    def replace_name(match: re.Match[str]) -> str:
-        if match["channel"]:
-            return quote(status.channel)  # the argument of a trigger may be an identifier
-        if match["table"] is None:
-            return match[0]
-        return _render_name(tables[match["table"]], match["suffix"], match["call"])
-
-    files = sorted(SQL_FOLDER.glob("*.sql"))
-    if notify_trigger:
-        files.append(SQL_FOLDER / "optional" / "notify_trigger.sql")
-    return "\n".join(_NAMES.sub(replace_name, file.read_text("utf-8")) for file in files)
+    return _render(parse_distinct(chunks_table, status_table, conversations_table), notify_trigger)
 
 
-class SchemaOptions(TypedDict, total=False):
-    """The keyword arguments of `render`."""
-
-    chunks_table: str | Identifier
-    status_table: str | Identifier
-    conversations_table: str | Identifier
-    notify_trigger: bool
-
-
-def migrate(client: ClientLike, **options: Unpack[SchemaOptions]) -> None:
+def migrate(
+    client: ClientLike,
+    *,
+    chunks_table: str | Identifier = CHUNKS_TABLE,
+    status_table: str | Identifier = STATUS_TABLE,
+    conversations_table: str | Identifier = CONVERSATIONS_TABLE,
+    notify_trigger: bool = False,
+) -> None:
     """Create or update the schema in one transaction. Safe to repeat, and to run in several processes at once.
+
+    Permissions to change the schema, and a server that is not read-only, are needed only if there is something to do.
 
     Args:
         client: A client, as for a store. If it is a connection inside a transaction, the schema is created in that
             transaction.
-        **options: The options of `render`.
+        chunks_table: As for `render`.
+        status_table: As for `render`.
+        conversations_table: As for `render`.
+        notify_trigger: As for `render`.
 
     Raises:
         ValueError: A table name is invalid, or two names are the same.
         TypeError: A table name is neither a str nor an `Identifier`.
+        FileNotFoundError: As for `render`.
 
     Example:
         >>> migrate("postgresql://localhost/app")  # doctest: +SKIP
     """
+    tables = parse_distinct(chunks_table, status_table, conversations_table)
     with as_client(client) as opened:
-        opened.query(_as_one_statement(render(**options)), ())
+        opened.query(_as_one_statement(tables, notify_trigger), ())
 
 
-async def async_migrate(client: AsyncClientLike, **options: Unpack[SchemaOptions]) -> None:
+async def async_migrate(
+    client: AsyncClientLike,
+    *,
+    chunks_table: str | Identifier = CHUNKS_TABLE,
+    status_table: str | Identifier = STATUS_TABLE,
+    conversations_table: str | Identifier = CONVERSATIONS_TABLE,
+    notify_trigger: bool = False,
+) -> None:
     """Create or update the schema, as `migrate` does, with an asynchronous client.
 
     Args:
         client: A client, as for an asynchronous store.
-        **options: The options of `render`.
+        chunks_table: As for `render`.
+        status_table: As for `render`.
+        conversations_table: As for `render`.
+        notify_trigger: As for `render`.
 
     Raises:
         ValueError: A table name is invalid, or two names are the same.
         TypeError: A table name is neither a str nor an `Identifier`.
+        FileNotFoundError: As for `render`.
     """
+    tables = parse_distinct(chunks_table, status_table, conversations_table)
     async with as_async_client(client) as opened:
-        await opened.query(_as_one_statement(render(**options)), ())
+        await opened.query(_as_one_statement(tables, notify_trigger), ())
+
+
+def _render(tables: list[Table], notify_trigger: bool) -> str:
+    by_default_name = dict(zip((CHUNKS_TABLE, STATUS_TABLE, CONVERSATIONS_TABLE), tables, strict=True))
+
+    def replace_name(match: re.Match[str]) -> str:
+        if match["channel"]:
+            return quote(by_default_name[STATUS_TABLE].channel)  # the argument of a trigger may be an identifier
+        if match["table"] is None:
+            return match[0]
+        return _render_name(by_default_name[match["table"]], match["suffix"], match["call"])
+
+    files = [*_MIGRATIONS, *(_NOTIFY_TRIGGER if notify_trigger else ())]
+    return "\n".join(_NAMES.sub(replace_name, _read(name)) for name in files)
+
+
+def _read(name: str) -> str:
+    file = SQL_FOLDER.joinpath(*name.split("/"))
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{file} is missing: include the data files of aibind_postgres in the program, such as with "
+            "`pyinstaller --collect-data aibind_postgres`"
+        )
+    return file.read_text("utf-8")
 
 
 def _render_name(table: Table, suffix: str | None, call: str | None) -> str:
@@ -124,11 +161,40 @@ def _render_name(table: Table, suffix: str | None, call: str | None) -> str:
     return table.qualify(table.derive(suffix)) + call if call else quote(table.derive(suffix))
 
 
-def _as_one_statement(script: str) -> str:
+def _as_one_statement(tables: list[Table], notify_trigger: bool) -> str:
     # One statement is one transaction with every driver and pooler. The lock serializes concurrent migrations, since
-    # CREATE TABLE IF NOT EXISTS can fail if two of them create the same table.
+    # CREATE TABLE IF NOT EXISTS can fail if two of them create the same table. PostgreSQL checks the permissions of a
+    # statement also if it has nothing to do.
+    script = f"""
+BEGIN
+PERFORM pg_advisory_xact_lock(hashtext('aibind_postgres.schema.migrate'));
+BEGIN
+{_render(tables, notify_trigger)}
+EXCEPTION WHEN insufficient_privilege OR read_only_sql_transaction THEN
+  IF ({_applied(tables, notify_trigger)}) IS NOT TRUE THEN RAISE; END IF;
+END;
+END
+"""
     tag = "$migrate$"
     while tag in script:
         tag = f"{tag[:-1]}_$"
-    lock = "PERFORM pg_advisory_xact_lock(hashtext('aibind_postgres.schema.migrate'));"
-    return f"DO {tag} BEGIN\n{lock}\n{script}\nEND {tag}"
+    return f"DO {tag}{script}{tag}"
+
+
+def _applied(tables: list[Table], notify_trigger: bool) -> str:
+    """Return the condition that all migrations have run."""
+    chunks, status, conversations = tables
+    names = {
+        "chunks": chunks.quoted,
+        "status": status.quoted,
+        "conversations": conversations.quoted,
+        "index": conversations.qualify(conversations.derive("_expires_at_idx")),
+        "trigger": status.derive("_notify_trigger"),
+    }
+    conditions = _MIGRATIONS | (_NOTIFY_TRIGGER if notify_trigger else {})
+    return " AND ".join(conditions.values()).format_map({key: _literal(name) for key, name in names.items()})
+
+
+def _literal(text: str) -> str:
+    backslashes_doubled = text.replace("\\", "\\\\")
+    return "E'" + backslashes_doubled.replace("'", "''") + "'"

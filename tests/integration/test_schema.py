@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
+import subprocess
+import sys
+import uuid
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import psycopg
 import pytest
+from psycopg.conninfo import make_conninfo
 from psycopg.sql import SQL, Identifier
 
+import aibind_postgres
 from aibind_postgres import PostgresStreamStore, schema
 from aibind_postgres._notifications import digest_of
 
@@ -84,6 +92,11 @@ def test_migrations_are_idempotent(admin, empty_database, names):
     asyncio.run(schema.async_migrate(empty_database, **names, notify_trigger=True))
     assert (columns(admin), objects(admin)) == (tables, other_objects)
     assert all(len(name.encode()) <= 63 for name, _ in other_objects)
+
+
+def test_all_sql_files_are_applied():
+    names = {file.relative_to(schema.SQL_FOLDER).as_posix() for file in schema.SQL_FOLDER.rglob("*.sql")}
+    assert names == {*schema._MIGRATIONS, *schema._NOTIFY_TRIGGER}
 
 
 def test_first_migration_is_the_schema_of_the_npm_package(admin):
@@ -167,3 +180,64 @@ def test_trigger_of_a_partitioned_table_uses_its_channel(admin, empty_database):
     admin.execute("""INSERT INTO "my status" (id, expires_at) VALUES ('a', 0)""")
     (notify,) = admin.notifies(timeout=5, stop_after=1)
     assert notify.payload == f"- {digest_of('a')}"
+
+
+def test_migrate_from_a_zip_file(admin, empty_database, tmp_path):
+    package = Path(aibind_postgres.__file__).parent
+    with zipfile.ZipFile(tmp_path / "package.zip", "w") as archive:
+        for source in package.rglob("*.py"):
+            archive.write(source, Path(package.name, source.relative_to(package)))
+        for source in schema.SQL_FOLDER.rglob("*.sql"):
+            archive.write(source, Path(package.name, "sql", source.relative_to(schema.SQL_FOLDER)))
+    script = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from aibind_postgres import schema
+assert schema.__file__.startswith(sys.argv[1])
+schema.migrate(sys.argv[2], notify_trigger=True)
+"""
+    subprocess.run([sys.executable, "-c", script, tmp_path / "package.zip", empty_database], check=True)
+    assert len(columns(admin)) == 3
+
+
+def test_missing_sql_files_are_an_error(empty_database, tmp_path, monkeypatch):
+    shutil.copytree(schema.SQL_FOLDER, tmp_path / "sql")
+    (tmp_path / "sql" / "0003_conversations.sql").unlink()
+    for folder in (tmp_path / "sql", tmp_path / "none"):
+        monkeypatch.setattr(schema, "SQL_FOLDER", folder)
+        with pytest.raises(FileNotFoundError, match="sql"):
+            schema.migrate(empty_database)
+
+
+@pytest.fixture
+def stranger(admin, empty_database):
+    """A role that owns nothing."""
+    name = f"stranger_{uuid.uuid4().hex}"
+    admin.execute(f"CREATE ROLE {name} LOGIN; GRANT USAGE ON SCHEMA my TO {name}")
+    admin.execute("REVOKE CREATE ON SCHEMA public FROM PUBLIC")  # the default before PostgreSQL 15
+    yield make_conninfo(empty_database, user=name)
+    admin.execute(f"DROP OWNED BY {name}; DROP ROLE {name}")
+
+
+@pytest.mark.parametrize("names", NAMES.values(), ids=NAMES)
+def test_nothing_to_migrate_without_permissions(admin, empty_database, stranger, names):
+    read_only = make_conninfo(empty_database, options="-c default_transaction_read_only=on")
+    schema.migrate(empty_database, **names, notify_trigger=True)
+    before = columns(admin), objects(admin)
+    for dsn in (stranger, read_only):
+        schema.migrate(dsn, **names, notify_trigger=True)
+        asyncio.run(schema.async_migrate(dsn, **names))
+        with psycopg.connect(dsn) as connection:
+            schema.migrate(connection, **names)
+            assert connection.execute("SELECT 1").fetchone() == (1,)
+    assert (columns(admin), objects(admin)) == before
+
+
+def test_missing_migrations_need_permissions(admin, empty_database, stranger):
+    for file in sorted(schema.SQL_FOLDER.glob("*.sql")):
+        with pytest.raises(psycopg.errors.InsufficientPrivilege):
+            schema.migrate(stranger)
+        admin.execute(file.read_text())
+    schema.migrate(stranger)
+    with pytest.raises(psycopg.errors.InsufficientPrivilege):
+        schema.migrate(stranger, notify_trigger=True)
