@@ -9,12 +9,17 @@ from __future__ import annotations
 import asyncio
 import atexit
 import inspect
+import os
 import sys
 import threading
 from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from contextvars import Context, copy_context
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any, ClassVar, TypeVar
 from weakref import WeakKeyDictionary, ref
+
+T = TypeVar("T")
 
 Mutex = threading.Lock
 AsyncLock = asyncio.Lock
@@ -273,6 +278,31 @@ def call_or_await(callback: Callable[..., Any], *args: object) -> Any:
     if inspect.isawaitable(result):
         raise TypeError(f"the callback must not be asynchronous: {callback!r} returned an awaitable")
     return result
+
+
+LARGE = 100_000  # characters of JSON, which take about a millisecond
+_large_work = ThreadPoolExecutor(1, "aibind_postgres-large")  # one thread, to bound the memory
+
+
+def _renew_large_work() -> None:
+    global _large_work
+    _large_work = ThreadPoolExecutor(1, "aibind_postgres-large")
+
+
+if hasattr(os, "register_at_fork"):  # a forked process has no other threads
+    os.register_at_fork(after_in_child=_renew_large_work)
+
+
+async def async_run_large(size: int, run: Callable[..., T], *args: object) -> T:
+    """Call a function whose running time grows with `size`. Large work runs in a thread, one call after the other."""
+    if size < LARGE:
+        return run(*args)
+    return await asyncio.get_running_loop().run_in_executor(_large_work, partial(run, *args))
+
+
+def run_large(size: int, run: Callable[..., T], *args: object) -> T:
+    """Call a function whose running time grows with `size`."""
+    return run(*args)
 
 
 def async_at_exit(run: Callable[[], Coroutine[Any, Any, None]]) -> None:

@@ -9,11 +9,16 @@ from ._sql import NOW
 if TYPE_CHECKING:
     from ._tables import Table
 
-LOAD = "SELECT data FROM {conversations} WHERE session_id = $1::text AND expires_at > {now}"
+# The data are NULL if they have more than $2 bytes. PostgreSQL does not read them for `octet_length`.
+LOAD = """
+SELECT CASE WHEN octet_length(data) <= $2::bigint THEN data END FROM {conversations}
+ WHERE session_id = $1::text AND expires_at > {now}
+"""
 
 # Saves only if the stored text has the digest $4, or if $4 is NULL and no row is stored. An expired row counts as
 # deleted. The row is locked first, so that it cannot change after the comparison. Comparing digests avoids sending the
-# old text, and does not depend on a collation, which may treat different texts as equal.
+# old text, and does not depend on a collation, which may treat different texts as equal. If nothing is saved, the
+# statement returns the stored text, or NULL if it has more than $5 bytes.
 SAVE = """
 WITH found AS MATERIALIZED (
     SELECT data FROM {conversations} WHERE session_id = $1::text AND expires_at > {now} FOR UPDATE
@@ -26,7 +31,8 @@ WITH found AS MATERIALIZED (
      WHERE $4::text IS NOT NULL OR c.expires_at <= {now}
     RETURNING 1
 )
-SELECT EXISTS (SELECT FROM saved), (SELECT data FROM found WHERE NOT EXISTS (SELECT FROM saved))
+SELECT EXISTS (SELECT FROM saved), EXISTS (SELECT FROM found),
+       (SELECT data FROM found WHERE octet_length(data) <= $5::bigint AND NOT EXISTS (SELECT FROM saved))
 """
 
 OVERWRITE = """

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import re
 from datetime import datetime, timezone
+from hashlib import sha256
+from itertools import islice
 from math import isfinite
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
+from ._concurrency import LARGE
 from .errors import InvalidDataError, InvalidHistoryError
 
 Document: TypeAlias = dict[str, Any]
@@ -17,10 +20,55 @@ VERSION = 1
 MAX_DEPTH = 200  # levels of nesting
 MAX_INT_BITS = 14_000  # Python converts at most 4,300 digits
 
+NODE_CHARACTERS = 200  # of a node without its message
+BATCH_NODES = 16  # nodes that one call of json.dumps serializes: it blocks all threads
+
+
+class Version(NamedTuple):
+    """A document, its text, and the digest of the text."""
+
+    document: Document
+    text: str
+    digest: str
+
+    @classmethod
+    def of(cls, document: Document) -> Version:
+        """Return the version of a document that will not change."""
+        text = serialize_document(document)
+        return cls(document, text, digest(text))
+
+
+def digest(text: str) -> str:
+    """Return the digest of a text, as SQL computes it."""
+    return sha256(text.encode()).hexdigest()
+
 
 def empty_document() -> Document:
     """Return the document of a conversation without messages."""
     return {"version": VERSION, "nodes": {}, "rootIds": [], "activeLeafId": None}
+
+
+def copy_document(document: Document) -> Document:
+    """Return a copy that shares the nodes: these are replaced, never changed."""
+    return {**document, "nodes": dict(document["nodes"])}
+
+
+def estimated_size(document: Document) -> int:
+    """Return roughly the number of characters of a document. Stop counting at `LARGE`."""
+    size = 0
+    for node in reversed(document["nodes"].values()):  # the newest first: it may be the largest
+        size += NODE_CHARACTERS + _text_size(node.get("message"))
+        if size >= LARGE:
+            break
+    return size
+
+
+def _text_size(value: Any) -> int:
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_text_size, value.values()))
+    return sum(map(_text_size, value)) if isinstance(value, list) else 1
 
 
 def utc_timestamp() -> str:
@@ -58,9 +106,28 @@ def copy_json(value: Any, depth: int = MAX_DEPTH) -> Any:
 
 def serialize_document(document: Document) -> str:
     """Return a document as JSON text. Documents that are equal, also in the order of keys, give equal texts."""
-    text = json.dumps(document, ensure_ascii=False, separators=(",", ":"))
-    # JavaScript can split a surrogate pair. A lone surrogate cannot be encoded, so it is escaped.
-    return re.sub("[\ud800-\udfff]", lambda surrogate: f"\\u{ord(surrogate[0]):04x}", text)
+    text = ",".join(
+        [
+            f"{_to_json(key)}:{_nodes_to_json(value) if key == 'nodes' else _to_json(value)}"
+            for key, value in document.items()
+        ]
+    )
+    return f"{{{text}}}"
+
+
+def _nodes_to_json(nodes: dict[str, Any]) -> str:
+    items = iter(nodes.items())
+    batches = iter(lambda: dict(islice(items, BATCH_NODES)), {})
+    return "{" + ",".join([_to_json(batch)[1:-1] for batch in batches]) + "}"
+
+
+def _to_json(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # JavaScript can split a surrogate pair. A lone surrogate is escaped.
+        return re.sub("[\ud800-\udfff]", lambda surrogate: f"\\u{ord(surrogate[0]):04x}", text)
+    return text
 
 
 def parse_document(text: str) -> Document:
@@ -71,17 +138,11 @@ def parse_document(text: str) -> Document:
     """
     try:
         text.encode()
-        data = json.loads(text, parse_constant=_reject_constant)
+        data = json.loads(text, parse_constant=_reject_constant, object_hook=_keep)
     except (ValueError, RecursionError, AttributeError):
         # `from None`: the original errors contain the text of the conversation.
         raise InvalidHistoryError("it is not JSON, or is nested too deeply") from None
     return validate_document(data)
-
-
-def parse_trusted_document(text: str) -> Document:
-    """Parse a text that this process has serialized or validated, without validating it again."""
-    document: Document = json.loads(text)
-    return document
 
 
 def validate_document(data: Any) -> Document:
@@ -154,6 +215,11 @@ def _check_links(document: Document) -> None:
 
 def _is_id_list(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _keep(value: Any) -> Any:
+    # The parser blocks all threads, except during a call of Python code.
+    return value
 
 
 def _reject_constant(constant: str) -> Any:

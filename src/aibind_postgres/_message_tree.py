@@ -277,11 +277,11 @@ class MessageTree(Generic[M]):
         Raises:
             MessageNotFoundError: The tree has no node with this id.
         """
-        siblings = self._sibling_ids(node_id)
-        siblings.remove(node_id)
+        siblings = [sibling for sibling in self._sibling_ids(node_id) if sibling != node_id]
         parent_id = self._nodes[node_id]["parentId"]
         for removed in self._subtree_ids(node_id):
             del self._nodes[removed]
+        self._set_children(parent_id, siblings)
         if self.active_leaf_id is not None and self.active_leaf_id not in self._nodes:
             self._document["activeLeafId"] = self._first_leaf(siblings[-1]) if siblings else parent_id
 
@@ -356,8 +356,19 @@ class MessageTree(Generic[M]):
         if not isinstance(node_id, str) or not node_id or node_id in self._nodes:
             raise InvalidDataError("generate_id must return a non-empty str that is not yet an id in this tree")
         self._nodes[node_id] = node
-        self._child_ids(parent_id).append(node_id)
+        self._set_children(parent_id, [*self._child_ids(parent_id), node_id])
         return node_id
+
+    def _set_children(self, parent_id: str | None, node_ids: list[str]) -> None:
+        # Copies of the document share the nodes and lists: they are replaced, never changed.
+        if parent_id is None:
+            self._document["rootIds"] = node_ids
+        else:
+            self._nodes[parent_id] = {**self._nodes[parent_id], "children": node_ids}
+
+    def _keep_only(self, node_id: str) -> None:
+        """Remove all nodes but a root without children."""
+        self._document.update(nodes={node_id: self._nodes[node_id]}, rootIds=[node_id])
 
     def _switch_sibling(self, node_id: str, step: int) -> str | None:
         siblings = self._sibling_ids(node_id)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from ._document import parse_document, parse_trusted_document, serialize_document, utc_timestamp
-from ._merging import merge
+from ._document import Document, parse_document, serialize_document, utc_timestamp
 from ._message_tree import MessageTree, TreeNode, TreePath, new_id
 from .errors import MessageNotFoundError
 
@@ -21,14 +20,14 @@ class Origin(NamedTuple):
     Attributes:
         store: The id of the store object.
         session_id: The id of the conversation.
-        base: The base of a merge: the text of the row when it was last known to equal the history. None for no row.
+        base: The base of a merge: the document of the row when it was last known to equal the history. None for no row.
         digests: The digests of all texts that the row may contain if no other writer has changed it: the digest of
             `base`, then those of saves with an unknown outcome. The last one is the most likely.
     """
 
     store: str
     session_id: str
-    base: str | None
+    base: Document | None
     digests: tuple[str | None, ...]
 
     def with_sent(self, digest: str) -> Origin:
@@ -199,8 +198,7 @@ class ChatHistory(Generic[M]):
                 nothing is removed.
         """
         node_id = self.tree.add_root(summary, {"compacted": True, "compactedAt": utc_timestamp()})
-        for root_id in self.tree.root_ids[:-1]:
-            self.tree.remove(root_id)
+        self.tree._keep_only(node_id)
         return node_id
 
     def to_json(self) -> str:
@@ -224,10 +222,3 @@ class ChatHistory(Generic[M]):
         chat = cls(generate_id=generate_id)
         chat.tree._document = parse_document(text)
         return chat
-
-    def _apply_stored(self, sent: str, stored: str) -> None:
-        """Apply the difference between the sent and the stored text. Keep changes made after the text was sent."""
-        document = parse_trusted_document(stored)
-        if self.to_json() != sent:
-            document = merge(parse_trusted_document(sent), self.tree._document, document)
-        self.tree._document = document

@@ -31,8 +31,8 @@ STREAM_PLANS = {
 }
 
 CONVERSATION_PLANS = {
-    "load": (["7"], ["(session_id = '7'"]),
-    "save": (["7", "{}", 1000, None], ["(session_id = '7'"]),
+    "load": (["7", 1000], ["(session_id = '7'"]),
+    "save": (["7", "{}", 1000, None, 1000], ["(session_id = '7'"]),
     "touch": (["7", 1000], ["(session_id = '7'"]),
     "delete": (["7"], ["(session_id = '7'"]),
     "list": (["7", 100], ["(session_id > '7'"]),

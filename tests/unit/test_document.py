@@ -8,6 +8,8 @@ import sys
 import pytest
 
 from aibind_postgres import ChatHistory, InvalidHistoryError, MessageTree
+from aibind_postgres._concurrency import LARGE
+from aibind_postgres._document import BATCH_NODES, copy_document, estimated_size, serialize_document
 
 # The output of JSON.stringify in TypeScript, with unknown fields and a different order of keys.
 FOREIGN_DOCUMENT = (
@@ -182,3 +184,33 @@ def test_ten_thousand_levels_and_ten_thousand_alternatives():
     assert deep.messages == [0]
     wide.compact("summary")
     assert wide.messages == ["summary"]
+
+
+def test_copy_of_a_document_does_not_change_with_its_tree():
+    chat = ChatHistory(generate_id=iter("abcdef").__next__)
+    for text in "xyz":
+        chat.append(text)
+    copied = copy_document(chat.tree._document)
+    text = serialize_document(copied)
+    chat.edit("b", "alternative")
+    chat.edit("a", "another root")
+    chat.tree.remove("b")
+    chat.compact("short")
+    assert serialize_document(copied) == text
+
+
+@pytest.mark.parametrize("count", [0, 1, BATCH_NODES, BATCH_NODES + 1, 5 * BATCH_NODES])
+def test_text_is_that_of_one_call_of_dumps(count):
+    chat = ChatHistory()
+    for number in range(count):
+        chat.append({"role": "user", "content": f"é {number}"})
+    assert chat.to_json() == json.dumps(chat.tree.serialize(), ensure_ascii=False, separators=(",", ":"))
+
+
+@pytest.mark.parametrize("message", ["x" * LARGE, {"content": [{"text": "x" * LARGE}]}, ["x"] * LARGE])
+def test_estimated_size_counts_nested_texts(message):
+    chat = ChatHistory()
+    chat.append("x")
+    assert estimated_size(chat.tree._document) < LARGE
+    chat.append(message)
+    assert estimated_size(chat.tree._document) >= LARGE

@@ -5,16 +5,24 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
-from hashlib import sha256
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from .. import _arguments as arguments
+from .._concurrency import async_run_large
 from .._conversation_sql import ConversationStatements
-from .._document import empty_document, parse_document, parse_trusted_document, serialize_document
+from .._document import (
+    Document,
+    Version,
+    copy_document,
+    digest,
+    empty_document,
+    estimated_size,
+    parse_document,
+)
 from .._merging import merge
 from .._tables import CONVERSATIONS_TABLE, Table
-from ..errors import ConversationConflictError
+from ..errors import AibindError, ConversationConflictError
 from ..history import ChatHistory, Origin, new_id
 from ..models import ConversationInfo, from_epoch_ms
 from .database import AsyncDatabase
@@ -28,6 +36,15 @@ if TYPE_CHECKING:
 LIST_PAGE_ROWS = 2000  # rows that one statement of `list` returns
 
 OnConflict: TypeAlias = Literal["merge", "raise", "overwrite"]
+
+
+class ConversationTooLargeError(AibindError):
+    """The stored conversation is too large to be read within the limits of the handler."""
+
+    def __init__(self, session_id: str, max_bytes: int) -> None:
+        super().__init__(f"conversation {session_id!r} has more than {max_bytes} bytes")
+        self.session_id = session_id
+        self.max_bytes = max_bytes
 
 
 class AsyncPostgresConversationStore:
@@ -89,9 +106,16 @@ class AsyncPostgresConversationStore:
         Raises:
             InvalidHistoryError: The stored row is not a valid conversation.
         """
+        return await self._load(session_id, arguments.MAX_NUMBER)
+
+    async def _load(self, session_id: str, max_bytes: int) -> ChatHistory[Any]:
+        """Return a conversation. Raise `ConversationTooLargeError` if its document has more than `max_bytes`."""
         key = arguments.identifier(session_id, "a session id")
-        rows = await self._database.query(self._sql.load, [key])
-        return self._to_history(key, rows[0][0] if rows else None)
+        rows = await self._database.query(self._sql.load, [key, max_bytes])
+        text = rows[0][0] if rows else None
+        if rows and text is None:
+            raise ConversationTooLargeError(key, max_bytes)
+        return await self._to_history(key, text)
 
     async def save(self, session_id: str, chat: ChatHistory[Any], *, on_conflict: OnConflict = "merge") -> None:
         """Save a conversation. When this returns, it is durable, and `chat` equals the stored conversation.
@@ -123,44 +147,62 @@ class AsyncPostgresConversationStore:
             TypeError: `chat` is not a `ChatHistory`.
             ValueError: `on_conflict` is not one of these values.
         """
+        await self._save(session_id, chat, on_conflict, arguments.MAX_NUMBER)
+
+    async def _save(self, session_id: str, chat: ChatHistory[Any], on_conflict: OnConflict, max_bytes: int) -> None:
+        """Save a conversation. Raise `ConversationTooLargeError` instead of a merge with more than `max_bytes`."""
         key = arguments.identifier(session_id, "a session id")
         _check_on_conflict(on_conflict)
         if not isinstance(chat, ChatHistory):
             raise TypeError(f"chat must be a ChatHistory, not {type(chat).__name__}")
-        sent = chat.to_json()
+        document = copy_document(chat.tree._document)
+        sent = await async_run_large(estimated_size(document), Version.of, document)
         origin = self._origin_of(key, chat)
         # If the reply is lost, the row may contain this text.
-        chat._origin = origin.with_sent(_digest(sent))
+        chat._origin = origin.with_sent(sent.digest)
         if on_conflict == "overwrite":
-            await self._database.query(self._sql.overwrite, [key, sent, self._ttl])
+            await self._database.query(self._sql.overwrite, [key, sent.text, self._ttl])
             stored = sent
         else:
-            stored = await self._save_text(chat, origin, sent, on_conflict)
-        if stored != sent:
-            chat._apply_stored(sent, stored)
+            stored = await self._save_version(chat, origin, sent, on_conflict, max_bytes)
+        if stored is not sent:
+            await self._apply_stored(chat, sent, stored)
         if self._database.client.in_transaction():
-            chat._origin = origin.with_sent(_digest(stored))
+            chat._origin = origin.with_sent(stored.digest)
         else:
-            chat._origin = origin._replace(base=stored, digests=(_digest(stored),))
+            chat._origin = origin._replace(base=stored.document, digests=(stored.digest,))
 
-    async def _save_text(self, chat: ChatHistory[Any], origin: Origin, sent: str, on_conflict: OnConflict) -> str:
-        """Store `sent`, or its merge with the stored text. Return the text that was stored."""
-        own = {*origin.digests, _digest(sent)}
-        text, expected = sent, origin.digests[-1]
+    async def _save_version(
+        self, chat: ChatHistory[Any], origin: Origin, sent: Version, on_conflict: OnConflict, max_bytes: int
+    ) -> Version:
+        """Store `sent`, or its merge with the stored document. Return the version that was stored."""
+        own = {*origin.digests, sent.digest}
+        version, expected = sent, origin.digests[-1]
         while True:
-            params = [origin.session_id, text, self._ttl, expected]
-            [(saved, found)] = await self._database.query(self._sql.save, params)
+            params = [origin.session_id, version.text, self._ttl, expected, max_bytes]
+            [(saved, exists, found)] = await self._database.query(self._sql.save, params)
             if saved:
-                return text
-            expected = None if found is None else _digest(found)
+                return version
+            if exists and found is None:
+                raise ConversationTooLargeError(origin.session_id, max_bytes)
+            expected = None if found is None else await async_run_large(len(found), digest, found)
             if expected in own:  # stored by this history: an earlier reply was lost, or its transaction was rolled back
-                text = sent
+                version = sent
             elif on_conflict == "raise":
-                raise ConversationConflictError(origin.session_id, chat, self._to_history(origin.session_id, found))
+                theirs = await self._to_history(origin.session_id, found)
+                raise ConversationConflictError(origin.session_id, chat, theirs)
             else:
-                base = empty_document() if origin.base is None else parse_trusted_document(origin.base)
-                theirs = empty_document() if found is None else parse_document(found)
-                text = serialize_document(merge(base, parse_trusted_document(sent), theirs))
+                size = len(sent.text) + len(found or "")
+                version = await async_run_large(size, _merge_with_text, origin.base, sent.document, found)
+
+    async def _apply_stored(self, chat: ChatHistory[Any], sent: Version, stored: Version) -> None:
+        """Give the stored document to the history. Keep changes made after `sent` was sent."""
+        document, current = stored.document, copy_document(chat.tree._document)
+        if current != sent.document:
+            document = await async_run_large(len(stored.text), merge, sent.document, current, document)
+            if chat.tree._document != current:  # changed again, while the thread ran
+                document = merge(current, chat.tree._document, document)
+        chat.tree._document = copy_document(document)
 
     @asynccontextmanager
     async def edit(self, session_id: str, *, on_conflict: OnConflict = "merge") -> AsyncIterator[ChatHistory[Any]]:
@@ -182,9 +224,9 @@ class AsyncPostgresConversationStore:
         """
         _check_on_conflict(on_conflict)
         chat = await self.load(session_id)
-        before = chat.to_json()
+        before = copy_document(chat.tree._document)
         yield chat
-        if chat.to_json() != before:
+        if chat.tree._document != before:
             await self.save(session_id, chat, on_conflict=on_conflict)
 
     async def touch(self, session_id: str) -> bool:
@@ -264,9 +306,13 @@ class AsyncPostgresConversationStore:
     ) -> None:
         await self.close()
 
-    def _to_history(self, session_id: str, text: str | None) -> ChatHistory[Any]:
-        chat: ChatHistory[Any] = ChatHistory() if text is None else ChatHistory.from_json(text)
-        chat._origin = Origin(self._id, session_id, text, (None if text is None else _digest(text),))
+    async def _to_history(self, session_id: str, text: str | None) -> ChatHistory[Any]:
+        chat: ChatHistory[Any] = ChatHistory()
+        chat._origin = Origin(self._id, session_id, None, (None,))
+        if text is not None:
+            document, text_digest = await async_run_large(len(text), _parse_with_digest, text)
+            chat.tree._document = copy_document(document)
+            chat._origin = chat._origin._replace(base=document, digests=(text_digest,))
         return chat
 
     def _origin_of(self, session_id: str, chat: ChatHistory[Any]) -> Origin:
@@ -282,5 +328,10 @@ def _check_on_conflict(on_conflict: OnConflict) -> None:
         raise ValueError(f"on_conflict must be one of {', '.join(get_args(OnConflict))}, not {on_conflict!r}")
 
 
-def _digest(text: str) -> str:
-    return sha256(text.encode()).hexdigest()
+def _parse_with_digest(text: str) -> tuple[Document, str]:
+    return parse_document(text), digest(text)
+
+
+def _merge_with_text(base: Document | None, ours: Document, text: str | None) -> Version:
+    theirs = empty_document() if text is None else parse_document(text)
+    return Version.of(merge(base or empty_document(), ours, theirs))

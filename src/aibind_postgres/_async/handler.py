@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from .. import _arguments as arguments
-from .._concurrency import async_call_or_await
+from .._concurrency import async_call_or_await, async_run_large
+from .._document import NODE_CHARACTERS
 from ..errors import ConversationConflictError, InvalidDataError, StreamNotFoundError, WebError
 from ..history import new_id
 from ..web import (
@@ -26,6 +27,7 @@ from ..web import (
     parse_resume_cursor,
     required_text,
 )
+from .conversation_store import ConversationTooLargeError
 from .durable_stream import AsyncDurableStream
 from .producing import close_source
 
@@ -95,6 +97,11 @@ class AsyncStreamHandler:
         compact: Called instead of `generate` to summarise a conversation. Default: `generate`.
         max_body: The maximum size of a request body in bytes. The browser sends the attachments of a conversation with
             each request, in base64, which adds a third to their size. Default: 10,000,000.
+        max_prompt: The maximum size of a prompt, an `input` or the last message in bytes of UTF-8. Default: 1,000,000.
+        max_conversation: The maximum size in bytes of a stored conversation that `/stream` continues. A turn is always
+            added completely, so the stored conversation may become larger; then `/compact` must summarise it. The
+            routes read no conversation larger than `max_conversation` and `max_body` together: `/compact` refuses it,
+            and a turn that would have to be merged into it is not saved. Default: 10,000,000.
         heartbeat: Seconds, or a timedelta, without an event after which a response sends a comment. Default: 15.
         expose_errors: Whether clients see the text of an exception that the source of a stream raises. Default: False,
             which shows a generic text.
@@ -115,6 +122,8 @@ class AsyncStreamHandler:
         max_messages: int | None = None,
         compact: Callable[[Generation], Any] | None = None,
         max_body: int = 10_000_000,
+        max_prompt: int = 1_000_000,
+        max_conversation: int = 10_000_000,
         heartbeat: float | timedelta = 15.0,
         expose_errors: bool = False,
     ) -> None:
@@ -122,6 +131,8 @@ class AsyncStreamHandler:
         if self.prefix and not self.prefix.startswith("/"):
             raise ValueError(f"prefix must be empty or begin with a slash, not {prefix!r}")
         self.max_body = arguments.integer(max_body, "max_body", minimum=0)
+        self._max_prompt = arguments.integer(max_prompt, "max_prompt", minimum=1)
+        self._max_conversation = arguments.integer(max_conversation, "max_conversation", minimum=1)
         self._generate = generate
         self._compact = compact or generate
         self._store = store
@@ -180,9 +191,15 @@ class AsyncStreamHandler:
         generation = (await self._parse_and_authorize(kind, request))._replace(stream_id=new_id())
         save = None
         if self._conversations is not None and generation.session_id is not None and kind == "stream":
-            with _map_client_errors():
-                chat = await self._conversations.load(generation.session_id)
-            history = chat.messages if self._max_messages is None else chat.messages[-self._max_messages :]
+            chat = await self._load(
+                self._conversations,
+                generation.session_id,
+                self._max_conversation,
+                "summarise it with /compact, or start another conversation",
+            )
+            history = await _messages(chat)
+            if self._max_messages is not None:
+                history = history[-self._max_messages :]
             save = partial(self._save_turn, self._conversations, generation, chat)
             generation = generation._replace(messages=[*history, *generation.messages])
         source = await async_call_or_await(self._generate, generation)
@@ -209,7 +226,21 @@ class AsyncStreamHandler:
         if text or state == "done":
             metadata = None if state == "done" else {"state": state}
             chat.append({"role": "assistant", "content": text}, metadata)
-        await conversations.save(str(generation.session_id), chat)
+        await conversations._save(str(generation.session_id), chat, "merge", self._max_read)
+
+    @property
+    def _max_read(self) -> int:
+        """The most bytes of a stored conversation that this handler reads, to summarise it or to add a turn."""
+        return self._max_conversation + self.max_body
+
+    async def _load(
+        self, conversations: AsyncPostgresConversationStore, session_id: str, max_bytes: int, hint: str
+    ) -> ChatHistory[Any]:
+        try:
+            with _map_client_errors():
+                return await conversations._load(session_id, max_bytes)
+        except ConversationTooLargeError:
+            raise WebError(413, f"the conversation has more than {max_bytes} bytes: {hint}") from None
 
     async def _resume(self, request: WebRequest) -> AsyncWebResponse:
         stream_id = request.query.get("id")
@@ -234,7 +265,8 @@ class AsyncStreamHandler:
             logger.info("stream %r was deleted while a client read it", stream.id)
 
     async def _stop(self, request: WebRequest) -> AsyncWebResponse:
-        stream_id = required_text(parse_body(request), "id")
+        body = await async_run_large(len(request.body), parse_body, request)
+        stream_id = required_text(body, "id")
         await self._check_authorized(request, stream_id)
         with _map_client_errors():
             await self._store.stop(stream_id)
@@ -249,10 +281,11 @@ class AsyncStreamHandler:
         generation = await self._parse_and_authorize("compact", request)
         chat = None
         if self._conversations is not None and generation.session_id is not None:
-            with _map_client_errors():
-                chat = await self._conversations.load(generation.session_id)
+            chat = await self._load(
+                self._conversations, generation.session_id, self._max_read, "start another conversation"
+            )
             if not chat.is_empty:  # an outdated page may send fewer messages than the summary replaces
-                generation = generation._replace(messages=chat.messages)
+                generation = generation._replace(messages=await _messages(chat))
         if not generation.messages:
             raise WebError(400, "the conversation has no messages to summarise")
         summary, usage = await _collect(await async_call_or_await(self._compact, generation))
@@ -261,13 +294,18 @@ class AsyncStreamHandler:
                 raise WebError(502, "the summary is empty")
             chat.compact({"role": "system", "content": summary})
             try:
-                await self._conversations.save(str(generation.session_id), chat, on_conflict="raise")
-            except ConversationConflictError:  # the summary does not cover the newer messages
+                await self._conversations._save(str(generation.session_id), chat, "raise", self._max_read)
+            except (
+                ConversationConflictError,
+                ConversationTooLargeError,
+            ):  # the summary does not cover the newer messages
                 raise WebError(409, "the conversation changed while it was summarised: try again") from None
         return _json({"summary": summary, "tokensSaved": count_tokens_saved(usage)})
 
     async def _parse_and_authorize(self, kind: Kind, request: WebRequest) -> Generation:
-        generation = parse_generation(kind, request)
+        generation = await async_run_large(len(request.body), parse_generation, kind, request)
+        if len(generation.prompt.encode(errors="surrogatepass")) > self._max_prompt:
+            raise WebError(413, f"the prompt must be at most {self._max_prompt} bytes long in UTF-8")
         if generation.session_id is not None:
             await self._check_authorized(request, generation.session_id)
         return generation
@@ -286,6 +324,11 @@ def _map_client_errors() -> Iterator[None]:
         raise WebError(404, "stream not found: it was never created, was deleted, or has expired") from None
     except InvalidDataError as error:
         raise WebError(400, str(error)) from None
+
+
+async def _messages(chat: ChatHistory[Any]) -> list[Any]:
+    """Return copies of the messages of the current path."""
+    return await async_run_large(len(chat) * NODE_CHARACTERS, lambda: chat.messages)
 
 
 async def _collect(source: AsyncIterable[str | StreamEvent]) -> tuple[str, str]:
