@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 from ._arguments import MAX_NUMBER
 from ._notifications import digest_of
 from ._pages import FIRST_PAGE_CHUNKS, Page
+from ._poll_pace import QUICK_POLLS
 from ._stream_tail import SHARED_PAGE_CHUNKS, StreamTail
 from .errors import StoreClosedError, copy_error
 
@@ -93,7 +94,12 @@ class FollowedStream:
 
     @property
     def is_awaited(self) -> bool:
-        return bool(self.waiting) or any(subscription.ends_only for subscription in self.subscriptions)
+        return bool(self.waiting) or self.has_writer
+
+    @property
+    def has_writer(self) -> bool:
+        """Whether this process writes the stream."""
+        return any(subscription.ends_only for subscription in self.subscriptions)
 
     def fetch_after(self, cursor: float) -> int:
         """Return the number after which to fetch: the end of the tail while other readers wait there."""
@@ -137,6 +143,7 @@ class Subscriptions:
         # Several of one id: readers of a deleted stream may be busy while a new stream of its id has readers.
         self._streams: dict[str, set[FollowedStream]] = {}
         self._ids: dict[str, str] = {}  # the keys of `_streams` by their digests
+        self._quick_polls: dict[FollowedStream, int] = {}  # that remain; no entry for a quiet stream
         self._unsubscribed: deque[Subscription] = deque()
         self.newest = 0  # the number of the newest followed stream
         self._deletes: Counter[str] = Counter()  # statements under way that delete a stream
@@ -252,6 +259,7 @@ class Subscriptions:
         with self._mutex:
             for stream_id, before, texts in appended:
                 for stream in self._streams.get(stream_id, ()):
+                    self._quick_polls.pop(stream, None)
                     # In a transaction of the caller, others may not see the chunks yet.
                     known = self._share and stream.number <= newest and stream_id not in self._deletes
                     cached = known and stream.tail.append(before, texts)
@@ -271,6 +279,8 @@ class Subscriptions:
             for stream_id in list(self._streams) if stream_ids is None else stream_ids:
                 for stream in self._streams.get(stream_id, ()):
                     stream.tail.notified = stream_ids is not None
+                    if stream.tail.notified:
+                        self._quick_polls.pop(stream, None)
                     # After a reconnect the next poll finds the streams that have ended.
                     woken += stream.mark_stale() if stream_ids is None else stream.changed()
         return woken
@@ -296,11 +306,14 @@ class Subscriptions:
                     stream.waiting.clear()
         return list(dict.fromkeys(woken))
 
-    def awaited(self) -> list[FollowedStream]:
-        """Return the streams on which any subscription waits, for a poll."""
+    def awaited(self, *, quick: bool = False) -> list[FollowedStream]:
+        """Return the streams on which any subscription waits, for a poll. With `quick`, leave out quiet streams."""
         with self._mutex:
             woken = self._remove_unsubscribed()
-            awaited = [stream for streams in self._streams.values() for stream in streams if stream.is_awaited]
+            if quick:  # chunks of a writer in this process need no poll
+                awaited = [stream for stream in self._quick_polls if stream.waiting and not stream.has_writer]
+            else:
+                awaited = [stream for streams in self._streams.values() for stream in streams if stream.is_awaited]
             for stream in awaited:
                 stream.tail.begin_poll()
         wake_all(woken)
@@ -321,6 +334,7 @@ class Subscriptions:
                 state, total = states.get(stream.id, (None, 0))
                 changed = stream.tail.finds_change(state, total)
                 found |= changed
+                self._count_poll(stream, changed)
                 # The poll runs without the settings of the readers, such as those that row-level security uses: if it
                 # does not see the stream, one reader reads in its place.
                 if changed or state is None:
@@ -406,6 +420,16 @@ class Subscriptions:
             self._streams[stream.id] = set()
             self._ids[digest_of(stream.id)] = stream.id
         self._streams[stream.id].add(stream)
+        if not subscription.ends_only:
+            self._quick_polls[stream] = QUICK_POLLS
+
+    def _count_poll(self, stream: FollowedStream, changed: bool) -> None:
+        """Let quick polls follow a change, and end after `QUICK_POLLS` polls without one."""
+        remaining = QUICK_POLLS if changed else self._quick_polls.get(stream, 0) - 1
+        if remaining > 0 and stream.subscriptions:
+            self._quick_polls[stream] = remaining
+        else:
+            self._quick_polls.pop(stream, None)
 
     def _follow(self, stream_id: str) -> FollowedStream:
         self.newest += 1
@@ -421,6 +445,7 @@ class Subscriptions:
         return [*stream.wake_ready(), *ends_only]
 
     def _forget(self, stream: FollowedStream) -> None:
+        self._quick_polls.pop(stream, None)
         streams = self._streams.get(stream.id, set())
         streams.discard(stream)
         if not streams and stream.id in self._streams:

@@ -457,7 +457,7 @@ async def test_idle_readers_share_one_poll(dsn, tables):
         results = await async_gather(statements_while_idle, *[partial(store.wait, id)] * 100)
         assert [statement for statement in results[0] if POLL not in statement.sql] == []
         assert len({statement.sql for statement in results[0]}) <= 1
-        assert len(results[0]) <= 10
+        assert len(results[0]) <= 20  # and not 10 of each reader
 
 
 async def test_reader_survives_a_server_restart():

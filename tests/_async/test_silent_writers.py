@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import suppress
 from functools import partial
 
@@ -10,7 +11,7 @@ import pytest
 from _async.sources import items
 from psycopg_pool import AsyncConnectionPool
 from support.concurrency import AsyncBackground, async_gather, async_until
-from support.recording import AsyncRecordingPoolClient
+from support.recording import POLL, AsyncRecordingClient, AsyncRecordingPoolClient
 
 from aibind_postgres import AsyncDurableStream, AsyncPostgresStreamStore, StreamNotActiveError, StreamNotFoundError
 from aibind_postgres._concurrency import AsyncEvent
@@ -162,3 +163,27 @@ async def test_refused_chunk_of_a_producer_ends_its_readers(store, silent, clien
         await silent.end(stream.id)
         gate.set()
         assert (await reader.result(5)).endswith(b"event: stopped\ndata: \n\nevent: done\ndata: \n\n")
+
+
+async def test_quick_polls_leave_out_quiet_streams(dsn, tables, silent):
+    async with (
+        AsyncRecordingClient(dsn) as client,
+        AsyncPostgresStreamStore(client, **tables, poll_interval=0.02) as store,
+    ):
+        quiet, changing = await store.create(), await store.create()
+
+        def quick_polls():
+            return sum(POLL in sent.sql and json.loads(sent.params[0]) == [changing] for sent in client.statements)
+
+        async with AsyncBackground(partial(store.wait, quiet)) as waiter:
+            await client.wait_for_followers(quiet, 2)
+            await store.append(quiet, "announced")
+            async with AsyncBackground(partial(read, store, changing)) as reader:
+                for number in range(10):
+                    await silent.append(changing, str(number))
+                    before = quick_polls()
+                    await async_until(lambda before=before: quick_polls() >= before + 2)
+                await silent.end(changing)
+                assert await reader.result() == [str(number) for number in range(10)]
+            await store.stop(quiet)
+            await waiter.result()

@@ -8,6 +8,7 @@ import pytest
 
 from aibind_postgres import StoreClosedError, _stream_tail, _subscriptions
 from aibind_postgres._pages import Page
+from aibind_postgres._poll_pace import QUICK_POLLS
 from aibind_postgres._stream_tail import SHARED_PAGE_CHUNKS, StreamTail
 from aibind_postgres._subscriptions import (
     Deleted,
@@ -498,3 +499,47 @@ def test_poll_that_does_not_see_a_stream_lets_a_reader_read_each_time(subscripti
         assert reader.reset() == 1
         reader.catch_up(page)
     assert found == [True, False, True, False]
+
+
+def quick_polls(subscriptions, total):
+    """Poll an active stream until it needs no quick poll; return the number of polls."""
+    count = 0
+    while streams := subscriptions.awaited(quick=True):
+        wake_all(subscriptions.polled(streams, {"a": ("active", total)})[0])
+        count += 1
+    return count
+
+
+def test_quick_polls_after_a_reader_joins_and_after_a_change_without_a_notification(subscriptions):
+    reader = Subscriber(subscriptions)
+    reader.catch_up(rows("active", 0))
+    assert quick_polls(subscriptions, 0) == QUICK_POLLS
+    new = Subscriber(subscriptions)
+    new.catch_up(rows("active", 0))
+    assert quick_polls(subscriptions, 0) == QUICK_POLLS
+    streams = subscriptions.awaited()
+    wake_all(subscriptions.polled(streams, {"a": ("active", 1)})[0])
+    assert reader.reset() + new.reset() == 1
+    assert quick_polls(subscriptions, 1) == QUICK_POLLS
+    assert subscriptions.awaited() == streams
+
+
+@pytest.mark.parametrize("announce", ["notification", "append"])
+def test_no_quick_polls_after_an_announced_change(subscriptions, announce):
+    reader = Subscriber(subscriptions)
+    reader.catch_up(rows("active", 0))
+    if announce == "append":
+        subscriptions.appended([("a", 0, ["x"])], subscriptions.newest)
+    else:
+        subscriptions.changed(["a"])
+    reader.catch_up(rows("active", 1, 1))
+    assert quick_polls(subscriptions, 1) == 0
+    assert len(subscriptions.awaited()) == 1
+
+
+def test_no_quick_polls_of_streams_that_this_process_writes(subscriptions):
+    writer, reader = Subscriber(subscriptions, math.inf, ends_only=True), Subscriber(subscriptions)
+    reader.catch_up(rows("active", 0))
+    assert quick_polls(subscriptions, 0) == 0
+    subscriptions.unsubscribe(writer.subscription)
+    assert quick_polls(subscriptions, 0) == QUICK_POLLS

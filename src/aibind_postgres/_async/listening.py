@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import socket
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from time import monotonic
@@ -16,6 +16,7 @@ import psycopg
 
 from .._concurrency import AsyncEvent, AsyncWorker, Mutex, async_spawn
 from .._notifications import decode_payload, encode_payloads
+from .._poll_pace import QUIET_FACTOR, PollPace
 from .._sql import NOTIFY, json_array
 from .._sqlstate import wrote_nothing
 from .._subscriptions import Subscriptions, wake_all
@@ -24,6 +25,7 @@ from .connections import UnansweredError, execute, is_direct
 from .database import CLOSING_TIMEOUT, WORKER_IDLE_TIMEOUT
 
 if TYPE_CHECKING:
+    from .._subscriptions import FollowedStream
     from .client import AsyncClient
     from .connections import Row
     from .database import AsyncDatabase
@@ -34,8 +36,6 @@ logger = logging.getLogger("aibind_postgres")
 ANSWER_TIMEOUT = 5.0  # seconds to wait for the answer to a statement on the LISTEN connection
 PROBE_AFTER = 3.0  # seconds since the last message on that connection before a missed change starts a probe
 PROBE_TIMEOUT = 2.0  # seconds within which a probe must arrive
-MAX_POLL_FACTOR = 10  # the longest pause between polls that find no change, as a multiple of poll_interval
-MAX_POLL_RETRY = 5.0  # the longest pause in seconds after a poll that failed
 MIN_RECONNECT, MAX_RECONNECT = 0.1, 30.0  # seconds between two attempts to connect; the pause doubles each time
 
 
@@ -89,34 +89,37 @@ class AsyncListener:
             await worker.join(CLOSING_TIMEOUT)
 
     async def _run(self, connection: AsyncListenConnection) -> None:
-        pause = self._poll_interval
+        pace = PollPace(self._poll_interval)
         awaited_at = polled_at = monotonic()
         try:
             while not self._database.closing.is_set():
-                if self._subscriptions.awaited():
-                    awaited_at = monotonic()
-                elif monotonic() - awaited_at > WORKER_IDLE_TIMEOUT and self._end_if_idle():
-                    return
+                if monotonic() - awaited_at > WORKER_IDLE_TIMEOUT:
+                    if self._subscriptions.awaited():
+                        awaited_at = monotonic()
+                    elif self._end_if_idle():
+                        return
                 if await connection.connect_if_due():
                     wake_all(self._subscriptions.changed(None))  # notifications may have been missed
                 try:
-                    await self._receive(connection, min(pause, WORKER_IDLE_TIMEOUT))
-                    if monotonic() - polled_at < pause:
+                    await self._receive(connection, min(polled_at + pace.pause - monotonic(), WORKER_IDLE_TIMEOUT))
+                    if monotonic() - polled_at < pace.pause:
                         continue
                     polled_at = monotonic()
-                    if found := await self._poll(connection):
-                        await connection.probe_if_quiet()
+                    if streams := self._subscriptions.awaited(quick=pace.is_quick):
+                        awaited_at = polled_at
+                        if await self._poll(connection, streams):
+                            await connection.probe_if_quiet()
                 except Exception as error:
                     if self._database.closing.is_set():
                         return
                     # The readers run their own statements, and raise the error in their callers.
                     logger.debug("listening or polling failed: %s", type(error).__name__)
                     await connection.disconnect_if_broken(error)
-                    pause = min(pause * 2, max(MAX_POLL_RETRY, self._poll_interval))
+                    polled_at = monotonic()
+                    pace.failed()
                     wake_all(self._subscriptions.changed(None))
                 else:
-                    longest = MAX_POLL_FACTOR * self._poll_interval
-                    pause = self._poll_interval if found else min(pause * 1.5, longest)
+                    pace.polled()
         finally:
             with self._mutex:
                 if self._connection is connection:
@@ -137,6 +140,7 @@ class AsyncListener:
         return another
 
     async def _receive(self, connection: AsyncListenConnection, timeout: float) -> None:
+        timeout = max(0.0, timeout)
         if not connection.is_connected:
             await self._database.closing.wait(min(timeout, connection.seconds_until_connect))
             return
@@ -148,14 +152,11 @@ class AsyncListener:
                 "notifications unavailable: LISTEN does not work on this connection, as through a transaction pooler. "
                 "Readers are woken by polling, every %g to %g seconds: use a direct connection for notifications",
                 self._poll_interval,
-                MAX_POLL_FACTOR * self._poll_interval,
+                QUIET_FACTOR * self._poll_interval,
             )
 
-    async def _poll(self, connection: AsyncListenConnection) -> bool:
-        """Query the states of the awaited streams. Return True if that found a change."""
-        streams = self._subscriptions.awaited()
-        if not streams:
-            return False
+    async def _poll(self, connection: AsyncListenConnection, streams: Iterable[FollowedStream]) -> bool:
+        """Query the states of these streams. Return True if that found a change."""
         params = [json_array({stream.id for stream in streams})]
         if connection.is_connected and self._client.joins_transactions:
             # The client would use the caller's transaction, which belongs to another thread.

@@ -64,7 +64,8 @@ class AsyncPostgresStreamStore:
             `aibind_stream_chunks` by default.
         status_table: The name of the status table; `aibind_stream_status` by default.
         poll_interval: Seconds, or a timedelta, between two polls for changes without a notification; 0.1 by default.
-            While polls find no change, the interval grows to ten times this value.
+            A stream without such a change in the last 50 polls is polled at ten times this interval, until a reader
+            joins.
         ttl: Seconds, or a timedelta, for which a stream is kept after its end; 300 by default.
         retry_for: Seconds, or a timedelta, for which a reader or a writer retries while the server is unreachable; 30
             by default. After that, a reader raises the driver's error and a writer raises `StreamWriteError`.
@@ -315,7 +316,7 @@ class AsyncPostgresStreamStore:
         rows = await self._database.query(self._sql.status, [stream_id])
         status = StreamStatus._make(rows[0]) if rows else None
         if status is None or status.state != "active":
-            self._notifier.wake([stream_id])  # whoever ended the stream may not have notified
+            self._notifier.wake([stream_id])  # the call that ended the stream may not have notified
         return status
 
     async def wait(self, id: str, timeout: float | timedelta | None = None) -> StreamStatus:
