@@ -1,9 +1,11 @@
-"""Clients of PgBouncer in transaction mode."""
+"""Clients of PgBouncer, in transaction mode unless a test says otherwise."""
 
 from __future__ import annotations
 
 import logging
+from functools import partial
 
+import psycopg
 import pytest
 from contrib import contract
 from psycopg_pool import AsyncConnectionPool, ConnectionPool
@@ -190,3 +192,107 @@ async def test_fallback_to_polling_with_one_warning_in_tasks(async_store, dsn, t
     [record] = caplog.records
     assert "transaction pooler" in record.getMessage()
     assert len(arrived) == 20
+
+
+def listening_channels(dsn):
+    """Return the channels that the next session of PgBouncer LISTENs on; with a pool of one there is no other."""
+    with psycopg.connect(dsn, autocommit=True, prepare_threshold=None) as connection:
+        return connection.execute("SELECT pg_listening_channels()").fetchall()
+
+
+def check_reading(store, theirs):
+    """Read each chunk that another store writes before it writes the next one."""
+    id = theirs.create()
+    received = []
+
+    def follow():
+        for chunk in store.read_from(id):
+            received.append(chunk.data)
+
+    with Background(follow) as reader, contract.ending(theirs, id):
+        for number in range(3):
+            theirs.append(id, f"{number}")
+            until(lambda number=number: len(received) > number)
+        theirs.complete(id)
+        reader.result()
+    assert received == ["0", "1", "2"]
+
+
+async def async_check_reading(store, theirs):
+    id = await theirs.create()
+    received = []
+
+    async def follow():
+        async for chunk in store.read_from(id):
+            received.append(chunk.data)
+
+    async with AsyncBackground(follow) as reader, contract.async_ending(theirs, id):
+        for number in range(3):
+            await theirs.append(id, f"{number}")
+            await async_until(lambda number=number: len(received) > number)
+        await theirs.complete(id)
+        await reader.result()
+    assert received == ["0", "1", "2"]
+
+
+def test_shared_session_does_not_listen(dsn, tables, tmp_path):
+    with pgbouncer.pgbouncer(dsn, tmp_path, pool_size=1) as pooled, PostgresStreamStore(dsn, **tables) as theirs:
+        with PostgresStreamStore(pooled, **tables) as store:
+            check_reading(store, theirs)
+            assert listening_channels(pooled) == []
+        assert listening_channels(pooled) == []
+
+
+async def test_shared_session_does_not_listen_in_tasks(dsn, tables, tmp_path):
+    with pgbouncer.pgbouncer(dsn, tmp_path, pool_size=1) as pooled:
+        async with AsyncPostgresStreamStore(dsn, **tables) as theirs:
+            async with AsyncPostgresStreamStore(pooled, **tables) as store:
+                await async_check_reading(store, theirs)
+                assert listening_channels(pooled) == []
+            assert listening_channels(pooled) == []
+
+
+def test_busy_shared_sessions_do_not_listen(dsn, tables, tmp_path):
+    """Other clients of PgBouncer occupy the sessions in turns."""
+    is_done = False
+
+    def occupy():
+        with psycopg.connect(pooled, autocommit=True, prepare_threshold=None) as connection:
+            while not is_done:
+                connection.execute("SELECT pg_sleep(random() / 1000)")
+
+    with (
+        pgbouncer.pgbouncer(dsn, tmp_path, pool_size=4) as pooled,
+        PostgresStreamStore(dsn, **tables) as theirs,
+        Background(partial(gather, *[occupy] * 3)) as others,
+    ):
+        try:
+            for _ in range(10):
+                with PostgresStreamStore(pooled, **tables) as store:
+                    check_reading(store, theirs)
+        finally:
+            is_done = True
+        others.result()
+        assert [listening_channels(pooled) for _ in range(10)] == [[]] * 10
+
+
+def test_session_mode_notifies(dsn, tables, tmp_path, caplog):
+    caplog.set_level(logging.WARNING, "aibind_postgres")
+    with (
+        pgbouncer.pgbouncer(dsn, tmp_path, pool_mode="session") as pooled,
+        PostgresStreamStore(dsn, **tables) as theirs,
+    ):
+        with PostgresStreamStore(pooled, **tables, poll_interval=3600) as store:
+            check_reading(store, theirs)
+        assert listening_channels(pooled) == []
+    assert caplog.records == []
+
+
+async def test_session_mode_notifies_in_tasks(dsn, tables, tmp_path, caplog):
+    caplog.set_level(logging.WARNING, "aibind_postgres")
+    with pgbouncer.pgbouncer(dsn, tmp_path, pool_mode="session") as pooled:
+        async with AsyncPostgresStreamStore(dsn, **tables) as theirs:
+            async with AsyncPostgresStreamStore(pooled, **tables, poll_interval=3600) as store:
+                await async_check_reading(store, theirs)
+        assert listening_channels(pooled) == []
+    assert caplog.records == []

@@ -1,4 +1,4 @@
-"""PgBouncer in transaction mode, in front of a server."""
+"""PgBouncer in front of a server."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BINARY = shutil.which("pgbouncer", path=os.pathsep.join([os.environ.get("PATH", 
 
 
 @contextmanager
-def pgbouncer(dsn: str, folder: Path, *, pool_size: int = 5) -> Iterator[str]:
+def pgbouncer(dsn: str, folder: Path, *, pool_size: int = 5, pool_mode: str = "transaction") -> Iterator[str]:
     """Start PgBouncer on a free port of the loopback interface, and yield the connection string of its database.
 
     All clients share `pool_size` server connections, which log in as the user of `dsn`.
@@ -36,7 +36,7 @@ def pgbouncer(dsn: str, folder: Path, *, pool_size: int = 5) -> Iterator[str]:
         f"{database} = {' '.join(f'{name}={_quoted(value)}' for name, value in route.items())}\n"
         "[pgbouncer]\n"
         f"listen_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\n"
-        f"auth_type = any\npool_mode = transaction\ndefault_pool_size = {pool_size}\n"
+        f"auth_type = any\npool_mode = {pool_mode}\ndefault_pool_size = {pool_size}\n"
         "ignore_startup_parameters = extra_float_digits\n"
     )
     config.chmod(0o600)

@@ -111,5 +111,10 @@ async def cancel_and_close(connection: psycopg.AsyncConnection[Any]) -> None:
 
 async def is_direct(connection: psycopg.AsyncConnection[Any], deadline: float) -> bool:
     """Return True if a connection does not go through a pooler. Poolers report a fake backend PID."""
-    [(process_id,)] = await execute(connection, "SELECT pg_backend_pid()", (), deadline)
-    return bool(process_id == connection.info.backend_pid)
+    return await server_pid(connection, deadline) == connection.info.backend_pid
+
+
+async def server_pid(connection: psycopg.AsyncConnection[Any], deadline: float) -> int:
+    """Return the PID of the server process that runs the statements of a connection, also through a pooler."""
+    [(pid,)] = await execute(connection, "SELECT pg_backend_pid()", (), deadline)
+    return int(pid)

@@ -21,7 +21,7 @@ from .._sql import NOTIFY, json_array
 from .._sqlstate import wrote_nothing
 from .._subscriptions import Subscriptions, wake_all
 from .._tables import quote
-from .connections import UnansweredError, execute, is_direct
+from .connections import UnansweredError, execute, is_direct, server_pid
 from .database import CLOSING_TIMEOUT, WORKER_IDLE_TIMEOUT
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ logger = logging.getLogger("aibind_postgres")
 ANSWER_TIMEOUT = 5.0  # seconds to wait for the answer to a statement on the LISTEN connection
 PROBE_AFTER = 3.0  # seconds since the last message on that connection before a missed change starts a probe
 PROBE_TIMEOUT = 2.0  # seconds within which a probe must arrive
+SESSION_CHECKS = 8  # that another connection does not get the session; other clients may hide that it does
 MIN_RECONNECT, MAX_RECONNECT = 0.1, 30.0  # seconds between two attempts to connect; the pause doubles each time
 
 
@@ -100,6 +101,7 @@ class AsyncListener:
                         return
                 if await connection.connect_if_due():
                     wake_all(self._subscriptions.changed(None))  # notifications may have been missed
+                    self._warn_if_unavailable(connection)
                 try:
                     await self._receive(connection, min(polled_at + pace.pause - monotonic(), WORKER_IDLE_TIMEOUT))
                     if monotonic() - polled_at < pace.pause:
@@ -146,7 +148,11 @@ class AsyncListener:
             return
         async for payload in connection.notifications(timeout):
             wake_all(self._subscriptions.notified(decode_payload(payload, self._notifier.sender)))
-        if await connection.check_probe() and not self._warned:
+        await connection.check_probe()
+        self._warn_if_unavailable(connection)
+
+    def _warn_if_unavailable(self, connection: AsyncListenConnection) -> None:
+        if connection.is_unavailable and not self._warned:
             self._warned = True
             logger.warning(
                 "notifications unavailable: LISTEN does not work on this connection, as through a transaction pooler. "
@@ -179,7 +185,8 @@ class AsyncListenConnection:
         self._closing = closing
         self._mutex = Mutex()
         self._connection: psycopg.AsyncConnection[Row] | None = None
-        self._direct = False  # connected to a server process, not to a pooler
+        self.is_unavailable = False  # notifications do not arrive through the pooler
+        self._delivers = False  # notifications are known to arrive
         self._probed_at = math.inf  # the time at which the pending probe was sent
         self._active_at = 0.0  # the time of the last message from the server
         self._connect_at = 0.0  # the time of the next attempt to connect
@@ -198,8 +205,9 @@ class AsyncListenConnection:
         """Connect if there is no connection and the next attempt is due. Return True if this call connected."""
         if self._connection is not None or monotonic() < self._connect_at:
             return False
-        self._connect_at = monotonic() + self._reconnect_pause
-        self._reconnect_pause = min(self._reconnect_pause * 2, MAX_RECONNECT)
+        pause = self._reconnect_pause
+        self._connect_at = monotonic() + pause
+        self._reconnect_pause = min(pause * 2, MAX_RECONNECT)
         try:
             connection = await self._client.connect()
             if connection is None:
@@ -210,13 +218,15 @@ class AsyncListenConnection:
             if self._closing.is_set():  # `interrupt` was called before there was a connection
                 await self.disconnect()
                 return False
-            self._direct = await is_direct(connection, monotonic() + ANSWER_TIMEOUT)
-            await self.query(f"LISTEN {quote(self._notifier.channel)}")
-            if not self._direct:
-                await self._probe_from_other_session()
+            self._delivers = await is_direct(connection, monotonic() + ANSWER_TIMEOUT)
+            if self._delivers:
+                await self._listen()
+            else:
+                await self._listen_through_pooler(connection)
         except Exception as error:
             logger.debug("the LISTEN connection could not be opened: %s", type(error).__name__)
             await self.disconnect()
+            self._connect_at = monotonic() + pause  # polling continues meanwhile, also if each attempt takes long
             return False
         self._reconnect_pause = MIN_RECONNECT
         return True
@@ -225,22 +235,22 @@ class AsyncListenConnection:
         """Iterate over the payloads that arrive within `timeout` seconds."""
         assert self._connection is not None
         async for notification in self._connection.notifies(timeout=timeout):
-            self._probed_at, self._active_at = math.inf, monotonic()
+            self._probed_at, self._active_at, self._delivers = math.inf, monotonic(), True
             yield notification.payload
 
-    async def check_probe(self) -> bool:
+    async def check_probe(self) -> None:
         """Disconnect if the last probe did not arrive within `PROBE_TIMEOUT`.
 
-        Through a pooler, send UNLISTEN instead and return True.
+        If no notification has ever arrived, send UNLISTEN instead: the pooler does not forward them.
         """
         if monotonic() - self._probed_at <= PROBE_TIMEOUT:
-            return False
+            return
         self._probed_at = math.inf
-        if self._direct:
+        if self._delivers:
             await self.disconnect()
-            return False
-        await self.query("UNLISTEN *")
-        return True
+        else:
+            self.is_unavailable = True
+            await self.query(f"UNLISTEN {quote(self._notifier.channel)}")
 
     async def probe_if_quiet(self) -> None:
         """Probe the LISTEN connection after polling found a change it missed.
@@ -249,7 +259,7 @@ class AsyncListenConnection:
         """
         is_quiet = monotonic() - self._active_at > PROBE_AFTER and self._probed_at == math.inf
         # If the client joins transactions, the poll itself uses this connection.
-        if self._connection is not None and self._direct and is_quiet and not self._client.joins_transactions:
+        if self._connection is not None and self._delivers and is_quiet and not self._client.joins_transactions:
             try:
                 await self._client.query(NOTIFY, self._probe_params())
                 self._probed_at = monotonic()
@@ -258,15 +268,21 @@ class AsyncListenConnection:
                     raise
                 self._active_at = monotonic()  # the server refuses notifications: polling continues at its pace
 
-    async def _probe_from_other_session(self) -> None:
-        # Through a pooler, a notification that a session sends to itself could arrive by accident.
+    async def _listen(self) -> None:
+        await self.query(f"LISTEN {quote(self._notifier.channel)}")
+
+    async def _listen_through_pooler(self, connection: psycopg.AsyncConnection[Row]) -> None:
+        """LISTEN and send a probe, unless the session is shared: LISTEN would last in it, and affect other clients."""
         other = await self._client.connect()
-        if other is not None:
-            try:
+        assert other is not None  # like the first one
+        try:
+            self.is_unavailable = await _share_session(connection, other, monotonic() + PROBE_TIMEOUT)
+            if not self.is_unavailable:
+                await self._listen()
                 await execute(other, NOTIFY, self._probe_params(), monotonic() + ANSWER_TIMEOUT)
-            finally:
-                await other.close()
-            self._probed_at = monotonic()
+                self._probed_at = monotonic()
+        finally:
+            await other.close()
 
     def _probe_params(self) -> Sequence[str]:
         return [self._notifier.channel, json_array(encode_payloads([""], self._notifier.sender))]
@@ -294,6 +310,17 @@ class AsyncListenConnection:
         with self._mutex:
             if self._connection is not None:
                 _shut_down_socket(self._connection)
+
+
+async def _share_session(
+    connection: psycopg.AsyncConnection[Row], other: psycopg.AsyncConnection[Row], deadline: float
+) -> bool:
+    """Return True if a pooler runs the statements of both connections in one session, or in changing ones."""
+    pid = await server_pid(connection, deadline)
+    for _ in range(SESSION_CHECKS):
+        if await server_pid(connection, deadline) != pid or await server_pid(other, deadline) == pid:
+            return True
+    return False
 
 
 def _shut_down_socket(connection: psycopg.AsyncConnection[Any]) -> None:
