@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 from functools import partial
 
 import pytest
@@ -19,6 +20,7 @@ from aibind_postgres import (
     WebError,
 )
 from aibind_postgres._concurrency import AsyncEvent
+from aibind_postgres.models import event_of
 from aibind_postgres.sse import EventParser, ServerSentEvent
 
 ITEMS = ["Hel", "lo", "", StreamEvent("usage", '{"inputTokens": 1}'), "\x01 wor\r\nld\n", "data: 😀"]
@@ -188,6 +190,45 @@ async def test_chunks_of_other_writers(store):
         ServerSentEvent("too hot", "error"),
         DONE,
     ]
+
+
+@pytest.mark.parametrize(
+    "items_with_crlf",
+    [
+        ["a\r", "\nb"],
+        ["a\r", "\n", "b\r", "\r", "\n\n", "c\r"],
+        ["\na", "\n\r", "\n", "\n\r\n", "\r\n", "b"],
+        ["a\r", "", StreamEvent("usage", "{}"), "", StreamEvent("usage", "\r"), "\nb"],
+        [StreamEvent("usage", "\r"), "\n", "a"],
+        ["\n", "a"],
+    ],
+)
+async def test_crlf_between_two_chunks_is_one_line_break(store, items_with_crlf):
+    stream = await AsyncDurableStream.start(store, items(items_with_crlf))
+    text = "".join(item for item in items_with_crlf if isinstance(item, str))
+
+    def text_of(events):
+        return "".join(event.data for event in events if event.event == "message")
+
+    whole = await read(stream, 0)
+    assert text_of(whole) == re.sub("\r\n?", "\n", text)
+    for seq in range(1, len(items_with_crlf) + 1):
+        before = [event for event in whole if event.id is not None and event.id.isdigit() and int(event.id) <= seq]
+        resumed = await AsyncDurableStream.resume(store, stream.id, seq)
+        assert text_of(before) + text_of(await read(resumed)) == text_of(whole)
+    stored = [chunk.data async for chunk in store.read_from(stream.id)]
+    assert [event_of(chunk) for chunk in stored if not chunk.startswith("usage")] == [
+        ("message", item) for item in items_with_crlf if isinstance(item, str)
+    ]
+
+
+async def test_crlf_between_chunks_of_other_writers(store):
+    await store.create("s")
+    await store.append_many("s", ["a\r", "\nb", "\x01c\r", "\n"])
+    await store.complete("s")
+    for after_seq, expected in enumerate(["a\nbc\n", "bc\n", "c\n", "", ""]):
+        events = await read(await AsyncDurableStream.resume(store, "s"), after_seq)
+        assert "".join(event.data for event in events if event.event == "message") == expected
 
 
 async def test_missing_stream(store):

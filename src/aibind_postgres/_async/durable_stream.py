@@ -13,13 +13,15 @@ from .._concurrency import async_is_source, async_shielded
 from .._subscriptions import Ended
 from ..errors import StreamNotFoundError
 from ..history import new_id
-from ..models import StreamChunk, StreamEvent, StreamStatus, event_of
+from ..models import StreamEvent, StreamStatus, event_of
 from ..sse import MESSAGE, ServerSentEvent, comment, encode
 from .following import Heartbeat
 from .producing import AsyncProducer, close_source, fail_stream, shutdown
 
 if TYPE_CHECKING:
     from .stream_store import AsyncPostgresStreamStore
+
+MAX_EVENTS_IN_CRLF = 100  # a resumed reader looks no further back for the CR before an LF
 
 
 class AsyncDurableStream:
@@ -169,6 +171,9 @@ class AsyncDurableStream:
     def sse(self, after_seq: int | None = None, *, heartbeat: float | timedelta = 15.0) -> AsyncIterator[bytes]:
         """Iterate over the stream as encoded Server-Sent Events, until it has ended.
 
+        The data of the events without a name are the text. A CR or CRLF arrives as LF, also if two chunks share the
+        CRLF.
+
         The events are, in this order:
 
         1. `stream-id`, if `start` returned this object and the stream is read from the beginning.
@@ -199,19 +204,40 @@ class AsyncDurableStream:
     async def _sse(self, after_seq: int, heartbeat: float) -> AsyncIterator[bytes]:
         if self._producer is not None and after_seq == 0:
             yield encode(_id_event(self.id))
+        # A client joins the texts. Each event would turn its part of a CRLF into a line break, so the LF is left out.
+        after_cr = None if after_seq else False  # whether the text before ends with a CR; None: it has not been read
         with self._store._follow(self.id, after_seq) as follower:
             while not isinstance(step := await follower.next(idle_timeout=heartbeat), Ended):
                 if isinstance(step, Heartbeat):
                     yield comment("ping")
                     continue
                 for chunk in step.chunks:
-                    yield _chunk_event(chunk)
+                    event, data = event_of(chunk.data)
+                    if event == MESSAGE and data:
+                        starts_with_lf = data[0] == "\n"
+                        if starts_with_lf and after_cr is None:
+                            after_cr = await self._ends_with_cr(chunk.seq - 1)
+                        in_crlf = starts_with_lf and after_cr
+                        after_cr = data[-1] == "\r"
+                        if in_crlf:
+                            data = data[1:]
+                    yield _chunk_event(chunk.seq, event, data)
         status = step.status
         if status.state == "error":
             yield encode(ServerSentEvent(status.error or "", "error"))
         elif status.state == "stopped":
             yield encode(ServerSentEvent("", "stopped"))
         yield encode(ServerSentEvent("", "done"))
+
+    async def _ends_with_cr(self, seq: int) -> bool:
+        """Return whether the text up to chunk `seq` ends with a CR. Named events are not part of the text."""
+        for number in range(seq, max(0, seq - MAX_EVENTS_IN_CRLF), -1):
+            page = await self._store._pages.page(self.id, number - 1, 1)
+            for chunk in page.chunks if page is not None else ():
+                event, data = event_of(chunk.data)
+                if event == MESSAGE and data:
+                    return data[-1] == "\r"
+        return False
 
     async def stop(self) -> bool:
         """End the stream in state stopped, for example on a user's request.
@@ -264,9 +290,8 @@ def _id_event(stream_id: str) -> ServerSentEvent:
     return ServerSentEvent(stream_id, "stream-id", None if stream_id.isdigit() else stream_id)
 
 
-def _chunk_event(chunk: StreamChunk) -> bytes:
-    event, data = event_of(chunk.data)
-    encoded = encode(ServerSentEvent(data, event, str(chunk.seq)))
+def _chunk_event(seq: int, event: str, data: str) -> bytes:
+    encoded = encode(ServerSentEvent(data, event, str(seq)))
     # aibind's client ignores the id of a named event, so it would receive the event again on resuming. The id is
     # repeated after the event: by the standard, an id without data dispatches no event.
-    return encoded if event == MESSAGE else encoded + b"id: %d\n\n" % chunk.seq
+    return encoded if event == MESSAGE else encoded + b"id: %d\n\n" % seq
