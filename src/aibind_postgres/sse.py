@@ -61,7 +61,9 @@ def encode(event: ServerSentEvent) -> bytes:
         if not 0 <= event.retry < 10**15:
             raise InvalidDataError(f"retry must be 0 to 999999999999999 milliseconds, not {event.retry}")
         lines.append(f"retry: {event.retry:d}")
-    lines += [f"data: {line}" for line in _LINE_END.split(event.data)]
+    lines.append("data: " + event.data)
+    if "\n" in event.data or "\r" in event.data:
+        lines[-1] = _LINE_END.sub("\ndata: ", lines[-1])
     return _encoded("\n".join(lines) + "\n\n")
 
 
