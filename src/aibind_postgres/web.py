@@ -30,6 +30,9 @@ class WebRequest(NamedTuple):
         context: Returns a context manager that is entered around the source and around `on_finish`. Both may outlive
             the request, so an integration sets up resources there that the framework otherwise binds to a request.
             Default: no context.
+        disconnect: Called from any thread if the client has not read an event stream for the handler's `send_timeout`.
+            It should close the connection, if the integration can, so that the server no longer waits for the client.
+            Default: None.
     """
 
     method: str
@@ -39,6 +42,7 @@ class WebRequest(NamedTuple):
     body: bytes
     original: Any = None
     context: Callable[[], Any] = nullcontext
+    disconnect: Callable[[], object] | None = None
 
     @property
     def query(self) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import signal
 import socket
@@ -30,6 +31,9 @@ from aibind_postgres import (
 from aibind_postgres.sse import EventParser, ServerSentEvent
 
 OPTIONS: dict[str, Any] = {"heartbeat": 0.2, "max_body": 10_000}
+if seconds := os.environ.get("SEND_TIMEOUT"):
+    OPTIONS["send_timeout"] = float(seconds)
+    logging.basicConfig(level=logging.INFO)  # logs the clients that do not read
 
 
 def authorize(request: WebRequest, id: str) -> bool:
@@ -197,14 +201,14 @@ SERVERS = {
 
 
 @contextmanager
-def running(framework: str, dsn: str) -> Iterator[Client]:
-    """Run the application of a framework on its server, with two worker processes."""
+def running(framework: str, dsn: str, **variables: str) -> Iterator[Client]:
+    """Run the application of a framework on its server, with two worker processes and more environment variables."""
     with closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", *SERVERS[framework].format(port=port).split()]
     tests = str(Path(__file__).parents[1])
-    environment = {**os.environ, "DATABASE_URL": dsn, "PYTHONPATH": os.pathsep.join([tests, *sys.path])}
+    environment = {**os.environ, "DATABASE_URL": dsn, "PYTHONPATH": os.pathsep.join([tests, *sys.path]), **variables}
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
             command, env=environment, stdin=subprocess.DEVNULL, stderr=log, start_new_session=True

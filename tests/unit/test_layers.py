@@ -35,7 +35,7 @@ ASYNC_LAYERS = [
     {"stream_writer"},
     {"stream_store", "conversation_store"},
     {"producing"},
-    {"durable_stream"},
+    {"durable_stream", "event_bodies"},
     {"handler"},
 ]
 

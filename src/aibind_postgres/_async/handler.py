@@ -29,6 +29,7 @@ from ..web import (
 )
 from .conversation_store import ConversationTooLargeError
 from .durable_stream import AsyncDurableStream
+from .event_bodies import AsyncEventBodies
 from .producing import close_source
 
 if TYPE_CHECKING:
@@ -102,13 +103,17 @@ class AsyncStreamHandler:
             added completely, so the stored conversation may become larger; then `/compact` must summarise it. The
             routes read no conversation larger than `max_conversation` and `max_body` together: `/compact` refuses it,
             and a turn that would have to be merged into it is not saved. Default: 10,000,000.
+        max_readers: The maximum number of clients of this process that read one stream at the same time. Others get
+            status 429. Default: 1000.
         heartbeat: Seconds, or a timedelta, without an event after which a response sends a comment. Default: 15.
+        send_timeout: Seconds, or a timedelta, after which an event stream ends because the client does not read. The
+            check may take a quarter longer. The client can resume. Default: 60.
         expose_errors: Whether clients see the text of an exception that the source of a stream raises. Default: False,
             which shows a generic text.
 
     Raises:
         ValueError: `prefix` is not empty and does not begin with a slash, or a number is out of range.
-        TypeError: `heartbeat` is neither a number nor a timedelta.
+        TypeError: `heartbeat` or `send_timeout` is neither a number nor a timedelta.
     """
 
     def __init__(
@@ -124,7 +129,9 @@ class AsyncStreamHandler:
         max_body: int = 10_000_000,
         max_prompt: int = 1_000_000,
         max_conversation: int = 10_000_000,
+        max_readers: int = 1000,
         heartbeat: float | timedelta = 15.0,
+        send_timeout: float | timedelta = 60.0,
         expose_errors: bool = False,
     ) -> None:
         self.prefix = prefix.rstrip("/")
@@ -143,6 +150,9 @@ class AsyncStreamHandler:
         self._max_messages = max_messages
         self._heartbeat = arguments.seconds(heartbeat, "heartbeat")
         self._expose_errors = expose_errors
+        self._bodies = AsyncEventBodies(
+            arguments.integer(max_readers, "max_readers", minimum=1), arguments.seconds(send_timeout, "send_timeout")
+        )
         self._routes: dict[str, tuple[str, Callable[[WebRequest], Any]]] = {
             "/stream": ("POST", partial(self._stream, "stream")),
             "/structured": ("POST", partial(self._stream, "structured")),
@@ -211,7 +221,7 @@ class AsyncStreamHandler:
             expose_errors=self._expose_errors,
             context=request.context,
         )
-        return self._event_stream(stream)
+        return self._event_stream(stream, request)
 
     async def _save_turn(
         self,
@@ -250,19 +260,13 @@ class AsyncStreamHandler:
         await self._check_authorized(request, stream_id)
         with _map_client_errors():
             stream = await AsyncDurableStream.resume(self._store, stream_id, after_seq)
-        return self._event_stream(stream)
+        return self._event_stream(stream, request)
 
-    def _event_stream(self, stream: AsyncDurableStream) -> AsyncWebResponse:
+    def _event_stream(self, stream: AsyncDurableStream, request: WebRequest) -> AsyncWebResponse:
+        body = self._bodies.open(stream.id, stream.sse(heartbeat=self._heartbeat), request.disconnect)
         # A header contains ASCII only. Ids that this handler creates need no quoting.
         header_id = stream.id if stream.id.isascii() and stream.id.isprintable() else quote(stream.id)
-        return AsyncWebResponse(200, {**EVENT_STREAM, "X-Stream-Id": header_id}, self._encoded_events(stream))
-
-    async def _encoded_events(self, stream: AsyncDurableStream) -> AsyncIterator[bytes]:
-        try:
-            async for encoded in stream.sse(heartbeat=self._heartbeat):
-                yield encoded
-        except StreamNotFoundError:  # the status line has been sent; a client that resumes gets 404
-            logger.info("stream %r was deleted while a client read it", stream.id)
+        return AsyncWebResponse(200, {**EVENT_STREAM, "X-Stream-Id": header_id}, body)
 
     async def _stop(self, request: WebRequest) -> AsyncWebResponse:
         body = await async_run_large(len(request.body), parse_body, request)

@@ -17,6 +17,7 @@ from django.views.decorators.csrf import csrf_exempt
 
 from .. import AsyncStreamHandler, AsyncWebResponse, StreamHandler, WebRequest, WebResponse
 from .._workarounds import separate_asgiref_thread
+from ._wsgi import disconnect_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -86,6 +87,7 @@ def _from_django(handler: StreamHandler | AsyncStreamHandler, request: HttpReque
         partial(separate_asgiref_thread, connections.close_all)
         if isinstance(handler, AsyncStreamHandler)
         else _close_connections,
+        disconnect_of(request.META),
     )
 
 

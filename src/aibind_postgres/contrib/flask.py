@@ -5,6 +5,7 @@ from __future__ import annotations
 from flask import Blueprint, Response, current_app, request
 
 from .. import StreamHandler, WebRequest
+from ._wsgi import disconnect_of
 
 METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]  # the handler responds with 405 to the wrong one
 
@@ -47,6 +48,7 @@ def blueprint(handler: StreamHandler) -> Blueprint:
                 _read_body(handler.max_body),
                 original,
                 current_app.app_context,
+                disconnect_of(request.environ),
             )
         )
         return Response(response.body, response.status, dict(response.headers))

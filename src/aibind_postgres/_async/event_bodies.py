@@ -1,0 +1,127 @@
+"""The bodies of event streams: a limit of readers, and an end for clients that do not read."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from time import monotonic
+from weakref import finalize
+
+from .._concurrency import AsyncEvent, AsyncWorker, Mutex, async_spawn
+from ..errors import StreamNotFoundError, WebError
+from .producing import close_source
+
+logger = logging.getLogger("aibind_postgres")
+
+CHECKS = 4  # of the watchdog in each `send_timeout`
+
+
+class EventBody:
+    """The state of one body.
+
+    The server asks the body for an event, sends it, and asks again. Whoever holds `turn` may use `events`: the body
+    while it waits for an event, and the watchdog for good once the server has not asked for `send_timeout` seconds.
+    """
+
+    def __init__(self, stream_id: str, events: AsyncIterator[bytes], disconnect: Callable[[], object] | None) -> None:
+        self.stream_id = stream_id
+        self.events: AsyncIterator[bytes] | None = events
+        self.disconnect = disconnect
+        self.turn = Mutex()  # never waited for
+        self.sent = 0  # events that the server has got
+        self._checked = 0, monotonic()  # the newest value of `sent`, and the time at which it was seen first
+
+    def is_stalled(self, send_timeout: float) -> bool:
+        """Return True if the server has been sending one event for `send_timeout` seconds. Then take the turn."""
+        sent, since = self._checked
+        if self.sent != sent:
+            self._checked = self.sent, monotonic()
+            return False
+        return monotonic() - since >= send_timeout and self.turn.acquire(blocking=False)
+
+
+class AsyncEventBodies:
+    """The bodies that one handler sends."""
+
+    def __init__(self, max_readers: int, send_timeout: float) -> None:
+        self._max_readers = max_readers
+        self._send_timeout = send_timeout
+        self._mutex = Mutex()
+        self._open: dict[str, set[EventBody]] = {}
+        self._ended: deque[EventBody] = deque()
+        self._watchdog: AsyncWorker | None = None
+
+    def open(
+        self, stream_id: str, events: AsyncIterator[bytes], disconnect: Callable[[], object] | None
+    ) -> AsyncIterator[bytes]:
+        """Return a body that yields the events of a stream.
+
+        Args:
+            stream_id: The id of the stream.
+            events: The encoded events.
+            disconnect: Called after `events` was closed because the client does not read. Default: None.
+
+        Raises:
+            WebError: 429: the stream has the maximum number of readers.
+        """
+        body = EventBody(stream_id, events, disconnect)
+        with self._mutex:
+            self._remove_ended()
+            if len(self._open.get(stream_id, ())) >= self._max_readers:
+                raise WebError(429, f"the stream has the maximum of {self._max_readers} readers: try again later")
+            if self._watchdog is None or not self._watchdog.is_alive():
+                self._watchdog = async_spawn(self._watch, "aibind_postgres-send-timeout")
+            self._open.setdefault(stream_id, set()).add(body)
+        iterator = self._iterate(body, events)
+        # A generator that is dropped before its first step runs no `finally`.
+        finalize(iterator, self._ended.append, body).atexit = False
+        return iterator
+
+    async def _iterate(self, body: EventBody, events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        try:
+            if not body.turn.acquire(blocking=False):
+                return
+            async for encoded in events:
+                body.sent += 1
+                body.turn.release()
+                yield encoded
+                if not body.turn.acquire(blocking=False):
+                    return
+        except StreamNotFoundError:  # the status line has been sent; a client that resumes gets 404
+            logger.info("stream %r was deleted while a client read it", body.stream_id)
+        finally:
+            body.turn.acquire(blocking=False)  # the watchdog must not disconnect the next request of the connection
+            body.events = None  # the last reference, but for this frame
+            self._ended.append(body)
+
+    async def _watch(self) -> None:
+        """Close the events of clients that do not read, until there are no readers."""
+        never = AsyncEvent()
+        while True:
+            await never.wait(self._send_timeout / CHECKS)
+            with self._mutex:
+                self._remove_ended()
+                if not self._open:
+                    self._watchdog = None
+                    return
+                bodies = [body for readers in self._open.values() for body in readers]
+            for body in bodies:
+                if body.is_stalled(self._send_timeout):
+                    await self._close(body)
+
+    async def _close(self, body: EventBody) -> None:
+        logger.info("a client has not read stream %r for %g seconds", body.stream_id, self._send_timeout)
+        await close_source(body.events)
+        self._ended.append(body)
+        if body.disconnect is not None:
+            body.disconnect()
+
+    def _remove_ended(self) -> None:
+        # A queue, since the garbage collector may end a body in a thread that holds the mutex.
+        while self._ended:
+            body = self._ended.popleft()
+            bodies = self._open.get(body.stream_id, set())
+            bodies.discard(body)
+            if not bodies:
+                self._open.pop(body.stream_id, None)
