@@ -20,7 +20,7 @@ CHECKS = 4  # of the watchdog in each `send_timeout`
 class EventBody:
     """The state of one body.
 
-    The server asks the body for an event, sends it, and asks again. Whoever holds `turn` may use `events`: the body
+    The server asks the body for an event, sends it, and asks again. Only the holder of `turn` uses `events`: the body
     while it waits for an event, and the watchdog for good once the server has not asked for `send_timeout` seconds.
     """
 
