@@ -13,6 +13,7 @@ NUMERIC_VALUE_OUT_OF_RANGE = "22003"
 UNIQUE_VIOLATION = "23505"
 CHARACTER_NOT_IN_REPERTOIRE = "22021"
 UNTRANSLATABLE_CHARACTER = "22P05"
+READ_ONLY_TRANSACTION = "25006"
 
 # The server rejected the statement, or rolled it back before its commit: it changed nothing.
 REJECTED = {
@@ -31,11 +32,18 @@ REJECTED = {
     "57014": "query canceled: statement_timeout, or a cancel request",
 }
 
-# Another attempt may succeed.
-TEMPORARY = {
+# The same statement may succeed later, on another connection.
+RECOVERABLE = {
     "08": "connection exception",
-    "53": "insufficient resources",
-    "57P": "operator intervention: the server shuts down or starts",
+    "25006": "read-only transaction: the server is a standby, or is read-only during a failover or an upgrade",
+    "25P03": "idle-in-transaction timeout: the server has closed the session",
+    "25P04": "transaction timeout: the server has closed the session",
+    "40": "transaction rollback: serialization failure, deadlock, conflict with the recovery of a standby",
+    "53": "insufficient resources: too many connections, disk full, out of memory",
+    "55P03": "lock not available: lock_timeout",
+    "57014": "query canceled: statement_timeout, or a cancel request",
+    "57P": "operator intervention: the server shuts down, starts or has crashed; idle-session timeout",
+    "58": "system error: an I/O error",
 }
 
 
@@ -55,9 +63,20 @@ def wrote_nothing(error: Exception) -> bool:
     return isinstance(error, InvalidDataError) or (sqlstate(error) or "").startswith(tuple(REJECTED))
 
 
-def is_temporary(error: Exception) -> bool:
-    """Return True if another attempt may succeed, according to the code."""
-    return (sqlstate(error) or "").startswith(tuple(TEMPORARY))
+def is_recoverable(error: Exception, lost: tuple[type[Exception], ...] = ()) -> bool:
+    """Return True if the same statement may succeed later, on another connection.
+
+    Args:
+        error: The error of a driver.
+        lost: The classes of the driver's errors for lost connections. They decide if the error has no code.
+    """
+    code = sqlstate(error)
+    return isinstance(error, lost) if code is None else code.startswith(tuple(RECOVERABLE))
+
+
+def is_read_only(error: BaseException) -> bool:
+    """Return True if the session is read-only. It may stay so although the server has become writable."""
+    return sqlstate(error) == READ_ONLY_TRANSACTION
 
 
 def translate(error: Exception) -> AibindError | None:

@@ -15,7 +15,7 @@ import psycopg
 
 from ._async import client as async_client
 from ._async import connections as async_connections
-from ._sqlstate import is_temporary
+from ._sqlstate import is_read_only, is_recoverable
 from ._sync import client as sync_client
 from ._sync import connections as sync_connections
 from ._tables import quote
@@ -128,7 +128,12 @@ class _SQLAlchemy(sync_client.Client):
 
     def query(self, sql: str, params: Sequence[Any]) -> Sequence[Row]:
         with self._engine.connect() as connection:
-            result = connection.execute(_text_clause(sql), _named_params(params))
+            try:
+                result = connection.execute(_text_clause(sql), _named_params(params))
+            except Exception as error:
+                if is_read_only(error):
+                    connection.invalidate(error)
+                raise
             return list(map(tuple, result)) if result.returns_rows else []
 
     def connect(self) -> psycopg.Connection[Row] | None:
@@ -156,7 +161,12 @@ class _AsyncSQLAlchemy(async_client.AsyncClient):
 
     async def query(self, sql: str, params: Sequence[Any]) -> Sequence[Row]:
         async with self._engine.connect() as connection:
-            result = await connection.execute(_text_clause(sql), _named_params(params))
+            try:
+                result = await connection.execute(_text_clause(sql), _named_params(params))
+            except Exception as error:
+                if is_read_only(error):
+                    await connection.invalidate(error)
+                raise
             return list(map(tuple, result)) if result.returns_rows else []
 
     async def connect(self) -> psycopg.AsyncConnection[Row] | None:
@@ -193,6 +203,10 @@ class _Django(sync_client.Client):
                 else:
                     cursor.execute(sql)
                 rows = cursor.fetchall() if cursor.description else []
+        except _django().Error as error:
+            if is_read_only(error) and not _in_transaction(wrapper):
+                wrapper.connection.close()  # Django keeps the session otherwise, or returns it to its pool
+            raise
         finally:
             # Django closes its connections at the end of a request, but only those of the threads that serve requests.
             if getattr(self._thread, "is_background", False) or _is_lost(wrapper):
@@ -208,8 +222,8 @@ class _Django(sync_client.Client):
         return connection
 
     def is_recoverable(self, error: Exception) -> bool:
-        lost = isinstance(error, (_django().OperationalError, _django().InterfaceError))
-        return lost and not _in_transaction(self._wrapper)
+        recoverable = is_recoverable(error, (_django().OperationalError, _django().InterfaceError))
+        return recoverable and not _in_transaction(self._wrapper)
 
     def in_transaction(self) -> bool:
         return _in_transaction(self._wrapper)
@@ -227,13 +241,18 @@ class _AsyncpgPool(async_client.AsyncClient):
         return "<asyncpg client of a pool>"
 
     async def query(self, sql: str, params: Sequence[Any]) -> Sequence[Row]:
-        return list(map(tuple, await self._pool.fetch(sql, *params)))
+        try:
+            return list(map(tuple, await self._pool.fetch(sql, *params)))
+        except Exception as error:
+            if is_read_only(error):
+                await self._pool.expire_connections()
+            raise
 
     def is_recoverable(self, error: Exception) -> bool:
         import asyncpg
 
-        lost = isinstance(error, (OSError, asyncpg.InterfaceError)) or is_temporary(error)
-        return lost and not isinstance(error, ValueError) and not self._pool.is_closing()
+        recoverable = is_recoverable(error, (OSError, asyncpg.InterfaceError))
+        return recoverable and not isinstance(error, ValueError) and not self._pool.is_closing()
 
 
 class _AsyncpgConnection(async_client.AsyncClient):
@@ -294,9 +313,8 @@ def _engine_may_recover(error: Exception) -> bool:
 
     if isinstance(error, exc.DBAPIError) and error.connection_invalidated:
         return True
-    lost = isinstance(error, (exc.OperationalError, exc.InterfaceError, exc.TimeoutError))
     # SQLAlchemy does not wrap the errors that asyncpg raises while it connects.
-    return lost or isinstance(error, OSError) or is_temporary(error)
+    return is_recoverable(error, (exc.OperationalError, exc.InterfaceError, exc.TimeoutError, OSError))
 
 
 def _in_transaction(wrapper: Any) -> bool:

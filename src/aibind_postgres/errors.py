@@ -54,7 +54,10 @@ class StreamNotActiveError(AibindError):
 
 
 class SequenceConflictError(AibindError):
-    """`expected_seq` is not the next sequence number: another producer writes to this stream.
+    """`expected_seq` is not the next sequence number.
+
+    Either another producer writes to this stream, or the server has lost acknowledged chunks, as in a failover to a
+    standby that had not received them.
 
     Attributes:
         stream_id: The id of the stream.
@@ -65,7 +68,7 @@ class SequenceConflictError(AibindError):
     def __init__(self, stream_id: str, expected: int, actual: int) -> None:
         super().__init__(
             f"sequence conflict in stream {stream_id!r}: expected number {expected}, but the next number is {actual}: "
-            "another producer writes to this stream"
+            "another producer writes to this stream, or a failover has lost acknowledged chunks"
         )
         self.stream_id = stream_id
         self.expected = expected

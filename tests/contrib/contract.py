@@ -15,6 +15,7 @@ import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict
 from support.concurrency import AsyncBackground, Background, async_gather, async_sleep, async_until, gather, until
+from support.sessions import TERMINATE, read_only_sessions
 
 from aibind_postgres import (
     AsyncPostgresConversationStore,
@@ -32,6 +33,7 @@ from aibind_postgres import (
 from aibind_postgres._async import client as async_client
 from aibind_postgres._pages import Page
 from aibind_postgres._sql import StreamStatements, json_text
+from aibind_postgres._sqlstate import READ_ONLY_TRANSACTION, sqlstate
 from aibind_postgres._subscriptions import SHARED_PAGE_CHUNKS
 from aibind_postgres._sync import client as sync_client
 from aibind_postgres._tables import parse_distinct
@@ -323,6 +325,39 @@ def check_reconnect(
     assert arrived == ["0", "1", "2", "3", "4"]
 
 
+def check_read_only(ours: PostgresStreamStore, dsn: str, at_thread_end: Callable[[], None] = lambda: None) -> None:
+    """Retry a write while the server is read-only, and replace the sessions that stay so."""
+    id, other = ours.create(), ours.create()
+    entered: list[bool] = []
+    read_only: list[bool] = []
+
+    def write() -> None:
+        try:
+            with ours.writer(id) as writer:
+                entered.append(True)
+                until(lambda: read_only)
+                writer.write("a")
+        finally:
+            at_thread_end()
+
+    with Background(write) as writing:
+        until(lambda: entered)
+        with read_only_sessions(dsn):
+            read_only.append(True)
+            until(lambda: _code_of_append(ours, other) == READ_ONLY_TRANSACTION)
+        until(lambda: _code_of_append(ours, other) is None)
+        writing.result()
+    assert ours.wait(id) == ("done", None, 1)
+
+
+def _code_of_append(store: PostgresStreamStore, id: str) -> str | None:
+    try:
+        store.append(id, "a")
+    except Exception as error:
+        return sqlstate(error) or "lost connection"
+    return None
+
+
 def missing_tables(client: Any) -> None:
     """Raise `SchemaError` with the name of the missing table."""
     with PostgresStreamStore(client, status_table="no such:table", chunks_table="nor this") as store:
@@ -340,13 +375,6 @@ def hostile_names(
         migrate(client, **tables, conversations_table=conversations, notify_trigger=True)
     with PostgresStreamStore(client, **tables) as store:
         round_trip(store, client, tables, at_thread_end)
-
-
-# Ends the connections to this database, except its own and those with the application name 'stays'.
-TERMINATE = """
-SELECT pg_terminate_backend(pid) FROM pg_stat_activity
- WHERE datname = current_database() AND pid <> pg_backend_pid() AND application_name <> 'stays'
-"""
 
 
 async def async_round_trip(ours: AsyncPostgresStreamStore, client: Any, tables: dict[str, Any]) -> None:
@@ -522,6 +550,37 @@ async def async_check_reconnect(ours: AsyncPostgresStreamStore, theirs: AsyncPos
         await theirs.complete(id)
         await reader.result()
     assert arrived == ["0", "1", "2", "3", "4"]
+
+
+async def async_check_read_only(ours: AsyncPostgresStreamStore, dsn: str) -> None:
+    id, other = await ours.create(), await ours.create()
+    entered: list[bool] = []
+    read_only: list[bool] = []
+
+    async def write() -> None:
+        async with ours.writer(id) as writer:
+            entered.append(True)
+            await async_until(lambda: read_only)
+            await writer.write("a")
+
+    async with AsyncBackground(write) as writing:
+        await async_until(lambda: entered)
+        with read_only_sessions(dsn):
+            read_only.append(True)
+            while await _async_code_of_append(ours, other) != READ_ONLY_TRANSACTION:
+                await async_sleep(0.002)
+        while await _async_code_of_append(ours, other) is not None:
+            await async_sleep(0.002)
+        await writing.result()
+    assert await ours.wait(id) == ("done", None, 1)
+
+
+async def _async_code_of_append(store: AsyncPostgresStreamStore, id: str) -> str | None:
+    try:
+        await store.append(id, "a")
+    except Exception as error:
+        return sqlstate(error) or "lost connection"
+    return None
 
 
 async def async_missing_tables(client: Any) -> None:

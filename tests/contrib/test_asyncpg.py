@@ -75,6 +75,11 @@ async def test_reader_after_lost_connections(pool, theirs, tables, dsn):
         await contract.async_check_reconnect(store, theirs, dsn)
 
 
+async def test_read_only_sessions_are_replaced(pool, tables, dsn):
+    async with AsyncPostgresStreamStore(wrap_asyncpg(pool), **tables, poll_interval=0.05) as store:
+        await contract.async_check_read_only(store, dsn)
+
+
 async def test_lost_connection_of_the_caller_raises_without_retries(connection, tables, dsn):
     async with AsyncPostgresStreamStore(wrap_asyncpg(connection), **tables, retry_for=3600) as store:
         id = await store.create()

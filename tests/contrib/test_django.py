@@ -16,6 +16,7 @@ from django.test import override_settings
 from django.utils.connection import ConnectionDoesNotExist
 from psycopg.sql import SQL, Identifier
 from support.concurrency import Background, gather, workers
+from support.sessions import TERMINATE
 
 from aibind_postgres import PostgresConversationStore, PostgresStreamStore, StreamNotFoundError
 from aibind_postgres._sync import connections as own_connections
@@ -105,6 +106,14 @@ def test_reader_after_lost_connections(ours, theirs, dsn):
     contract.check_reconnect(ours, theirs, dsn, close_connections)
 
 
+@pytest.mark.parametrize("alias", ["default", *ALIASES[2:]])
+def test_read_only_sessions_are_replaced(tables, alias, dsn):
+    if alias == "pooled":
+        connections[alias].close_pool()  # Django does not check its connections, which other tests have ended
+    with PostgresStreamStore(wrap_django(alias), **tables, poll_interval=0.05) as store:
+        contract.check_read_only(store, dsn, close_connections)
+
+
 def test_one_connection_per_thread(ours):
     id = ours.create()
 
@@ -185,7 +194,7 @@ def test_lost_connection_in_a_transaction_raises_without_retries(tables, dsn):
         with pytest.raises(OperationalError), transaction.atomic():
             store.append(id, "vanishes")
             with psycopg.connect(dsn, autocommit=True) as admin:
-                admin.execute(contract.TERMINATE)
+                admin.execute(TERMINATE)
             list(store.read_from(id, follow=False))
         assert store.get_status(id) == ("active", None, 0)
 

@@ -95,6 +95,16 @@ async def test_reader_after_lost_connections_in_tasks(async_engine, async_theirs
         await contract.async_check_reconnect(store, async_theirs, dsn)
 
 
+def test_read_only_sessions_are_replaced(engine, tables, dsn):
+    with PostgresStreamStore(wrap_sqlalchemy(engine), **tables, poll_interval=0.05) as store:
+        contract.check_read_only(store, dsn)
+
+
+async def test_read_only_sessions_are_replaced_in_tasks(async_engine, tables, dsn):
+    async with AsyncPostgresStreamStore(wrap_sqlalchemy(async_engine), **tables, poll_interval=0.05) as store:
+        await contract.async_check_read_only(store, dsn)
+
+
 def test_many_readers_share_one_connection(dsn, theirs, tables):
     arguments = contract.parameters(dsn)
     engine = sqlalchemy.create_engine(

@@ -106,21 +106,22 @@ def test_unsent_text_was_not_written():
 
 
 @pytest.mark.parametrize(
-    ("code", "temporary"),
+    ("recoverable", "codes"),
     [
-        ("08006", True),
-        ("53300", True),
-        ("57P01", True),
-        ("57P03", True),
-        ("57014", False),
-        ("23505", False),
-        (None, False),
+        (True, "08006 25006 25P03 25P04 40001 40P01 53100 53300 55P03 57014 57P01 57P03 57P05 58030"),
+        # Read-only is not the same as a failed transaction, and another attempt cannot make a statement smaller.
+        (False, "22P02 23505 25P02 28P01 3D000 42501 42P01 54000 55000 XX000"),
     ],
 )
-def test_temporary_errors(code, temporary):
-    error = RuntimeError("from a driver")
-    error.sqlstate = code
-    assert _sqlstate.is_temporary(error) is temporary
+def test_recoverable_errors(recoverable, codes):
+    for code in codes.split():
+        error = psycopg.errors.lookup(code)()
+        assert _sqlstate.is_recoverable(error, (psycopg.OperationalError,)) is recoverable, code
+
+
+def test_class_of_an_error_without_code_decides():
+    assert _sqlstate.is_recoverable(psycopg.OperationalError("refused"), (psycopg.OperationalError,))
+    assert not _sqlstate.is_recoverable(psycopg.OperationalError("refused"))
 
 
 def test_texts_name_object_value_and_next_step():
@@ -128,4 +129,5 @@ def test_texts_name_object_value_and_next_step():
         "stream 'a' not found: it was never created, was deleted, or has expired"
     )
     assert "stream 'a': expected number 3, but the next number is 5" in str(errors.SequenceConflictError("a", 3, 5))
+    assert "or a failover has lost acknowledged chunks" in str(errors.SequenceConflictError("a", 3, 5))
     assert "load it again" in str(errors.ConversationConflictError("s", None, None))

@@ -20,6 +20,7 @@ from .._concurrency import (
     async_shielded,
 )
 from .._conninfo import with_defaults
+from .._sqlstate import is_read_only, is_recoverable
 from .._workarounds import async_at_end_of_loop, async_checkout, is_closed_by_server
 from ..errors import InvalidDataError, copy_error
 from .connections import (
@@ -37,14 +38,15 @@ if TYPE_CHECKING:
 
 
 LISTENER_CHECKOUT_TIMEOUT = 5.0  # seconds that the listener waits for a pooled connection, to copy its parameters
+MIN_DRAIN_INTERVAL = 1.0  # seconds; a server that stays read-only must not cause a new connection for each call
 
 
 class AsyncPostgresClient(Protocol):
     """The protocol for a driver other than psycopg: any object with this `query` method.
 
     Attributes:
-        connection_errors: Optional. A tuple of the exception classes after which another attempt may succeed. Default:
-            none.
+        connection_errors: Optional. A tuple of the exception classes after which another attempt may succeed, in
+            addition to errors with an attribute `sqlstate` that says so. Default: none.
         joins_transactions: Optional. Whether statements may run inside a transaction of the caller. Default: False.
     """
 
@@ -96,7 +98,8 @@ class AsyncClient:
 
     def is_recoverable(self, error: Exception) -> bool:
         """Return True if the same statement may succeed later, on another connection."""
-        return isinstance(error, self._connection_errors)
+        listed = isinstance(error, self._connection_errors)
+        return listed or (not self.joins_transactions and is_recoverable(error))
 
     def in_transaction(self) -> bool:
         """Return True if the caller can still roll back the last statement."""
@@ -155,6 +158,7 @@ class AsyncPoolClient(AsyncPsycopgClient):
         self._opening = AsyncLock()
         self._connect_error: Exception | None = None
         self._connect_failed_at = 0.0
+        self._drained_at = -math.inf
         self._closed = AsyncEvent()
 
     def __repr__(self) -> str:
@@ -174,6 +178,10 @@ class AsyncPoolClient(AsyncPsycopgClient):
                 # Saves the round trips of BEGIN and COMMIT. Changing the mode needs no round trip.
                 await connection.set_autocommit(True)
             return await self._run(connection, sql, params, deadline)
+        except psycopg.Error as error:
+            if is_read_only(error):
+                await self._replace_connections()
+            raise
         finally:
             # A pool loses a connection if `putconn` is cancelled.
             await async_shielded(partial(self._return_connection, connection, autocommit))
@@ -197,6 +205,12 @@ class AsyncPoolClient(AsyncPsycopgClient):
                 await connection.set_autocommit(False)
         finally:
             await self._pool.putconn(connection)
+
+    async def _replace_connections(self) -> None:
+        """Let the pool replace its connections: after a failover, those to a server that was read-only stay so."""
+        if monotonic() - self._drained_at > MIN_DRAIN_INTERVAL:
+            self._drained_at = monotonic()
+            await async_shielded(self._pool.drain)  # the pool loses connections if it is cancelled
 
     async def _open(self) -> None:
         called_at = monotonic()
@@ -225,9 +239,9 @@ class AsyncPoolClient(AsyncPsycopgClient):
         return await open_connection(parameters)
 
     def is_recoverable(self, error: Exception) -> bool:
-        lost = isinstance(error, (psycopg.OperationalError, psycopg.InterfaceError))
+        recoverable = is_recoverable(error, (psycopg.OperationalError, psycopg.InterfaceError))
         # Before the first connection, the address may be wrong: retries would delay the error.
-        return lost and not isinstance(error, PoolClosed) and self._has_connected
+        return recoverable and not isinstance(error, PoolClosed) and self._has_connected
 
     async def close(self) -> None:
         self._closed.set()
@@ -263,6 +277,12 @@ class AsyncConnectionClient(AsyncPsycopgClient):
         return self._connection.info.transaction_status != TransactionStatus.IDLE
 
 
+async def _keep_connecting(pool: AsyncConnectionPool[Any]) -> None:
+    """Let a pool that has given up connecting try again if callers wait for a connection."""
+    if pool.get_stats()["requests_waiting"]:
+        await pool.check()
+
+
 def as_client(client: AsyncClientLike, timeout: float | None = None) -> AsyncClient:
     """Return the client for the `client` argument of a store. A connection string becomes a pool that the client owns.
 
@@ -277,6 +297,8 @@ def as_client(client: AsyncClientLike, timeout: float | None = None) -> AsyncCli
             min_size=1,
             max_size=10,
             timeout=10,
+            reconnect_timeout=2,  # psycopg doubles the pauses between attempts up to this time: 1 s each
+            reconnect_failed=_keep_connecting,
             open=False,
             name="pool of aibind_postgres",
         )

@@ -14,7 +14,7 @@ from .._concurrency import AsyncEvent, AsyncWorker, Mutex, async_spawn
 from .._message_tree import new_id
 from .._notifications import encode_payloads
 from .._sql import NOTIFY, json_array
-from .._sqlstate import is_temporary, sqlstate
+from .._sqlstate import is_recoverable, sqlstate
 from .._subscriptions import Subscriptions, wake_all
 from .database import CLOSING_TIMEOUT, WORKER_IDLE_TIMEOUT
 
@@ -148,7 +148,7 @@ class AsyncNotifier:
     def _log_failure(self, error: Exception) -> None:
         """Warn once if the server refuses notifications. A lost connection may be back for the next one."""
         code = sqlstate(error)
-        is_lost = is_temporary(error) or (code is None and self._client.is_recoverable(error))
+        is_lost = is_recoverable(error) or (code is None and self._client.is_recoverable(error))
         level = logging.DEBUG if is_lost or self._warned else logging.WARNING
         self._warned = self._warned or level == logging.WARNING
         logger.log(

@@ -67,8 +67,9 @@ class AsyncPostgresStreamStore:
             A stream without such a change in the last 50 polls is polled at ten times this interval, until a reader
             joins.
         ttl: Seconds, or a timedelta, for which a stream is kept after its end; 300 by default.
-        retry_for: Seconds, or a timedelta, for which a reader or a writer retries while the server is unreachable; 30
-            by default. After that, a reader raises the driver's error and a writer raises `StreamWriteError`.
+        retry_for: Seconds, or a timedelta, for which a reader or a writer retries while the server is unreachable,
+            starts, is read-only or has no free connection; 30 by default. After that, a reader raises the driver's
+            error and a writer raises `StreamWriteError`.
         timeout: Seconds, or a timedelta, to wait for the answer to a statement, including the wait for a connection of
             the pool; no limit by default. After that, the connection is closed, the server is asked to cancel the
             statement, and `psycopg.OperationalError` is raised; the statement may have taken effect. It does not limit

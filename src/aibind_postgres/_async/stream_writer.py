@@ -70,10 +70,10 @@ class AsyncStreamWriter:
     the writer also sends the buffered chunks, and ends the stream in state error with the first 1,000 characters of
     the exception's text.
 
-    A stream must have one producer: if another one appends to it, `SequenceConflictError` is raised. If another caller
-    ends the stream, `is_active` becomes False and `write` raises `StreamNotActiveError` as soon as the writer is
-    notified, without waiting for the next statement. After an error of the worker, `write` raises that error, and so
-    does `flush` if not all chunks are durable.
+    A stream must have one producer: if another one appends to it, `SequenceConflictError` is raised. It is also raised
+    if a failover has lost chunks that were acknowledged. If another caller ends the stream, `is_active` becomes False
+    and `write` raises `StreamNotActiveError` as soon as the writer is notified, without waiting for the next statement.
+    After an error of the worker, `write` raises that error, and so does `flush` if not all chunks are durable.
 
     With a connection as the client, or in Django, there is no worker. Each chunk is sent at once, in the transaction of
     the caller if there is one. The writer then learns from its next statement that the stream has ended.
@@ -135,7 +135,7 @@ class AsyncStreamWriter:
             InvalidDataError: The chunk is not text, or cannot be stored.
             StreamNotActiveError: The stream has ended.
             StreamNotFoundError: The stream was deleted.
-            SequenceConflictError: Another producer writes to the stream.
+            SequenceConflictError: Another producer writes to the stream, or a failover has lost acknowledged chunks.
             StreamWriteError: Earlier chunks could not be stored.
             RuntimeError: The writer's block has not been entered, or has been left.
         """
