@@ -16,13 +16,36 @@ from .errors import WebError
 Kind = Literal["stream", "structured", "chat", "compact", "complete", "title"]
 
 
+class QueryParameters(dict[str, str]):
+    """The parameters of a query string.
+
+    Args:
+        query_string: The query string as the client sent it, percent-encoded and without the question mark.
+
+    Attributes:
+        problem: The reason for which the handler rejects the request with status 400: a name occurs twice, or the
+            string is not UTF-8. None if there is no problem.
+    """
+
+    def __init__(self, query_string: bytes) -> None:
+        self.problem: str | None = None
+        try:
+            pairs = parse_qsl(query_string.decode(), keep_blank_values=True, errors="strict")
+        except UnicodeDecodeError:
+            pairs, self.problem = [], "the query string is not UTF-8"
+        super().__init__(pairs)
+        if len(self) < len(pairs):  # another program, such as a proxy that checks access, may read the other value
+            self.problem = "a query parameter occurs twice"
+
+
 class WebRequest(NamedTuple):
     """An HTTP request of any framework, as the argument of a handler.
 
     Attributes:
         method: The HTTP method in upper case.
         path: The path, including the handler's prefix.
-        query_string: The query string as the client sent it, percent-encoded and without the question mark.
+        query: The query parameters, one value for each name. Pass `QueryParameters`, so that the handler can reject an
+            ambiguous query string.
         headers: The headers, with names in lower case.
         body: The body. If it is longer than the handler's `max_body`, the first `max_body + 1` bytes suffice: the
             handler rejects it.
@@ -37,35 +60,16 @@ class WebRequest(NamedTuple):
 
     method: str
     path: str
-    query_string: bytes
+    query: Mapping[str, str]
     headers: Mapping[str, str]
     body: bytes
     original: Any = None
     context: Callable[[], Any] = nullcontext
     disconnect: Callable[[], object] | None = None
 
-    @property
-    def query(self) -> dict[str, str]:
-        """The query parameters.
-
-        Raises:
-            WebError: 400: a parameter occurs twice, or the query string is not UTF-8.
-        """
-        pairs = self._query_pairs("strict")
-        query = dict(pairs)
-        if len(query) < len(pairs):  # another program, such as a proxy that checks access, may read the other value
-            raise WebError(400, "a query parameter occurs twice")
-        return query
-
-    def _query_pairs(self, errors: str) -> list[tuple[str, str]]:
-        try:
-            return parse_qsl(self.query_string.decode(errors=errors), keep_blank_values=True, errors=errors)
-        except UnicodeDecodeError:
-            raise WebError(400, "the query string is not UTF-8") from None
-
     def __repr__(self) -> str:
         """Omit values that may be secret: those of the query and the headers, and the body."""
-        query, headers = ", ".join(name for name, _ in self._query_pairs("replace")), ", ".join(self.headers)
+        query, headers = ", ".join(self.query), ", ".join(self.headers)
         return (
             f"<{type(self).__name__} {self.method} {self.path}, query: [{query}], headers: [{headers}], "
             f"{len(self.body)} bytes>"

@@ -36,7 +36,7 @@ class Chats:
     async def post(self, path, body):
         """Send a request. Return the status and the JSON error, if there is one, after all producers have ended."""
         encoded = json.dumps(body, ensure_ascii=False).encode()
-        response = await self.handler.handle(WebRequest("POST", f"/__aibind__{path}", b"", {}, encoded))
+        response = await self.handler.handle(WebRequest("POST", f"/__aibind__{path}", {}, {}, encoded))
         assert await AsyncDurableStream.shutdown(self.store, 20)
         return response.status, json.loads(response.body).get("error") if response.status >= 400 else None
 

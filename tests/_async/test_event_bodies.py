@@ -22,7 +22,7 @@ class Reading:
         self.disconnected = []
 
     async def resume(self, id, client="client"):
-        request = WebRequest("GET", "/__aibind__/stream/resume", f"id={id}".encode(), {}, b"")
+        request = WebRequest("GET", "/__aibind__/stream/resume", {"id": id}, {}, b"")
         return await self.handler.handle(request._replace(disconnect=lambda: self.disconnected.append(client)))
 
 

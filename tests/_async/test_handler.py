@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from urllib.parse import urlencode
 
 import pytest
 from psycopg.sql import Identifier
@@ -20,6 +19,7 @@ from aibind_postgres import (
     WebRequest,
 )
 from aibind_postgres.sse import EventParser, ServerSentEvent
+from aibind_postgres.web import QueryParameters
 
 DONE = ServerSentEvent("", "done")
 
@@ -49,7 +49,7 @@ class Api:
 
     async def request(self, method, path, body=None, query=None, headers=None, handler=None):
         encoded = body if isinstance(body, bytes) else json.dumps(body).encode()
-        request = WebRequest(method, f"/__aibind__{path}", urlencode(query or {}).encode(), headers or {}, encoded)
+        request = WebRequest(method, f"/__aibind__{path}", query or {}, headers or {}, encoded)
         return await (handler or self.handler).handle(request)
 
     async def post(self, path, body, **options):
@@ -350,7 +350,7 @@ async def test_application_errors_are_500(api, caplog, fault):
 
 async def test_custom_prefix(api):
     handler = api.with_options(prefix="/ai/")
-    request = WebRequest("POST", "/ai/complete", b"", {}, b'{"input": "x"}')
+    request = WebRequest("POST", "/ai/complete", {}, {}, b'{"input": "x"}')
     assert (await handler.handle(request)).status == 200
     assert (await handler.handle(request._replace(path="/aiz/complete"))).status == 404
     assert (await handler.handle(request._replace(path="/complete"))).status == 404
@@ -427,6 +427,6 @@ async def test_responses_are_not_stored(api):
 async def test_ambiguous_query_is_refused(api, query_string):
     await api.store.create("s")
     for method, path in (("GET", "/stream/resume"), ("POST", "/stream/stop")):
-        request = WebRequest(method, f"/__aibind__{path}", query_string, {}, b'{"id": "s"}')
+        request = WebRequest(method, f"/__aibind__{path}", QueryParameters(query_string), {}, b'{"id": "s"}')
         assert error_of(await api.handler.handle(request))[0] == 400
     assert (await api.store.get_status("s")).state == "active"

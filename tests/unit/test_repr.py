@@ -12,7 +12,7 @@ from aibind_postgres.sse import EventParser
 
 DSN = "postgresql://user:pass-of-dsn@localhost/db"
 REQUEST = public.WebRequest(
-    "POST", "/chat", b"token=secret-query", {"cookie": "secret-cookie"}, b'{"prompt": "secret-body"}'
+    "POST", "/chat", {"token": "secret-query"}, {"cookie": "secret-cookie"}, b'{"prompt": "secret-body"}'
 )
 MESSAGES = [{"role": "user", "content": "secret-text"}]
 SECRETS = ("pass-of-dsn", "secret-query", "secret-cookie", "secret-body", "secret-text")

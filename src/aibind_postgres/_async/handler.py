@@ -20,6 +20,7 @@ from ..history import new_id
 from ..web import (
     Generation,
     Kind,
+    QueryParameters,
     WebRequest,
     count_tokens_saved,
     parse_body,
@@ -188,7 +189,8 @@ class AsyncStreamHandler:
                 return _json({"error": f"use {method}"}, 405, {"Allow": method})
             if len(request.body) > self.max_body:
                 raise WebError(413, f"the body must be at most {self.max_body} bytes long")
-            request.query  # noqa: B018  # raises for each route
+            if isinstance(request.query, QueryParameters) and request.query.problem is not None:
+                raise WebError(400, request.query.problem)
             response: AsyncWebResponse = await respond(request)
         except WebError as error:
             return _json({"error": error.text or "refused"}, error.status)

@@ -17,6 +17,7 @@ from django.views.decorators.csrf import csrf_exempt
 
 from .. import AsyncStreamHandler, AsyncWebResponse, StreamHandler, WebRequest, WebResponse
 from .._workarounds import separate_asgiref_thread
+from ..web import QueryParameters
 from ._wsgi import disconnect_of
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def _from_django(handler: StreamHandler | AsyncStreamHandler, request: HttpReque
     return WebRequest(
         str(request.method),
         f"{handler.prefix}/{path}",
-        _query_string(request),
+        QueryParameters(_query_string(request)),
         {name.lower(): value for name, value in request.headers.items()},
         _read_body(request, handler.max_body + 1),  # one byte more than the handler accepts
         request,

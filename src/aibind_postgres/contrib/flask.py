@@ -5,6 +5,7 @@ from __future__ import annotations
 from flask import Blueprint, Response, current_app, request
 
 from .. import StreamHandler, WebRequest
+from ..web import QueryParameters
 from ._wsgi import disconnect_of
 
 METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]  # the handler responds with 405 to the wrong one
@@ -43,7 +44,7 @@ def blueprint(handler: StreamHandler) -> Blueprint:
             WebRequest(
                 request.method,
                 f"{handler.prefix}/{path}",
-                request.query_string,
+                QueryParameters(request.query_string),
                 {name.lower(): value for name, value in request.headers},
                 _read_body(handler.max_body),
                 original,

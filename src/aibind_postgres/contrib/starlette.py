@@ -9,6 +9,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from .. import AsyncStreamHandler, WebRequest
+from ..web import QueryParameters
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -50,7 +51,7 @@ def routes(handler: AsyncStreamHandler) -> list[Route]:
             WebRequest(
                 request.method,
                 f"{handler.prefix}/{request.path_params['path']}",
-                request.scope["query_string"],
+                QueryParameters(request.scope["query_string"]),
                 dict(request.headers),
                 bytes(body),
                 request,
