@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import repeat
+from itertools import repeat, takewhile
 from typing import Any, NamedTuple
 
 from .models import StreamChunk, StreamState, StreamStatus
 
 FIRST_PAGE_CHUNKS, MAX_PAGE_CHUNKS = 50, 2000
-PAGE_CHARACTERS = 1_000_000  # the target size of the pages after the first one
+PAGE_CHARACTERS = 500_000  # the expected size of the pages after the first one
+PAGE_BYTES = 2_000_000  # the largest size of a page that contains more than one chunk
+BATCH_BYTES = 8_000_000  # the largest size of the pages that one statement reads for several streams
+SMALLER = 16  # the divisor of the limit after a chunk that was too large for it
 
 
 class Page(NamedTuple):
@@ -20,7 +23,9 @@ class Page(NamedTuple):
         error: The error text of the stream, or None.
         total: The number of chunks of the stream.
         rows: The sequence numbers and texts of the chunks in this page. A statement may add columns.
-        end: The position that the page reaches: it contains all chunks of the range up to this sequence number.
+        end: The position that the page reaches: it contains all chunks of the range up to this sequence number. It is
+            the start of the range if the first chunk was too large for the limit.
+        next_limit: The limit of the next page, which bounds the memory of a reader.
     """
 
     state: StreamState
@@ -28,13 +33,15 @@ class Page(NamedTuple):
     total: int
     rows: Sequence[tuple[Any, ...]]
     end: int
+    next_limit: int
 
     @classmethod
     def parse(cls, rows: Sequence[tuple[Any, ...]], after: int, limit: int) -> Page | None:
         """Parse the rows of a READ statement, or return None if the stream does not exist.
 
         The first row is the status. It consists of the negated number of chunks, and of the state, followed by a line
-        break and the error text if there is one.
+        break and the error text if there is one. The text of a chunk is None if it is too large. The page ends before
+        it.
 
         Args:
             rows: The rows.
@@ -45,7 +52,14 @@ class Page(NamedTuple):
             return None
         negative_total, status, *_ = rows[0]
         state, newline, error = status.partition("\n")
-        return cls(state, error if newline else None, -negative_total, rows[1:], after + limit)
+        found, end = rows[1:], after + limit
+        try:
+            next_limit = fitting_limit(sum([len(row[1]) for row in found]), len(found))
+        except TypeError:  # len(None)
+            found = list(takewhile(lambda row: row[1] is not None, found))
+            end = found[-1][0] if found else after
+            next_limit = max(1, limit // SMALLER)
+        return cls(state, error if newline else None, -negative_total, found, end, next_limit)
 
     @property
     def chunks(self) -> Iterator[StreamChunk]:
@@ -62,8 +76,7 @@ class Page(NamedTuple):
     def status(self) -> StreamStatus:
         return StreamStatus(self.state, self.error, self.total)
 
-    @property
-    def next_limit(self) -> int:
-        """The limit of the next page. It is smaller for large chunks, to bound the memory of each reader."""
-        size = sum([len(row[1]) for row in self.rows])
-        return max(1, min(MAX_PAGE_CHUNKS, PAGE_CHARACTERS * len(self.rows) // size)) if size else MAX_PAGE_CHUNKS
+
+def fitting_limit(characters: int, chunks: int) -> int:
+    """Return the limit of a page of chunks that are as large as these on average."""
+    return max(1, min(MAX_PAGE_CHUNKS, PAGE_CHARACTERS * chunks // characters)) if characters else MAX_PAGE_CHUNKS

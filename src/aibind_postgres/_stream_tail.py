@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from operator import itemgetter
 from typing import TYPE_CHECKING
 
+from ._pages import PAGE_CHARACTERS, fitting_limit
 from .models import StreamChunk, StreamStatus
 
 if TYPE_CHECKING:
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
 
 SHARED_PAGE_CHUNKS = 200  # read by one shared fetch at most
 TAIL_CHUNKS, TAIL_CHARACTERS = 500, 200_000  # kept for slower readers
-TYPICAL_CHUNK_CHARACTERS = 100  # assumed until a chunk of the stream is known
 
 
 class StreamTail:
@@ -56,9 +56,9 @@ class StreamTail:
         return max(self.total, self._read_total)
 
     @property
-    def expected_characters(self) -> int:
-        size = self._characters // len(self._chunks) if self._chunks else TYPICAL_CHUNK_CHARACTERS
-        return SHARED_PAGE_CHUNKS * size
+    def next_limit(self) -> int:
+        """The limit of the next shared fetch."""
+        return min(SHARED_PAGE_CHUNKS, fitting_limit(self._characters, len(self._chunks)))
 
     @property
     def status(self) -> StreamStatus:
@@ -100,7 +100,8 @@ class StreamTail:
             return False
         follows = self.has_position and before == self.end
         self.total = max(self.total, before + len(texts))
-        if not follows or len(texts) > SHARED_PAGE_CHUNKS:
+        is_large = len(texts) > 1 and sum(map(len, texts)) > PAGE_CHARACTERS
+        if not follows or is_large or len(texts) > SHARED_PAGE_CHUNKS:
             return False
         self._extend([StreamChunk(seq, text) for seq, text in enumerate(texts, before + 1)])
         return True

@@ -16,7 +16,7 @@ from ._arguments import MAX_NUMBER
 from ._notifications import digest_of
 from ._pages import FIRST_PAGE_CHUNKS, Page
 from ._poll_pace import QUICK_POLLS
-from ._stream_tail import SHARED_PAGE_CHUNKS, StreamTail
+from ._stream_tail import StreamTail
 from .errors import StoreClosedError, copy_error
 
 if TYPE_CHECKING:
@@ -39,7 +39,6 @@ class Fetch(NamedTuple):
     after: int
     limit: int
     shared: bool
-    characters: int  # expected in the page
     version: int
     min_total: int
     ended: bool
@@ -201,7 +200,7 @@ class Subscriptions:
                 return WAIT
             stream.fetching = subscription
             after = stream.fetch_after(subscription.cursor)
-            return Fetch(after, SHARED_PAGE_CHUNKS, True, tail.expected_characters, tail.version, tail.min_total, False)
+            return Fetch(after, tail.next_limit, True, tail.version, tail.min_total, False)
 
     def fetched(self, subscription: Subscription, fetch: Fetch, page: Page | None) -> list[Subscription]:
         """Take the page of a fetch; None if the stream was not found."""
@@ -363,7 +362,7 @@ class Subscriptions:
         """Let a reader read on its own, from a snapshot of the tail's version."""
         subscription.at_tail = False
         tail, after = subscription.stream.tail, int(min(subscription.cursor, MAX_NUMBER))
-        return Fetch(after, subscription.limit, False, 0, tail.version, tail.min_total, tail.ended)
+        return Fetch(after, subscription.limit, False, tail.version, tail.min_total, tail.ended)
 
     def _take_own_page(self, subscription: Subscription, fetch: Fetch, page: Page | None) -> list[Subscription]:
         """Take the page of a reader that catches up."""

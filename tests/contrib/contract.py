@@ -34,7 +34,7 @@ from aibind_postgres._async import client as async_client
 from aibind_postgres._pages import Page
 from aibind_postgres._sql import StreamStatements, json_text
 from aibind_postgres._sqlstate import READ_ONLY_TRANSACTION, sqlstate
-from aibind_postgres._subscriptions import SHARED_PAGE_CHUNKS
+from aibind_postgres._stream_tail import SHARED_PAGE_CHUNKS
 from aibind_postgres._sync import client as sync_client
 from aibind_postgres._tables import parse_distinct
 from aibind_postgres.schema import async_migrate, migrate
@@ -200,8 +200,11 @@ def check_combined(
 def batch_of_reads(tables: dict[str, Any], positions: dict[str, int]) -> tuple[str, list[Any]]:
     """Return the statement that reads several streams, each after a number, and its parameters."""
     statements = StreamStatements(*parse_distinct(tables["chunks_table"], tables["status_table"]))
-    items = [{"index": index, "id": id, "after": after} for index, (id, after) in enumerate(positions.items())]
-    return statements.read_batch, [json_text(items), SHARED_PAGE_CHUNKS]
+    items = [
+        {"index": index, "id": id, "after": after, "limit": SHARED_PAGE_CHUNKS}
+        for index, (id, after) in enumerate(positions.items())
+    ]
+    return statements.read_batch, [json_text(items)]
 
 
 def check_batch(rows: Sequence[Any], total: int) -> None:

@@ -25,7 +25,10 @@ STREAM_PLANS = {
     "delete_orphans": (["7"], ["(id = '7'"]),
     "list": ([None, "7", 2000], ["(id > '7'"]),
     "append_batch": (['[{"id": "7", "texts": ["x"]}, {"id": "8", "texts": ["y"]}]', 1000], ["(id = ANY", "(id = "]),
-    "read_batch": (['[{"index": 0, "id": "7", "after": 5}]', 100], ["(id = wanted.id)", "(seq > wanted.after)"]),
+    "read_batch": (
+        ['[{"index": 0, "id": "7", "after": 5, "limit": 100}]'],
+        ["(id = wanted.id)", "(seq > wanted.after)"],
+    ),
     "cleanup": ([10], ["(expires_at <= ", "(id = ANY"]),
     "fail_abandoned": ([1000, 1000, "x"], ["aibind_stream_status_active_idx", "(id = ANY", "(seq = "]),
 }
@@ -86,7 +89,8 @@ def test_page_of_a_long_stream_reads_one_page(connection, name):
     connection.execute(
         "INSERT INTO aibind_stream_chunks (id, seq, data) SELECT 'long', i, 'token' FROM generate_series(1, 20000) i"
     )
-    params = ['[{"index": 0, "id": "long", "after": 5000}]', 100] if name == "read_batch" else ["long", 5000, 100]
+    batch = ['[{"index": 0, "id": "long", "after": 5000, "limit": 100}]']
+    params = batch if name == "read_batch" else ["long", 5000, 100]
     statement = f"EXPLAIN (ANALYZE, FORMAT JSON) {getattr(STREAM_STATEMENTS, name)}"
     for setting in ("on", "off"):  # both plans that the planner may choose
         connection.execute(f"SET enable_bitmapscan = {setting}")

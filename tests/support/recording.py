@@ -14,7 +14,7 @@ import psycopg
 from psycopg_pool import AsyncConnectionPool, ConnectionPool
 
 from aibind_postgres._async.client import AsyncConnectionClient, AsyncPoolClient
-from aibind_postgres._subscriptions import SHARED_PAGE_CHUNKS
+from aibind_postgres._stream_tail import SHARED_PAGE_CHUNKS
 from aibind_postgres._sync.client import ConnectionClient, PoolClient
 from support.concurrency import async_until, until
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from aibind_postgres import StreamChunk, StreamStatus
-from aibind_postgres._pages import MAX_PAGE_CHUNKS, PAGE_CHARACTERS, Page
+from aibind_postgres._pages import MAX_PAGE_CHUNKS, PAGE_CHARACTERS, SMALLER, Page
 
 
 def test_no_rows_mean_a_missing_stream():
@@ -14,7 +14,7 @@ def test_no_rows_mean_a_missing_stream():
 
 def test_status_row_and_chunks():
     page = Page.parse([(-7, "active"), (4, "a"), (5, "b\nc")], 3, 2)
-    assert page == Page("active", None, 7, [(4, "a"), (5, "b\nc")], 5)
+    assert page == Page("active", None, 7, [(4, "a"), (5, "b\nc")], 5, MAX_PAGE_CHUNKS)
     chunks = list(page.chunks)
     assert chunks == [StreamChunk(4, "a"), StreamChunk(5, "b\nc")]
     assert all(type(chunk) is StreamChunk for chunk in chunks)
@@ -50,3 +50,21 @@ def test_last_page(after, limit, is_last):
 def test_next_limit(lengths, limit):
     rows = [(-100, "active"), *((seq, "x" * length) for seq, length in enumerate(lengths, 1))]
     assert Page.parse(rows, 0, 50).next_limit == limit
+
+
+@pytest.mark.parametrize(
+    ("texts", "end", "next_limit"),
+    [(["a", "", None, "c"], 5, 3), (["a", None], 4, 3), ([None, "b"], 3, 3)],
+    ids=["third", "last", "first"],
+)
+def test_page_ends_before_a_chunk_that_is_too_large(texts, end, next_limit):
+    page = Page.parse([(-100, "done"), *enumerate(texts, 4)], 3, 3 * SMALLER)
+    assert [seq for seq, _ in page.rows] == list(range(4, end + 1))
+    assert (page.end, page.next_limit, page.is_last) == (end, next_limit, False)
+
+
+def test_limits_after_a_large_chunk_reach_one():
+    limit = MAX_PAGE_CHUNKS
+    for _ in range(3):
+        limit = Page.parse([(-9, "done"), (1, None)], 0, limit).next_limit
+    assert limit == 1

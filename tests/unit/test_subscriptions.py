@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from aibind_postgres import StoreClosedError, _stream_tail, _subscriptions
-from aibind_postgres._pages import Page
+from aibind_postgres import StoreClosedError, _stream_tail
+from aibind_postgres._pages import PAGE_CHARACTERS, Page
 from aibind_postgres._poll_pace import QUICK_POLLS
 from aibind_postgres._stream_tail import SHARED_PAGE_CHUNKS, StreamTail
 from aibind_postgres._subscriptions import (
@@ -162,6 +162,7 @@ def test_append_of_the_same_store_needs_no_fetch():
     assert not tail.append(7, ["x"])  # another process has written in between
     assert not tail.append(2, ["c"])  # reported late, or of another stream with this id
     assert not tail.append(3, ["x"] * (SHARED_PAGE_CHUNKS + 1))  # too long to cache
+    assert not tail.append(3, ["x" * PAGE_CHARACTERS, "x"])
     assert tail.after(1) == [(2, "b"), (3, "c")]
     assert not tail.finds_change("active", 3)  # this store has sent the notification
 
@@ -292,7 +293,7 @@ def test_page_read_across_a_deletion_is_discarded(subscriptions):
     for reader, fetch in ((old, old_fetch), (new, new_fetch)):
         reader.fetched(fetch, rows("active", 60, *range(fetch.after + 1, 61), text="new"))
     assert old.step() == Deleted()
-    assert new.step() == Fetch(0, 50, False, 0, 1, 0, False)
+    assert new.step() == Fetch(0, 50, False, 1, 0, False)
     assert [seq for seq, _ in new.catch_up(rows("active", 3, 1, 2, 3))] == [1, 2, 3]
 
 
@@ -354,7 +355,6 @@ def test_closed_store_raises(subscriptions):
 
 def test_older_read_does_not_hide_known_chunks(subscriptions, monkeypatch):
     monkeypatch.setattr(_stream_tail, "SHARED_PAGE_CHUNKS", 3)
-    monkeypatch.setattr(_subscriptions, "SHARED_PAGE_CHUNKS", 3)
     waiting, late = Subscriber(subscriptions), Subscriber(subscriptions)
     waiting.catch_up(rows("active", 1, 1))
     wake_all(subscriptions.changed(["a"]))

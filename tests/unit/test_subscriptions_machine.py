@@ -80,7 +80,15 @@ class Stream:
 
     def page(self, after: int, limit: int) -> Page | None:
         status = (-self.length, self.state if self.error is None else f"{self.state}\n{self.error}")
-        return Page.parse([status, *enumerate(self.texts(after, limit), after + 1)], after, limit)
+        while True:
+            rows = [
+                (seq, text if seq % 4 or limit == 1 else None)
+                for seq, text in enumerate(self.texts(after, limit), after + 1)
+            ]
+            page = Page.parse([status, *rows], after, limit)
+            if page.end > after:
+                return page
+            limit = page.next_limit
 
 
 @dataclass(eq=False)
@@ -506,7 +514,6 @@ class SubscriptionsMachine(RuleBasedStateMachine):
 def test_random_interleavings(monkeypatch):
     # So small that a few chunks fill pages and tails.
     monkeypatch.setattr(_subscriptions, "FIRST_PAGE_CHUNKS", 2)
-    monkeypatch.setattr(_subscriptions, "SHARED_PAGE_CHUNKS", 2)
     monkeypatch.setattr(_stream_tail, "SHARED_PAGE_CHUNKS", 2)
     monkeypatch.setattr(_stream_tail, "TAIL_CHUNKS", 3)
     monkeypatch.setattr(_pages, "MAX_PAGE_CHUNKS", 3)

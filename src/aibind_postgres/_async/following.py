@@ -89,8 +89,8 @@ class AsyncFollower:
     async def _fetch(self, fetch: Fetch, deadline: float) -> None:
         try:
             if fetch.shared:
-                read = SharedRead(self._stream_id, fetch.after)
-                page = await self._pages.shared_page(read, fetch.characters, deadline)
+                read = SharedRead(self._stream_id, fetch.after, fetch.limit)
+                page = await self._pages.shared_page(read, deadline)
             else:
                 page = await self._pages.page(self._stream_id, fetch.after, fetch.limit, deadline)
         except GeneratorExit:  # the garbage collector may run this while its thread holds the mutex; `__exit__` follows

@@ -12,7 +12,6 @@ from .. import _arguments as arguments
 from .._pages import FIRST_PAGE_CHUNKS, Page
 from .._sql import StreamStatements, json_text
 from .._sqlstate import wrote_nothing
-from .._stream_tail import SHARED_PAGE_CHUNKS
 from ..errors import StreamNotFoundError
 from ..models import StreamChunk
 from .combining import AsyncCombiner
@@ -21,14 +20,15 @@ if TYPE_CHECKING:
     from .connections import Row
     from .database import AsyncDatabase
 
-BATCH_STREAMS, BATCH_CHARACTERS = 200, 8_000_000  # the most streams and expected characters of one statement
+BATCH_STREAMS = 200  # in one statement at most
 
 
 class SharedRead(NamedTuple):
-    """A request for at most `SHARED_PAGE_CHUNKS` chunks after sequence number `after`."""
+    """A request for at most `limit` chunks after sequence number `after`."""
 
     stream_id: str
     after: int
+    limit: int
 
 
 class AsyncPageReader:
@@ -37,19 +37,19 @@ class AsyncPageReader:
     def __init__(self, database: AsyncDatabase, statements: StreamStatements) -> None:
         self._database = database
         self._sql = statements
-        self._combiner = AsyncCombiner(self._run, max_items=BATCH_STREAMS, max_size=BATCH_CHARACTERS)
+        self._combiner = AsyncCombiner(self._run, max_items=BATCH_STREAMS, max_size=BATCH_STREAMS)
 
     async def page(self, stream_id: str, after: int, limit: int, deadline: float = math.inf) -> Page | None:
         """Return at most `limit` chunks after sequence number `after`, or None if the stream does not exist.
 
         Other programs may have left gaps in a stream. An empty page ends just before the chunk that follows the gap.
         """
-        rows = await self._database.query_with_retry(self._sql.read, [stream_id, after, limit], deadline)
-        return await self._skip_gap(stream_id, Page.parse(rows, after, limit))
+        page = await self._database.retry(partial(self._read, self._sql.read, stream_id, after, limit), deadline)
+        return await self._skip_gap(stream_id, page)
 
-    async def shared_page(self, read: SharedRead, characters: int, deadline: float) -> Page | None:
-        """Read at most `SHARED_PAGE_CHUNKS` chunks after `read.after`. Simultaneous reads share a statement."""
-        return await self._database.retry(partial(self._read_shared, read, characters), deadline)
+    async def shared_page(self, read: SharedRead, deadline: float) -> Page | None:
+        """Return the page of a read. Simultaneous reads share a statement."""
+        return await self._database.retry(partial(self._read_shared, read), deadline)
 
     async def stored(self, stream_id: str, cursor: int) -> AsyncIterator[StreamChunk]:
         """Iterate over the stored chunks after `cursor`, without waiting for more."""
@@ -62,6 +62,7 @@ class AsyncPageReader:
                 return
             delivered = page.rows[-1][0] if page.rows else delivered
             cursor, limit = page.end, page.next_limit
+            del page  # not kept during the next statement
 
     async def replay(self, stream_id: str, cursor: int, speed: float) -> AsyncIterator[StreamChunk]:
         """Iterate over the stored chunks at `speed` times the pace at which they were written."""
@@ -80,10 +81,11 @@ class AsyncPageReader:
             if page.is_last:
                 return
             cursor, limit = page.end, page.next_limit
+            del page
 
     async def _stored_page(self, statement: str, stream_id: str, cursor: int, limit: int, delivered: int) -> Page:
-        rows = await self._database.query_with_retry(statement, [stream_id, cursor, limit])
-        page = await self._skip_gap(stream_id, Page.parse(rows, cursor, limit))
+        page = await self._database.retry(partial(self._read, statement, stream_id, cursor, limit))
+        page = await self._skip_gap(stream_id, page)
         # Streams never shrink: a smaller total means a new stream with this id.
         if page is None or page.total < delivered:
             raise StreamNotFoundError(stream_id)
@@ -96,29 +98,36 @@ class AsyncPageReader:
         [(next_seq,)] = await self._database.query_with_retry(self._sql.next, [stream_id, page.end])
         return page._replace(end=page.total if next_seq is None else int(next_seq) - 1)
 
-    async def _read_shared(self, read: SharedRead, characters: int) -> Page | None:
-        if self._database.client.joins_transactions:  # its statements must not serve other callers
-            return await self._read_alone(read)
-        [page] = await self._combiner.call(read, characters) or [await self._read_alone(read)]
-        return page
+    async def _read(self, statement: str, stream_id: str, after: int, limit: int) -> Page | None:
+        """Read a page, with a smaller limit if its first chunk is too large for this one."""
+        while True:
+            rows = await self._database.query(statement, [stream_id, after, limit])
+            page = Page.parse(rows, after, limit)
+            if page is None or page.end > after:
+                return page
+            limit = page.next_limit
 
-    async def _read_alone(self, read: SharedRead) -> Page | None:
-        rows = await self._database.query(self._sql.read, [*read, SHARED_PAGE_CHUNKS])
-        return Page.parse(rows, read.after, SHARED_PAGE_CHUNKS)
+    async def _read_shared(self, read: SharedRead) -> Page | None:
+        if self._database.client.joins_transactions:  # its statements must not serve other callers
+            return await self._read(self._sql.read, *read)
+        [page] = await self._combiner.call(read) or [await self._read(self._sql.read, *read)]
+        return page
 
     async def _run(self, reads: Sequence[SharedRead]) -> Sequence[Sequence[Page | None]]:
         """Return a list with one page for each read, or an empty list for a read that must run alone.
 
         The server rejects a shared statement if, for example, it cannot convert the text of one stream. A stream that
-        the statement does not find may be visible to its reader, whose session may have other settings.
+        the statement does not find may be visible to its reader, whose session may have other settings. A chunk may be
+        too large for the batch.
         """
         if len(reads) == 1:
-            return [[await self._read_alone(reads[0])]]
-        items = json_text(
-            [{"index": index, "id": read.stream_id, "after": read.after} for index, read in enumerate(reads)]
-        )
+            return [[await self._read(self._sql.read, *reads[0])]]
+        items = [
+            {"index": index, "id": read.stream_id, "after": read.after, "limit": read.limit}
+            for index, read in enumerate(reads)
+        ]
         try:
-            rows = await self._database.query(self._sql.read_batch, [items, SHARED_PAGE_CHUNKS])
+            rows = await self._database.query(self._sql.read_batch, [json_text(items)])
         except Exception as error:
             if not wrote_nothing(error):
                 raise
@@ -126,5 +135,8 @@ class AsyncPageReader:
         found: list[list[Row]] = [[] for _ in reads]
         for index, *row in rows:
             found[index].append(tuple(row))
-        pages = [Page.parse(rows, read.after, SHARED_PAGE_CHUNKS) for rows, read in zip(found, reads, strict=True)]
-        return [[] if page is None else [page] for page in pages]
+        pages = [Page.parse(rows, read.after, read.limit) for rows, read in zip(found, reads, strict=True)]
+        return [
+            [page] if page is not None and page.end > read.after else []
+            for page, read in zip(pages, reads, strict=True)
+        ]

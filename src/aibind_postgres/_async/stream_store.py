@@ -248,9 +248,10 @@ class AsyncPostgresStreamStore:
     def read_from(self, id: str, after_seq: int = 0, *, follow: bool = True) -> AsyncIterator[StreamChunk]:
         """Iterate over the chunks after `after_seq`, each exactly once and in order.
 
-        The iterator holds no connection while it waits or while the caller is busy. It holds one page of chunks in
-        memory: at first 50 chunks, later up to 2,000 chunks or about a million characters. If the connection is lost,
-        the iterator keeps its position and retries for the store's `retry_for` seconds.
+        The iterator holds no connection while it waits or while the caller is busy. It holds at most one
+        page of chunks in memory: at first 50 chunks, later up to 2,000 chunks or about half a million characters. A
+        page has at most 2 MB, unless it consists of one larger chunk. If the connection is lost, the iterator keeps its
+        position and retries for the store's `retry_for` seconds.
 
         Args:
             id: The stream id.
