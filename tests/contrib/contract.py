@@ -34,7 +34,6 @@ from aibind_postgres._async import client as async_client
 from aibind_postgres._pages import Page
 from aibind_postgres._sql import StreamStatements, json_text
 from aibind_postgres._sqlstate import READ_ONLY_TRANSACTION, sqlstate
-from aibind_postgres._stream_tail import SHARED_PAGE_CHUNKS
 from aibind_postgres._sync import client as sync_client
 from aibind_postgres._tables import parse_distinct
 from aibind_postgres.schema import async_migrate, migrate
@@ -201,8 +200,7 @@ def batch_of_reads(tables: dict[str, Any], positions: dict[str, int]) -> tuple[s
     """Return the statement that reads several streams, each after a number, and its parameters."""
     statements = StreamStatements(*parse_distinct(tables["chunks_table"], tables["status_table"]))
     items = [
-        {"index": index, "id": id, "after": after, "limit": SHARED_PAGE_CHUNKS}
-        for index, (id, after) in enumerate(positions.items())
+        {"index": index, "id": id, "after": after, "limit": 1} for index, (id, after) in enumerate(positions.items())
     ]
     return statements.read_batch, [json_text(items)]
 
@@ -212,7 +210,7 @@ def check_batch(rows: Sequence[Any], total: int) -> None:
     found: list[list[Any]] = [[], [], []]
     for index, *row in rows:
         found[index].append(tuple(row))
-    page, empty, missing = [Page.parse(rows, 0, SHARED_PAGE_CHUNKS) for rows in found]
+    page, empty, missing = [Page.parse(rows, 0, 1) for rows in found]
     assert page is not None
     assert (page.state, page.error, page.total, page.rows) == ("active", None, total, [(total, TEXTS[-1])])
     assert empty is not None
