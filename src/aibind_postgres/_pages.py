@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import repeat, takewhile
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 from .models import StreamChunk, StreamState, StreamStatus
@@ -39,9 +40,9 @@ class Page(NamedTuple):
     def parse(cls, rows: Sequence[tuple[Any, ...]], after: int, limit: int) -> Page | None:
         """Parse the rows of a READ statement, or return None if the stream does not exist.
 
-        The first row is the status. It consists of the negated number of chunks, and of the state, followed by a line
-        break and the error text if there is one. The text of a chunk is None if it is too large. The page ends before
-        it.
+        The row with the lowest number is the status. It consists of the negated number of chunks, and of the state,
+        followed by a line break and the error text if there is one. The text of a chunk is None if it is too large. The
+        page ends before it.
 
         Args:
             rows: The rows.
@@ -50,9 +51,9 @@ class Page(NamedTuple):
         """
         if not rows:
             return None
-        negative_total, status, *_ = rows[0]
+        (negative_total, status, *_), *found = sorted(rows, key=itemgetter(0))
         state, newline, error = status.partition("\n")
-        found, end = rows[1:], after + limit
+        end = after + limit
         try:
             next_limit = fitting_limit(sum([len(row[1]) for row in found]), len(found))
         except TypeError:  # len(None)

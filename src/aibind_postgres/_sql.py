@@ -105,11 +105,24 @@ WITH wanted AS MATERIALIZED (
 SELECT id, last_before FROM advanced {commit_setting}
 """
 
-# Reads the status and a page of chunks in one snapshot. `_pages.Page` parses the first row: the negated number of
-# chunks, and the state, followed by a line break and the error text. Chunks with a number above total_chunks are left
-# over from another stream. A page is a range of sequence numbers, since a LIMIT may be planned as a sort of all later
-# chunks. 2^62 avoids an overflow; no chunk has a higher number. Chunks that are too large for their page come as NULL.
-# A running sum of the sizes would take a third of the time of a page of small chunks.
+# Why an append was skipped: the status, and how many of the texts in the JSON array $3 are stored, from number $2 on. A
+# collation may treat different texts as equal. One snapshot: a repeated append could be stored between two statements.
+SKIPPED = """
+SELECT state, greatest(total_chunks, 0),
+       (SELECT count(*)
+          FROM json_array_elements_text($3::text::json) WITH ORDINALITY AS sent (data, ordinal), {chunks} AS stored
+         WHERE id = $1::text AND seq >= $2::bigint
+           AND seq < least($2::bigint, 1::bigint << 62) + json_array_length($3::text::json) AND seq <= total_chunks
+           AND seq - $2::bigint = sent.ordinal - 1 AND stored.data COLLATE "C" = sent.data)
+  FROM {status} WHERE id = $1::text
+"""
+
+# Reads the status and a page of chunks in one snapshot. `_pages.Page` parses the row of the status: the negated number
+# of chunks, and the state, followed by a line break and the error text. Chunks with a number above total_chunks are
+# left over from another stream. A page is a range of sequence numbers, since a LIMIT may be planned as a sort of all
+# later chunks. 2^62 avoids an overflow; no chunk has a higher number. Chunks that are too large for their page come as
+# NULL: a running sum of the sizes would add half to the time of a page of small chunks. The client sorts the rows, in
+# less time than the server.
 READ = """
 SELECT {status_row} FROM {status} WHERE id = $1::text
 UNION ALL
@@ -117,7 +130,6 @@ SELECT seq, CASE WHEN {fits_in_page} THEN data END FROM {chunks}
  WHERE id = $1::text AND seq > $2::bigint
    AND seq <= least(least($2::bigint, 1::bigint << 62) + $3::bigint,
                     (SELECT total_chunks FROM {status} WHERE id = $1::text))
-ORDER BY seq
 """
 
 # READ for many streams. $1 is a JSON array of objects with index, id, after and limit. The sizes of all chunks have a
@@ -146,7 +158,6 @@ SELECT seq, CASE WHEN {fits_in_page} THEN data END,
  WHERE id = $1::text AND seq > $2::bigint
    AND seq <= least(least($2::bigint, 1::bigint << 62) + $3::bigint,
                     (SELECT total_chunks FROM {status} WHERE id = $1::text))
-ORDER BY seq
 """
 
 # The next sequence number after an empty page, since total_chunks may be far larger than the number of chunks.
@@ -303,6 +314,7 @@ class StreamStatements:
         self.append = fill(APPEND)
         self.append_many = fill(APPEND_MANY)
         self.append_batch = fill(APPEND_BATCH, ttl="$2")
+        self.skipped = fill(SKIPPED)
         self.read = fill(READ)
         self.read_batch = fill(READ_BATCH)
         self.read_timed = fill(READ_TIMED)

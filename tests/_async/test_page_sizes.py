@@ -9,7 +9,7 @@ import pytest
 from support.concurrency import AsyncBackground, async_gather
 from support.recording import AsyncRecordingClient
 
-from aibind_postgres import AsyncPostgresStreamStore
+from aibind_postgres import AsyncPostgresStreamStore, SequenceConflictError
 from aibind_postgres._async.reading import SharedRead
 from aibind_postgres._pages import BATCH_BYTES, PAGE_BYTES
 from aibind_postgres._stream_tail import SHARED_PAGE_CHUNKS
@@ -84,3 +84,13 @@ async def test_pages_of_a_shared_statement_are_bounded_together(store, other, cl
     assert batches
     for rows in batches:
         assert sum(len(text) for _, seq, text in rows if seq > 0 and text is not None) <= BATCH_BYTES
+
+
+async def test_repeated_append_of_large_chunks(store):
+    id = await store.create()
+    texts = ["x" * 100_000] * 50
+    assert await store.append_many(id, texts, expected_seq=1) == 50
+    assert await store.append_many(id, texts, expected_seq=1) == 50
+    with pytest.raises(SequenceConflictError):
+        await store.append_many(id, [*texts[:-1], "y"], expected_seq=1)
+    assert (await store.get_status(id)).total_chunks == 50

@@ -8,7 +8,6 @@ from datetime import datetime, timedelta, timezone
 
 import psycopg
 import pytest
-from support.recording import AsyncRecordingClient
 
 from aibind_postgres import (
     AsyncPostgresStreamStore,
@@ -216,25 +215,6 @@ async def test_read_over_several_pages(store):
     expected = [(number, str(number)) for number in range(1, 10_001)]
     assert [tuple(chunk) async for chunk in store.read_from(id)] == expected
     assert [tuple(chunk) async for chunk in store.replay(id, speed=float("inf"))] == expected
-
-
-async def test_pages_of_large_chunks_are_short(dsn, tables):
-    def chunks_in(statement):
-        return sum(any(str(value).startswith("x") for value in row) for row in statement.rows)
-
-    async with AsyncRecordingClient(dsn) as client, AsyncPostgresStreamStore(client, **tables) as store:
-        id = await store.create()
-        chunks = ["x" * 50_000] * 50 + ["x" * 200_000] * 20 + ["x" * 1_000_001] * 5 + ["x" * 1000] * 1500
-        await store.append_many(id, chunks)
-        await store.complete(id)
-        for read in (store.read_from(id), store.replay(id, speed=float("inf"))):
-            client.statements.clear()
-            found = [tuple(chunk) async for chunk in read]
-            assert len(found) == len(chunks)
-            # Without a message, which would quote megabytes.
-            assert all(pair == expected for pair, expected in zip(found, enumerate(chunks, 1), strict=True))
-            reads = [statement for statement in client.statements if statement.params[0] == id]
-            assert [chunks_in(statement) for statement in reads] == [50, 20, 5, 1, 1000, 499]
 
 
 async def test_delete_removes_the_chunks(store, admin, tables):

@@ -15,6 +15,7 @@ CONVERSATION_STATEMENTS = ConversationStatements(Table(None, CONVERSATIONS_TABLE
 STREAM_PLANS = {
     "append": (["7", "x", None, 1000], ["(id = '7'"]),
     "append_many": (["7", '["x"]', None, 1000], ["(id = '7'"]),
+    "skipped": (["7", 3, '["x", "y"]'], ["(id = '7'", "(seq >= '3'"]),
     "read": (["7", 3, 2000], ["(id = '7'", "(seq > '3'"]),
     "read_timed": (["7", 3, 2000], ["(id = '7'", "(seq > '3'"]),
     "next": (["7", 3], ["(id = '7'", "(seq > '3'"]),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from .._pages import Page
 from .._sql import StreamStatements, json_array, json_text
 from .._sqlstate import wrote_nothing
 from ..errors import (
@@ -165,18 +164,17 @@ class AsyncAppender:
             SequenceConflictError: `expected_seq` is not the next sequence number.
         """
         stream_id, texts, expected_seq = append
-        # One statement for one snapshot: a repeated request could store the same append between two statements.
-        after, limit = (0, 0) if expected_seq is None else (expected_seq - 1, len(texts))
+        sent = [] if expected_seq is None else texts
         newest = self._notifier.newest
-        rows = await self._database.query(self._sql.read, [stream_id, after, limit])
-        page = Page.parse(rows, after, limit)
-        if page is None:
+        rows = await self._database.query(self._sql.skipped, [stream_id, expected_seq or 1, json_array(sent)])
+        if not rows:
             raise StreamNotFoundError(stream_id)
-        if expected_seq is not None and texts and [text for _, text in page.rows] == list(texts):
+        [(state, total, stored)] = rows
+        if expected_seq is not None and texts and stored == len(texts):
             await self._notifier.appended([(stream_id, expected_seq - 1, texts)], newest)
             return expected_seq + len(texts) - 1
-        if page.state != "active":
-            raise StreamNotActiveError(stream_id, page.state)
-        if expected_seq is not None and expected_seq != page.total + 1:
-            raise SequenceConflictError(stream_id, expected_seq, page.total + 1)
+        if state != "active":
+            raise StreamNotActiveError(stream_id, state)
+        if expected_seq is not None and expected_seq != total + 1:
+            raise SequenceConflictError(stream_id, expected_seq, total + 1)
         return None
