@@ -15,18 +15,19 @@ import psycopg
 
 from ._async import client as async_client
 from ._async import connections as async_connections
+from ._async.client import AsyncPostgresClient
+from ._async.connections import Row
 from ._sqlstate import is_read_only, is_recoverable
 from ._sync import client as sync_client
 from ._sync import connections as sync_connections
+from ._sync.client import PostgresClient
 from ._tables import quote
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine, TextClause
     from sqlalchemy.ext.asyncio import AsyncEngine
-
-    from ._async.client import AsyncPostgresClient
-    from ._async.connections import Row
-    from ._sync.client import PostgresClient
+else:  # `typing.get_type_hints` needs the names at run time, without the extra
+    Engine = AsyncEngine = TextClause = Any
 
 # Matches quoted names, literals and comments as well, so that a `$1` inside them stays unchanged.
 _TOKENS = re.compile(r'"[^"]*"|\'[^\']*\'|--[^\n]*|/\*.*?\*/|\$(?P<number>\d+)', re.DOTALL)

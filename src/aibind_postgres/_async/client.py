@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from time import monotonic
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import psycopg
 from psycopg.pq import TransactionStatus
@@ -32,10 +32,6 @@ from .connections import (
     open_connection,
     parameters_of,
 )
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
 
 LISTENER_CHECKOUT_TIMEOUT = 5.0  # seconds that the listener waits for a pooled connection, to copy its parameters
 MIN_DRAIN_INTERVAL = 1.0  # seconds; a server that stays read-only must not cause a new connection for each call
@@ -111,7 +107,7 @@ class AsyncClient:
     async def close(self) -> None:
         """Close the connections that this client owns."""
 
-    async def __aenter__(self) -> Self:
+    async def __aenter__(self) -> AsyncClient:
         return self
 
     async def __aexit__(

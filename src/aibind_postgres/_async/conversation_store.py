@@ -6,7 +6,9 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
+
+from psycopg.sql import Identifier
 
 from .. import _arguments as arguments
 from .._concurrency import async_run_large
@@ -25,13 +27,8 @@ from .._tables import CONVERSATIONS_TABLE, Table
 from ..errors import AibindError, ConversationConflictError
 from ..history import ChatHistory, Origin, new_id
 from ..models import ConversationInfo, from_epoch_ms
+from .client import AsyncClientLike
 from .database import AsyncDatabase
-
-if TYPE_CHECKING:
-    from psycopg.sql import Identifier
-    from typing_extensions import Self
-
-    from .client import AsyncClientLike
 
 LIST_PAGE_ROWS = 2000  # rows that one statement of `list` returns
 
@@ -298,7 +295,7 @@ class AsyncPostgresConversationStore:
         self._database.closing.set()
         await self._database.client.close()
 
-    async def __aenter__(self) -> Self:
+    async def __aenter__(self) -> AsyncPostgresConversationStore:
         return self
 
     async def __aexit__(

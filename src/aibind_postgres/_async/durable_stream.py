@@ -6,7 +6,7 @@ from collections.abc import AsyncIterable, AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, nullcontext
 from datetime import timedelta
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .. import _arguments as arguments
 from .._concurrency import async_is_source, async_shielded
@@ -17,9 +17,7 @@ from ..models import StreamEvent, StreamStatus, event_of
 from ..sse import MESSAGE, ServerSentEvent, comment, encode
 from .following import Heartbeat
 from .producing import AsyncProducer, close_source, fail_stream, shutdown
-
-if TYPE_CHECKING:
-    from .stream_store import AsyncPostgresStreamStore
+from .stream_store import AsyncPostgresStreamStore
 
 MAX_EVENTS_IN_CRLF = 100  # a resumed reader looks no further back for the CR before an LF
 

@@ -9,14 +9,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote
 
 from .. import _arguments as arguments
 from .._concurrency import async_call_or_await, async_run_large
 from .._document import NODE_CHARACTERS
 from ..errors import ConversationConflictError, InvalidDataError, StreamNotFoundError, WebError
-from ..history import new_id
+from ..history import ChatHistory, new_id
+from ..models import StreamEvent, StreamStatus
 from ..web import (
     Generation,
     Kind,
@@ -28,16 +29,11 @@ from ..web import (
     parse_resume_cursor,
     required_text,
 )
-from .conversation_store import ConversationTooLargeError
+from .conversation_store import AsyncPostgresConversationStore, ConversationTooLargeError
 from .durable_stream import AsyncDurableStream
 from .event_bodies import AsyncEventBodies
 from .producing import close_source
-
-if TYPE_CHECKING:
-    from ..history import ChatHistory
-    from ..models import StreamEvent, StreamStatus
-    from .conversation_store import AsyncPostgresConversationStore
-    from .stream_store import AsyncPostgresStreamStore
+from .stream_store import AsyncPostgresStreamStore
 
 logger = logging.getLogger("aibind_postgres")
 

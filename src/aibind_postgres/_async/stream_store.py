@@ -9,7 +9,9 @@ from datetime import datetime, timedelta
 from functools import partial
 from time import monotonic
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
+
+from psycopg.sql import Identifier
 
 from .. import _arguments as arguments
 from .._message_tree import new_id
@@ -28,18 +30,13 @@ from ..models import (
     from_epoch_ms,
 )
 from .appending import Append, AsyncAppender
+from .client import AsyncClientLike
 from .database import AsyncDatabase
 from .following import AsyncFollower, subscribe_to_end
 from .listening import AsyncListener
 from .notifying import AsyncNotifier
 from .reading import AsyncPageReader
 from .stream_writer import AsyncStreamWriter, StreamOperations
-
-if TYPE_CHECKING:
-    from psycopg.sql import Identifier
-    from typing_extensions import Self
-
-    from .client import AsyncClientLike
 
 LIST_PAGE_ROWS = 2000  # rows that one statement of `list` returns
 
@@ -555,7 +552,7 @@ class AsyncPostgresStreamStore:
                 finally:
                     await self._notifier.close()
 
-    async def __aenter__(self) -> Self:
+    async def __aenter__(self) -> AsyncPostgresStreamStore:
         return self
 
     async def __aexit__(

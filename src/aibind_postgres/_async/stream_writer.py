@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, Protocol, TypeVar
+from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
 from .. import _arguments as arguments
 from .._concurrency import AsyncEvent, AsyncLock, AsyncWorker, Mutex, async_call_or_await, async_shielded, async_spawn
 from .._lifecycle import WriterState
+from .._write_buffer import WriteBuffer
 from ..errors import (
     AibindError,
     SequenceConflictError,
@@ -20,14 +21,8 @@ from ..errors import (
     StreamWriteError,
     copy_error,
 )
-from .database import CLOSING_TIMEOUT
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
-    from .._write_buffer import WriteBuffer
-    from ..models import StreamStatus
-    from .database import AsyncDatabase
+from ..models import StreamStatus
+from .database import CLOSING_TIMEOUT, AsyncDatabase
 
 logger = logging.getLogger("aibind_postgres")
 
@@ -194,7 +189,7 @@ class AsyncStreamWriter:
         if self._send_lock is None:  # without a worker, only the next statement finds that the stream has ended
             self._subscription.enter_context(self._subscribe(self._wake))
 
-    async def __aenter__(self) -> Self:
+    async def __aenter__(self) -> AsyncStreamWriter:
         self._database.check_owner()  # before any mutex, and before the listener starts
         with self._mutex:
             state = self._state

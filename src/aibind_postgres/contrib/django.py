@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING
 
 from django.core.exceptions import ImproperlyConfigured
 from django.core.handlers.asgi import ASGIRequest
 from django.db import connections
 from django.db.transaction import non_atomic_requests
-from django.http import HttpResponse, StreamingHttpResponse, UnreadablePostError
-from django.urls import re_path
+from django.http import HttpRequest, HttpResponse, StreamingHttpResponse, UnreadablePostError
+from django.http.response import HttpResponseBase
+from django.urls import URLPattern, re_path
 from django.views.decorators.csrf import csrf_exempt
 
 from .. import AsyncStreamHandler, AsyncWebResponse, StreamHandler, WebRequest, WebResponse
 from .._workarounds import separate_asgiref_thread
 from ..web import QueryParameters
 from ._wsgi import disconnect_of
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from django.http import HttpRequest
-    from django.http.response import HttpResponseBase
-    from django.urls import URLPattern
 
 
 def urlpatterns(handler: StreamHandler | AsyncStreamHandler) -> list[URLPattern]:
