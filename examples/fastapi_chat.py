@@ -56,7 +56,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         task = asyncio.create_task(housekeeping())
         yield
         task.cancel()
-        await AsyncDurableStream.shutdown(store)  # gives running answers 5 seconds to finish
+        await AsyncDurableStream.shutdown(store, timeout=1)  # running answers have one second to finish
 
 
 app = FastAPI(lifespan=lifespan)

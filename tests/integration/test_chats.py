@@ -21,6 +21,7 @@ from urllib.request import Request, urlopen
 import pytest
 from support.browser import Demo
 
+from aibind_postgres import PostgresStreamStore
 from aibind_postgres.sse import EventParser
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -191,3 +192,14 @@ def test_ctrl_c_ends_demo_and_its_server(framework: str, tmp_path: Path) -> None
     assert process.returncode == 130
     assert "Traceback" not in complaint
     assert list(tmp_path.glob("aibind-postgres-*")) == []
+
+
+@pytest.mark.parametrize("framework", ["fastapi", "flask"])
+def test_demo_ends_before_a_long_answer(empty_database: str, framework: str) -> None:
+    with Demo(framework, empty_database, delay=0.1) as demo:
+        with urlopen(Request(f"{demo.url}__aibind__/stream", json.dumps({"prompt": "hi"}).encode()), timeout=20):
+            demo.terminate()
+    with PostgresStreamStore(empty_database) as store:
+        [status] = store.list()
+        # The model yields ten tokens a second while the server runs.
+        assert (status.state, status.total_chunks < 40) == ("error", True)
