@@ -55,6 +55,15 @@ def tests(session: nox.Session, postgres: str) -> None:
     session.run("pytest", *session.posargs, env={"AIBIND_TEST_POSTGRES": postgres, "AIBIND_TEST_DSN": None})
 
 
+@nox.session(python=PYTHONS[0])
+def lowest(session: nox.Session) -> None:
+    """Run the tests with the lowest version of each dependency that pyproject.toml permits, on the oldest Python."""
+    session.install("uv")
+    target = f"--python={session.virtualenv.location}"
+    session.run("uv", "pip", "install", target, "--resolution=lowest-direct", ".[dev]")
+    session.run("pytest", *session.posargs, env={"AIBIND_TEST_DSN": None})
+
+
 @nox.session
 def package(session: nox.Session) -> None:
     """Build the wheel and the sdist, and test them in new environments."""
