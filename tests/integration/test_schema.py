@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-import subprocess
-import sys
 import uuid
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 from psycopg.sql import SQL, Identifier
 
-import aibind_postgres
 from aibind_postgres import PostgresStreamStore, schema
 from aibind_postgres._notifications import digest_of
 
@@ -180,24 +175,6 @@ def test_trigger_of_a_partitioned_table_uses_its_channel(admin, empty_database):
     admin.execute("""INSERT INTO "my status" (id, expires_at) VALUES ('a', 0)""")
     (notify,) = admin.notifies(timeout=5, stop_after=1)
     assert notify.payload == f"- {digest_of('a')}"
-
-
-def test_migrate_from_a_zip_file(admin, empty_database, tmp_path):
-    package = Path(aibind_postgres.__file__).parent
-    with zipfile.ZipFile(tmp_path / "package.zip", "w") as archive:
-        for source in package.rglob("*.py"):
-            archive.write(source, Path(package.name, source.relative_to(package)))
-        for source in schema.SQL_FOLDER.rglob("*.sql"):
-            archive.write(source, Path(package.name, "sql", source.relative_to(schema.SQL_FOLDER)))
-    script = """
-import sys
-sys.path.insert(0, sys.argv[1])
-from aibind_postgres import schema
-assert schema.__file__.startswith(sys.argv[1])
-schema.migrate(sys.argv[2], notify_trigger=True)
-"""
-    subprocess.run([sys.executable, "-c", script, tmp_path / "package.zip", empty_database], check=True)
-    assert len(columns(admin)) == 3
 
 
 def test_missing_sql_files_are_an_error(empty_database, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import threading
 import time
 import uuid
 from contextlib import ExitStack
-from pathlib import Path
+from importlib import resources
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -30,7 +30,7 @@ _TIMEOUT = 60.0  # seconds after which the processes are killed
 def run(dsn: str, target: Target) -> bool:
     """Run the demonstration. Return whether the readers received exactly the text that was written."""
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    text = Path(__file__).with_name("demo.txt").read_text("utf-8")
+    text = resources.files(__package__).joinpath("demo.txt").read_text("utf-8")
     stream_id = f"demo-{uuid.uuid4()}"
     tables = [target.chunks_table, target.status_table]
     options = [f"--chunks-table={target.chunks_table}", f"--status-table={target.status_table}"]

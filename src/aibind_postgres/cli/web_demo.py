@@ -21,6 +21,8 @@ EXAMPLES = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[3] / "exa
 
 def serve(dsn: str, framework: str, host: str, port: int) -> None:
     """Print the address of a chat and run it. The chat creates missing tables itself."""
+    if not EXAMPLES.is_dir():
+        exit_with(FAILED, "the chats are missing: `demo --web` needs the package in a folder, not in a zip file")
     os.environ.update(DATABASE_URL=dsn, DJANGO_SETTINGS_MODULE="django_chat.settings")
     sys.path.insert(0, str(EXAMPLES))
     module, name, run = _CHATS[framework]
