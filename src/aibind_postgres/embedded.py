@@ -26,8 +26,7 @@ from psycopg.pq import Conninfo
 if sys.platform != "win32":
     import fcntl
 
-# Only a part of the socket name, since the server does not listen on the network. On this port of another address,
-# which a variable of the environment may name, there is no PostgreSQL.
+# Only a part of the socket name, since the server does not listen on the network. No other PostgreSQL has this port.
 _PORT = "1"
 _CLUSTER_NAME = "cluster_name=aibind_postgres"  # the option that identifies an embedded server
 _INIT_PREFIX = "initializing-"  # of the temporary folder in which initdb runs
@@ -60,8 +59,8 @@ def server(path: str | os.PathLike[str] | None = None, *, version: int = 18) -> 
             version.
 
     Yields:
-        The connection string, as a URL. It overrides the libpq variables that are set at the call, such as PGHOSTADDR,
-        PGOPTIONS and PGSERVICE, and has been tested: this server answers.
+        The connection string, as a URL. It overrides the libpq variables that are set at the call, and always
+        PGHOSTADDR and PGOPTIONS. It has been tested: this server answers.
 
     Raises:
         ModuleNotFoundError: The `embedded` extra is not installed.
@@ -128,8 +127,12 @@ def _versions(programs: dict[int, Path]) -> str:
 
 
 def _overrides() -> dict[str, str]:
-    """Return neutral values for the parameters that the environment sets by variables or by a service."""
-    return {
+    """Return neutral values for the parameters that the environment sets by variables or by a service.
+
+    A variable that is set later must not silently lead to another server or schema. Other parameters are not included
+    in advance, since drivers that are not based on libpq do not know all of them; these ignore empty ones.
+    """
+    return {"hostaddr": "", "options": ""} | {
         name: _NEUTRAL.get(name) or (option.compiled or b"").decode()
         for option in Conninfo.get_defaults()
         if option.val != option.compiled
@@ -148,10 +151,9 @@ def _check_answer(dsn: str, folder: Path) -> None:
         problem = "another server answers"
     except psycopg.Error as error:
         problem = str(error).strip()
-    variables = ", ".join(sorted(name for name in os.environ if name.startswith("PG"))) or "none"
-    raise RuntimeError(
-        f"the embedded server in {folder} does not answer: {problem} (variables of libpq that are set: {variables})"
-    )
+    variables = ", ".join(sorted(name for name in os.environ if name.startswith("PG")))
+    remedy = f". Check the environment variables {variables}" if variables else ""
+    raise RuntimeError(f"the embedded server in {folder} does not answer: {problem}{remedy}")
 
 
 @contextmanager

@@ -133,6 +133,16 @@ def test_connection_string_overrides_variables(running: Path, names: str, monkey
     check_connections(running)
 
 
+def test_connection_string_overrides_an_address_that_is_set_later(
+    running: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with embedded.server(running) as dsn:
+        for name in ("PGHOSTADDR", "PGOPTIONS"):
+            monkeypatch.setenv(name, HOSTILE[name])
+        assert query(dsn, "SHOW data_directory") == str(running)
+        assert query(dsn, "SHOW search_path") == '"$user", public'
+
+
 def test_connection_string_overrides_invalid_variables(running: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in KEYWORDS:
         monkeypatch.setenv(name, "nonsense")
