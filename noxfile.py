@@ -15,7 +15,7 @@ POSTGRES = ["14", "15", "16", "17", "18"]
 # The extra `embedded` brings 16 and 18. The others are packages of Debian or the PGDG repository.
 SYSTEM_SERVERS = {version: Path(f"/usr/lib/postgresql/{version}/bin/initdb") for version in ("14", "15", "17")}
 
-nox.needs_version = ">=2024.10.9"
+nox.needs_version = ">=2025.2.9"
 nox.options.sessions = ["lint", "types", f"tests-{HERE}(postgres='18')", "package"]
 nox.options.error_on_missing_interpreters = False
 nox.options.reuse_existing_virtualenvs = True

@@ -163,7 +163,10 @@ class _AsyncSQLAlchemy(async_client.AsyncClient):
     async def query(self, sql: str, params: Sequence[Any]) -> Sequence[Row]:
         async with self._engine.connect() as connection:
             try:
-                result = await connection.execute(_text_clause(sql), _named_params(params))
+                if self._engine.dialect.paramstyle == "numeric_dollar":  # asyncpg's; `text` may replace parts of names
+                    result = await connection.exec_driver_sql(sql, tuple(params))
+                else:
+                    result = await connection.execute(_text_clause(sql), _named_params(params))
             except Exception as error:
                 if is_read_only(error):
                     await connection.invalidate(error)

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -177,21 +178,21 @@ def test_demo_errors(empty_database: str) -> None:
 
 
 @pytest.mark.parametrize("framework", ["fastapi", "flask"])
-def test_ctrl_c_ends_demo_and_its_server(framework: str, tmp_path: Path) -> None:
+def test_ctrl_c_ends_demo_and_its_server(framework: str) -> None:
     command = [sys.executable, "-m", "aibind_postgres.cli", "demo", "--web", "--port=0", f"--framework={framework}"]
-    environment = {**os.environ, "TMPDIR": str(tmp_path), "AIBIND_DEMO_DELAY": "0.1"}
-    tmp_path.chmod(0o755)
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    url = process.stdout.readline().split()[4]
-    body = json.dumps({"prompt": "hi"}).encode()
-    with urlopen(Request(f"{url}__aibind__/stream", body), timeout=20) as answer:
-        assert b"stream-id" in answer.readline()
-        process.send_signal(signal.SIGINT)
-        _, complaint = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "Traceback" not in complaint
-    assert list(tmp_path.glob("aibind-postgres-*")) == []
+    with tempfile.TemporaryDirectory(prefix="aibind-test-") as folder:  # pytest's are closed to the server's user
+        environment = {**os.environ, "TMPDIR": folder, "AIBIND_DEMO_DELAY": "0.1"}
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        url = process.stdout.readline().split()[4]
+        body = json.dumps({"prompt": "hi"}).encode()
+        with urlopen(Request(f"{url}__aibind__/stream", body), timeout=20) as answer:
+            assert b"stream-id" in answer.readline()
+            process.send_signal(signal.SIGINT)
+            _, complaint = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert "Traceback" not in complaint
+        assert os.listdir(folder) == []
 
 
 @pytest.mark.parametrize("framework", ["fastapi", "flask"])
