@@ -16,7 +16,7 @@ LAYERS = [
     {"_conninfo", "_sqlstate", "_workarounds", "models", "history", "sse", "web"}
     | {"_document", "_merging", "_message_tree"},
     {"_arguments", "_conversation_sql", "_notifications", "_pages", "_poll_pace", "_sql", "_stream_tail"}
-    | {"_lifecycle", "_subscriptions", "_tables", "_write_buffer"},
+    | {"_followed_stream", "_lifecycle", "_subscriptions", "_tables", "_write_buffer"},
     {"_async", "_sync"},
     {"schema", "adapters", "embedded"},
     {"__init__"},

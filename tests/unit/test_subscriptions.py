@@ -7,19 +7,11 @@ import math
 import pytest
 
 from aibind_postgres import StoreClosedError, _stream_tail
+from aibind_postgres._followed_stream import Deleted, Deliver, Ended, Fetch, FollowedStream, Wait
 from aibind_postgres._pages import PAGE_CHARACTERS, Page
 from aibind_postgres._poll_pace import QUICK_POLLS
 from aibind_postgres._stream_tail import SHARED_PAGE_CHUNKS, StreamTail
-from aibind_postgres._subscriptions import (
-    Deleted,
-    Deliver,
-    Ended,
-    Fetch,
-    FollowedStream,
-    Subscriptions,
-    Wait,
-    wake_all,
-)
+from aibind_postgres._subscriptions import Subscriptions, wake_all
 
 
 def take_page(tail, version, after, rows, least=None):

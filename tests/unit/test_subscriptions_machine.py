@@ -14,19 +14,10 @@ from hypothesis import HealthCheck, note, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from aibind_postgres import StoreClosedError, _pages, _stream_tail, _subscriptions
+from aibind_postgres import StoreClosedError, _followed_stream, _pages, _stream_tail, _subscriptions
+from aibind_postgres._followed_stream import Deleted, Deliver, Ended, Fetch, FollowedStream, Subscription, Wait
 from aibind_postgres._pages import Page
-from aibind_postgres._subscriptions import (
-    Deleted,
-    Deliver,
-    Ended,
-    Fetch,
-    FollowedStream,
-    Subscription,
-    Subscriptions,
-    Wait,
-    wake_all,
-)
+from aibind_postgres._subscriptions import Subscriptions, wake_all
 
 EXAMPLES = 700
 STEPS = 80
@@ -513,7 +504,7 @@ class SubscriptionsMachine(RuleBasedStateMachine):
 
 def test_random_interleavings(monkeypatch):
     # So small that a few chunks fill pages and tails.
-    monkeypatch.setattr(_subscriptions, "FIRST_PAGE_CHUNKS", 2)
+    monkeypatch.setattr(_followed_stream, "FIRST_PAGE_CHUNKS", 2)
     monkeypatch.setattr(_stream_tail, "SHARED_PAGE_CHUNKS", 2)
     monkeypatch.setattr(_stream_tail, "TAIL_CHUNKS", 3)
     monkeypatch.setattr(_pages, "MAX_PAGE_CHUNKS", 3)

@@ -10,7 +10,7 @@ from typing import Any
 
 from .. import _arguments as arguments
 from .._concurrency import async_is_source, async_shielded
-from .._subscriptions import Ended
+from .._followed_stream import Ended
 from ..errors import StreamNotFoundError
 from ..history import new_id
 from ..models import StreamEvent, StreamStatus, event_of

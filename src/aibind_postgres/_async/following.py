@@ -10,7 +10,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple
 
 from .._concurrency import AsyncEvent
-from .._subscriptions import Deleted, Deliver, Ended, Fetch, Subscriptions, Wait, wake_all
+from .._followed_stream import Deleted, Deliver, Ended, Fetch, Wait
+from .._subscriptions import Subscriptions, wake_all
 from ..errors import StreamNotFoundError
 from .reading import SharedRead
 

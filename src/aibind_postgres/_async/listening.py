@@ -25,7 +25,7 @@ from .connections import UnansweredError, execute, is_direct, server_pid
 from .database import CLOSING_TIMEOUT, WORKER_IDLE_TIMEOUT
 
 if TYPE_CHECKING:
-    from .._subscriptions import FollowedStream
+    from .._followed_stream import FollowedStream
     from .client import AsyncClient
     from .connections import Row
     from .database import AsyncDatabase

@@ -14,9 +14,10 @@ from typing import Any, get_args
 from psycopg.sql import Identifier
 
 from .. import _arguments as arguments
+from .._followed_stream import Deliver, Ended
 from .._message_tree import new_id
 from .._sql import StreamStatements
-from .._subscriptions import Deliver, Ended, Subscriptions, wake_all
+from .._subscriptions import Subscriptions, wake_all
 from .._tables import CHUNKS_TABLE, STATUS_TABLE, parse_distinct
 from .._write_buffer import WriteBuffer
 from ..errors import StreamExistsError, StreamNotFoundError
