@@ -1,4 +1,4 @@
-"""PgBouncer in transaction mode, restarted under load: no chunk is lost, and no prepared statement is missing."""
+"""PgBouncer that is restarted under load, or has no free session: no chunk is lost, and readers continue."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import psycopg
 import pytest
 from psycopg_pool import AsyncConnectionPool
 from support import pgbouncer, proxy
-from support.concurrency import AsyncBackground, async_gather, async_sleep, async_workers
+from support.concurrency import AsyncBackground, async_gather, async_sleep, async_until, async_workers
 
 from aibind_postgres import AsyncPostgresStreamStore
 
@@ -162,3 +162,27 @@ async def test_restart_under_load_loses_nothing(pooler, disposable_server, clien
     # No error is invalid_sql_statement_name or duplicate_prepared_statement.
     assert {error.sqlstate for error in load.errors} & {"26000", "42P05"} == set()
     assert async_workers() == []
+
+
+async def test_reading_without_a_session_to_listen(disposable_server, tmp_path):
+    """In session mode the store's pool occupies the only session: the LISTEN connection waits for another one."""
+    with pgbouncer.pgbouncer(disposable_server.dsn, tmp_path, pool_mode="session", pool_size=1) as dsn:
+        async with (
+            AsyncConnectionPool(dsn, min_size=1, max_size=1, open=False) as pool,
+            AsyncPostgresStreamStore(pool) as store,
+            AsyncPostgresStreamStore(disposable_server.dsn) as direct,
+        ):
+            id = await direct.create()
+            read = []
+
+            async def follow():
+                async for chunk in store.read_from(id):
+                    read.append(chunk.data)
+
+            async with AsyncBackground(follow) as reader:
+                for number in range(2):
+                    await direct.append(id, str(number))
+                    await async_until(lambda number=number: len(read) > number, HANG)
+                await direct.complete(id)
+                await reader.result(HANG)
+    assert read == ["0", "1"]
