@@ -15,7 +15,7 @@ from typing import Any
 
 from fastapi import FastAPI, HTTPException
 from fastapi.responses import FileResponse
-from shared import DAY, PAGE, messages
+from shared import DAY, PAGE, PAGE_HEADERS, messages
 from shared.model import LONGEST_PAUSE, async_answer
 
 from aibind_postgres import (
@@ -66,7 +66,7 @@ app.router.routes.extend(routes(AsyncStreamHandler(generate, store=store, conver
 
 @app.get("/")
 async def page() -> FileResponse:
-    return FileResponse(PAGE)
+    return FileResponse(PAGE, headers=PAGE_HEADERS)
 
 
 @app.get("/conversation/{session}")

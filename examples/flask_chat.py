@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from flask import Flask, Response, abort, send_file
-from shared import DAY, PAGE, housekeeping, messages
+from shared import DAY, PAGE, PAGE_HEADERS, housekeeping, messages
 from shared.model import answer
 
 from aibind_postgres import (
@@ -43,7 +43,9 @@ app.register_blueprint(blueprint(StreamHandler(generate, store=store, conversati
 
 @app.get("/")
 def page() -> Response:
-    return send_file(PAGE)
+    response = send_file(PAGE)
+    response.headers.update(PAGE_HEADERS)
+    return response
 
 
 @app.get("/conversation/<session>")

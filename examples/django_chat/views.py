@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 
 from django.http import FileResponse, Http404, HttpRequest, JsonResponse
-from shared import DAY, PAGE, housekeeping, messages
+from shared import DAY, PAGE, PAGE_HEADERS, housekeeping, messages
 from shared.model import answer
 
 from aibind_postgres import Generation, PostgresConversationStore, PostgresStreamStore, schema
@@ -21,7 +21,7 @@ def generate(generation: Generation) -> Iterator[str]:
 
 
 def page(request: HttpRequest) -> FileResponse:
-    return FileResponse(PAGE.open("rb"))
+    return FileResponse(PAGE.open("rb"), headers=PAGE_HEADERS)
 
 
 def conversation(request: HttpRequest, session: str) -> JsonResponse:

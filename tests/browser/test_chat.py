@@ -174,6 +174,26 @@ def test_failed_send_keeps_prompt_and_turns(demo, context, stored):
     assert chat.errors == []
 
 
+def test_page_runs_its_own_script_alone(demo, context):
+    chat = ChatPage(context, demo.url)
+    chat.wait_until_idle(empty=True)
+    assert chat.errors == []
+    headers = chat.page.request.get(demo.url).headers
+    assert headers["x-content-type-options"] == "nosniff"
+    assert "unsafe" not in headers["content-security-policy"]
+    chat.page.evaluate(
+        """() => {
+            const inserted = document.createElement("script");
+            inserted.textContent = "window.attacked = true";
+            document.body.append(inserted);
+            document.body.insertAdjacentHTML("beforeend", "<button id=trap onclick='window.attacked = true'>");
+            document.getElementById("trap").click();
+        }"""
+    )
+    until(lambda: len(chat.errors) >= 2 or chat.page.evaluate("window.attacked"))
+    assert chat.page.evaluate("window.attacked") is None
+
+
 def test_chat_without_local_storage(demo, context):
     context.add_init_script("Object.defineProperty(window, 'localStorage', {get() { throw new Error('denied'); }})")
     chat = ChatPage(context, demo.url)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, expect, sync_playwright
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -76,9 +76,14 @@ class ChatPage:
 
     def __init__(self, context: BrowserContext, url: str) -> None:
         self.page: Page = context.new_page()
-        self.errors: list[str] = []  # uncaught errors of the page's script
+        self.errors: list[str] = []  # uncaught errors of the page's script, and what its own policy forbids
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("console", self._record_violation)
         self.page.goto(url)
+
+    def _record_violation(self, message: ConsoleMessage) -> None:
+        if "Content Security Policy" in message.text:
+            self.errors.append(message.text)
 
     @property
     def url(self) -> str:
