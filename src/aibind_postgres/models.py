@@ -49,7 +49,7 @@ _RESERVED = ("stream-id", "error", "stopped", "done", "message")
 
 
 def chunk_text(item: str | StreamEvent) -> str:
-    """Return the chunk text of an item of a source.
+    """Return the chunk text of an item of a source. `event_of` of the text of a str is always `message` and the str.
 
     Args:
         item: A text or an event.

@@ -20,7 +20,7 @@ from aibind_postgres import (
     WebError,
 )
 from aibind_postgres._concurrency import AsyncEvent
-from aibind_postgres.models import event_of
+from aibind_postgres.models import chunk_text, event_of
 from aibind_postgres.sse import EventParser, ServerSentEvent
 
 ITEMS = ["Hel", "lo", "", StreamEvent("usage", '{"inputTokens": 1}'), "\x01 wor\r\nld\n", "data: 😀"]
@@ -220,6 +220,24 @@ async def test_crlf_between_two_chunks_is_one_line_break(store, items_with_crlf)
     assert [event_of(chunk) for chunk in stored if not chunk.startswith("usage")] == [
         ("message", item) for item in items_with_crlf if isinstance(item, str)
     ]
+
+
+@pytest.mark.parametrize("text", ["tool_call\x01{}", "\x01", "\x01\x01done\x01", "done\x01", "a\n\nevent: done\x01"])
+async def test_text_with_a_separator_stays_text(store, text):
+    expected = [ServerSentEvent(text, id="1"), DONE]
+    produced = await AsyncDurableStream.start(store, items([text]))
+    assert (await read(produced))[1:] == expected
+    for write in ("append", "append_many", "writer"):
+        await store.create(write)
+        if write == "append":
+            await store.append(write, chunk_text(text))
+        elif write == "append_many":
+            await store.append_many(write, [chunk_text(text)])
+        else:
+            async with store.writer(write) as writer:
+                await writer.write(chunk_text(text))
+        await store.complete(write)
+        assert await read(await AsyncDurableStream.resume(store, write)) == expected
 
 
 async def test_crlf_between_chunks_of_other_writers(store):

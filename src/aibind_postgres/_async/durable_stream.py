@@ -53,6 +53,9 @@ class AsyncDurableStream:
     ) -> AsyncDurableStream:
         """Create a stream, copy a source into it in the background, and return at once.
 
+        Output of a model is safe here: a `str` of the source arrives as text, whatever characters it contains. Only a
+        `StreamEvent` arrives as a named event.
+
         The end of a stream depends on its source:
 
         - If the source ends, the stream ends in state done.
@@ -175,7 +178,8 @@ class AsyncDurableStream:
         The events are, in this order:
 
         1. `stream-id`, if `start` returned this object and the stream is read from the beginning.
-        2. One event for each chunk, named or unnamed. Its id is the sequence number of the chunk.
+        2. One event for each chunk, named or unnamed. Its id is the sequence number of the chunk. A chunk that contains
+           U+0001 after a name is a named event: `append` of the store describes the danger.
         3. `error` with the error text, or `stopped`, if the stream ended in that state.
         4. `done`, after every final state. If it is missing, the stream was deleted or reading failed.
 

@@ -161,6 +161,10 @@ class AsyncPostgresStreamStore:
     async def append(self, id: str, chunk: str, *, expected_seq: int | None = None) -> int:
         """Append one chunk. The chunk is durable when this returns.
 
+        The text is stored unchanged. Output of a model is not safe here if a browser reads the stream: a `DurableStream`
+        reads a chunk that contains U+0001 as a named event. Use `DurableStream.start`, or append
+        `aibind_postgres.models.chunk_text(text)`, which is always read as text.
+
         After any of the errors below, nothing was written.
 
         Args:
@@ -185,6 +189,8 @@ class AsyncPostgresStreamStore:
 
     async def append_many(self, id: str, chunks: Iterable[str], *, expected_seq: int | None = None) -> int:
         """Append several chunks in one transaction, all of them or none.
+
+        The texts are stored unchanged, as by `append`, with the same danger for browsers.
 
         Args:
             id: The stream id.
