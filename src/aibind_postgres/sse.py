@@ -56,7 +56,7 @@ def encode(event: ServerSentEvent) -> bytes:
     if event.event != MESSAGE:
         lines.append(f"event: {_one_line('event', event.event)}")
     if event.id is not None:
-        lines.append(f"id: {_one_line('id', event.id)}")
+        lines.append(f"id: {event.id if event.id.isalnum() else _one_line('id', event.id)}")
     if event.retry is not None:
         if not 0 <= event.retry < 10**15:
             raise InvalidDataError(f"retry must be 0 to 999999999999999 milliseconds, not {event.retry}")

@@ -29,16 +29,16 @@ class EventBody:
         self.events: AsyncIterator[bytes] | None = events
         self.disconnect = disconnect
         self.turn = Mutex()  # never waited for
-        self.sent = 0  # events that the server has got
-        self._checked = 0, monotonic()  # the newest value of `sent`, and the time at which it was seen first
+        self.newest = b""  # the event that the server has got last
+        self._checked = self.newest, monotonic()  # with the time at which the watchdog has seen it first
 
     def is_stalled(self, send_timeout: float) -> bool:
         """Return True if the server has been sending one event for `send_timeout` seconds. Then take the turn."""
-        sent, since = self._checked
-        if self.sent != sent:
-            self._checked = self.sent, monotonic()
+        checked, since = self._checked
+        if self.newest is not checked:
+            self._checked = self.newest, monotonic()
             return False
-        return monotonic() - since >= send_timeout and self.turn.acquire(blocking=False)
+        return monotonic() - since >= send_timeout and self.turn.acquire(False)
 
 
 class AsyncEventBodies:
@@ -79,19 +79,19 @@ class AsyncEventBodies:
         return iterator
 
     async def _iterate(self, body: EventBody, events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        acquire, release = body.turn.acquire, body.turn.release
         try:
-            if not body.turn.acquire(blocking=False):
+            if not acquire(False):
                 return
-            async for encoded in events:
-                body.sent += 1
-                body.turn.release()
-                yield encoded
-                if not body.turn.acquire(blocking=False):
+            async for body.newest in events:
+                release()
+                yield body.newest
+                if not acquire(False):
                     return
         except StreamNotFoundError:  # the status line has been sent; a client that resumes gets 404
             logger.info("stream %r was deleted while a client read it", body.stream_id)
         finally:
-            body.turn.acquire(blocking=False)  # the watchdog must not disconnect the next request of the connection
+            acquire(False)  # the watchdog must not disconnect the next request of the connection
             body.events = None  # the last reference, but for this frame
             self._ended.append(body)
 
