@@ -129,11 +129,11 @@ class AsyncPsycopgClient(AsyncClient):
         self, connection: psycopg.AsyncConnection[Any], sql: str, params: Sequence[Any], deadline: float
     ) -> Sequence[Row]:
         try:
+            if connection.pgconn.parameter_status(b"client_encoding") == b"SQL_ASCII":
+                raise InvalidDataError(
+                    "the connection's client_encoding is SQL_ASCII, with which psycopg returns bytes: use UTF8"
+                )
             if self._direct is None:
-                if connection.info.parameter_status("client_encoding") == "SQL_ASCII":
-                    raise InvalidDataError(
-                        "the connection's client_encoding is SQL_ASCII, with which psycopg returns bytes: use UTF8"
-                    )
                 self._direct = await is_direct(connection, deadline)
             # Through a transaction pooler, the next statement may run in another session, in which a prepared statement
             # with the same name may differ.
@@ -171,6 +171,9 @@ class AsyncPoolClient(AsyncPsycopgClient):
         autocommit = connection.autocommit
         try:
             if not autocommit:
+                if connection.read_only is not None:  # autocommit mode would ignore it
+                    async with connection.transaction():
+                        return await self._run(connection, sql, params, deadline)
                 # Saves the round trips of BEGIN and COMMIT. Changing the mode needs no round trip.
                 await connection.set_autocommit(True)
             return await self._run(connection, sql, params, deadline)

@@ -13,6 +13,7 @@ from psycopg.rows import tuple_row
 
 from .._conninfo import missing_defaults
 from .._workarounds import can_cancel_in_time
+from ..errors import AibindError
 
 Row: TypeAlias = tuple[Any, ...]
 
@@ -50,6 +51,11 @@ class AsyncTimedCursor(psycopg.AsyncRawCursor[Row]):
         self._deadline = deadline
 
     def _execute_gen(self, *args: Any, **options: Any) -> Generator[Any, Any, None]:
+        if self._conn.pgconn.pipeline_status:  # here, the lock keeps out the pipeline of another caller's `executemany`
+            raise AibindError(
+                "the connection is in pipeline mode, in which a statement has no result yet: use the store outside of "
+                "the pipeline, or give it a connection of its own"
+            )
         steps = super()._execute_gen(*args, **options)
         return steps if self._deadline == math.inf else self._with_deadline(steps)
 

@@ -146,10 +146,9 @@ class AsyncNotifier:
         await self._client.query(NOTIFY, [self.channel, payloads])
 
     def _log_failure(self, error: Exception) -> None:
-        """Warn once if the server refuses notifications. A lost connection may be back for the next one."""
-        code = sqlstate(error)
-        is_lost = is_recoverable(error) or (code is None and self._client.is_recoverable(error))
-        level = logging.DEBUG if is_lost or self._warned else logging.WARNING
+        """Warn once if the server refuses notifications. After a lost connection, the next one may be sent."""
+        refused = sqlstate(error) is not None and not is_recoverable(error)
+        level = logging.WARNING if refused and not self._warned else logging.DEBUG
         self._warned = self._warned or level == logging.WARNING
         logger.log(
             level,
@@ -157,5 +156,5 @@ class AsyncNotifier:
             "polling. Check that the role may execute pg_notify and that the notification queue is not full, or pass "
             "notify=False",
             type(error).__name__,
-            code or "",
+            sqlstate(error) or "",
         )
