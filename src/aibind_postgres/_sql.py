@@ -204,6 +204,19 @@ WITH current AS (
 SELECT (SELECT count(*) FROM orphans) {commit_setting}
 """
 
+# Deletes chunks that a half-finished clean-up has left over from an earlier stream with this id: those that are not
+# counted and not known to be younger than the stream. Writers count a chunk no later than they insert it.
+DELETE_LEFTOVERS = """
+WITH leftovers AS (
+    DELETE FROM {chunks} AS c USING {status} AS s
+     WHERE c.id = $1::text AND s.id = $1::text AND c.seq > greatest(s.total_chunks, 0)
+       AND coalesce((to_jsonb(c) ->> 'created_at')::timestamptz < (to_jsonb(s) ->> 'created_at')::timestamptz,
+                    to_jsonb(c) ->> 'created_at' IS NULL)
+    RETURNING 1
+)
+SELECT (SELECT count(*) FROM leftovers) {commit_setting}
+"""
+
 # created_at of migration 0002 is read through JSON, which returns NULL if the column is missing. OFFSET 0 prevents the
 # planner from computing it twice.
 LIST = """
@@ -324,6 +337,7 @@ class StreamStatements:
         self.end = fill(END)
         self.delete = fill(DELETE)
         self.delete_orphans = fill(DELETE_ORPHANS)
+        self.delete_leftovers = fill(DELETE_LEFTOVERS)
         self.list = fill(LIST)
         self.list_by_time = fill(LIST_BY_TIME)
         self.cleanup = fill(CLEANUP)

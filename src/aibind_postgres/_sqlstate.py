@@ -95,8 +95,9 @@ def translate(error: Exception) -> AibindError | None:
         )
     if code == UNIQUE_VIOLATION:
         return AibindError(
-            "the next sequence number of the stream is used by a chunk that another program has inserted: "
-            "find the program that writes to the chunks table"
+            "the next sequence number of the stream is used by a chunk that another program has inserted, or has left "
+            "over from a deleted stream: find the program that writes to the chunks table; an append outside a "
+            "transaction removes what is left over"
         )
     if code in (CHARACTER_NOT_IN_REPERTOIRE, UNTRANSLATABLE_CHARACTER) or isinstance(error, UnicodeEncodeError):
         return InvalidDataError(

@@ -250,6 +250,15 @@ class Subscriptions:
                 subscription.queued_steps.append(StoreClosedError("this store was closed during the call"))
             return every
 
+    def failed(self, stream_id: str, error: Exception) -> list[Subscription]:
+        """End the readers of a stream with an error, since nobody produces it."""
+        with self._mutex:
+            streams = self._streams.get(stream_id, ())
+            readers = [each for stream in streams for each in stream.subscriptions if not each.ends_only]
+            for reader in readers:
+                reader.queued_steps.append(error)
+            return readers
+
     def _start_own_fetch(self, subscription: Subscription) -> Fetch:
         """Let a reader read on its own, from a snapshot of the tail's version."""
         subscription.at_tail = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, overload
@@ -231,6 +231,11 @@ class _Django(sync_client.Client):
 
     def in_transaction(self) -> bool:
         return _in_transaction(self._wrapper)
+
+    def capture_thread(self) -> Callable[[], None]:
+        # Of django-tenants and similar packages, whose wrapper of each thread selects the schema.
+        tenant = getattr(self._wrapper, "tenant", None)
+        return super().capture_thread() if tenant is None else lambda: self._wrapper.set_tenant(tenant)
 
     def release_thread(self) -> None:
         self._wrapper.close()

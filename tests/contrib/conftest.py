@@ -59,6 +59,7 @@ def django_databases(dsn):
             "default": base,
             "server_side": base | {"OPTIONS": {**found, "server_side_binding": True}},
             "pooled": base | {"OPTIONS": {**found, "pool": pool}},
+            "tenants": base | {"ENGINE": "support.tenant_backend"},
             "unreachable": base | {"HOST": "127.0.0.1", "PORT": "1"},
             "lite": {"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:"},
         },

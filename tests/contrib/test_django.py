@@ -15,10 +15,18 @@ from django.db import OperationalError, ProgrammingError, connections, transacti
 from django.test import override_settings
 from django.utils.connection import ConnectionDoesNotExist
 from psycopg.sql import SQL, Identifier
-from support.concurrency import Background, gather, workers
+from support.concurrency import Background, gather, until, workers
 from support.sessions import TERMINATE
+from support.tenant_backend.base import Tenant
 
-from aibind_postgres import PostgresConversationStore, PostgresStreamStore, StreamNotFoundError
+from aibind_postgres import (
+    AibindError,
+    DurableStream,
+    PostgresConversationStore,
+    PostgresStreamStore,
+    StreamNotFoundError,
+    schema,
+)
 from aibind_postgres._sync import connections as own_connections
 from aibind_postgres.adapters import wrap_django
 
@@ -263,6 +271,50 @@ def test_assumed_role(dsn, ours, theirs, monkeypatch):
     finally:
         with psycopg.connect(dsn, autocommit=True) as admin:
             admin.execute('DROP ROLE "a role"')
+
+
+def test_producer_that_does_not_see_its_stream_ends_its_readers(ours, theirs):
+    finished = []
+    with transaction.atomic():  # as around each test of Django's TestCase
+        stream = DurableStream.start(ours, iter(["text"]), on_finish=lambda *call: finished.append(call))
+        for read in (lambda: list(stream.sse()), stream.wait, lambda: list(stream.sse(after_seq=1))):
+            with pytest.raises(AibindError, match="TransactionTestCase"):
+                read()
+        until(lambda: finished)
+    assert finished == [("", None)]
+    assert theirs.stop(stream.id) is True
+
+
+def test_producer_writes_into_the_schema_of_its_tenant(run_sql):
+    schemas = [f"tenant_{uuid.uuid4().hex[:8]}" for _ in range(2)]
+    finished = []
+    for name in schemas:
+        run_sql(f"CREATE SCHEMA {name}")
+        run_sql(f"SET search_path = {name}; {schema.render()}; RESET search_path")
+
+    def source():
+        with connections["tenants"].cursor() as cursor:
+            cursor.execute("SELECT current_schema()")
+            yield cursor.fetchone()[0]
+
+    def finish(text, status):
+        finished.append((text, status.state, store.get_status("same").total_chunks))
+
+    try:
+        with PostgresStreamStore(wrap_django("tenants"), poll_interval=0.05) as store:
+            streams = {}
+            for name in schemas:
+                connections["tenants"].set_tenant(Tenant(name))
+                streams[name] = DurableStream.start(store, source(), id="same", on_finish=finish)
+            for name, stream in streams.items():
+                connections["tenants"].set_tenant(Tenant(name))
+                assert stream.wait(30) == ("done", None, 1)
+                assert list(store.read_from("same")) == [(1, f"\x01{name}")]
+        assert sorted(finished) == sorted((name, "done", 1) for name in schemas)
+    finally:
+        close_connections()
+        for name in schemas:
+            run_sql(f"DROP SCHEMA {name} CASCADE")
 
 
 def test_missing_table():

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from contextlib import nullcontext
 
 import psycopg
 import pytest
 from psycopg_pool import AsyncConnectionPool
-from support.concurrency import async_workers, workers
+from support.concurrency import async_workers, until, workers
 from support.lifecycles import in_a_child, run_to_the_end
 
 from aibind_postgres import (
@@ -126,9 +127,9 @@ async def test_writer_of_another_event_loop_raises_and_starts_no_worker(dsn, tab
         assert await asyncio.to_thread(asyncio.run, enter_writer()) == []
 
 
-@pytest.mark.parametrize("worker", ["producer", "listener"])
+@pytest.mark.parametrize("worker", ["producer", "listener", "writer", ""])
 def test_start_without_a_thread_ends_the_stream(database, monkeypatch, worker):
-    start, closed = threading.Thread.start, []
+    start, closed, finished = threading.Thread.start, [], []
 
     class Source:
         def __iter__(self):
@@ -138,15 +139,17 @@ def test_start_without_a_thread_ends_the_stream(database, monkeypatch, worker):
             closed.append(True)
 
     def refuse(thread):
-        if thread.name == f"aibind_postgres-{worker}":
+        if thread.name.startswith(f"aibind_postgres-{worker}"):
             raise RuntimeError("can't start new thread")
         start(thread)
 
     with PostgresStreamStore(database) as store:
         with monkeypatch.context() as patch:
             patch.setattr(threading.Thread, "start", refuse)
-            with pytest.raises(RuntimeError, match="can't start new thread"):
-                DurableStream.start(store, Source(), id="s")
+            with nullcontext() if worker == "writer" else pytest.raises(RuntimeError, match="can't start new thread"):
+                DurableStream.start(store, Source(), id="s", on_finish=lambda *call: finished.append(call))
+            until(lambda: finished)
+        assert finished == [("", ("error", "the answer was interrupted", 0))]
         assert closed == [True]
         assert store.get_status("s") == ("error", "the answer was interrupted", 0)
         assert DurableStream.shutdown(store, 0) is True

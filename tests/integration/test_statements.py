@@ -24,6 +24,7 @@ STREAM_PLANS = {
     "end": (["7", "done", None, 1000], ["(id = '7'"]),
     "delete": (["7"], ["(id = '7'"]),
     "delete_orphans": (["7"], ["(id = '7'"]),
+    "delete_leftovers": (["7"], ["(id = '7'"]),
     "list": ([None, "7", 2000], ["(id > '7'"]),
     "append_batch": (['[{"id": "7", "texts": ["x"]}, {"id": "8", "texts": ["y"]}]', 1000], ["(id = ANY", "(id = "]),
     "read_batch": (

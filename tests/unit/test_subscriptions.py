@@ -535,3 +535,17 @@ def test_no_quick_polls_of_streams_that_this_process_writes(subscriptions):
     assert quick_polls(subscriptions, 0) == 0
     subscriptions.unsubscribe(writer.subscription)
     assert quick_polls(subscriptions, 0) == QUICK_POLLS
+
+
+def test_failed_ends_waiting_and_fetching_readers_of_the_stream(subscriptions):
+    waiting, fetching = Subscriber(subscriptions), Subscriber(subscriptions)
+    writer = Subscriber(subscriptions, math.inf, ends_only=True)
+    waiting.catch_up(rows("active", 0))
+    fetch = fetching.step()
+    wake_all(subscriptions.failed("b", OSError("of another stream")))
+    wake_all(subscriptions.failed("a", OSError("not visible")))
+    assert [each.reset() for each in (waiting, fetching, writer)] == [1, 1, 0]
+    fetching.fetched(fetch, rows("active", 0))
+    for reader in (waiting, fetching):
+        with pytest.raises(OSError, match="not visible"):
+            reader.step()

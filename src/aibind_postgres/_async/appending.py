@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from .._sql import StreamStatements, json_array, json_text
-from .._sqlstate import wrote_nothing
+from .._sqlstate import UNIQUE_VIOLATION, sqlstate, wrote_nothing
 from ..errors import (
     AibindError,
     SequenceConflictError,
@@ -106,8 +106,16 @@ class AsyncAppender:
             statement, data = self._sql.append, texts[0]
         else:
             statement, data = self._sql.append_many, json_array(texts)
+        params = [stream_id, data, expected_seq, self._ttl]
         newest = self._notifier.newest
-        rows = await self._database.query(statement, [stream_id, data, expected_seq, self._ttl])
+        try:
+            rows = await self._database.query(statement, params)
+        except AibindError as error:
+            # A TypeScript clean-up that died half-way may have left chunks, and a stream of this id was created again.
+            if sqlstate(error) != UNIQUE_VIOLATION or self._database.client.in_transaction():
+                raise
+            await self._database.query(self._sql.delete_leftovers, [stream_id])
+            rows = await self._database.query(statement, params)
         if not rows:
             return None
         last = int(rows[0][0])

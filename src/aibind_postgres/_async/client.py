@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from time import monotonic
 from types import TracebackType
@@ -101,6 +101,13 @@ class AsyncClient:
         """Return True if the caller can still roll back the last statement."""
         return self.joins_transactions
 
+    def capture_thread(self) -> Callable[[], None]:
+        """Return a function that gives another thread what this one has set for its statements, such as a tenant.
+
+        Writers and producers call it in their workers.
+        """
+        return _nothing
+
     async def release_thread(self) -> None:
         """Release the connection of the current thread. Writers and producers call this in their workers."""
 
@@ -114,6 +121,10 @@ class AsyncClient:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self.close()
+
+
+def _nothing() -> None:
+    """Do nothing."""
 
 
 class AsyncPsycopgClient(AsyncClient):

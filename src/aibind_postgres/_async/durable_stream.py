@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, nullcontext
+import math
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from time import monotonic
 from typing import Any
@@ -11,12 +12,12 @@ from typing import Any
 from .. import _arguments as arguments
 from .._concurrency import async_is_source, async_shielded
 from .._followed_stream import Ended
-from ..errors import StreamNotFoundError
+from ..errors import StreamNotFoundError, copy_error
 from ..history import new_id
 from ..models import StreamEvent, StreamStatus, event_of
 from ..sse import MESSAGE, ServerSentEvent, comment, encode
-from .following import Heartbeat
-from .producing import AsyncProducer, close_source, fail_stream, shutdown
+from .following import AsyncFollower, Heartbeat
+from .producing import AsyncProducer, close_source, shutdown
 from .stream_store import AsyncPostgresStreamStore
 
 MAX_EVENTS_IN_CRLF = 100  # a resumed reader looks no further back for the CR before an LF
@@ -67,7 +68,8 @@ class AsyncDurableStream:
         The stream does not depend on its readers, and is started even if the call is cancelled.
 
         Call `shutdown` before the process ends. If a process dies, `fail_abandoned` ends its streams. In Django, call
-        `start` after the transaction has been committed.
+        `start` after the transaction has been committed: the producer uses a connection of its own. If it does not see
+        the stream, its readers in this process raise `AibindError`.
 
         Args:
             store: The store.
@@ -99,6 +101,8 @@ class AsyncDurableStream:
             StreamExistsError: A stream with this id exists. The source is closed.
             InvalidDataError: The id is invalid, or contains a line break, which an event cannot contain. The source is
                 closed.
+            RuntimeError: No thread can start. The stream ends in state error, the source is closed, and `on_finish` is
+                called.
         """
         if not async_is_source(source):
             raise TypeError(
@@ -112,17 +116,12 @@ class AsyncDurableStream:
             try:
                 stream_id = new_id() if id is None else arguments.identifier(id)
                 encode(_id_event(stream_id))
+                producer = AsyncProducer(store, stream_id, source, on_finish, expose_errors, context)
                 await store.create(stream_id)
-                # In a transaction of the caller, the producer may not see the new stream: it must query the state.
-                known_active = not store._database.client.in_transaction()
-                try:
-                    producer = AsyncProducer(store, stream_id, source, on_finish, expose_errors, context, known_active)
-                except BaseException:  # no thread can start
-                    await fail_stream(store, stream_id)
-                    raise
             except BaseException:
                 await close_source(source)
                 raise
+            await producer.start()
             streams.append(cls(store, stream_id, producer))
 
         await async_shielded(begin)
@@ -194,6 +193,7 @@ class AsyncDurableStream:
 
         Raises:
             StreamNotFoundError: The stream does not exist, or was deleted.
+            AibindError: `start` was called in a transaction, and the producer does not see the stream.
             InvalidDataError: `after_seq` is not an int of at least 0.
             ValueError: `heartbeat` is not more than zero, or above 1e9 seconds.
             TypeError: `heartbeat` is neither a number nor a timedelta.
@@ -208,7 +208,7 @@ class AsyncDurableStream:
             yield encode(_id_event(self.id))
         # A client joins the texts. Each event would turn its part of a CRLF into a line break, so the LF is left out.
         after_cr = None if after_seq else False  # whether the text before ends with a CR; None: it has not been read
-        with self._store._follow(self.id, after_seq) as follower:
+        with self._following(after_seq) as follower:
             while not isinstance(step := await follower.next(idle_timeout=heartbeat), Ended):
                 if isinstance(step, Heartbeat):
                     yield comment("ping")
@@ -241,6 +241,14 @@ class AsyncDurableStream:
                     return data[-1] == "\r"
         return False
 
+    @contextmanager
+    def _following(self, cursor: float) -> Iterator[AsyncFollower]:
+        with self._store._follow(self.id, cursor) as follower:
+            # After the subscription, which gets an error that comes later.
+            if self._producer is not None and self._producer.start_error is not None:
+                raise copy_error(self._producer.start_error)
+            yield follower
+
     async def stop(self) -> bool:
         """End the stream in state stopped, for example on a user's request.
 
@@ -267,14 +275,16 @@ class AsyncDurableStream:
         Raises:
             TimeoutError: The stream is still active, or `on_finish` has not returned, after `timeout`.
             StreamNotFoundError: The stream was deleted.
+            AibindError: `start` was called in a transaction, and the producer does not see the stream.
             ValueError: `timeout` is negative, or above 1e9 seconds.
             TypeError: `timeout` is neither a number nor a timedelta.
         """
-        seconds = None if timeout is None else arguments.seconds(timeout, "timeout", allow_zero=True)
-        started_at = monotonic()
-        status = await self._store.wait(self.id, seconds)
+        seconds = math.inf if timeout is None else arguments.seconds(timeout, "timeout", allow_zero=True)
+        deadline = monotonic() + seconds
+        with self._following(math.inf) as follower:
+            status = await follower.end(deadline)
         if self._producer is not None:
-            remaining = None if seconds is None else max(0.0, started_at + seconds - monotonic())
+            remaining = None if deadline == math.inf else max(0.0, deadline - monotonic())
             if not await self._producer.finished.wait(remaining):
                 raise TimeoutError(
                     f"stream {self.id!r} has ended, but its on_finish has not returned within the timeout"

@@ -18,6 +18,7 @@ from .reading import SharedRead
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from ..models import StreamStatus
     from .database import AsyncDatabase
     from .listening import AsyncListener
     from .reading import AsyncPageReader
@@ -86,6 +87,12 @@ class AsyncFollower:
                 raise StreamNotFoundError(self._stream_id)
             else:
                 return step
+
+    async def end(self, deadline: float) -> StreamStatus:
+        """Wait for the end of the stream and return its status. Raise as `next` does."""
+        while not isinstance(step := await self.next(deadline=deadline), Ended):
+            pass
+        return step.status
 
     async def _fetch(self, fetch: Fetch, deadline: float) -> None:
         try:

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import AsyncIterable, AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -22,7 +23,8 @@ from .._concurrency import (
     async_spawn,
 )
 from .._lifecycle import EndReason, Phase, SourceState
-from ..errors import StreamNotActiveError, StreamNotFoundError, WebError
+from .._subscriptions import wake_all
+from ..errors import AibindError, StreamNotActiveError, StreamNotFoundError, WebError
 from ..models import StreamEvent, StreamStatus, chunk_text
 
 if TYPE_CHECKING:
@@ -54,10 +56,10 @@ class AsyncProducer:
         on_finish: Callable[[str, StreamStatus | None], Any] | None,
         expose_errors: bool,
         context: Callable[[], AbstractAsyncContextManager[object]],
-        known_active: bool,
     ) -> None:
         self.stream_id = stream_id
         self.finished = AsyncEvent()  # set in phase ENDED
+        self.start_error: Exception | None = None  # the error of readers, if this producer did not see its stream
         self._store = store
         self._source = AsyncSource(source)
         self._on_finish = on_finish
@@ -65,25 +67,33 @@ class AsyncProducer:
         self._context = context
         self._texts: list[str] = []  # the argument of `on_finish`
         self._writer = store.writer(stream_id, on_end=self._writer_closed)
-        if known_active:
-            self._writer._assume_active()
         self._mutex = Mutex()
+        self._worker: AsyncWorker | None = None
         self._phase = Phase.STARTING
         self._requested: EndReason | None = None  # SHUTDOWN or INTERPRETER_EXIT
         self._reason: EndReason | None = None  # from phase FINISHING on
-        with self._mutex:  # `end` reads the worker, and may be called as soon as the registry has this producer
-            with self._registry_mutex:
-                self._registry.add(self)
-                is_first = not self._exit_hook_installed
-                AsyncProducer._exit_hook_installed = True
-            try:
-                # The source runs on behalf of the caller, so it gets the caller's context variables.
-                self._worker = async_spawn(self._run, "aibind_postgres-producer", inherit=True)
-            except BaseException:  # no thread can start
+
+    async def start(self) -> None:
+        """Start the worker. If no thread can start, end the stream and this producer, and raise.
+
+        Call this at once when the stream has been created.
+        """
+        client = self._store._database.client
+        try:
+            # In a transaction of the caller, the producer may not see the new stream: it must query the state.
+            if not client.in_transaction():
+                self._writer._assume_active()
+            run = partial(self._run, client.capture_thread())
+            with self._mutex:  # `end` reads the worker, and may be called as soon as the registry has this producer
                 with self._registry_mutex:
-                    self._registry.discard(self)
-                self._writer._abort()
-                raise
+                    self._registry.add(self)
+                    is_first = not self._exit_hook_installed
+                    AsyncProducer._exit_hook_installed = True
+                # The source runs on behalf of the caller, so it gets the caller's context variables.
+                self._worker = async_spawn(run, "aibind_postgres-producer", inherit=True)
+        except BaseException:
+            await self._end_without_worker()
+            raise
         if is_first:
             async_at_exit(shutdown_all)
 
@@ -108,7 +118,7 @@ class AsyncProducer:
             self._requested = reason
             worker = self._worker
         self._writer._request_end(GENERIC_ERROR)
-        if not worker.is_alive():
+        if worker is None or not worker.is_alive():
             await self._end_without_worker()
 
     async def end(self, reason: EndReason, status: StreamStatus | None = None) -> bool:
@@ -142,7 +152,7 @@ class AsyncProducer:
         return True
 
     async def _end_without_worker(self) -> None:
-        """End the stream if the worker was cancelled before its first step, as at the end of an event loop."""
+        """End the stream if no worker can start, or it was cancelled before its first step, as at a loop's end."""
         self._writer._abort()
         await fail_stream(self._store, self.stream_id)
         await self._source.close()
@@ -169,8 +179,9 @@ class AsyncProducer:
             return self._requested or EndReason.ENDED_ELSEWHERE
         return EndReason.WRITE_FAILED
 
-    async def _run(self) -> None:
+    async def _run(self, adopt_thread: Callable[[], None]) -> None:
         """Copy the source inside the writer's block. Leaving the block ends the stream."""
+        adopt_thread()
         reason = EndReason.SOURCE_FINISHED
         interruption: BaseException | None = None
         try:
@@ -185,10 +196,12 @@ class AsyncProducer:
         except Exception as error:
             reason = self._reason_of(error)
             if reason is EndReason.DELETED and self._phase is Phase.STARTING:
-                logger.error(
-                    "stream %r not found by its producer: first commit the transaction that creates it",
-                    self.stream_id,
+                self.start_error = AibindError(
+                    f"stream {self.stream_id!r} not found by its producer, which uses another connection: first commit "
+                    "the transaction that creates the stream; in tests of Django, use TransactionTestCase"
                 )
+                logger.error("%s", self.start_error)
+                wake_all(self._store._subscriptions.failed(self.stream_id, self.start_error))
             elif reason is EndReason.WRITE_FAILED and not self._ended_by_writer:
                 logger.error("the producer of stream %r failed: %s", self.stream_id, error)
         except BaseException as error:
@@ -305,14 +318,14 @@ class AsyncSource:
         if is_open:
             await close_source(self.items)
 
-    async def interrupt(self, reader: AsyncWorker) -> None:
+    async def interrupt(self, reader: AsyncWorker | None) -> None:
         """Stop a reader that waits for the next item.
 
         With threads, only the reader closes a generator. The generator may hold resources that are bound to that
         thread, and no other thread can close it while it runs.
         """
         with self._mutex:
-            if self._state is not SourceState.OPEN or inspect.isgenerator(self.items):
+            if reader is None or self._state is not SourceState.OPEN or inspect.isgenerator(self.items):
                 return
             self._state = SourceState.INTERRUPTED
         closed = async_interrupt(reader, self.items)

@@ -14,7 +14,7 @@ from typing import Any, get_args
 from psycopg.sql import Identifier
 
 from .. import _arguments as arguments
-from .._followed_stream import Deliver, Ended
+from .._followed_stream import Deliver
 from .._message_tree import new_id
 from .._sql import StreamStatements
 from .._subscriptions import Subscriptions, wake_all
@@ -347,9 +347,7 @@ class AsyncPostgresStreamStore:
         if timeout is not None:
             deadline = monotonic() + arguments.seconds(timeout, "timeout", allow_zero=True)
         with self._follow(stream_id, math.inf) as follower:
-            while not isinstance(step := await follower.next(deadline=deadline), Ended):
-                pass
-            return step.status
+            return await follower.end(deadline)
 
     async def stop(self, id: str) -> bool:
         """End a stream in state stopped, for example on a user's request.
