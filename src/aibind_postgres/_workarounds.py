@@ -8,17 +8,15 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import psycopg
 from psycopg import capabilities
+from psycopg_pool import AsyncConnectionPool, ConnectionPool
 
 from ._concurrency import AsyncEvent, Event, async_shielded, async_spawn
-
-T = TypeVar("T")
-
 
 # asyncio, before Python 3.12: `wait_for` swallows a cancellation that arrives together with the result.
 # https://github.com/python/cpython/issues/86296
@@ -26,20 +24,22 @@ T = TypeVar("T")
 # Remove when Python 3.12 is the oldest supported version.
 
 
-async def async_checkout(get: Callable[[], Coroutine[Any, Any, T]], put: Callable[[T], Coroutine[Any, Any, None]]) -> T:
-    """Return the result of `get`. If the caller is cancelled, `put` the result back and raise `CancelledError`."""
+async def async_checkout(pool: AsyncConnectionPool[Any], timeout: float) -> psycopg.AsyncConnection[Any]:
+    """Get a connection of a pool. If the caller is cancelled, put the connection back and raise `CancelledError`."""
+    connection: psycopg.AsyncConnection[Any]
     if sys.version_info >= (3, 12):
-        return await get()
+        connection = await pool.getconn(timeout)
+        return connection
     if sys.version_info >= (3, 11):
         task = asyncio.current_task()
         assert task is not None
         cancelled = task.cancelling()
-        result = await get()
+        connection = await pool.getconn(timeout)
         if task.cancelling() == cancelled:
-            return result
-        await async_shielded(partial(put, result))
+            return connection
+        await async_shielded(partial(pool.putconn, connection))
         raise asyncio.CancelledError
-    getting = asyncio.get_running_loop().create_task(get())
+    getting = asyncio.get_running_loop().create_task(pool.getconn(timeout))
     try:
         return await asyncio.shield(getting)
     except asyncio.CancelledError:
@@ -48,15 +48,30 @@ async def async_checkout(get: Callable[[], Coroutine[Any, Any, T]], put: Callabl
             getting.cancel()
             await asyncio.wait([getting])
             if not getting.cancelled() and getting.exception() is None:
-                await put(getting.result())
+                await pool.putconn(getting.result())
 
         await async_shielded(undo)
         raise
 
 
-def checkout(get: Callable[[], T], put: Callable[[T], None]) -> T:
-    """Return the result of `get`. Threads cannot be cancelled."""
-    return get()
+def checkout(pool: ConnectionPool[Any], timeout: float) -> psycopg.Connection[Any]:
+    """Get a connection of a pool. Threads cannot be cancelled."""
+    connection: psycopg.Connection[Any] = pool.getconn(timeout)
+    return connection
+
+
+# psycopg_pool, all versions: a pool loses a connection if the handler of a signal raises while the connection is put
+# back. Remove when `putconn` can be repeated.
+
+
+async def async_put_again(put: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Do nothing: asyncio handles signals between the steps of tasks, and a shielded `putconn` continues."""
+
+
+def put_again(put: Callable[[], None]) -> None:
+    """Put a connection back unless it has been put back."""
+    with suppress(ValueError):  # it is in the pool
+        put()
 
 
 # psycopg_pool, from 3.2.8 to at least 3.3.3: a worker that is cancelled while it connects logs the cancellation

@@ -21,7 +21,7 @@ from .._concurrency import (
 )
 from .._conninfo import with_defaults
 from .._sqlstate import is_read_only, is_recoverable
-from .._workarounds import async_at_end_of_loop, async_checkout, is_closed_by_server
+from .._workarounds import async_at_end_of_loop, async_checkout, async_put_again, is_closed_by_server
 from ..errors import InvalidDataError, copy_error
 from .connections import (
     Row,
@@ -178,43 +178,45 @@ class AsyncPoolClient(AsyncPsycopgClient):
         if self._owned and self._pool.closed:
             await self._open()
         deadline = monotonic() + self._timeout
-        connection = await self._checkout(deadline)
-        autocommit = connection.autocommit
-        try:
-            if not autocommit:
-                if connection.read_only is not None:  # autocommit mode would ignore it
-                    async with connection.transaction():
-                        return await self._run(connection, sql, params, deadline)
-                # Saves the round trips of BEGIN and COMMIT. Changing the mode needs no round trip.
-                await connection.set_autocommit(True)
-            return await self._run(connection, sql, params, deadline)
-        except psycopg.Error as error:
-            if is_read_only(error):
-                await self._replace_connections()
-            raise
-        finally:
-            # A pool loses a connection if `putconn` is cancelled.
-            await async_shielded(partial(self._return_connection, connection, autocommit))
-
-    async def _checkout(self, deadline: float) -> psycopg.AsyncConnection[Any]:
-        deadline = min(deadline, monotonic() + self._pool.timeout)
+        checkout_deadline = min(deadline, monotonic() + self._pool.timeout)
         while True:
-            # Not `connection()` of the pool: it would end a transaction, and in autocommit mode there is none.
-            remaining = max(0.0, deadline - monotonic())
-            connection: psycopg.AsyncConnection[Any] = await async_checkout(
-                partial(self._pool.getconn, remaining), self._pool.putconn
-            )
-            if not is_closed_by_server(connection):
-                return connection
-            # The pool replaces the closed connection.
-            await async_shielded(partial(self._pool.putconn, connection))
+            connection: psycopg.AsyncConnection[Any] | None = None
+            autocommit = True
+            # A signal handler may raise anywhere: the connection must be known here as soon as the pool gives it out.
+            try:
+                # Not `connection()` of the pool: it would end a transaction, and in autocommit mode there is none.
+                connection = await async_checkout(self._pool, max(0.0, checkout_deadline - monotonic()))
+                if is_closed_by_server(connection):
+                    continue  # the pool replaces it
+                autocommit = connection.autocommit
+                if not autocommit:
+                    if connection.read_only is not None:  # autocommit mode would ignore it
+                        async with connection.transaction():
+                            return await self._run(connection, sql, params, deadline)
+                    # Saves the round trips of BEGIN and COMMIT. Changing the mode needs no round trip.
+                    await connection.set_autocommit(True)
+                return await self._run(connection, sql, params, deadline)
+            except psycopg.Error as error:
+                if is_read_only(error):
+                    await self._replace_connections()
+                raise
+            finally:
+                try:
+                    if connection is not None:
+                        # A pool loses a connection if `putconn` is cancelled.
+                        await async_shielded(partial(self._return_connection, connection, autocommit))
+                except BaseException:
+                    if connection is not None:
+                        await async_put_again(partial(self._return_connection, connection, autocommit))
+                    raise
 
     async def _return_connection(self, connection: psycopg.AsyncConnection[Any], autocommit: bool) -> None:
         try:
             if not autocommit and connection.info.transaction_status == TransactionStatus.IDLE:
                 await connection.set_autocommit(False)
-        finally:
-            await self._pool.putconn(connection)
+        except psycopg.Error:
+            await connection.close()  # the pool replaces it
+        await self._pool.putconn(connection)
 
     async def _replace_connections(self) -> None:
         """Let the pool replace its connections: after a failover, those to a server that was read-only stay so."""
