@@ -11,7 +11,7 @@ from psycopg.conninfo import make_conninfo
 from psycopg_pool import AsyncConnectionPool
 from support.concurrency import AsyncBackground, async_until
 
-from aibind_postgres import AsyncPostgresStreamStore
+from aibind_postgres import AsyncPostgresStreamStore, _poll_pace
 from aibind_postgres._async import listening
 
 
@@ -97,7 +97,7 @@ async def test_pool_warns_once(refusing, caplog):
 
 async def test_refused_probe_does_not_slow_polls(refusing, monkeypatch):
     monkeypatch.setattr(listening, "PROBE_AFTER", 0)
-    monkeypatch.setattr(listening, "MAX_POLL_RETRY", 3600)
+    monkeypatch.setattr(_poll_pace, "MAX_POLL_RETRY", 3600)
     received = []
 
     async def read():

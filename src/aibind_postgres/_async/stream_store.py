@@ -161,8 +161,8 @@ class AsyncPostgresStreamStore:
     async def append(self, id: str, chunk: str, *, expected_seq: int | None = None) -> int:
         """Append one chunk. The chunk is durable when this returns.
 
-        The text is stored unchanged. Output of a model is not safe here if a browser reads the stream: a `DurableStream`
-        reads a chunk that contains U+0001 as a named event. Use `DurableStream.start`, or append
+        The text is stored unchanged. Output of a model is not safe here if a browser reads the stream: a
+        `DurableStream` reads a chunk that contains U+0001 as a named event. Use `DurableStream.start`, or append
         `aibind_postgres.models.chunk_text(text)`, which is always read as text.
 
         After any of the errors below, nothing was written.
