@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import psycopg
+import pytest
 from psycopg.conninfo import make_conninfo
 
 from aibind_postgres import embedded
@@ -70,9 +71,9 @@ def _binaries(version: str) -> Path:
 
 
 class Server:
-    """A server for one test, which may stop, kill and restart it."""
+    """A server for one test, which may stop, kill and restart it. With `primary`, it is a standby of that server."""
 
-    def __init__(self, programs: Path, folder: Path) -> None:
+    def __init__(self, programs: Path, folder: Path, primary: Server | None = None) -> None:
         self._bin = programs
         self.folder = folder  # owned by the user that the server runs as
         self._data = folder / "data"
@@ -81,10 +82,21 @@ class Server:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         self.dsn = f"postgresql://postgres@127.0.0.1:{self.port}/postgres"
-        self._run("initdb", "--auth=trust", "--encoding=utf8", "--username=postgres")
+        if primary is None:
+            self._run("initdb", "--auth=trust", "--encoding=utf8", "--username=postgres")
+        else:
+            self._run("pg_basebackup", "--write-recovery-conf", "--checkpoint=fast", f"--dbname={primary.dsn}")
         with (self._data / "postgresql.conf").open("a") as config:
             config.write(f"listen_addresses='127.0.0.1'\nport={self.port}\nunix_socket_directories=''\n")
             config.write("max_connections=200\n")
+
+    def has(self, program: str) -> bool:
+        return (self._bin / program).exists()
+
+    @property
+    def is_running(self) -> bool:
+        file = self._data / "postmaster.pid"
+        return file.exists() and _exists(_postmaster(file))
 
     def start(self) -> None:
         self._run("pg_ctl", "--wait", f"--log={self._log}", "start")
@@ -93,9 +105,13 @@ class Server:
         """Stop the server. The mode `immediate` is a crash: it skips the shutdown checkpoint."""
         self._run("pg_ctl", "--wait", f"--mode={mode}", "stop")
 
+    def promote(self) -> None:
+        """Let a standby become a primary."""
+        self._run("pg_ctl", "--wait", "promote")
+
     def kill(self) -> None:
         """Kill every process of the server with SIGKILL, as a power failure would."""
-        postmaster = int((self._data / "postmaster.pid").read_text().splitlines()[0])
+        postmaster = _postmaster(self._data / "postmaster.pid")
         os.kill(postmaster, signal.SIGSTOP)  # else it would restart children that die
         children = Path(f"/proc/{postmaster}/task/{postmaster}/children").read_text().split()
         for pid in [*map(int, children), postmaster]:
@@ -110,6 +126,10 @@ class Server:
             user = _unprivileged_user()
             credentials = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
         subprocess.run(command, check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, cwd="/", **credentials)
+
+
+def _postmaster(file: Path) -> int:
+    return int(file.read_text().splitlines()[0])
 
 
 def _exists(pid: int) -> bool:
@@ -128,18 +148,33 @@ def _unprivileged_user() -> pwd.struct_passwd:
 @contextmanager
 def own_server() -> Iterator[Server]:
     """Start a separate server on a free port of the loopback interface, and remove it at the end."""
+    with _started(None) as server:
+        yield server
+
+
+@contextmanager
+def standby_of(primary: Server) -> Iterator[Server]:
+    """Start a standby of a server, which streams its changes, and remove it at the end. Skip the test if impossible."""
+    if not primary.has("pg_basebackup"):
+        pytest.skip("needs pg_basebackup of PostgreSQL")
+    with _started(primary) as server:
+        yield server
+
+
+@contextmanager
+def _started(primary: Server | None) -> Iterator[Server]:
     version = os.environ.get("AIBIND_TEST_POSTGRES", "18")
     programs = _binaries(version)  # must come first: for root, it also creates the user that the server runs as
     folder = Path(tempfile.mkdtemp(prefix="aibind-test-"))
     if os.geteuid() == 0:
         os.chown(folder, _unprivileged_user().pw_uid, -1)
     try:
-        server = Server(programs, folder)
+        server = Server(programs, folder, primary)
         server.start()
         try:
             yield server
         finally:
-            if (folder / "data" / "postmaster.pid").exists():
+            if server.is_running:
                 server.stop("immediate")
     finally:
         shutil.rmtree(folder)
