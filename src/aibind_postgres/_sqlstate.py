@@ -5,6 +5,8 @@ Appendix A of PostgreSQL's manual lists the codes. Their first two characters ar
 
 from __future__ import annotations
 
+import re
+
 from .errors import AibindError, InvalidDataError, SchemaError
 
 UNDEFINED_TABLE = "42P01"
@@ -79,6 +81,18 @@ def is_read_only(error: BaseException) -> bool:
     return sqlstate(error) == READ_ONLY_TRANSACTION
 
 
+def server_reason(error: BaseException) -> str | None:
+    """Return the server's or the operating system's reason of an error, or None if there is none.
+
+    Unlike the driver's text, it contains no part of the connection string, and thereby no password.
+    """
+    cause = _innermost(error)
+    if primary := getattr(getattr(cause, "diag", None), "message_primary", None):
+        return str(primary)
+    failures = re.findall(r"connection to server [^\n]* failed: ([^\n]+)", str(cause))
+    return failures[-1] if failures else None
+
+
 def translate(error: Exception) -> AibindError | None:
     """Return the error of this package for a driver's error, or None if the driver's error should propagate."""
     code = sqlstate(error)
@@ -107,6 +121,10 @@ def translate(error: Exception) -> AibindError | None:
 
 
 def _first_line(error: BaseException) -> str:
+    return str(_innermost(error)).partition("\n")[0]
+
+
+def _innermost(error: BaseException) -> BaseException:
     while (inner := getattr(error, "orig", None) or error.__cause__) is not None:
         error = inner
-    return str(error).partition("\n")[0]
+    return error

@@ -8,13 +8,12 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, cast, overload
 from zoneinfo import ZoneInfo
 
 import psycopg
 
 from ._async import client as async_client
-from ._async import connections as async_connections
 from ._async.client import AsyncPostgresClient
 from ._async.connections import Row
 from ._sqlstate import is_read_only, is_recoverable
@@ -43,8 +42,9 @@ def wrap_sqlalchemy(engine: Engine | AsyncEngine) -> PostgresClient | AsyncPostg
     Each statement uses a connection of the engine's pool in autocommit mode: a store never takes part in the
     transaction of a `Session`.
 
-    With the drivers psycopg and psycopg2, readers receive notifications. The listener opens one more connection, with
-    the parameters of the engine. With other drivers, readers poll.
+    With the drivers psycopg and psycopg2, readers receive notifications. The listener takes one connection out of the
+    engine's pool, which opens another one instead; with psycopg2, it opens a connection with the same parameters. With
+    other drivers, readers poll.
 
     Args:
         engine: An `Engine`, or an `AsyncEngine` for an asynchronous store, with any driver. The caller disposes of it.
@@ -138,15 +138,18 @@ class _SQLAlchemy(sync_client.Client):
             return list(map(tuple, result)) if result.returns_rows else []
 
     def connect(self) -> psycopg.Connection[Row] | None:
-        with self._engine.connect() as connection:
-            driver: Any = connection.connection.driver_connection
-            if isinstance(driver, psycopg.Connection):
-                parameters = sync_connections.parameters_of(driver)
-            elif self._engine.driver == "psycopg2":
-                parameters = _libpq_parameters({**driver.info.dsn_parameters, "password": driver.info.password})
-            else:
-                return None
-        return sync_connections.open_connection(parameters)
+        if self._engine.driver not in ("psycopg", "psycopg2"):
+            return None
+        pooled = self._engine.raw_connection()
+        driver: Any = pooled.driver_connection
+        if self._engine.driver == "psycopg":
+            # The engine opens another one for its pool, with its events and functions, which may renew a password.
+            pooled.detach()
+            driver.set_autocommit(True)
+            return cast("psycopg.Connection[Row]", driver)
+        parameters = {**driver.info.dsn_parameters, "password": driver.info.password}
+        pooled.close()
+        return sync_connections.open_connection(_libpq_parameters(parameters))
 
     def is_recoverable(self, error: Exception) -> bool:
         return _engine_may_recover(error)
@@ -174,12 +177,13 @@ class _AsyncSQLAlchemy(async_client.AsyncClient):
             return list(map(tuple, result)) if result.returns_rows else []
 
     async def connect(self) -> psycopg.AsyncConnection[Row] | None:
-        async with self._engine.connect() as connection:
-            driver = (await connection.get_raw_connection()).driver_connection
-            if not isinstance(driver, psycopg.AsyncConnection):
-                return None
-            parameters = async_connections.parameters_of(driver)
-        return await async_connections.open_connection(parameters)
+        if self._engine.driver != "psycopg":
+            return None
+        pooled = await self._engine.raw_connection()
+        driver = cast("psycopg.AsyncConnection[Row]", pooled.driver_connection)
+        pooled.detach()
+        await driver.set_autocommit(True)
+        return driver
 
     def is_recoverable(self, error: Exception) -> bool:
         return _engine_may_recover(error)

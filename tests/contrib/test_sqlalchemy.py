@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
+from itertools import count
 
 import psycopg
 import pytest
 import sqlalchemy
 from contrib import contract
+from contrib.contract import ending
 from sqlalchemy.ext.asyncio import create_async_engine
-from support.concurrency import AsyncBackground, Background, async_gather, gather
+from support.concurrency import AsyncBackground, Background, async_gather, gather, until, workers
+from support.sessions import TERMINATE
 
 from aibind_postgres import (
     AsyncPostgresConversationStore,
@@ -83,6 +86,32 @@ def test_notifications_wake_readers(engine, theirs, tables):
 async def test_notifications_wake_readers_in_tasks(async_engine, async_theirs, tables):
     async with AsyncPostgresStreamStore(wrap_sqlalchemy(async_engine), **tables, poll_interval=3600) as store:
         await contract.async_check_notification(store, async_theirs)
+
+
+# Names each connection, as an event that sets a new password.
+NAMED = "SELECT application_name, query LIKE 'LISTEN%' FROM pg_stat_activity WHERE application_name LIKE 'token %'"
+
+
+def test_listen_connection_is_opened_by_the_engine(engine, theirs, tables, dsn):
+    numbers = count()
+
+    @sqlalchemy.event.listens_for(engine, "do_connect")
+    def renew(dialect, record, arguments, parameters):
+        parameters["application_name"] = f"token {next(numbers)}"
+
+    with PostgresStreamStore(wrap_sqlalchemy(engine), **tables, poll_interval=3600) as store:
+        id = theirs.create()
+        with (
+            Background(lambda: store.wait(id)),
+            ending(theirs, id),
+            psycopg.connect(dsn, autocommit=True) as admin,
+        ):
+            for _ in range(2):
+                until(lambda: any(listens for _, listens in admin.execute(NAMED)))
+                names = [name for name, _ in admin.execute(NAMED)]
+                assert len(set(names)) == len(names)
+                admin.execute(TERMINATE)
+    assert "aibind_postgres-listener" not in workers()
 
 
 def test_reader_after_lost_connections(engine, theirs, tables, dsn):

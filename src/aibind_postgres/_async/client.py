@@ -16,6 +16,7 @@ from psycopg_pool import AsyncConnectionPool, PoolClosed
 from .._concurrency import (
     AsyncEvent,
     AsyncLock,
+    async_call_or_await,
     async_matches_flavour,
     async_shielded,
 )
@@ -33,7 +34,6 @@ from .connections import (
     parameters_of,
 )
 
-LISTENER_CHECKOUT_TIMEOUT = 5.0  # seconds that the listener waits for a pooled connection, to copy its parameters
 MIN_DRAIN_INTERVAL = 1.0  # seconds; a server that stays read-only must not cause a new connection for each call
 
 
@@ -245,10 +245,13 @@ class AsyncPoolClient(AsyncPsycopgClient):
                 await self._pool.close()
 
     async def connect(self) -> psycopg.AsyncConnection[Row] | None:
-        # Only the listener calls this. It must not wait long for a busy pool: it can poll without this connection.
-        async with self._pool.connection(min(self._pool.timeout, LISTENER_CHECKOUT_TIMEOUT)) as connection:
-            parameters = parameters_of(connection)
-        return await open_connection(parameters)
+        # As the pool connects: its callables or its class may renew a password, which is too old in open connections.
+        conninfo, kwargs = self._pool.conninfo, self._pool.kwargs
+        if callable(conninfo):
+            conninfo = await async_call_or_await(conninfo)
+        if callable(kwargs):
+            kwargs = await async_call_or_await(kwargs)
+        return await open_connection(kwargs or {}, conninfo or "", self._pool.connection_class)
 
     def is_recoverable(self, error: Exception) -> bool:
         recoverable = is_recoverable(error, (psycopg.OperationalError, psycopg.InterfaceError))

@@ -9,6 +9,7 @@ from time import monotonic
 from typing import Any, TypeAlias
 
 import psycopg
+from psycopg.conninfo import conninfo_to_dict
 from psycopg.rows import tuple_row
 
 from .._conninfo import missing_defaults
@@ -29,11 +30,21 @@ def parameters_of(connection: psycopg.AsyncConnection[Any]) -> dict[str, str]:
     return {keyword.decode(): value.decode() for keyword, value in values.items()}
 
 
-async def open_connection(parameters: Mapping[str, Any]) -> psycopg.AsyncConnection[Row]:
-    """Open a connection in autocommit mode with these libpq parameters. Add our defaults for those that are not set."""
-    return await psycopg.AsyncConnection.connect(
-        **{**missing_defaults(parameters), **parameters}, autocommit=True, prepare_threshold=None
-    )
+async def open_connection(
+    parameters: Mapping[str, Any],
+    conninfo: str = "",
+    connection_class: type[psycopg.AsyncConnection[Any]] = psycopg.AsyncConnection,
+) -> psycopg.AsyncConnection[Row]:
+    """Open a connection in autocommit mode. Add our defaults for parameters that are not set.
+
+    Args:
+        parameters: Keyword arguments of `connect`, such as libpq's parameters.
+        conninfo: A connection string; empty by default.
+        connection_class: The class whose `connect` is called; psycopg's by default.
+    """
+    missing = missing_defaults({**conninfo_to_dict(conninfo), **parameters})
+    options = {**missing, **parameters, "autocommit": True, "prepare_threshold": None}
+    return await connection_class.connect(conninfo, **options)
 
 
 class UnansweredError(psycopg.OperationalError):

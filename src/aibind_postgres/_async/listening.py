@@ -18,7 +18,7 @@ from .._concurrency import AsyncEvent, AsyncWorker, Mutex, async_spawn
 from .._notifications import decode_payload, encode_payloads
 from .._poll_pace import QUIET_FACTOR, PollPace
 from .._sql import NOTIFY, json_array
-from .._sqlstate import wrote_nothing
+from .._sqlstate import server_reason, wrote_nothing
 from .._subscriptions import Subscriptions, wake_all
 from .._tables import quote
 from .connections import UnansweredError, execute, is_direct, server_pid
@@ -37,6 +37,7 @@ ANSWER_TIMEOUT = 5.0  # seconds to wait for the answer to a statement on the LIS
 PROBE_AFTER = 3.0  # seconds since the last message on that connection before a missed change starts a probe
 PROBE_TIMEOUT = 2.0  # seconds within which a probe must arrive
 SESSION_CHECKS = 8  # that another connection does not get the session; other clients may hide that it does
+POOLER = "LISTEN does not work on this connection, as through a transaction pooler"
 MIN_RECONNECT, MAX_RECONNECT = 0.1, 30.0  # seconds between two attempts to connect; the pause doubles each time
 
 
@@ -152,11 +153,12 @@ class AsyncListener:
         self._warn_if_unavailable(connection)
 
     def _warn_if_unavailable(self, connection: AsyncListenConnection) -> None:
-        if connection.is_unavailable and not self._warned:
+        if connection.unavailable is not None and not self._warned:
             self._warned = True
             logger.warning(
-                "notifications unavailable: LISTEN does not work on this connection, as through a transaction pooler. "
-                "Readers are woken by polling, every %g to %g seconds: use a direct connection for notifications",
+                "notifications unavailable: %s. Readers are woken by polling, every %g to %g seconds: "
+                "use a direct connection to a primary server for notifications",
+                connection.unavailable,
                 self._poll_interval,
                 QUIET_FACTOR * self._poll_interval,
             )
@@ -171,6 +173,8 @@ class AsyncListener:
             # With the client, the poll uses the search_path, role and privileges of the readers.
             rows = await self._client.query(self._poll_statement, params)
         states = {stream_id: (state, total) for stream_id, state, total in rows}
+        connection.poll_succeeded()
+        self._warn_if_unavailable(connection)
         woken, found = self._subscriptions.polled(streams, states)
         wake_all(woken)
         return found
@@ -185,12 +189,14 @@ class AsyncListenConnection:
         self._closing = closing
         self._mutex = Mutex()
         self._connection: psycopg.AsyncConnection[Row] | None = None
-        self.is_unavailable = False  # notifications do not arrive through the pooler
+        self.unavailable: str | None = None  # the reason for which notifications do not arrive
         self._delivers = False  # notifications are known to arrive
         self._probed_at = math.inf  # the time at which the pending probe was sent
         self._active_at = 0.0  # the time of the last message from the server
         self._connect_at = 0.0  # the time of the next attempt to connect
         self._reconnect_pause = MIN_RECONNECT
+        self._reachable = False  # a poll has succeeded since the last attempt to connect
+        self._refusal: str | None = None  # the reason of the last attempt, if the server was reachable before it
 
     @property
     def is_connected(self) -> bool:
@@ -208,6 +214,7 @@ class AsyncListenConnection:
         pause = self._reconnect_pause
         self._connect_at = monotonic() + pause
         self._reconnect_pause = min(pause * 2, MAX_RECONNECT)
+        was_reachable, self._reachable, self._refusal = self._reachable, False, None
         try:
             connection = await self._client.connect()
             if connection is None:
@@ -225,11 +232,19 @@ class AsyncListenConnection:
                 await self._listen_through_pooler(connection)
         except Exception as error:
             logger.debug("the LISTEN connection could not be opened: %s", type(error).__name__)
+            if was_reachable:
+                self._refusal = server_reason(error) or type(error).__name__
             await self.disconnect()
             self._connect_at = monotonic() + pause  # polling continues meanwhile, also if each attempt takes long
             return False
         self._reconnect_pause = MIN_RECONNECT
         return True
+
+    def poll_succeeded(self) -> None:
+        """Record that the server is reachable. If it was so before the last failure to connect, it refuses LISTEN."""
+        self._reachable = True
+        if self._refusal is not None:
+            self.unavailable = f"the server refuses the connection for LISTEN ({self._refusal})"
 
     async def notifications(self, timeout: float) -> AsyncIterator[str]:
         """Iterate over the payloads that arrive within `timeout` seconds."""
@@ -249,7 +264,7 @@ class AsyncListenConnection:
         if self._delivers:
             await self.disconnect()
         else:
-            self.is_unavailable = True
+            self.unavailable = POOLER
             await self.query(f"UNLISTEN {quote(self._notifier.channel)}")
 
     async def probe_if_quiet(self) -> None:
@@ -276,8 +291,9 @@ class AsyncListenConnection:
         other = await self._client.connect()
         assert other is not None  # like the first one
         try:
-            self.is_unavailable = await _share_session(connection, other, monotonic() + PROBE_TIMEOUT)
-            if not self.is_unavailable:
+            if await _share_session(connection, other, monotonic() + PROBE_TIMEOUT):
+                self.unavailable = POOLER
+            else:
                 await self._listen()
                 await execute(other, NOTIFY, self._probe_params(), monotonic() + ANSWER_TIMEOUT)
                 self._probed_at = monotonic()
@@ -295,6 +311,7 @@ class AsyncListenConnection:
         return rows
 
     async def disconnect_if_broken(self, error: Exception) -> None:
+        self._reachable = False
         if self._connection is not None and (self._connection.closed or isinstance(error, UnansweredError)):
             await self.disconnect()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -15,6 +14,7 @@ import typer
 
 from .. import embedded, schema
 from .._conninfo import with_defaults
+from .._sqlstate import server_reason
 from .._tables import CHUNKS_TABLE, STATUS_TABLE
 from ..errors import AibindError, InvalidDataError, StreamNotFoundError
 
@@ -126,12 +126,8 @@ def _check_dsn(dsn: str, source: str) -> str:
 
 
 def _redacted_message(error: psycopg.Error) -> str:
-    # The driver's message may quote parts of the connection string. The text after the last "failed:" is safe: it is
-    # the reason given by the server or the operating system.
-    if error.diag.message_primary:
-        return f"PostgreSQL: {error.diag.message_primary}"
-    if reasons := re.findall(r"connection to server [^\n]* failed: ([^\n]+)", str(error)):
-        return f"cannot connect to PostgreSQL: {reasons[-1]}"
+    if reason := server_reason(error):
+        return f"{'PostgreSQL' if error.diag.message_primary else 'cannot connect to PostgreSQL'}: {reason}"
     if isinstance(error, psycopg.errors.ConnectionTimeout):
         return "cannot connect to PostgreSQL: the server did not answer in time"
     if isinstance(error, psycopg.OperationalError):
