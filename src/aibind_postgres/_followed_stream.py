@@ -12,6 +12,7 @@ from ._pages import FIRST_PAGE_CHUNKS
 from ._stream_tail import StreamTail
 
 if TYPE_CHECKING:
+    from ._pages import Page
     from .models import StreamChunk, StreamStatus
 
 
@@ -34,6 +35,10 @@ class Fetch(NamedTuple):
     version: int
     min_total: int
     ended: bool
+
+    def contradicts(self, page: Page | None) -> bool:
+        """Return True if a page shows less than was known: the stream was deleted, or a standby lags behind."""
+        return page is None or page.total < self.min_total or (self.ended and page.state == "active")
 
 
 class Wait(NamedTuple):

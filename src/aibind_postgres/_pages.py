@@ -78,6 +78,10 @@ class Page(NamedTuple):
         return StreamStatus(self.state, self.error, self.total)
 
 
+def is_missing(page: Page | None) -> bool:
+    return page is None
+
+
 def fitting_limit(characters: int, chunks: int) -> int:
     """Return the limit of a page of chunks that are as large as these on average."""
     return max(1, min(MAX_PAGE_CHUNKS, PAGE_CHARACTERS * chunks // characters)) if characters else MAX_PAGE_CHUNKS

@@ -168,6 +168,12 @@ SELECT min(seq) FROM {chunks}
 
 STATUS = "SELECT state, error, greatest(total_chunks, 0) FROM {status} WHERE id = $1::text"
 
+# Whether the server is a standby, and the status of a stream as the first row of READ, or NULL if there is none.
+STANDBY_STATUS = """
+SELECT pg_is_in_recovery(), found.seq, found.data
+  FROM (SELECT) AS one LEFT JOIN (SELECT {status_row} FROM {status} WHERE id = $1::text) AS found ON true
+"""
+
 # The states of the streams for which readers wait.
 POLL = """
 SELECT id, state, total_chunks FROM {status}
@@ -333,6 +339,7 @@ class StreamStatements:
         self.read_timed = fill(READ_TIMED)
         self.next = fill(NEXT)
         self.status = fill(STATUS)
+        self.standby_status = fill(STANDBY_STATUS)
         self.poll = fill(POLL)
         self.end = fill(END)
         self.delete = fill(DELETE)

@@ -263,7 +263,8 @@ class Subscriptions:
         """Let a reader read on its own, from a snapshot of the tail's version."""
         subscription.at_tail = False
         tail, after = subscription.stream.tail, int(min(subscription.cursor, MAX_NUMBER))
-        return Fetch(after, subscription.limit, False, tail.version, tail.min_total, tail.ended)
+        min_total = max(tail.min_total, subscription.delivered)
+        return Fetch(after, subscription.limit, False, tail.version, min_total, tail.ended)
 
     def _take_own_page(self, subscription: Subscription, fetch: Fetch, page: Page | None) -> list[Subscription]:
         """Take the page of a reader that catches up."""

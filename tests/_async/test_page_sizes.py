@@ -77,7 +77,7 @@ async def test_pages_of_a_shared_statement_are_bounded_together(store, other, cl
     ids = [await other.create() for _ in range(20)]
     for id in ids:
         await other.append_many(id, ["x" * 4_000] * 150)
-    reads = [partial(store._pages.shared_page, SharedRead(id, 0, SHARED_PAGE_CHUNKS), math.inf) for id in ids]
+    reads = [partial(store._pages.shared_page, SharedRead(id, 0, SHARED_PAGE_CHUNKS)) for id in ids]
     pages = await async_gather(*reads)
     assert all(page.rows and page.end >= page.rows[-1][0] for page in pages)
     batches = [statement.rows for statement in client.statements if "json_to_recordset" in statement.sql]

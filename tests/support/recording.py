@@ -126,7 +126,7 @@ class _ReadRecorder:
         return self.connections > 0 and self._reads_running == 0 and monotonic() - self._last_read_at > seconds
 
     def _begin(self, sql: str, params: Sequence[Any]) -> bool:
-        if "-greatest(total_chunks" not in sql:
+        if "-greatest(total_chunks" not in sql or "pg_is_in_recovery" in sql:
             return False
         if self.read_error is not None:
             raise self.read_error

@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Sequence
 from datetime import timedelta
-from functools import partial
 from random import uniform
 from time import monotonic
 from typing import TYPE_CHECKING, Protocol, TypeVar
@@ -28,6 +27,10 @@ WORKER_IDLE_TIMEOUT = 30.0  # seconds without work after which a background work
 CLOSING_TIMEOUT = 10.0  # seconds that `close` waits for a background worker
 
 MIN_RETRY_PAUSE, MAX_RETRY_PAUSE = 0.05, 2.0  # seconds between two attempts; the pause doubles each time
+
+
+class RetryableError(Exception):
+    """Raised by an attempt to be repeated, on any client."""
 
 
 class AsyncAttempt(Protocol[ResultOut]):
@@ -101,7 +104,7 @@ class AsyncDatabase:
             raise
 
     async def retry(self, attempt: AsyncAttempt[Result], deadline: float = math.inf) -> Result:
-        """Run `attempt`. Repeat it with growing pauses for up to `retry_for` seconds while the server is unreachable.
+        """Run `attempt`. Repeat it with growing pauses for up to `retry_for` seconds while its errors are recoverable.
 
         Args:
             attempt: The operation.
@@ -117,24 +120,18 @@ class AsyncDatabase:
             try:
                 return await attempt()
             except Exception as error:
-                if not self.client.is_recoverable(error):
+                if not isinstance(error, RetryableError) and not self.client.is_recoverable(error):
                     raise
                 now = monotonic()
                 if give_up_at is None:
                     give_up_at = now + self._retry_for
                 if now >= deadline:
-                    raise TimeoutError("the server could not be reached within the timeout") from error
+                    raise TimeoutError("no answer of a server that is up to date within the timeout") from error
                 if now >= give_up_at:
                     raise
                 # The pause is random, since many callers lose the connection at the same time.
                 await self.sleep(min(uniform(pause / 2, pause), give_up_at - now, deadline - now))
                 pause = min(pause * 2, MAX_RETRY_PAUSE)
-
-    async def query_with_retry(
-        self, statement: str, params: Sequence[object], deadline: float = math.inf
-    ) -> Sequence[Row]:
-        """Run one statement that only reads, with retries."""
-        return await self.retry(partial(self.query, statement, params), deadline)
 
     async def sleep(self, seconds: float) -> None:
         """Sleep. Raise `StoreClosedError` as soon as the store is closed."""

@@ -144,7 +144,8 @@ class AsyncDurableStream:
             InvalidDataError: The id is invalid, or `after_seq` is not an int of at least 0.
         """
         cursor = arguments.integer(after_seq, "after_seq", minimum=0)
-        if await store.get_status(id) is None:
+        # A standby may lag behind: the page is read again for a while.
+        if await store.get_status(id) is None and await store._pages.page(id, 0, 1) is None:
             raise StreamNotFoundError(id)
         return cls(store, id, after_seq=cursor)
 

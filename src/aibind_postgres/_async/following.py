@@ -98,9 +98,9 @@ class AsyncFollower:
         try:
             if fetch.shared:
                 read = SharedRead(self._stream_id, fetch.after, fetch.limit)
-                page = await self._pages.shared_page(read, deadline)
+                page = await self._pages.shared_page(read, fetch.contradicts, deadline)
             else:
-                page = await self._pages.page(self._stream_id, fetch.after, fetch.limit, deadline)
+                page = await self._pages.page(self._stream_id, fetch.after, fetch.limit, fetch.contradicts, deadline)
         except GeneratorExit:  # the garbage collector may run this while its thread holds the mutex; `__exit__` follows
             raise
         except BaseException as error:

@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 from time import monotonic
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from .. import _arguments as arguments
-from .._pages import FIRST_PAGE_CHUNKS, Page
+from .._pages import FIRST_PAGE_CHUNKS, Page, is_missing
 from .._sql import StreamStatements, json_text
 from .._sqlstate import wrote_nothing
 from ..errors import StreamNotFoundError
 from ..models import StreamChunk
 from .combining import AsyncCombiner
+from .database import RetryableError
 
 if TYPE_CHECKING:
     from .connections import Row
-    from .database import AsyncDatabase
+    from .database import AsyncAttempt, AsyncDatabase
 
 BATCH_STREAMS = 200  # in one statement at most
+
+
+class StandbyLagError(RetryableError):
+    """A page shows less than is known of its stream, and the server may be a standby that lags behind."""
+
+    def __init__(self, page: Page | None) -> None:
+        super().__init__("the standby lags behind, or the stream was deleted")
+        self.page = page
 
 
 class SharedRead(NamedTuple):
@@ -31,6 +40,9 @@ class SharedRead(NamedTuple):
     limit: int
 
 
+PageCheck: TypeAlias = Callable[[Page | None], bool]
+
+
 class AsyncPageReader:
     """Reads chunks of the streams of one store."""
 
@@ -39,17 +51,34 @@ class AsyncPageReader:
         self._sql = statements
         self._combiner = AsyncCombiner(self._run, max_items=BATCH_STREAMS, max_size=BATCH_STREAMS)
 
-    async def page(self, stream_id: str, after: int, limit: int, deadline: float = math.inf) -> Page | None:
+    async def page(
+        self,
+        stream_id: str,
+        after: int,
+        limit: int,
+        contradicts: PageCheck = is_missing,
+        deadline: float = math.inf,
+    ) -> Page | None:
         """Return at most `limit` chunks after sequence number `after`, or None if the stream does not exist.
 
         Other programs may have left gaps in a stream. An empty page ends just before the chunk that follows the gap.
-        """
-        page = await self._database.retry(partial(self._read, self._sql.read, stream_id, after, limit), deadline)
-        return await self._skip_gap(stream_id, page)
 
-    async def shared_page(self, read: SharedRead, deadline: float) -> Page | None:
+        Args:
+            stream_id: The id of the stream.
+            after: The sequence number.
+            limit: The number of chunks.
+            contradicts: Returns True for a page that shows less than is known of the stream. A standby may lag behind:
+                there, such a page is read again for up to `retry_for` seconds. Default: True if there is no stream.
+            deadline: As for `retry`.
+        """
+        read = partial(self._read_page, self._sql.read, stream_id, after, limit)
+        return await self._retry(read, stream_id, contradicts, deadline)
+
+    async def shared_page(
+        self, read: SharedRead, contradicts: PageCheck = is_missing, deadline: float = math.inf
+    ) -> Page | None:
         """Return the page of a read. Simultaneous reads share a statement."""
-        return await self._database.retry(partial(self._read_shared, read), deadline)
+        return await self._retry(partial(self._read_shared, read), read.stream_id, contradicts, deadline)
 
     async def stored(self, stream_id: str, cursor: int) -> AsyncIterator[StreamChunk]:
         """Iterate over the stored chunks after `cursor`, without waiting for more."""
@@ -84,18 +113,43 @@ class AsyncPageReader:
             del page
 
     async def _stored_page(self, statement: str, stream_id: str, cursor: int, limit: int, delivered: int) -> Page:
-        page = await self._database.retry(partial(self._read, statement, stream_id, cursor, limit))
-        page = await self._skip_gap(stream_id, page)
-        # Streams never shrink: a smaller total means a new stream with this id.
-        if page is None or page.total < delivered:
+        def contradicts(page: Page | None) -> bool:
+            # Streams never shrink: a smaller total means a new stream with this id.
+            return page is None or page.total < delivered
+
+        read = partial(self._read_page, statement, stream_id, cursor, limit)
+        page = await self._retry(read, stream_id, contradicts)
+        if page is None or contradicts(page):
             raise StreamNotFoundError(stream_id)
+        return page
+
+    async def _read_page(self, statement: str, stream_id: str, after: int, limit: int) -> Page | None:
+        return await self._skip_gap(stream_id, await self._read(statement, stream_id, after, limit))
+
+    async def _retry(
+        self, read: AsyncAttempt[Page | None], stream_id: str, contradicts: PageCheck, deadline: float = math.inf
+    ) -> Page | None:
+        try:
+            return await self._database.retry(partial(self._read_replicated, read, stream_id, contradicts), deadline)
+        except StandbyLagError as error:
+            return error.page
+
+    async def _read_replicated(
+        self, read: AsyncAttempt[Page | None], stream_id: str, contradicts: PageCheck
+    ) -> Page | None:
+        page = await read()
+        if contradicts(page):
+            # One statement, since a pool may have sessions on a standby and on the primary.
+            [(is_standby, *status)] = await self._database.query(self._sql.standby_status, [stream_id])
+            if is_standby or not contradicts(Page.parse([] if status[0] is None else [tuple(status)], 0, 0)):
+                raise StandbyLagError(page)
         return page
 
     async def _skip_gap(self, stream_id: str, page: Page | None) -> Page | None:
         """Extend an empty page up to the next chunk, since `total` may be far larger than the number of chunks."""
         if page is None or page.rows or page.is_last:
             return page
-        [(next_seq,)] = await self._database.query_with_retry(self._sql.next, [stream_id, page.end])
+        [(next_seq,)] = await self._database.query(self._sql.next, [stream_id, page.end])
         return page._replace(end=page.total if next_seq is None else int(next_seq) - 1)
 
     async def _read(self, statement: str, stream_id: str, after: int, limit: int) -> Page | None:

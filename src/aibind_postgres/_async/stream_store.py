@@ -255,7 +255,8 @@ class AsyncPostgresStreamStore:
         The iterator holds no connection while it waits or while the caller is busy. It holds at most one
         page of chunks in memory: at first 50 chunks, later up to 2,000 chunks or about half a million characters. A
         page has at most 2 MB, unless it consists of one larger chunk. If the connection is lost, the iterator keeps its
-        position and retries for the store's `retry_for` seconds.
+        position and retries for the store's `retry_for` seconds. It also does so if a standby does not have the stream,
+        or lacks chunks that the iterator has returned.
 
         Args:
             id: The stream id.
@@ -337,7 +338,7 @@ class AsyncPostgresStreamStore:
             The final status.
 
         Raises:
-            TimeoutError: The stream is still active after `timeout`, or the server could not be reached.
+            TimeoutError: The stream is still active after `timeout`, or no server could be reached that is up to date.
             StreamNotFoundError: The stream does not exist, or was deleted during the wait.
             ValueError: `timeout` is negative, or above 1e9 seconds.
             TypeError: `timeout` is neither a number nor a timedelta.
