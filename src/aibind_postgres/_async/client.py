@@ -312,6 +312,7 @@ def as_client(client: AsyncClientLike, timeout: float | None = None) -> AsyncCli
             min_size=1,
             max_size=10,
             timeout=10,
+            max_idle=1,  # each second in which one was unused, it closes a connection: other stores may need it
             reconnect_timeout=2,  # psycopg doubles the pauses between attempts up to this time: 1 s each
             reconnect_failed=_keep_connecting,
             open=False,

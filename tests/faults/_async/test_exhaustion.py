@@ -171,6 +171,21 @@ async def test_recovery_from_too_many_connections(disposable_server, long):
             assert seen == list(enumerate(expected, 1))
 
 
+async def test_idle_store_returns_its_connections(disposable_server):
+    limit_connections(disposable_server, 8)
+    async with AsyncPostgresStreamStore(disposable_server.dsn) as busy:
+        while True:
+            errors = await async_gather(*[partial(busy.get_status, "a")] * CALLERS, errors=True)
+            assert [error for error in errors if isinstance(error, BaseException)] == []
+            try:
+                await (await psycopg.AsyncConnection.connect(disposable_server.dsn)).close()
+            except psycopg.OperationalError:  # the store has all connections
+                break
+        async with AsyncPostgresStreamStore(disposable_server.dsn) as late:
+            async with AsyncBackground(partial(retry, late.create)) as creating:
+                assert await creating.result(HANG)
+
+
 @pytest.mark.parametrize("retry_for", [0.2, HANG])
 async def test_recovery_from_a_full_disk(dsn, tables, conversations, schema_name, long, retry_for):
     disk = FullDisk(dsn, schema_name, [*tables.values(), conversations])
