@@ -56,17 +56,22 @@ SELECT session_id, expires_at FROM {conversations}
  LIMIT $2::bigint
 """
 
+# Deletes expired conversations with at most $2 bytes together, or a single larger one.
 DELETE_EXPIRED = """
 WITH expired AS MATERIALIZED (
-    SELECT session_id FROM {conversations}
+    SELECT session_id, expires_at, octet_length(data) AS size FROM {conversations}
      WHERE expires_at <= {now}
      ORDER BY expires_at
      LIMIT $1::bigint
        FOR UPDATE SKIP LOCKED
+), summed AS MATERIALIZED (
+    SELECT session_id, size, sum(size) OVER (ORDER BY expires_at, session_id ROWS UNBOUNDED PRECEDING) AS sum
+      FROM expired
 ), deleted AS (
-    DELETE FROM {conversations} WHERE session_id = ANY (ARRAY(SELECT session_id FROM expired)) RETURNING 1
+    DELETE FROM {conversations}
+     WHERE session_id = ANY (ARRAY(SELECT session_id FROM summed WHERE sum <= $2::bigint OR sum = size)) RETURNING 1
 )
-SELECT count(*) FROM deleted
+SELECT (SELECT count(*) FROM expired) AS found, (SELECT count(*) FROM deleted) AS deleted
 """
 
 

@@ -191,23 +191,53 @@ SELECT EXISTS (SELECT FROM ended) AS ended, EXISTS (SELECT FROM {status} WHERE i
 {commit_setting}
 """
 
+# Statements that delete chunks are bounded in chunks. If more remain, a tombstone replaces the row of the stream in the
+# same statement: every reader and writer, also of other software, finds the stream missing, and the rest is deleted
+# later, by any process. A tombstone is a status row with an id of its own. `error` is the id of the stream, and
+# total_chunks the number up to which chunks may remain. Others never clean it up, since it does not expire.
+TOMBSTONE = "{id} || ' deleted ' || gen_random_uuid(), 'deleted', {id}, 2147483647, 9223372036854775807"
+
+# Sequence numbers up to $2 are at most $2 chunks. A chunk that was appended after the snapshot remains as well.
 DELETE = """
 WITH deleted AS (
     DELETE FROM {status} WHERE id = $1::text RETURNING total_chunks
 ), emptied AS (
-    DELETE FROM {chunks} WHERE id = $1::text RETURNING seq
+    DELETE FROM {chunks} WHERE id = $1::text AND seq <= $2::bigint RETURNING 1
+), buried AS (
+    INSERT INTO {status} (id, state, error, total_chunks, expires_at)
+    SELECT {tombstone_of_1}
+     WHERE (SELECT total_chunks FROM deleted) > (SELECT count(*) FROM emptied)
+        OR EXISTS (SELECT FROM {chunks} WHERE id = $1::text AND seq > $2::bigint)
+    RETURNING id
 )
-SELECT (SELECT total_chunks FROM deleted), (SELECT count(*) FROM emptied) {commit_setting}
+SELECT EXISTS (SELECT FROM deleted) AS existed, (SELECT id FROM buried) AS tombstone {commit_setting}
 """
 
-# Deletes a chunk that was appended after the snapshot of DELETE. Keeps the chunks of a new stream with the same id.
-DELETE_ORPHANS = """
-WITH current AS (
-    SELECT total_chunks FROM {status} WHERE id = $1::text
-), orphans AS (
-    DELETE FROM {chunks} WHERE id = $1::text AND seq > coalesce((SELECT total_chunks FROM current), 0) RETURNING 1
+TOMBSTONES = "SELECT id, error FROM {status} WHERE state = 'deleted' AND expires_at = 9223372036854775807"
+
+# Deletes the last $3 remaining chunks of stream $1 with tombstone $2, or the tombstone if none remain. Keeps the chunks
+# of a new stream with the same id. SKIP LOCKED leaves a tombstone to the process that works on it.
+SWEEP = """
+WITH tombstone AS MATERIALIZED (
+    SELECT total_chunks AS last FROM {status} WHERE id = $2::text AND state = 'deleted' FOR UPDATE SKIP LOCKED
+), kept AS MATERIALIZED (
+    SELECT coalesce((SELECT total_chunks FROM {status} WHERE id = $1::text), 0) AS last
+), remaining AS MATERIALIZED (
+    SELECT max(seq) AS last FROM {chunks}
+     WHERE id = $1::text AND seq > (SELECT last FROM kept) AND seq <= (SELECT last FROM tombstone)
+), swept AS (
+    DELETE FROM {chunks}
+     WHERE id = $1::text AND seq > (SELECT greatest(remaining.last - $3::bigint, kept.last) FROM remaining, kept)
+       AND seq <= (SELECT last FROM remaining)
+    RETURNING 1
+), advanced AS (
+    UPDATE {status} SET total_chunks = (SELECT last - $3::bigint FROM remaining)
+     WHERE id = $2::text AND (SELECT last FROM remaining) IS NOT NULL
+), finished AS (
+    DELETE FROM {status}
+     WHERE id = $2::text AND EXISTS (SELECT FROM tombstone) AND (SELECT last FROM remaining) IS NULL
 )
-SELECT (SELECT count(*) FROM orphans) {commit_setting}
+SELECT (SELECT count(*) FROM swept) AS deleted, (SELECT last FROM remaining) IS NOT NULL AS more {commit_setting}
 """
 
 # Deletes chunks that a half-finished clean-up has left over from an earlier stream with this id: those that are not
@@ -229,7 +259,7 @@ LIST = """
 SELECT id, state, error, greatest(total_chunks, 0), expires_at,
        CASE WHEN t.created_at {in_range} THEN t.created_at END
   FROM {status} AS s, LATERAL (SELECT (to_jsonb(s) ->> 'created_at')::timestamptz OFFSET 0) AS t (created_at)
- WHERE ($1::text IS NULL OR state = $1::text) AND id > $2::text
+ WHERE ($1::text IS NULL OR state = $1::text) AND state <> 'deleted' AND id > $2::text
  ORDER BY id
  LIMIT $3::bigint
 """
@@ -239,7 +269,7 @@ LIST_BY_TIME = """
 SELECT id, state, error, greatest(total_chunks, 0), expires_at,
        CASE WHEN created_at {in_range} THEN created_at END, to_jsonb(created_at) #>> '{{}}'
   FROM {status}
- WHERE ($1::text IS NULL OR state = $1::text)
+ WHERE ($1::text IS NULL OR state = $1::text) AND state <> 'deleted'
    AND created_at >= coalesce($4::timestamptz, '-infinity')
    AND ($5::timestamptz IS NULL OR created_at < $5::timestamptz)
    AND (created_at, id) > (coalesce($6::text::timestamptz, '-infinity'), $2::text)
@@ -247,31 +277,47 @@ SELECT id, state, error, greatest(total_chunks, 0), expires_at,
  LIMIT $3::bigint
 """
 
-# SKIP LOCKED skips rows that another process is cleaning up. The ids are passed as an array, since a join could be
-# planned as a scan of all chunks.
+# Deletes expired streams with at most $1 chunks together. The size of a stream is its highest sequence number. A larger
+# one is replaced by a tombstone. SKIP LOCKED skips rows that another process is cleaning up. The ids are passed as an
+# array, since a join could be planned as a scan of all chunks.
 CLEANUP = """
 WITH expired AS MATERIALIZED (
-    SELECT id FROM {status}
+    SELECT id, expires_at FROM {status}
      WHERE state <> 'active' AND expires_at <= {now}
      ORDER BY expires_at
-     LIMIT $1::bigint
+     LIMIT $2::bigint
        FOR UPDATE SKIP LOCKED
+), sized AS MATERIALIZED (
+    SELECT id, expires_at, (SELECT coalesce(max(seq), 0) FROM {chunks} AS c WHERE c.id = expired.id) AS size
+      FROM expired
+), summed AS MATERIALIZED (
+    SELECT id, size, sum(size) OVER (ORDER BY expires_at, id ROWS UNBOUNDED PRECEDING) AS sum FROM sized
+), chosen AS MATERIALIZED (
+    SELECT id, size FROM summed WHERE sum <= $1::bigint OR sum = size
 ), chunks AS (
-    DELETE FROM {chunks} WHERE id = ANY (ARRAY(SELECT id FROM expired)) RETURNING 1
+    DELETE FROM {chunks} WHERE id = ANY (ARRAY(SELECT id FROM chosen WHERE size <= $1::bigint)) RETURNING 1
 ), streams AS (
-    DELETE FROM {status} WHERE id = ANY (ARRAY(SELECT id FROM expired)) RETURNING 1
+    DELETE FROM {status} WHERE id = ANY (ARRAY(SELECT id FROM chosen)) RETURNING 1
+), buried AS (
+    INSERT INTO {status} (id, state, error, total_chunks, expires_at)
+    SELECT {tombstone_of_id} FROM chosen WHERE size > $1::bigint
 )
-SELECT (SELECT count(*) FROM streams) AS streams, (SELECT count(*) FROM chunks) AS chunks {commit_setting}
+SELECT (SELECT count(*) FROM expired) AS found, (SELECT count(*) FROM streams) AS streams,
+       (SELECT count(*) FROM chunks) AS chunks
+{commit_setting}
 """
 
-# The last activity is created_at of the last chunk, or of a stream without chunks (migration 0002). Without these
-# columns it is derived from expires_at and the ttl of this store. expires_at may lag by a quarter of the ttl, so the
-# latest possible time is used: no running producer is ended. An expires_at outside the range of timestamps is clamped,
-# since its conversion would fail the whole statement.
+# Checks the next $5 active streams after id $4. The last activity is created_at of the last chunk, or of a stream
+# without chunks (migration 0002). Without these columns it is derived from expires_at and the ttl of this store.
+# expires_at may lag by a quarter of the ttl, so the latest possible time is used: no running producer is ended. An
+# expires_at outside the range of timestamps is clamped, since its conversion would fail the whole statement.
 FAIL_ABANDONED = """
-WITH abandoned AS MATERIALIZED (
+WITH page AS MATERIALIZED (
+    SELECT max(id) AS last
+      FROM (SELECT id FROM {status} WHERE state = 'active' AND id > $4::text ORDER BY id LIMIT $5::bigint) AS active
+), abandoned AS MATERIALIZED (
     SELECT id FROM {status} AS s
-     WHERE state = 'active'
+     WHERE state = 'active' AND id > $4::text AND id <= (SELECT last FROM page)
        AND coalesce(
                CASE WHEN total_chunks <= 0
                     THEN (to_jsonb(s) ->> 'created_at')::timestamptz
@@ -289,7 +335,7 @@ WITH abandoned AS MATERIALIZED (
      WHERE id = ANY (ARRAY(SELECT id FROM abandoned)) AND state = 'active'
     RETURNING id
 )
-SELECT id FROM ended {commit_setting}
+SELECT page.last, ended.id FROM page LEFT JOIN ended ON true {commit_setting}
 """
 
 NOTIFY = "SELECT pg_notify($1::text, payload) FROM json_array_elements_text($2::text::json) AS payload"
@@ -323,6 +369,8 @@ class StreamStatements:
             "fits_in_batch": FITS.format(limit='wanted."limit"'),
             "running_size": RUNNING_SIZE,
             "batch_bytes": BATCH_BYTES,
+            "tombstone_of_1": TOMBSTONE.format(id="$1::text"),
+            "tombstone_of_id": TOMBSTONE.format(id="id"),
             "commit_setting": "" if synchronous_commit is None else setting,
         }
 
@@ -343,7 +391,8 @@ class StreamStatements:
         self.poll = fill(POLL)
         self.end = fill(END)
         self.delete = fill(DELETE)
-        self.delete_orphans = fill(DELETE_ORPHANS)
+        self.tombstones = fill(TOMBSTONES)
+        self.sweep = fill(SWEEP)
         self.delete_leftovers = fill(DELETE_LEFTOVERS)
         self.list = fill(LIST)
         self.list_by_time = fill(LIST_BY_TIME)

@@ -113,7 +113,7 @@ async def test_concurrent_cleanups_share_the_work(dsn, tables, store):
             "INSERT INTO {chunks} (id, seq, data) SELECT i::text, 1, '' FROM generate_series(1, 1000) i",
         ):
             await admin.execute(psycopg.sql.SQL(statement).format(**names))
-    results = await async_gather(*[partial(store.cleanup, batch_size=50)] * 8)
+    results = await async_gather(*[store.cleanup] * 8)
     # A cleanup skips locked rows, so it may return early; the others delete the rest.
     assert sum(result.streams for result in results) == sum(result.chunks for result in results) == 1000
 

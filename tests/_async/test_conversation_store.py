@@ -227,7 +227,7 @@ async def test_list_is_ordered_by_id_and_paged(store, run, monkeypatch):
 async def test_cleanup_deletes_expired_conversations_and_returns_their_number(store, run):
     await run("INSERT INTO TABLE SELECT i::text, '{}', 0 FROM generate_series(1, 25) i")
     await store.save("s", ChatHistory())
-    assert await store.cleanup(batch_size=10) == 25
+    assert await store.cleanup() == 25
     assert await store.cleanup() == 0
     assert await run("SELECT session_id FROM TABLE") == [("s",)]
 
@@ -313,8 +313,6 @@ async def test_invalid_arguments_raise_before_any_statement(store, dsn, conversa
             pass
     with pytest.raises(TypeError, match="not str"):
         await store.save("s", chat.to_json())
-    with pytest.raises(InvalidDataError, match="batch_size"):
-        await store.cleanup(batch_size=0)
     with pytest.raises(ValueError, match="ttl"):
         AsyncPostgresConversationStore(dsn, table=conversations, ttl=0)
     with pytest.raises(ValueError, match="table"):

@@ -185,10 +185,10 @@ class Conversations(RuleBasedStateMachine):
         assert self.stores.call(holder, "delete", session) is (self.current(session) is not None)
         self.rows.pop(session, None)
 
-    @rule(holder=HOLDERS, batch_size=st.integers(1, 2))
-    def cleanup(self, holder, batch_size):
+    @rule(holder=HOLDERS)
+    def cleanup(self, holder):
         expired = [session for session, row in self.rows.items() if row.expired]
-        assert self.stores.call(holder, "cleanup", batch_size=batch_size) == len(expired)
+        assert self.stores.call(holder, "cleanup") == len(expired)
         for session in expired:
             del self.rows[session]
 

@@ -193,15 +193,15 @@ class Streams(RuleBasedStateMachine):
         )
         self.tables.run("UPDATE {chunks} SET created_at = created_at - $1 * interval '1 second'", hours * HOUR)
 
-    @rule(flavour=FLAVOUR, batch_size=st.integers(1, 3))
-    def cleanup(self, flavour, batch_size):
+    @rule(flavour=FLAVOUR)
+    def cleanup(self, flavour):
         def expected():
             expired = [
                 id for id, stream in self.model.items() if stream.state != "active" and self.now - stream.ended >= TTL
             ]
             return len(expired), sum(len(self.model.pop(id).chunks) for id in expired)
 
-        self.check(flavour, expected, "cleanup", batch_size=batch_size)
+        self.check(flavour, expected, "cleanup")
 
     @rule(flavour=FLAVOUR, hours=st.integers(0, 2 * TTL))
     def fail_abandoned(self, flavour, hours):

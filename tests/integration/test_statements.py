@@ -23,8 +23,9 @@ STREAM_PLANS = {
     "standby_status": (["7"], ["(id = '7'"]),
     "poll": (['["7", "8"]'], ["(id = ANY"]),
     "end": (["7", "done", None, 1000], ["(id = '7'"]),
-    "delete": (["7"], ["(id = '7'"]),
-    "delete_orphans": (["7"], ["(id = '7'"]),
+    "delete": (["7", 10], ["(id = '7'"]),
+    "tombstones": ([], ["(expires_at = "]),
+    "sweep": (["7", "t", 10], ["(id = 't'", "(id = '7'"]),
     "delete_leftovers": (["7"], ["(id = '7'"]),
     "list": ([None, "7", 2000], ["(id > '7'"]),
     "append_batch": (['[{"id": "7", "texts": ["x"]}, {"id": "8", "texts": ["y"]}]', 1000], ["(id = ANY", "(id = "]),
@@ -32,8 +33,8 @@ STREAM_PLANS = {
         ['[{"index": 0, "id": "7", "after": 5, "limit": 100}]'],
         ["(id = wanted.id)", "(seq > wanted.after)"],
     ),
-    "cleanup": ([10], ["(expires_at <= ", "(id = ANY"]),
-    "fail_abandoned": ([1000, 1000, "x"], ["aibind_stream_status_active_idx", "(id = ANY", "(seq = "]),
+    "cleanup": ([10, 10], ["(expires_at <= ", "(id = ANY", "(id = expired.id"]),
+    "fail_abandoned": ([1000, 1000, "x", "", 10], ["aibind_stream_status_active_idx", "(id = ANY", "(seq = "]),
 }
 
 CONVERSATION_PLANS = {
@@ -42,7 +43,7 @@ CONVERSATION_PLANS = {
     "touch": (["7", 1000], ["(session_id = '7'"]),
     "delete": (["7"], ["(session_id = '7'"]),
     "list": (["7", 100], ["(session_id > '7'"]),
-    "cleanup": ([10], ["(expires_at <= ", "(session_id = ANY"]),
+    "cleanup": ([10, 1000], ["(expires_at <= ", "(session_id = ANY"]),
 }
 
 

@@ -117,7 +117,7 @@ def streams(since: datetime) -> None:
         assert_type(store.wait("id").state, StreamState)
         assert_type([store.stop("id"), store.complete("id"), store.fail("id", "why"), store.delete("id")], list[bool])
         assert_type(store.list(state="active", created_after=since), Iterator[StreamInfo])
-        assert_type(store.cleanup(batch_size=10), CleanupResult)
+        assert_type(store.cleanup(), CleanupResult)
         assert_type(store.fail_abandoned(600), list[str])
         for seq, data in store.read_from("id"):
             assert_type(seq, int)
@@ -144,7 +144,7 @@ async def async_streams(since: datetime) -> None:
         assert_type([await store.stop("id"), await store.complete("id"), await store.fail("id", "why")], list[bool])
         assert_type(await store.delete("id"), bool)
         assert_type(store.list(state="active", created_after=since), AsyncIterator[StreamInfo])
-        assert_type(await store.cleanup(batch_size=10), CleanupResult)
+        assert_type(await store.cleanup(), CleanupResult)
         assert_type(await store.fail_abandoned(600), list[str])
         async for seq, data in store.read_from("id"):
             assert_type(seq, int)
@@ -234,7 +234,7 @@ def conversations(message: Message) -> None:
             edited.append(message)
         assert_type([store.touch("id"), store.delete("id")], list[bool])
         assert_type(store.list(), Iterator[ConversationInfo])
-        assert_type(store.cleanup(batch_size=10), int)
+        assert_type(store.cleanup(), int)
         for session_id, expires_at in store.list():
             assert_type(session_id, str)
             assert_type(expires_at, datetime)

@@ -15,7 +15,7 @@ LAYERS = [
     {"errors", "_concurrency"},
     {"_conninfo", "_sqlstate", "_workarounds", "models", "history", "sse", "web"}
     | {"_document", "_merging", "_message_tree"},
-    {"_arguments", "_conversation_sql", "_notifications", "_pages", "_poll_pace", "_sql", "_stream_tail"}
+    {"_arguments", "_conversation_sql", "_deletion", "_notifications", "_pages", "_poll_pace", "_sql", "_stream_tail"}
     | {"_followed_stream", "_lifecycle", "_subscriptions", "_tables", "_write_buffer"},
     {"_async", "_sync"},
     {"schema", "adapters", "embedded"},
@@ -29,7 +29,7 @@ ASYNC_LAYERS = [
     {"client"},
     {"database"},
     {"combining"},
-    {"reading", "notifying"},
+    {"deleting", "reading", "notifying"},
     {"appending", "listening"},
     {"following"},
     {"stream_writer"},

@@ -13,6 +13,7 @@ from psycopg.sql import Identifier
 from .. import _arguments as arguments
 from .._concurrency import async_run_large
 from .._conversation_sql import ConversationStatements
+from .._deletion import MAX_ROWS, next_limit
 from .._document import (
     Document,
     Version,
@@ -30,6 +31,7 @@ from ..models import ConversationInfo, from_epoch_ms
 from .client import AsyncClientLike
 from .database import AsyncDatabase
 
+MAX_BYTES = 20_000_000  # of the conversations that one statement of `cleanup` deletes
 LIST_PAGE_ROWS = 2000  # rows that one statement of `list` returns
 
 OnConflict: TypeAlias = Literal["merge", "raise", "overwrite"]
@@ -267,25 +269,21 @@ class AsyncPostgresConversationStore:
                 return
             last_id = rows[-1][0]
 
-    async def cleanup(self, *, batch_size: int = 1000) -> int:
+    async def cleanup(self) -> int:
         """Delete the expired conversations. Safe to run in several processes at once.
 
-        Args:
-            batch_size: The maximum number of conversations that one statement deletes; 1000 by default.
+        Each statement deletes at most 1,000 conversations of at most 20 MB together, or a single larger one.
 
         Returns:
             The number of deleted conversations.
-
-        Raises:
-            InvalidDataError: `batch_size` is not an int of at least 1.
         """
-        arguments.integer(batch_size, "batch_size", minimum=1)
-        total: int = 0
-        while True:
-            [(deleted,)] = await self._database.query(self._sql.cleanup, [batch_size])
+        total = 0
+        limit = MAX_ROWS
+        while limit:
+            [(found, deleted)] = await self._database.query(self._sql.cleanup, [limit, MAX_BYTES])
             total += deleted
-            if deleted < batch_size:
-                return total
+            limit = next_limit(limit, found, deleted)
+        return total
 
     async def close(self) -> None:
         """Close the store, and its pool if it was made from a connection string. Safe to repeat."""

@@ -14,6 +14,7 @@ from typing import Any, get_args
 from psycopg.sql import Identifier
 
 from .. import _arguments as arguments
+from .._deletion import MAX_ROWS
 from .._followed_stream import Deliver
 from .._message_tree import new_id
 from .._sql import StreamStatements
@@ -33,6 +34,7 @@ from ..models import (
 from .appending import Append, AsyncAppender
 from .client import AsyncClientLike
 from .database import AsyncDatabase
+from .deleting import AsyncDeleter
 from .following import AsyncFollower, subscribe_to_end
 from .listening import AsyncListener
 from .notifying import AsyncNotifier
@@ -118,6 +120,7 @@ class AsyncPostgresStreamStore:
             self._database, self._subscriptions, self._notifier, self._sql.poll, poll_seconds
         )
         self._pages = AsyncPageReader(self._database, self._sql)
+        self._deleter = AsyncDeleter(self._database, self._sql)
         self._appender = AsyncAppender(self._database, self._sql, self._ttl, self._notifier)
         self._close_hooks: set[Callable[[AsyncPostgresStreamStore], Any]] = set()
 
@@ -412,6 +415,9 @@ class AsyncPostgresStreamStore:
     async def delete(self, id: str) -> bool:
         """Delete a stream and its chunks, in any state. Its readers and writers raise `StreamNotFoundError`.
 
+        Each statement deletes at most 10,000 chunks. The stream is missing from the first one on. If the call is
+        interrupted after it, `cleanup` deletes the rest.
+
         Args:
             id: The stream id.
 
@@ -421,20 +427,18 @@ class AsyncPostgresStreamStore:
         stream_id = arguments.identifier(id)
         self._database.check_owner()
         self._subscriptions.begin_delete(stream_id)
-        deleted = False
         try:
-            [(total_chunks, deleted_chunks)] = await self._database.query(self._sql.delete, [stream_id])
-            deleted = total_chunks is not None
-            if deleted and deleted_chunks < total_chunks:
-                await self._database.query(self._sql.delete_orphans, [stream_id])
+            deleted, tombstone = await self._deleter.hide(stream_id)
         except GeneratorExit:  # see `AsyncFollower`
             raise
         except BaseException:
-            wake_all(self._subscriptions.end_delete(stream_id, deleted))
+            wake_all(self._subscriptions.end_delete(stream_id, False))
             raise
         wake_all(self._subscriptions.end_delete(stream_id, deleted))
         # Also if there was none: the call that deleted it may have lost its reply and not have notified.
         await self._notifier.notify([stream_id])
+        if tombstone is not None:
+            await self._deleter.sweep(stream_id, tombstone)
         return deleted
 
     def list(
@@ -487,28 +491,17 @@ class AsyncPostgresStreamStore:
                 return
             last_id, last_time = rows[-1][0], rows[-1][-1]
 
-    async def cleanup(self, *, batch_size: int = 1000) -> CleanupResult:
+    async def cleanup(self) -> CleanupResult:
         """Delete the ended streams that have expired, with their chunks. Safe to run in several processes at once.
 
-        Active streams are kept: end abandoned ones with `fail_abandoned`.
-
-        Args:
-            batch_size: The maximum number of streams that one statement deletes; 1,000 by default.
+        Active streams are kept: end abandoned ones with `fail_abandoned`. Each statement deletes at most 10,000 chunks.
+        A stream with more chunks is missing for all readers from the first statement on. If the call is interrupted,
+        the next one continues.
 
         Returns:
             The numbers of deleted streams and chunks.
-
-        Raises:
-            InvalidDataError: `batch_size` is not an int of at least 1.
         """
-        arguments.integer(batch_size, "batch_size", minimum=1)
-        streams = chunks = 0
-        while True:
-            [(deleted_streams, deleted_chunks)] = await self._database.query(self._sql.cleanup, [batch_size])
-            streams += deleted_streams
-            chunks += deleted_chunks
-            if deleted_streams < batch_size:
-                return CleanupResult(streams, chunks)
+        return await self._deleter.cleanup()
 
     async def fail_abandoned(self, older_than: float | timedelta) -> builtins.list[str]:
         """End the active streams that have got no chunk for `older_than` seconds, in state error.
@@ -530,10 +523,15 @@ class AsyncPostgresStreamStore:
         """
         idle_seconds = arguments.seconds(older_than, "older_than", allow_zero=True)
         text = f"abandoned: no chunk for {idle_seconds:g} seconds"
-        rows = await self._database.query(self._sql.fail_abandoned, [self._ttl, round(idle_seconds * 1000), text])
-        stream_ids = [row[0] for row in rows]
-        if stream_ids:
-            await self._notifier.changed(stream_ids)
+        stream_ids: builtins.list[str] = []
+        last: str | None = ""
+        while last is not None:
+            params = [self._ttl, round(idle_seconds * 1000), text, last, MAX_ROWS]
+            rows = await self._database.query(self._sql.fail_abandoned, params)
+            last = rows[0][0]
+            if ended := [stream_id for _, stream_id in rows if stream_id is not None]:
+                stream_ids += ended
+                await self._notifier.changed(ended)
         return stream_ids
 
     async def close(self) -> None:

@@ -1,0 +1,55 @@
+"""Delete streams and their chunks, in statements of a bounded size."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .._deletion import MAX_ROWS, next_limit
+from .._sql import StreamStatements
+from ..models import CleanupResult
+
+if TYPE_CHECKING:
+    from .database import AsyncDatabase
+
+MAX_CHUNKS = 10_000  # deleted by one statement
+
+
+class AsyncDeleter:
+    """Deletes streams of one store. Each statement deletes at most `MAX_CHUNKS` chunks.
+
+    The first statement hides a stream from all readers. If it is interrupted after that, `cleanup` deletes the rest.
+    """
+
+    def __init__(self, database: AsyncDatabase, statements: StreamStatements) -> None:
+        self._database = database
+        self._sql = statements
+
+    async def hide(self, stream_id: str) -> tuple[bool, str | None]:
+        """Delete the status row of a stream and its first chunks.
+
+        Returns:
+            Whether the stream existed, and the id of the tombstone for `sweep`, or None if no chunks remain.
+        """
+        [(existed, tombstone)] = await self._database.query(self._sql.delete, [stream_id, MAX_CHUNKS])
+        return existed, tombstone
+
+    async def sweep(self, stream_id: str, tombstone: str) -> int:
+        """Delete the remaining chunks of a deleted stream, and its tombstone. Return the number of chunks."""
+        chunks, more = 0, True
+        while more:
+            [(deleted, more)] = await self._database.query(self._sql.sweep, [stream_id, tombstone, MAX_CHUNKS])
+            chunks += deleted
+        return chunks
+
+    async def cleanup(self) -> CleanupResult:
+        """Delete all expired streams. Finish deletions that were interrupted."""
+        streams = chunks = 0
+        limit = MAX_ROWS
+        while limit:
+            [(found, deleted, deleted_chunks)] = await self._database.query(self._sql.cleanup, [MAX_CHUNKS, limit])
+            streams += deleted
+            chunks += deleted_chunks
+            limit = next_limit(limit, found, deleted)
+        for tombstone, stream_id in await self._database.query(self._sql.tombstones, []):
+            chunks += await self.sweep(stream_id, tombstone)
+        return CleanupResult(streams, chunks)
