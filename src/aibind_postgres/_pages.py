@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import repeat, takewhile
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 from .models import StreamChunk, StreamState, StreamStatus
@@ -40,20 +39,20 @@ class Page(NamedTuple):
     def parse(cls, rows: Sequence[tuple[Any, ...]], after: int, limit: int) -> Page | None:
         """Parse the rows of a READ statement, or return None if the stream does not exist.
 
-        The row with the lowest number is the status. It consists of the negated number of chunks, and of the state,
-        followed by a line break and the error text if there is one. The text of a chunk is None if it is too large. The
-        page ends before it.
+        The first row is the status. It consists of the negated number of chunks, and of the state, followed by a line
+        break and the error text if there is one. The text of a chunk is None if it is too large. The page ends before
+        it.
 
         Args:
-            rows: The rows.
+            rows: The rows, in the order of the sequence numbers.
             after: The sequence number after which the statement reads.
             limit: The number of sequence numbers that the statement reads.
         """
         if not rows:
             return None
-        (negative_total, status, *_), *found = sorted(rows, key=itemgetter(0))
+        negative_total, status, *_ = rows[0]
         state, newline, error = status.partition("\n")
-        end = after + limit
+        found, end = rows[1:], after + limit
         try:
             next_limit = fitting_limit(sum([len(row[1]) for row in found]), len(found))
         except TypeError:  # len(None)

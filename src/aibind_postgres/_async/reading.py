@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
+from operator import itemgetter
 from time import monotonic
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
@@ -156,7 +157,7 @@ class AsyncPageReader:
         """Read a page, with a smaller limit if its first chunk is too large for this one."""
         while True:
             rows = await self._database.query(statement, [stream_id, after, limit])
-            page = Page.parse(rows, after, limit)
+            page = Page.parse(sorted(rows, key=itemgetter(0)), after, limit)
             if page is None or page.end > after:
                 return page
             limit = page.next_limit
