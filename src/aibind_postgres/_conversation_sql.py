@@ -31,8 +31,8 @@ WITH found AS MATERIALIZED (
      WHERE $4::text IS NOT NULL OR c.expires_at <= {now}
     RETURNING 1
 )
-SELECT EXISTS (SELECT FROM saved), EXISTS (SELECT FROM found),
-       (SELECT data FROM found WHERE octet_length(data) <= $5::bigint AND NOT EXISTS (SELECT FROM saved))
+SELECT EXISTS (SELECT FROM saved) AS saved, EXISTS (SELECT FROM found) AS found,
+       (SELECT data FROM found WHERE octet_length(data) <= $5::bigint AND NOT EXISTS (SELECT FROM saved)) AS data
 """
 
 OVERWRITE = """
