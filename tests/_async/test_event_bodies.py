@@ -9,6 +9,7 @@ import pytest
 from support.concurrency import AsyncBackground, async_sleep, async_until
 
 from aibind_postgres import AsyncPostgresStreamStore, AsyncStreamHandler, WebRequest
+from aibind_postgres._async.event_bodies import AsyncEventBodies
 from aibind_postgres._async.producing import close_source
 from aibind_postgres.sse import EventParser
 
@@ -44,6 +45,27 @@ async def test_client_that_does_not_read_is_disconnected_and_can_resume(store):
     assert b"data: one" in await again.__anext__()
     assert [event async for event in body] == []
     await close_source(again)
+
+
+async def test_body_ends_after_its_client_was_disconnected():
+    happened = []
+
+    async def events():
+        try:
+            yield b"one"
+            yield b"two"
+        finally:
+            happened.append("closed")
+            await async_until(lambda: "asked" in happened)
+
+    bodies = AsyncEventBodies(max_readers=1, send_timeout=0.1)
+    body = bodies.open("s", events(), lambda: happened.append("disconnected"))
+    assert await body.__anext__() == b"one"
+    await async_until(lambda: "closed" in happened)
+    happened.append("asked")
+    assert [event async for event in body] == []
+    # Else the server would use the connection for the next request, which would be disconnected.
+    assert "disconnected" in happened
 
 
 async def test_response_that_is_never_sent_counts_as_not_read(store):

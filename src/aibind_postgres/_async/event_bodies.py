@@ -29,6 +29,7 @@ class EventBody:
         self.events: AsyncIterator[bytes] | None = events
         self.disconnect = disconnect
         self.turn = Mutex()  # never waited for
+        self.disconnected = AsyncEvent()  # set once the watchdog has disconnected the client
         self.newest = b""  # the event that the server has got last
         self._checked = self.newest, monotonic()  # with the time at which the watchdog has seen it first
 
@@ -81,13 +82,15 @@ class AsyncEventBodies:
     async def _iterate(self, body: EventBody, events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         acquire, release = body.turn.acquire, body.turn.release
         try:
-            if not acquire(False):
-                return
-            async for body.newest in events:
-                release()
-                yield body.newest
-                if not acquire(False):
+            if acquire(False):
+                async for body.newest in events:
+                    release()
+                    yield body.newest
+                    if not acquire(False):
+                        break
+                else:
                     return
+            await body.disconnected.wait()  # else the next request of the connection could be disconnected
         except StreamNotFoundError:  # the status line has been sent; a client that resumes gets 404
             logger.info("stream %r was deleted while a client read it", body.stream_id)
         finally:
@@ -112,10 +115,15 @@ class AsyncEventBodies:
 
     async def _close(self, body: EventBody) -> None:
         logger.info("a client has not read stream %r for %g seconds", body.stream_id, self._send_timeout)
-        await close_source(body.events)
-        self._ended.append(body)
-        if body.disconnect is not None:
-            body.disconnect()
+        try:
+            await close_source(body.events)
+            self._ended.append(body)
+            if body.disconnect is not None:
+                body.disconnect()
+        except Exception:
+            logger.exception("the client of stream %r could not be disconnected", body.stream_id)
+        finally:
+            body.disconnected.set()
 
     def _remove_ended(self) -> None:
         # A queue, since the garbage collector may end a body in a thread that holds the mutex.
