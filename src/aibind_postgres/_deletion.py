@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 MAX_ROWS = 1000  # locked by one statement
+MAX_CHUNKS = 10_000  # deleted by one statement
 
 
 def next_limit(limit: int, found: int, deleted: int) -> int:

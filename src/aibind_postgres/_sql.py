@@ -32,15 +32,19 @@ RUNNING_SIZE = "sum(octet_length(found.data)) OVER (ORDER BY wanted.index, found
 
 STATUS_ROW = "-greatest(total_chunks, 0) AS seq, state || coalesce(chr(10) || error, '') AS data"
 
+# Chunks left over from an earlier stream with this id would occupy sequence numbers of the new one. They are deleted up
+# to number $3. If more remain, a tombstone makes `cleanup` delete them, or an append that meets them does.
 CREATE = """
 WITH created AS (
     INSERT INTO {status} (id, state, error, total_chunks, expires_at)
     VALUES ($1::text, 'active', NULL, 0, {now} + $2::bigint)
     ON CONFLICT (id) DO NOTHING
     RETURNING id
-), orphans AS (
-    -- Chunks left over from an earlier stream with this id would occupy sequence numbers of the new one.
-    DELETE FROM {chunks} WHERE id = $1::text AND EXISTS (SELECT FROM created)
+), leftovers AS (
+    DELETE FROM {chunks} WHERE id = $1::text AND seq <= $3::bigint AND EXISTS (SELECT FROM created)
+), buried AS (
+    INSERT INTO {status} (id, state, error, total_chunks, expires_at)
+    SELECT {tombstone_of_1} FROM created WHERE EXISTS (SELECT FROM {chunks} WHERE id = $1::text AND seq > $3::bigint)
 )
 SELECT EXISTS (SELECT FROM created) {commit_setting}
 """
@@ -241,11 +245,13 @@ SELECT (SELECT count(*) FROM swept) AS deleted, (SELECT last FROM remaining) IS 
 """
 
 # Deletes chunks that a half-finished clean-up has left over from an earlier stream with this id: those that are not
-# counted and not known to be younger than the stream. Writers count a chunk no later than they insert it.
+# counted and not known to be younger than the stream, among the next $2 numbers. Writers count a chunk no later than
+# they insert it.
 DELETE_LEFTOVERS = """
 WITH leftovers AS (
     DELETE FROM {chunks} AS c USING {status} AS s
      WHERE c.id = $1::text AND s.id = $1::text AND c.seq > greatest(s.total_chunks, 0)
+       AND c.seq <= greatest(s.total_chunks, 0) + $2::bigint
        AND coalesce((to_jsonb(c) ->> 'created_at')::timestamptz < (to_jsonb(s) ->> 'created_at')::timestamptz,
                     to_jsonb(c) ->> 'created_at' IS NULL)
     RETURNING 1

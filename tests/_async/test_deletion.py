@@ -221,3 +221,20 @@ async def test_concurrent_deletions_share_the_work(dsn, tables, run, monkeypatch
     assert sum(result.streams for result in [*results, rest]) == 48
     assert sum(result.chunks for result in [*results, rest]) == 1080
     assert await count(run) == (0, 0)
+
+
+@pytest.mark.parametrize("chunks", [1, 15_000])
+async def test_recreated_stream_deletes_at_most_10_000_leftover_chunks_at_once(store, run, limit, tables, chunks):
+    for id in ("ours", "theirs"):
+        await run(f"INSERT INTO {{chunks}} (id, seq, data) SELECT '{id}', s, 'old' FROM generate_series(1, 25000) s")
+    await run("ALTER TABLE {chunks} DROP COLUMN created_at")
+    await run("INSERT INTO {status} (id, expires_at) VALUES ('theirs', 9e15)")  # as by the TypeScript package
+    await limit(tables["chunks_table"], "DELETE", "count(*)", max(chunks, 10_000))
+    await store.create("ours")
+    for id in ("ours", "theirs"):
+        assert await store.append_many(id, ["new"] * chunks) == chunks
+        assert [chunk.data async for chunk in store.read_from(id, follow=False)] == ["new"] * chunks
+    assert [info.id async for info in store.list()] == ["ours", "theirs"]
+    await store.cleanup()
+    assert [info.id async for info in store.list()] == ["ours", "theirs"]
+    assert await run("SELECT count(*) FROM {chunks} WHERE id = 'ours'") == [(chunks,)]

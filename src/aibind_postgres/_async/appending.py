@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from .._deletion import MAX_CHUNKS
 from .._sql import StreamStatements, json_array, json_text
 from .._sqlstate import UNIQUE_VIOLATION, sqlstate, wrote_nothing
 from ..errors import (
@@ -114,7 +115,7 @@ class AsyncAppender:
             # A TypeScript clean-up that died half-way may have left chunks, and a stream of this id was created again.
             if sqlstate(error) != UNIQUE_VIOLATION or self._database.client.in_transaction():
                 raise
-            await self._database.query(self._sql.delete_leftovers, [stream_id])
+            await self._database.query(self._sql.delete_leftovers, [stream_id, max(len(texts), MAX_CHUNKS)])
             rows = await self._database.query(statement, params)
         if not rows:
             return None

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .._deletion import MAX_ROWS, next_limit
+from .._deletion import MAX_CHUNKS, MAX_ROWS, next_limit
 from .._sql import StreamStatements
 from ..models import CleanupResult
 
 if TYPE_CHECKING:
     from .database import AsyncDatabase
-
-MAX_CHUNKS = 10_000  # deleted by one statement
 
 
 class AsyncDeleter:
