@@ -107,8 +107,13 @@ def async_workers() -> list[str]:
     return [name for task in asyncio.all_tasks() if "aibind_postgres" in (name := task.get_name())]
 
 
+# Threads that outlive stores: one of the process, and watchdogs that end some seconds after the last reader.
+OUTLIVING = ("aibind_postgres-large", "aibind_postgres-send-timeout")
+
+
 def workers() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if "aibind_postgres" in thread.name]
+    names = [thread.name for thread in threading.enumerate()]
+    return [name for name in names if "aibind_postgres" in name and not name.startswith(OUTLIVING)]
 
 
 def run_python(code: str, *arguments: str) -> subprocess.Popen[str]:
