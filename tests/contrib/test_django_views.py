@@ -157,7 +157,7 @@ async def test_queries_of_a_source_after_its_request_leave_no_connections(
 def test_stream_in_an_open_transaction_is_logged(store, caplog):
     with transaction.atomic():
         stream = DurableStream.start(store, generate(None))
-        until(lambda: "first commit the transaction that creates it" in caplog.text)
+        until(lambda: "first commit the transaction that creates the stream" in caplog.text)
         assert DurableStream.shutdown(store, 20)
         assert store.get_status(stream.id) == ("active", None, 0)
     assert store.fail_abandoned(0) == [stream.id]
