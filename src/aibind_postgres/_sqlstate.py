@@ -86,7 +86,7 @@ def server_reason(error: BaseException) -> str | None:
 
     Unlike the driver's text, it contains no part of the connection string, and thereby no password.
     """
-    cause = _innermost(error)
+    cause = innermost(error)
     if primary := getattr(getattr(cause, "diag", None), "message_primary", None):
         return str(primary)
     failures = re.findall(r"connection to server [^\n]* failed: ([^\n]+)", str(cause))
@@ -121,10 +121,11 @@ def translate(error: Exception) -> AibindError | None:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(_innermost(error)).partition("\n")[0]
+    return str(innermost(error)).partition("\n")[0]
 
 
-def _innermost(error: BaseException) -> BaseException:
+def innermost(error: BaseException) -> BaseException:
+    """Return the driver's own error, also if SQLAlchemy or Django has wrapped it."""
     while (inner := getattr(error, "orig", None) or error.__cause__) is not None:
         error = inner
     return error

@@ -16,7 +16,7 @@ import psycopg
 from ._async import client as async_client
 from ._async.client import AsyncPostgresClient
 from ._async.connections import Row
-from ._sqlstate import is_read_only, is_recoverable
+from ._sqlstate import innermost, is_read_only, is_recoverable
 from ._sync import client as sync_client
 from ._sync import connections as sync_connections
 from ._sync.client import PostgresClient
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
 else:  # `typing.get_type_hints` needs the names at run time, without the extra
     Engine = AsyncEngine = TextClause = Any
+
+CONNECT_ERRORS = (OSError, asyncio.TimeoutError)  # of asyncpg; before Python 3.11, the second is no OSError
 
 # Matches quoted names, literals and comments as well, so that a `$1` inside them stays unchanged.
 _TOKENS = re.compile(r'"[^"]*"|\'[^\']*\'|--[^\n]*|/\*.*?\*/|\$(?P<number>\d+)', re.DOTALL)
@@ -264,7 +266,7 @@ class _AsyncpgPool(async_client.AsyncClient):
     def is_recoverable(self, error: Exception) -> bool:
         import asyncpg
 
-        recoverable = is_recoverable(error, (OSError, asyncpg.InterfaceError))
+        recoverable = is_recoverable(error, (*CONNECT_ERRORS, asyncpg.InterfaceError)) or _is_without_server(error)
         return recoverable and not isinstance(error, ValueError) and not self._pool.is_closing()
 
 
@@ -327,7 +329,13 @@ def _engine_may_recover(error: Exception) -> bool:
     if isinstance(error, exc.DBAPIError) and error.connection_invalidated:
         return True
     # SQLAlchemy does not wrap the errors that asyncpg raises while it connects.
-    return is_recoverable(error, (exc.OperationalError, exc.InterfaceError, exc.TimeoutError, OSError))
+    lost = (exc.OperationalError, exc.InterfaceError, exc.TimeoutError, *CONNECT_ERRORS)
+    return is_recoverable(error, lost) or _is_without_server(error)
+
+
+def _is_without_server(error: Exception) -> bool:
+    """Return True for asyncpg's error if no host matches target_session_attrs, as during a failover."""
+    return type(innermost(error)).__name__ == "TargetServerAttributeNotMatched"
 
 
 def _in_transaction(wrapper: Any) -> bool:

@@ -40,6 +40,8 @@ from aibind_postgres.schema import async_migrate, migrate
 
 TEXTS = ["", "plain", "é 👩‍👩‍👧", "'; --", '"\\\n\t', "100%", "%s %(p1)s %%", "$1 :p1 ::text \\:x", "x" * 100_000]
 
+NO_CODE = "none"  # of errors without an SQLSTATE, as of connections that could not be opened
+
 SERVER_TIME = "SELECT extract(epoch FROM clock_timestamp())::float8"
 TTL = 1800  # seconds, the default of a conversation store
 ROUNDING = 0.001  # seconds, since expires_at is rounded to milliseconds
@@ -355,7 +357,7 @@ def _code_of_append(store: PostgresStreamStore, id: str) -> str | None:
     try:
         store.append(id, "a")
     except Exception as error:
-        return sqlstate(error) or "lost connection"
+        return sqlstate(error) or NO_CODE
     return None
 
 
@@ -553,7 +555,7 @@ async def async_check_reconnect(ours: AsyncPostgresStreamStore, theirs: AsyncPos
     assert arrived == ["0", "1", "2", "3", "4"]
 
 
-async def async_check_read_only(ours: AsyncPostgresStreamStore, dsn: str) -> None:
+async def async_check_read_only(ours: AsyncPostgresStreamStore, dsn: str, code: str = READ_ONLY_TRANSACTION) -> None:
     id, other = await ours.create(), await ours.create()
     entered: list[bool] = []
     read_only: list[bool] = []
@@ -568,7 +570,7 @@ async def async_check_read_only(ours: AsyncPostgresStreamStore, dsn: str) -> Non
         await async_until(lambda: entered)
         with read_only_sessions(dsn):
             read_only.append(True)
-            while await _async_code_of_append(ours, other) != READ_ONLY_TRANSACTION:
+            while await _async_code_of_append(ours, other) != code:
                 await async_sleep(0.002)
         while await _async_code_of_append(ours, other) is not None:
             await async_sleep(0.002)
@@ -580,7 +582,7 @@ async def _async_code_of_append(store: AsyncPostgresStreamStore, id: str) -> str
     try:
         await store.append(id, "a")
     except Exception as error:
-        return sqlstate(error) or "lost connection"
+        return sqlstate(error) or NO_CODE
     return None
 
 

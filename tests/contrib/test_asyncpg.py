@@ -80,6 +80,12 @@ async def test_read_only_sessions_are_replaced(pool, tables, dsn):
         await contract.async_check_read_only(store, dsn)
 
 
+async def test_no_server_is_writable_for_some_time(arguments, tables, dsn):
+    async with asyncpg.create_pool(**arguments, min_size=0, target_session_attrs="read-write") as pool:
+        async with AsyncPostgresStreamStore(wrap_asyncpg(pool), **tables) as store:
+            await contract.async_check_read_only(store, dsn, contract.NO_CODE)
+
+
 async def test_lost_connection_of_the_caller_raises_without_retries(connection, tables, dsn):
     async with AsyncPostgresStreamStore(wrap_asyncpg(connection), **tables, retry_for=3600) as store:
         id = await store.create()

@@ -134,6 +134,16 @@ async def test_read_only_sessions_are_replaced_in_tasks(async_engine, tables, ds
         await contract.async_check_read_only(store, dsn)
 
 
+@pytest.mark.parametrize("driver", ["psycopg", "asyncpg"])
+async def test_no_server_is_writable_for_some_time(dsn, tables, driver):
+    arguments = contract.parameters(dsn, **({"dbname": "database"} if driver == "asyncpg" else {}))
+    arguments["target_session_attrs"] = "read-write"
+    engine = create_async_engine(f"postgresql+{driver}://", connect_args=arguments)
+    async with AsyncPostgresStreamStore(wrap_sqlalchemy(engine), **tables) as store:
+        await contract.async_check_read_only(store, dsn, contract.NO_CODE)
+    await engine.dispose()
+
+
 def test_many_readers_share_one_connection(dsn, theirs, tables):
     arguments = contract.parameters(dsn)
     engine = sqlalchemy.create_engine(
