@@ -6,6 +6,7 @@ Paths and JSON fields follow the protocol of aibind's browser client.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple
@@ -14,6 +15,9 @@ from urllib.parse import parse_qsl
 from .errors import WebError
 
 Kind = Literal["stream", "structured", "chat", "compact", "complete", "title"]
+
+
+MAX_VALUES = 100_000  # in one body: parsing more would block all threads for long, and take much memory
 
 
 class QueryParameters(dict[str, str]):
@@ -118,7 +122,10 @@ def parse_body(request: WebRequest) -> dict[str, Any]:
 
     Raises:
         WebError: 400: the body is not a JSON object in UTF-8. JSON from the network has no byte order mark (RFC 8259).
+            413: it has more than `MAX_VALUES` values.
     """
+    if _has_many_values(request.body):
+        raise WebError(413, f"the body must have at most {MAX_VALUES} values")
     try:
         body = json.loads(request.body.decode())  # from bytes, `loads` would also accept UTF-16 and UTF-32
     except (ValueError, RecursionError):
@@ -126,6 +133,20 @@ def parse_body(request: WebRequest) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise WebError(400, "the body must be a JSON object")
     return body
+
+
+def _has_many_values(body: bytes) -> bool:
+    """Return True if JSON has more than about `MAX_VALUES` values."""
+    if _count_separators(body) <= MAX_VALUES:
+        return False
+    unescaped = body.replace(rb"\\", b"").replace(rb"\"", b"")
+    if unescaped.count(b'"') > 4 * MAX_VALUES:  # a value has at most two texts: itself and its key
+        return True
+    return _count_separators(re.sub(rb'"[^"]*"?', b"", unescaped)) > MAX_VALUES
+
+
+def _count_separators(body: bytes) -> int:
+    return sum(map(body.count, (b",", b"[", b"{")))
 
 
 def parse_generation(kind: Kind, request: WebRequest) -> Generation:

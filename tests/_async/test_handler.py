@@ -284,12 +284,21 @@ async def test_unauthorized_requests_read_and_change_nothing(api):
         ("POST", "/stream/stop", {"id": "nothing"}, 404, "stream not found"),
         ("GET", "/stream/resume", None, 400, "id parameter is required"),
         ("POST", "/stream", {"prompt": "x" * 10_000_000}, 413, "10000000"),
+        *[
+            ("POST", "/stream", {"prompt": "x", "more": values}, 413, "at most 100000 values")
+            for values in ([[]] * 100_000, [0] * 100_000, [{}, ""] * 50_000, [r"\"[]", "\\\\"] * 50_000)
+        ],
     ],
 )
 async def test_error_response(api, method, path, body, status, error):
     actual_status, text = error_of(await api.request(method, path, body))
     assert actual_status == status
     assert error in text
+
+
+@pytest.mark.parametrize("text", [",[{" * 100_000, '\\",' * 100_000, "\n, \\" * 100_000])
+async def test_limit_of_values_ignores_texts(api, text):
+    assert (await api.post("/chat", {"messages": [{"role": "user", "content": "x"}], "attachment": text})).status == 200
 
 
 async def test_resume_of_stream_with_numeric_id(api):
