@@ -21,7 +21,7 @@ MAX_DEPTH = 200  # levels of nesting
 MAX_INT_BITS = 14_000  # Python converts at most 4,300 digits
 
 NODE_CHARACTERS = 200  # of a node without its message
-BATCH_NODES = 16  # nodes that one call of json.dumps serializes: it blocks all threads
+BATCH_NODES = 16  # nodes that one call of json.dumps serializes, since it holds the GIL
 
 
 class Version(NamedTuple):
@@ -138,7 +138,7 @@ def parse_document(text: str) -> Document:
     """
     try:
         text.encode()
-        data = json.loads(text, parse_constant=_reject_constant, object_hook=_keep)
+        data = json.loads(text, parse_constant=_reject_constant, object_hook=_let_threads_run)
     except (ValueError, RecursionError, AttributeError):
         # `from None`: the original errors contain the text of the conversation.
         raise InvalidHistoryError("it is not JSON, or is nested too deeply") from None
@@ -217,8 +217,8 @@ def _is_id_list(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
-def _keep(value: Any) -> Any:
-    # The parser blocks all threads, except during a call of Python code.
+def _let_threads_run(value: Any) -> Any:
+    # The parser holds the GIL, except while it calls Python code.
     return value
 
 

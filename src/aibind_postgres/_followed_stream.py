@@ -37,7 +37,7 @@ class Fetch(NamedTuple):
     ended: bool
 
     def contradicts(self, page: Page | None) -> bool:
-        """Return True if a page shows less than was known: the stream was deleted, or a standby lags behind."""
+        """Return True if a page contradicts the tail: the stream was deleted, or a standby lags behind."""
         return page is None or page.total < self.min_total or (self.ended and page.state == "active")
 
 

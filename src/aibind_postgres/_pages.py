@@ -12,7 +12,7 @@ FIRST_PAGE_CHUNKS, MAX_PAGE_CHUNKS = 50, 2000
 PAGE_CHARACTERS = 500_000  # the expected size of the pages after the first one
 PAGE_BYTES = 2_000_000  # the largest size of a page that contains more than one chunk
 BATCH_BYTES = 8_000_000  # the largest size of the pages that one statement reads for several streams
-SMALLER = 16  # the divisor of the limit after a chunk that was too large for it
+LIMIT_DIVISOR = 16  # reduces the limit after a chunk that was too large for it
 
 
 class Page(NamedTuple):
@@ -58,7 +58,7 @@ class Page(NamedTuple):
         except TypeError:  # len(None)
             found = list(takewhile(lambda row: row[1] is not None, found))
             end = found[-1][0] if found else after
-            next_limit = max(1, limit // SMALLER)
+            next_limit = max(1, limit // LIMIT_DIVISOR)
         return cls(state, error if newline else None, -negative_total, found, end, next_limit)
 
     @property

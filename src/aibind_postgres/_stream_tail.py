@@ -122,11 +122,15 @@ class StreamTail:
         self._total_at_poll = self.total
 
     def finds_change(self, state: str | None, total: int) -> bool:
-        """Return whether the result of a poll is a change that is not known yet; state None: the poll found no stream.
+        """Return True if the result of a poll is a change that is not known yet.
 
-        A result counts once, since readers may see other rows than the poll does. If the poll finds no stream, growth
-        that a fetch has found counts in its place. If the stream was marked stale since the last poll that found a
-        change, the next change is ignored once: a fetch or another notification may still deliver it.
+        The same result counts as a change once, since the poll may not see the rows that readers see. If the poll finds
+        no stream, growth that a fetch has found counts instead. If the stream was marked stale since the last poll that
+        found a change, the next change is ignored once: a fetch or another notification may still deliver it.
+
+        Args:
+            state: The state of the stream, or None if the poll did not find it.
+            total: The number of chunks that the poll found.
         """
         result = (state, self.total if state is None else total)
         # Fewer chunks than when the poll began: it is a new stream of this id.

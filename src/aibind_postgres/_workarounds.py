@@ -60,8 +60,8 @@ def checkout(pool: ConnectionPool[Any], timeout: float) -> psycopg.Connection[An
     return connection
 
 
-# psycopg_pool, all versions: a pool loses a connection if the handler of a signal raises while the connection is put
-# back. Remove when `putconn` can be repeated.
+# psycopg_pool, all versions: a pool loses a connection if a signal handler raises while the connection is put back.
+# Remove when `putconn` can be repeated.
 
 
 async def async_put_again(put: Callable[[], Coroutine[Any, Any, None]]) -> None:

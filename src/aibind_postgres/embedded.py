@@ -26,7 +26,7 @@ from psycopg.pq import Conninfo
 if sys.platform != "win32":
     import fcntl
 
-# Only a part of the socket name, since the server does not listen on the network. No other PostgreSQL has this port.
+# Only a part of the socket's name, since the server does not listen on the network. No other PostgreSQL has this port.
 _PORT = "1"
 _CLUSTER_NAME = "cluster_name=aibind_postgres"  # the option that identifies an embedded server
 _INIT_PREFIX = "initializing-"  # of the temporary folder in which initdb runs
@@ -60,7 +60,7 @@ def server(path: str | os.PathLike[str] | None = None, *, version: int = 18) -> 
 
     Yields:
         The connection string, as a URL. It overrides the libpq variables that are set at the call, and always
-        PGHOSTADDR and PGOPTIONS. It has been tested: this server answers.
+        PGHOSTADDR and PGOPTIONS. A first connection has shown that it leads to this server.
 
     Raises:
         ModuleNotFoundError: The `embedded` extra is not installed.

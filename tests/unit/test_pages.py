@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from aibind_postgres import StreamChunk, StreamStatus
-from aibind_postgres._pages import MAX_PAGE_CHUNKS, PAGE_CHARACTERS, SMALLER, Page
+from aibind_postgres._pages import LIMIT_DIVISOR, MAX_PAGE_CHUNKS, PAGE_CHARACTERS, Page
 
 
 def test_no_rows_mean_a_missing_stream():
@@ -58,7 +58,7 @@ def test_next_limit(lengths, limit):
     ids=["third", "last", "first"],
 )
 def test_page_ends_before_a_chunk_that_is_too_large(texts, end, next_limit):
-    page = Page.parse([(-100, "done"), *enumerate(texts, 4)], 3, 3 * SMALLER)
+    page = Page.parse([(-100, "done"), *enumerate(texts, 4)], 3, 3 * LIMIT_DIVISOR)
     assert [seq for seq, _ in page.rows] == list(range(4, end + 1))
     assert (page.end, page.next_limit, page.is_last) == (end, next_limit, False)
 

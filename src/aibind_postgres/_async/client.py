@@ -41,8 +41,8 @@ class AsyncPostgresClient(Protocol):
     """The protocol for a driver other than psycopg: any object with this `query` method.
 
     Attributes:
-        connection_errors: Optional. A tuple of the exception classes after which another attempt may succeed, in
-            addition to errors with an attribute `sqlstate` that says so. Default: none.
+        connection_errors: Optional. A tuple of the exception classes after which another attempt may succeed. Errors
+            with a recoverable code in the attribute `sqlstate` need no entry. Default: none.
         joins_transactions: Optional. Whether statements may run inside a transaction of the caller. Default: False.
     """
 
@@ -102,11 +102,11 @@ class AsyncClient:
         return self.joins_transactions
 
     def capture_thread(self) -> Callable[[], None]:
-        """Return a function that gives another thread what this one has set for its statements, such as a tenant.
+        """Return a function that copies the settings of this thread, such as a tenant, to the thread that calls it.
 
         Writers and producers call it in their workers.
         """
-        return _nothing
+        return _do_nothing
 
     async def release_thread(self) -> None:
         """Release the connection of the current thread. Writers and producers call this in their workers."""
@@ -123,7 +123,7 @@ class AsyncClient:
         await self.close()
 
 
-def _nothing() -> None:
+def _do_nothing() -> None:
     """Do nothing."""
 
 
@@ -182,7 +182,7 @@ class AsyncPoolClient(AsyncPsycopgClient):
         while True:
             connection: psycopg.AsyncConnection[Any] | None = None
             autocommit = True
-            # A signal handler may raise anywhere: the connection must be known here as soon as the pool gives it out.
+            # A signal handler may raise anywhere, so `finally` must know the connection as soon as the pool returns it.
             try:
                 # Not `connection()` of the pool: it would end a transaction, and in autocommit mode there is none.
                 connection = await async_checkout(self._pool, max(0.0, checkout_deadline - monotonic()))
@@ -219,7 +219,7 @@ class AsyncPoolClient(AsyncPsycopgClient):
         await self._pool.putconn(connection)
 
     async def _replace_connections(self) -> None:
-        """Let the pool replace its connections: after a failover, those to a server that was read-only stay so."""
+        """Let the pool replace its connections: after a failover, sessions that were read-only may stay so."""
         if monotonic() - self._drained_at > MIN_DRAIN_INTERVAL:
             self._drained_at = monotonic()
             await async_shielded(self._pool.drain)  # the pool loses connections if it is cancelled
@@ -245,7 +245,7 @@ class AsyncPoolClient(AsyncPsycopgClient):
                 await self._pool.close()
 
     async def connect(self) -> psycopg.AsyncConnection[Row] | None:
-        # As the pool connects: its callables or its class may renew a password, which is too old in open connections.
+        # Connect as the pool does: its callables or its class may renew a password that has expired since.
         conninfo, kwargs = self._pool.conninfo, self._pool.kwargs
         if callable(conninfo):
             conninfo = await async_call_or_await(conninfo)
@@ -312,7 +312,7 @@ def as_client(client: AsyncClientLike, timeout: float | None = None) -> AsyncCli
             min_size=1,
             max_size=10,
             timeout=10,
-            max_idle=1,  # each second in which one was unused, it closes a connection: other stores may need it
+            max_idle=1,  # seconds: unused connections are closed, since other stores may need them
             reconnect_timeout=2,  # psycopg doubles the pauses between attempts up to this time: 1 s each
             reconnect_failed=_keep_connecting,
             open=False,

@@ -62,7 +62,7 @@ class AsyncTimedCursor(psycopg.AsyncRawCursor[Row]):
         self._deadline = deadline
 
     def _execute_gen(self, *args: Any, **options: Any) -> Generator[Any, Any, None]:
-        if self._conn.pgconn.pipeline_status:  # here, the lock keeps out the pipeline of another caller's `executemany`
+        if self._conn.pgconn.pipeline_status:  # the lock excludes the pipeline of another `executemany`
             raise AibindError(
                 "the connection is in pipeline mode, in which a statement has no result yet: use the store outside of "
                 "the pipeline, or give it a connection of its own"

@@ -30,7 +30,7 @@ MIN_RETRY_PAUSE, MAX_RETRY_PAUSE = 0.05, 2.0  # seconds between two attempts; th
 
 
 class RetryableError(Exception):
-    """Raised by an attempt to be repeated, on any client."""
+    """Raised by an attempt that `retry` should repeat, whatever the client."""
 
 
 class AsyncAttempt(Protocol[ResultOut]):
@@ -126,7 +126,7 @@ class AsyncDatabase:
                 if give_up_at is None:
                     give_up_at = now + self._retry_for
                 if now >= deadline:
-                    raise TimeoutError("no answer of a server that is up to date within the timeout") from error
+                    raise TimeoutError("no up-to-date server has answered within the timeout") from error
                 if now >= give_up_at:
                     raise
                 # The pause is random, since many callers lose the connection at the same time.

@@ -20,7 +20,7 @@ from .following import AsyncFollower, Heartbeat
 from .producing import AsyncProducer, close_source, shutdown
 from .stream_store import AsyncPostgresStreamStore
 
-MAX_EVENTS_IN_CRLF = 100  # a resumed reader looks no further back for the CR before an LF
+MAX_EVENTS_IN_CRLF = 100  # between CR and LF: a resumed reader does not search further back for the CR
 
 
 class AsyncDurableStream:
@@ -172,14 +172,14 @@ class AsyncDurableStream:
     def sse(self, after_seq: int | None = None, *, heartbeat: float | timedelta = 15.0) -> AsyncIterator[bytes]:
         """Iterate over the stream as encoded Server-Sent Events, until it has ended.
 
-        The data of the events without a name are the text. A CR or CRLF arrives as LF, also if two chunks share the
-        CRLF.
+        The data of the events without a name are the text. A CR or CRLF arrives as LF, also if the CRLF spans two
+        chunks.
 
         The events are, in this order:
 
         1. `stream-id`, if `start` returned this object and the stream is read from the beginning.
         2. One event for each chunk, named or unnamed. Its id is the sequence number of the chunk. A chunk that contains
-           U+0001 after a name is a named event: `append` of the store describes the danger.
+           U+0001 after a name is a named event: `append` of the store describes the risk.
         3. `error` with the error text, or `stopped`, if the stream ended in that state.
         4. `done`, after every final state. If it is missing, the stream was deleted or reading failed.
 
@@ -207,7 +207,7 @@ class AsyncDurableStream:
     async def _sse(self, after_seq: int, heartbeat: float) -> AsyncIterator[bytes]:
         if self._producer is not None and after_seq == 0:
             yield encode(_id_event(self.id))
-        # A client joins the texts. Each event would turn its part of a CRLF into a line break, so the LF is left out.
+        # Each event would turn its part of a CRLF into a line break, so the LF is left out.
         after_cr = None if after_seq else False  # whether the text before ends with a CR; None: it has not been read
         with self._following(after_seq) as follower:
             while not isinstance(step := await follower.next(idle_timeout=heartbeat), Ended):
@@ -245,7 +245,7 @@ class AsyncDurableStream:
     @contextmanager
     def _following(self, cursor: float) -> Iterator[AsyncFollower]:
         with self._store._follow(self.id, cursor) as follower:
-            # After the subscription, which gets an error that comes later.
+            # Checked after subscribing: the subscription receives an error that is set later.
             if self._producer is not None and self._producer.start_error is not None:
                 raise copy_error(self._producer.start_error)
             yield follower

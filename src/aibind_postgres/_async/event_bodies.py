@@ -14,24 +14,25 @@ from .producing import close_source
 
 logger = logging.getLogger("aibind_postgres")
 
-CHECKS = 4  # of the watchdog in each `send_timeout`
+CHECKS_PER_TIMEOUT = 4  # of the watchdog
 
 
 class EventBody:
     """The state of one body.
 
-    The server asks the body for an event, sends it, and asks again. Only the holder of `turn` uses `events`: the body
-    while it waits for an event, and the watchdog for good once the server has not asked for `send_timeout` seconds.
+    The server requests an event from the body, sends it, and requests the next one. Only the holder of `turn` uses
+    `events`. The body holds it while it waits for an event. The watchdog takes it and keeps it if the server has
+    requested no event for `send_timeout` seconds.
     """
 
     def __init__(self, stream_id: str, events: AsyncIterator[bytes], disconnect: Callable[[], object] | None) -> None:
         self.stream_id = stream_id
         self.events: AsyncIterator[bytes] | None = events
         self.disconnect = disconnect
-        self.turn = Mutex()  # never waited for
+        self.turn = Mutex()  # acquired without waiting
         self.disconnected = AsyncEvent()  # set once the watchdog has disconnected the client
-        self.newest = b""  # the event that the server has got last
-        self._checked = self.newest, monotonic()  # with the time at which the watchdog has seen it first
+        self.newest = b""  # the last event that was passed to the server
+        self._checked = self.newest, monotonic()  # `newest` at the last check, and when it was first seen
 
     def is_stalled(self, send_timeout: float) -> bool:
         """Return True if the server has been sending one event for `send_timeout` seconds. Then take the turn."""
@@ -75,7 +76,7 @@ class AsyncEventBodies:
                 self._watchdog = async_spawn(self._watch, "aibind_postgres-send-timeout")
             self._open.setdefault(stream_id, set()).add(body)
         iterator = self._iterate(body, events)
-        # A generator that is dropped before its first step runs no `finally`.
+        # A generator that is collected before its first step does not run its `finally` block.
         finalize(iterator, self._ended.append, body).atexit = False
         return iterator
 
@@ -90,19 +91,19 @@ class AsyncEventBodies:
                         break
                 else:
                     return
-            await body.disconnected.wait()  # else the next request of the connection could be disconnected
+            await body.disconnected.wait()  # else the watchdog could disconnect the next request of the connection
         except StreamNotFoundError:  # the status line has been sent; a client that resumes gets 404
             logger.info("stream %r was deleted while a client read it", body.stream_id)
         finally:
             acquire(False)  # the watchdog must not disconnect the next request of the connection
-            body.events = None  # the last reference, but for this frame
+            body.events = None  # this frame has the only other reference
             self._ended.append(body)
 
     async def _watch(self) -> None:
         """Close the events of clients that do not read, until there are no readers."""
         never = AsyncEvent()
         while True:
-            await never.wait(self._send_timeout / CHECKS)
+            await never.wait(self._send_timeout / CHECKS_PER_TIMEOUT)
             with self._mutex:
                 self._remove_ended()
                 if not self._open:

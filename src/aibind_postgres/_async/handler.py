@@ -297,10 +297,8 @@ class AsyncStreamHandler:
             chat.compact({"role": "system", "content": summary})
             try:
                 await self._conversations._save(str(generation.session_id), chat, "raise", self._max_read)
-            except (
-                ConversationConflictError,
-                ConversationTooLargeError,
-            ):  # the summary does not cover the newer messages
+            except (ConversationConflictError, ConversationTooLargeError):
+                # The summary does not cover the newer messages.
                 raise WebError(409, "the conversation changed while it was summarised: try again") from None
         return _json({"summary": summary, "tokensSaved": count_tokens_saved(usage)})
 

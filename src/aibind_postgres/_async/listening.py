@@ -36,7 +36,7 @@ logger = logging.getLogger("aibind_postgres")
 ANSWER_TIMEOUT = 5.0  # seconds to wait for the answer to a statement on the LISTEN connection
 PROBE_AFTER = 3.0  # seconds since the last message on that connection before a missed change starts a probe
 PROBE_TIMEOUT = 2.0  # seconds within which a probe must arrive
-SESSION_CHECKS = 8  # that another connection does not get the session; other clients may hide that it does
+SESSION_CHECKS = 8  # comparisons of the sessions of two connections; other clients may hide a shared one from some
 POOLER = "LISTEN does not work on this connection, as through a transaction pooler"
 MIN_RECONNECT, MAX_RECONNECT = 0.1, 30.0  # seconds between two attempts to connect; the pause doubles each time
 
@@ -196,7 +196,7 @@ class AsyncListenConnection:
         self._connect_at = 0.0  # the time of the next attempt to connect
         self._reconnect_pause = MIN_RECONNECT
         self._reachable = False  # a poll has succeeded since the last attempt to connect
-        self._refusal: str | None = None  # the reason of the last attempt, if the server was reachable before it
+        self._refusal: str | None = None  # why the last attempt failed, if the server was reachable before it
 
     @property
     def is_connected(self) -> bool:
@@ -241,7 +241,7 @@ class AsyncListenConnection:
         return True
 
     def poll_succeeded(self) -> None:
-        """Record that the server is reachable. If it was so before the last failure to connect, it refuses LISTEN."""
+        """Record that the server is reachable. If it also was before the last failure to connect, it refuses LISTEN."""
         self._reachable = True
         if self._refusal is not None:
             self.unavailable = f"the server refuses the connection for LISTEN ({self._refusal})"

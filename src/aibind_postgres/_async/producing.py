@@ -59,7 +59,7 @@ class AsyncProducer:
     ) -> None:
         self.stream_id = stream_id
         self.finished = AsyncEvent()  # set in phase ENDED
-        self.start_error: Exception | None = None  # the error of readers, if this producer did not see its stream
+        self.start_error: Exception | None = None  # for readers: this producer did not find its stream
         self._store = store
         self._source = AsyncSource(source)
         self._on_finish = on_finish

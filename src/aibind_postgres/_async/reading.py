@@ -26,7 +26,7 @@ BATCH_STREAMS = 200  # in one statement at most
 
 
 class StandbyLagError(RetryableError):
-    """A page shows less than is known of its stream, and the server may be a standby that lags behind."""
+    """A page contradicts what is known of its stream, and the server may be a standby that lags behind."""
 
     def __init__(self, page: Page | None) -> None:
         super().__init__("the standby lags behind, or the stream was deleted")
@@ -68,8 +68,9 @@ class AsyncPageReader:
             stream_id: The id of the stream.
             after: The sequence number.
             limit: The number of chunks.
-            contradicts: Returns True for a page that shows less than is known of the stream. A standby may lag behind:
-                there, such a page is read again for up to `retry_for` seconds. Default: True if there is no stream.
+            contradicts: Returns True if a page contradicts what is known of the stream. If the server is a standby,
+                which may lag behind, the page is read again for up to `retry_for` seconds. Default: True if the stream
+                was not found.
             deadline: As for `retry`.
         """
         read = partial(self._read_page, self._sql.read, stream_id, after, limit)

@@ -193,7 +193,7 @@ class AsyncPostgresStreamStore:
     async def append_many(self, id: str, chunks: Iterable[str], *, expected_seq: int | None = None) -> int:
         """Append several chunks in one transaction, all of them or none.
 
-        The texts are stored unchanged, as by `append`, with the same danger for browsers.
+        The texts are stored unchanged. `append` describes the risk for browsers.
 
         Args:
             id: The stream id.
@@ -341,7 +341,7 @@ class AsyncPostgresStreamStore:
             The final status.
 
         Raises:
-            TimeoutError: The stream is still active after `timeout`, or no server could be reached that is up to date.
+            TimeoutError: The stream is still active after `timeout`, or no up-to-date server could be reached.
             StreamNotFoundError: The stream does not exist, or was deleted during the wait.
             ValueError: `timeout` is negative, or above 1e9 seconds.
             TypeError: `timeout` is neither a number nor a timedelta.
@@ -415,8 +415,8 @@ class AsyncPostgresStreamStore:
     async def delete(self, id: str) -> bool:
         """Delete a stream and its chunks, in any state. Its readers and writers raise `StreamNotFoundError`.
 
-        Each statement deletes at most 10,000 chunks. The stream is missing from the first one on. If the call is
-        interrupted after it, `cleanup` deletes the rest.
+        Each statement deletes at most 10,000 chunks. After the first one, no reader finds the stream. If the call is
+        interrupted then, `cleanup` deletes the rest.
 
         Args:
             id: The stream id.
@@ -495,8 +495,8 @@ class AsyncPostgresStreamStore:
         """Delete the ended streams that have expired, with their chunks. Safe to run in several processes at once.
 
         Active streams are kept: end abandoned ones with `fail_abandoned`. Each statement deletes at most 10,000 chunks.
-        A stream with more chunks is missing for all readers from the first statement on. If the call is interrupted,
-        the next one continues.
+        If a stream has more chunks, no reader finds it after the first statement. If the call is interrupted, the next
+        one continues.
 
         Returns:
             The numbers of deleted streams and chunks.

@@ -121,8 +121,9 @@ class AsyncStreamWriter:
     async def write(self, chunk: str) -> None:
         """Put a chunk into the buffer. If the buffer is full, wait until it has capacity.
 
-        The text is stored unchanged, as by `append` of the store, with the same danger for browsers: a `DurableStream`
-        reads a chunk that contains U+0001 as a named event. `aibind_postgres.models.chunk_text` prevents that.
+        The text is stored unchanged. Output of a model is not safe here if a browser reads the stream: a
+        `DurableStream` reads a chunk that contains U+0001 as a named event. `aibind_postgres.models.chunk_text`
+        prevents that.
 
         If the call is cancelled while it waits, the chunk is not accepted. Without a worker, it may have been stored.
 

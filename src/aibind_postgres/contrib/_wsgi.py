@@ -1,4 +1,4 @@
-"""The connection of a WSGI request, of servers that give access to it."""
+"""The socket of a WSGI request, on servers that expose it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ SOCKETS = ("gunicorn.socket", "werkzeug.socket")  # the keys of the environment
 
 
 def disconnect_of(environ: Mapping[str, Any]) -> Callable[[], None] | None:
-    """Return a function that closes the connection of a request, or None if the server gives no access to it.
+    """Return a function that closes the connection of a request, or None if the server does not expose it.
 
-    A thread that sends to a client that does not read waits without a limit. Nothing else interrupts it.
+    Nothing else interrupts a thread that sends to a client that does not read.
     """
     for name in SOCKETS:
         if name in environ:
