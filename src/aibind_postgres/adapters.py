@@ -74,8 +74,8 @@ def wrap_django(alias: str = "default") -> PostgresClient:
     """Use Django's connection of the current thread as the client of a synchronous store.
 
     The store takes part in `transaction.atomic()`. Chunks appended inside the block become visible when it commits, and
-    readers are notified then. A rollback removes the chunks. The listener opens one more connection, with the
-    parameters of Django's connection.
+    readers are notified then. A rollback removes the chunks. The listener opens one more connection, as
+    Django opens its own.
 
     Args:
         alias: The name of the database in Django's setting DATABASES. Default: "default".

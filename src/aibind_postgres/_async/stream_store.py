@@ -50,8 +50,9 @@ class AsyncPostgresStreamStore:
     Any process can write a stream, read it, and resume reading after any chunk. Threads, or the tasks of one event
     loop, may share a store.
 
-    Simultaneous appends share statements, unless the client joins the callers' transactions. A client that selects a
-    connection for each caller, by a context variable or by the thread, should therefore set `joins_transactions`.
+    Simultaneous appends share statements, unless the client joins the callers' transactions. A client that runs
+    statements in a transaction of the caller, such as on a connection in a context variable, should therefore set
+    `joins_transactions`.
 
     The statements expect the isolation level READ COMMITTED. At a higher level, simultaneous writers get serialization
     errors, and a reader inside a transaction sees no new chunks.
@@ -68,8 +69,8 @@ class AsyncPostgresStreamStore:
             joins.
         ttl: Seconds, or a timedelta, for which a stream is kept after its end; 300 by default.
         retry_for: Seconds, or a timedelta, for which a reader or a writer retries while the server is unreachable,
-            starts, is read-only or has no free connection; 30 by default. After that, a reader raises the driver's
-            error and a writer raises `StreamWriteError`.
+            starts, is read-only or has no free connection, and for which a reader waits for a standby that lags behind;
+            30 by default. After that, a reader raises the driver's error and a writer raises `StreamWriteError`.
         timeout: Seconds, or a timedelta, to wait for the answer to a statement, including the wait for a connection of
             the pool; no limit by default. After that, the connection is closed, the server is asked to cancel the
             statement, and `psycopg.OperationalError` is raised; the statement may have taken effect. It does not limit
