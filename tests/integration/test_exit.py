@@ -56,6 +56,26 @@ def test_end_of_the_program_ends_its_streams(database, end):
         assert store.get_status("s") == ("error", "the answer was interrupted", 1)
 
 
+FIRST_FAILS = """
+def no_thread(*args, **options):
+    raise RuntimeError("can't start new thread")
+
+spawn, producing.spawn = producing.spawn, no_thread
+try:
+    DurableStream.start(store, iter(["never"]))
+except RuntimeError:
+    pass
+producing.spawn = spawn
+blocked = threading.Event()
+"""
+
+
+def test_end_of_the_program_ends_its_streams_if_the_first_one_did_not_start(database):
+    program = PROGRAM.replace("blocked = threading.Event()\n", FIRST_FAILS).replace("{end}", "")
+    exit_code, output, errors = run_to_the_end(program, database)
+    assert (exit_code, output) == (0, "half error\n"), errors
+
+
 class CountingMutex:
     """A mutex that counts how often it was taken."""
 

@@ -87,15 +87,14 @@ class AsyncProducer:
             with self._mutex:  # `end` reads the worker, and may be called as soon as the registry has this producer
                 with self._registry_mutex:
                     self._registry.add(self)
-                    is_first = not self._exit_hook_installed
-                    AsyncProducer._exit_hook_installed = True
+                    if not self._exit_hook_installed:
+                        AsyncProducer._exit_hook_installed = True
+                        async_at_exit(shutdown_all)
                 # The source runs on behalf of the caller, so it gets the caller's context variables.
                 self._worker = async_spawn(run, "aibind_postgres-producer", inherit=True)
         except BaseException:
             await self._end_without_worker()
             raise
-        if is_first:
-            async_at_exit(shutdown_all)
 
     @classmethod
     def running(cls, store: AsyncPostgresStreamStore | None = None) -> list[AsyncProducer]:
