@@ -9,7 +9,7 @@ import psycopg
 import pytest
 from contrib import contract
 from psycopg_pool import AsyncConnectionPool, ConnectionPool
-from support import pgbouncer
+from support import pgbouncer, proxy
 from support.commit_settings import record_commit_settings
 from support.concurrency import AsyncBackground, Background, async_gather, async_until, gather, until
 
@@ -19,6 +19,8 @@ from aibind_postgres import (
     PostgresConversationStore,
     PostgresStreamStore,
 )
+from aibind_postgres._async import listening as async_listening
+from aibind_postgres._sync import listening
 
 pytestmark = pytest.mark.skipif(
     pgbouncer.BINARY is None, reason="PgBouncer is not installed (Debian and Ubuntu: apt-get install pgbouncer)"
@@ -276,23 +278,29 @@ def test_busy_shared_sessions_do_not_listen(dsn, tables, tmp_path):
         assert [listening_channels(pooled) for _ in range(10)] == [[]] * 10
 
 
-def test_session_mode_notifies(dsn, tables, tmp_path, caplog):
-    caplog.set_level(logging.WARNING, "aibind_postgres")
-    with (
-        pgbouncer.pgbouncer(dsn, tmp_path, pool_mode="session") as pooled,
-        PostgresStreamStore(dsn, **tables) as theirs,
-    ):
-        with PostgresStreamStore(pooled, **tables, poll_interval=3600) as store:
-            check_reading(store, theirs)
+@pytest.fixture(params=["near", "far"])
+def session_pooler(request, dsn, tmp_path, monkeypatch):
+    """The connection string of a PgBouncer in session mode, also one whose every statement takes 40 ms."""
+    with pgbouncer.pgbouncer(dsn, tmp_path, pool_mode="session") as pooled, proxy.proxy(pooled) as link:
+        if request.param == "far":
+            link.delay(0.02)
+            for module in (async_listening, listening):
+                monkeypatch.setattr(module, "PROBE_TIMEOUT", 0.4)
+        yield link.dsn
         assert listening_channels(pooled) == []
+
+
+def test_session_mode_notifies(dsn, session_pooler, tables, caplog):
+    caplog.set_level(logging.WARNING, "aibind_postgres")
+    with PostgresStreamStore(dsn, **tables) as theirs:
+        with PostgresStreamStore(session_pooler, **tables, poll_interval=3600) as store:
+            check_reading(store, theirs)
     assert caplog.records == []
 
 
-async def test_session_mode_notifies_in_tasks(dsn, tables, tmp_path, caplog):
+async def test_session_mode_notifies_in_tasks(dsn, session_pooler, tables, caplog):
     caplog.set_level(logging.WARNING, "aibind_postgres")
-    with pgbouncer.pgbouncer(dsn, tmp_path, pool_mode="session") as pooled:
-        async with AsyncPostgresStreamStore(dsn, **tables) as theirs:
-            async with AsyncPostgresStreamStore(pooled, **tables, poll_interval=3600) as store:
-                await async_check_reading(store, theirs)
-        assert listening_channels(pooled) == []
+    async with AsyncPostgresStreamStore(dsn, **tables) as theirs:
+        async with AsyncPostgresStreamStore(session_pooler, **tables, poll_interval=3600) as store:
+            await async_check_reading(store, theirs)
     assert caplog.records == []

@@ -291,7 +291,7 @@ class AsyncListenConnection:
         other = await self._client.connect()
         assert other is not None  # like the first one
         try:
-            if await _share_session(connection, other, monotonic() + PROBE_TIMEOUT):
+            if await _share_session(connection, other):
                 self.unavailable = POOLER
             else:
                 await self._listen()
@@ -329,15 +329,17 @@ class AsyncListenConnection:
                 _shut_down_socket(self._connection)
 
 
-async def _share_session(
-    connection: psycopg.AsyncConnection[Row], other: psycopg.AsyncConnection[Row], deadline: float
-) -> bool:
+async def _share_session(connection: psycopg.AsyncConnection[Row], other: psycopg.AsyncConnection[Row]) -> bool:
     """Return True if a pooler runs the statements of both connections in one session, or in changing ones."""
-    pid = await server_pid(connection, deadline)
+    pid = await _pooled_pid(connection)
     for _ in range(SESSION_CHECKS):
-        if await server_pid(connection, deadline) != pid or await server_pid(other, deadline) == pid:
+        if await _pooled_pid(connection) != pid or await _pooled_pid(other) == pid:
             return True
     return False
+
+
+async def _pooled_pid(connection: psycopg.AsyncConnection[Row]) -> int:
+    return await server_pid(connection, monotonic() + PROBE_TIMEOUT)  # a busy pooler may have no session for it
 
 
 def _shut_down_socket(connection: psycopg.AsyncConnection[Any]) -> None:
