@@ -33,7 +33,8 @@ RUNNING_SIZE = "sum(octet_length(found.data)) OVER (ORDER BY wanted.index, found
 STATUS_ROW = "-greatest(total_chunks, 0) AS seq, state || coalesce(chr(10) || error, '') AS data"
 
 # Chunks left over from an earlier stream with this id would occupy sequence numbers of the new one. They are deleted up
-# to number $3. If more remain, a tombstone makes `cleanup` delete them, or an append that meets them does.
+# to number $3, or all of them if it is NULL. If more remain, a tombstone makes `cleanup` delete them, or an append that
+# meets them does.
 CREATE = """
 WITH created AS (
     INSERT INTO {status} (id, state, error, total_chunks, expires_at)
@@ -41,7 +42,8 @@ WITH created AS (
     ON CONFLICT (id) DO NOTHING
     RETURNING id
 ), leftovers AS (
-    DELETE FROM {chunks} WHERE id = $1::text AND seq <= $3::bigint AND EXISTS (SELECT FROM created)
+    DELETE FROM {chunks}
+     WHERE id = $1::text AND seq <= coalesce($3::bigint, 9223372036854775807) AND EXISTS (SELECT FROM created)
 ), buried AS (
     INSERT INTO {status} (id, state, error, total_chunks, expires_at)
     SELECT {tombstone_of_1} FROM created WHERE EXISTS (SELECT FROM {chunks} WHERE id = $1::text AND seq > $3::bigint)
@@ -201,17 +203,19 @@ SELECT EXISTS (SELECT FROM ended) AS ended, EXISTS (SELECT FROM {status} WHERE i
 # total_chunks the number up to which chunks may remain. Others never clean it up, since it does not expire.
 TOMBSTONE = "{id} || ' deleted ' || gen_random_uuid(), 'deleted', {id}, 2147483647, 9223372036854775807"
 
-# Sequence numbers up to $2 are at most $2 chunks. A chunk that was appended after the snapshot remains as well.
+# Sequence numbers up to $2 are at most $2 chunks. A chunk that was appended after the snapshot remains as well. If $2
+# is NULL, all chunks of the snapshot are deleted, without a tombstone.
 DELETE = """
 WITH deleted AS (
     DELETE FROM {status} WHERE id = $1::text RETURNING total_chunks
 ), emptied AS (
-    DELETE FROM {chunks} WHERE id = $1::text AND seq <= $2::bigint RETURNING 1
+    DELETE FROM {chunks} WHERE id = $1::text AND seq <= coalesce($2::bigint, 9223372036854775807) RETURNING 1
 ), buried AS (
     INSERT INTO {status} (id, state, error, total_chunks, expires_at)
     SELECT {tombstone_of_1}
-     WHERE (SELECT total_chunks FROM deleted) > (SELECT count(*) FROM emptied)
-        OR EXISTS (SELECT FROM {chunks} WHERE id = $1::text AND seq > $2::bigint)
+     WHERE $2::bigint IS NOT NULL
+       AND ((SELECT total_chunks FROM deleted) > (SELECT count(*) FROM emptied)
+            OR EXISTS (SELECT FROM {chunks} WHERE id = $1::text AND seq > $2::bigint))
     RETURNING id
 )
 SELECT EXISTS (SELECT FROM deleted) AS existed, (SELECT id FROM buried) AS tombstone {commit_setting}
@@ -283,15 +287,16 @@ SELECT id, state, error, greatest(total_chunks, 0), expires_at,
  LIMIT $3::bigint
 """
 
-# Deletes expired streams with at most $1 chunks together. The size of a stream is its highest sequence number. A larger
-# one is replaced by a tombstone. SKIP LOCKED skips rows that another process is cleaning up. The ids are passed as an
-# array, since a join could be planned as a scan of all chunks.
+# Deletes expired streams with at most $2 chunks together. The size of a stream is its highest sequence number. A larger
+# one is replaced by a tombstone; if $2 is NULL, one stream of any size is deleted without a tombstone. SKIP LOCKED
+# skips rows that another process is cleaning up. The ids are passed as an array, since a join could be planned as a
+# scan of all chunks.
 CLEANUP = """
 WITH expired AS MATERIALIZED (
     SELECT id, expires_at FROM {status}
      WHERE state <> 'active' AND expires_at <= {now}
      ORDER BY expires_at
-     LIMIT $2::bigint
+     LIMIT $1::bigint
        FOR UPDATE SKIP LOCKED
 ), sized AS MATERIALIZED (
     SELECT id, expires_at, (SELECT coalesce(max(seq), 0) FROM {chunks} AS c WHERE c.id = expired.id) AS size
@@ -299,14 +304,15 @@ WITH expired AS MATERIALIZED (
 ), summed AS MATERIALIZED (
     SELECT id, size, sum(size) OVER (ORDER BY expires_at, id ROWS UNBOUNDED PRECEDING) AS sum FROM sized
 ), chosen AS MATERIALIZED (
-    SELECT id, size FROM summed WHERE sum <= $1::bigint OR sum = size
+    SELECT id, size FROM summed WHERE sum <= $2::bigint OR sum = size
 ), chunks AS (
-    DELETE FROM {chunks} WHERE id = ANY (ARRAY(SELECT id FROM chosen WHERE size <= $1::bigint)) RETURNING 1
+    DELETE FROM {chunks}
+     WHERE id = ANY (ARRAY(SELECT id FROM chosen WHERE size <= coalesce($2::bigint, size))) RETURNING 1
 ), streams AS (
     DELETE FROM {status} WHERE id = ANY (ARRAY(SELECT id FROM chosen)) RETURNING 1
 ), buried AS (
     INSERT INTO {status} (id, state, error, total_chunks, expires_at)
-    SELECT {tombstone_of_id} FROM chosen WHERE size > $1::bigint
+    SELECT {tombstone_of_id} FROM chosen WHERE size > $2::bigint
 )
 SELECT (SELECT count(*) FROM expired) AS found, (SELECT count(*) FROM streams) AS streams,
        (SELECT count(*) FROM chunks) AS chunks

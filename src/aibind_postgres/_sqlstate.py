@@ -81,6 +81,11 @@ def is_read_only(error: BaseException) -> bool:
     return sqlstate(error) == READ_ONLY_TRANSACTION
 
 
+def refuses_row(error: BaseException) -> bool:
+    """Return True if a policy, constraint or trigger refuses a row, or the role has no privilege."""
+    return (sqlstate(error) or "").startswith(("23", "42501", "44", "P0"))
+
+
 def server_reason(error: BaseException) -> str | None:
     """Return the server's or the operating system's reason of an error, or None if there is none.
 

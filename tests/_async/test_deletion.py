@@ -238,3 +238,13 @@ async def test_recreated_stream_deletes_at_most_10_000_leftover_chunks_at_once(s
     await store.cleanup()
     assert [info.id async for info in store.list()] == ["ours", "theirs"]
     assert await run("SELECT count(*) FROM {chunks} WHERE id = 'ours'") == [(chunks,)]
+
+
+async def test_tables_that_refuse_tombstones(store, run):
+    await run("ALTER TABLE {status} ADD CHECK (state IN ('active', 'done', 'stopped', 'error'))")
+    await add(run, "long", 3, 15_000)
+    await run("INSERT INTO {chunks} (id, seq, data) SELECT 'a', s, 'old' FROM generate_series(1, 15000) s")
+    assert await store.delete("long1")
+    assert await store.create("a") == "a"
+    assert await store.cleanup() == (2, 30_000)
+    assert await count(run) == (1, 0)

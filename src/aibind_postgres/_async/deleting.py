@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from .._deletion import MAX_CHUNKS, MAX_ROWS, next_limit
 from .._sql import StreamStatements
+from .._sqlstate import refuses_row
 from ..models import CleanupResult
 
 if TYPE_CHECKING:
+    from .connections import Row
     from .database import AsyncDatabase
 
 
@@ -22,13 +25,25 @@ class AsyncDeleter:
         self._database = database
         self._sql = statements
 
+    async def bounded(self, statement: str, params: Sequence[object]) -> Sequence[Row]:
+        """Run a statement whose last parameter is the number of chunks that it may delete.
+
+        A policy, constraint or trigger of the application may refuse tombstones. Then the number is unlimited.
+        """
+        try:
+            return await self._database.query(statement, [*params, MAX_CHUNKS])
+        except Exception as error:
+            if not refuses_row(error) or self._database.client.in_transaction():
+                raise
+            return await self._database.query(statement, [*params, None])
+
     async def hide(self, stream_id: str) -> tuple[bool, str | None]:
         """Delete the status row of a stream and its first chunks.
 
         Returns:
             Whether the stream existed, and the id of the tombstone for `sweep`, or None if no chunks remain.
         """
-        [(existed, tombstone)] = await self._database.query(self._sql.delete, [stream_id, MAX_CHUNKS])
+        [(existed, tombstone)] = await self.bounded(self._sql.delete, [stream_id])
         return existed, tombstone
 
     async def sweep(self, stream_id: str, tombstone: str) -> int:
@@ -44,7 +59,7 @@ class AsyncDeleter:
         streams = chunks = 0
         limit = MAX_ROWS
         while limit:
-            [(found, deleted, deleted_chunks)] = await self._database.query(self._sql.cleanup, [MAX_CHUNKS, limit])
+            [(found, deleted, deleted_chunks)] = await self.bounded(self._sql.cleanup, [limit])
             streams += deleted
             chunks += deleted_chunks
             limit = next_limit(limit, found, deleted)

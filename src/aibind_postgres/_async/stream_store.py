@@ -14,7 +14,7 @@ from typing import Any, get_args
 from psycopg.sql import Identifier
 
 from .. import _arguments as arguments
-from .._deletion import MAX_CHUNKS, MAX_ROWS
+from .._deletion import MAX_ROWS
 from .._followed_stream import Deliver
 from .._message_tree import new_id
 from .._sql import StreamStatements
@@ -157,7 +157,7 @@ class AsyncPostgresStreamStore:
             should read it.
         """
         stream_id = arguments.identifier(id)
-        [(created,)] = await self._database.query(self._sql.create, [stream_id, self._ttl, MAX_CHUNKS])
+        [(created,)] = await self._deleter.bounded(self._sql.create, [stream_id, self._ttl])
         if created:
             self._notifier.wake([stream_id])  # readers of a deleted stream with this id
         return bool(created)
