@@ -9,6 +9,7 @@ import importlib
 import inspect
 import json
 import pkgutil
+import re
 from types import ModuleType
 
 import aibind_postgres
@@ -25,7 +26,9 @@ def signatures(module: ModuleType) -> dict[str, str]:
             functions = {f"{name}.{key}": item for key, item in vars(value).items() if inspect.isfunction(item)}
         else:
             functions = {name: value} if inspect.isfunction(value) else {}
-        found |= {key: str(inspect.signature(function)) for key, function in functions.items()}
+        for key, function in functions.items():
+            # Without the addresses of functions that are default values: they differ between processes.
+            found[key] = re.sub(" at 0x[0-9a-f]+", "", str(inspect.signature(function)))
     return found
 
 

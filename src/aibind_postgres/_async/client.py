@@ -182,6 +182,7 @@ class AsyncPoolClient(AsyncPsycopgClient):
         while True:
             connection: psycopg.AsyncConnection[Any] | None = None
             autocommit = True
+            returned: list[bool] = []
             # A signal handler may raise anywhere, so `finally` must know the connection as soon as the pool returns it.
             try:
                 # Not `connection()` of the pool: it would end a transaction, and in autocommit mode there is none.
@@ -204,19 +205,22 @@ class AsyncPoolClient(AsyncPsycopgClient):
                 try:
                     if connection is not None:
                         # A pool loses a connection if `putconn` is cancelled.
-                        await async_shielded(partial(self._return_connection, connection, autocommit))
+                        await async_shielded(partial(self._return_connection, connection, autocommit, returned))
                 except BaseException:
-                    if connection is not None:
-                        await async_put_again(partial(self._return_connection, connection, autocommit))
+                    if connection is not None and not returned:  # else another caller may have got it
+                        await async_put_again(partial(self._return_connection, connection, autocommit, returned))
                     raise
 
-    async def _return_connection(self, connection: psycopg.AsyncConnection[Any], autocommit: bool) -> None:
+    async def _return_connection(
+        self, connection: psycopg.AsyncConnection[Any], autocommit: bool, returned: list[bool]
+    ) -> None:
         try:
             if not autocommit and connection.info.transaction_status == TransactionStatus.IDLE:
                 await connection.set_autocommit(False)
         except psycopg.Error:
             await connection.close()  # the pool replaces it
         await self._pool.putconn(connection)
+        returned.append(True)
 
     async def _replace_connections(self) -> None:
         """Let the pool replace its connections: after a failover, sessions that were read-only may stay so."""
