@@ -100,8 +100,8 @@ class AsyncStreamHandler:
             added completely, so the stored conversation may become larger; then `/compact` must summarise it. The
             routes read no conversation larger than `max_conversation` and `max_body` together: `/compact` refuses it,
             and a turn that would have to be merged into it is not saved. Default: 10,000,000.
-        max_readers: The maximum number of clients of this process that read one stream at the same time. Others get
-            status 429. Default: 1000.
+        max_readers: The maximum number of clients that read one stream through this handler at the same time, in this
+            process. Others get status 429. Default: 1000.
         heartbeat: Seconds, or a timedelta, without an event after which a response sends a comment. Default: 15.
         send_timeout: Seconds, or a timedelta, after which an event stream ends because the client does not read. The
             check may take a quarter longer. The client can resume. Default: 60.
