@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -248,7 +248,8 @@ class Client:
     def request(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> HTTPResponse:
         """Send a request on a new connection. Closing the response closes the connection."""
         connection = HTTPConnection("127.0.0.1", self.port, timeout=30)
-        connection.request(method, f"/__aibind__{path}", body, {"Connection": "close", **(headers or {})})
+        with suppress(BrokenPipeError):  # the server may respond before it has received the whole body
+            connection.request(method, f"/__aibind__{path}", body, {"Connection": "close", **(headers or {})})
         return connection.getresponse()
 
     def post(self, path: str, body: object, headers: dict[str, str] | None = None) -> HTTPResponse:
