@@ -294,14 +294,14 @@ if hasattr(os, "register_at_fork"):  # a forked process has no other threads
 
 
 async def async_run_large(size: int, run: Callable[..., T], *args: object) -> T:
-    """Call a function whose running time grows with `size`. Large work runs in a thread, one call after the other."""
+    """Call a function. If `size` is at least `LARGE`, call it in a thread, one call after the other."""
     if size < LARGE:
         return run(*args)
     return await asyncio.get_running_loop().run_in_executor(_large_work, partial(run, *args))
 
 
 def run_large(size: int, run: Callable[..., T], *args: object) -> T:
-    """Call a function whose running time grows with `size`."""
+    """Call a function. Threads have no event loop that it could block."""
     return run(*args)
 
 

@@ -14,6 +14,7 @@ import json
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, get_args
 
+from ._deletion import CLEANUP, DELETE, DELETE_LEFTOVERS, SWEEP, TOMBSTONE, TOMBSTONES
 from ._pages import BATCH_BYTES, PAGE_BYTES
 from .models import SynchronousCommit
 
@@ -197,72 +198,6 @@ SELECT EXISTS (SELECT FROM ended) AS ended, EXISTS (SELECT FROM {status} WHERE i
 {commit_setting}
 """
 
-# Statements that delete chunks are bounded in chunks. If more remain, a tombstone replaces the row of the stream in the
-# same statement: every reader and writer, also of other software, finds the stream missing, and the rest is deleted
-# later, by any process. A tombstone is a status row with an id of its own. `error` is the id of the stream, and
-# total_chunks the number up to which chunks may remain. Others never clean it up, since it does not expire.
-TOMBSTONE = "{id} || ' deleted ' || gen_random_uuid(), 'deleted', {id}, 2147483647, 9223372036854775807"
-
-# Sequence numbers up to $2 are at most $2 chunks. A chunk that was appended after the snapshot remains as well. If $2
-# is NULL, all chunks of the snapshot are deleted, without a tombstone.
-DELETE = """
-WITH deleted AS (
-    DELETE FROM {status} WHERE id = $1::text RETURNING total_chunks
-), emptied AS (
-    DELETE FROM {chunks} WHERE id = $1::text AND seq <= coalesce($2::bigint, 9223372036854775807) RETURNING 1
-), buried AS (
-    INSERT INTO {status} (id, state, error, total_chunks, expires_at)
-    SELECT {tombstone_of_1}
-     WHERE $2::bigint IS NOT NULL
-       AND ((SELECT total_chunks FROM deleted) > (SELECT count(*) FROM emptied)
-            OR EXISTS (SELECT FROM {chunks} WHERE id = $1::text AND seq > $2::bigint))
-    RETURNING id
-)
-SELECT EXISTS (SELECT FROM deleted) AS existed, (SELECT id FROM buried) AS tombstone {commit_setting}
-"""
-
-TOMBSTONES = "SELECT id, error FROM {status} WHERE state = 'deleted' AND expires_at = 9223372036854775807"
-
-# Deletes the last $3 remaining chunks of stream $1 with tombstone $2, or the tombstone if none remain. Keeps the chunks
-# of a new stream with the same id. SKIP LOCKED leaves a tombstone to the process that works on it.
-SWEEP = """
-WITH tombstone AS MATERIALIZED (
-    SELECT total_chunks AS last FROM {status} WHERE id = $2::text AND state = 'deleted' FOR UPDATE SKIP LOCKED
-), kept AS MATERIALIZED (
-    SELECT coalesce((SELECT total_chunks FROM {status} WHERE id = $1::text), 0) AS last
-), remaining AS MATERIALIZED (
-    SELECT max(seq) AS last FROM {chunks}
-     WHERE id = $1::text AND seq > (SELECT last FROM kept) AND seq <= (SELECT last FROM tombstone)
-), swept AS (
-    DELETE FROM {chunks}
-     WHERE id = $1::text AND seq > (SELECT greatest(remaining.last - $3::bigint, kept.last) FROM remaining, kept)
-       AND seq <= (SELECT last FROM remaining)
-    RETURNING 1
-), advanced AS (
-    UPDATE {status} SET total_chunks = (SELECT last - $3::bigint FROM remaining)
-     WHERE id = $2::text AND (SELECT last FROM remaining) IS NOT NULL
-), finished AS (
-    DELETE FROM {status}
-     WHERE id = $2::text AND EXISTS (SELECT FROM tombstone) AND (SELECT last FROM remaining) IS NULL
-)
-SELECT (SELECT count(*) FROM swept) AS deleted, (SELECT last FROM remaining) IS NOT NULL AS more {commit_setting}
-"""
-
-# Deletes chunks that a half-finished clean-up has left over from an earlier stream with this id: those that are not
-# counted and not known to be younger than the stream, among the next $2 numbers. Writers count a chunk no later than
-# they insert it.
-DELETE_LEFTOVERS = """
-WITH leftovers AS (
-    DELETE FROM {chunks} AS c USING {status} AS s
-     WHERE c.id = $1::text AND s.id = $1::text AND c.seq > greatest(s.total_chunks, 0)
-       AND c.seq <= greatest(s.total_chunks, 0) + $2::bigint
-       AND coalesce((to_jsonb(c) ->> 'created_at')::timestamptz < (to_jsonb(s) ->> 'created_at')::timestamptz,
-                    to_jsonb(c) ->> 'created_at' IS NULL)
-    RETURNING 1
-)
-SELECT (SELECT count(*) FROM leftovers) {commit_setting}
-"""
-
 # created_at of migration 0002 is read through JSON, which returns NULL if the column is missing. OFFSET 0 prevents the
 # planner from computing it twice.
 LIST = """
@@ -285,38 +220,6 @@ SELECT id, state, error, greatest(total_chunks, 0), expires_at,
    AND (created_at, id) > (coalesce($6::text::timestamptz, '-infinity'), $2::text)
  ORDER BY created_at, id
  LIMIT $3::bigint
-"""
-
-# Deletes expired streams with at most $2 chunks together. The size of a stream is its highest sequence number. A larger
-# one is replaced by a tombstone; if $2 is NULL, one stream of any size is deleted without a tombstone. SKIP LOCKED
-# skips rows that another process is cleaning up. The ids are passed as an array, since a join could be planned as a
-# scan of all chunks.
-CLEANUP = """
-WITH expired AS MATERIALIZED (
-    SELECT id, expires_at FROM {status}
-     WHERE state <> 'active' AND expires_at <= {now}
-     ORDER BY expires_at
-     LIMIT $1::bigint
-       FOR UPDATE SKIP LOCKED
-), sized AS MATERIALIZED (
-    SELECT id, expires_at, (SELECT coalesce(max(seq), 0) FROM {chunks} AS c WHERE c.id = expired.id) AS size
-      FROM expired
-), summed AS MATERIALIZED (
-    SELECT id, size, sum(size) OVER (ORDER BY expires_at, id ROWS UNBOUNDED PRECEDING) AS sum FROM sized
-), chosen AS MATERIALIZED (
-    SELECT id, size FROM summed WHERE sum <= $2::bigint OR sum = size
-), chunks AS (
-    DELETE FROM {chunks}
-     WHERE id = ANY (ARRAY(SELECT id FROM chosen WHERE size <= coalesce($2::bigint, size))) RETURNING 1
-), streams AS (
-    DELETE FROM {status} WHERE id = ANY (ARRAY(SELECT id FROM chosen)) RETURNING 1
-), buried AS (
-    INSERT INTO {status} (id, state, error, total_chunks, expires_at)
-    SELECT {tombstone_of_id} FROM chosen WHERE size > $2::bigint
-)
-SELECT (SELECT count(*) FROM expired) AS found, (SELECT count(*) FROM streams) AS streams,
-       (SELECT count(*) FROM chunks) AS chunks
-{commit_setting}
 """
 
 # Checks the next $5 active streams after id $4. The last activity is created_at of the last chunk, or of a stream

@@ -251,7 +251,7 @@ class Subscriptions:
             return every
 
     def failed(self, stream_id: str, error: Exception) -> list[Subscription]:
-        """End the readers of a stream with an error, since nobody produces it."""
+        """End the readers of a stream with an error, since its producer cannot write it."""
         with self._mutex:
             streams = self._streams.get(stream_id, ())
             readers = [each for stream in streams for each in stream.subscriptions if not each.ends_only]
@@ -276,7 +276,7 @@ class Subscriptions:
         # Since the fetch began the stream was deleted or has ended: the page may be of a new stream of this id.
         if stream.tail.deleted or (stream.tail.ended and not fetch.ended and page.state == "active"):
             return []
-        if page.total < fetch.min_total or (fetch.ended and page.state == "active"):
+        if fetch.contradicts(page):
             # The page belongs to a new stream of this id, and the tail to the deleted one.
             woken = self._drop(stream)
             if subscription.delivered:

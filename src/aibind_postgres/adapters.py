@@ -238,10 +238,10 @@ class _Django(sync_client.Client):
     def in_transaction(self) -> bool:
         return _in_transaction(self._wrapper)
 
-    def capture_thread(self) -> Callable[[], None]:
+    def capture_settings(self) -> Callable[[], None]:
         # Of django-tenants and similar packages, whose wrapper of each thread selects the schema.
         tenant = getattr(self._wrapper, "tenant", None)
-        return super().capture_thread() if tenant is None else lambda: self._wrapper.set_tenant(tenant)
+        return super().capture_settings() if tenant is None else lambda: self._wrapper.set_tenant(tenant)
 
     def release_thread(self) -> None:
         self._wrapper.close()

@@ -101,7 +101,7 @@ class AsyncClient:
         """Return True if the caller can still roll back the last statement."""
         return self.joins_transactions
 
-    def capture_thread(self) -> Callable[[], None]:
+    def capture_settings(self) -> Callable[[], None]:
         """Return a function that copies the settings of this thread, such as a tenant, to the thread that calls it.
 
         Writers and producers call it in their workers.

@@ -83,7 +83,7 @@ class AsyncProducer:
             # In a transaction of the caller, the producer may not see the new stream: it must query the state.
             if not client.in_transaction():
                 self._writer._assume_active()
-            run = partial(self._run, client.capture_thread())
+            run = partial(self._run, client.capture_settings())
             with self._mutex:  # `end` reads the worker, and may be called as soon as the registry has this producer
                 with self._registry_mutex:
                     self._registry.add(self)
@@ -178,9 +178,9 @@ class AsyncProducer:
             return self._requested or EndReason.ENDED_ELSEWHERE
         return EndReason.WRITE_FAILED
 
-    async def _run(self, adopt_thread: Callable[[], None]) -> None:
+    async def _run(self, apply_settings: Callable[[], None]) -> None:
         """Copy the source inside the writer's block. Leaving the block ends the stream."""
-        adopt_thread()
+        apply_settings()
         reason = EndReason.SOURCE_FINISHED
         interruption: BaseException | None = None
         try:

@@ -26,7 +26,7 @@ BATCH_STREAMS = 200  # in one statement at most
 
 
 class StandbyLagError(RetryableError):
-    """A page contradicts what is known of its stream, and the server may be a standby that lags behind."""
+    """A page contradicts the known state of its stream, and the server may be a standby that lags behind."""
 
     def __init__(self, page: Page | None) -> None:
         super().__init__("the standby lags behind, or the stream was deleted")
@@ -68,7 +68,7 @@ class AsyncPageReader:
             stream_id: The id of the stream.
             after: The sequence number.
             limit: The number of chunks.
-            contradicts: Returns True if a page contradicts what is known of the stream. If the server is a standby,
+            contradicts: Returns True if a page contradicts the known state of the stream. If the server is a standby,
                 which may lag behind, the page is read again for up to `retry_for` seconds. Default: True if the stream
                 was not found.
             deadline: As for `retry`.
@@ -172,9 +172,9 @@ class AsyncPageReader:
     async def _run(self, reads: Sequence[SharedRead]) -> Sequence[Sequence[Page | None]]:
         """Return a list with one page for each read, or an empty list for a read that must run alone.
 
-        The server rejects a shared statement if, for example, it cannot convert the text of one stream. A stream that
-        the statement does not find may be visible to its reader, whose session may have other settings. A chunk may be
-        too large for the batch.
+        The server rejects a shared statement if, for example, it cannot convert the text of one stream. With other
+        settings of its session, a reader may see a stream that the statement does not find. A chunk may be too large
+        for the batch.
         """
         if len(reads) == 1:
             return [[await self._read(self._sql.read, *reads[0])]]

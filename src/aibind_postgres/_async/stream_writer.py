@@ -323,13 +323,13 @@ class AsyncStreamWriter:
             return
         if self._send_lock is None and self._state is not WriterState.CLOSED:
             # `on_end` and the client get the context variables of the caller, on which its session may depend.
-            work = partial(self._work, self._database.client.capture_thread())
+            work = partial(self._work, self._database.client.capture_settings())
             self._worker = async_spawn(work, "aibind_postgres-writer", inherit=True)
             self._due.set()
 
-    async def _work(self, adopt_thread: Callable[[], None]) -> None:
+    async def _work(self, apply_settings: Callable[[], None]) -> None:
         try:
-            adopt_thread()
+            apply_settings()
             while self._state is not WriterState.CLOSED:
                 await self._due.wait()
                 await self._send_due()
