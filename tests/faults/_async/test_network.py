@@ -9,8 +9,9 @@ from itertools import count
 
 import psycopg
 import pytest
+from psycopg.conninfo import make_conninfo
 from support import proxy
-from support.concurrency import AsyncBackground, async_gather, async_sleep
+from support.concurrency import AsyncBackground, async_gather, async_sleep, async_until
 
 from aibind_postgres import (
     AsyncPostgresConversationStore,
@@ -70,16 +71,25 @@ class Trial:
     id: str
     calls: int = 0
 
+    async def end_sessions(self):
+        """Close the stores behind the network, and wait until the server has executed everything that they sent."""
+        await self.store.close()
+        await self.conversations.close()
+        sessions = "SELECT count(*) FROM pg_stat_activity WHERE application_name = %s"
+        with psycopg.connect(self.server_dsn, autocommit=True) as admin:
+            await async_until(lambda: admin.execute(sessions, [self.id]).fetchone() == (0,))
+
 
 @asynccontextmanager
 async def open_trial(network, server_dsn, direct, options):
     """Yield a trial with an active stream of three chunks, a conversation, and open connections."""
     id = await direct.create(next(names))
     await direct.append_many(id, ["a", "b", "c"])
+    dsn = make_conninfo(network.dsn, application_name=id)
     async with (
         AsyncPostgresConversationStore(server_dsn) as direct_conversations,
-        AsyncPostgresStreamStore(network.dsn, retry_for=2, **options) as store,
-        AsyncPostgresConversationStore(network.dsn, **options) as conversations,
+        AsyncPostgresStreamStore(dsn, retry_for=2, **options) as store,
+        AsyncPostgresConversationStore(dsn, **options) as conversations,
     ):
         async with direct_conversations.edit(id) as chat:
             chat.append({"role": "user"})
@@ -175,6 +185,7 @@ class Delete(Append):
     async def check(self, trial, result):
         assert result or trial.calls > 1
         assert await trial.direct.get_status(trial.id) is None
+        await trial.end_sessions()  # the network may deliver an earlier call late, which would delete the next stream
         await trial.direct.create(trial.id)
         assert await texts_of(trial.direct, trial.id) == []
 
