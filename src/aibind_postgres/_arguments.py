@@ -44,6 +44,8 @@ def identifier(value: object, name: str = "a stream id") -> str:
     Raises:
         InvalidDataError: `value` is not a valid id.
     """
+    if isinstance(value, str) and 0 < len(value) <= MAX_ID_BYTES and value.isascii() and "\0" not in value:
+        return value
     text = storable_text(value, name)
     if not text:
         raise InvalidDataError(f"{name} must not be empty")

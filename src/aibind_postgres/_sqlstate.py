@@ -16,6 +16,9 @@ UNIQUE_VIOLATION = "23505"
 CHARACTER_NOT_IN_REPERTOIRE = "22021"
 UNTRANSLATABLE_CHARACTER = "22P05"
 READ_ONLY_TRANSACTION = "25006"
+FEATURE_NOT_SUPPORTED = "0A000"
+INVALID_SQL_STATEMENT_NAME = "26000"
+DUPLICATE_PREPARED_STATEMENT = "42P05"
 
 # The server rejected the statement, or rolled it back before its commit: it changed nothing.
 REJECTED = {
@@ -79,6 +82,18 @@ def is_recoverable(error: Exception, lost: tuple[type[Exception], ...] = ()) -> 
 def is_read_only(error: BaseException) -> bool:
     """Return True if the session is read-only. It may stay so although the server has become writable."""
     return sqlstate(error) == READ_ONLY_TRANSACTION
+
+
+def loses_prepared_statement(error: BaseException) -> bool:
+    """Return True if a prepared statement no longer exists, or if its result type has changed.
+
+    The causes are DISCARD ALL and DEALLOCATE ALL, as in the reset function of a pool, and ALTER TABLE. Nothing was
+    executed.
+    """
+    if sqlstate(error) == FEATURE_NOT_SUPPORTED:
+        # Its text may be translated, unlike the name of the server's function.
+        return getattr(getattr(error, "diag", None), "source_function", None) == "RevalidateCachedQuery"
+    return sqlstate(error) == INVALID_SQL_STATEMENT_NAME
 
 
 def refuses_row(error: BaseException) -> bool:

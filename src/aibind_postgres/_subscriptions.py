@@ -39,6 +39,11 @@ class Subscriptions:
         self.newest = 0  # the number of the newest followed stream
         self._deletes: Counter[str] = Counter()  # statements under way that delete a stream
 
+    @property
+    def has_streams(self) -> bool:
+        """Whether any stream is followed. A reader that subscribes later finds what is already stored."""
+        return bool(self._streams)
+
     def subscribe(
         self, stream_id: str, cursor: float, wake: Callable[[], None], *, ends_only: bool = False
     ) -> Subscription:

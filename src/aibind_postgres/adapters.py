@@ -15,8 +15,8 @@ import psycopg
 
 from ._async import client as async_client
 from ._async.client import AsyncPostgresClient
-from ._async.connections import Row
 from ._sqlstate import innermost, is_read_only, is_recoverable
+from ._statement_runner import Row
 from ._sync import client as sync_client
 from ._sync import connections as sync_connections
 from ._sync.client import PostgresClient

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from psycopg.sql import Identifier
 
-from ._async.client import AsyncClientLike
-from ._async.client import as_client as as_async_client
-from ._sync.client import ClientLike, as_client
+from ._async.psycopg_clients import AsyncClientLike
+from ._async.psycopg_clients import as_client as as_async_client
+from ._sync.psycopg_clients import ClientLike, as_client
 from ._tables import CHUNKS_TABLE, CONVERSATIONS_TABLE, STATUS_TABLE, Table, parse_distinct, quote
 
 _PACKAGED = resources.files(__package__) / "sql"  # also in a zip file; in a checkout, the folder is at the top level

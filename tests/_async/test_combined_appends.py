@@ -225,7 +225,7 @@ async def test_locked_stream_delays_no_other(store, at_once, dsn, tables):
 async def test_large_append_runs_alone(store, client, queued):
     ids = [await store.create() for _ in range(3)]
     calls = [
-        partial(store.append, ids[0], "x" * appending.MIN_ALONE_BYTES),
+        partial(store.append, ids[0], "x" * appending.MIN_ALONE),
         partial(store.append_many, ids[1], [""] * 1000),
     ]
     client.gate.clear()

@@ -30,11 +30,11 @@ from aibind_postgres import (
     StreamNotActiveError,
     StreamNotFoundError,
 )
-from aibind_postgres._async import client as async_client
+from aibind_postgres._async import psycopg_clients as async_client
 from aibind_postgres._pages import Page
 from aibind_postgres._sql import StreamStatements, json_text
 from aibind_postgres._sqlstate import READ_ONLY_TRANSACTION, sqlstate
-from aibind_postgres._sync import client as sync_client
+from aibind_postgres._sync import psycopg_clients as sync_client
 from aibind_postgres._tables import parse_distinct
 from aibind_postgres.schema import async_migrate, migrate
 

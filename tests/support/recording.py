@@ -13,9 +13,9 @@ from typing import Any
 import psycopg
 from psycopg_pool import AsyncConnectionPool, ConnectionPool
 
-from aibind_postgres._async.client import AsyncConnectionClient, AsyncPoolClient
+from aibind_postgres._async.psycopg_clients import AsyncConnectionClient, AsyncPoolClient
 from aibind_postgres._stream_tail import SHARED_PAGE_CHUNKS
-from aibind_postgres._sync.client import ConnectionClient, PoolClient
+from aibind_postgres._sync.psycopg_clients import ConnectionClient, PoolClient
 from support.concurrency import async_until, until
 
 POLL = "SELECT id, state, total_chunks FROM"  # occurs in the poll for waiting readers, and in no other statement

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, TypeAlias
 
 from .._deletion import MAX_CHUNKS
 from .._sql import StreamStatements, json_array, json_text
@@ -22,17 +22,14 @@ if TYPE_CHECKING:
 
 ATTEMPTS = 5  # of an append that is skipped for no apparent reason
 LANES = 2  # concurrent batches, so that PostgreSQL executes one while it writes the WAL of the other
-BATCH_ITEMS, BATCH_BYTES = 500, 500_000
-MIN_ALONE_BYTES = 20_000  # bytes; an append of this size runs alone, since it would delay the rest of its batch
-ROW_BYTES = 100  # the assumed overhead of one chunk
+BATCH_ITEMS, BATCH_CHARACTERS = 500, 500_000
+MIN_ALONE = 20_000  # characters; an append of this size runs alone, since it would delay the rest of its batch
+ROW_CHARACTERS = 100  # the assumed overhead of one chunk
 
 
-class Append(NamedTuple):
-    """The texts to append to one stream, and the sequence number that the first one must get, if any."""
-
-    stream_id: str
-    texts: Sequence[str]
-    expected_seq: int | None
+# The id of a stream, the texts to append to it, and the sequence number that the first one must get, if any. To make a
+# named tuple would need as much processor time as all checks of an append.
+Append: TypeAlias = tuple[str, Sequence[str], int | None]
 
 
 class AsyncAppender:
@@ -60,7 +57,7 @@ class AsyncAppender:
         self._ttl = ttl
         self._notifier = notifier
         # Each stream always uses the same lane, so that concurrent batches do not lock the same row.
-        self._lanes = [AsyncCombiner(self._run, max_items=BATCH_ITEMS, max_size=BATCH_BYTES) for _ in range(LANES)]
+        self._lanes = [AsyncCombiner(self._run, max_items=BATCH_ITEMS, max_size=BATCH_CHARACTERS) for _ in range(LANES)]
 
     async def append(self, append: Append) -> int:
         """Append texts and return the sequence number of the last one.
@@ -74,15 +71,16 @@ class AsyncAppender:
             AibindError: The stream is active, but a policy or trigger of the table prevents the update.
         """
         self._database.check_owner()
-        size = ROW_BYTES * len(append.texts)
-        if size < MIN_ALONE_BYTES:
-            size += sum([len(text.encode()) for text in append.texts])
+        stream_id, texts, _ = append
+        size = ROW_CHARACTERS * len(texts)
+        if size < MIN_ALONE:
+            size += sum(map(len, texts))
         # A statement in a caller's transaction must not contain the appends of other callers.
-        combined = size < MIN_ALONE_BYTES and not self._database.client.joins_transactions
+        combined = size < MIN_ALONE and not self._database.client.joins_transactions
         try:
             for _ in range(ATTEMPTS):
                 if combined:
-                    last = await self._lanes[hash(append.stream_id) % LANES].call(append, size)
+                    last = await self._lanes[hash(stream_id) % LANES].call(append, size)
                 else:
                     last = await self._append_alone(append)
                 if last is None:
@@ -93,10 +91,10 @@ class AsyncAppender:
         except GeneratorExit:  # see `AsyncFollower`
             raise
         except BaseException:
-            self._notifier.wake([append.stream_id])  # the texts may be stored
+            self._notifier.wake([stream_id])  # the texts may be stored
             raise
         raise AibindError(
-            f"stream {append.stream_id!r} is active, but its row cannot be updated: check the policies and triggers "
+            f"stream {stream_id!r} is active, but its row cannot be updated: check the policies and triggers "
             "of its table, and that its total_chunks is not negative"
         )
 
@@ -129,15 +127,15 @@ class AsyncAppender:
             return [await self._append_alone(appends[0])]
         # The texts of one stream are appended together, so only the first append can have an `expected_seq`.
         groups: dict[str, list[int]] = {}
-        for index, append in enumerate(appends):
-            group = groups.setdefault(append.stream_id, [])
-            if not group or append.expected_seq is None:
+        for index, (stream_id, _, expected_seq) in enumerate(appends):
+            group = groups.setdefault(stream_id, [])
+            if not group or expected_seq is None:
                 group.append(index)
         items = [
             {
                 "id": stream_id,
-                "expected": appends[group[0]].expected_seq,
-                "texts": [text for index in group for text in appends[index].texts],
+                "expected": appends[group[0]][2],
+                "texts": [text for index in group for text in appends[index][1]],
             }
             for stream_id, group in groups.items()
         ]
@@ -152,7 +150,7 @@ class AsyncAppender:
         appended = []
         for stream_id, last in rows:
             for index in groups[stream_id]:
-                texts = appends[index].texts
+                texts = appends[index][1]
                 appended.append((stream_id, last, texts))
                 last += len(texts)
                 lasts[index] = last

@@ -27,11 +27,12 @@ class AsyncRun(Protocol[ItemIn, ResultOut]):
 
 
 class AsyncCall(Generic[Item, Result]):
-    """The item of one caller, and its result after a run has returned."""
+    """The item of a queued caller, and its result after a run has returned."""
 
-    woken: AsyncOneShotEvent  # set only for a queued call
+    __slots__ = ("_results", "is_leader", "item", "size", "woken")
 
     def __init__(self, item: Item, size: int) -> None:
+        self.woken = AsyncOneShotEvent()
         self.item = item
         self.size = size
         self.is_leader = False
@@ -81,7 +82,7 @@ class AsyncCombiner(Generic[Item, Result]):
         self._max_size = max_size
         self._mutex = Mutex()
         self._queue: deque[AsyncCall[Item, Result]] = deque()
-        self._leader: AsyncCall[Item, Result] | None = None
+        self._leader: object = None  # the item of a caller that found the combiner idle, or a call of the queue
         self._led_since = 0.0
 
     async def call(self, item: Item, size: int = 1) -> Result:
@@ -95,30 +96,32 @@ class AsyncCombiner(Generic[Item, Result]):
             AibindError: The run was interrupted, so the outcome is unknown.
             Exception: A copy of the error of the run.
         """
-        call: AsyncCall[Item, Result] = AsyncCall(item, size)
+        call: AsyncCall[Item, Result] | None = None
         with self._mutex:
             if self._leader is None:
-                self._make_leader(call)
+                self._leader, self._led_since = item, monotonic()
             else:
-                call.woken = AsyncOneShotEvent()
+                call = AsyncCall(item, size)
                 self._queue.append(call)
-        if not call.is_leader:
+        leader: object = item
+        if call is not None:
             try:
                 while not (await call.woken.wait(TAKEOVER_TIMEOUT) or call.done):
                     self._take_over(call)
             except BaseException:
-                self._hand_over(call)
+                self._leave(call)
                 raise
             if not call.is_leader:
                 return call.result()
-        if self._queue:  # read without the mutex: a call that is queued later runs in the next batch
-            batch = [call]
-            await async_shielded(partial(self._run_batch, batch), partial(self._finish_batch, batch))
-            return call.result()
+            if self._queue:  # read without the mutex: a call that is queued later runs in the next batch
+                batch = [call]
+                await async_shielded(partial(self._run_batch, batch), partial(self._finish_batch, batch))
+                return call.result()
+            leader = call
         try:
             [result] = await self._run([item])
         finally:
-            self._hand_over(call)
+            self._hand_over(leader)
         return result
 
     def _make_leader(self, call: AsyncCall[Item, Result]) -> None:
@@ -133,17 +136,22 @@ class AsyncCombiner(Generic[Item, Result]):
                 self._make_leader(call)
                 call.woken.set()
 
-    def _hand_over(self, call: AsyncCall[Item, Result]) -> None:
-        """Remove a call from the queue or, if it is the leader, hand over to the next call."""
+    def _leave(self, call: AsyncCall[Item, Result]) -> None:
+        """Remove a call whose caller was interrupted. If it has become the leader, hand over to the next call."""
         with self._mutex:
-            if self._leader is call:
+            if call in self._queue:
+                self._queue.remove(call)
+        self._hand_over(call)
+
+    def _hand_over(self, leader: object) -> None:
+        """Make the next call the leader, unless another one has taken over in the meantime."""
+        with self._mutex:
+            if self._leader is leader:
                 self._leader = None
                 if self._queue:
                     successor = self._queue.popleft()
                     self._make_leader(successor)
                     successor.woken.set()
-            elif call in self._queue:
-                self._queue.remove(call)
 
     async def _run_batch(self, batch: list[AsyncCall[Item, Result]]) -> None:
         """Move queued calls into the batch and run it. `_finish_batch` runs for every added call."""

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from time import monotonic
-from typing import Any, TypeAlias
+from typing import Any
 
 import psycopg
 from psycopg.conninfo import conninfo_to_dict
-from psycopg.rows import tuple_row
 
 from .._conninfo import missing_defaults
+from .._statement_runner import Row, run_statement
 from .._workarounds import can_cancel_in_time
-from ..errors import AibindError
-
-Row: TypeAlias = tuple[Any, ...]
 
 CANCEL_TIMEOUT = 1.0  # seconds within which the server must accept a cancel request
 
@@ -47,53 +43,13 @@ async def open_connection(
     return await connection_class.connect(conninfo, **options)
 
 
-class UnansweredError(psycopg.OperationalError):
-    """The server did not answer a statement within the timeout. The statement may or may not have taken effect."""
-
-
-class AsyncTimedCursor(psycopg.AsyncRawCursor[Row]):
-    """A cursor that stops waiting for the answer to a statement at `deadline`, a value of `monotonic()`.
-
-    TCP does not detect a peer that accepts data but never replies.
-    """
-
-    def __init__(self, connection: psycopg.AsyncConnection[Any], deadline: float = math.inf) -> None:
-        super().__init__(connection, row_factory=tuple_row)
-        self._deadline = deadline
-
-    def _execute_gen(self, *args: Any, **options: Any) -> Generator[Any, Any, None]:
-        if self._conn.pgconn.pipeline_status:  # the lock excludes the pipeline of another `executemany`
-            raise AibindError(
-                "the connection is in pipeline mode, in which a statement has no result yet: use the store outside of "
-                "the pipeline, or give it a connection of its own"
-            )
-        steps = super()._execute_gen(*args, **options)
-        return steps if self._deadline == math.inf else self._with_deadline(steps)
-
-    def _with_deadline(self, steps: Generator[Any, Any, None]) -> Generator[Any, Any, None]:
-        if monotonic() >= self._deadline:
-            raise psycopg.OperationalError("the connection was busy for the whole timeout: the statement was not sent")
-        # Psycopg resumes this generator several times a second, even if nothing has arrived.
-        ready = None
-        with suppress(StopIteration):
-            while True:
-                wanted = steps.send(ready)
-                if monotonic() >= self._deadline:
-                    raise UnansweredError(
-                        "the server has not answered within the timeout: the statement may or may not have taken effect"
-                    )
-                ready = yield wanted
-                if ready is None:  # after an interruption, psycopg waits again with its own timeout
-                    self._deadline = math.inf
-
-
 async def execute(
     connection: psycopg.AsyncConnection[Any],
     sql: str,
     params: Sequence[Any] = (),
     deadline: float = math.inf,
     *,
-    prepare: bool | None = False,
+    prepare: bool = False,
 ) -> Sequence[Row]:
     """Run one statement on a connection and return its rows, independently of the connection's factories.
 
@@ -102,15 +58,14 @@ async def execute(
         sql: The statement, with numbered parameters.
         params: The values of the parameters; none by default.
         deadline: The value of `monotonic()` at which to stop waiting; no limit by default.
-        prepare: As in psycopg: None prepares repeated statements, False (the default) never prepares.
+        prepare: As in `run_statement`; False by default.
 
     Raises:
-        UnansweredError: The deadline has passed. Close the connection, since the answer may still arrive.
+        Exception: The errors of `run_statement`.
     """
-    cursor = AsyncTimedCursor(connection, deadline)
-    await cursor.execute(sql, params, binary=True, prepare=prepare)
-    # Reading `cursor.description` would cost as much as reading the rows.
-    return await cursor.fetchall() if cursor.pgresult is not None and cursor.pgresult.nfields else []
+    async with connection.lock:
+        rows: Sequence[Row] = await connection.wait(run_statement(connection, sql, params, deadline, prepare=prepare))
+        return rows
 
 
 async def cancel_and_close(connection: psycopg.AsyncConnection[Any]) -> None:

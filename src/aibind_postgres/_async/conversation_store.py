@@ -28,8 +28,8 @@ from .._tables import CONVERSATIONS_TABLE, Table
 from ..errors import AibindError, ConversationConflictError
 from ..history import ChatHistory, Origin, new_id
 from ..models import ConversationInfo, from_epoch_ms
-from .client import AsyncClientLike
 from .database import AsyncDatabase
+from .psycopg_clients import AsyncClientLike
 
 MAX_BYTES = 20_000_000  # of the conversations that one statement of `cleanup` deletes
 LIST_PAGE_ROWS = 2000  # rows that one statement of `list` returns

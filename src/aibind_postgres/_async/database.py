@@ -14,11 +14,11 @@ from .. import _arguments as arguments
 from .._concurrency import AsyncEvent, async_running_loop
 from .._sqlstate import translate
 from ..errors import ForkedError, StoreClosedError
-from .client import as_client
+from .psycopg_clients import as_client
 
 if TYPE_CHECKING:
-    from .client import AsyncClientLike
-    from .connections import Row
+    from .._statement_runner import Row
+    from .psycopg_clients import AsyncClientLike
 
 Result = TypeVar("Result")
 ResultOut = TypeVar("ResultOut", covariant=True)

@@ -11,7 +11,7 @@ from .._sqlstate import refuses_row
 from ..models import CleanupResult
 
 if TYPE_CHECKING:
-    from .connections import Row
+    from .._statement_runner import Row
     from .database import AsyncDatabase
 
 

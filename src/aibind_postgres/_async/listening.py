@@ -19,15 +19,16 @@ from .._notifications import decode_payload, encode_payloads
 from .._poll_pace import QUIET_FACTOR, PollPace
 from .._sql import NOTIFY, json_array
 from .._sqlstate import server_reason, wrote_nothing
+from .._statement_runner import UnansweredError
 from .._subscriptions import Subscriptions, wake_all
 from .._tables import quote
-from .connections import UnansweredError, execute, is_direct, server_pid
+from .connections import execute, is_direct, server_pid
 from .database import CLOSING_TIMEOUT, WORKER_IDLE_TIMEOUT
 
 if TYPE_CHECKING:
     from .._followed_stream import FollowedStream
+    from .._statement_runner import Row
     from .client import AsyncClient
-    from .connections import Row
     from .database import AsyncDatabase
     from .notifying import AsyncNotifier
 

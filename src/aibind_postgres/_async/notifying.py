@@ -85,7 +85,8 @@ class AsyncNotifier:
             appended: Tuples of the stream id, the sequence number before the first text, and the texts.
             newest: The newest followed stream before the statement, as for `Subscriptions.appended`.
         """
-        wake_all(self._subscriptions.appended(appended, newest))
+        if self._subscriptions.has_streams:
+            wake_all(self._subscriptions.appended(appended, newest))
         await self.notify([stream_id for stream_id, _, _ in appended])
 
     async def close(self) -> None:
@@ -115,10 +116,11 @@ class AsyncNotifier:
                 self._log_failure(error)
             return
         with self._mutex:
-            if not self._pending:
-                self._due.set()
+            is_first = not self._pending
             self._pending.update(dict.fromkeys(stream_ids))
-            if self._worker is None or not self._worker.is_alive():
+            if is_first:
+                self._due.set()
+            if self._worker is None or (is_first and not self._worker.is_alive()):
                 with suppress(RuntimeError):  # no thread can start while the interpreter exits
                     self._worker = async_spawn(self._work, "aibind_postgres-notifier")
 

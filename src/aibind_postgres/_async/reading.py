@@ -19,7 +19,7 @@ from .combining import AsyncCombiner
 from .database import RetryableError
 
 if TYPE_CHECKING:
-    from .connections import Row
+    from .._statement_runner import Row
     from .database import AsyncAttempt, AsyncDatabase
 
 BATCH_STREAMS = 200  # in one statement at most

@@ -31,13 +31,13 @@ from ..models import (
     SynchronousCommit,
     from_epoch_ms,
 )
-from .appending import Append, AsyncAppender
-from .client import AsyncClientLike
+from .appending import AsyncAppender
 from .database import AsyncDatabase
 from .deleting import AsyncDeleter
 from .following import AsyncFollower, subscribe_to_end
 from .listening import AsyncListener
 from .notifying import AsyncNotifier
+from .psycopg_clients import AsyncClientLike
 from .reading import AsyncPageReader
 from .stream_writer import AsyncStreamWriter, StreamOperations
 
@@ -214,7 +214,7 @@ class AsyncPostgresStreamStore:
         stream_id = arguments.identifier(id)
         if expected_seq is not None:
             arguments.integer(expected_seq, "expected_seq", minimum=1)
-        return await self._appender.append(Append(stream_id, texts, expected_seq))
+        return await self._appender.append((stream_id, texts, expected_seq))
 
     def writer(
         self,

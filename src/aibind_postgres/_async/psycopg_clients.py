@@ -1,0 +1,295 @@
+"""The clients for psycopg's pools and connections."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from time import monotonic
+from typing import Any, TypeAlias
+
+import psycopg
+from psycopg.pq import TransactionStatus
+from psycopg_pool import AsyncConnectionPool, PoolClosed
+
+from .._concurrency import (
+    AsyncEvent,
+    AsyncLock,
+    Mutex,
+    async_call_or_await,
+    async_matches_flavour,
+    async_shielded,
+)
+from .._conninfo import with_defaults
+from .._sqlstate import is_read_only, is_recoverable
+from .._statement_runner import Row, UnansweredError
+from .._workarounds import async_at_end_of_loop, async_checkout, async_put_again, is_closed_by_server
+from ..errors import copy_error
+from .client import AsyncClient, AsyncPostgresClient
+from .connections import cancel_and_close, execute, is_direct, open_connection, parameters_of
+
+AsyncClientLike: TypeAlias = str | AsyncConnectionPool[Any] | psycopg.AsyncConnection[Any] | AsyncPostgresClient
+
+MIN_DRAIN_INTERVAL = 1.0  # seconds; a server that stays read-only must not cause a new connection for each call
+
+# Seconds for which a store keeps a connection of its own pool. Returned to the pool, it is checked for its lifetime.
+MAX_KEPT = 1.0
+
+
+class AsyncPsycopgClient(AsyncClient):
+    """Base class of the clients for psycopg: runs a statement on a connection."""
+
+    joins_transactions = False
+
+    def __init__(self, timeout: float | None) -> None:
+        self._timeout = math.inf if timeout is None else timeout
+        self._direct: bool | None = None  # None: not known yet
+
+    async def _run(
+        self, connection: psycopg.AsyncConnection[Any], sql: str, params: Sequence[Any], deadline: float
+    ) -> Sequence[Row]:
+        try:
+            if self._direct is None:
+                self._direct = await is_direct(connection, deadline)
+            # Through a transaction pooler, the next statement may run in another session, in which a prepared statement
+            # with the same name may differ.
+            return await execute(connection, sql, params, deadline, prepare=self._direct)
+        except UnansweredError:
+            await cancel_and_close(connection)
+            raise
+
+
+class AsyncPoolClient(AsyncPsycopgClient):
+    """The client for a psycopg pool. The first statement opens an `owned` pool, and `close` closes it.
+
+    An owned pool has no other users. One of its connections is kept between two statements: to take it from the pool
+    and to put it back would cost as much processor time as a statement.
+    """
+
+    def __init__(self, pool: AsyncConnectionPool[Any], timeout: float | None, *, owned: bool = False) -> None:
+        super().__init__(timeout)
+        self._pool = pool
+        self._owned = owned
+        self._has_connected = not owned
+        self._opening = AsyncLock()
+        self._connect_error: Exception | None = None
+        self._connect_failed_at = 0.0
+        self._drained_at = -math.inf
+        self._closed = AsyncEvent()
+        self._opened = not owned
+        self._mutex = Mutex()
+        self._kept: psycopg.AsyncConnection[Any] | None = None
+        self._kept_since = 0.0  # when it was taken from the pool
+        self._waiting = 0  # callers that take a connection from the pool
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {type(self._pool).__name__} {self._pool.name!r}>"
+
+    def is_connected(self) -> bool:
+        return not self._pool.closed
+
+    async def query(self, sql: str, params: Sequence[Any]) -> Sequence[Row]:
+        if not self._opened:
+            await self._open()
+        now = monotonic()
+        deadline = now + self._timeout
+        while True:
+            connection: psycopg.AsyncConnection[Any] | None = None
+            since = now
+            autocommit = True
+            counted = succeeded = False
+            returned: list[bool] = []
+            # A signal handler may raise after any call, so `finally` must know the connection as soon as it is taken.
+            try:
+                kept = self._kept
+                if kept is not None:
+                    with self._mutex:
+                        if self._kept is kept:
+                            self._kept = None
+                            connection, since = kept, self._kept_since
+                if connection is None:
+                    # Not `connection()` of the pool: it would end a transaction, and in autocommit mode there is none.
+                    if self._owned:
+                        with self._mutex:
+                            self._waiting += 1
+                            counted = True
+                    checkout_deadline = min(deadline, now + self._pool.timeout)
+                    connection = await async_checkout(self._pool, max(0.0, checkout_deadline - monotonic()))
+                    counted = counted and self._end_waiting()
+                if is_closed_by_server(connection):
+                    continue  # the pool replaces it
+                autocommit = connection.autocommit
+                if not autocommit:
+                    if connection.read_only is not None:  # autocommit mode would ignore it
+                        async with connection.transaction():
+                            return await self._run(connection, sql, params, deadline)
+                    # Saves the round trips of BEGIN and COMMIT. Changing the mode needs no round trip.
+                    await connection.set_autocommit(True)
+                rows = await self._run(connection, sql, params, deadline)
+                succeeded = True
+                return rows
+            except psycopg.Error as error:
+                if is_read_only(error):
+                    await self._replace_connections()
+                raise
+            finally:
+                try:
+                    if counted:
+                        self._end_waiting()
+                    if succeeded and self._owned and now - since < MAX_KEPT:
+                        with self._mutex:
+                            if self._kept is None and self._waiting <= 0 and not self._closed.is_set():
+                                self._kept_since = since
+                                self._kept, connection = connection, None
+                    if connection is not None:
+                        # A pool loses a connection if `putconn` is cancelled.
+                        await async_shielded(partial(self._return_connection, connection, autocommit, returned))
+                except BaseException:
+                    if connection is not None and not returned:  # else another caller may have got it
+                        await async_put_again(partial(self._return_connection, connection, autocommit, returned))
+                    raise
+
+    def _end_waiting(self) -> bool:
+        with self._mutex:
+            self._waiting -= 1
+        return False
+
+    async def _return_connection(
+        self, connection: psycopg.AsyncConnection[Any], autocommit: bool, returned: list[bool]
+    ) -> None:
+        try:
+            if not autocommit and connection.info.transaction_status == TransactionStatus.IDLE:
+                await connection.set_autocommit(False)
+        except psycopg.Error:
+            await connection.close()  # the pool replaces it
+        await self._pool.putconn(connection)
+        returned.append(True)
+
+    async def _replace_connections(self) -> None:
+        """Let the pool replace its connections: after a failover, sessions that were read-only may stay so."""
+        if monotonic() - self._drained_at > MIN_DRAIN_INTERVAL:
+            self._drained_at = monotonic()
+            await self._put_kept_back()
+            await async_shielded(self._pool.drain)  # the pool loses connections if it is cancelled
+
+    async def _put_kept_back(self) -> None:
+        with self._mutex:
+            kept, self._kept = self._kept, None
+        if kept is not None:
+            await async_shielded(partial(self._pool.putconn, kept))
+
+    async def _open(self) -> None:
+        called_at = monotonic()
+        async with self._opening:
+            if self._connect_error is not None and self._connect_failed_at > called_at:
+                raise copy_error(self._connect_error)  # another caller failed while this one waited
+            if not self._has_connected:
+                # A failure to connect must raise: the pool only logs it, and its callers get a timeout.
+                try:
+                    async with await psycopg.AsyncConnection.connect(str(self._pool.conninfo)):
+                        self._has_connected = True
+                except Exception as error:
+                    # The copy has no traceback, which would keep the frames of the caller alive.
+                    self._connect_error, self._connect_failed_at = copy_error(error), monotonic()
+                    raise
+            if self._pool.closed:
+                async_at_end_of_loop(self._close_pool, unless=self._closed)
+                await self._pool.open()
+            self._opened = True
+            if self._closed.is_set():  # `close` was called before the pool was open
+                await self._pool.close()
+
+    async def connect(self) -> psycopg.AsyncConnection[Row] | None:
+        # Connect as the pool does: its callables or its class may renew a password that has expired since.
+        conninfo, kwargs = self._pool.conninfo, self._pool.kwargs
+        if callable(conninfo):
+            conninfo = await async_call_or_await(conninfo)
+        if callable(kwargs):
+            kwargs = await async_call_or_await(kwargs)
+        return await open_connection(kwargs or {}, conninfo or "", self._pool.connection_class)
+
+    def is_recoverable(self, error: Exception) -> bool:
+        recoverable = is_recoverable(error, (psycopg.OperationalError, psycopg.InterfaceError))
+        # Before the first connection, the address may be wrong: retries would delay the error.
+        return recoverable and not isinstance(error, PoolClosed) and self._has_connected
+
+    async def close(self) -> None:
+        self._closed.set()
+        if self._owned:
+            await self._close_pool()
+
+    async def _close_pool(self) -> None:
+        await self._put_kept_back()
+        await self._pool.close()
+
+
+class AsyncConnectionClient(AsyncPsycopgClient):
+    """The client for a psycopg connection of the caller. Statements take part in its transaction."""
+
+    joins_transactions = True
+
+    def __init__(self, connection: psycopg.AsyncConnection[Any], timeout: float | None) -> None:
+        super().__init__(timeout)
+        self._connection = connection
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {self._connection!r}>"
+
+    def is_connected(self) -> bool:
+        return True
+
+    async def query(self, sql: str, params: Sequence[Any]) -> Sequence[Row]:
+        return await self._run(self._connection, sql, params, monotonic() + self._timeout)
+
+    async def connect(self) -> psycopg.AsyncConnection[Row] | None:
+        return await open_connection(parameters_of(self._connection))
+
+    def is_recoverable(self, error: Exception) -> bool:
+        return False
+
+    def in_transaction(self) -> bool:
+        return self._connection.info.transaction_status != TransactionStatus.IDLE
+
+
+async def _keep_connecting(pool: AsyncConnectionPool[Any]) -> None:
+    """Let a pool that has given up connecting try again if callers wait for a connection."""
+    if pool.get_stats()["requests_waiting"]:
+        await pool.check()
+
+
+def as_client(client: AsyncClientLike, timeout: float | None = None) -> AsyncClient:
+    """Return the client for the `client` argument of a store. A connection string becomes a pool that the client owns.
+
+    Raises:
+        ValueError: The connection string is malformed, or `timeout` is given for the client of another driver.
+        TypeError: The argument is not a client of this flavour.
+    """
+    if isinstance(client, str):
+        pool: AsyncConnectionPool[Any] = AsyncConnectionPool(
+            with_defaults(client),
+            kwargs={"autocommit": True},
+            min_size=1,
+            max_size=10,
+            timeout=10,
+            max_idle=1,  # seconds: unused connections are closed, since other stores may need them
+            reconnect_timeout=2,  # psycopg doubles the pauses between attempts up to this time: 1 s each
+            reconnect_failed=_keep_connecting,
+            open=False,
+            name="pool of aibind_postgres",
+        )
+        return AsyncPoolClient(pool, timeout, owned=True)
+    if isinstance(client, AsyncConnectionPool):
+        return AsyncPoolClient(client, timeout)
+    if isinstance(client, psycopg.AsyncConnection):
+        return AsyncConnectionClient(client, timeout)
+    if not isinstance(client, AsyncClient) and async_matches_flavour(getattr(client, "query", None)):
+        client = AsyncClient(client)
+    if isinstance(client, AsyncClient):
+        if timeout is not None:
+            raise ValueError("timeout applies to psycopg's pools and connections only: set a timeout in your driver")
+        return client
+    accepted = " or ".join(kind.__name__ for kind in (AsyncConnectionPool, psycopg.AsyncConnection))
+    raise TypeError(
+        f"the client must be a connection string, a psycopg {accepted}, or an object with a query method of the "
+        f"store's flavour, synchronous or asynchronous, not {type(client).__name__}"
+    )
