@@ -39,7 +39,7 @@ STATUS_ROW = "-greatest(total_chunks, 0) AS seq, state || coalesce(chr(10) || er
 CREATE = """
 WITH created AS (
     INSERT INTO {status} (id, state, error, total_chunks, expires_at)
-    VALUES ($1::text, 'active', NULL, 0, {now} + $2::bigint)
+    VALUES ($1::text, 'active', NULL, 0, {expiry})
     ON CONFLICT (id) DO NOTHING
     RETURNING id
 ), leftovers AS (
@@ -224,8 +224,8 @@ SELECT id, state, error, greatest(total_chunks, 0), expires_at,
 
 # Checks the next $5 active streams after id $4. The last activity is created_at of the last chunk, or of a stream
 # without chunks (migration 0002). Without these columns it is derived from expires_at and the ttl of this store.
-# expires_at may lag by a quarter of the ttl, so the latest possible time is used: no running producer is ended. An
-# expires_at outside the range of timestamps is clamped, since its conversion would fail the whole statement.
+# expires_at is rounded up, so the latest possible time is used: no running producer is ended. An expires_at outside the
+# range of timestamps is clamped, since its conversion would fail the whole statement.
 FAIL_ABANDONED = """
 WITH page AS MATERIALIZED (
     SELECT max(id) AS last
@@ -239,8 +239,7 @@ WITH page AS MATERIALIZED (
                     ELSE (SELECT (to_jsonb(c) ->> 'created_at')::timestamptz
                             FROM {chunks} AS c WHERE c.id = s.id AND c.seq = s.total_chunks)
                END,
-               to_timestamp((least(greatest(expires_at, 0), 8000000000000000) - $1::bigint
-                             + least(greatest(total_chunks, 0), 1) * ($1::bigint / 4)) / 1000.0))
+               to_timestamp((least(greatest(expires_at, 0), 8000000000000000) - $1::bigint) / 1000.0))
            <= statement_timestamp() - $2::bigint * interval '1 millisecond'
      ORDER BY id
        FOR UPDATE SKIP LOCKED
@@ -290,9 +289,12 @@ class StreamStatements:
         }
 
         def fill(statement: str, ttl: str = "$4") -> str:
-            return statement.format_map({**values, "renewed_expiry": renewed_expiry(ttl)})
+            expiry = rounded_expiry(ttl)
+            return statement.format_map(
+                {**values, "expiry": expiry, "renewed_expiry": f"greatest(expires_at, {expiry})"}
+            )
 
-        self.create = fill(CREATE)
+        self.create = fill(CREATE, ttl="$2")
         self.append = fill(APPEND)
         self.append_many = fill(APPEND_MANY)
         self.append_batch = fill(APPEND_BATCH, ttl="$2")
@@ -315,15 +317,16 @@ class StreamStatements:
         self.fail_abandoned = fill(FAIL_ABANDONED)
 
 
-def renewed_expiry(ttl: str) -> str:
-    """Return the SQL expression for expires_at after an append. `ttl` is the name of a parameter, in milliseconds.
+def rounded_expiry(ttl: str) -> str:
+    """Return the SQL expression for expires_at of an active stream: the end of the ttl, rounded up to a quarter of it.
 
-    The expiry is renewed if a quarter of the ttl has passed since the last renewal. Most appends therefore do not
-    change this indexed column, and are heap-only updates.
+    Appends set this indexed column to the same value for a quarter of the ttl, so that they are heap-only updates.
+
+    Args:
+        ttl: The name of a parameter, in milliseconds.
     """
-    return f"""
-           CASE WHEN expires_at < {NOW} + {ttl}::bigint - {ttl}::bigint / 4
-                THEN {NOW} + {ttl}::bigint ELSE expires_at END""".strip()
+    quarter = f"greatest({ttl}::bigint / 4, 1)"
+    return f"(({NOW} + {ttl}::bigint - 1) / {quarter} + 1) * {quarter}"
 
 
 def json_text(value: object) -> str:

@@ -100,7 +100,8 @@ class StreamInfo(NamedTuple):
         state: `"active"`, `"done"`, `"stopped"` or `"error"`.
         error: The error text in state error; None in every other state.
         total_chunks: The number of chunks.
-        expires_at: The time after which `cleanup` may delete the stream, once it has ended.
+        expires_at: The time after which `cleanup` may delete the stream, once it has ended. While it is active, each
+            append renews this time, rounded up to a quarter of the ttl.
         created_at: The time of creation. None if the stream is older than migration 0002, or if the time is out of
             datetime's range.
     """

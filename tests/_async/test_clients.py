@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import uuid
+from datetime import datetime, timezone
 from functools import partial
 
 import psycopg
@@ -215,11 +216,17 @@ async def test_without_the_second_migration(dsn, tables):
         with pytest.raises(SchemaError, match="created_at"):
             [info async for info in store.list(created_after=info.expires_at)]
         async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as admin:
+            # As by the TypeScript package, which does not round.
+            expires_at = round((datetime.now(timezone.utc).timestamp() + 100 * HOUR) * 1000)
+            statement = psycopg.sql.SQL("INSERT INTO {} (id, expires_at) VALUES ('theirs', %s)")
+            await admin.execute(statement.format(tables["status_table"]), [expires_at])
             statement = psycopg.sql.SQL("UPDATE {} SET expires_at = expires_at - %s").format(tables["status_table"])
             await admin.execute(statement, [60 * HOUR * 1000])
-        # Without the migration the last append was between 60 and 35 hours ago, so the stream is not ended yet.
-        assert await store.fail_abandoned(40 * HOUR) == []
-        assert await store.fail_abandoned(30 * HOUR) == [id]
+        # Without the migration, a rounded expiry hides up to 25 of these 60 hours.
+        assert await store.fail_abandoned(61 * HOUR) == []
+        ended = await store.fail_abandoned(59 * HOUR)
+        assert "theirs" in ended
+        assert sorted([*ended, *await store.fail_abandoned(34 * HOUR)]) == sorted([id, "theirs"])
         assert await store.cleanup() == (0, 0)
         assert await store.delete(id) is True
 

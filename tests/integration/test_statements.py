@@ -108,3 +108,35 @@ def row_counts(node):
         node["Actual Rows"] * node["Actual Loops"],
         *[n for child in node.get("Plans", []) for n in row_counts(child)],
     ]
+
+
+@pytest.mark.parametrize("ttl", [1, 3, 7, 1000, 300_000, 10**12])
+def test_expiry_is_rounded_up_to_a_quarter_of_the_ttl(database, ttl):
+    quarter = max(ttl // 4, 1)
+    appends = {
+        "append": ["s", "x", None, ttl],
+        "append_many": ["s", '["x", "y"]', None, ttl],
+        "append_batch": ['[{"id": "s", "texts": ["x"]}]', ttl],
+    }
+    with psycopg.connect(database, autocommit=True, cursor_factory=psycopg.RawCursor) as connection:
+
+        def now():
+            [(time,)] = connection.execute("SELECT (extract(epoch FROM clock_timestamp()) * 1000)::bigint")
+            return time
+
+        def check(stored, name, params):
+            """Check the expiry after a statement. `stored` is the one before."""
+            before = now()
+            assert connection.execute(getattr(STREAM_STATEMENTS, name), params).fetchall()
+            after = now()
+            earliest, latest = (-(-(time + ttl) // quarter) * quarter for time in (before, after))
+            [(expires_at,)] = connection.execute("SELECT expires_at FROM aibind_stream_status")
+            assert max(stored, earliest) <= expires_at <= max(stored, latest)
+            assert expires_at == stored or expires_at % quarter == 0
+            return expires_at
+
+        created = check(0, "create", ["s", ttl, 10])
+        for name, params in appends.items():
+            for stored in (created, -(2**63), now(), now() + ttl, now() + 2 * ttl, 2**63 - 1):
+                connection.execute("UPDATE aibind_stream_status SET expires_at = $1", [stored])
+                check(stored, name, params)

@@ -508,8 +508,9 @@ class AsyncPostgresStreamStore:
         """End the active streams that have got no chunk for `older_than` seconds, in state error.
 
         Use it for streams of dead producers. Without migration 0002, and for chunks that are older than it, the time of
-        the last chunk is derived from the expiry: every writer must then use the ttl of this store, and a stream may be
-        ended later, by up to a quarter of the ttl.
+        the last chunk is derived from the expiry, which is rounded up: a stream may be ended later, by up to a quarter
+        of the ttl. Every writer must then use the ttl of this store and renew the expiry. The TypeScript package does
+        not renew it.
 
         Args:
             older_than: Seconds, or a timedelta, since the last chunk, or since the creation of a stream without chunks.
