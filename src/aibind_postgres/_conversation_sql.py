@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ._sql import NOW
+from ._sql import FEW, NOW
 
 if TYPE_CHECKING:
     from ._tables import Table
@@ -68,8 +68,11 @@ WITH expired AS MATERIALIZED (
     SELECT session_id, size, sum(size) OVER (ORDER BY expires_at, session_id ROWS UNBOUNDED PRECEDING) AS sum
       FROM expired
 ), deleted AS (
-    DELETE FROM {conversations}
-     WHERE session_id = ANY (ARRAY(SELECT session_id FROM summed WHERE sum <= $2::bigint OR sum = size)) RETURNING 1
+    DELETE FROM {conversations} AS c
+     USING (SELECT unnest(ARRAY(SELECT session_id FROM summed WHERE sum <= $2::bigint OR sum = size)) {few})
+           AS chosen (session_id)
+     WHERE c.session_id = chosen.session_id
+    RETURNING 1
 )
 SELECT (SELECT count(*) FROM expired) AS found, (SELECT count(*) FROM deleted) AS deleted
 """
@@ -79,7 +82,7 @@ class ConversationStatements:
     """The statements of one conversation store, with its table name filled in."""
 
     def __init__(self, conversations: Table) -> None:
-        values = {"conversations": conversations.quoted, "now": NOW}
+        values = {"conversations": conversations.quoted, "few": FEW, "now": NOW}
         self.load = LOAD.format_map(values)
         self.save = SAVE.format_map(values)
         self.overwrite = OVERWRITE.format_map(values)

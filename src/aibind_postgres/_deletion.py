@@ -73,8 +73,8 @@ SELECT (SELECT count(*) FROM leftovers) {commit_setting}
 
 # Deletes expired streams with at most $2 chunks together. The size of a stream is its highest sequence number. A larger
 # one is replaced by a tombstone; if $2 is NULL, one stream of any size is deleted without a tombstone. SKIP LOCKED
-# skips rows that another process is cleaning up. The ids are passed as an array, since a join could be planned as a
-# scan of all chunks.
+# skips rows that another process is cleaning up. The ids are passed as arrays, of which the planner expects few rows,
+# rather than as many as $1: it might scan all chunks for these.
 CLEANUP = """
 WITH expired AS MATERIALIZED (
     SELECT id, expires_at FROM {status}
@@ -83,17 +83,22 @@ WITH expired AS MATERIALIZED (
      LIMIT $1::bigint
        FOR UPDATE SKIP LOCKED
 ), sized AS MATERIALIZED (
-    SELECT id, expires_at, (SELECT coalesce(max(seq), 0) FROM {chunks} AS c WHERE c.id = expired.id) AS size
-      FROM expired
+    SELECT id, expires_at, size
+      FROM expired, LATERAL (SELECT coalesce(max(seq), 0) FROM {chunks} WHERE id = expired.id) AS c (size)
 ), summed AS MATERIALIZED (
     SELECT id, size, sum(size) OVER (ORDER BY expires_at, id ROWS UNBOUNDED PRECEDING) AS sum FROM sized
 ), chosen AS MATERIALIZED (
     SELECT id, size FROM summed WHERE sum <= $2::bigint OR sum = size
 ), chunks AS (
-    DELETE FROM {chunks}
-     WHERE id = ANY (ARRAY(SELECT id FROM chosen WHERE size <= coalesce($2::bigint, size))) RETURNING 1
+    DELETE FROM {chunks} AS c
+     USING (SELECT unnest(ARRAY(SELECT id FROM chosen WHERE size <= coalesce($2::bigint, size))) {few}) AS emptied (id)
+     WHERE c.id = emptied.id
+    RETURNING 1
 ), streams AS (
-    DELETE FROM {status} WHERE id = ANY (ARRAY(SELECT id FROM chosen)) RETURNING 1
+    DELETE FROM {status} AS s
+     USING (SELECT unnest(ARRAY(SELECT id FROM chosen)) {few}) AS ended (id)
+     WHERE s.id = ended.id
+    RETURNING 1
 ), buried AS (
     INSERT INTO {status} (id, state, error, total_chunks, expires_at)
     SELECT {tombstone_of_id} FROM chosen WHERE size > $2::bigint

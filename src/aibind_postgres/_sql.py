@@ -5,6 +5,7 @@ Conventions:
 - Parameters are numbered (`$1`), so that psycopg's raw cursors and asyncpg accept the same text.
 - Times are milliseconds since the epoch, by the server's clock.
 - A statement on one stream has the condition `id = $1` for each table.
+- A statement on several streams reaches each of them by a join on `id`, with an index and in one partition.
 - The status table is locked before the chunks table, as in the migrations.
 """
 
@@ -30,6 +31,10 @@ IN_RANGE = "BETWEEN '0001-01-02 00:00Z' AND '9999-12-30 00:00Z'"
 # Whether a page of chunks of this size has at most PAGE_BYTES, or consists of this chunk.
 FITS = f"octet_length(data) * {{limit}} <= {PAGE_BYTES} OR {{limit}} = 1"
 RUNNING_SIZE = "sum(octet_length(found.data)) OVER (ORDER BY wanted.index, found.seq ROWS UNBOUNDED PRECEDING)"
+
+# Limits nothing, but the planner does not know that and expects a tenth of the rows: 1 instead of 10 from an array. It
+# then reaches each stream by an index. For more rows, it might prefer a scan of the whole table.
+FEW = "LIMIT (SELECT NULL::bigint)"
 
 STATUS_ROW = "-greatest(total_chunks, 0) AS seq, state || coalesce(chr(10) || error, '') AS data"
 
@@ -91,19 +96,22 @@ APPEND_BATCH = """
 WITH wanted AS MATERIALIZED (
     SELECT id, expected, texts, json_array_length(texts) AS added
       FROM json_to_recordset($1::text::json) AS item (id text, expected bigint, texts json)
+    {few}
 ), locked AS MATERIALIZED (
-    SELECT id, total_chunks
-      FROM {status}
-     WHERE id = ANY (ARRAY(SELECT id FROM wanted)) AND state = 'active' AND total_chunks >= 0
-       FOR UPDATE SKIP LOCKED
+    SELECT wanted.*, total_chunks
+      FROM wanted, LATERAL (
+               SELECT total_chunks FROM {status}
+                WHERE id = wanted.id AND state = 'active' AND total_chunks >= 0
+                  FOR UPDATE SKIP LOCKED
+           ) AS found
+    {few}
 ), advanced AS (
     UPDATE {status} AS s
-       SET total_chunks = s.total_chunks + wanted.added,
+       SET total_chunks = s.total_chunks + locked.added,
            expires_at = {renewed_expiry}
-      FROM locked JOIN wanted USING (id)
+      FROM (SELECT * FROM locked WHERE expected IS NULL OR total_chunks = expected - 1 {few}) AS locked
      WHERE s.id = locked.id
-       AND (wanted.expected IS NULL OR locked.total_chunks = wanted.expected - 1)
-    RETURNING wanted.id, s.total_chunks - wanted.added AS last_before, wanted.texts
+    RETURNING locked.id, s.total_chunks - locked.added AS last_before, locked.texts
 ), stored AS (
     INSERT INTO {chunks} (id, seq, data)
     SELECT advanced.id, last_before + new.ordinal, new.data
@@ -183,8 +191,9 @@ SELECT pg_is_in_recovery(), found.seq, found.data
 
 # The states of the streams for which readers wait.
 POLL = """
-SELECT id, state, total_chunks FROM {status}
- WHERE id = ANY (ARRAY(SELECT json_array_elements_text($1::text::json)))
+SELECT s.id, s.state, s.total_chunks
+  FROM (SELECT unnest(ARRAY(SELECT json_array_elements_text($1::text::json))) {few}) AS wanted (id),
+       LATERAL (SELECT id, state, total_chunks FROM {status} WHERE id = wanted.id) AS s
 """
 
 END = """
@@ -225,31 +234,40 @@ SELECT id, state, error, greatest(total_chunks, 0), expires_at,
 # Checks the next $5 active streams after id $4. The last activity is created_at of the last chunk, or of a stream
 # without chunks (migration 0002). Without these columns it is derived from expires_at and the ttl of this store.
 # expires_at is rounded up, so the latest possible time is used: no running producer is ended. An expires_at outside the
-# range of timestamps is clamped, since its conversion would fail the whole statement.
+# range of timestamps is clamped, since its conversion would fail the whole statement. A stream that gets a chunk after
+# the snapshot is kept. OFFSET 0 keeps the planner from joining all chunks.
 FAIL_ABANDONED = """
 WITH page AS MATERIALIZED (
-    SELECT max(id) AS last
-      FROM (SELECT id FROM {status} WHERE state = 'active' AND id > $4::text ORDER BY id LIMIT $5::bigint) AS active
-), abandoned AS MATERIALIZED (
-    SELECT id FROM {status} AS s
-     WHERE state = 'active' AND id > $4::text AND id <= (SELECT last FROM page)
-       AND coalesce(
-               CASE WHEN total_chunks <= 0
-                    THEN (to_jsonb(s) ->> 'created_at')::timestamptz
-                    ELSE (SELECT (to_jsonb(c) ->> 'created_at')::timestamptz
-                            FROM {chunks} AS c WHERE c.id = s.id AND c.seq = s.total_chunks)
-               END,
-               to_timestamp((least(greatest(expires_at, 0), 8000000000000000) - $1::bigint) / 1000.0))
-           <= statement_timestamp() - $2::bigint * interval '1 millisecond'
+    SELECT id, total_chunks, (to_jsonb(s) ->> 'created_at')::timestamptz AS created_at,
+           to_timestamp((least(greatest(expires_at, 0), 8000000000000000) - $1::bigint) / 1000.0) AS renewed_at
+      FROM {status} AS s
+     WHERE state = 'active' AND id > $4::text
      ORDER BY id
-       FOR UPDATE SKIP LOCKED
+     LIMIT $5::bigint
+), silent AS MATERIALIZED (
+    SELECT id, total_chunks
+      FROM page LEFT JOIN LATERAL (
+               SELECT (to_jsonb(c) ->> 'created_at')::timestamptz
+                 FROM {chunks} AS c WHERE c.id = page.id AND c.seq = page.total_chunks
+               OFFSET 0
+           ) AS last_chunk (written_at) ON true
+     WHERE coalesce(CASE WHEN total_chunks <= 0 THEN created_at ELSE written_at END, renewed_at)
+           <= statement_timestamp() - $2::bigint * interval '1 millisecond'
+), locked AS MATERIALIZED (
+    SELECT s.id
+      FROM silent, LATERAL (
+               SELECT id FROM {status}
+                WHERE id = silent.id AND state = 'active' AND total_chunks = silent.total_chunks
+                  FOR UPDATE SKIP LOCKED
+           ) AS s
 ), ended AS (
-    UPDATE {status}
+    UPDATE {status} AS s
        SET state = 'error', error = $3::text, expires_at = {now} + $1::bigint
-     WHERE id = ANY (ARRAY(SELECT id FROM abandoned)) AND state = 'active'
-    RETURNING id
+      FROM (SELECT unnest(ARRAY(SELECT id FROM locked)) {few}) AS abandoned (id)
+     WHERE s.id = abandoned.id AND s.state = 'active'
+    RETURNING s.id
 )
-SELECT page.last, ended.id FROM page LEFT JOIN ended ON true {commit_setting}
+SELECT last, ended.id FROM (SELECT max(id) FROM page) AS page (last) LEFT JOIN ended ON true {commit_setting}
 """
 
 NOTIFY = "SELECT pg_notify($1::text, payload) FROM json_array_elements_text($2::text::json) AS payload"
@@ -278,6 +296,7 @@ class StreamStatements:
             "status": status.quoted,
             "now": NOW,
             "in_range": IN_RANGE,
+            "few": FEW,
             "status_row": STATUS_ROW,
             "fits_in_page": FITS.format(limit="$3::bigint"),
             "fits_in_batch": FITS.format(limit='wanted."limit"'),
