@@ -18,7 +18,8 @@ SELECT CASE WHEN octet_length(data) <= $2::bigint THEN data END FROM {conversati
 # Saves only if the stored text has the digest $4, or if $4 is NULL and no row is stored. An expired row counts as
 # deleted. The row is locked first, so that it cannot change after the comparison. Comparing digests avoids sending the
 # old text, and does not depend on a collation, which may treat different texts as equal. If nothing is saved, the
-# statement returns the stored text, or NULL if it has more than $5 bytes.
+# statement returns the stored text, or NULL if it has more than $5 bytes. `excluded.expires_at - $3` is the time of the
+# statement: Citus refuses the function for it in this place.
 SAVE = """
 WITH found AS MATERIALIZED (
     SELECT data FROM {conversations} WHERE session_id = $1::text AND expires_at > {now} FOR UPDATE
@@ -28,7 +29,7 @@ WITH found AS MATERIALIZED (
      WHERE $4::text IS NOT DISTINCT FROM (SELECT encode(sha256(convert_to(data, 'UTF8')), 'hex') FROM found)
     ON CONFLICT (session_id) DO UPDATE
        SET data = excluded.data, expires_at = excluded.expires_at
-     WHERE $4::text IS NOT NULL OR c.expires_at <= {now}
+     WHERE $4::text IS NOT NULL OR c.expires_at <= excluded.expires_at - $3::bigint
     RETURNING 1
 )
 SELECT EXISTS (SELECT FROM saved) AS saved, EXISTS (SELECT FROM found) AS found,
@@ -47,7 +48,12 @@ UPDATE {conversations} SET expires_at = {now} + $2::bigint
 RETURNING 1
 """
 
-DELETE = "DELETE FROM {conversations} WHERE session_id = $1::text RETURNING expires_at > {now}"
+DELETE = """
+WITH deleted AS (
+    DELETE FROM {conversations} WHERE session_id = $1::text RETURNING expires_at
+)
+SELECT expires_at > {now} FROM deleted
+"""
 
 LIST_CONVERSATIONS = """
 SELECT session_id, expires_at FROM {conversations}

@@ -64,8 +64,8 @@ WITH leftovers AS (
     DELETE FROM {chunks} AS c USING {status} AS s
      WHERE c.id = $1::text AND s.id = $1::text AND c.seq > greatest(s.total_chunks, 0)
        AND c.seq <= greatest(s.total_chunks, 0) + $2::bigint
-       AND coalesce((to_jsonb(c) ->> 'created_at')::timestamptz < (to_jsonb(s) ->> 'created_at')::timestamptz,
-                    to_jsonb(c) ->> 'created_at' IS NULL)
+       AND (to_jsonb(c) ->> 'created_at' IS NULL
+            OR (to_jsonb(c) ->> 'created_at')::timestamptz < (to_jsonb(s) ->> 'created_at')::timestamptz)
     RETURNING 1
 )
 SELECT (SELECT count(*) FROM leftovers) {commit_setting}

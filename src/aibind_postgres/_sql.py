@@ -6,6 +6,7 @@ Conventions:
 - Times are milliseconds since the epoch, by the server's clock.
 - A statement on one stream has the condition `id = $1` for each table.
 - A statement on several streams reaches each of them by a join on `id`, with an index and in one partition.
+- CASE, COALESCE, RETURNING and ON CONFLICT … WHERE contain IMMUTABLE functions only: Citus refuses the others there.
 - The status table is locked before the chunks table, as in the migrations.
 """
 
@@ -168,8 +169,8 @@ READ_TIMED = """
 SELECT {status_row}, NULL::float8 AS written_at FROM {status} WHERE id = $1::text
 UNION ALL
 SELECT seq, CASE WHEN {fits_in_page} THEN data END,
-       CASE WHEN created_at {in_range} THEN extract(epoch FROM created_at)::float8 END
-  FROM {chunks}
+       CASE WHEN created_at {in_range} THEN epoch END
+  FROM {chunks}, LATERAL (SELECT extract(epoch FROM created_at)::float8) AS t (epoch)
  WHERE id = $1::text AND seq > $2::bigint
    AND seq <= least(least($2::bigint, 1::bigint << 62) + $3::bigint,
                     (SELECT total_chunks FROM {status} WHERE id = $1::text))
@@ -226,7 +227,7 @@ SELECT id, state, error, greatest(total_chunks, 0), expires_at,
  WHERE ($1::text IS NULL OR state = $1::text) AND state <> 'deleted'
    AND created_at >= coalesce($4::timestamptz, '-infinity')
    AND ($5::timestamptz IS NULL OR created_at < $5::timestamptz)
-   AND (created_at, id) > (coalesce($6::text::timestamptz, '-infinity'), $2::text)
+   AND (created_at, id) > (coalesce($6::text, '-infinity')::timestamptz, $2::text)
  ORDER BY created_at, id
  LIMIT $3::bigint
 """
