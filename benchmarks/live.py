@@ -11,11 +11,9 @@ from multiprocessing.connection import Connection as Pipe
 from typing import TYPE_CHECKING, Any
 
 from .measure import Figures, Missing, Results, Row, at_most, compare, latencies
-from .peers import NpmDesign, Redis, Tables, process, run_all
+from .peers import NpmDesign, Redis, Tables, add_entry, process, run_all
 
 if TYPE_CHECKING:
-    import redis
-
     from .bench import Bench
 
 CHATS = 200
@@ -93,7 +91,7 @@ def tail(bench: Bench) -> list[Row]:
                 missing[policy] = server.reason
                 continue
             client = stack.enter_context(server.connect())
-            senders[policy] = partial(add_entry, client)
+            senders[policy] = partial(add_entry, client, "tail")
             readers[policy] = stack.enter_context(process(tail_redis, server))
 
         for send in senders.values():
@@ -149,10 +147,6 @@ def tail_npm(pipe: Pipe, tables: Tables, stream: str) -> None:
 
 def tail_redis(pipe: Pipe, server: Redis) -> None:
     report(pipe, redis_entries(server))
-
-
-def add_entry(client: redis.Redis, text: str) -> None:
-    client.xadd("tail", {"data": text})
 
 
 def redis_entries(server: Redis) -> Iterator[str]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from .bench import Bench, with_peer
 from .measure import TOKEN, Figures, Row, at_least, at_most, compare
-from .peers import NpmDesign, Redis, Tables, process
+from .peers import NpmDesign, Redis, Tables, add_entry, process
 
 if TYPE_CHECKING:
     from aibind_postgres import PostgresStreamStore
@@ -42,7 +42,7 @@ def replay(bench: Bench) -> list[Row]:
                 for _ in range(CHUNKS // PAGE):
                     pipeline = client.pipeline(transaction=False)
                     for _ in range(PAGE):
-                        pipeline.xadd("replay", {"data": TOKEN})
+                        add_entry(pipeline, "replay", TOKEN)
                     pipeline.execute()
 
         async def async_store_read() -> Figures:

@@ -13,7 +13,7 @@ from .bench import Bench, with_peer
 from .concurrent_appends import run_tasks, run_threads
 from .import_cost import STATEMENTS, measure
 from .measure import TOKEN, Figures, Results, Row, at_least, at_most, compare, latencies
-from .peers import TTL, NpmDesign, Redis, Tables, pgbench
+from .peers import TTL, NpmDesign, Redis, Tables, add_entry, pgbench
 
 BATCH = [TOKEN] * 1_000
 
@@ -42,7 +42,7 @@ def one_producer(bench: Bench) -> list[Row]:
 
     def redis_appends(server: Redis) -> Figures:
         with server.connect() as client:
-            return run_threads(["one"], bench.seconds, lambda stream, chunk: client.xadd(stream, {"data": chunk}))
+            return run_threads(["one"], bench.seconds, partial(add_entry, client))
 
     def npm_appends() -> Figures:
         statement = NpmDesign(tables).append
@@ -109,7 +109,7 @@ def batches(bench: Bench) -> list[Row]:
             def write() -> None:
                 pipeline = client.pipeline(transaction=False)
                 for chunk in BATCH:
-                    pipeline.xadd("batches", {"data": chunk})
+                    add_entry(pipeline, "batches", chunk)
                 pipeline.execute()
 
             return repeat(write)
