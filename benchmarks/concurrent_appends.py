@@ -11,9 +11,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from multiprocessing.connection import Connection as Pipe
 from typing import TYPE_CHECKING
-from unittest import mock
-
-from aibind_postgres._sync.notifying import Notifier
 
 from .bench import Bench, with_peer
 from .measure import TOKEN, Figures, Row, at_least, at_most, compare, latencies
@@ -190,19 +187,13 @@ def eight_stores(pipe: Pipe, tables: Tables) -> None:
         while True:
             seconds, notifies = pipe.recv()
             with ExitStack() as stack:
-                if not notifies:
-                    stack.enter_context(mock.patch.object(Notifier, "_notify", skip_notification))
                 stores: dict[str, PostgresStreamStore] = {}
                 for _ in range(8):
-                    store = stack.enter_context(tables.store())
+                    store = stack.enter_context(tables.store(notify=notifies))
                     stores[store.create()] = store
                 pipe.send("ready")
                 pipe.recv()  # wait for the other processes
                 pipe.send(run_threads(list(stores), seconds, partial(append_to, stores)))
-
-
-def skip_notification(self: object, stream_ids: object) -> None:
-    """Replace the method that notifies. The package has no option for this, since other readers would have to poll."""
 
 
 def append_to(stores: dict[str, PostgresStreamStore], stream: str, chunk: str) -> None:

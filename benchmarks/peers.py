@@ -46,8 +46,8 @@ class Tables(NamedTuple):
     dsn: str
     schema: str
 
-    def store(self) -> PostgresStreamStore:
-        return PostgresStreamStore(self.dsn, **self.names)
+    def store(self, *, notify: bool = True) -> PostgresStreamStore:
+        return PostgresStreamStore(self.dsn, **self.names, notify=notify)
 
     def async_store(self) -> AsyncPostgresStreamStore:
         return AsyncPostgresStreamStore(self.dsn, **self.names)
