@@ -12,7 +12,8 @@ import psycopg
 from psycopg.conninfo import make_conninfo
 
 from .measure import Figures, Missing, Results, run_interleaved
-from .peers import Redis, Tables
+from .peers import Redis
+from .tables import Tables
 
 Peer = TypeVar("Peer")
 

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING
 
 from .bench import Bench, with_peer
 from .measure import TOKEN, Figures, Row, at_least, at_most, compare, latencies
-from .peers import TTL, Tables, pgbench, process
+from .peers import pgbench
+from .processes import process
+from .tables import TTL, Tables
 
 if TYPE_CHECKING:
     from aibind_postgres import PostgresStreamStore

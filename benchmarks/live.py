@@ -11,7 +11,9 @@ from multiprocessing.connection import Connection as Pipe
 from typing import TYPE_CHECKING, Any
 
 from .measure import Figures, Missing, Results, Row, at_most, compare, latencies
-from .peers import NpmDesign, Redis, Tables, add_entry, process, run_all
+from .peers import NpmDesign, Redis, add_entry
+from .processes import process, run_all
+from .tables import Tables
 
 if TYPE_CHECKING:
     from .bench import Bench

@@ -8,81 +8,20 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
-from multiprocessing import get_context
-from multiprocessing.connection import Connection as Pipe
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psycopg
-from psycopg_pool import AsyncConnectionPool, ConnectionPool
-
-from aibind_postgres import AsyncPostgresStreamStore, PostgresStreamStore, schema
-from aibind_postgres._sql import StreamStatements
-from aibind_postgres._tables import Table
+from psycopg_pool import AsyncConnectionPool
 
 from .measure import TOKEN, Figures, Missing
+from .tables import TTL, Tables
 
 if TYPE_CHECKING:
     import redis
-
-TTL = 300_000  # milliseconds; the default of a store
-RAW = {"autocommit": True, "cursor_factory": psycopg.RawCursor}
-ASYNC_RAW = {"autocommit": True, "cursor_factory": psycopg.AsyncRawCursor}
-
-
-class Names(TypedDict):
-    """Table names as keyword arguments of a store and of `migrate`."""
-
-    chunks_table: str
-    status_table: str
-
-
-class Tables(NamedTuple):
-    """The tables of one benchmark. Can be pickled."""
-
-    dsn: str
-    schema: str
-
-    def store(self, *, notify: bool = True) -> PostgresStreamStore:
-        return PostgresStreamStore(self.dsn, **self.names, notify=notify)
-
-    def async_store(self) -> AsyncPostgresStreamStore:
-        return AsyncPostgresStreamStore(self.dsn, **self.names)
-
-    def connect(self) -> psycopg.Connection[Any]:
-        return psycopg.connect(self.dsn, autocommit=True, cursor_factory=psycopg.RawCursor)
-
-    def pool(self) -> ConnectionPool[Any]:
-        """Return a pool as an application would share it between threads."""
-        return ConnectionPool(self.dsn, min_size=10, max_size=10, kwargs=RAW, open=True)
-
-    def async_pool(self) -> AsyncConnectionPool[Any]:
-        return AsyncConnectionPool(self.dsn, min_size=10, max_size=10, kwargs=ASYNC_RAW, open=False)
-
-    @property
-    def chunks(self) -> str:
-        return f"{self.schema}.chunks"
-
-    @property
-    def status(self) -> str:
-        return f"{self.schema}.status"
-
-    @property
-    def names(self) -> Names:
-        return {"chunks_table": self.chunks, "status_table": self.status}
-
-    @property
-    def sql(self) -> StreamStatements:
-        """The statements of the store."""
-        return StreamStatements(Table.parse(self.chunks), Table.parse(self.status))
-
-    def migrate(self) -> None:
-        with self.connect() as admin:
-            admin.execute(f"CREATE SCHEMA {self.schema}")
-        schema.migrate(self.dsn, **self.names, conversations_table=f"{self.schema}.conversations")
 
 
 class NpmDesign:
@@ -210,32 +149,3 @@ def redis_server(appendfsync: str) -> Iterator[Redis | Missing]:
                 process.wait(10)
             process.kill()
             process.wait()
-
-
-async def run_all(*coroutines: Awaitable[None]) -> None:
-    """Run coroutines until all have ended or one has failed. Cancel the rest."""
-    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
-    try:
-        await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-@contextmanager
-def process(target: Callable[..., None], *arguments: Any) -> Iterator[Pipe]:
-    """Run `target(pipe, *arguments)` in a new process, and yield the other end of its pipe."""
-    spawning = get_context("spawn")
-    ours, theirs = spawning.Pipe()
-    child = spawning.Process(target=target, args=(theirs, *arguments), daemon=True)
-    child.start()
-    theirs.close()  # otherwise recv() would hang if the child dies
-    try:
-        yield ours
-    finally:
-        ours.close()
-        child.join(5)
-        if child.is_alive():
-            child.kill()
-            child.join()

@@ -15,7 +15,9 @@ from psycopg_pool import AsyncConnectionPool
 from aibind_postgres import AsyncPostgresStreamStore
 
 from .measure import TOKEN, Row, at_least, at_most, latencies
-from .peers import ASYNC_RAW, NpmDesign, Tables, process, run_all
+from .peers import NpmDesign
+from .processes import process, run_all
+from .tables import ASYNC_RAW, Tables
 
 if TYPE_CHECKING:
     from .bench import Bench

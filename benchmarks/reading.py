@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from .bench import Bench, with_peer
 from .measure import TOKEN, Figures, Row, at_least, at_most, compare
-from .peers import NpmDesign, Redis, Tables, add_entry, process
+from .peers import NpmDesign, Redis, add_entry
+from .processes import process
+from .tables import Tables
 
 if TYPE_CHECKING:
     from aibind_postgres import PostgresStreamStore

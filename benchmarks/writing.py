@@ -13,7 +13,8 @@ from .bench import Bench, with_peer
 from .concurrent_appends import run_tasks, run_threads
 from .import_cost import STATEMENTS, measure
 from .measure import TOKEN, Figures, Results, Row, at_least, at_most, compare, latencies
-from .peers import TTL, NpmDesign, Redis, Tables, add_entry, pgbench
+from .peers import NpmDesign, Redis, add_entry, pgbench
+from .tables import TTL, Tables
 
 BATCH = [TOKEN] * 1_000
 
