@@ -19,26 +19,27 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from aibind_postgres import embedded
 
-from .bench import Bench
-from .concurrent_appends import eight_threads, five_hundred_tasks, hundred_threads, separate_stores
+from .bench import FULL, QUICK, SMOKE, Bench
+from .chats import chats
+from .concurrent_appends import TARGETS, five_hundred_tasks, separate_stores, threads
 from .conversations import conversations
-from .live import chats, tail
 from .measure import Row
 from .peers import pgbench_program, redis_server
 from .readers import fan_out, idle
-from .reading import memory, replay
+from .reading import first_chunk, memory, replay
 from .report import as_json, draw, environment, table
+from .tail import tail
 from .writing import batches, import_benchmark, one_producer, ten_million
 
 BENCHMARKS = {
     "one-producer": one_producer,
-    "100-threads": hundred_threads,
-    "8-threads": eight_threads,
+    **{f"{count}-threads": threads(count) for count in TARGETS},
     "500-tasks": five_hundred_tasks,
     "append-many": batches,
     "chats": chats,
     "tail": tail,
     "replay": replay,
+    "first-chunk": first_chunk,
     "memory": memory,
     "idle-readers": idle,
     "fan-out": fan_out,
@@ -56,6 +57,9 @@ def main(
     quick: Annotated[
         bool, typer.Option("--quick", help="Fewer and shorter rounds, and one million chunks instead of ten.")
     ] = False,
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="Only show that the benchmarks work; the figures mean nothing.")
+    ] = False,
     json: Annotated[Path | None, typer.Option(help="Write all measurements to this file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the comparisons to this file, .svg or .png.")] = None,
 ) -> None:
@@ -66,6 +70,7 @@ def main(
         )
     if plot is not None and (plot.suffix not in (".svg", ".png") or find_spec("matplotlib") is None):
         raise typer.BadParameter("--plot needs a file name that ends in .svg or .png, and the package matplotlib")
+    size = SMOKE if smoke else QUICK if quick else FULL
     benchmarks = {name: run for name, run in BENCHMARKS.items() if not only or name in only}
     console = Console(width=None if sys.stdout.isatty() else 180)  # do not wrap lines in a file
     rows: list[Row] = []
@@ -85,7 +90,7 @@ def main(
 
             step("preparing")
             try:
-                rows += run(Bench(dsn, pgbench_program(), redis, quick, step))
+                rows += run(Bench(dsn, pgbench_program(), redis, size, step))
             except Exception as error:
                 failed = True
                 rows.append(Row(name, note=f"failed: {type(error).__name__}: {error}"))
@@ -94,7 +99,7 @@ def main(
             postgres = connection.info.parameter_status("server_version") or ""
     console.print(table(rows))
     if json is not None:
-        about = {"quick": quick, "seconds": round(time.monotonic() - start)}
+        about = {"quick": quick or smoke, "seconds": round(time.monotonic() - start)}
         json.write_text(as_json(rows, {**about, **environment(postgres, redis_version())}), "utf-8")
     if plot is not None:
         draw(rows, plot)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import psycopg
 from psycopg.conninfo import make_conninfo
@@ -18,22 +18,36 @@ from .tables import Tables
 Peer = TypeVar("Peer")
 
 
+class Size(NamedTuple):
+    """The amount of work of a run. All times are seconds."""
+
+    rounds: int
+    long_rounds: int  # rounds of the variants that take much longer
+    seconds: float  # duration of one variant in one round
+    live_seconds: int  # duration of one round of live chats
+    chats: int
+    readers: int
+    settle: float  # until a server process has published its statistics
+    page: int  # chunks of a replayed stream
+    memory: int  # chunks of the stream that is read to measure memory
+    stored: int  # chunks of a large table
+    lengths: tuple[int, ...]  # of conversations, in messages
+
+
+# A server process publishes its statistics once per second while it works, and after 10 s if idle.
+FULL = Size(5, 3, 2.0, 8, 200, 1_000, 11.0, 100_000, 1_000_000, 10_000_000, (10, 1_000, 10_000))
+QUICK = FULL._replace(rounds=3, long_rounds=1, seconds=0.5, live_seconds=3, stored=1_000_000, lengths=(10, 1_000))
+# Only shows that the benchmarks work.
+SMOKE = Size(1, 1, 0.05, 1, 10, 20, 0.5, 2_000, 100_000, 10_000, (10,))
+
+
 @dataclass(frozen=True)
 class Bench:
     dsn: str
     pgbench: Path | Missing
     redis: dict[str, Redis | Missing]  # by the policy of appendfsync
-    quick: bool
+    size: Size
     step: Callable[[str], None]
-
-    @property
-    def rounds(self) -> int:
-        return 3 if self.quick else 5
-
-    @property
-    def seconds(self) -> float:
-        """Duration of one variant in one round."""
-        return 0.5 if self.quick else 1.25
 
     def tables(self, name: str) -> Tables:
         tables = Tables(self.dsn, name)
@@ -51,7 +65,7 @@ class Bench:
     def run_interleaved(
         self, variants: dict[str, Callable[[], Figures] | Missing], rounds: int | None = None
     ) -> dict[str, Results]:
-        return run_interleaved(rounds or self.rounds, variants, self.step)
+        return run_interleaved(rounds or self.size.rounds, variants, self.step)
 
 
 def with_peer(peer: Peer | Missing, run: Callable[[Peer], Figures]) -> Callable[[], Figures] | Missing:

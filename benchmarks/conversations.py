@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from .bench import Bench
 
-LENGTHS = (10, 1_000, 10_000)  # in messages
 MESSAGE_LENGTH = 200  # in characters
 TTL = 1_800_000  # milliseconds; the default of a store
 
@@ -121,11 +120,11 @@ class Conversation:
 
 
 def conversations(bench: Bench) -> list[Row]:
-    """Save and load conversations of each length in turn. The quick form omits the longest."""
+    """Save and load conversations of each length in turn."""
     tables = bench.tables("conversations")
     table = f"{tables.schema}.conversations"
-    lengths = LENGTHS[:-1] if bench.quick else LENGTHS
-    seconds = bench.seconds / 20  # short runs, so that variants run close together in time
+    lengths = bench.size.lengths
+    seconds = bench.size.seconds / 32  # short runs, so that variants run close together in time
     variants: dict[str, Callable[[], Figures] | Missing] = {}
     with ExitStack() as stack:
         store, other = (stack.enter_context(PostgresConversationStore(tables.dsn, table=table)) for _ in range(2))
@@ -137,7 +136,7 @@ def conversations(bench: Bench) -> list[Row]:
                 variants[f"{length:,} messages, {name}"] = partial(repeat, operation, seconds)
                 if length == lengths[0]:
                     repeat(operation, 0, least=WARM_UP)
-        found = bench.run_interleaved(variants, rounds=bench.rounds if bench.quick else 2 * bench.rounds)
+        found = bench.run_interleaved(variants, 2 * bench.size.rounds)
     return [row for length in lengths for row in rows_of(f"{length:,} messages", found)]
 
 

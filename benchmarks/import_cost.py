@@ -1,6 +1,6 @@
 """Import time of `aibind_postgres` in addition to `psycopg` and `psycopg_pool`: medians over new processes.
 
-Usage, with the package installed: `python benchmarks/import_cost.py [ROUNDS]`. The target is 30 ms.
+Usage, with the package installed: `python benchmarks/import_cost.py [ROUNDS]`. The target is 15 ms.
 """
 
 from __future__ import annotations

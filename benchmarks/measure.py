@@ -11,7 +11,7 @@ TOKEN = " token"  # appended where the text does not matter
 
 Figures: TypeAlias = dict[str, float]
 
-UNITS = {"rate": "/s", "p50": "ms", "p99": "ms", "growth": "MiB"}
+UNITS = {"rate": "/s", "processor": "µs", "p50": "ms", "p99": "ms", "growth": "MiB"}
 
 
 class Missing(NamedTuple):
@@ -69,7 +69,7 @@ class Row:
     @property
     def ratio(self) -> float | None:
         """Median of the ratios of the rounds. A disturbance affects both sides of a round."""
-        if not (self.ours and self.theirs):
+        if not (self.ours and self.theirs and all(self.theirs)):
             return None
         return median(ours / theirs for ours, theirs in zip(self.ours, self.theirs, strict=True))
 

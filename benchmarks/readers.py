@@ -22,12 +22,8 @@ from .tables import ASYNC_RAW, Tables
 if TYPE_CHECKING:
     from .bench import Bench
 
-READERS = 1_000
 NPM_READERS = 200
 POOL = 4  # connections of the readers' pool
-
-# Seconds. A server process publishes its statistics once per second while it works, and after 10 s if idle.
-STATISTICS_DELAY = 11.0
 
 CHUNKS_PER_SECOND = 50
 
@@ -35,32 +31,32 @@ CHUNKS_PER_SECOND = 50
 def idle(bench: Bench) -> list[Row]:
     """Count the transactions of a database that only the readers use. Each of their statements is a transaction."""
     with psycopg.connect(bench.dsn, autocommit=True) as admin:
-        tables = bench.database("idle")
+        tables, readers = bench.database("idle"), bench.size.readers
         with tables.store() as store:
-            streams = [store.create() for _ in range(READERS)]
+            streams = [store.create() for _ in range(readers)]
             for stream in streams:
                 store.append(stream, TOKEN)
 
         def statements(delay: float) -> list[float]:
             time.sleep(delay)
             rates = []
-            for number in range(bench.rounds):
-                bench.step(f"round {number + 1} of {bench.rounds}")
+            for number in range(bench.size.rounds):
+                bench.step(f"round {number + 1} of {bench.size.rounds}")
                 before, start = transactions(admin), time.monotonic()
-                time.sleep(2 if bench.quick else 4)
+                time.sleep(max(1.5, 2 * bench.size.seconds))  # the statistics change once per second
                 rates.append((transactions(admin) - before) / (time.monotonic() - start))
             return rates
 
-        bench.step(f"waiting until {READERS:,} readers have settled")
+        bench.step(f"waiting until {readers:,} readers have settled")
         with process(wait_for_chunks, tables, streams) as pipe:
             pipe.recv()
-            ours = statements(STATISTICS_DELAY)
+            ours = statements(bench.size.settle)
             [[connections]] = admin.execute("SELECT count(*) FROM pg_stat_activity WHERE datname = 'idle'").fetchall()
         bench.step(f"{NPM_READERS} readers of the npm package")
         with process(wait_as_npm, tables, streams[:NPM_READERS]) as pipe:
             pipe.recv()
-            theirs = statements(2)
-    work = f"{READERS:,} idle readers in one process"
+            theirs = statements(min(2, bench.size.settle))
+    work = f"{readers:,} idle readers in one process"
     return [
         Row(work, "statements/s", ours, target=at_most(2)),
         Row(f"{work}: connections outside the pool", "", [connections - POOL], target=at_most(1)),
@@ -133,16 +129,15 @@ async def read_until_closed(
 
 def fan_out(bench: Bench) -> list[Row]:
     """Write one stream at a fixed pace. Count the scans of the table of chunks, which appends do not scan."""
-    tables = bench.tables("fan_out")
-    seconds = 3 if bench.quick else 8
-    chunks = seconds * CHUNKS_PER_SECOND
+    tables, readers = bench.tables("fan_out"), bench.size.readers
+    chunks = bench.size.live_seconds * CHUNKS_PER_SECOND
     with tables.store() as store, tables.connect() as admin:
         stream = store.create()
         store.append(stream, TOKEN)
-        with process(follow_together, tables, stream) as pipe:
+        with process(follow_together, tables, stream, readers) as pipe:
             pipe.recv()
-            bench.step(f"waiting until {READERS:,} readers have settled")
-            time.sleep(STATISTICS_DELAY)
+            bench.step(f"waiting until {readers:,} readers have settled")
+            time.sleep(bench.size.settle)
             scans_before = scans(admin)
             bench.step(f"{CHUNKS_PER_SECOND} chunks a second")
             start = time.monotonic()
@@ -154,11 +149,11 @@ def fan_out(bench: Bench) -> list[Row]:
     time.sleep(0.5)  # the server processes of the readers end and publish their statistics
     with tables.connect() as admin:
         fetches = scans(admin) - scans_before
-    work, figures = f"{READERS:,} readers of one stream in one process", latencies(delays)
+    work, figures = f"{readers:,} readers of one stream in one process", latencies(delays)
     return [
         # The end of the stream is one more change.
         Row(f"{work}: fetches for each change", "", [fetches / (chunks + 1)], target=at_most(1)),
-        Row(f"{work}: share of the chunks that arrived", "", [len(delays) / (chunks * READERS)], target=at_least(1)),
+        Row(f"{work}: share of the chunks that arrived", "", [len(delays) / (chunks * readers)], target=at_least(1)),
         Row(f"{work}: chunk to reader, p50", "ms", [figures["p50"]]),
         Row(f"{work}: chunk to reader, p99", "ms", [figures["p99"]], target=at_most(60)),
     ]
@@ -172,7 +167,7 @@ def scans(admin: psycopg.Connection[Any]) -> int:
     return int(count)
 
 
-def follow_together(pipe: Pipe, tables: Tables, stream: str) -> None:
+def follow_together(pipe: Pipe, tables: Tables, stream: str, readers: int) -> None:
     """Child process: all readers follow one stream. Send the delays of all chunks to the parent."""
     delays: list[float] = []
 
@@ -188,11 +183,11 @@ def follow_together(pipe: Pipe, tables: Tables, stream: str) -> None:
                         delays.append(time.monotonic() - float(chunk.data))
 
             async def report_start() -> None:
-                for _ in range(READERS):
+                for _ in range(readers):
                     await started.acquire()
                 pipe.send("reading")
 
-            await run_all(report_start(), *(read() for _ in range(READERS)))
+            await run_all(report_start(), *(read() for _ in range(readers)))
 
     asyncio.run(run())
     pipe.send(delays)

@@ -1,18 +1,20 @@
-"""Reading stored streams: rate and memory."""
+"""Reading stored streams: rate, first chunk, and memory."""
 
 from __future__ import annotations
 
 import asyncio
 import resource
 import sys
-import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
+from contextlib import aclosing
+from itertools import cycle
 from multiprocessing.connection import Connection as Pipe
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from .bench import Bench, with_peer
+from .loops import async_repeat, repeat
 from .measure import TOKEN, Figures, Row, at_least, at_most, compare
 from .peers import NpmDesign, Redis, add_entry
 from .processes import process
@@ -20,74 +22,78 @@ from .tables import Tables
 
 if TYPE_CHECKING:
     from aibind_postgres import PostgresStreamStore
+    from aibind_postgres.models import StreamChunk
 
-CHUNKS = 100_000
-MANY_CHUNKS = 1_000_000
 PAGE = 1_000  # entries per XRANGE; larger pages are not faster
 
-READ_SECONDS = 0.5  # seconds at least, so that the caches left by the previous variant matter little
+STORED_STREAMS, STORED_CHUNKS = 200, 20
 
 EVERYTHING = "SELECT seq, data FROM {} WHERE id = $1 ORDER BY seq"
 
 
 def replay(bench: Bench) -> list[Row]:
-    tables = bench.tables("replay")
+    tables, chunks = bench.tables("replay"), bench.size.page
+    everything = EVERYTHING.format(tables.chunks)
     with tables.store() as store, tables.connect() as connection:
         stream = store.create()
-        for _ in range(CHUNKS // 1_000):
+        for _ in range(chunks // 1_000):
             store.append_many(stream, [TOKEN] * 1_000)
         store.complete(stream)
         connection.execute(f"VACUUM (ANALYZE) {tables.chunks}")
-        everything = EVERYTHING.format(tables.chunks)
         if isinstance(server := bench.redis["always"], Redis):
             with server.connect() as client:
-                for _ in range(CHUNKS // PAGE):
+                for _ in range(chunks // PAGE):
                     pipeline = client.pipeline(transaction=False)
                     for _ in range(PAGE):
                         add_entry(pipeline, "replay", TOKEN)
                     pipeline.execute()
 
+        def read_repeatedly(read: Callable[[], Iterable[Any]]) -> Figures:
+            return repeat(lambda: deque(read(), maxlen=0), bench.size.seconds, units=chunks, warm_up=1)
+
         async def async_store_read() -> Figures:
             async with tables.async_store() as store:
-                await store.get_status(stream)
-                times = 0
-                start = time.perf_counter()
-                while (elapsed := time.perf_counter() - start) < READ_SECONDS:
+
+                async def read() -> None:
                     async for _ in store.read_from(stream, follow=False):
                         pass
-                    times += 1
-                return {"rate": times * CHUNKS / elapsed}
 
+                return await async_repeat(read, bench.size.seconds, units=chunks, warm_up=1)
+
+        async def async_fetchall() -> Figures:
+            async with await tables.async_connect() as connection:
+                cursor = connection.cursor(binary=True)
+
+                async def read() -> None:
+                    await cursor.execute(everything, [stream], prepare=True)
+                    for _ in await cursor.fetchall():
+                        pass
+
+                return await async_repeat(read, bench.size.seconds, units=chunks, warm_up=1)
+
+        cursor = connection.cursor(binary=True)
         found = bench.run_interleaved(
             {
                 "store": lambda: read_repeatedly(lambda: store.read_from(stream, follow=False)),
-                "asyncio store": lambda: asyncio.run(async_store_read()),
                 "fetchall": lambda: read_repeatedly(
-                    lambda: connection.execute(everything, [stream], binary=True).fetchall()
+                    lambda: cursor.execute(everything, [stream], prepare=True).fetchall()
                 ),
+                "asyncio store": lambda: asyncio.run(async_store_read()),
+                "asyncio fetchall": lambda: asyncio.run(async_fetchall()),
                 "Redis": with_peer(
                     bench.redis["always"], lambda server: read_repeatedly(lambda: redis_entries(server))
                 ),
                 "npm": lambda: read_repeatedly(lambda: NpmDesign(tables).read(connection, stream)),
             }
         )
-    work, raw = f"replay of {CHUNKS:,} chunks", "psycopg fetchall, binary"
+    work, raw = f"replay of {chunks:,} chunks", "psycopg fetchall, binary"
+    async_ours, async_raw = found["asyncio store"], found["asyncio fetchall"]
     return [
-        compare(work, "rate", found["store"], raw, found["fetchall"], at_least(0.6)),
-        compare(f"{work}, asyncio", "rate", found["asyncio store"], raw, found["fetchall"]),
+        compare(work, "rate", found["store"], raw, found["fetchall"], at_least(0.75)),
+        compare(f"{work}, asyncio", "rate", async_ours, f"asyncio {raw}", async_raw, at_least(0.6)),
         compare(work, "rate", found["store"], "Redis XRANGE", found["Redis"], at_least(8)),
         compare(work, "rate", found["store"], "the npm package's statements", found["npm"]),
     ]
-
-
-def read_repeatedly(read: Callable[[], Iterable[Any]]) -> Figures:
-    """Read everything repeatedly and discard it. Return the rate."""
-    times = 0
-    start = time.perf_counter()
-    while (elapsed := time.perf_counter() - start) < READ_SECONDS:
-        deque(read(), maxlen=0)
-        times += 1
-    return {"rate": times * CHUNKS / elapsed}
 
 
 def redis_entries(server: Redis) -> Iterator[Any]:
@@ -102,16 +108,66 @@ def redis_entries(server: Redis) -> Iterator[Any]:
             cursor = f"({page[-1][0]}"
 
 
+def first_chunk(bench: Bench) -> list[Row]:
+    """Open stored, ended streams in turn, as after the reload of a page."""
+    tables, seconds = bench.tables("first_chunk"), bench.size.seconds
+    everything = EVERYTHING.format(tables.chunks)
+    with tables.store() as store, tables.connect() as connection:
+        streams = [store.create() for _ in range(STORED_STREAMS)]
+        for stream in streams:
+            store.append_many(stream, [TOKEN] * STORED_CHUNKS)
+            store.complete(stream)
+        connection.execute(f"VACUUM (ANALYZE) {tables.chunks}, {tables.status}")
+        in_turn, cursor = cycle(streams), connection.cursor(binary=True)
+
+        async def async_store_read() -> Figures:
+            async with tables.async_store() as store:
+
+                async def read() -> None:
+                    chunks = cast("AsyncGenerator[StreamChunk, None]", store.read_from(next(in_turn)))
+                    async with aclosing(chunks):
+                        await anext(chunks)
+
+                return await async_repeat(read, seconds)
+
+        async def async_select() -> Figures:
+            async with await tables.async_connect() as connection:
+                cursor = connection.cursor(binary=True)
+
+                async def read() -> None:
+                    await cursor.execute(everything, [next(in_turn)], prepare=True)
+                    await cursor.fetchall()
+
+                return await async_repeat(read, seconds)
+
+        found = bench.run_interleaved(
+            {
+                "store": lambda: repeat(lambda: next(store.read_from(next(in_turn))), seconds),
+                "select": lambda: repeat(
+                    lambda: cursor.execute(everything, [next(in_turn)], prepare=True).fetchall(), seconds
+                ),
+                "asyncio store": lambda: asyncio.run(async_store_read()),
+                "asyncio select": lambda: asyncio.run(async_select()),
+            }
+        )
+    work, raw = f"first chunk of a stored stream of {STORED_CHUNKS}, p50", "SELECT of the chunks, raw cursor"
+    async_ours, async_raw = found["asyncio store"], found["asyncio select"]
+    return [
+        compare(work, "p50", found["store"], raw, found["select"], at_most(1.5)),
+        compare(f"{work}, asyncio", "p50", async_ours, f"asyncio {raw}", async_raw, at_most(1.5)),
+    ]
+
+
 def memory(bench: Bench) -> list[Row]:
-    tables = bench.tables("memory")
+    tables, chunks = bench.tables("memory"), bench.size.memory
     with tables.store() as store, tables.connect() as admin:
         stream = store.create()
-        bench.step(f"storing {MANY_CHUNKS:,} chunks")
+        bench.step(f"storing {chunks:,} chunks")
         admin.execute(
-            f"INSERT INTO {tables.chunks} (id, seq, data) SELECT $1, n, $2 FROM generate_series(1, {MANY_CHUNKS}) AS n",
+            f"INSERT INTO {tables.chunks} (id, seq, data) SELECT $1, n, $2 FROM generate_series(1, {chunks}) AS n",
             [stream, TOKEN],
         )
-        admin.execute(f"UPDATE {tables.status} SET total_chunks = {MANY_CHUNKS} WHERE id = $1", [stream])
+        admin.execute(f"UPDATE {tables.status} SET total_chunks = {chunks} WHERE id = $1", [stream])
         admin.execute(f"VACUUM (ANALYZE) {tables.chunks}")
         store.complete(stream)
 
@@ -120,9 +176,9 @@ def memory(bench: Bench) -> list[Row]:
             return {"growth": pipe.recv()}
 
     found = bench.run_interleaved(
-        {"store": lambda: growth(read_all), "fetchall": lambda: growth(fetch_all)}, rounds=1 if bench.quick else 3
+        {"store": lambda: growth(read_all), "fetchall": lambda: growth(fetch_all)}, bench.size.long_rounds
     )
-    work = f"memory to read {MANY_CHUNKS:,} chunks"
+    work = f"memory to read {chunks:,} chunks"
     return [
         Row(work, "MiB", found["store"].figures["growth"], target=at_most(32)),
         compare(work, "growth", found["store"], "psycopg fetchall, binary", found["fetchall"]),

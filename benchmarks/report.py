@@ -28,7 +28,7 @@ RESULTS = re.compile(r"(?<=<!-- results -->\n).*?(?=<!-- end of results -->)", r
 # Readable on white and on black.
 TEXT, MET, MISSED, NEUTRAL = "#808080", "#3a87c8", "#d2691e", "#9a9a9a"
 
-LESS_IS_BETTER = ("ms", "MiB", "statements/s")
+LESS_IS_BETTER = ("ms", "µs", "MiB", "statements/s")
 
 
 def figure(value: float, unit: str) -> str:
@@ -41,7 +41,7 @@ def cells(row: Row) -> list[str]:
     """Return one line of the table, in the order of the headings."""
     ours = figure(median(row.ours), row.unit) if row.ours else ""
     theirs = figure(median(row.theirs), row.unit) if row.theirs else row.note
-    ratio = "" if row.ratio is None else f"1/{1 / row.ratio:,.1f}" if row.ratio <= 0.25 else f"{row.ratio:.3g}"
+    ratio = "" if row.ratio is None else f"1/{1 / row.ratio:,.1f}" if 0 < row.ratio <= 0.25 else f"{row.ratio:.3g}"
     met = {None: "", True: "yes", False: "NO"}[row.is_met]
     return [row.work, ours, row.peer, theirs, ratio, str(row.target or ""), met]
 

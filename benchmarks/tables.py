@@ -39,6 +39,9 @@ class Tables(NamedTuple):
     def connect(self) -> psycopg.Connection[Any]:
         return psycopg.connect(self.dsn, autocommit=True, cursor_factory=psycopg.RawCursor)
 
+    async def async_connect(self) -> psycopg.AsyncConnection[Any]:
+        return await psycopg.AsyncConnection.connect(self.dsn, autocommit=True, cursor_factory=psycopg.AsyncRawCursor)
+
     def pool(self) -> ConnectionPool[Any]:
         """Return a pool as an application would share it between threads."""
         return ConnectionPool(self.dsn, min_size=POOL_SIZE, max_size=POOL_SIZE, kwargs=RAW, open=True)
