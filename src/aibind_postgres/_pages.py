@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import repeat, takewhile
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 from .models import StreamChunk, StreamState, StreamStatus
@@ -12,6 +13,7 @@ FIRST_PAGE_CHUNKS, MAX_PAGE_CHUNKS = 50, 2000
 PAGE_CHARACTERS = 500_000  # the expected size of the pages after the first one
 PAGE_BYTES = 2_000_000  # the largest size of a page that contains more than one chunk
 BATCH_BYTES = 8_000_000  # the largest size of the pages that one statement reads for several streams
+TEXT = itemgetter(1)  # of a row
 LIMIT_DIVISOR = 16  # reduces the limit after a chunk that was too large for it
 
 
@@ -48,13 +50,13 @@ class Page(NamedTuple):
             after: The sequence number after which the statement reads.
             limit: The number of sequence numbers that the statement reads.
         """
-        if not rows:
+        if not rows or rows[0][0] > 0:  # without a status, the chunks are left over from a deleted stream
             return None
         negative_total, status, *_ = rows[0]
         state, newline, error = status.partition("\n")
         found, end = rows[1:], after + limit
         try:
-            next_limit = fitting_limit(sum([len(row[1]) for row in found]), len(found))
+            next_limit = fitting_limit(sum(map(len, map(TEXT, found))), len(found))
         except TypeError:  # len(None)
             found = list(takewhile(lambda row: row[1] is not None, found))
             end = found[-1][0] if found else after

@@ -76,10 +76,10 @@ RESULT_TYPES = _result_types()
 
 
 class LoadContext(NamedTuple):
-    """The context of a `Transformer`, which takes the encoding of texts from the connection."""
+    """The context of a `Transformer`. Without a connection, texts are in UTF-8."""
 
     adapters: AdaptersMap
-    connection: AnyConnection
+    connection: AnyConnection | None
 
 
 class Statement:
@@ -97,7 +97,7 @@ class Statement:
 class Session:
     """The state of the session of one connection, for one client encoding."""
 
-    __slots__ = ("client_encoding", "encoding", "losses", "statements")
+    __slots__ = ("client_encoding", "encoding", "losses", "statements", "transformer")
 
     def __init__(self, client_encoding: bytes | None, encoding: str) -> None:
         if client_encoding == b"SQL_ASCII":
@@ -106,6 +106,8 @@ class Session:
         self.encoding = encoding  # Python's name of it
         self.statements: dict[str, Statement] = {}
         self.losses = 0
+        # For results in UTF-8. It refers to no connection, since the connection refers to this object.
+        self.transformer = Transformer(LoadContext(RESULT_TYPES, None))
 
     def statement(self, sql: str) -> Statement:
         found = self.statements.get(sql)
@@ -134,10 +136,10 @@ class Session:
 
 def _session_of(connection: AnyConnection) -> Session:
     client_encoding = connection.pgconn.parameter_status(b"client_encoding")
-    attributes = vars(connection)  # a lookup in a weak dictionary costs as much as the rest of this function
-    session: Session | None = attributes.get("_aibind_session")
+    # An attribute, since a lookup in a weak dictionary costs as much as the rest of this function.
+    session: Session | None = connection.__dict__.get("_aibind_session")
     if session is None or session.client_encoding != client_encoding:
-        session = attributes["_aibind_session"] = Session(client_encoding, connection.info.encoding)
+        session = connection.__dict__["_aibind_session"] = Session(client_encoding, connection.info.encoding)
     return session
 
 
@@ -207,10 +209,10 @@ def _run(connection: AnyConnection, sql: str, params: Sequence[object], prepare:
         if not (prepare and loses_prepared_statement(error)):
             raise error
         session.lose_statements()
-    return _rows(result, connection)
+    return _rows(result, session, connection)
 
 
-def _rows(result: PGresult, connection: AnyConnection) -> list[Row]:
+def _rows(result: PGresult, session: Session, connection: AnyConnection) -> list[Row]:
     columns = result.nfields
     if columns == 1 and result.ntuples == 1 and result.ftype(0) == INT4:
         # The result of an append. A `Transformer` would need as much processor time as the sending of the statement.
@@ -218,9 +220,14 @@ def _rows(result: PGresult, connection: AnyConnection) -> list[Row]:
         return [(None if value is None else int.from_bytes(value, "big", signed=True),)]
     if not columns:
         return []
-    transformer = Transformer(LoadContext(RESULT_TYPES, connection))
+    if session.encoding == "utf-8":
+        transformer = session.transformer
+    else:
+        transformer = Transformer(LoadContext(RESULT_TYPES, connection))
     transformer.set_pgresult(result)
-    return transformer.load_rows(0, result.ntuples, tuple)
+    rows = transformer.load_rows(0, result.ntuples, tuple)
+    transformer.set_pgresult(None)  # it would keep the result in memory
+    return rows
 
 
 def _prepare(pgconn: PGconn, statement: Statement, encoding: str) -> Steps:

@@ -16,12 +16,14 @@ if TYPE_CHECKING:
 SHARED_PAGE_CHUNKS = 200  # read by one shared fetch at most
 TAIL_CHUNKS, TAIL_CHARACTERS = 500, 200_000  # kept for slower readers
 
+NO_VERSION = 0  # older than all versions of a tail
+
 
 class StreamTail:
     """The cached last chunks of a stream and its state. The caller guards it by a mutex."""
 
     def __init__(self) -> None:
-        self.version = 1  # grows with each possible change of the stream
+        self.version = NO_VERSION + 1  # grows with each possible change of the stream
         self.total = 0  # number of chunks according to shared fetches and local appends, cached or not
         self._read_total = 0  # the largest total at which a reader was caught up
         self.end = 0  # sequence number up to which the tail is complete
@@ -30,7 +32,7 @@ class StreamTail:
         self._chunks: list[StreamChunk] = []
         self._characters = 0
         self.has_position = False  # False until the first page or recorded position sets `end`
-        self._fetched_version = 0  # version at the begin of the newest fetch that read everything
+        self._fetched_version = NO_VERSION  # version at the begin of the newest fetch that read everything
         self._state: str | None = "active"  # None: deleted
         self._error: str | None = None
         self._total_at_poll = 0  # `total` when the newest poll began

@@ -15,6 +15,7 @@ from ._arguments import MAX_NUMBER
 from ._followed_stream import DELETED, WAIT, Deliver, Ended, Fetch, FollowedStream, Step, Subscription
 from ._notifications import digest_of
 from ._poll_pace import QUICK_POLLS
+from ._stream_tail import NO_VERSION
 from .errors import StoreClosedError, copy_error
 
 if TYPE_CHECKING:
@@ -38,11 +39,16 @@ class Subscriptions:
         self._unsubscribed: deque[Subscription] = deque()
         self.newest = 0  # the number of the newest followed stream
         self._deletes: Counter[str] = Counter()  # statements under way that delete a stream
+        self.deletions = 0  # such statements so far
 
     @property
     def has_streams(self) -> bool:
         """Whether any stream is followed. A reader that subscribes later finds what is already stored."""
         return bool(self._streams)
+
+    def follows(self, stream_id: str) -> bool:
+        """Return True if a subscription follows the stream."""
+        return stream_id in self._streams
 
     def subscribe(
         self, stream_id: str, cursor: float, wake: Callable[[], None], *, ends_only: bool = False
@@ -185,6 +191,7 @@ class Subscriptions:
         """Let the readers of a stream wait until `end_delete`: meanwhile, a page may be of a new stream of its id."""
         if self._share:  # else the transaction may yet be rolled back
             with self._mutex:
+                self.deletions += 1
                 self._deletes[stream_id] += 1
 
     def end_delete(self, stream_id: str, deleted: bool) -> list[Subscription]:
@@ -288,7 +295,7 @@ class Subscriptions:
                 subscription.queued_steps.append(DELETED)
                 return woken
             self._move(subscription, self._follow(stream.id))
-            version = 0  # the new tail has missed the changes since the snapshot
+            version = NO_VERSION  # the new tail has missed the changes since the snapshot
             stream = subscription.stream
         if page.state != "active" and not stream.tail.ended:  # the writer may not have notified the others
             woken += stream.changed()

@@ -31,6 +31,10 @@ class Recorder:
                 raise self.broken[item]
         return [item * 10 for item in items]
 
+    async def run_alone(self, item):
+        [result] = await self.run([item])
+        return result
+
 
 @pytest.fixture
 def recorder(queued):
@@ -39,7 +43,7 @@ def recorder(queued):
 
 @pytest.fixture
 def combiner(recorder):
-    return AsyncCombiner(recorder.run, max_items=100, max_size=1000)
+    return AsyncCombiner(recorder.run_alone, recorder.run, max_items=100, max_size=1000)
 
 
 @pytest.fixture
@@ -99,14 +103,14 @@ async def test_queued_calls_run_together_in_order(combiner, recorder):
 
 @pytest.mark.usefixtures("no_takeover")
 async def test_max_items(recorder):
-    combiner = AsyncCombiner(recorder.run, max_items=2, max_size=1000)
+    combiner = AsyncCombiner(recorder.run_alone, recorder.run, max_items=2, max_size=1000)
     assert await run_together(combiner, recorder, [1, 2, 3, 4, 5]) == [10, 20, 30, 40, 50]
     assert recorder.batches == [[0], [1, 2], [3, 4], [5]]
 
 
 @pytest.mark.usefixtures("no_takeover")
 async def test_max_size(recorder):
-    combiner = AsyncCombiner(recorder.run, max_items=100, max_size=10)
+    combiner = AsyncCombiner(recorder.run_alone, recorder.run, max_items=100, max_size=10)
     sizes = {1: 4, 2: 6, 3: 1, 4: 50, 5: 1}
     assert await run_together(combiner, recorder, [1, 2, 3, 4, 5], sizes) == [10, 20, 30, 40, 50]
     assert recorder.batches == [[0], [1, 2], [3], [4], [5]]

@@ -25,6 +25,10 @@ class Gated:
         await self.gate.wait()
         return [item * 10 for item in items]
 
+    async def run_alone(self, item):
+        [result] = await self.run([item])
+        return result
+
 
 @pytest.fixture
 async def gated():
@@ -33,7 +37,7 @@ async def gated():
 
 @pytest.fixture
 async def combiner(gated):
-    return AsyncCombiner(gated.run, max_items=100, max_size=100)
+    return AsyncCombiner(gated.run_alone, gated.run, max_items=100, max_size=100)
 
 
 async def queued(combiner, *items):
@@ -123,7 +127,7 @@ async def test_no_call_hangs_after_cancellations_at_any_step(combiner, gated, st
 
 def test_combiner_after_the_end_of_its_loop():
     gated = Gated()
-    combiner = AsyncCombiner(gated.run, max_items=100, max_size=100)
+    combiner = AsyncCombiner(gated.run_alone, gated.run, max_items=100, max_size=100)
 
     async def end_early():
         gated.gate = asyncio.Event()
@@ -144,7 +148,7 @@ def test_combiner_after_the_end_of_its_loop():
 
 async def test_cancelled_batch_raises_in_its_callers(combiner, gated):
     leader, follower = await second_batch(combiner, gated, 1, 2)
-    [batch] = [task for task in asyncio.all_tasks() if "_run_batch" in repr(task.get_coro())]
+    [batch] = [task for task in asyncio.all_tasks() if "_run_queue" in repr(task.get_coro())]
     batch.cancel()
     with pytest.raises(asyncio.CancelledError):
         await leader
@@ -173,7 +177,7 @@ def test_interrupted_leader_raises_in_its_followers_and_hands_over(monkeypatch):
 
     monkeypatch.setattr(combining, "OneShotEvent", RecordingEvent)
     monkeypatch.setattr(combining, "TAKEOVER_TIMEOUT", 60)
-    combiner = Combiner(run, max_items=100, max_size=100)
+    combiner = Combiner(lambda item: run([item])[0], run, max_items=100, max_size=100)
     results = {}
 
     def call(item):

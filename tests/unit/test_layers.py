@@ -15,7 +15,17 @@ LAYERS = [
     {"errors", "_concurrency"},
     {"_conninfo", "_sqlstate", "_statement_runner", "_workarounds", "models", "history", "sse", "web"}
     | {"_document", "_merging", "_message_tree"},
-    {"_arguments", "_conversation_sql", "_deletion", "_notifications", "_pages", "_poll_pace", "_sql", "_stream_tail"}
+    {
+        "_arguments",
+        "_conversation_sql",
+        "_deletion",
+        "_notifications",
+        "_notify_pace",
+        "_pages",
+        "_poll_pace",
+        "_sql",
+        "_stream_tail",
+    }
     | {"_followed_stream", "_lifecycle", "_subscriptions", "_tables", "_write_buffer"},
     {"_async", "_sync"},
     {"schema", "adapters", "embedded"},

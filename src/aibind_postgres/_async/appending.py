@@ -57,7 +57,10 @@ class AsyncAppender:
         self._ttl = ttl
         self._notifier = notifier
         # Each stream always uses the same lane, so that concurrent batches do not lock the same row.
-        self._lanes = [AsyncCombiner(self._run, max_items=BATCH_ITEMS, max_size=BATCH_CHARACTERS) for _ in range(LANES)]
+        self._lanes = [
+            AsyncCombiner(self._append_alone, self._append_batch, max_items=BATCH_ITEMS, max_size=BATCH_CHARACTERS)
+            for _ in range(LANES)
+        ]
 
     async def append(self, append: Append) -> int:
         """Append texts and return the sequence number of the last one.
@@ -121,10 +124,8 @@ class AsyncAppender:
         await self._notifier.appended([(stream_id, last - len(texts), texts)], newest)
         return last
 
-    async def _run(self, appends: Sequence[Append]) -> Sequence[int | None]:
+    async def _append_batch(self, appends: Sequence[Append]) -> Sequence[int | None]:
         """Return the last sequence number of each append, or None for a skipped one."""
-        if len(appends) == 1:
-            return [await self._append_alone(appends[0])]
         # The texts of one stream are appended together, so only the first append can have an `expected_seq`.
         groups: dict[str, list[int]] = {}
         for index, (stream_id, _, expected_seq) in enumerate(appends):

@@ -26,6 +26,12 @@ class AsyncRun(Protocol[ItemIn, ResultOut]):
     async def __call__(self, items: Sequence[ItemIn], /) -> Sequence[ResultOut]: ...
 
 
+class AsyncRunAlone(Protocol[ItemIn, ResultOut]):
+    """Processes a single item and returns its result."""
+
+    async def __call__(self, item: ItemIn, /) -> ResultOut: ...
+
+
 class AsyncCall(Generic[Item, Result]):
     """The item of a queued caller, and its result after a run has returned."""
 
@@ -66,18 +72,27 @@ class AsyncCombiner(Generic[Item, Result]):
     - When a run returns, the caller that has waited longest becomes the leader and runs the queue as one batch. The
       other callers of the batch are its followers. A caller waits for at most the current run and its own, unless the
       queue exceeds a batch.
-    - An exception of `run` is raised in every caller of the batch.
+    - An exception of `run_batch` is raised in every caller of the batch.
     - A cancelled caller leaves the queue. If its batch is running, the batch continues for the others.
     - If a run exceeds `TAKEOVER_TIMEOUT`, the next caller becomes a leader as well, and runs at the same time.
 
     Args:
-        run: Processes the items of a batch.
+        run_alone: Processes the item of a caller that shares its run with no other.
+        run_batch: Processes the items of a batch.
         max_items: The maximum number of items of a batch.
         max_size: The maximum sum of their sizes, in the unit of `size` of `call`.
     """
 
-    def __init__(self, run: AsyncRun[Item, Result], *, max_items: int, max_size: int) -> None:
-        self._run = run
+    def __init__(
+        self,
+        run_alone: AsyncRunAlone[Item, Result],
+        run_batch: AsyncRun[Item, Result],
+        *,
+        max_items: int,
+        max_size: int,
+    ) -> None:
+        self._run_alone = run_alone
+        self._run_batch = run_batch
         self._max_items = max_items
         self._max_size = max_size
         self._mutex = Mutex()
@@ -115,14 +130,13 @@ class AsyncCombiner(Generic[Item, Result]):
                 return call.result()
             if self._queue:  # read without the mutex: a call that is queued later runs in the next batch
                 batch = [call]
-                await async_shielded(partial(self._run_batch, batch), partial(self._finish_batch, batch))
+                await async_shielded(partial(self._run_queue, batch), partial(self._finish_batch, batch))
                 return call.result()
             leader = call
         try:
-            [result] = await self._run([item])
+            return await self._run_alone(item)
         finally:
             self._hand_over(leader)
-        return result
 
     def _make_leader(self, call: AsyncCall[Item, Result]) -> None:
         self._leader, self._led_since = call, monotonic()
@@ -153,7 +167,7 @@ class AsyncCombiner(Generic[Item, Result]):
                     self._make_leader(successor)
                     successor.woken.set()
 
-    async def _run_batch(self, batch: list[AsyncCall[Item, Result]]) -> None:
+    async def _run_queue(self, batch: list[AsyncCall[Item, Result]]) -> None:
         """Move queued calls into the batch and run it. `_finish_batch` runs for every added call."""
         with self._mutex:
             size = batch[0].size
@@ -161,7 +175,7 @@ class AsyncCombiner(Generic[Item, Result]):
                 batch.append(self._queue[0])
                 size += self._queue.popleft().size
         try:
-            results = await self._run([call.item for call in batch])
+            results = await self._run_batch([call.item for call in batch])
         except Exception as error:
             for call in batch:
                 call.set_exception(error)

@@ -72,6 +72,8 @@ class AsyncDatabase:
             ForkedError: The process differs.
             RuntimeError: The event loop differs.
         """
+        if self._process == os.getpid() and self._loop is async_running_loop():
+            return
         if self._process is None:
             self._process = os.getpid()
         elif self.inherited:

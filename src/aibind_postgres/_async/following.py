@@ -10,7 +10,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple
 
 from .._concurrency import AsyncEvent
-from .._followed_stream import Deleted, Deliver, Ended, Fetch, Wait
+from .._followed_stream import Deleted, Deliver, Ended, Fetch, Subscription, Wait
+from .._pages import FIRST_PAGE_CHUNKS
+from .._stream_tail import NO_VERSION
 from .._subscriptions import Subscriptions, wake_all
 from ..errors import StreamNotFoundError
 from .reading import SharedRead
@@ -32,6 +34,9 @@ class AsyncFollower:
     """One reader of a stream, for one caller at a time. Used as a context manager.
 
     It reads the chunks after `cursor`. With a cursor of infinity it only waits for the end of the stream.
+
+    The first page is read before there is a subscription: most readers, as after a reload of a web page, find an ended
+    stream whose chunks fit into it.
     """
 
     def __init__(
@@ -43,14 +48,14 @@ class AsyncFollower:
         stream_id: str,
         cursor: float,
     ) -> None:
-        database.check_owner()
         self._database = database
         self._subscriptions = subscriptions
         self._listener = listener
         self._pages = pages
         self._stream_id = stream_id
-        self._woken = AsyncEvent()
-        self._subscription = subscriptions.subscribe(stream_id, cursor, self._woken.set)
+        self._cursor = cursor
+        self._subscription: Subscription | None = None
+        self._ended: Ended | None = None  # the last step of a reader that needs no subscription
 
     def __enter__(self) -> Self:
         return self
@@ -58,7 +63,8 @@ class AsyncFollower:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._subscriptions.unsubscribe(self._subscription)
+        if self._subscription is not None:
+            self._subscriptions.unsubscribe(self._subscription)
 
     async def next(self, *, deadline: float = math.inf, idle_timeout: float = math.inf) -> Deliver | Ended | Heartbeat:
         """Return the next chunks, or the end of the stream.
@@ -73,6 +79,16 @@ class AsyncFollower:
             Exception: The error of a read that was not recoverable, or that exceeded the time for retries.
         """
         self._database.check_owner()
+        if self._ended is not None:
+            return self._ended
+        if self._subscription is None:
+            if self._cursor < math.inf and not self._subscriptions.follows(self._stream_id):
+                first = await self._read_first_page(int(self._cursor), deadline)
+                if first is not None:
+                    return first
+            else:
+                self._subscription = self._subscribe()
+        assert self._subscription is not None
         idle_at = monotonic() + idle_timeout
         while True:
             step = self._subscriptions.next_step(self._subscription)
@@ -94,7 +110,36 @@ class AsyncFollower:
             pass
         return step.status
 
+    def _subscribe(self) -> Subscription:
+        self._woken = AsyncEvent()
+        return self._subscriptions.subscribe(self._stream_id, self._cursor, self._woken.set)
+
+    async def _read_first_page(self, after: int, deadline: float) -> Deliver | Ended | None:
+        """Read the first page. Return its step if it is also the last one, else subscribe and report it.
+
+        Raises:
+            StreamNotFoundError: The stream does not exist.
+        """
+        subscriptions = self._subscriptions
+        newest, deletions = subscriptions.newest, subscriptions.deletions
+        page = await self._pages.page(self._stream_id, after, FIRST_PAGE_CHUNKS, deadline=deadline)
+        if page is None:
+            raise StreamNotFoundError(self._stream_id)
+        if page.state != "active":
+            if subscriptions.has_streams:  # the writer may not have notified the other readers
+                wake_all(subscriptions.changed([self._stream_id]))
+            if page.is_last:
+                self._ended = Ended(page.status)
+                return Deliver(page.chunks) if page.rows else self._ended
+        subscription = self._subscription = self._subscribe()
+        # Otherwise the page and the tail of the stream may be of two streams of this id.
+        if subscription.stream.number > newest and subscriptions.deletions == deletions:
+            first = Fetch(after, FIRST_PAGE_CHUNKS, False, NO_VERSION, 0, False)
+            wake_all(subscriptions.fetched(subscription, first, page))
+        return None
+
     async def _fetch(self, fetch: Fetch, deadline: float) -> None:
+        assert self._subscription is not None
         try:
             if fetch.shared:
                 read = SharedRead(self._stream_id, fetch.after, fetch.limit)
@@ -112,6 +157,7 @@ class AsyncFollower:
 
     async def _wait(self, until: float) -> bool:
         """Wait until woken. Return False when `until`, a value of `monotonic()`, has passed."""
+        assert self._subscription is not None
         woken = False
         try:
             timeout = None if until == math.inf else until - monotonic()

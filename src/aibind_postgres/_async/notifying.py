@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 from .._concurrency import AsyncEvent, AsyncWorker, Mutex, async_spawn
 from .._message_tree import new_id
 from .._notifications import encode_payloads
+from .._notify_pace import NotifyPace
 from .._sql import NOTIFY, json_array
 from .._sqlstate import is_recoverable, sqlstate
 from .._subscriptions import Subscriptions, wake_all
@@ -23,18 +23,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("aibind_postgres")
 
-# Cooldown: 30 times the shorter of the last two sends, so that one delayed send does not extend it.
-COOLDOWN_FACTOR = 30
-MIN_COOLDOWN, MAX_COOLDOWN = 0.005, 0.1  # seconds
-
 
 class AsyncNotifier:
     """Sends notifications in the background, after the commit of the change.
 
     NOTIFY inside the transaction of an append would hold a server-wide lock while the commit is flushed.
 
-    The first change after a cooldown is sent at once. Changes during a send and its cooldown are sent together, which
-    limits the time spent on sending for any number of changes.
+    The first change after a rest is sent at once. Changes during a send and the rest after it are sent together.
+    `NotifyPace` decides how long to rest.
 
     If the client joins transactions of the caller, notifications are sent at once, in that transaction. PostgreSQL
     delivers them when it commits.
@@ -55,6 +51,7 @@ class AsyncNotifier:
         self._instance = new_id()
         self._mutex = Mutex()
         self._pending: dict[str, None] = {}  # ids of changed streams, in order
+        self._changes = 0  # of these streams
         self._due = AsyncEvent()
         self._closing = AsyncEvent()
         self._worker: AsyncWorker | None = None
@@ -118,6 +115,7 @@ class AsyncNotifier:
         with self._mutex:
             is_first = not self._pending
             self._pending.update(dict.fromkeys(stream_ids))
+            self._changes += 1
             if is_first:
                 self._due.set()
             if self._worker is None or (is_first and not self._worker.is_alive()):
@@ -125,12 +123,13 @@ class AsyncNotifier:
                     self._worker = async_spawn(self._work, "aibind_postgres-notifier")
 
     async def _work(self) -> None:
-        duration = math.inf
+        pace = NotifyPace()
         while True:
             await self._due.wait(0 if self._closing.is_set() else WORKER_IDLE_TIMEOUT)
             with self._mutex:
                 self._due.clear()
                 batch, self._pending = self._pending, {}
+                changes, self._changes = self._changes, 0
                 if not batch:
                     self._worker = None
                     return
@@ -139,9 +138,7 @@ class AsyncNotifier:
                 await self._send(batch, self.sender)
             except Exception as error:
                 self._log_failure(error)
-            duration, previous_duration = monotonic() - started, duration
-            cooldown = COOLDOWN_FACTOR * min(duration, previous_duration)
-            await self._closing.wait(min(max(cooldown, MIN_COOLDOWN), MAX_COOLDOWN))
+            await self._closing.wait(pace.rest(monotonic() - started, changes))
 
     async def _send(self, stream_ids: Iterable[str], sender: str | None) -> None:
         payloads = json_array(encode_payloads(stream_ids, sender))

@@ -22,15 +22,18 @@ from .._concurrency import (
 )
 from .._conninfo import with_defaults
 from .._sqlstate import is_read_only, is_recoverable
-from .._statement_runner import Row, UnansweredError
+from .._statement_runner import Row, UnansweredError, run_statement
 from .._workarounds import async_at_end_of_loop, async_checkout, async_put_again, is_closed_by_server
 from ..errors import copy_error
 from .client import AsyncClient, AsyncPostgresClient
-from .connections import cancel_and_close, execute, is_direct, open_connection, parameters_of
+from .connections import cancel_and_close, is_direct, open_connection, parameters_of
 
 AsyncClientLike: TypeAlias = str | AsyncConnectionPool[Any] | psycopg.AsyncConnection[Any] | AsyncPostgresClient
 
 MIN_DRAIN_INTERVAL = 1.0  # seconds; a server that stays read-only must not cause a new connection for each call
+
+# Seconds without a use after which a kept connection is tested for its closing by the server.
+MAX_UNCHECKED = 0.05
 
 # Seconds for which a store keeps a connection of its own pool. Returned to the pool, it is checked for its lifetime.
 MAX_KEPT = 1.0
@@ -53,7 +56,11 @@ class AsyncPsycopgClient(AsyncClient):
                 self._direct = await is_direct(connection, deadline)
             # Through a transaction pooler, the next statement may run in another session, in which a prepared statement
             # with the same name may differ.
-            return await execute(connection, sql, params, deadline, prepare=self._direct)
+            async with connection.lock:
+                rows: Sequence[Row] = await connection.wait(
+                    run_statement(connection, sql, params, deadline, prepare=self._direct)
+                )
+            return rows
         except UnansweredError:
             await cancel_and_close(connection)
             raise
@@ -77,9 +84,10 @@ class AsyncPoolClient(AsyncPsycopgClient):
         self._drained_at = -math.inf
         self._closed = AsyncEvent()
         self._opened = not owned
+        self._keeps = owned  # whether a connection may be kept
         self._mutex = Mutex()
         self._kept: psycopg.AsyncConnection[Any] | None = None
-        self._kept_since = 0.0  # when it was taken from the pool
+        self._kept_since = self._kept_used_at = 0.0  # when it was taken from the pool, and last used
         self._waiting = 0  # callers that take a connection from the pool
 
     def __repr__(self) -> str:
@@ -95,7 +103,7 @@ class AsyncPoolClient(AsyncPsycopgClient):
         deadline = now + self._timeout
         while True:
             connection: psycopg.AsyncConnection[Any] | None = None
-            since = now
+            since, used_at = now, -math.inf
             autocommit = True
             counted = succeeded = False
             returned: list[bool] = []
@@ -106,7 +114,7 @@ class AsyncPoolClient(AsyncPsycopgClient):
                     with self._mutex:
                         if self._kept is kept:
                             self._kept = None
-                            connection, since = kept, self._kept_since
+                            connection, since, used_at = kept, self._kept_since, self._kept_used_at
                 if connection is None:
                     # Not `connection()` of the pool: it would end a transaction, and in autocommit mode there is none.
                     if self._owned:
@@ -116,9 +124,9 @@ class AsyncPoolClient(AsyncPsycopgClient):
                     checkout_deadline = min(deadline, now + self._pool.timeout)
                     connection = await async_checkout(self._pool, max(0.0, checkout_deadline - monotonic()))
                     counted = counted and self._end_waiting()
-                if is_closed_by_server(connection):
+                if now - used_at > MAX_UNCHECKED and is_closed_by_server(connection):
                     continue  # the pool replaces it
-                autocommit = connection.autocommit
+                autocommit = self._owned or connection.autocommit
                 if not autocommit:
                     if connection.read_only is not None:  # autocommit mode would ignore it
                         async with connection.transaction():
@@ -136,10 +144,10 @@ class AsyncPoolClient(AsyncPsycopgClient):
                 try:
                     if counted:
                         self._end_waiting()
-                    if succeeded and self._owned and now - since < MAX_KEPT:
+                    if succeeded and self._keeps and now - since < MAX_KEPT:
                         with self._mutex:
-                            if self._kept is None and self._waiting <= 0 and not self._closed.is_set():
-                                self._kept_since = since
+                            if self._kept is None and self._waiting <= 0 and self._keeps:
+                                self._kept_since, self._kept_used_at = since, now
                                 self._kept, connection = connection, None
                     if connection is not None:
                         # A pool loses a connection if `putconn` is cancelled.
@@ -219,6 +227,7 @@ class AsyncPoolClient(AsyncPsycopgClient):
             await self._close_pool()
 
     async def _close_pool(self) -> None:
+        self._keeps = False
         await self._put_kept_back()
         await self._pool.close()
 

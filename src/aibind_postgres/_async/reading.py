@@ -50,7 +50,9 @@ class AsyncPageReader:
     def __init__(self, database: AsyncDatabase, statements: StreamStatements) -> None:
         self._database = database
         self._sql = statements
-        self._combiner = AsyncCombiner(self._run, max_items=BATCH_STREAMS, max_size=BATCH_STREAMS)
+        self._combiner = AsyncCombiner(
+            self._run_alone, self._run_batch, max_items=BATCH_STREAMS, max_size=BATCH_STREAMS
+        )
 
     async def page(
         self,
@@ -126,7 +128,10 @@ class AsyncPageReader:
         return page
 
     async def _read_page(self, statement: str, stream_id: str, after: int, limit: int) -> Page | None:
-        return await self._skip_gap(stream_id, await self._read(statement, stream_id, after, limit))
+        page = await self._read(statement, stream_id, after, limit)
+        if page is None or page.rows or page.is_last:
+            return page
+        return await self._skip_gap(stream_id, page)
 
     async def _retry(
         self, read: AsyncAttempt[Page | None], stream_id: str, contradicts: PageCheck, deadline: float = math.inf
@@ -147,10 +152,8 @@ class AsyncPageReader:
                 raise StandbyLagError(page)
         return page
 
-    async def _skip_gap(self, stream_id: str, page: Page | None) -> Page | None:
+    async def _skip_gap(self, stream_id: str, page: Page) -> Page:
         """Extend an empty page up to the next chunk, since `total` may be far larger than the number of chunks."""
-        if page is None or page.rows or page.is_last:
-            return page
         [(next_seq,)] = await self._database.query(self._sql.next, [stream_id, page.end])
         return page._replace(end=page.total if next_seq is None else int(next_seq) - 1)
 
@@ -169,15 +172,16 @@ class AsyncPageReader:
         [page] = await self._combiner.call(read) or [await self._read(self._sql.read, *read)]
         return page
 
-    async def _run(self, reads: Sequence[SharedRead]) -> Sequence[Sequence[Page | None]]:
+    async def _run_alone(self, read: SharedRead) -> Sequence[Page | None]:
+        return [await self._read(self._sql.read, *read)]
+
+    async def _run_batch(self, reads: Sequence[SharedRead]) -> Sequence[Sequence[Page | None]]:
         """Return a list with one page for each read, or an empty list for a read that must run alone.
 
         The server rejects a shared statement if, for example, it cannot convert the text of one stream. With other
         settings of its session, a reader may see a stream that the statement does not find. A chunk may be too large
         for the batch.
         """
-        if len(reads) == 1:
-            return [[await self._read(self._sql.read, *reads[0])]]
         items = [
             {"index": index, "id": read.stream_id, "after": read.after, "limit": read.limit}
             for index, read in enumerate(reads)

@@ -1,0 +1,40 @@
+"""How long to rest after a notification. Pure."""
+
+from __future__ import annotations
+
+import math
+
+REST_PER_CHANGE = 0.0003  # seconds; a fast writer needs few notifications, since each covers many changes
+REST_PER_DELAY = 30  # times the delay of a send, since a server or process that is busy delays the writers as well
+MAX_REST = 0.1  # seconds
+MAX_REST_UNDELAYED = 0.01  # seconds
+WINDOW = 200  # sends after which the fastest one is forgotten
+
+
+class NotifyPace:
+    """The rests of one notifier.
+
+    The delay of a send is its duration beyond that of the fastest recent send. Of two successive delays the shorter one
+    counts, so that a single delayed send has no effect.
+    """
+
+    def __init__(self) -> None:
+        self._fastest = self._fastest_before = math.inf  # in the current window, and in the one before
+        self._sends = 0
+        self._last_duration = math.inf
+
+    def rest(self, duration: float, changes: int) -> float:
+        """Return the seconds to rest after a send.
+
+        Args:
+            duration: The seconds that the send took.
+            changes: The number of changes that it has notified of.
+        """
+        if self._sends % WINDOW == 0:
+            self._fastest_before, self._fastest = self._fastest, math.inf
+        self._sends += 1
+        self._fastest = min(self._fastest, duration)
+        delay = min(duration, self._last_duration) - 2 * min(self._fastest, self._fastest_before)
+        self._last_duration = duration
+        undelayed = min(REST_PER_CHANGE * changes**2, MAX_REST_UNDELAYED)
+        return min(max(undelayed, REST_PER_DELAY * delay), MAX_REST)
