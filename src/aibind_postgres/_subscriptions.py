@@ -48,6 +48,8 @@ class Subscriptions:
 
     def follows(self, stream_id: str) -> bool:
         """Return True if a subscription follows the stream."""
+        if self._unsubscribed:
+            self.is_empty()  # removes them
         return stream_id in self._streams
 
     def subscribe(
@@ -62,7 +64,7 @@ class Subscriptions:
         return subscription
 
     def unsubscribe(self, subscription: Subscription) -> None:
-        """Queue a subscription for removal by the next `subscribe`, `awaited` or `is_empty`."""
+        """Queue a subscription for removal by the next `subscribe`, `follows`, `awaited` or `is_empty`."""
         # Without the mutex: the garbage collector closes forgotten readers in any thread, also in one that holds it.
         self._unsubscribed.append(subscription)
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import psycopg
 import pytest
 from support.concurrency import until
+from support.recording import POLL
 
 from aibind_postgres import PostgresStreamStore
 from aibind_postgres.sse import EventParser, ServerSentEvent
@@ -145,7 +146,7 @@ def test_slow_reader_does_not_fill_the_memory_of_the_server(client, long_streams
     assert [event.data for event in stored] == chunks
 
 
-POLLED = "query LIKE '%total_chunks FROM % WHERE id = ANY%' AND query_start > clock_timestamp() - interval '2 seconds'"
+POLLED = f"query LIKE '%{POLL}%' AND query_start > clock_timestamp() - interval '2 seconds'"
 
 
 @pytest.mark.skipif(not PROC, reason="needs /proc")
