@@ -14,7 +14,7 @@ import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 from support.concurrency import async_gather, async_sleep, async_workers
-from support.leaks import package_objects
+from support.leaks import PER_CONNECTION, package_objects
 
 from aibind_postgres import AsyncPostgresStreamStore, StreamNotFoundError
 
@@ -103,7 +103,7 @@ async def test_chats_and_a_restart_leave_nothing_behind(disposable_server, long)
     for _ in range(100):  # the store drops ended readers when another one starts
         with pytest.raises(StreamNotFoundError):
             await store.wait("missing")
-        remaining = package_objects() - before
+        remaining = package_objects(except_for=PER_CONNECTION) - before
         if sum(remaining.values()) <= MAX_REMAINING_OBJECTS:
             break
         await async_sleep(0.1)
@@ -119,6 +119,7 @@ async def test_chats_and_a_restart_leave_nothing_behind(disposable_server, long)
             break
         await async_sleep(0.1)
     assert (sessions(disposable_server.dsn), threading.active_count()) == (0, threads)
-    remaining = package_objects() - before
+    # pytest keeps the log records of the pool, which refer to the connections that the restart has broken.
+    remaining = package_objects(except_for=PER_CONNECTION) - before
     assert sum(remaining.values()) <= MAX_REMAINING_OBJECTS, remaining
     assert memory[1] - memory[0] < MAX_GROWTH, memory
