@@ -33,6 +33,7 @@ from .errors import AibindError, InvalidDataError
 Row: TypeAlias = tuple[Any, ...]
 AnyConnection: TypeAlias = psycopg.Connection[Any] | psycopg.AsyncConnection[Any]
 
+MAX_STATEMENTS = 1000  # remembered for one session; with more, such as of many tables, no more of them are prepared
 MAX_LOSSES = 3  # losses of prepared statements after which a session gets no more of them
 
 IDLE = TransactionStatus.IDLE
@@ -97,7 +98,7 @@ class Statement:
 class Session:
     """The state of the session of one connection, for one client encoding."""
 
-    __slots__ = ("client_encoding", "encoding", "losses", "statements", "transformer")
+    __slots__ = ("client_encoding", "encoding", "losses", "prepared", "statements", "transformer")
 
     def __init__(self, client_encoding: bytes | None, encoding: str) -> None:
         if client_encoding == b"SQL_ASCII":
@@ -105,6 +106,7 @@ class Session:
         self.client_encoding = client_encoding
         self.encoding = encoding  # Python's name of it
         self.statements: dict[str, Statement] = {}
+        self.prepared = 0  # of these statements
         self.losses = 0
         # For results in UTF-8. It refers to no connection, since the connection refers to this object.
         self.transformer = Transformer(LoadContext(RESULT_TYPES, None))
@@ -115,22 +117,28 @@ class Session:
             encoded = sql.encode(self.encoding)
             # Other stores may use the same connection. A name that was lost is not used again.
             name = f"aibind_{self.losses}_{sha256(encoded).hexdigest()[:32]}"
-            found = self.statements[sql] = Statement(encoded, name.encode())
+            found = Statement(encoded, name.encode())
+            if len(self.statements) < MAX_STATEMENTS:
+                self.statements[sql] = found
         return found
 
-    def must_prepare(self, statement: Statement, threshold: int | None) -> bool:
+    def must_prepare(self, statement: Statement, threshold: int | None, maximum: int | None) -> bool:
         """Count a run of a statement. Return True if it has to be prepared, as psycopg decides it.
 
         Args:
             statement: The statement.
             threshold: psycopg's `prepare_threshold` of the connection. None disables prepared statements.
+            maximum: psycopg's `prepared_max` of the connection. None is no limit.
         """
         statement.runs += 1
-        return threshold is not None and statement.runs > threshold and self.losses < MAX_LOSSES
+        if threshold is None or statement.runs <= threshold or self.losses >= MAX_LOSSES:
+            return False
+        return (maximum is None or self.prepared < maximum) and len(self.statements) < MAX_STATEMENTS
 
     def lose_statements(self) -> None:
         """Forget the prepared statements, which the server has discarded or can no longer execute."""
         self.statements.clear()
+        self.prepared = 0
         self.losses += 1
 
 
@@ -150,7 +158,7 @@ def _encode(params: Sequence[object], encoding: str) -> list[bytes | None]:
         if value is None:
             values.append(None)
             continue
-        text = value if type(value) is str else str(value)
+        text = value if isinstance(value, str) else str(value)
         if "\0" in text:  # libpq would send the text up to it
             raise psycopg.DataError("PostgreSQL text cannot contain NUL (0x00) bytes")
         values.append(text.encode(encoding))
@@ -195,9 +203,10 @@ def _run(connection: AnyConnection, sql: str, params: Sequence[object], prepare:
     while True:
         statement = session.statement(sql)
         if prepare and not statement.is_prepared:
-            prepare = session.must_prepare(statement, connection.prepare_threshold)
+            prepare = session.must_prepare(statement, connection.prepare_threshold, connection.prepared_max)
             if prepare:
                 yield from _prepare(pgconn, statement, session.encoding)
+                session.prepared += 1
         if prepare:
             pgconn.send_query_prepared(statement.name, values, result_format=BINARY)
         else:
@@ -255,6 +264,7 @@ def _join_transaction(connection: AnyConnection) -> Steps:
             "the transaction of this connection has failed: roll it back before the next call"
         )
     if pgconn.transaction_status == IDLE and not connection.autocommit:
+        _session_of(connection)  # raises before the transaction begins if the encoding is SQL_ASCII
         pgconn.send_query(_begin_command(connection))
         [result, *_] = yield from flush_and_fetch(pgconn)
         if result.status not in SUCCEEDED:

@@ -202,6 +202,7 @@ class Subscriptions:
         with self._mutex:
             if self._share:
                 self._deletes[stream_id] -= 1
+                self.deletions += 1  # a page that was read meanwhile may be of the deleted stream
                 for stream in list(self._streams.get(stream_id, ())) if deleted else []:
                     woken += self._drop(stream)
             if not self._deletes[stream_id]:

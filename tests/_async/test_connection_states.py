@@ -6,6 +6,7 @@ from functools import partial
 
 import psycopg
 import pytest
+from psycopg.pq import TransactionStatus
 from psycopg_pool import AsyncConnectionPool
 from support.concurrency import async_gather
 
@@ -112,6 +113,14 @@ async def test_changed_encoding(connection, store, other):
             await call()
     await connection.execute("SET client_encoding = 'UTF8'")
     assert await read(store, id, follow=False) == ["é", "è"]
+
+
+async def test_unusable_encoding_begins_no_transaction(dsn, tables):
+    async with await psycopg.AsyncConnection.connect(dsn, client_encoding="SQL_ASCII") as connection:
+        async with AsyncPostgresStreamStore(connection, **tables) as store:
+            with pytest.raises(InvalidDataError, match="SQL_ASCII"):
+                await store.get_status("nothing")
+        assert connection.info.transaction_status == TransactionStatus.IDLE
 
 
 async def test_changed_settings(connection, store, other):

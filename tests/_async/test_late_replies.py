@@ -38,6 +38,10 @@ def is_delete(sql):
     return sql.lstrip().startswith("WITH deleted")
 
 
+def is_read(sql):
+    return "UNION ALL" in sql
+
+
 def is_end(sql):
     return "SET state = $2" in sql
 
@@ -90,6 +94,39 @@ async def test_late_delete_ends_no_reader_of_a_new_stream(client, store, other):
             await other.append(id, "new 2")
             await other.complete(id)
             assert await reader.result() == ["new 1", "new 2"]
+
+
+@pytest.mark.parametrize("deletion_has_begun", [False, True])
+async def test_late_first_page_of_a_deleted_stream(client, store, deletion_has_begun):
+    id = await store.create()
+    await store.append_many(id, ["old 1", "old 2", "old 3"])
+    begun, gate = AsyncEvent(), AsyncEvent()
+
+    async def hold_delete(sql, params):
+        if is_delete(sql):
+            begun.set()
+            assert await gate.wait(20)
+
+    async def delete():
+        if not deletion_has_begun:
+            assert await client.replied.wait(20)
+        await store.delete(id)
+
+    client.hook = hold_delete
+    client.is_late = is_read
+    async with AsyncBackground(delete) as deletion:
+        if deletion_has_begun:
+            assert await begun.wait(20)
+        async with AsyncBackground(partial(read, store, id)) as reader:
+            assert await client.replied.wait(20)
+            client.is_late = lambda sql: False
+            gate.set()
+            await deletion.result()
+            await store.create(id)
+            await store.append_many(id, ["new 1", "new 2", "new 3", "new 4"])
+            client.release.set()
+            await store.complete(id)
+            assert await reader.result() == ["new 1", "new 2", "new 3", "new 4"]
 
 
 async def test_readers_continue_after_a_failed_delete(client, store):

@@ -11,7 +11,6 @@ from psycopg_pool import AsyncConnectionPool
 from support.concurrency import async_sleep, async_until
 
 from aibind_postgres import AsyncPostgresStreamStore
-from aibind_postgres._async.psycopg_clients import MAX_UNCHECKED
 from aibind_postgres._statement_runner import MAX_LOSSES
 
 PREPARED = "SELECT name, statement FROM pg_prepared_statements WHERE name LIKE 'aibind%'"
@@ -69,6 +68,12 @@ async def test_nothing_is_prepared_in_a_transaction(connection, store, other):
         await use(store, id, 2)  # a lost statement would fail the transaction
     assert names
     assert await other.get_status(id) == ("active", None, 17)
+
+
+async def test_maximum_of_prepared_statements(connection, store, other):
+    connection.prepared_max = 1
+    await use(store, await other.create(), 10)
+    assert len(await prepared(connection)) == 1
 
 
 async def test_discarded_statements(connection, store, other):
@@ -194,6 +199,6 @@ async def test_one_connection_for_successive_calls(dsn, tables):
             assert sessions() == [before]
             admin.execute("SELECT pg_terminate_backend(%s)", before)
             await async_until(lambda: before not in sessions())
-            await async_sleep(2 * MAX_UNCHECKED)
+            await async_sleep(0.1)
             await use(store, id, 1)  # finds the idle connection closed, and takes another one
         await async_until(lambda: not sessions())

@@ -9,6 +9,7 @@ import time
 
 import psycopg
 import pytest
+from psycopg.conninfo import make_conninfo
 from psycopg.pq import TransactionStatus
 from psycopg_pool import AsyncConnectionPool
 from support.concurrency import async_until, async_workers
@@ -356,3 +357,43 @@ async def test_stream_starts_if_its_caller_is_cancelled_at_any_step(dsn, tables)
             assert time.monotonic() < deadline, states
             await asyncio.sleep(0.05)
             states = {info.state async for info in store.list()}
+
+
+async def test_close_cancelled_at_any_step_closes_the_connections(dsn, tables):
+    ours = make_conninfo(dsn, application_name="cancelled close")
+    with psycopg.connect(dsn, autocommit=True) as admin:
+        sessions = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'cancelled close'"
+        for steps in range(8):
+            store = AsyncPostgresStreamStore(ours, **tables, notify=False)
+            await store.append(await store.create(), "x")
+            closing = asyncio.create_task(store.close())
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            closing.cancel()
+            await asyncio.wait([closing])
+            if steps:  # else it has not begun
+                await async_until(lambda: admin.execute(sessions).fetchone() == (0,))
+            await store.close()
+
+
+async def test_notifier_continues_after_its_task_was_cancelled(dsn, tables):
+    async with AsyncPostgresStreamStore(dsn, **tables) as store, AsyncPostgresStreamStore(dsn, **tables) as other:
+        id = await store.create()
+        for _ in range(5):
+            for _ in range(20):  # so many that some changes are pending
+                await store.append(id, "x")
+            for task in asyncio.all_tasks():
+                if task.get_name() == "aibind_postgres-notifier":
+                    task.cancel()
+            await asyncio.sleep(0)
+        before = (await store.get_status(id)).total_chunks
+
+        async def follow():
+            return [time.monotonic() async for chunk in other.read_from(id, before)]
+
+        reading = asyncio.create_task(follow())
+        await async_until(lambda: "aibind_postgres-listener" in async_workers())
+        await store.append(id, "x")
+        await async_until(lambda: "aibind_postgres-notifier" in async_workers())
+        await store.complete(id)
+        assert len(await asyncio.wait_for(reading, 20)) == 1

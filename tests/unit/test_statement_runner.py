@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from datetime import datetime, timezone
+from enum import Enum
 
 import psycopg
 import pytest
@@ -34,9 +35,16 @@ def test_undocumented_parts_of_psycopg() -> None:
         assert all(inspect.isclass(getattr(module, name)) for name in names)
 
 
+class State(str, Enum):
+    """A subclass of str, whose `str()` is another text."""
+
+    DONE = "done"
+
+
 def test_encoded_parameters() -> None:
     assert runner._encode(["é", None, 5, 1.5], "utf-8") == ["é".encode(), None, b"5", b"1.5"]
     assert runner._encode(["é"], "iso8859-1") == [b"\xe9"]
+    assert runner._encode([State.DONE], "utf-8") == [b"done"]
     with pytest.raises(psycopg.DataError, match="NUL"):
         runner._encode(["a\0b"], "utf-8")
     with pytest.raises(UnicodeEncodeError):
@@ -54,8 +62,8 @@ def test_statements_of_a_session() -> None:
     statement = session.statement("SELECT 1")
     assert session.statement("SELECT 1") is statement
     assert session.statement("SELECT 2").name != statement.name
-    assert [session.must_prepare(statement, 2) for _ in range(4)] == [False, False, True, True]
-    assert not session.must_prepare(statement, None)
+    assert [session.must_prepare(statement, 2, 100) for _ in range(4)] == [False, False, True, True]
+    assert not session.must_prepare(statement, None, None)
 
 
 def test_lost_statements_get_new_names() -> None:
@@ -63,11 +71,26 @@ def test_lost_statements_get_new_names() -> None:
     names = set()
     for _ in range(runner.MAX_LOSSES):
         statement = session.statement("SELECT 1")
-        assert session.must_prepare(statement, 0)
+        assert session.must_prepare(statement, 0, None)
         names.add(statement.name)
         session.lose_statements()
     assert len(names) == runner.MAX_LOSSES
-    assert not session.must_prepare(session.statement("SELECT 1"), 0)
+    assert not session.must_prepare(session.statement("SELECT 1"), 0, None)
+
+
+def test_maximum_of_prepared_statements() -> None:
+    session = runner.Session(b"UTF8", "utf-8")
+    session.prepared = 3
+    assert session.must_prepare(session.statement("SELECT 1"), 0, 4)
+    assert not session.must_prepare(session.statement("SELECT 1"), 0, 3)
+
+
+def test_number_of_remembered_statements() -> None:
+    session = runner.Session(b"UTF8", "utf-8")
+    for number in range(2 * runner.MAX_STATEMENTS):
+        statement = session.statement(f"SELECT {number}")
+    assert len(session.statements) == runner.MAX_STATEMENTS
+    assert not session.must_prepare(statement, 0, None)
 
 
 def test_session_without_an_encoding() -> None:

@@ -245,9 +245,10 @@ class AsyncDurableStream:
     @contextmanager
     def _following(self, cursor: float) -> Iterator[AsyncFollower]:
         with self._store._follow(self.id, cursor) as follower:
-            # Checked after subscribing: the subscription receives an error that is set later.
-            if self._producer is not None and self._producer.start_error is not None:
-                raise copy_error(self._producer.start_error)
+            if self._producer is not None:
+                follower.subscribe()  # receives an error that is set after this check
+                if self._producer.start_error is not None:
+                    raise copy_error(self._producer.start_error)
             yield follower
 
     async def stop(self) -> bool:

@@ -87,7 +87,7 @@ class AsyncFollower:
                 if first is not None:
                     return first
             else:
-                self._subscription = self._subscribe()
+                self.subscribe()
         assert self._subscription is not None
         idle_at = monotonic() + idle_timeout
         while True:
@@ -110,9 +110,11 @@ class AsyncFollower:
             pass
         return step.status
 
-    def _subscribe(self) -> Subscription:
+    def subscribe(self) -> Subscription:
+        """Subscribe, before the first page is read."""
         self._woken = AsyncEvent()
-        return self._subscriptions.subscribe(self._stream_id, self._cursor, self._woken.set)
+        self._subscription = self._subscriptions.subscribe(self._stream_id, self._cursor, self._woken.set)
+        return self._subscription
 
     async def _read_first_page(self, after: int, deadline: float) -> Deliver | Ended | None:
         """Read the first page. Return its step if it is also the last one, else subscribe and report it.
@@ -131,7 +133,7 @@ class AsyncFollower:
             if page.is_last:
                 self._ended = Ended(page.status)
                 return Deliver(page.chunks) if page.rows else self._ended
-        subscription = self._subscription = self._subscribe()
+        subscription = self.subscribe()
         # Otherwise the page and the tail of the stream may be of two streams of this id.
         if subscription.stream.number > newest and subscriptions.deletions == deletions:
             first = Fetch(after, FIRST_PAGE_CHUNKS, False, NO_VERSION, 0, False)

@@ -118,7 +118,7 @@ class AsyncNotifier:
             self._changes += 1
             if is_first:
                 self._due.set()
-            if self._worker is None or (is_first and not self._worker.is_alive()):
+            if self._worker is None or not self._worker.is_alive():
                 with suppress(RuntimeError):  # no thread can start while the interpreter exits
                     self._worker = async_spawn(self._work, "aibind_postgres-notifier")
 

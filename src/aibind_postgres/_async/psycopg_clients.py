@@ -32,9 +32,6 @@ AsyncClientLike: TypeAlias = str | AsyncConnectionPool[Any] | psycopg.AsyncConne
 
 MIN_DRAIN_INTERVAL = 1.0  # seconds; a server that stays read-only must not cause a new connection for each call
 
-# Seconds without a use after which a kept connection is tested for its closing by the server.
-MAX_UNCHECKED = 0.05
-
 # Seconds for which a store keeps a connection of its own pool. Returned to the pool, it is checked for its lifetime.
 MAX_KEPT = 1.0
 
@@ -87,8 +84,8 @@ class AsyncPoolClient(AsyncPsycopgClient):
         self._keeps = owned  # whether a connection may be kept
         self._mutex = Mutex()
         self._kept: psycopg.AsyncConnection[Any] | None = None
-        self._kept_since = self._kept_used_at = 0.0  # when it was taken from the pool, and last used
-        self._waiting = 0  # callers that take a connection from the pool
+        self._kept_since = 0.0  # when it was taken from the pool
+        self._waiting: set[object] = set()  # callers that take a connection from the pool
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {type(self._pool).__name__} {self._pool.name!r}>"
@@ -103,28 +100,27 @@ class AsyncPoolClient(AsyncPsycopgClient):
         deadline = now + self._timeout
         while True:
             connection: psycopg.AsyncConnection[Any] | None = None
-            since, used_at = now, -math.inf
+            since = now
             autocommit = True
-            counted = succeeded = False
+            succeeded = False
+            caller = object()
             returned: list[bool] = []
             # A signal handler may raise after any call, so `finally` must know the connection as soon as it is taken.
             try:
-                kept = self._kept
-                if kept is not None:
+                if self._owned:
                     with self._mutex:
-                        if self._kept is kept:
+                        kept = self._kept
+                        if kept is None:
+                            self._waiting.add(caller)
+                        else:
                             self._kept = None
-                            connection, since, used_at = kept, self._kept_since, self._kept_used_at
+                            connection, since = kept, self._kept_since
                 if connection is None:
                     # Not `connection()` of the pool: it would end a transaction, and in autocommit mode there is none.
-                    if self._owned:
-                        with self._mutex:
-                            self._waiting += 1
-                            counted = True
                     checkout_deadline = min(deadline, now + self._pool.timeout)
                     connection = await async_checkout(self._pool, max(0.0, checkout_deadline - monotonic()))
-                    counted = counted and self._end_waiting()
-                if now - used_at > MAX_UNCHECKED and is_closed_by_server(connection):
+                    self._waiting.discard(caller)
+                if is_closed_by_server(connection):
                     continue  # the pool replaces it
                 autocommit = self._owned or connection.autocommit
                 if not autocommit:
@@ -142,12 +138,11 @@ class AsyncPoolClient(AsyncPsycopgClient):
                 raise
             finally:
                 try:
-                    if counted:
-                        self._end_waiting()
+                    self._waiting.discard(caller)
                     if succeeded and self._keeps and now - since < MAX_KEPT:
                         with self._mutex:
-                            if self._kept is None and self._waiting <= 0 and self._keeps:
-                                self._kept_since, self._kept_used_at = since, now
+                            if self._kept is None and not self._waiting and self._keeps:
+                                self._kept_since = since
                                 self._kept, connection = connection, None
                     if connection is not None:
                         # A pool loses a connection if `putconn` is cancelled.
@@ -156,11 +151,6 @@ class AsyncPoolClient(AsyncPsycopgClient):
                     if connection is not None and not returned:  # else another caller may have got it
                         await async_put_again(partial(self._return_connection, connection, autocommit, returned))
                     raise
-
-    def _end_waiting(self) -> bool:
-        with self._mutex:
-            self._waiting -= 1
-        return False
 
     async def _return_connection(
         self, connection: psycopg.AsyncConnection[Any], autocommit: bool, returned: list[bool]
@@ -177,14 +167,21 @@ class AsyncPoolClient(AsyncPsycopgClient):
         """Let the pool replace its connections: after a failover, sessions that were read-only may stay so."""
         if monotonic() - self._drained_at > MIN_DRAIN_INTERVAL:
             self._drained_at = monotonic()
-            await self._put_kept_back()
-            await async_shielded(self._pool.drain)  # the pool loses connections if it is cancelled
+            await async_shielded(self._drain)  # the pool loses connections if it is cancelled
+
+    async def _drain(self) -> None:
+        await self._put_kept_back()
+        await self._pool.drain()
 
     async def _put_kept_back(self) -> None:
         with self._mutex:
             kept, self._kept = self._kept, None
         if kept is not None:
-            await async_shielded(partial(self._pool.putconn, kept))
+            try:
+                await async_shielded(partial(self._pool.putconn, kept))
+            except BaseException:
+                await async_put_again(partial(self._pool.putconn, kept))
+                raise
 
     async def _open(self) -> None:
         called_at = monotonic()
@@ -224,12 +221,14 @@ class AsyncPoolClient(AsyncPsycopgClient):
     async def close(self) -> None:
         self._closed.set()
         if self._owned:
-            await self._close_pool()
+            await async_shielded(self._close_pool)
 
     async def _close_pool(self) -> None:
         self._keeps = False
-        await self._put_kept_back()
-        await self._pool.close()
+        try:
+            await self._put_kept_back()
+        finally:
+            await self._pool.close()
 
 
 class AsyncConnectionClient(AsyncPsycopgClient):
