@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 REST_PER_CHANGE = 0.0003  # seconds; a fast writer needs few notifications, since each covers many changes
-REST_PER_DELAY = 30  # times the delay of a send, since a server or process that is busy delays the writers as well
+REST_PER_DELAY = 60  # times the delay of a send, since a server or process that is busy delays the writers as well
 MAX_REST = 0.1  # seconds
 MAX_REST_UNDELAYED = 0.01  # seconds
 WINDOW = 200  # sends after which the fastest one is forgotten
