@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 
-REST_PER_CHANGE = 0.0003  # seconds; a fast writer needs few notifications, since each covers many changes
+# Seconds, times the square of the number of changes. A fast writer needs few notifications, since each covers many
+# changes. With the square, a writer is either notified of each change or soon rests for the whole maximum.
+REST_PER_CHANGE = 0.0003
 REST_PER_DELAY = 60  # times the delay of a send, since a server or process that is busy delays the writers as well
 MAX_REST = 0.1  # seconds
 MAX_REST_UNDELAYED = 0.01  # seconds
@@ -14,8 +16,8 @@ WINDOW = 200  # sends after which the fastest one is forgotten
 class NotifyPace:
     """The rests of one notifier.
 
-    The delay of a send is its duration beyond that of the fastest recent send. Of two successive delays the shorter one
-    counts, so that a single delayed send has no effect.
+    The delay of a send is its duration beyond twice that of the fastest recent send. Of two successive delays the
+    shorter one counts, so that a single delayed send has no effect.
     """
 
     def __init__(self) -> None:
