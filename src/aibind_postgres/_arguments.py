@@ -44,12 +44,10 @@ def identifier(value: object, name: str = "a stream id") -> str:
     Raises:
         InvalidDataError: `value` is not a valid id.
     """
-    if isinstance(value, str) and 0 < len(value) <= MAX_ID_BYTES and value.isascii() and "\0" not in value:
-        return value
     text = storable_text(value, name)
     if not text:
         raise InvalidDataError(f"{name} must not be empty")
-    if len(text.encode()) > MAX_ID_BYTES:
+    if 4 * len(text) > MAX_ID_BYTES and len(text.encode()) > MAX_ID_BYTES:  # a character has at most 4 bytes
         raise InvalidDataError(f"{name} must be at most {MAX_ID_BYTES} bytes long in UTF-8")
     return text
 

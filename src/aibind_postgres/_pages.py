@@ -13,8 +13,9 @@ FIRST_PAGE_CHUNKS, MAX_PAGE_CHUNKS = 50, 2000
 PAGE_CHARACTERS = 500_000  # the expected size of the pages after the first one
 PAGE_BYTES = 2_000_000  # the largest size of a page that contains more than one chunk
 BATCH_BYTES = 8_000_000  # the largest size of the pages that one statement reads for several streams
-TEXT = itemgetter(1)  # of a row
 LIMIT_DIVISOR = 16  # reduces the limit after a chunk that was too large for it
+
+TEXT = itemgetter(1)  # of a row
 
 
 class Page(NamedTuple):

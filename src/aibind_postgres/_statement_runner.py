@@ -205,8 +205,7 @@ def _run(connection: AnyConnection, sql: str, params: Sequence[object], prepare:
         if prepare and not statement.is_prepared:
             prepare = session.must_prepare(statement, connection.prepare_threshold, connection.prepared_max)
             if prepare:
-                yield from _prepare(pgconn, statement, session.encoding)
-                session.prepared += 1
+                yield from _prepare(pgconn, session, statement)
         if prepare:
             pgconn.send_query_prepared(statement.name, values, result_format=BINARY)
         else:
@@ -239,14 +238,15 @@ def _rows(result: PGresult, session: Session, connection: AnyConnection) -> list
     return rows
 
 
-def _prepare(pgconn: PGconn, statement: Statement, encoding: str) -> Steps:
+def _prepare(pgconn: PGconn, session: Session, statement: Statement) -> Steps:
     pgconn.send_prepare(statement.name, statement.sql)
     [result, *_] = yield from flush_and_fetch(pgconn)
     if result.status not in SUCCEEDED:
-        error = error_from_result(result, encoding)
+        error = error_from_result(result, session.encoding)
         if sqlstate(error) != DUPLICATE_PREPARED_STATEMENT:  # an earlier call was interrupted after it had sent this
             raise error
     statement.is_prepared = True
+    session.prepared += 1
 
 
 def _join_transaction(connection: AnyConnection) -> Steps:
@@ -264,11 +264,11 @@ def _join_transaction(connection: AnyConnection) -> Steps:
             "the transaction of this connection has failed: roll it back before the next call"
         )
     if pgconn.transaction_status == IDLE and not connection.autocommit:
-        _session_of(connection)  # raises before the transaction begins if the encoding is SQL_ASCII
+        encoding = _session_of(connection).encoding  # raises for SQL_ASCII, before the transaction begins
         pgconn.send_query(_begin_command(connection))
         [result, *_] = yield from flush_and_fetch(pgconn)
         if result.status not in SUCCEEDED:
-            raise error_from_result(result, connection.info.encoding)
+            raise error_from_result(result, encoding)
 
 
 def _begin_command(connection: AnyConnection) -> bytes:

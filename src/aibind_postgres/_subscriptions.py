@@ -48,8 +48,7 @@ class Subscriptions:
 
     def follows(self, stream_id: str) -> bool:
         """Return True if a subscription follows the stream."""
-        if self._unsubscribed:
-            self.is_empty()  # removes them
+        self._release_unsubscribed()
         return stream_id in self._streams
 
     def subscribe(
@@ -251,11 +250,8 @@ class Subscriptions:
 
     def is_empty(self) -> bool:
         """Return True if there are no subscriptions."""
-        with self._mutex:
-            woken = self._remove_unsubscribed()
-            empty = not self._streams
-        wake_all(woken)
-        return empty
+        self._release_unsubscribed()
+        return not self._streams
 
     def closed(self) -> list[Subscription]:
         """End all subscriptions with `StoreClosedError`, since the store is closed."""
@@ -366,6 +362,12 @@ class Subscriptions:
         streams.discard(stream)
         if not streams and stream.id in self._streams:
             del self._streams[stream.id], self._ids[digest_of(stream.id)]
+
+    def _release_unsubscribed(self) -> None:
+        if self._unsubscribed:
+            with self._mutex:
+                woken = self._remove_unsubscribed()
+            wake_all(woken)
 
     def _remove_unsubscribed(self) -> list[Subscription]:
         woken: list[Subscription] = []

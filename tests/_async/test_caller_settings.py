@@ -1,4 +1,4 @@
-"""Clients whose sessions depend on the caller: row-level security by a context variable."""
+"""Clients with caller-dependent sessions: row-level security by a context variable."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class TenantClient:
 
 @pytest.fixture
 def role(run_sql, tables):
-    """A role that sees the rows of one tenant: those whose id begins with its name."""
+    """A role that sees the rows of one tenant. Their ids begin with its name."""
     name = f"tenant_{uuid.uuid4().hex}"
     run_sql(f"CREATE ROLE {name}")
     run_sql(SQL("GRANT USAGE ON SCHEMA {} TO {}").format(Identifier(schema_of(tables)), Identifier(name)).as_string())

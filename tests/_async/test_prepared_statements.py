@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import psycopg
 import pytest
 from psycopg.adapt import Dumper, Loader
 from psycopg.conninfo import make_conninfo
 from psycopg.rows import dict_row
 from psycopg_pool import AsyncConnectionPool
-from support.concurrency import async_sleep, async_until
+from support.concurrency import AsyncBackground, async_gather, async_sleep, async_until
 
 from aibind_postgres import AsyncPostgresStreamStore
 from aibind_postgres._statement_runner import MAX_LOSSES
@@ -163,13 +165,16 @@ async def test_implicit_transaction_has_the_options_of_the_connection(dsn, table
 async def test_failed_begin(dsn, tables):
     async with await psycopg.AsyncConnection.connect(dsn) as connection:
         async with AsyncPostgresStreamStore(connection, **tables) as store:
-            await connection.execute("SELECT pg_backend_pid()")
+            await store.get_status("nothing")
             await connection.rollback()
             with psycopg.connect(dsn, autocommit=True) as admin:
-                admin.execute("SELECT pg_terminate_backend(%s)", [connection.info.backend_pid])
-            with pytest.raises(psycopg.OperationalError):
-                for _ in range(100):
-                    await store.get_status("nothing")
+                pid = connection.info.backend_pid
+                admin.execute("SELECT pg_terminate_backend(%s)", [pid])
+                session = "SELECT FROM pg_stat_activity WHERE pid = %s"
+                await async_until(lambda: admin.execute(session, [pid]).fetchone() is None)
+            with pytest.raises(psycopg.errors.AdminShutdown):
+                await store.get_status("nothing")
+            assert connection.closed
 
 
 async def test_statements_of_two_stores_on_one_connection(connection, store, other, tables):
@@ -202,3 +207,24 @@ async def test_one_connection_for_successive_calls(dsn, tables):
             await async_sleep(0.1)
             await use(store, id, 1)  # finds the idle connection closed, and takes another one
         await async_until(lambda: not sessions())
+
+
+async def test_returned_connection_serves_a_waiting_call(dsn, tables):
+    """The store keeps no connection while a call waits for one of the pool."""
+    ours = make_conninfo(dsn, application_name="waiting")
+    lock = psycopg.sql.SQL("SELECT FROM {} WHERE id = ANY (%s) FOR UPDATE").format(tables["status_table"])
+    blocked = "SELECT FROM pg_stat_activity WHERE application_name = 'waiting' AND wait_event_type = 'Lock'"
+    async with AsyncPostgresStreamStore(ours, **tables, notify=False) as store:
+        first, *others = [await store.create() for _ in range(10)]
+        with psycopg.connect(dsn) as one, psycopg.connect(dsn) as nine, psycopg.connect(dsn, autocommit=True) as admin:
+            one.execute(lock, [[first]])
+            nine.execute(lock, [others])
+            ends = partial(async_gather, *[partial(store.complete, id) for id in (first, *others)])
+            async with AsyncBackground(ends) as ending:
+                await async_until(lambda: len(admin.execute(blocked).fetchall()) == 10)
+                async with AsyncBackground(partial(store.get_status, "nothing")) as waiting:
+                    await async_sleep(0.2)  # until it waits for a connection
+                    one.rollback()
+                    assert await waiting.result() is None
+                    nine.rollback()
+                    assert await ending.result() == [True] * 10

@@ -280,7 +280,7 @@ def test_busy_shared_sessions_do_not_listen(dsn, tables, tmp_path):
 
 @pytest.fixture(params=["near", "far"])
 def session_pooler(request, dsn, tmp_path, monkeypatch):
-    """The connection string of a PgBouncer in session mode, also one whose every statement takes 40 ms."""
+    """The connection string of a PgBouncer in session mode, and of one that delays each statement by 40 ms."""
     with pgbouncer.pgbouncer(dsn, tmp_path, pool_mode="session") as pooled, proxy.proxy(pooled) as link:
         if request.param == "far":
             link.delay(0.02)

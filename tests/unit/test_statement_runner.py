@@ -1,4 +1,4 @@
-"""The runner of statements, without a server: what it needs of psycopg, and its pure parts."""
+"""The runner of statements, without a server: its pure parts, and undocumented parts of psycopg."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_undocumented_parts_of_psycopg() -> None:
 
 
 class State(str, Enum):
-    """A subclass of str, whose `str()` is another text."""
+    """A subclass of str: `str()` of it returns another text."""
 
     DONE = "done"
 

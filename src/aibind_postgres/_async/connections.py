@@ -48,6 +48,8 @@ async def execute(
     sql: str,
     params: Sequence[Any] = (),
     deadline: float = math.inf,
+    *,
+    prepare: bool = False,
 ) -> Sequence[Row]:
     """Run one statement on a connection and return its rows, independently of the connection's factories.
 
@@ -56,12 +58,13 @@ async def execute(
         sql: The statement, with numbered parameters.
         params: The values of the parameters; none by default.
         deadline: The value of `monotonic()` at which to stop waiting; no limit by default.
+        prepare: As for `run_statement`; False by default.
 
     Raises:
         Exception: The errors of `run_statement`.
     """
     async with connection.lock:
-        rows: Sequence[Row] = await connection.wait(run_statement(connection, sql, params, deadline))
+        rows: Sequence[Row] = await connection.wait(run_statement(connection, sql, params, deadline, prepare=prepare))
         return rows
 
 

@@ -79,15 +79,8 @@ class AsyncFollower:
             Exception: The error of a read that was not recoverable, or that exceeded the time for retries.
         """
         self._database.check_owner()
-        if self._ended is not None:
-            return self._ended
-        if self._subscription is None:
-            if self._cursor < math.inf and not self._subscriptions.follows(self._stream_id):
-                first = await self._read_first_page(int(self._cursor), deadline)
-                if first is not None:
-                    return first
-            else:
-                self.subscribe()
+        if self._subscription is None and (first := await self._begin(deadline)) is not None:
+            return first
         assert self._subscription is not None
         idle_at = monotonic() + idle_timeout
         while True:
@@ -111,18 +104,24 @@ class AsyncFollower:
         return step.status
 
     def subscribe(self) -> Subscription:
-        """Subscribe, before the first page is read."""
+        """Register a subscription. It receives the changes and errors from now on."""
         self._woken = AsyncEvent()
         self._subscription = self._subscriptions.subscribe(self._stream_id, self._cursor, self._woken.set)
         return self._subscription
 
-    async def _read_first_page(self, after: int, deadline: float) -> Deliver | Ended | None:
-        """Read the first page. Return its step if it is also the last one, else subscribe and report it.
+    async def _begin(self, deadline: float) -> Deliver | Ended | None:
+        """Subscribe and return None, or return the next step of a reader that needs no subscription.
 
         Raises:
             StreamNotFoundError: The stream does not exist.
         """
+        if self._ended is not None:
+            return self._ended
         subscriptions = self._subscriptions
+        if self._cursor == math.inf or subscriptions.follows(self._stream_id):
+            self.subscribe()
+            return None
+        after = int(self._cursor)
         newest, deletions = subscriptions.newest, subscriptions.deletions
         page = await self._pages.page(self._stream_id, after, FIRST_PAGE_CHUNKS, deadline=deadline)
         if page is None:

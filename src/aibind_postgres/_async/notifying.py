@@ -113,11 +113,10 @@ class AsyncNotifier:
                 self._log_failure(error)
             return
         with self._mutex:
-            is_first = not self._pending
+            if not self._pending:
+                self._due.set()
             self._pending.update(dict.fromkeys(stream_ids))
             self._changes += 1
-            if is_first:
-                self._due.set()
             if self._worker is None or not self._worker.is_alive():
                 with suppress(RuntimeError):  # no thread can start while the interpreter exits
                     self._worker = async_spawn(self._work, "aibind_postgres-notifier")

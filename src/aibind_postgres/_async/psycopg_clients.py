@@ -22,11 +22,11 @@ from .._concurrency import (
 )
 from .._conninfo import with_defaults
 from .._sqlstate import is_read_only, is_recoverable
-from .._statement_runner import Row, UnansweredError, run_statement
+from .._statement_runner import Row, UnansweredError
 from .._workarounds import async_at_end_of_loop, async_checkout, async_put_again, is_closed_by_server
 from ..errors import copy_error
 from .client import AsyncClient, AsyncPostgresClient
-from .connections import cancel_and_close, is_direct, open_connection, parameters_of
+from .connections import cancel_and_close, execute, is_direct, open_connection, parameters_of
 
 AsyncClientLike: TypeAlias = str | AsyncConnectionPool[Any] | psycopg.AsyncConnection[Any] | AsyncPostgresClient
 
@@ -53,11 +53,7 @@ class AsyncPsycopgClient(AsyncClient):
                 self._direct = await is_direct(connection, deadline)
             # Through a transaction pooler, the next statement may run in another session, in which a prepared statement
             # with the same name may differ.
-            async with connection.lock:
-                rows: Sequence[Row] = await connection.wait(
-                    run_statement(connection, sql, params, deadline, prepare=self._direct)
-                )
-            return rows
+            return await execute(connection, sql, params, deadline, prepare=self._direct)
         except UnansweredError:
             await cancel_and_close(connection)
             raise
