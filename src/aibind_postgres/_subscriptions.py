@@ -39,7 +39,7 @@ class Subscriptions:
         self._unsubscribed: deque[Subscription] = deque()
         self.newest = 0  # the number of the newest followed stream
         self._deletes: Counter[str] = Counter()  # statements under way that delete a stream
-        self.deletions = 0  # such statements so far
+        self.deletions = 0  # such statements that have ended
 
     @property
     def has_streams(self) -> bool:
@@ -192,7 +192,6 @@ class Subscriptions:
         """Let the readers of a stream wait until `end_delete`: meanwhile, a page may be of a new stream of its id."""
         if self._share:  # else the transaction may yet be rolled back
             with self._mutex:
-                self.deletions += 1
                 self._deletes[stream_id] += 1
 
     def end_delete(self, stream_id: str, deleted: bool) -> list[Subscription]:
@@ -201,7 +200,7 @@ class Subscriptions:
         with self._mutex:
             if self._share:
                 self._deletes[stream_id] -= 1
-                self.deletions += 1  # a page that was read meanwhile may be of the deleted stream
+                self.deletions += 1
                 for stream in list(self._streams.get(stream_id, ())) if deleted else []:
                     woken += self._drop(stream)
             if not self._deletes[stream_id]:

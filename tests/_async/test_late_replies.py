@@ -6,11 +6,11 @@ from functools import partial
 
 import psycopg
 import pytest
-from _async.sources import HookedClient, is_append, is_status_query, items
+from _async.sources import HookedClient, is_append, is_status_query
 from psycopg_pool import AsyncConnectionPool
 from support.concurrency import AsyncBackground, async_sleep, async_until, async_workers
 
-from aibind_postgres import AibindError, AsyncDurableStream, AsyncPostgresStreamStore, StreamNotFoundError
+from aibind_postgres import AsyncPostgresStreamStore, StreamNotFoundError
 from aibind_postgres._concurrency import AsyncEvent
 
 
@@ -226,27 +226,3 @@ async def test_replay_of_a_recreated_shorter_stream_raises(store):
                 await store.create(id)
                 await store.append_many(id, ["new"] * 10)
     assert seen == ["old"] * 50
-
-
-async def test_late_first_page_of_a_stream_without_a_producer(client, tables, caplog):
-    """The producer uses another session, which does not see the stream. Its error comes while the reader reads."""
-
-    async def hide(sql, params):
-        if is_status_query(sql):
-            assert await client.replied.wait(20)
-            raise StreamNotFoundError(params[0])
-
-    client.joins_transactions = True
-    client.hook = hide
-    async with AsyncPostgresStreamStore(client, **tables) as store:
-        stream = await AsyncDurableStream.start(store, items(["a"]))
-        client.is_late = is_read
-
-        async def read_events():
-            return [event async for event in stream.sse()]
-
-        async with AsyncBackground(read_events) as reader:
-            await async_until(lambda: "not found by its producer" in caplog.text)
-            client.release.set()
-            with pytest.raises(AibindError, match="not found by its producer"):
-                await reader.result()
