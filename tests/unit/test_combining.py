@@ -9,6 +9,7 @@ import pytest
 from support.concurrency import until
 
 from aibind_postgres import AibindError
+from aibind_postgres._async import combining as async_combining
 from aibind_postgres._async.combining import AsyncCombiner
 from aibind_postgres._concurrency import OneShotEvent
 from aibind_postgres._sync import combining
@@ -28,6 +29,12 @@ class Gated:
     async def run_alone(self, item):
         [result] = await self.run([item])
         return result
+
+
+@pytest.fixture(autouse=True)
+def no_takeover(monkeypatch):
+    """A takeover would hide that a cancelled call has not handed over."""
+    monkeypatch.setattr(async_combining, "TAKEOVER_TIMEOUT", 60)
 
 
 @pytest.fixture
