@@ -13,7 +13,7 @@ from psycopg.conninfo import make_conninfo
 from psycopg.rows import dict_row
 from psycopg_pool import AsyncConnectionPool, AsyncNullConnectionPool
 from support.clients import CoroutineClient, PlainClient
-from support.concurrency import AsyncBackground, async_gather, async_sleep
+from support.concurrency import AsyncBackground, async_gather, async_sleep, async_until
 
 from aibind_postgres import AibindError, AsyncPostgresStreamStore, InvalidDataError, SchemaError, schema
 
@@ -76,6 +76,28 @@ async def test_pool_without_autocommit_sends_no_begin(dsn, tables):
                 statement = "SELECT query FROM pg_stat_activity WHERE pid = %s"
                 (last,) = await (await admin.execute(statement, [pid])).fetchone()
     assert "total_chunks" in last  # not COMMIT
+
+
+async def test_busy_store_keeps_connections_and_an_idle_one_returns_them(dsn, tables):
+    count = "SELECT count(*) FROM pg_stat_activity WHERE application_name = %s AND datname = current_database()"
+    name = f"busy {uuid.uuid4()}"
+    with psycopg.connect(dsn, autocommit=True) as admin:
+
+        def connections():
+            return admin.execute(count, [name]).fetchone()[0]
+
+        async with AsyncPostgresStreamStore(make_conninfo(dsn, application_name=name), **tables) as store:
+            ids = [await store.create() for _ in range(8)]
+
+            async def append_often(id):
+                for _ in range(50):
+                    await store.append(id, "a")
+
+            await async_gather(*(partial(append_often, id) for id in ids))
+            assert connections() > 1
+            await async_until(lambda: connections() == 1)
+            assert [(await store.get_status(id)).total_chunks for id in ids] == [50] * 8
+        await async_until(lambda: connections() == 0)
 
 
 async def test_pool_after_an_error(dsn, tables):

@@ -80,6 +80,9 @@ class AsyncClient:
         """
         return _do_nothing
 
+    async def keep(self, most: int) -> None:
+        """Keep up to `most` connections between statements, if they are of a pool that this client owns."""
+
     async def release_thread(self) -> None:
         """Release the connection of the current thread. Writers and producers call this in their workers."""
 

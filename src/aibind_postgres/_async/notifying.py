@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("aibind_postgres")
 
+BUSY_CONNECTIONS = 3
+BUSY_TIMEOUT = 1.0  # seconds without a change after which a store is no longer busy
+
 
 class AsyncNotifier:
     """Sends notifications in the background, after the commit of the change.
@@ -124,7 +127,11 @@ class AsyncNotifier:
     async def _work(self) -> None:
         pace = NotifyPace()
         while True:
-            await self._due.wait(0 if self._closing.is_set() else WORKER_IDLE_TIMEOUT)
+            # A busy store uses one connection for notifications and one for each lane of appends.
+            await self._client.keep(BUSY_CONNECTIONS)
+            if not await self._due.wait(0 if self._closing.is_set() else BUSY_TIMEOUT):
+                await self._client.keep(1)
+                await self._due.wait(0 if self._closing.is_set() else WORKER_IDLE_TIMEOUT)
             with self._mutex:
                 self._due.clear()
                 batch, self._pending = self._pending, {}

@@ -62,8 +62,8 @@ class AsyncPsycopgClient(AsyncClient):
 class AsyncPoolClient(AsyncPsycopgClient):
     """The client for a psycopg pool. The first statement opens an `owned` pool, and `close` closes it.
 
-    An owned pool has no other users. One of its connections is kept between two statements: to take it from the pool
-    and to put it back would cost as much processor time as a statement.
+    An owned pool has no other users. One of its connections is kept between two statements, or more while `keep` says
+    so: to take it from the pool and to put it back would cost as much processor time as a statement.
     """
 
     def __init__(self, pool: AsyncConnectionPool[Any], timeout: float | None, *, owned: bool = False) -> None:
@@ -77,10 +77,10 @@ class AsyncPoolClient(AsyncPsycopgClient):
         self._drained_at = -math.inf
         self._closed = AsyncEvent()
         self._opened = not owned
-        self._keeps = owned  # whether a connection may be kept
         self._mutex = Mutex()
-        self._kept: psycopg.AsyncConnection[Any] | None = None
-        self._kept_since = 0.0  # when it was taken from the pool
+        self._most_kept = 1 if owned else 0
+        # The kept connections, each with the time at which it was taken from the pool. The last one is used first.
+        self._kept: list[tuple[psycopg.AsyncConnection[Any], float]] = []
         self._waiting: set[object] = set()  # callers that take a connection from the pool
 
     def __repr__(self) -> str:
@@ -105,12 +105,12 @@ class AsyncPoolClient(AsyncPsycopgClient):
             try:
                 if self._owned:
                     with self._mutex:
-                        kept = self._kept
-                        if kept is None:
-                            self._waiting.add(caller)
+                        if self._kept:
+                            kept = self._kept[-1]
+                            del self._kept[-1]
+                            connection, since = kept
                         else:
-                            self._kept = None
-                            connection, since = kept, self._kept_since
+                            self._waiting.add(caller)
                 if connection is None:
                     # Not `connection()` of the pool: it would end a transaction, and in autocommit mode there is none.
                     checkout_deadline = min(deadline, now + self._pool.timeout)
@@ -135,11 +135,11 @@ class AsyncPoolClient(AsyncPsycopgClient):
             finally:
                 try:
                     self._waiting.discard(caller)
-                    if succeeded and self._keeps and now - since < MAX_KEPT:
+                    if connection is not None and succeeded and now - since < MAX_KEPT:
                         with self._mutex:
-                            if self._kept is None and not self._waiting and self._keeps:
-                                self._kept_since = since
-                                self._kept, connection = connection, None
+                            if len(self._kept) < self._most_kept and not self._waiting:
+                                # No call may separate these two assignments, as above.
+                                self._kept, connection = [*self._kept, (connection, since)], None
                     if connection is not None:
                         # A pool loses a connection if `putconn` is cancelled.
                         await async_shielded(partial(self._return_connection, connection, autocommit, returned))
@@ -166,13 +166,24 @@ class AsyncPoolClient(AsyncPsycopgClient):
             await async_shielded(self._drain)  # the pool loses connections if it is cancelled
 
     async def _drain(self) -> None:
-        await self._put_kept_back()
+        await self._put_back(0)
         await self._pool.drain()
 
-    async def _put_kept_back(self) -> None:
-        with self._mutex:
-            kept, self._kept = self._kept, None
-        if kept is not None:
+    async def keep(self, most: int) -> None:
+        if self._owned and self._most_kept != most:
+            with self._mutex:
+                if self._closed.is_set():
+                    return
+                self._most_kept = most
+            await self._put_back(most)
+
+    async def _put_back(self, most: int) -> None:
+        """Put kept connections back into the pool until there are at most `most`."""
+        while True:
+            with self._mutex:
+                if len(self._kept) <= most:
+                    return
+                kept, _ = self._kept.pop(0)
             try:
                 await async_shielded(partial(self._pool.putconn, kept))
             except BaseException:
@@ -220,9 +231,10 @@ class AsyncPoolClient(AsyncPsycopgClient):
             await async_shielded(self._close_pool)
 
     async def _close_pool(self) -> None:
-        self._keeps = False
+        with self._mutex:
+            self._most_kept = 0
         try:
-            await self._put_kept_back()
+            await self._put_back(0)
         finally:
             await self._pool.close()
 
