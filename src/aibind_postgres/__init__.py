@@ -1,20 +1,8 @@
 """Durable, resumable token streams and branching conversations on the PostgreSQL you already run."""
 
-from typing import TYPE_CHECKING
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from ._async.client import AsyncPostgresClient
-from ._async.conversation_store import AsyncPostgresConversationStore
-from ._async.durable_stream import AsyncDurableStream
-from ._async.handler import AsyncStreamHandler, AsyncWebResponse
-from ._async.stream_store import AsyncPostgresStreamStore
-from ._async.stream_writer import AsyncStreamWriter
-from ._sync.client import PostgresClient
-from ._sync.conversation_store import PostgresConversationStore
-from ._sync.durable_stream import DurableStream
-from ._sync.handler import StreamHandler, WebResponse
-from ._sync.stream_store import PostgresStreamStore
-from ._sync.stream_writer import StreamWriter
-from .adapters import wrap_asyncpg, wrap_django, wrap_sqlalchemy
 from .errors import (
     AibindError,
     ConversationConflictError,
@@ -82,13 +70,49 @@ __all__ = [
     "wrap_sqlalchemy",
 ]
 
+# The modules of the names that are imported on first use, without the flavour: a program uses one flavour, and both
+# together take most of the time of the import.
+_MODULES = {
+    "DurableStream": "durable_stream",
+    "PostgresClient": "client",
+    "PostgresConversationStore": "conversation_store",
+    "PostgresStreamStore": "stream_store",
+    "StreamHandler": "handler",
+    "StreamWriter": "stream_writer",
+    "WebResponse": "handler",
+}
+
 if TYPE_CHECKING:
+    from ._async.client import AsyncPostgresClient
+    from ._async.conversation_store import AsyncPostgresConversationStore
+    from ._async.durable_stream import AsyncDurableStream
+    from ._async.handler import AsyncStreamHandler, AsyncWebResponse
+    from ._async.stream_store import AsyncPostgresStreamStore
+    from ._async.stream_writer import AsyncStreamWriter
+    from ._sync.client import PostgresClient
+    from ._sync.conversation_store import PostgresConversationStore
+    from ._sync.durable_stream import DurableStream
+    from ._sync.handler import StreamHandler, WebResponse
+    from ._sync.stream_store import PostgresStreamStore
+    from ._sync.stream_writer import StreamWriter
+    from .adapters import wrap_asyncpg, wrap_django, wrap_sqlalchemy
+
     __version__: str
 else:
 
-    def __getattr__(name: str) -> str:
-        if name == "__version__":  # on first use: reading the metadata of the distribution takes about a millisecond
-            from importlib.metadata import version
+    def __getattr__(name: str) -> Any:
+        plain = name.removeprefix("Async")
+        if plain in _MODULES:
+            flavour = "_sync" if plain == name else "_async"
+            value = getattr(import_module(f".{flavour}.{_MODULES[plain]}", __name__), name)
+        elif name.startswith("wrap_") and name in __all__:
+            value = getattr(import_module(".adapters", __name__), name)
+        elif name == "__version__":  # reading the metadata of the distribution takes about a millisecond
+            value = import_module("importlib.metadata").version("aibind-postgres")
+        else:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = value
+        return value
 
-            return version("aibind-postgres")
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
