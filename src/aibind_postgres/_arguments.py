@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterable
 from datetime import timedelta
 
@@ -50,6 +52,23 @@ def identifier(value: object, name: str = "a stream id") -> str:
     if 4 * len(text) > MAX_ID_BYTES and len(text.encode()) > MAX_ID_BYTES:  # a character has at most 4 bytes
         raise InvalidDataError(f"{name} must be at most {MAX_ID_BYTES} bytes long in UTF-8")
     return text
+
+
+def storable_json(value: object, name: str) -> str | None:
+    """Return `value` as JSON text for a column of type jsonb, or None if it is None.
+
+    Raises:
+        InvalidDataError: `value` is not a JSON value, or contains a NUL character or a lone surrogate.
+    """
+    if value is None:
+        return None
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidDataError(f"{name} must be a JSON value: {error}") from None
+    if re.search(r"(?<!\\)(\\\\)*\\u0000", text):  # not a backslash followed by u0000
+        raise InvalidDataError(f"{name} contains a NUL character, which PostgreSQL cannot store")
+    return storable_text(text, name)
 
 
 def chunk_list(chunks: Iterable[str]) -> list[str]:

@@ -17,7 +17,9 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, get_args
 
 from ._deletion import CLEANUP, DELETE, DELETE_LEFTOVERS, SWEEP, TOMBSTONE, TOMBSTONES
+from ._leases import END_EXPIRED, EXPIRED, RENEW_LEASES, TAKE_LEASE
 from ._pages import BATCH_BYTES, PAGE_BYTES
+from ._stream_list import ACTIVE, DETAILS, IN_RANGE, INFO, LIST, LIST_BY_TIME, OF_OWNER, OF_SESSION
 from .models import SynchronousCommit
 
 if TYPE_CHECKING:
@@ -25,9 +27,6 @@ if TYPE_CHECKING:
 
 # Unlike now(), statement_timestamp() advances inside a transaction; unlike clock_timestamp(), it can use an index.
 NOW = "(extract(epoch FROM statement_timestamp()) * 1000)::bigint"
-
-# The range of Python's datetime, in any time zone. Other writers may store times outside it, and infinity.
-IN_RANGE = "BETWEEN '0001-01-02 00:00Z' AND '9999-12-30 00:00Z'"
 
 # Whether a page of chunks of this size has at most PAGE_BYTES, or consists of this chunk.
 FITS = f"octet_length(data) * {{limit}} <= {PAGE_BYTES} OR {{limit}} = 1"
@@ -39,21 +38,29 @@ FEW = "LIMIT (SELECT NULL::bigint)"
 
 STATUS_ROW = "-greatest(total_chunks, 0) AS seq, state || coalesce(chr(10) || error, '') AS data"
 
+# Extends a lease that is shorter than a new one.
+RENEWAL = f"greatest({NOW} + {{lease}} - lease_until, 0)"
+
+# The columns of migration 0004 in CREATE. $6 is the ttl of this stream, or NULL for the ttl of each store.
+DETAIL_COLUMNS = ", session_id, owner, metadata, ttl_ms, lease_until"
+DETAIL_VALUES = f", $3::text, $4::text, $5::text::jsonb, $6::bigint, {NOW} + $7::bigint"
+
 # Chunks left over from an earlier stream with this id would occupy sequence numbers of the new one. They are deleted up
 # to number $3, or all of them if it is NULL. If more remain, a tombstone makes `cleanup` delete them, or an append that
 # meets them does.
 CREATE = """
 WITH created AS (
-    INSERT INTO {status} (id, state, error, total_chunks, expires_at)
-    VALUES ($1::text, 'active', NULL, 0, {expiry})
+    INSERT INTO {status} (id, state, error, total_chunks, expires_at{detail_columns})
+    VALUES ($1::text, 'active', NULL, 0, {expiry}{detail_values})
     ON CONFLICT (id) DO NOTHING
     RETURNING id
 ), leftovers AS (
     DELETE FROM {chunks}
-     WHERE id = $1::text AND seq <= coalesce($3::bigint, 9223372036854775807) AND EXISTS (SELECT FROM created)
+     WHERE id = $1::text AND seq <= coalesce({limit}::bigint, 9223372036854775807) AND EXISTS (SELECT FROM created)
 ), buried AS (
     INSERT INTO {status} (id, state, error, total_chunks, expires_at)
-    SELECT {tombstone_of_1} FROM created WHERE EXISTS (SELECT FROM {chunks} WHERE id = $1::text AND seq > $3::bigint)
+    SELECT {tombstone_of_1} FROM created
+     WHERE EXISTS (SELECT FROM {chunks} WHERE id = $1::text AND seq > {limit}::bigint)
 )
 SELECT EXISTS (SELECT FROM created) {commit_setting}
 """
@@ -62,7 +69,7 @@ APPEND = """
 WITH advanced AS (
     UPDATE {status}
        SET total_chunks = total_chunks + 1,
-           expires_at = {renewed_expiry}
+           expires_at = {renewed_expiry}{renewed_lease}
      WHERE id = $1::text AND state = 'active' AND total_chunks >= 0
        AND ($3::bigint IS NULL OR total_chunks = $3::bigint - 1)
     RETURNING total_chunks
@@ -78,7 +85,7 @@ APPEND_MANY = """
 WITH advanced AS (
     UPDATE {status}
        SET total_chunks = total_chunks + json_array_length($2::text::json),
-           expires_at = {renewed_expiry}
+           expires_at = {renewed_expiry}{renewed_lease}
      WHERE id = $1::text AND state = 'active' AND total_chunks >= 0
        AND ($3::bigint IS NULL OR total_chunks = $3::bigint - 1)
     RETURNING total_chunks, total_chunks - json_array_length($2::text::json) AS last_before
@@ -109,7 +116,7 @@ WITH wanted AS MATERIALIZED (
 ), advanced AS (
     UPDATE {status} AS s
        SET total_chunks = s.total_chunks + locked.added,
-           expires_at = {renewed_expiry}
+           expires_at = {renewed_expiry}{renewed_lease}
       FROM (SELECT * FROM locked WHERE expected IS NULL OR total_chunks = expected - 1 {few}) AS locked
      WHERE s.id = locked.id
     RETURNING locked.id, s.total_chunks - locked.added AS last_before, locked.texts
@@ -190,46 +197,22 @@ SELECT pg_is_in_recovery(), found.seq, found.data
   FROM (SELECT) AS one LEFT JOIN (SELECT {status_row} FROM {status} WHERE id = $1::text) AS found ON true
 """
 
-# The states of the streams for which readers wait.
+# The states of the streams for which readers wait, and whether their leases have expired.
 POLL = """
-SELECT s.id, s.state, s.total_chunks
+SELECT s.id, s.state, s.total_chunks, s.is_expired
   FROM (SELECT unnest(ARRAY(SELECT json_array_elements_text($1::text::json))) {few}) AS wanted (id),
-       LATERAL (SELECT id, state, total_chunks FROM {status} WHERE id = wanted.id) AS s
+       LATERAL (SELECT id, state, total_chunks, {lease_expired} AS is_expired FROM {status} WHERE id = wanted.id) AS s
 """
 
 END = """
 WITH ended AS (
     UPDATE {status}
-       SET state = $2::text, error = $3::text, expires_at = {now} + $4::bigint
+       SET state = $2::text, error = $3::text, expires_at = {now} + {ttl_of_4}
      WHERE id = $1::text AND state = 'active'
     RETURNING id
 )
 SELECT EXISTS (SELECT FROM ended) AS ended, EXISTS (SELECT FROM {status} WHERE id = $1::text) AS found
 {commit_setting}
-"""
-
-# created_at of migration 0002 is read through JSON, which returns NULL if the column is missing. OFFSET 0 prevents the
-# planner from computing it twice.
-LIST = """
-SELECT id, state, error, greatest(total_chunks, 0), expires_at,
-       CASE WHEN t.created_at {in_range} THEN t.created_at END
-  FROM {status} AS s, LATERAL (SELECT (to_jsonb(s) ->> 'created_at')::timestamptz OFFSET 0) AS t (created_at)
- WHERE ($1::text IS NULL OR state = $1::text) AND state <> 'deleted' AND id > $2::text
- ORDER BY id
- LIMIT $3::bigint
-"""
-
-# The last column is parameter $6 of the next page. The JSON format of a time is exact under all session settings.
-LIST_BY_TIME = """
-SELECT id, state, error, greatest(total_chunks, 0), expires_at,
-       CASE WHEN created_at {in_range} THEN created_at END, to_jsonb(created_at) #>> '{{}}'
-  FROM {status}
- WHERE ($1::text IS NULL OR state = $1::text) AND state <> 'deleted'
-   AND created_at >= coalesce($4::timestamptz, '-infinity')
-   AND ($5::timestamptz IS NULL OR created_at < $5::timestamptz)
-   AND (created_at, id) > (coalesce($6::text, '-infinity')::timestamptz, $2::text)
- ORDER BY created_at, id
- LIMIT $3::bigint
 """
 
 # Checks the next $5 active streams after id $4. The last activity is created_at of the last chunk, or of a stream
@@ -281,23 +264,41 @@ class StreamStatements:
         chunks: The chunks table.
         status: The status table.
         synchronous_commit: PostgreSQL's setting of this name for statements that write; the server's by default.
+        lease: The lease of a producer in milliseconds, if the status table has the columns of migration 0004. Default:
+            None, if it has not.
 
     Raises:
         ValueError: `synchronous_commit` is not a value of PostgreSQL's setting.
     """
 
-    def __init__(self, chunks: Table, status: Table, synchronous_commit: SynchronousCommit | None = None) -> None:
+    def __init__(
+        self,
+        chunks: Table,
+        status: Table,
+        synchronous_commit: SynchronousCommit | None = None,
+        *,
+        lease: int | None = None,
+    ) -> None:
         if synchronous_commit not in (None, *get_args(SynchronousCommit)):
             accepted = ", ".join(get_args(SynchronousCommit))
             raise ValueError(f"synchronous_commit must be one of {accepted}, not {synchronous_commit!r}")
         # Applies to the transaction of the statement only: transaction poolers do not keep session settings.
-        setting = f"WHERE set_config('synchronous_commit', '{synchronous_commit}', true) IS NOT NULL"
+        setting = f"set_config('synchronous_commit', '{synchronous_commit}', true) IS NOT NULL"
         values = {
             "chunks": chunks.quoted,
             "status": status.quoted,
             "now": NOW,
             "in_range": IN_RANGE,
             "few": FEW,
+            "info": INFO.format(in_range=IN_RANGE),
+            "details": "" if lease is None else DETAILS,
+            "scope": "",
+            "detail_columns": "",
+            "detail_values": "",
+            "lease": str(lease),
+            # Without a lease, the sum is NULL.
+            "renewed_lease": "" if lease is None else f", lease_until = lease_until + {RENEWAL.format(lease=lease)}",
+            "lease_expired": "NULL::boolean" if lease is None else f"lease_until <= {NOW}",
             "status_row": STATUS_ROW,
             "fits_in_page": FITS.format(limit="$3::bigint"),
             "fits_in_batch": FITS.format(limit='wanted."limit"'),
@@ -305,16 +306,32 @@ class StreamStatements:
             "batch_bytes": BATCH_BYTES,
             "tombstone_of_1": TOMBSTONE.format(id="$1::text"),
             "tombstone_of_id": TOMBSTONE.format(id="id"),
-            "commit_setting": "" if synchronous_commit is None else setting,
+            "commit_setting": "" if synchronous_commit is None else f"WHERE {setting}",
+            "and_commit_setting": "" if synchronous_commit is None else f"AND {setting}",
         }
 
-        def fill(statement: str, ttl: str = "$4") -> str:
-            expiry = rounded_expiry(ttl)
-            return statement.format_map(
-                {**values, "expiry": expiry, "renewed_expiry": f"greatest(expires_at, {expiry})"}
-            )
+        def ttl_of_stream(ttl: str) -> str:
+            return f"{ttl}::bigint" if lease is None else f"coalesce(ttl_ms, {ttl}::bigint)"
 
-        self.create = fill(CREATE, ttl="$2")
+        def fill(statement: str, ttl: str = "$4", **others: str) -> str:
+            renewed = f"greatest(expires_at, {rounded_expiry(ttl_of_stream(ttl))})"
+            expiry = rounded_expiry(f"{ttl}::bigint")
+            ttls = {"ttl_of_3": ttl_of_stream("$3"), "ttl_of_4": ttl_of_stream("$4")}
+            return statement.format_map({**values, **ttls, "expiry": expiry, "renewed_expiry": renewed, **others})
+
+        self.create = fill(CREATE, ttl="$2", limit="$3")
+        if lease is not None:
+            details = {"detail_columns": DETAIL_COLUMNS, "detail_values": DETAIL_VALUES}
+            self.create_with_details = fill(CREATE, ttl="$2", limit="$8", **details)
+            self.active = fill(ACTIVE)
+            self.list_of_session = fill(LIST, scope=OF_SESSION.format(4, 5))
+            self.list_of_session_by_time = fill(LIST_BY_TIME, scope=OF_SESSION.format(7, 8))
+            self.list_of_owner = fill(LIST, scope=OF_OWNER.format(4))
+            self.list_of_owner_by_time = fill(LIST_BY_TIME, scope=OF_OWNER.format(7))
+            self.take_lease = fill(TAKE_LEASE)
+            self.renew_leases = fill(RENEW_LEASES)
+            self.end_expired = fill(END_EXPIRED)
+            self.expired = fill(EXPIRED)
         self.append = fill(APPEND)
         self.append_many = fill(APPEND_MANY)
         self.append_batch = fill(APPEND_BATCH, ttl="$2")
@@ -343,10 +360,10 @@ def rounded_expiry(ttl: str) -> str:
     Appends set this indexed column to the same value for a quarter of the ttl, so that they are heap-only updates.
 
     Args:
-        ttl: The name of a parameter, in milliseconds.
+        ttl: The SQL expression for the ttl, a bigint in milliseconds.
     """
-    quarter = f"greatest({ttl}::bigint / 4, 1)"
-    return f"(({NOW} + {ttl}::bigint - 1) / {quarter} + 1) * {quarter}"
+    quarter = f"greatest({ttl} / 4, 1)"
+    return f"(({NOW} + {ttl} - 1) / {quarter} + 1) * {quarter}"
 
 
 def json_text(value: object) -> str:

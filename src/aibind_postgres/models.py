@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from datetime import datetime, timedelta, timezone
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from .errors import InvalidDataError
 
@@ -104,6 +104,12 @@ class StreamInfo(NamedTuple):
             append renews this time, rounded up to a quarter of the ttl.
         created_at: The time of creation. None if the stream is older than migration 0002, or if the time is out of
             datetime's range.
+        session_id: The id of the conversation to which the stream belongs, or None. This and the following attributes
+            are those given to `create`; None without migration 0004.
+        owner: The owner of the stream, or None.
+        metadata: Data of the application, a JSON value, or None.
+        ttl: The time for which the stream is kept after its end, or None for the ttl of the store.
+        lease_until: The time at which the lease of the producer ends, unless it is renewed. None without a lease.
     """
 
     id: str
@@ -112,6 +118,11 @@ class StreamInfo(NamedTuple):
     total_chunks: int
     expires_at: datetime
     created_at: datetime | None
+    session_id: str | None = None
+    owner: str | None = None
+    metadata: Any = None
+    ttl: timedelta | None = None
+    lease_until: datetime | None = None
 
 
 class CleanupResult(NamedTuple):

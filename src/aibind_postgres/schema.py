@@ -24,7 +24,8 @@ _MIGRATIONS = {
     "0001_tables.sql": "to_regclass({conversations}) IS NOT NULL",
     "0002_housekeeping.sql": "EXISTS (SELECT FROM pg_attribute WHERE attrelid = to_regclass({chunks}) "
     "AND attname = 'created_at' AND atthasdef)",
-    "0003_conversations.sql": "to_regclass({index}) IS NOT NULL",
+    "0003_conversations.sql": "to_regclass({expiry_index}) IS NOT NULL",
+    "0004_chats.sql": "to_regclass({time_index}) IS NOT NULL",
 }
 _NOTIFY_TRIGGER = {
     "optional/notify_trigger.sql": "EXISTS (SELECT FROM pg_trigger WHERE tgrelid = to_regclass({status}) "
@@ -188,7 +189,8 @@ def _applied(tables: list[Table], notify_trigger: bool) -> str:
         "chunks": chunks.quoted,
         "status": status.quoted,
         "conversations": conversations.quoted,
-        "index": conversations.qualify(conversations.derive("_expires_at_idx")),
+        "expiry_index": conversations.qualify(conversations.derive("_expires_at_idx")),
+        "time_index": conversations.qualify(conversations.derive("_updated_at_idx")),
         "trigger": status.derive("_notify_trigger"),
     }
     conditions = _MIGRATIONS | (_NOTIFY_TRIGGER if notify_trigger else {})

@@ -46,6 +46,25 @@ COLUMNS = {
     "conversations": [("session_id", "text", "NO"), ("data", "text", "NO"), ("expires_at", "bigint", "NO")],
 }
 CREATED_AT = ("created_at", "timestamp with time zone", "YES")
+ADDED = {
+    "chunks": [CREATED_AT],
+    "status": [
+        CREATED_AT,
+        ("session_id", "text", "YES"),
+        ("owner", "text", "YES"),
+        ("metadata", "jsonb", "YES"),
+        ("ttl_ms", "bigint", "YES"),
+        ("lease_until", "bigint", "YES"),
+        ("wire", "text", "YES"),
+    ],
+    "conversations": [
+        ("owner", "text", "YES"),
+        ("title", "text", "YES"),
+        ("metadata", "jsonb", "YES"),
+        CREATED_AT,
+        ("updated_at", "timestamp with time zone", "YES"),
+    ],
+}
 
 
 @pytest.fixture
@@ -80,9 +99,7 @@ def objects(admin):
 def test_migrations_are_idempotent(admin, empty_database, names):
     schema.migrate(empty_database, **names, notify_trigger=True)
     tables, other_objects = columns(admin), objects(admin)
-    assert sorted(tables.values()) == sorted(
-        [[*COLUMNS["chunks"], CREATED_AT], [*COLUMNS["status"], CREATED_AT], COLUMNS["conversations"]]
-    )
+    assert sorted(tables.values()) == sorted([*COLUMNS[table], *ADDED[table]] for table in COLUMNS)
     schema.migrate(empty_database, **names, notify_trigger=True)
     asyncio.run(schema.async_migrate(empty_database, **names, notify_trigger=True))
     assert (columns(admin), objects(admin)) == (tables, other_objects)

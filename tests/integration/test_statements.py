@@ -13,11 +13,13 @@ from aibind_postgres._conversation_sql import ConversationStatements
 from aibind_postgres._sql import StreamStatements
 from aibind_postgres._tables import CHUNKS_TABLE, CONVERSATIONS_TABLE, STATUS_TABLE, Table
 
-STREAM_STATEMENTS = StreamStatements(Table(None, CHUNKS_TABLE), Table(None, STATUS_TABLE))
+SEED_STATEMENTS = StreamStatements(Table(None, CHUNKS_TABLE), Table(None, STATUS_TABLE))
+STREAM_STATEMENTS = StreamStatements(Table(None, CHUNKS_TABLE), Table(None, STATUS_TABLE), lease=15_000)
 CONVERSATION_STATEMENTS = ConversationStatements(Table(None, CONVERSATIONS_TABLE))
 
 STREAM_PLANS = {
     "create": (["7", 1000, 10], ["(id = '7'"]),
+    "create_with_details": (["7", 1000, "s", "o", "{}", 5, 10, 10], ["(id = '7'"]),
     "append": (["7", "x", None, 1000], ["(id = '7'"]),
     "append_many": (["7", '["x"]', None, 1000], ["(id = '7'"]),
     "skipped": (["7", 3, '["x", "y"]'], ["(id = '7'", "(seq >= '3'"]),
@@ -33,6 +35,15 @@ STREAM_PLANS = {
     "sweep": (["7", "t", 10], ["(id = 't'", "(id = '7'"]),
     "delete_leftovers": (["7", 10], ["(id = '7'", "(seq > "]),
     "list": ([None, "7", 2000], ["(id > '7'"]),
+    "list_of_session": ([None, "7", 2000, "s5", None], ["(session_id = 's5'"]),
+    "list_of_session_by_time": ([None, "7", 2000, None, None, None, "s5", None], ["(session_id = 's5'"]),
+    "list_of_owner": ([None, "7", 2000, "o5"], ["(owner = 'o5'"]),
+    "list_of_owner_by_time": ([None, "7", 2000, None, None, None, "o5"], ["(owner = 'o5'"]),
+    "active": (["s5"], ["aibind_stream_status_running_idx", "(session_id = 's5'"]),
+    "take_lease": (["7"], ["(id = '7'"]),
+    "renew_leases": (['["7", "8"]'], ["(id = "]),
+    "end_expired": (['["7", "8"]', "x", 1000], ["(id = "]),
+    "expired": (["7", 1000], ["aibind_stream_status_active_idx"]),
     "append_batch": (
         ['[{"id": "7", "texts": ["x"]}, {"id": "8", "texts": ["y"]}]', 1000],
         ["(id = wanted.id", "(id = locked.id"],
@@ -62,8 +73,8 @@ CONVERSATION_PLANS = {
 def connection(database):
     with psycopg.connect(database, autocommit=True, cursor_factory=psycopg.RawCursor) as connection:
         connection.execute(
-            "INSERT INTO aibind_stream_status (id, state, total_chunks, expires_at) "
-            "SELECT i::text, CASE WHEN i % 10 = 0 THEN 'active' ELSE 'done' END, 20, 1e15 + i "
+            "INSERT INTO aibind_stream_status (id, state, total_chunks, expires_at, session_id, owner) "
+            "SELECT i::text, CASE WHEN i % 10 = 0 THEN 'active' ELSE 'done' END, 20, 1e15 + i, 's' || i, 'o' || i "
             "FROM generate_series(1, 5000) i"
         )
         connection.execute(
@@ -80,7 +91,12 @@ def connection(database):
 
 
 @pytest.mark.parametrize(
-    ("statements", "plans"), [(STREAM_STATEMENTS, STREAM_PLANS), (CONVERSATION_STATEMENTS, CONVERSATION_PLANS)]
+    ("statements", "plans"),
+    [
+        (STREAM_STATEMENTS, STREAM_PLANS),
+        (SEED_STATEMENTS, {name: STREAM_PLANS[name] for name in vars(SEED_STATEMENTS).keys() & STREAM_PLANS}),
+        (CONVERSATION_STATEMENTS, CONVERSATION_PLANS),
+    ],
 )
 def test_statements_use_an_index(connection, statements, plans):
     for name, (params, conditions) in plans.items():
@@ -127,7 +143,8 @@ CREATE TABLE aibind_stream_chunks (
 ) PARTITION BY HASH (id);
 CREATE TABLE aibind_stream_status (
     id text PRIMARY KEY, state text NOT NULL DEFAULT 'active', error text, total_chunks integer NOT NULL DEFAULT 0,
-    expires_at bigint NOT NULL, created_at timestamptz DEFAULT clock_timestamp()
+    expires_at bigint NOT NULL, created_at timestamptz DEFAULT clock_timestamp(),
+    session_id text, owner text, metadata jsonb, ttl_ms bigint, lease_until bigint, wire text
 ) PARTITION BY HASH (id);
 CREATE INDEX ON aibind_stream_status (expires_at) WHERE state <> 'active';
 CREATE INDEX ON aibind_stream_status (id) WHERE state = 'active';
@@ -159,7 +176,7 @@ def test_store_with_partitioned_tables(partitioned, empty_database):
         assert sorted(appended) == sorted((id, 3) for id in ids)
         assert partitioned.execute(STREAM_STATEMENTS.append_batch, [items, 1000]).fetchall() == []
         polled = partitioned.execute(STREAM_STATEMENTS.poll, [json.dumps([*ids, "missing"])]).fetchall()
-        assert sorted(polled) == sorted((id, "active", 5) for id in ids)
+        assert sorted(polled) == sorted((id, "active", 5, None) for id in ids)
         reads = json.dumps([{"index": int(id), "id": id, "after": 2, "limit": 100} for id in ids])
         rows = partitioned.execute(STREAM_STATEMENTS.read_batch, [reads]).fetchall()
         assert rows == [row for i in range(20) for row in [(i, -5, "active"), (i, 3, "3"), (i, 4, "4"), (i, 5, "5")]]

@@ -18,7 +18,7 @@ from aibind_postgres._stream_tail import SHARED_PAGE_CHUNKS
 from aibind_postgres._sync.psycopg_clients import ConnectionClient, PoolClient
 from support.concurrency import async_until, until
 
-POLL = "SELECT id, state, total_chunks FROM"  # occurs in the poll for waiting readers, and in no other statement
+POLL = "AS is_expired"  # occurs in the poll for waiting readers, and in no other statement
 POOL_OPTIONS: dict[str, Any] = {"min_size": 2, "max_size": 2, "kwargs": {"autocommit": True}, "open": False}
 
 

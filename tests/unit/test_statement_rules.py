@@ -9,9 +9,12 @@ from aibind_postgres._conversation_sql import ConversationStatements
 from aibind_postgres._sql import NOW, StreamStatements
 from aibind_postgres._tables import Table
 
-STREAM_STATEMENTS = StreamStatements(Table(None, "chunks"), Table(None, "status"), synchronous_commit="off")
+STREAM_TABLES = Table(None, "chunks"), Table(None, "status")
+SEED_STATEMENTS = StreamStatements(*STREAM_TABLES, synchronous_commit="off")
+STREAM_STATEMENTS = StreamStatements(*STREAM_TABLES, synchronous_commit="off", lease=1000)
 CONVERSATION_STATEMENTS = ConversationStatements(Table(None, "conversations"))
 STATEMENTS = [
+    *[pytest.param(sql, id=f"{name} without 0004") for name, sql in vars(SEED_STATEMENTS).items()],
     *[pytest.param(sql, id=name) for name, sql in vars(STREAM_STATEMENTS).items()],
     *[pytest.param(sql, id=f"conversation {name}") for name, sql in vars(CONVERSATION_STATEMENTS).items()],
 ]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 from .._deletion import MAX_CHUNKS
-from .._sql import StreamStatements, json_array, json_text
+from .._sql import json_array, json_text
 from .._sqlstate import UNIQUE_VIOLATION, sqlstate, wrote_nothing
 from ..errors import (
     AibindError,
@@ -19,6 +19,7 @@ from .combining import AsyncCombiner
 if TYPE_CHECKING:
     from .database import AsyncDatabase
     from .notifying import AsyncNotifier
+    from .stream_schema import AsyncStreamSchema
 
 ATTEMPTS = 5  # of an append that is skipped for no apparent reason
 LANES = 2  # concurrent batches, so that PostgreSQL executes one while it writes the WAL of the other
@@ -48,12 +49,12 @@ class AsyncAppender:
     def __init__(
         self,
         database: AsyncDatabase,
-        statements: StreamStatements,
+        schema: AsyncStreamSchema,
         ttl: int,
         notifier: AsyncNotifier,
     ) -> None:
         self._database = database
-        self._sql = statements
+        self._schema = schema
         self._ttl = ttl
         self._notifier = notifier
         # Each stream always uses the same lane, so that concurrent batches do not lock the same row.
@@ -74,6 +75,8 @@ class AsyncAppender:
             AibindError: The stream is active, but a policy or trigger of the table prevents the update.
         """
         self._database.check_owner()
+        if not self._schema.is_known:
+            await self._schema.look_up()
         stream_id, texts, _ = append
         size = ROW_CHARACTERS * len(texts)
         if size < MIN_ALONE:
@@ -105,9 +108,9 @@ class AsyncAppender:
         """Return the last sequence number, or None if nothing was written."""
         stream_id, texts, expected_seq = append
         if len(texts) == 1:
-            statement, data = self._sql.append, texts[0]
+            statement, data = self._schema.statements.append, texts[0]
         else:
-            statement, data = self._sql.append_many, json_array(texts)
+            statement, data = self._schema.statements.append_many, json_array(texts)
         params = [stream_id, data, expected_seq, self._ttl]
         newest = self._notifier.newest
         try:
@@ -116,7 +119,9 @@ class AsyncAppender:
             # A TypeScript clean-up that died half-way may have left chunks, and a stream of this id was created again.
             if sqlstate(error) != UNIQUE_VIOLATION or self._database.client.in_transaction():
                 raise
-            await self._database.query(self._sql.delete_leftovers, [stream_id, max(len(texts), MAX_CHUNKS)])
+            await self._database.query(
+                self._schema.statements.delete_leftovers, [stream_id, max(len(texts), MAX_CHUNKS)]
+            )
             rows = await self._database.query(statement, params)
         if not rows:
             return None
@@ -143,7 +148,7 @@ class AsyncAppender:
         lasts: list[int | None] = [None] * len(appends)
         newest = self._notifier.newest
         try:
-            rows = await self._database.query(self._sql.append_batch, [json_text(items), self._ttl])
+            rows = await self._database.query(self._schema.statements.append_batch, [json_text(items), self._ttl])
         except Exception as error:
             if not wrote_nothing(error):
                 raise
@@ -174,7 +179,9 @@ class AsyncAppender:
         stream_id, texts, expected_seq = append
         sent = [] if expected_seq is None else texts
         newest = self._notifier.newest
-        rows = await self._database.query(self._sql.skipped, [stream_id, expected_seq or 1, json_array(sent)])
+        rows = await self._database.query(
+            self._schema.statements.skipped, [stream_id, expected_seq or 1, json_array(sent)]
+        )
         if not rows:
             raise StreamNotFoundError(stream_id)
         [(state, total, stored)] = rows

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .client import AsyncClient
     from .database import AsyncDatabase
     from .notifying import AsyncNotifier
+    from .stream_schema import AsyncStreamSchema
 
 logger = logging.getLogger("aibind_postgres")
 
@@ -54,14 +55,14 @@ class AsyncListener:
         database: AsyncDatabase,
         subscriptions: Subscriptions,
         notifier: AsyncNotifier,
-        poll_statement: str,
+        schema: AsyncStreamSchema,
         poll_interval: float,
     ) -> None:
         self._database = database
         self._client = database.client
         self._subscriptions = subscriptions
         self._notifier = notifier
-        self._poll_statement = poll_statement
+        self._schema = schema
         self._poll_interval = poll_interval
         self._mutex = Mutex()
         self._worker: AsyncWorker | None = None
@@ -166,14 +167,13 @@ class AsyncListener:
 
     async def _poll(self, connection: AsyncListenConnection, streams: Iterable[FollowedStream]) -> bool:
         """Query the states of these streams. Return True if that found a change."""
-        params = [json_array({stream.id for stream in streams})]
-        if connection.is_connected and self._client.joins_transactions:
-            # The client would use the caller's transaction, which belongs to another thread.
-            rows = await connection.query(self._poll_statement, *params)
-        else:
-            # With the client, the poll uses the search_path, role and privileges of the readers.
-            rows = await self._client.query(self._poll_statement, params)
-        states = {stream_id: (state, total) for stream_id, state, total in rows}
+        # With the client, the poll uses the search_path, role and privileges of the readers. But a client that joins
+        # transactions would use that of a caller, which belongs to another thread.
+        own = connection.is_connected and self._client.joins_transactions
+        query = connection.query if own else self._client.query
+        statements = await self._schema.look_up(query)
+        rows = await query(statements.poll, [json_array({stream.id for stream in streams})])
+        states = {stream_id: (state, total) for stream_id, state, total, _ in rows}
         connection.poll_succeeded()
         self._warn_if_unavailable(connection)
         woken, found = self._subscriptions.polled(streams, states)
@@ -304,7 +304,7 @@ class AsyncListenConnection:
     def _probe_params(self) -> Sequence[str]:
         return [self._notifier.channel, json_array(encode_payloads([""], self._notifier.sender))]
 
-    async def query(self, sql: str, *params: object) -> Sequence[Row]:
+    async def query(self, sql: str, params: Sequence[object] = ()) -> Sequence[Row]:
         """Run a statement on this connection."""
         assert self._connection is not None
         rows = await execute(self._connection, sql, params, monotonic() + ANSWER_TIMEOUT)

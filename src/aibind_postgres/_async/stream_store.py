@@ -17,7 +17,7 @@ from .. import _arguments as arguments
 from .._deletion import MAX_ROWS
 from .._followed_stream import Deliver
 from .._message_tree import new_id
-from .._sql import StreamStatements
+from .._stream_list import stream_info
 from .._subscriptions import Subscriptions, wake_all
 from .._tables import CHUNKS_TABLE, STATUS_TABLE, parse_distinct
 from .._write_buffer import WriteBuffer
@@ -29,7 +29,6 @@ from ..models import (
     StreamState,
     StreamStatus,
     SynchronousCommit,
-    from_epoch_ms,
 )
 from .appending import AsyncAppender
 from .database import AsyncDatabase
@@ -39,6 +38,7 @@ from .listening import AsyncListener
 from .notifying import AsyncNotifier
 from .psycopg_clients import AsyncClientLike
 from .reading import AsyncPageReader
+from .stream_schema import AsyncStreamSchema
 from .stream_writer import AsyncStreamWriter, StreamOperations
 
 LIST_PAGE_ROWS = 2000  # rows that one statement of `list` returns
@@ -67,7 +67,10 @@ class AsyncPostgresStreamStore:
         poll_interval: Seconds, or a timedelta, between two polls for changes without a notification; 0.1 by default.
             A stream without such a change in the last 50 polls is polled at ten times this interval, until a reader
             joins.
-        ttl: Seconds, or a timedelta, for which a stream is kept after its end; 300 by default.
+        ttl: Seconds, or a timedelta, for which a stream is kept after its end, unless `create` gives another ttl; 300
+            by default.
+        lease: Seconds, or a timedelta, after which the stream of a dead producer ends, at least 3; 15 by default. A
+            living producer renews its lease three times as often. Needs migration 0004.
         retry_for: Seconds, or a timedelta, for which a reader or a writer retries while the server is unreachable,
             starts, is read-only or has no free connection, and for which a reader waits for a standby that lags behind;
             30 by default. After that, a reader raises the driver's error and a writer raises `StreamWriteError`.
@@ -103,6 +106,7 @@ class AsyncPostgresStreamStore:
         status_table: str | Identifier = STATUS_TABLE,
         poll_interval: float | timedelta = 0.1,
         ttl: float | timedelta = 300.0,
+        lease: float | timedelta = 15.0,
         retry_for: float | timedelta = 30.0,
         timeout: float | timedelta | None = None,
         synchronous_commit: SynchronousCommit | None = None,
@@ -111,53 +115,105 @@ class AsyncPostgresStreamStore:
         chunks, status = parse_distinct(chunks_table, status_table)
         poll_seconds = arguments.seconds(poll_interval, "poll_interval")
         self._ttl = arguments.milliseconds(ttl, "ttl")
+        self._lease = arguments.milliseconds(lease, "lease")
         self._tables = (status, chunks)
         self._database = AsyncDatabase(client, arguments.seconds(retry_for, "retry_for", allow_zero=True), timeout)
-        self._sql = StreamStatements(chunks, status, synchronous_commit)
+        self._schema = AsyncStreamSchema(self._database, chunks, status, synchronous_commit, self._lease)
         wrapped_client = self._database.client
         self._subscriptions = Subscriptions(share=not wrapped_client.joins_transactions)
         self._notifier = AsyncNotifier(wrapped_client, self._subscriptions, status.channel, notify)
-        self._listener = AsyncListener(
-            self._database, self._subscriptions, self._notifier, self._sql.poll, poll_seconds
-        )
-        self._pages = AsyncPageReader(self._database, self._sql)
-        self._deleter = AsyncDeleter(self._database, self._sql)
-        self._appender = AsyncAppender(self._database, self._sql, self._ttl, self._notifier)
+        self._listener = AsyncListener(self._database, self._subscriptions, self._notifier, self._schema, poll_seconds)
+        self._pages = AsyncPageReader(self._database, self._schema.statements)
+        self._deleter = AsyncDeleter(self._database, self._schema.statements)
+        self._appender = AsyncAppender(self._database, self._schema, self._ttl, self._notifier)
         self._close_hooks: set[Callable[[AsyncPostgresStreamStore], Any]] = set()
 
     def __repr__(self) -> str:
         tables = " and ".join(table.quoted for table in self._tables)
         return f"<{type(self).__name__} in {tables}, {self._database.client!r}, {self._database.state}>"
 
-    async def create(self, id: str | None = None) -> str:
+    async def create(
+        self,
+        id: str | None = None,
+        *,
+        session_id: str | None = None,
+        owner: str | None = None,
+        metadata: Any = None,
+        ttl: float | timedelta | None = None,
+        lease: float | timedelta | None = None,
+    ) -> str:
         """Create a stream. If several callers use one id at the same time, one of them succeeds.
+
+        The arguments other than `id` need migration 0004.
 
         Args:
             id: The stream id, 1 to 1,024 bytes in UTF-8. Default: a new, unguessable id.
+            session_id: The id of the conversation to which the stream belongs, for `active` and `list`. Default: None.
+            owner: The owner of the stream, such as a user id, for `list`. Default: None.
+            metadata: Data of the application, a JSON value. Default: None.
+            ttl: Seconds, or a timedelta, for which this stream is kept after its end. Default: the ttl of the store.
+            lease: Seconds, or a timedelta, within which a producer must have begun to write the stream. Otherwise it
+                ends in state error, such as after the loss of a job. Default: no limit.
 
         Returns:
             The stream id.
 
         Raises:
             StreamExistsError: A stream with this id exists, in any state.
+            InvalidDataError: The session id or the owner is not a valid id, or `metadata` is not a JSON value.
+            ValueError: `ttl` or `lease` is not more than zero, or above 1e9 seconds.
+            TypeError: `ttl` or `lease` is neither a number nor a timedelta.
+            SchemaError: Migration 0004 is missing, and an argument needs it.
         """
         stream_id = new_id() if id is None else id
-        if not await self.acquire(stream_id):
+        details = {"session_id": session_id, "owner": owner, "metadata": metadata, "ttl": ttl, "lease": lease}
+        if not await self.acquire(stream_id, **details):
             raise StreamExistsError(stream_id)
         return stream_id
 
-    async def acquire(self, id: str) -> bool:
+    async def acquire(
+        self,
+        id: str,
+        *,
+        session_id: str | None = None,
+        owner: str | None = None,
+        metadata: Any = None,
+        ttl: float | timedelta | None = None,
+        lease: float | timedelta | None = None,
+    ) -> bool:
         """Create a stream unless a stream with this id exists.
 
         Args:
             id: The stream id.
+            session_id: As for `create`, like the following arguments.
+            owner: See `create`.
+            metadata: See `create`.
+            ttl: See `create`.
+            lease: See `create`.
 
         Returns:
             True if this call created the stream: the caller should write it. False if the stream exists: the caller
             should read it.
+
+        Raises:
+            Exception: As for `create`, except `StreamExistsError`.
         """
         stream_id = arguments.identifier(id)
-        [(created,)] = await self._deleter.bounded(self._sql.create, [stream_id, self._ttl])
+        own_ttl = None if ttl is None else arguments.milliseconds(ttl, "ttl")
+        details = [
+            None if session_id is None else arguments.identifier(session_id, "a session id"),
+            None if owner is None else arguments.identifier(owner, "an owner"),
+            arguments.storable_json(metadata, "metadata"),
+            own_ttl,
+            None if lease is None else arguments.milliseconds(lease, "lease"),
+        ]
+        if details == [None] * len(details):
+            return await self._create(stream_id, self._schema.statements.create, [self._ttl])
+        statements = await self._schema.require_0004("a session id, an owner, metadata, a ttl or a lease of a stream")
+        return await self._create(stream_id, statements.create_with_details, [own_ttl or self._ttl, *details])
+
+    async def _create(self, stream_id: str, statement: str, params: Sequence[object]) -> bool:
+        [(created,)] = await self._deleter.bounded(statement, [stream_id, *params])
         if created:
             self._notifier.wake([stream_id])  # readers of a deleted stream with this id
         return bool(created)
@@ -324,7 +380,7 @@ class AsyncPostgresStreamStore:
             The status, or None if the stream does not exist.
         """
         stream_id = arguments.identifier(id)
-        rows = await self._database.query(self._sql.status, [stream_id])
+        rows = await self._database.query(self._schema.statements.status, [stream_id])
         status = StreamStatus._make(rows[0]) if rows else None
         if status is None or status.state != "active":
             self._notifier.wake([stream_id])  # the call that ended the stream may not have notified
@@ -401,7 +457,8 @@ class AsyncPostgresStreamStore:
     async def _end(self, id: str, state: StreamState, error: str | None) -> bool:
         stream_id = arguments.identifier(id)
         try:
-            [(ended, exists)] = await self._database.query(self._sql.end, [stream_id, state, error, self._ttl])
+            statement = (await self._schema.look_up()).end
+            [(ended, exists)] = await self._database.query(statement, [stream_id, state, error, self._ttl])
             if not exists:
                 raise StreamNotFoundError(stream_id)
         except GeneratorExit:  # see `AsyncFollower`
@@ -442,10 +499,30 @@ class AsyncPostgresStreamStore:
             await self._deleter.sweep(stream_id, tombstone)
         return deleted
 
+    async def active(self, session_id: str) -> StreamInfo | None:
+        """Return the newest active stream of a conversation: the answer that is being written.
+
+        Args:
+            session_id: The id of the conversation, as given to `create`.
+
+        Returns:
+            The entry of the stream, or None if the conversation has no active stream.
+
+        Raises:
+            InvalidDataError: The session id is not a valid id.
+            SchemaError: Migration 0004 is missing.
+        """
+        key = arguments.identifier(session_id, "a session id")
+        statements = await self._schema.require_0004("a look-up by session")
+        rows = await self._database.query(statements.active, [key])
+        return stream_info(rows[0]) if rows else None
+
     def list(
         self,
         *,
         state: StreamState | None = None,
+        session_id: str | None = None,
+        owner: str | None = None,
         created_after: datetime | None = None,
         created_before: datetime | None = None,
     ) -> AsyncIterator[StreamInfo]:
@@ -456,6 +533,8 @@ class AsyncPostgresStreamStore:
 
         Args:
             state: Return only streams in this state; all by default.
+            session_id: Return only streams of this conversation; all by default.
+            owner: Return only streams of this owner; all by default.
             created_after: Return only streams created at this time or later; all by default. A datetime with a time
                 zone.
             created_before: Return only streams created before this time; all by default. A datetime with a time zone.
@@ -465,29 +544,47 @@ class AsyncPostgresStreamStore:
 
         Raises:
             ValueError: The state is unknown, or a time has no time zone.
-            SchemaError: A time is given, and migration 0002 is missing.
+            InvalidDataError: The session id or the owner is not a valid id.
+            SchemaError: A time is given, and migration 0002 is missing; or a session id or an owner is given, and
+                migration 0004 is missing.
         """
         if state is not None and state not in get_args(StreamState):
             raise ValueError(f"state must be one of {', '.join(get_args(StreamState))}, not {state!r}")
         for bound in (created_after, created_before):
             if bound is not None and bound.tzinfo is None:
                 raise ValueError(f"created_after and created_before must have a time zone, unlike {bound!r}")
-        return self._list(state, created_after, created_before)
+        session = None if session_id is None else arguments.identifier(session_id, "a session id")
+        person = None if owner is None else arguments.identifier(owner, "an owner")
+        return self._list(state, session, person, created_after, created_before)
 
     async def _list(
-        self, state: StreamState | None, after: datetime | None, before: datetime | None
+        self,
+        state: StreamState | None,
+        session_id: str | None,
+        owner: str | None,
+        after: datetime | None,
+        before: datetime | None,
     ) -> AsyncIterator[StreamInfo]:
         by_time = after is not None or before is not None
+        scope: builtins.list[str | None] = []
+        if session_id is not None or owner is not None:
+            statements = await self._schema.require_0004("a list of one session or owner")
+            if session_id is not None:
+                scope = [session_id, owner]
+                statement = statements.list_of_session_by_time if by_time else statements.list_of_session
+            else:
+                scope = [owner]
+                statement = statements.list_of_owner_by_time if by_time else statements.list_of_owner
+        else:
+            statements = await self._schema.look_up()
+            statement = statements.list_by_time if by_time else statements.list
         last_id = ""
         last_time: str | None = None
         while True:
-            if by_time:
-                params = [state, last_id, LIST_PAGE_ROWS, after, before, last_time]
-                rows = await self._database.query(self._sql.list_by_time, params)
-            else:
-                rows = await self._database.query(self._sql.list, [state, last_id, LIST_PAGE_ROWS])
-            for stream_id, found, error, total_chunks, expires_at, created_at, *_ in rows:
-                yield StreamInfo(stream_id, found, error, total_chunks, from_epoch_ms(expires_at), created_at)
+            times = [after, before, last_time] if by_time else []
+            rows = await self._database.query(statement, [state, last_id, LIST_PAGE_ROWS, *times, *scope])
+            for row in rows:
+                yield stream_info(row[:-1] if by_time else row)
             if len(rows) < LIST_PAGE_ROWS:
                 return
             last_id, last_time = rows[-1][0], rows[-1][-1]
@@ -529,7 +626,7 @@ class AsyncPostgresStreamStore:
         last: str | None = ""
         while last is not None:
             params = [self._ttl, round(idle_seconds * 1000), text, last, MAX_ROWS]
-            rows = await self._database.query(self._sql.fail_abandoned, params)
+            rows = await self._database.query(self._schema.statements.fail_abandoned, params)
             last = rows[0][0]
             if ended := [stream_id for _, stream_id in rows if stream_id is not None]:
                 stream_ids += ended

@@ -1,0 +1,88 @@
+"""Leases of producers: the statements, as templates for `_sql`, and when a process may end a stream. Pure.
+
+A producer renews the lease of its stream while it lives. When a lease has expired by the server's clock, its producer
+is dead, or has lost the server for longer than the lease. Any process may then end the stream.
+"""
+
+from __future__ import annotations
+
+import math
+
+RENEWALS = 3  # in the time of a lease
+
+# Seconds for which a process must have reached the server without interruption before it ends a stream. After an outage
+# of the server, the producers need a part of that time to reconnect, and to renew their leases.
+CONTACT = 8.0
+MAX_SILENCE = 3.0  # seconds between two successful statements; in a longer time, there may have been an outage
+
+EXPIRED_TEXT = "the producer has died: its lease has expired"
+
+# Takes the lease of stream $1 for its producer, and returns the status of the stream.
+TAKE_LEASE = """
+WITH taken AS (
+    UPDATE {status} SET lease_until = {now} + {lease} WHERE id = $1::text AND state = 'active'
+)
+SELECT state, error, greatest(total_chunks, 0) FROM {status} WHERE id = $1::text {and_commit_setting}
+"""
+
+# Renews the leases of the streams in the JSON array $1. A row that another transaction has locked is skipped: in most
+# cases, that transaction appends to the stream, and thereby renews its lease.
+RENEW_LEASES = """
+WITH locked AS MATERIALIZED (
+    SELECT s.id
+      FROM (SELECT unnest(ARRAY(SELECT json_array_elements_text($1::text::json))) {few}) AS held (id),
+           LATERAL (SELECT id FROM {status} WHERE id = held.id AND state = 'active' FOR UPDATE SKIP LOCKED) AS s
+)
+UPDATE {status} AS s SET lease_until = {now} + {lease}
+  FROM (SELECT unnest(ARRAY(SELECT id FROM locked)) {few}) AS held (id)
+ WHERE s.id = held.id AND s.state = 'active' {and_commit_setting}
+"""
+
+# Ends the streams in the JSON array $1 whose leases have expired, with error text $2. The condition is checked again
+# once the row is locked, so that no producer is hit that has just renewed its lease. $3 is the ttl of this store.
+END_EXPIRED = """
+WITH locked AS MATERIALIZED (
+    SELECT s.id
+      FROM (SELECT unnest(ARRAY(SELECT json_array_elements_text($1::text::json))) {few}) AS wanted (id),
+           LATERAL (
+               SELECT id FROM {status} WHERE id = wanted.id AND state = 'active' AND lease_until <= {now}
+                  FOR UPDATE SKIP LOCKED
+           ) AS s
+), ended AS (
+    UPDATE {status} AS s SET state = 'error', error = $2::text, expires_at = {now} + {ttl_of_3}
+      FROM (SELECT unnest(ARRAY(SELECT id FROM locked)) {few}) AS expired (id)
+     WHERE s.id = expired.id AND s.state = 'active'
+    RETURNING s.id
+)
+SELECT id FROM ended {commit_setting}
+"""
+
+# The next $2 active streams after id $1 whose leases have expired.
+EXPIRED = """
+SELECT id FROM {status}
+ WHERE state = 'active' AND id > $1::text AND lease_until <= {now}
+ ORDER BY id
+ LIMIT $2::bigint
+"""
+
+
+class Contact:
+    """For how long this process has reached the server without interruption. Times are values of `monotonic()`."""
+
+    def __init__(self) -> None:
+        self._since = math.inf
+        self._last = -math.inf
+
+    def succeeded(self, now: float) -> None:
+        """Record that a statement has succeeded."""
+        if now - self._last > MAX_SILENCE:
+            self._since = now
+        self._since, self._last = min(self._since, now), now
+
+    def failed(self) -> None:
+        """Record that the server could not be reached."""
+        self._since, self._last = math.inf, -math.inf
+
+    def is_steady(self, now: float) -> bool:
+        """Return True if expired leases belong to producers that do not renew them although the server is reachable."""
+        return now - self._since >= CONTACT and now - self._last <= MAX_SILENCE

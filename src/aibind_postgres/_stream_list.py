@@ -1,0 +1,70 @@
+"""The statements that list streams, as templates for `_sql`, and the parsing of their rows. Pure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+from .models import StreamInfo, from_epoch_ms
+
+# The range of Python's datetime, in any time zone. Other writers may store times outside it, and infinity.
+IN_RANGE = "BETWEEN '0001-01-02 00:00Z' AND '9999-12-30 00:00Z'"
+
+INFO = (
+    "id, state, error, greatest(total_chunks, 0), expires_at, CASE WHEN t.created_at {in_range} THEN t.created_at END"
+)
+
+# The columns of migration 0004. JSON comes as text: drivers differ in what they make of it.
+DETAILS = ", session_id, owner, metadata::text, ttl_ms, lease_until"
+
+# Conditions on the session and the owner, with the numbers of their parameters.
+OF_SESSION = "AND session_id = ${0}::text AND (${1}::text IS NULL OR owner = ${1}::text)"
+OF_OWNER = "AND owner = ${0}::text"
+
+# created_at of migration 0002 is read through JSON, which returns NULL if the column is missing. OFFSET 0 prevents the
+# planner from computing it twice.
+LIST = """
+SELECT {info}{details}
+  FROM {status} AS s, LATERAL (SELECT (to_jsonb(s) ->> 'created_at')::timestamptz OFFSET 0) AS t (created_at)
+ WHERE ($1::text IS NULL OR state = $1::text) AND state <> 'deleted' AND id > $2::text {scope}
+ ORDER BY id
+ LIMIT $3::bigint
+"""
+
+# The last column is parameter $6 of the next page. The JSON format of a time is exact under all session settings.
+LIST_BY_TIME = """
+SELECT {info}{details}, to_jsonb(created_at) #>> '{{}}'
+  FROM {status} AS t
+ WHERE ($1::text IS NULL OR state = $1::text) AND state <> 'deleted'
+   AND created_at >= coalesce($4::timestamptz, '-infinity')
+   AND ($5::timestamptz IS NULL OR created_at < $5::timestamptz)
+   AND (created_at, id) > (coalesce($6::text, '-infinity')::timestamptz, $2::text) {scope}
+ ORDER BY created_at, id
+ LIMIT $3::bigint
+"""
+
+# The newest active stream of a session.
+ACTIVE = """
+SELECT {info}{details} FROM {status} AS t
+ WHERE session_id = $1::text AND state = 'active'
+ ORDER BY created_at DESC
+ LIMIT 1
+"""
+
+
+def stream_info(row: Sequence[Any]) -> StreamInfo:
+    """Return the entry of a row of these statements."""
+    stream_id, state, error, total_chunks, expires_at, created_at, *details = row
+    info = StreamInfo(stream_id, state, error, total_chunks, from_epoch_ms(expires_at), created_at)
+    if len(details) < 5:  # without migration 0004
+        return info
+    session_id, owner, metadata, ttl, lease_until, *_ = details
+    return info._replace(
+        session_id=session_id,
+        owner=owner,
+        metadata=None if metadata is None else json.loads(metadata),
+        ttl=None if ttl is None else timedelta(milliseconds=ttl),
+        lease_until=None if lease_until is None else from_epoch_ms(lease_until),
+    )
