@@ -17,10 +17,10 @@ MAX_SILENCE = 3.0  # seconds between two successful statements; in a longer time
 
 EXPIRED_TEXT = "the producer has died: its lease has expired"
 
-# Takes the lease of stream $1 for its producer, and returns the status of the stream.
+# Gives stream $1 a lease of $2 milliseconds, or none if that is NULL. Returns the status of the stream.
 TAKE_LEASE = """
 WITH taken AS (
-    UPDATE {status} SET lease_until = {now} + {lease} WHERE id = $1::text AND state = 'active'
+    UPDATE {status} SET lease_until = {now} + $2::bigint WHERE id = $1::text AND state = 'active'
 )
 SELECT state, error, greatest(total_chunks, 0) FROM {status} WHERE id = $1::text {and_commit_setting}
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 QUICK_POLLS = 50  # of a stream, after a change without a notification and after a reader has joined
 QUIET_FACTOR = 10  # one poll of this many includes the quiet streams
+MAX_HURRIED = 1.0  # seconds between two polls of all streams while a lease has expired
 MAX_POLL_RETRY = 5.0  # the longest pause in seconds after a poll that failed
 
 
@@ -27,6 +28,12 @@ class PollPace:
     def polled(self) -> None:
         self._polls += 1
         self.pause = self._interval
+
+    def hurry(self) -> None:
+        """Let the next poll include the quiet streams, and come within a second."""
+        if QUIET_FACTOR * self._interval > MAX_HURRIED:
+            self._polls = 0
+            self.pause = min(self.pause, MAX_HURRIED)
 
     def failed(self) -> None:
         self.pause = min(self.pause * 2, max(MAX_POLL_RETRY, self._interval))

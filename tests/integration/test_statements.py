@@ -40,7 +40,7 @@ STREAM_PLANS = {
     "list_of_owner": ([None, "7", 2000, "o5"], ["(owner = 'o5'"]),
     "list_of_owner_by_time": ([None, "7", 2000, None, None, None, "o5"], ["(owner = 'o5'"]),
     "active": (["s5"], ["aibind_stream_status_running_idx", "(session_id = 's5'"]),
-    "take_lease": (["7"], ["(id = '7'"]),
+    "take_lease": (["7", 1000], ["(id = '7'"]),
     "renew_leases": (['["7", "8"]'], ["(id = "]),
     "end_expired": (['["7", "8"]', "x", 1000], ["(id = "]),
     "expired": (["7", 1000], ["aibind_stream_status_active_idx"]),

@@ -43,7 +43,7 @@ ASYNC_LAYERS = [
     {"database"},
     {"combining"},
     {"deleting", "reading", "notifying", "stream_schema"},
-    {"appending", "listening"},
+    {"appending", "leasing", "listening"},
     {"following"},
     {"stream_writer"},
     {"stream_store", "conversation_store"},

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from .. import _arguments as arguments
 from .._concurrency import AsyncEvent, async_running_loop
+from .._leases import Contact
 from .._sqlstate import translate
 from ..errors import ForkedError, StoreClosedError
 from .psycopg_clients import as_client
@@ -45,6 +46,7 @@ class AsyncDatabase:
     def __init__(self, client: AsyncClientLike, retry_for: float, timeout: float | timedelta | None) -> None:
         self.client = as_client(client, None if timeout is None else arguments.seconds(timeout, "timeout"))
         self.closing = AsyncEvent()
+        self.contact = Contact()
         self._retry_for = retry_for
         # The id of the process that owns the connections and workers; None before there are any.
         self._process = os.getpid() if self.client.is_connected() else None
@@ -96,14 +98,18 @@ class AsyncDatabase:
         if self.closing.is_set():
             raise StoreClosedError("this store is closed: make a new one")
         try:
-            return await self.client.query(statement, params)
+            rows = await self.client.query(statement, params)
         except Exception as error:
+            if self.client.is_recoverable(error):
+                self.contact.failed()
             if self.closing.is_set():
                 raise StoreClosedError("this store was closed during the call") from error
             if (translated := translate(error)) is not None:
                 # A UnicodeError quotes the whole text, which may be confidential.
                 raise translated from (None if isinstance(error, UnicodeError) else error)
             raise
+        self.contact.succeeded(monotonic())
+        return rows
 
     async def retry(self, attempt: AsyncAttempt[Result], deadline: float = math.inf) -> Result:
         """Run `attempt`. Repeat it with growing pauses for up to `retry_for` seconds while its errors are recoverable.

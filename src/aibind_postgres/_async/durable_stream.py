@@ -51,6 +51,10 @@ class AsyncDurableStream:
         on_finish: Callable[[str, StreamStatus | None], Any] | None = None,
         expose_errors: bool = False,
         context: Callable[[], AbstractAsyncContextManager[object]] = nullcontext,
+        session_id: str | None = None,
+        owner: str | None = None,
+        metadata: Any = None,
+        ttl: float | timedelta | None = None,
     ) -> AsyncDurableStream:
         """Create a stream, copy a source into it in the background, and return at once.
 
@@ -67,7 +71,9 @@ class AsyncDurableStream:
 
         The stream does not depend on its readers, and is started even if the call is cancelled.
 
-        Call `shutdown` before the process ends. If a process dies, `fail_abandoned` ends its streams. In Django, call
+        Call `shutdown` before the process ends. With migration 0004, the stream has a lease, which is renewed while the
+        source runs: if the process dies, waiting readers end the stream in state error. Without it, `fail_abandoned`
+        ends the streams of dead processes. In Django, call
         `start` after the transaction has been committed: the producer uses a connection of its own. If it does not see
         the stream, its readers in this process raise `AibindError`.
 
@@ -92,6 +98,10 @@ class AsyncDurableStream:
                 and closed inside it if it is a generator. Use it for resources that a framework releases at the end of
                 a request, such as Flask's `app.app_context`. If entering the context raises, the source or `on_finish`
                 counts as failed. An exception on leaving it is only logged. Default: no context.
+            session_id: As for `create` of the store, like the following arguments. They need migration 0004.
+            owner: See `create`.
+            metadata: See `create`.
+            ttl: See `create`.
 
         Returns:
             The stream.
@@ -99,8 +109,9 @@ class AsyncDurableStream:
         Raises:
             TypeError: The source is not an iterable, or not asynchronous for an asynchronous store. It is not closed.
             StreamExistsError: A stream with this id exists. The source is closed.
-            InvalidDataError: The id is invalid, or contains a line break, which an event cannot contain. The source is
-                closed.
+            InvalidDataError: The id is invalid, or contains a line break, which an event cannot contain; or another
+                argument is invalid, as for `create`. The source is closed.
+            SchemaError: Migration 0004 is missing, and an argument needs it. The source is closed.
             RuntimeError: No thread can start. The stream ends in state error, the source is closed, and `on_finish` is
                 called.
         """
@@ -117,7 +128,7 @@ class AsyncDurableStream:
                 stream_id = new_id() if id is None else arguments.identifier(id)
                 encode(_id_event(stream_id))
                 producer = AsyncProducer(store, stream_id, source, on_finish, expose_errors, context)
-                await store.create(stream_id)
+                await store._create_leased(stream_id, session_id, owner, metadata, ttl)
             except BaseException:
                 await close_source(source)
                 raise

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 
 from .._concurrency import AsyncEvent, AsyncWorker, Mutex, async_spawn
+from .._leases import EXPIRED_TEXT
 from .._notifications import decode_payload, encode_payloads
 from .._poll_pace import QUIET_FACTOR, PollPace
 from .._sql import NOTIFY, json_array
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from .client import AsyncClient
     from .database import AsyncDatabase
     from .notifying import AsyncNotifier
-    from .stream_schema import AsyncStreamSchema
+    from .stream_schema import AsyncQuery, AsyncStreamSchema
 
 logger = logging.getLogger("aibind_postgres")
 
@@ -56,6 +57,7 @@ class AsyncListener:
         subscriptions: Subscriptions,
         notifier: AsyncNotifier,
         schema: AsyncStreamSchema,
+        ttl: int,
         poll_interval: float,
     ) -> None:
         self._database = database
@@ -63,11 +65,14 @@ class AsyncListener:
         self._subscriptions = subscriptions
         self._notifier = notifier
         self._schema = schema
+        self._ttl = ttl
         self._poll_interval = poll_interval
         self._mutex = Mutex()
         self._worker: AsyncWorker | None = None
         self._connection: AsyncListenConnection | None = None
         self._warned = False
+        self._expired_remain = False  # the last poll has found streams to end when the contact is steady
+        self._may_end = True
 
     def ensure_running(self) -> None:
         """Start the worker if it does not run. Call this after a subscription is registered."""
@@ -119,12 +124,16 @@ class AsyncListener:
                         return
                     # The readers run their own statements, and raise the error in their callers.
                     logger.debug("listening or polling failed: %s", type(error).__name__)
+                    self._database.contact.failed()
+                    self._may_end = True
                     await connection.disconnect_if_broken(error)
                     polled_at = monotonic()
                     pace.failed()
                     wake_all(self._subscriptions.changed(None))
                 else:
                     pace.polled()
+                    if self._expired_remain:
+                        pace.hurry()
         finally:
             with self._mutex:
                 if self._connection is connection:
@@ -173,12 +182,34 @@ class AsyncListener:
         query = connection.query if own else self._client.query
         statements = await self._schema.look_up(query)
         rows = await query(statements.poll, [json_array({stream.id for stream in streams})])
+        self._database.contact.succeeded(monotonic())
         states = {stream_id: (state, total) for stream_id, state, total, _ in rows}
         connection.poll_succeeded()
         self._warn_if_unavailable(connection)
         woken, found = self._subscriptions.polled(streams, states)
         wake_all(woken)
+        await self._end_expired([stream_id for stream_id, _, _, is_expired in rows if is_expired], query)
         return found
+
+    async def _end_expired(self, stream_ids: Sequence[str], query: AsyncQuery) -> None:
+        """End streams whose leases have expired, unless their producers may not have reached the server either."""
+        self._expired_remain = False
+        if stream_ids and self._may_end:
+            if not self._database.contact.is_steady(monotonic()):
+                self._expired_remain = True
+                return
+            try:
+                params = [json_array(stream_ids), EXPIRED_TEXT, self._ttl]
+                ended = [stream_id for (stream_id,) in await query(self._schema.statements.end_expired, params)]
+            except Exception as error:
+                if not wrote_nothing(error):
+                    raise
+                self._may_end = False  # a role or server that may only read leaves it to others
+                return
+            if self._client.joins_transactions:
+                self._notifier.wake(ended)  # this thread has no transaction of the client
+            else:
+                await self._notifier.changed(ended)
 
 
 class AsyncListenConnection:

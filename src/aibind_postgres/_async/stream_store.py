@@ -16,7 +16,9 @@ from psycopg.sql import Identifier
 from .. import _arguments as arguments
 from .._deletion import MAX_ROWS
 from .._followed_stream import Deliver
+from .._leases import EXPIRED_TEXT
 from .._message_tree import new_id
+from .._sql import json_array
 from .._stream_list import stream_info
 from .._subscriptions import Subscriptions, wake_all
 from .._tables import CHUNKS_TABLE, STATUS_TABLE, parse_distinct
@@ -34,6 +36,7 @@ from .appending import AsyncAppender
 from .database import AsyncDatabase
 from .deleting import AsyncDeleter
 from .following import AsyncFollower, subscribe_to_end
+from .leasing import AsyncLeaseKeeper
 from .listening import AsyncListener
 from .notifying import AsyncNotifier
 from .psycopg_clients import AsyncClientLike
@@ -122,7 +125,10 @@ class AsyncPostgresStreamStore:
         wrapped_client = self._database.client
         self._subscriptions = Subscriptions(share=not wrapped_client.joins_transactions)
         self._notifier = AsyncNotifier(wrapped_client, self._subscriptions, status.channel, notify)
-        self._listener = AsyncListener(self._database, self._subscriptions, self._notifier, self._schema, poll_seconds)
+        self._listener = AsyncListener(
+            self._database, self._subscriptions, self._notifier, self._schema, self._ttl, poll_seconds
+        )
+        self._leases = AsyncLeaseKeeper(self._database, self._schema, self._lease)
         self._pages = AsyncPageReader(self._database, self._schema.statements)
         self._deleter = AsyncDeleter(self._database, self._schema.statements)
         self._appender = AsyncAppender(self._database, self._schema, self._ttl, self._notifier)
@@ -212,11 +218,36 @@ class AsyncPostgresStreamStore:
         statements = await self._schema.require_0004("a session id, an owner, metadata, a ttl or a lease of a stream")
         return await self._create(stream_id, statements.create_with_details, [own_ttl or self._ttl, *details])
 
+    async def _create_leased(
+        self,
+        stream_id: str,
+        session_id: str | None,
+        owner: str | None,
+        metadata: Any,
+        ttl: float | timedelta | None,
+    ) -> None:
+        """Create a stream for a producer in this process, which renews its lease."""
+        await self._schema.look_up()
+        lease = self._lease / 1000 if self._schema.has_leases else None
+        await self.create(stream_id, session_id=session_id, owner=owner, metadata=metadata, ttl=ttl, lease=lease)
+
     async def _create(self, stream_id: str, statement: str, params: Sequence[object]) -> bool:
         [(created,)] = await self._deleter.bounded(statement, [stream_id, *params])
         if created:
             self._notifier.wake([stream_id])  # readers of a deleted stream with this id
+        elif self._database.contact.is_steady(monotonic()):
+            await self._end_expired([stream_id])
         return bool(created)
+
+    async def _end_expired(self, stream_ids: Sequence[str]) -> builtins.list[str]:
+        """End those of the streams whose leases have expired."""
+        statements = await self._schema.look_up()
+        if not self._schema.has_leases:
+            return []
+        rows = await self._database.query(statements.end_expired, [json_array(stream_ids), EXPIRED_TEXT, self._ttl])
+        if ended := [stream_id for (stream_id,) in rows]:
+            await self._notifier.changed(ended)
+        return ended
 
     async def append(self, id: str, chunk: str, *, expected_seq: int | None = None) -> int:
         """Append one chunk. The chunk is durable when this returns.
@@ -306,8 +337,17 @@ class AsyncPostgresStreamStore:
         arguments.integer(max_bytes, "max_bytes", minimum=1)
         subscribe = partial(subscribe_to_end, self._subscriptions, self._listener, stream_id)
         buffer = WriteBuffer(max_chunks, max_bytes)
-        operations = StreamOperations(self._append, self.complete, self.fail, self.get_status)
-        return AsyncStreamWriter(stream_id, buffer, operations, self._database, subscribe, on_end)
+        hold_lease = partial(self._leases.held, stream_id)
+        operations = StreamOperations(self._append, self.complete, self.fail, self._take_lease, self.get_status)
+        return AsyncStreamWriter(stream_id, buffer, operations, self._database, subscribe, hold_lease, on_end)
+
+    async def _take_lease(self, stream_id: str, renewed: bool) -> StreamStatus | None:
+        """Return the status of a stream for its new writer. Give it a lease, or none if it will not be renewed."""
+        statements = await self._schema.look_up()
+        if not self._schema.has_leases:
+            return await self.get_status(stream_id)
+        rows = await self._database.query(statements.take_lease, [stream_id, self._lease if renewed else None])
+        return StreamStatus._make(rows[0]) if rows else None
 
     def read_from(self, id: str, after_seq: int = 0, *, follow: bool = True) -> AsyncIterator[StreamChunk]:
         """Iterate over the chunks after `after_seq`, each exactly once and in order.
@@ -653,7 +693,10 @@ class AsyncPostgresStreamStore:
                 try:
                     await self._listener.close()
                 finally:
-                    await self._notifier.close()
+                    try:
+                        await self._leases.close()
+                    finally:
+                        await self._notifier.close()
 
     async def __aenter__(self) -> AsyncPostgresStreamStore:
         return self

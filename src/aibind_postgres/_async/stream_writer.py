@@ -48,6 +48,7 @@ class StreamOperations(NamedTuple):
     append_many: AsyncOperation[[str, Sequence[str], int], int]
     complete: AsyncOperation[[str], bool]
     fail: AsyncOperation[[str, str], bool]
+    take_lease: AsyncOperation[[str, bool], StreamStatus | None]
     get_status: AsyncOperation[[str], StreamStatus | None]
 
 
@@ -81,6 +82,7 @@ class AsyncStreamWriter:
         operations: StreamOperations,
         database: AsyncDatabase,
         subscribe: Callable[[Callable[[], None]], AbstractContextManager[object]],
+        hold_lease: Callable[[Callable[[], None]], AbstractContextManager[object]],
         on_end: Callable[[Exception], Any] | None,
     ) -> None:
         """Initialise a writer.
@@ -92,12 +94,15 @@ class AsyncStreamWriter:
             database: The database of the store.
             subscribe: Takes a callback. Returns a context manager inside which the callback is called, from any thread,
                 when the stream may have ended.
+            hold_lease: Takes a function that applies the settings of the writer's thread. Returns a context manager
+                inside which the lease of the stream is renewed.
             on_end: The callback of `writer`, or None.
         """
         self._stream_id = stream_id
         self._operations = operations
         self._database = database
         self._subscribe = subscribe
+        self._hold_lease = hold_lease
         self._subscription = ExitStack()
         self._on_end = on_end
         in_background = on_end is not None or not database.client.joins_transactions
@@ -203,9 +208,14 @@ class AsyncStreamWriter:
                 )
             self._state = WriterState.OPEN
         try:
+            renewed = self._send_lock is None  # without a worker, a connection of the caller is not used in between
             if state is WriterState.NEW:
                 self._follow_end()
-                self._buffer.durable = (await self._database.retry(self._active_status)).total_chunks
+                take_lease = partial(self._operations.take_lease, self._stream_id, renewed)
+                status = self._check_status(await self._database.retry(take_lease))
+                self._buffer.durable = status.total_chunks
+            if renewed:
+                self._subscription.enter_context(self._hold_lease(self._database.client.capture_settings()))
             with self._mutex:
                 self._ensure_worker()
         except BaseException:
@@ -396,7 +406,9 @@ class AsyncStreamWriter:
 
     async def _active_status(self) -> StreamStatus:
         """Return the stream's status. Raise if the stream has ended or does not exist."""
-        status = await self._operations.get_status(self._stream_id)
+        return self._check_status(await self._operations.get_status(self._stream_id))
+
+    def _check_status(self, status: StreamStatus | None) -> StreamStatus:
         if status is None:
             raise StreamNotFoundError(self._stream_id)
         if status.state != "active":

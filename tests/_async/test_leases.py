@@ -1,0 +1,192 @@
+"""Leases: the stream of a dead producer ends without housekeeping, and that of a living one does not."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+
+import psycopg
+import pytest
+from _async.sources import SilentSource, items
+from psycopg import sql
+from psycopg.conninfo import make_conninfo
+from support.concurrency import AsyncBackground, async_gather, async_sleep, async_until
+from support.recording import AsyncRecordingClient
+
+from aibind_postgres import AsyncDurableStream, AsyncPostgresStreamStore, StreamNotActiveError, _leases
+
+LEASE = 0.6  # seconds
+EXPIRED = ("error", _leases.EXPIRED_TEXT)
+SEVERAL_LEASES = 2 * LEASE
+
+
+@pytest.fixture(autouse=True)
+def quick_contact(monkeypatch):
+    """Let a process trust the server after a fraction of a second."""
+    monkeypatch.setattr(_leases, "CONTACT", 0.3)
+
+
+@pytest.fixture
+async def store(dsn, tables):
+    async with AsyncPostgresStreamStore(dsn, **tables, lease=LEASE, poll_interval=0.02) as store:
+        yield store
+
+
+@pytest.fixture
+async def reader(dsn, tables):
+    """A store in place of another process."""
+    async with AsyncPostgresStreamStore(dsn, **tables, poll_interval=0.02) as store:
+        yield store
+
+
+async def status_of(store, id):
+    status = await store.wait(id, 20)
+    return status.state, status.error
+
+
+async def test_waiting_reader_ends_the_stream_of_a_producer_that_never_came(store, reader):
+    id = await store.create(lease=LEASE)
+    assert [chunk async for chunk in reader.read_from(id)] == []
+    assert await status_of(reader, id) == EXPIRED
+
+
+async def test_waiting_reader_ends_the_stream_of_a_dead_producer(store, reader):
+    id = await store.create(lease=60)
+    writer = store.writer(id)
+    await writer.__aenter__()
+    await writer.write("acknowledged")
+    await writer.flush()
+    async with AsyncBackground(partial(status_of, reader, id)) as waiting:
+        await store._leases.close()  # the process no longer renews the lease
+        assert await waiting.result() == EXPIRED
+        assert [chunk.data async for chunk in reader.read_from(id)] == ["acknowledged"]
+    # The producer is fenced: it may live and only have been slow.
+    with pytest.raises(StreamNotActiveError):
+        await store.append(id, "too late")
+    await async_until(lambda: not writer.is_active)
+    with pytest.raises(StreamNotActiveError):
+        await writer.write("too late")
+
+
+async def test_silent_producer_keeps_its_stream(store, reader):
+    source = SilentSource()
+    stream = await AsyncDurableStream.start(store, source)
+    async with AsyncBackground(partial(status_of, reader, stream.id)) as waiting:
+        await async_sleep(SEVERAL_LEASES)
+        assert (await reader.get_status(stream.id)).state == "active"
+        source.gate.set()
+        assert await waiting.result() == ("done", None)
+
+
+async def test_silent_writer_keeps_its_stream(store, reader):
+    id = await store.create()
+    async with AsyncBackground(partial(status_of, reader, id)) as waiting:
+        async with store.writer(id):
+            await async_sleep(SEVERAL_LEASES)
+            assert (await reader.get_status(id)).state == "active"
+        assert await waiting.result() == ("done", None)
+
+
+async def test_writer_takes_over_within_the_lease_of_the_creator(store, reader):
+    id = await store.create(lease=60)
+    async with store.writer(id) as writer:
+        (info,) = [info async for info in reader.list()]
+        assert info.lease_until < info.created_at + (info.expires_at - info.created_at) / 10  # 60 s would be a fifth
+        await writer.write("a")
+    assert (await reader.get_status(id)).state == "done"
+
+
+async def test_appends_renew_the_lease(store, reader):
+    id = await store.create(lease=LEASE)
+    async with AsyncBackground(partial(status_of, reader, id)) as waiting:
+        for append in [store.append, lambda id, text: store.append_many(id, [text, text])] * 5:
+            await append(id, "a")
+            await async_sleep(LEASE / 3)
+        await async_gather(*(partial(store.append, id, "together") for _ in range(5)))
+        assert (await reader.get_status(id)).state == "active"
+        assert await waiting.result() == EXPIRED
+
+
+async def test_append_does_not_shorten_a_lease(store):
+    id = await store.create(lease=3600)
+    (before,) = [info.lease_until async for info in store.list()]
+    await store.append(id, "a")
+    assert [info.lease_until async for info in store.list()] == [before]
+
+
+async def test_stream_without_a_lease_is_left_alone(store, reader, run_sql, tables):
+    run_sql(
+        sql.SQL(
+            "INSERT INTO {} (id, state, error, total_chunks, expires_at) VALUES ('ts', 'active', NULL, 0, 1)"
+        ).format(tables["status_table"])
+    )
+    plain = await store.create()
+    await store.append(plain, "a")
+    with pytest.raises(TimeoutError):
+        await reader.wait("ts", SEVERAL_LEASES)
+    assert [(info.state, info.lease_until) async for info in reader.list()] == [("active", None)] * 2
+
+
+async def test_acquire_ends_the_stream_of_a_dead_producer(store, reader):
+    id = await store.create(lease=0.01)
+    while (await reader.get_status(id)).state == "active":
+        assert await reader.acquire(id) is False
+        await async_sleep(0.02)
+    assert await status_of(reader, id) == EXPIRED
+
+
+async def test_reader_without_steady_contact_ends_nothing(store, reader, monkeypatch):
+    monkeypatch.setattr(_leases, "CONTACT", 3600)
+    id = await store.create(lease=0.01)
+    assert await reader.acquire(id) is False
+    with pytest.raises(TimeoutError):
+        await reader.wait(id, 1)
+    async with store.writer(id) as writer:  # and the producer may come back
+        await writer.write("a")
+    assert await status_of(reader, id) == ("done", None)
+
+
+async def test_reader_that_may_not_write_keeps_waiting(store, dsn, tables, schema_name, run_sql):
+    role = f"reader_{schema_name.lower()}"
+    run_sql(f'CREATE ROLE {role} LOGIN; GRANT USAGE ON SCHEMA "{schema_name}" TO {role}')
+    run_sql(f'GRANT SELECT ON ALL TABLES IN SCHEMA "{schema_name}" TO {role}')
+    id = await store.create(lease=0.01)
+    try:
+        limited = make_conninfo(dsn, user=role)
+        async with AsyncPostgresStreamStore(limited, **tables, poll_interval=0.02) as reader:
+            with pytest.raises(TimeoutError):
+                await reader.wait(id, 1)
+            async with AsyncBackground(partial(status_of, reader, id)) as waiting:
+                await store.complete(id)
+                assert await waiting.result() == ("done", None)
+    finally:
+        run_sql(f"DROP OWNED BY {role}; DROP ROLE {role}")
+
+
+async def test_one_statement_renews_all_leases(dsn, tables):
+    async with AsyncRecordingClient(dsn) as client, AsyncPostgresStreamStore(client, **tables, lease=LEASE) as store:
+        streams = [await AsyncDurableStream.start(store, SilentSource()) for _ in range(40)]
+        renewals = [json.loads(call.params[0]) for call in client.statements if "AS held (id)" in call.sql]
+        await async_until(
+            lambda: [call for call in client.statements if "AS held (id)" in call.sql][len(renewals) + 1 :]
+        )
+        last = [json.loads(call.params[0]) for call in client.statements if "AS held (id)" in call.sql][-1]
+        assert sorted(last) == sorted(stream.id for stream in streams)
+
+
+async def test_ended_stream_is_no_longer_renewed(store):
+    stream = await AsyncDurableStream.start(store, items(["a"]))
+    assert await status_of(store, stream.id) == ("done", None)
+    await async_until(lambda: store._leases._held == {})
+
+
+async def test_writer_on_a_connection_of_the_caller_has_no_lease(store, reader, dsn, tables):
+    id = await store.create(lease=LEASE)
+    async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as connection:
+        async with AsyncPostgresStreamStore(connection, **tables) as own:
+            async with own.writer(id) as writer:
+                await writer.write("a")
+                with pytest.raises(TimeoutError):
+                    await reader.wait(id, SEVERAL_LEASES)
+                await writer.write("b")
+    assert [chunk.data async for chunk in reader.read_from(id)] == ["a", "b"]

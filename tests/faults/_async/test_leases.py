@@ -1,0 +1,68 @@
+"""An outage of the server that is longer than the lease, and killed producers."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+from support.concurrency import AsyncBackground, async_sleep, async_until
+from support.programs import program
+
+from aibind_postgres import AsyncPostgresStreamStore, _leases
+
+PROGRAMS = Path(__file__).parent / "programs.py"
+
+
+async def state_of(store, id):
+    return (await store.wait(id, 120)).state
+
+
+async def test_outage_longer_than_the_lease_ends_no_stream(network, direct, long):
+    lease, outage = (15, 20) if long else (3, 4)
+    options = {"lease": lease, "retry_for": 60, "timeout": 2.0}
+    async with AsyncPostgresStreamStore(network.dsn, **options) as store:
+        async with AsyncPostgresStreamStore(network.dsn, **options) as reader:
+            id = await direct.create()
+            entered, released = [], []
+
+            async def write():
+                async with store.writer(id) as writer:
+                    entered.append(True)
+                    await async_until(lambda: released, timeout=120)
+                    await writer.write("after the outage")
+
+            async with AsyncBackground(write) as writing, AsyncBackground(partial(state_of, reader, id)) as waiting:
+                await async_until(lambda: entered)
+                await async_sleep(1)
+                network.refuse()
+                network.cut()
+                await async_sleep(outage)
+                (info,) = [info async for info in direct.list(state="active") if info.id == id]
+                assert info.lease_until.timestamp() < time.time(), "the lease has not expired"
+                network.heal()
+                async with AsyncPostgresStreamStore(network.dsn, **options) as late:
+                    with pytest.raises(TimeoutError):
+                        await late.wait(id, _leases.CONTACT + 4)
+                    assert await late.acquire(id) is False
+                released.append(True)
+                await writing.result(60)
+                assert await waiting.result(60) == "done"
+
+
+async def test_readers_learn_the_end_of_a_killed_producer_within_its_lease(server_dsn, direct, tmp_path, long):
+    lease = 15
+    for number in range(5 if long else 1):
+        id = f"killed {number}"
+        with program(tmp_path, PROGRAMS, "write", server_dsn, id, "first") as producer:
+            producer.wait_for(1)
+            async with AsyncBackground(partial(direct.wait, id, 120)) as waiting:
+                await async_sleep(1)
+                producer.kill()
+                (info,) = [info async for info in direct.list(state="active") if info.id == id]
+                assert info.lease_until.timestamp() < time.time() + lease + 1
+                assert tuple(await waiting.result(60))[:2] == ("error", _leases.EXPIRED_TEXT)
+                late = time.time() - info.lease_until.timestamp()
+                print(f"{id}: the reader learned the end {late:.2f} s after the lease")
+                assert late > 0
