@@ -33,6 +33,7 @@ class EndReason(Enum):
     DELETED = "the stream was deleted"
     WRITE_FAILED = "the chunks could not be stored"
     INTERRUPTED = "the worker was interrupted, as by the end of its event loop"
+    TIMED_OUT = "the source was silent, or took, longer than allowed"
     SHUTDOWN = "the application called shutdown, or closes the store"
     INTERPRETER_EXIT = "the interpreter exits"
 

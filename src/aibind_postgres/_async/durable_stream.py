@@ -6,18 +6,19 @@ import math
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
 from datetime import timedelta
+from functools import partial
 from time import monotonic
 from typing import Any
 
 from .. import _arguments as arguments
 from .._concurrency import async_is_source, async_shielded
 from .._followed_stream import Ended
-from ..errors import StreamNotFoundError, copy_error
+from ..errors import StreamNotActiveError, StreamNotFoundError, copy_error
 from ..history import new_id
 from ..models import StreamEvent, StreamStatus, event_of
 from ..sse import MESSAGE, ServerSentEvent, comment, encode
 from .following import AsyncFollower, Heartbeat
-from .producing import AsyncProducer, close_source, shutdown
+from .producing import AsyncProducer, close_source, end_producer, shutdown
 from .stream_store import AsyncPostgresStreamStore
 
 MAX_EVENTS_IN_CRLF = 100  # between CR and LF: a resumed reader does not search further back for the CR
@@ -51,6 +52,8 @@ class AsyncDurableStream:
         on_finish: Callable[[str, StreamStatus | None], Any] | None = None,
         expose_errors: bool = False,
         context: Callable[[], AbstractAsyncContextManager[object]] = nullcontext,
+        idle_timeout: float | timedelta | None = None,
+        timeout: float | timedelta | None = None,
         session_id: str | None = None,
         owner: str | None = None,
         metadata: Any = None,
@@ -98,6 +101,10 @@ class AsyncDurableStream:
                 and closed inside it if it is a generator. Use it for resources that a framework releases at the end of
                 a request, such as Flask's `app.app_context`. If entering the context raises, the source or `on_finish`
                 counts as failed. An exception on leaving it is only logged. Default: no context.
+            idle_timeout: Seconds, or a timedelta, for which the source may yield nothing. After that, the stream ends
+                in state error and the source is closed. A generator that is blocked in a thread is closed at its next
+                `yield`. Default: no limit.
+            timeout: The same for the whole duration of the source. Default: no limit.
             session_id: As for `create` of the store, like the following arguments. They need migration 0004.
             owner: See `create`.
             metadata: See `create`.
@@ -115,11 +122,7 @@ class AsyncDurableStream:
             RuntimeError: No thread can start. The stream ends in state error, the source is closed, and `on_finish` is
                 called.
         """
-        if not async_is_source(source):
-            raise TypeError(
-                "the source must be an iterable, and asynchronous for an asynchronous store, "
-                f"not {type(source).__name__}"
-            )
+        _check_source(source)
         streams: list[AsyncDurableStream] = []
 
         async def begin() -> None:
@@ -127,16 +130,81 @@ class AsyncDurableStream:
             try:
                 stream_id = new_id() if id is None else arguments.identifier(id)
                 encode(_id_event(stream_id))
-                producer = AsyncProducer(store, stream_id, source, on_finish, expose_errors, context)
+                limits = _seconds(idle_timeout, "idle_timeout"), _seconds(timeout, "timeout")
+                producer = AsyncProducer(store, stream_id, source, on_finish, expose_errors, context, *limits)
                 await store._create_leased(stream_id, session_id, owner, metadata, ttl)
             except BaseException:
                 await close_source(source)
                 raise
-            await producer.start()
+            await producer.start(is_new=True)
             streams.append(cls(store, stream_id, producer))
 
         await async_shielded(begin)
         return streams[0]
+
+    @classmethod
+    async def produce(
+        cls,
+        store: AsyncPostgresStreamStore,
+        id: str,
+        source: AsyncIterable[str | StreamEvent],
+        *,
+        on_finish: Callable[[str, StreamStatus | None], Any] | None = None,
+        expose_errors: bool = False,
+        context: Callable[[], AbstractAsyncContextManager[object]] = nullcontext,
+        idle_timeout: float | timedelta | None = None,
+        timeout: float | timedelta | None = None,
+    ) -> StreamStatus:
+        """Copy a source into an existing stream, and return when the stream has ended.
+
+        For a worker process, such as of a task queue: a web process creates the stream and its readers follow it, also
+        before the worker begins. `create(lease=60)` ends the stream if no worker begins within 60 seconds.
+
+        The stream and its source end as after `start`. If the call is cancelled or interrupted, as by the exception of
+        a signal handler, the stream ends in state error. If the process is killed, it does so when the lease has
+        expired (migration 0004).
+
+        Args:
+            store: The store.
+            id: The id of an active stream, which no other producer writes.
+            source: As for `start`, like the following arguments.
+            on_finish: See `start`.
+            expose_errors: See `start`.
+            context: See `start`.
+            idle_timeout: See `start`.
+            timeout: See `start`.
+
+        Returns:
+            The final status. The call returns after `on_finish`.
+
+        Raises:
+            TypeError: As for `start`.
+            ValueError: A duration is not more than zero, or above 1e9 seconds. The source is closed.
+            StreamNotFoundError: The stream does not exist, or was deleted. The source is closed.
+            StreamNotActiveError: The stream has ended before the call, such as by a user's request. The source is
+                closed.
+            RuntimeError: No thread can start. The stream ends in state error, the source is closed, and `on_finish` is
+                called.
+        """
+        _check_source(source)
+        store._close_hooks.add(_end_producers)
+        try:
+            limits = _seconds(idle_timeout, "idle_timeout"), _seconds(timeout, "timeout")
+            producer = AsyncProducer(store, id, source, on_finish, expose_errors, context, *limits)
+            status = await store.get_status(id)
+            if status is None:
+                raise StreamNotFoundError(id)
+            if status.state != "active":
+                raise StreamNotActiveError(id, status.state)
+        except BaseException:
+            await close_source(source)
+            raise
+        await async_shielded(partial(producer.start, is_new=False))
+        try:
+            return await cls(store, id, producer).wait()
+        except BaseException:
+            await async_shielded(partial(end_producer, producer))
+            raise
 
     @classmethod
     async def resume(cls, store: AsyncPostgresStreamStore, id: str, after_seq: int = 0) -> AsyncDurableStream:
@@ -303,6 +371,17 @@ class AsyncDurableStream:
                     f"stream {self.id!r} has ended, but its on_finish has not returned within the timeout"
                 )
         return status
+
+
+def _check_source(source: object) -> None:
+    if not async_is_source(source):
+        raise TypeError(
+            f"the source must be an iterable, and asynchronous for an asynchronous store, not {type(source).__name__}"
+        )
+
+
+def _seconds(value: float | timedelta | None, name: str) -> float:
+    return math.inf if value is None else arguments.seconds(value, name)
 
 
 async def _end_producers(store: AsyncPostgresStreamStore) -> None:

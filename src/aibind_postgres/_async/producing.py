@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 import os
 import sys
 from collections.abc import AsyncIterable, AsyncIterator, Callable
@@ -56,6 +57,8 @@ class AsyncProducer:
         on_finish: Callable[[str, StreamStatus | None], Any] | None,
         expose_errors: bool,
         context: Callable[[], AbstractAsyncContextManager[object]],
+        idle_timeout: float = math.inf,
+        timeout: float = math.inf,
     ) -> None:
         self.stream_id = stream_id
         self.finished = AsyncEvent()  # set in phase ENDED
@@ -66,22 +69,28 @@ class AsyncProducer:
         self._expose_errors = expose_errors
         self._context = context
         self._texts: list[str] = []  # the argument of `on_finish`
+        self._idle_timeout = idle_timeout
+        self._timeout = timeout
+        self._began_at = self._item_at = monotonic()
         self._writer = store.writer(stream_id, on_end=self._writer_closed)
+        if min(idle_timeout, timeout) < math.inf:
+            self._writer._time_limit = self._time_limit
         self._mutex = Mutex()
         self._worker: AsyncWorker | None = None
         self._phase = Phase.STARTING
-        self._requested: EndReason | None = None  # SHUTDOWN or INTERPRETER_EXIT
+        self._requested: EndReason | None = None  # SHUTDOWN, INTERPRETER_EXIT or TIMED_OUT
         self._reason: EndReason | None = None  # from phase FINISHING on
 
-    async def start(self) -> None:
+    async def start(self, *, is_new: bool) -> None:
         """Start the worker. If no thread can start, end the stream and this producer, and raise.
 
-        Call this at once when the stream has been created.
+        Args:
+            is_new: Whether the stream has just been created in this process.
         """
         client = self._store._database.client
         try:
             # In a transaction of the caller, the producer may not see the new stream: it must query the state.
-            if not client.in_transaction():
+            if is_new and not client.in_transaction():
                 self._writer._assume_active()
             run = partial(self._run, client.capture_settings())
             with self._mutex:  # `end` reads the worker, and may be called as soon as the registry has this producer
@@ -171,6 +180,17 @@ class AsyncProducer:
             logger.error("the producer of stream %r failed: %s", self.stream_id, error)
         await self.end(reason)
 
+    def _time_limit(self) -> tuple[float, str]:
+        """Return the time at which the source must have ended or yielded, and the error text for the stream."""
+        if self._phase in (Phase.FINISHING, Phase.ENDED):
+            return math.inf, ""
+        idle_at, end_at = self._item_at + self._idle_timeout, self._began_at + self._timeout
+        if monotonic() >= min(idle_at, end_at):
+            self._requested = EndReason.TIMED_OUT
+        if idle_at < end_at:
+            return idle_at, f"the answer was interrupted: no output for {self._idle_timeout:g} seconds"
+        return end_at, f"the answer was interrupted: it took longer than {self._timeout:g} seconds"
+
     def _reason_of(self, error: Exception) -> EndReason:
         if isinstance(error, StreamNotFoundError):
             return EndReason.DELETED
@@ -249,6 +269,7 @@ class AsyncProducer:
                     raise ProducerError(GENERIC_ERROR)
                 try:
                     async for item in self._source.items:
+                        self._item_at = monotonic()
                         text = arguments.storable_text(chunk_text(item), "a chunk")
                         storing = True
                         await self._writer._write(text)
@@ -350,6 +371,13 @@ async def shutdown(store: AsyncPostgresStreamStore, timeout: float, reason: EndR
     for producer in running:
         await producer.finished.wait(max(0.0, deadline - monotonic()))
     return not running
+
+
+async def end_producer(producer: AsyncProducer) -> None:
+    """End a producer that is still running, as after an interruption of its caller."""
+    if not producer.finished.is_set():
+        await producer.request_end(EndReason.SHUTDOWN)
+        await producer.finished.wait(SHUTDOWN_GRACE)
 
 
 async def shutdown_all() -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
+from time import monotonic
 from types import TracebackType
 from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
@@ -116,6 +118,8 @@ class AsyncStreamWriter:
         self._error: Exception | None = None  # raised by calls in state CLOSED
         self._may_have_ended = False
         self._end_text: str | None = None  # error text to end the stream with
+        # The value of `monotonic()` at which to end the stream, and the error text for it. The time may change.
+        self._time_limit: Callable[[], tuple[float, str]] | None = None
 
     def __repr__(self) -> str:
         return (
@@ -341,13 +345,25 @@ class AsyncStreamWriter:
         try:
             apply_settings()
             while self._state is not WriterState.CLOSED:
-                await self._due.wait()
+                await self._due.wait(self._seconds_left())
                 await self._send_due()
         finally:
             with self._mutex:
                 self._worker = None
                 self._wake_callers()
             await self._database.client.release_thread()
+
+    def _seconds_left(self) -> float | None:
+        """Return the seconds until the time limit; None without one. Request the end of the stream if it has passed."""
+        if self._time_limit is None:
+            return None
+        at, text = self._time_limit()
+        if at == math.inf:
+            return None
+        left = at - monotonic()
+        if left <= 0:
+            self._request_end(text)
+        return max(0.0, left)
 
     async def _wait_for(self, progress: AsyncEvent) -> None:
         """Wait for progress of the worker. Without a worker, send the buffered chunks in this call."""
