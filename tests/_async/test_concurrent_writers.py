@@ -141,10 +141,11 @@ async def test_repeated_migration_while_writing(dsn, tables, schema_name, store)
     assert (await store.get_status(id)).total_chunks == 1200
 
 
-async def test_appends_are_heap_only_updates(dsn, tables):
+@pytest.mark.parametrize("details", [{}, {"session_id": "a", "owner": "b", "ttl": 60, "lease": 0.01}], ids=str)
+async def test_appends_are_heap_only_updates(dsn, tables, details):
     async with AsyncConnectionPool(dsn, min_size=1, max_size=1, open=False) as pool:
         async with AsyncPostgresStreamStore(pool, **tables) as store:
-            id = await store.create()
+            id = await store.create(**details)
             for number in range(2000):
                 await store.append(id, str(number))
     table = tables["status_table"].as_string(None)
