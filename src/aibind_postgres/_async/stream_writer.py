@@ -55,8 +55,9 @@ class StreamOperations(NamedTuple):
 class AsyncStreamWriter:
     """Writes chunks to one stream. Returned by a store's `writer`, and used as a context manager.
 
-    `write` puts a chunk into a buffer. A background worker sends all buffered chunks in one statement. Chunks that are
-    written during a statement are sent in the next one, so a busy server receives larger statements, not more of them.
+    `write`, `text` and `event` put a chunk into a buffer. A background worker sends all buffered chunks in one
+    statement. Chunks that are written during a statement are sent in the next one, so a busy server receives larger
+    statements, not more of them.
 
     If the server is unreachable, the worker retries for the store's `retry_for` seconds. Each statement contains the
     expected sequence number of its first chunk. A statement with an unknown outcome can therefore be sent again, and no
@@ -145,7 +146,7 @@ class AsyncStreamWriter:
         await self._write(arguments.storable_text(chunk, "a chunk"))
 
     async def text(self, data: str) -> None:
-        """Write a text that is always read as text, whatever it contains, such as output of a model.
+        """Write a text, such as output of a model. It is always read as text, also if it contains U+0001.
 
         The chunk is encoded as a `DurableStream` encodes it. Read the stream with the store's `events`.
 
