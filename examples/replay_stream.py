@@ -1,4 +1,4 @@
-"""Replay a stored stream at its recorded pace, for tests and demos.
+"""Replay the text of a stored stream at its recorded pace, for tests and demos.
 
 Usage: python examples/replay_stream.py DSN ID [SPEED]     SPEED: 2 is twice as fast, inf has no pauses, default 1
 """
@@ -8,13 +8,15 @@ import sys
 import psycopg
 
 from aibind_postgres import AibindError, PostgresStreamStore
+from aibind_postgres.models import event_of
 
 
 def main(dsn: str, stream_id: str, speed: str = "1") -> None:
     with PostgresStreamStore(dsn) as store:
         for chunk in store.replay(stream_id, speed=float(speed)):
-            # Replace this with your application's code.
-            print(chunk.data, end="", flush=True)
+            event, data = event_of(chunk.data)
+            if event == "message":  # replace this with your application's code
+                print(data, end="", flush=True)
 
 
 if __name__ == "__main__":

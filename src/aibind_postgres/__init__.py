@@ -20,7 +20,17 @@ from .errors import (
     WebError,
 )
 from .history import ChatHistory, MessageTree, TreeNode, TreePath
-from .models import CleanupResult, ConversationInfo, StreamChunk, StreamEvent, StreamInfo, StreamState, StreamStatus
+from .models import (
+    CleanupResult,
+    ConversationInfo,
+    StoredEvent,
+    StreamChunk,
+    StreamEvent,
+    StreamInfo,
+    StreamState,
+    StreamStatus,
+    TimedChunk,
+)
 from .web import Generation, WebRequest
 
 __all__ = [
@@ -49,6 +59,7 @@ __all__ = [
     "SchemaError",
     "SequenceConflictError",
     "StoreClosedError",
+    "StoredEvent",
     "StreamChunk",
     "StreamEvent",
     "StreamExistsError",
@@ -60,6 +71,7 @@ __all__ = [
     "StreamStatus",
     "StreamWriteError",
     "StreamWriter",
+    "TimedChunk",
     "TreeNode",
     "TreePath",
     "WebError",

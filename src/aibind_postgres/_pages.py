@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import timedelta
 from itertools import repeat, takewhile
 from operator import itemgetter
 from typing import Any, NamedTuple
 
-from .models import StreamChunk, StreamState, StreamStatus
+from .models import EPOCH, StoredEvent, StreamChunk, StreamState, StreamStatus, TimedChunk, event_of
 
 FIRST_PAGE_CHUNKS, MAX_PAGE_CHUNKS = 50, 2000
 PAGE_CHARACTERS = 500_000  # the expected size of the pages after the first one
@@ -67,8 +68,7 @@ class Page(NamedTuple):
     @property
     def chunks(self) -> Iterator[StreamChunk]:
         """The chunks. The rows must have no additional columns."""
-        # Like `StreamChunk._make`, without a Python call for each row and without a list.
-        return map(tuple.__new__, repeat(StreamChunk), self.rows)
+        return as_chunks(self.rows)
 
     @property
     def is_last(self) -> bool:
@@ -78,6 +78,23 @@ class Page(NamedTuple):
     @property
     def status(self) -> StreamStatus:
         return StreamStatus(self.state, self.error, self.total)
+
+
+def as_chunks(rows: Iterable[tuple[int, str]]) -> Iterator[StreamChunk]:
+    # Like `StreamChunk._make`, without a Python call for each row and without a list.
+    return map(tuple.__new__, repeat(StreamChunk), rows)
+
+
+def as_events(rows: Iterable[tuple[int, str]]) -> Iterator[StoredEvent]:
+    return (StoredEvent(seq, *event_of(data)) for seq, data in rows)
+
+
+def as_timed_chunks(rows: Iterable[tuple[int, str, float | None]]) -> Iterator[TimedChunk]:
+    """Convert rows whose times are seconds since the epoch, within datetime's range, or None."""
+    return (
+        TimedChunk(seq, data, None if written_at is None else EPOCH + timedelta(seconds=written_at))
+        for seq, data, written_at in rows
+    )
 
 
 def is_missing(page: Page | None) -> bool:

@@ -117,8 +117,10 @@ def translate(error: Exception) -> AibindError | None:
     """Return the error of this package for a driver's error, or None if the driver's error should propagate."""
     code = sqlstate(error)
     if code in (UNDEFINED_TABLE, UNDEFINED_COLUMN):
+        text = _first_line(error)
+        migration = " (migration 0002)" if code == UNDEFINED_COLUMN and "created_at" in text else ""
         return SchemaError(
-            f"{_first_line(error)}. Create it with `aibind-postgres migrate`, with migrate or async_migrate "
+            f"{text}{migration}. Create it with `aibind-postgres migrate`, with migrate or async_migrate "
             "of aibind_postgres.schema, or with the SQL that `aibind-postgres schema` prints; "
             "or correct the table names given to the store"
         )

@@ -28,14 +28,43 @@ class StreamChunk(NamedTuple):
     data: str
 
 
+class TimedChunk(NamedTuple):
+    """One chunk of a stream, and the time at which it was stored.
+
+    Attributes:
+        seq: The sequence number, from 1 without gaps.
+        data: The text.
+        created_at: The time of the server at which the chunk was stored, in UTC. None if the chunk is older than
+            migration 0002, or if the time is out of datetime's range.
+    """
+
+    seq: int
+    data: str
+    created_at: datetime | None
+
+
 class StreamEvent(NamedTuple):
-    """A named event in a stream of text, such as `usage` or `tool_call`.
+    """A named event to be written to a stream of text, such as `usage` or `tool_call`. Read as a `StoredEvent`.
 
     Attributes:
         event: The name of the event, for the code in the browser.
         data: The data of the event.
     """
 
+    event: str
+    data: str
+
+
+class StoredEvent(NamedTuple):
+    """One chunk of a stream, decoded: a text or a named event.
+
+    Attributes:
+        seq: The sequence number of the chunk, from 1 without gaps.
+        event: `"message"` for text, or the name of the event.
+        data: The text, or the data of the event.
+    """
+
+    seq: int
     event: str
     data: str
 
@@ -60,8 +89,11 @@ def chunk_text(item: str | StreamEvent) -> str:
     """
     if isinstance(item, str):
         return _SEPARATOR + item
-    if not isinstance(item, StreamEvent) or not isinstance(item.event, str) or not isinstance(item.data, str):
-        raise InvalidDataError(f"a source must yield str, or StreamEvent with str fields, not {type(item).__name__}")
+    if not isinstance(item, StreamEvent):
+        raise InvalidDataError(f"an item must be a str or a StreamEvent, not {type(item).__name__}")
+    for field, value in item._asdict().items():
+        if not isinstance(value, str):
+            raise InvalidDataError(f"the {field} of a named event must be a str, not {type(value).__name__}")
     if not item.event or item.event in _RESERVED or re.search(f"[\r\n{_SEPARATOR}]", item.event):
         raise InvalidDataError(
             f"{item.event!r} cannot be the name of an event: it is empty, reserved, or contains a line break or \\x01"

@@ -44,7 +44,7 @@ def largest_answer(client):
 
 
 @pytest.mark.parametrize("texts", TEXTS.values(), ids=TEXTS)
-@pytest.mark.parametrize("way", ["read_from", "stored", "replay"])
+@pytest.mark.parametrize("way", ["read_from", "stored", "replay", "events", "stored events", "read_with_times"])
 async def test_every_page_is_bounded(store, other, client, texts, way):
     id = await other.create()
     await other.append_many(id, texts)
@@ -53,6 +53,9 @@ async def test_every_page_is_bounded(store, other, client, texts, way):
         "read_from": store.read_from(id),
         "stored": store.read_from(id, follow=False),
         "replay": store.replay(id, speed=math.inf),
+        "events": store.events(id),
+        "stored events": store.events(id, follow=False),
+        "read_with_times": store.read_with_times(id),
     }
     assert [chunk.data async for chunk in ways[way]] == texts
     assert 0 < largest_answer(client) <= PAGE_BYTES

@@ -111,6 +111,10 @@ def round_trip(
     assert list(ours.read_from(id, follow=False)) == expected
     assert list(ours.read_from(id, last - 1, follow=False)) == expected[-1:]
     assert list(ours.replay(id, speed=1000)) == expected
+    assert list(ours.events(id, follow=False)) == [(seq, "message", text) for seq, text in expected]
+    timed = list(ours.read_with_times(id))
+    assert [(chunk.seq, chunk.data) for chunk in timed] == expected
+    assert all(chunk.created_at and before - 1 < chunk.created_at.timestamp() for chunk in timed)
 
     assert ours.append(id, TEXTS[-1], expected_seq=last) == last
     assert ours.append_many(id, TEXTS, expected_seq=len(TEXTS) + 1) == last
@@ -394,6 +398,10 @@ async def async_round_trip(ours: AsyncPostgresStreamStore, client: Any, tables: 
     assert [chunk async for chunk in ours.read_from(id, follow=False)] == expected
     assert [chunk async for chunk in ours.read_from(id, last - 1, follow=False)] == expected[-1:]
     assert [chunk async for chunk in ours.replay(id, speed=1000)] == expected
+    assert [e async for e in ours.events(id, follow=False)] == [(seq, "message", text) for seq, text in expected]
+    timed = [chunk async for chunk in ours.read_with_times(id)]
+    assert [(chunk.seq, chunk.data) for chunk in timed] == expected
+    assert all(chunk.created_at and before - 1 < chunk.created_at.timestamp() for chunk in timed)
 
     assert await ours.append(id, TEXTS[-1], expected_seq=last) == last
     assert await ours.append_many(id, TEXTS, expected_seq=len(TEXTS) + 1) == last

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -21,7 +22,7 @@ import pytest
 from psycopg.conninfo import make_conninfo
 from support.concurrency import until
 
-from aibind_postgres import PostgresStreamStore, schema
+from aibind_postgres import DurableStream, PostgresStreamStore, StreamEvent, schema
 from aibind_postgres.cli.writing import NotTextError, decode, split
 
 COMMAND = [sys.executable, "-W", "error", "-m", "aibind_postgres.cli"]
@@ -263,6 +264,63 @@ def test_replay_of_an_active_stream(database: str, store: PostgresStreamStore) -
         assert b"still being written" in done.stderr
 
 
+EVENTS = [
+    ("message", "Hel"),
+    ("message", ""),
+    ("usage", '{"inputTokens": 1}'),
+    ("message", "lo\x01, \u2028\r\n"),
+    ("usage", "\n"),
+]
+FORMATS = {
+    "": "Hello\x01, \u2028\r\n",
+    "--raw": '\x01Hel\x01usage\x01{"inputTokens": 1}\x01lo\x01, \u2028\r\nusage\x01\n',
+    "--events": "".join(
+        json.dumps({"seq": seq, "event": event, "data": data}, ensure_ascii=False) + "\n"
+        for seq, (event, data) in enumerate(EVENTS, 1)
+    ),
+}
+
+
+@pytest.mark.parametrize("option", FORMATS)
+def test_output_formats(database: str, store: PostgresStreamStore, option: str) -> None:
+    source = [data if event == "message" else StreamEvent(event, data) for event, data in EVENTS]
+    DurableStream.start(store, source, id="x").wait()
+    options = [option] if option else []
+    commands = (["tail", "x"], ["replay", "x", "--speed", "1000"], ["replay", "x", "--instant"])
+    for done in in_parallel([*command, *options] for command in commands)(dsn=database):
+        assert (done.stdout.decode(), done.stderr, done.returncode) == (FORMATS[option], b"", 0)
+
+
+def test_command_to_resume_keeps_the_output_format(database: str, store: PostgresStreamStore) -> None:
+    store.create("x")
+    store.append_many("x", ["\x01a", "usage\x01{}"])
+    for option, output in (("--raw", b"\x01ausage\x01{}"), ("--events", None), ("", b"a")):
+        with start("tail", "x", *([option] if option else []), dsn=database) as reader:
+            assert reader.stdout is not None
+            assert reader.stderr is not None
+            if output is None:
+                line = json.loads(reader.stdout.readline())
+                assert line == {"seq": 1, "event": "message", "data": "a"}
+                assert json.loads(reader.stdout.readline()) == {"seq": 2, "event": "usage", "data": "{}"}
+            else:
+                assert reader.stdout.read(len(output)) == output
+            reader.send_signal(signal.SIGINT)
+            command = shlex.split(reader.stderr.read().decode().partition("from here: ")[2])
+        assert command[:3] == ["aibind-postgres", "tail", "x"]
+        assert command[3] == "--after"
+        if option:
+            assert command[4:] == ["2", option]
+        else:  # interrupted before or after the second chunk, which prints nothing
+            assert command[4:] in (["1"], ["2"])
+
+
+def test_input_with_a_separator_is_read_as_text(database: str, store: PostgresStreamStore) -> None:
+    lines = ["plain\n", "usage\x01{}\n", "\x01\n", "done\x01\x01"]
+    assert run("write", "x", stdin="".join(lines).encode(), dsn=database).returncode == 0
+    assert list(store.events("x")) == [(seq, "message", line) for seq, line in enumerate(lines, 1)]
+    assert next(store.read_from("x")).data == "plain\n"  # all other text is stored unchanged
+
+
 def test_exit_code_depends_on_the_state(database: str, store: PostgresStreamStore) -> None:
     for id in ("active", "done", "error"):
         store.create(id)
@@ -371,6 +429,8 @@ def test_wrong_usage(dsn: str) -> None:
         ["replay", "x", "--speed", "0"],
         ["replay", "x", "--speed", "nan"],
         ["replay", "x", "--speed", "2", "--instant"],
+        ["replay", "x", "--raw", "--events"],
+        ["tail", "x", "--raw", "--events"],
         ["tail", "x", "--after", "-1"],
         ["write", "x", "--by", "page"],
         ["write", "x", "--delay", "-1"],

@@ -22,7 +22,7 @@ def run(example: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_replay_stream(database: str) -> None:
     with PostgresStreamStore(database) as store:
         store.create("story")
-        for chunk in ("Once ", "upon ", "a time ✦\n"):
+        for chunk in ("Once ", "\x01upon ", "usage\x01{}", "a time ✦\n"):
             store.append("story", chunk)
             time.sleep(0.4)
         store.complete("story")

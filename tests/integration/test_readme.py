@@ -56,6 +56,7 @@ OUTPUTS = {
     "docs/streams.md": {
         "synchronous": "Hello, world!\n",
         "asynchronous": "Hello, world!\n",
+        "text and named events": "Hello, world!\n",
         "writer": "done 50\n",
     },
 }

@@ -37,6 +37,7 @@ from aibind_postgres import (
     PostgresConversationStore,
     PostgresStreamStore,
     SequenceConflictError,
+    StoredEvent,
     StreamChunk,
     StreamEvent,
     StreamHandler,
@@ -45,6 +46,7 @@ from aibind_postgres import (
     StreamState,
     StreamStatus,
     StreamWriter,
+    TimedChunk,
     TreeNode,
     TreePath,
     WebRequest,
@@ -112,6 +114,8 @@ def streams(since: datetime) -> None:
         assert_type(store.append_many("id", iter(["text"]), expected_seq=None), int)
         assert_type(store.read_from("id", 3, follow=False), Iterator[StreamChunk])
         assert_type(store.replay("id", after_seq=3, speed=2), Iterator[StreamChunk])
+        assert_type(store.events("id", after_seq=3, follow=False), Iterator[StoredEvent])
+        assert_type(store.read_with_times("id", after_seq=3), Iterator[TimedChunk])
         assert_type(store.get_status("id"), StreamStatus | None)
         assert_type(store.wait("id", timeout=timedelta(seconds=1)), StreamStatus)
         assert_type(store.wait("id").state, StreamState)
@@ -122,6 +126,10 @@ def streams(since: datetime) -> None:
         for seq, data in store.read_from("id"):
             assert_type(seq, int)
             assert_type(data, str)
+        for seq, event, data in store.events("id"):
+            assert_type((seq, event, data), tuple[int, str, str])
+        for seq, data, created_at in store.read_with_times("id"):
+            assert_type((seq, data, created_at), tuple[int, str, datetime | None])
         store.append("id", b"bytes")  # type: ignore[arg-type]
         store.list(state="ended")  # type: ignore[arg-type]
         store.replay("id", 0, 2.0)  # type: ignore[call-arg]
@@ -139,6 +147,8 @@ async def async_streams(since: datetime) -> None:
         assert_type(await store.append_many("id", iter(["text"]), expected_seq=None), int)
         assert_type(store.read_from("id", 3, follow=False), AsyncIterator[StreamChunk])
         assert_type(store.replay("id", after_seq=3, speed=2), AsyncIterator[StreamChunk])
+        assert_type(store.events("id", after_seq=3, follow=False), AsyncIterator[StoredEvent])
+        assert_type(store.read_with_times("id", after_seq=3), AsyncIterator[TimedChunk])
         assert_type(await store.get_status("id"), StreamStatus | None)
         assert_type(await store.wait("id", timeout=timedelta(seconds=1)), StreamStatus)
         assert_type([await store.stop("id"), await store.complete("id"), await store.fail("id", "why")], list[bool])
@@ -149,6 +159,10 @@ async def async_streams(since: datetime) -> None:
         async for seq, data in store.read_from("id"):
             assert_type(seq, int)
             assert_type(data, str)
+        async for seq, event, data in store.events("id"):
+            assert_type((seq, event, data), tuple[int, str, str])
+        async for seq, data, created_at in store.read_with_times("id"):
+            assert_type((seq, data, created_at), tuple[int, str, datetime | None])
         await store.append("id", b"bytes")  # type: ignore[arg-type]
         store.list(state="ended")  # type: ignore[arg-type]
         await store.close()
@@ -173,9 +187,12 @@ def writers(store: PostgresStreamStore) -> None:
     assert_type(store.writer("id", max_chunks=5, max_bytes=100), StreamWriter)
     with store.writer("id") as writer:
         writer.write("chunk")
+        writer.text("text")
+        writer.event("usage", "{}")
         assert_type(writer.flush(), int)
         assert_type(writer.is_active, bool)
         writer.write(b"chunk")  # type: ignore[arg-type]
+        writer.event("usage", {})  # type: ignore[arg-type]
     PostgresStreamStore("", synchronous_commit="off", notify=False)
     PostgresStreamStore("", synchronous_commit="maybe")  # type: ignore[arg-type]
 
@@ -184,6 +201,8 @@ async def async_writers(store: AsyncPostgresStreamStore) -> None:
     assert_type(store.writer("id"), AsyncStreamWriter)
     async with store.writer("id") as writer:
         await writer.write("chunk")
+        await writer.text("text")
+        await writer.event("usage", "{}")
         assert_type(await writer.flush(), int)
 
 

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from functools import partial
 from operator import itemgetter
 from time import monotonic
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 from .. import _arguments as arguments
-from .._pages import FIRST_PAGE_CHUNKS, Page, is_missing
+from .._pages import FIRST_PAGE_CHUNKS, Page, as_chunks, as_events, as_timed_chunks, is_missing
 from .._sql import StreamStatements, json_text
 from .._sqlstate import wrote_nothing
 from ..errors import StreamNotFoundError
-from ..models import StreamChunk
+from ..models import StoredEvent, StreamChunk, TimedChunk
 from .combining import AsyncCombiner
 from .database import RetryableError
 
 if TYPE_CHECKING:
     from .._statement_runner import Row
     from .database import AsyncAttempt, AsyncDatabase
+
+Item = TypeVar("Item")
 
 BATCH_STREAMS = 200  # in one statement at most
 
@@ -84,13 +86,30 @@ class AsyncPageReader:
         """Return the page of a read. Simultaneous reads share a statement."""
         return await self._retry(partial(self._read_shared, read), read.stream_id, contradicts, deadline)
 
-    async def stored(self, stream_id: str, cursor: int) -> AsyncIterator[StreamChunk]:
+    def stored(self, stream_id: str, cursor: int) -> AsyncIterator[StreamChunk]:
         """Iterate over the stored chunks after `cursor`, without waiting for more."""
+        return self._stored(self._sql.read, as_chunks, stream_id, cursor)
+
+    def stored_events(self, stream_id: str, cursor: int) -> AsyncIterator[StoredEvent]:
+        """Iterate as `stored` does, and decode the chunks."""
+        return self._stored(self._sql.read, as_events, stream_id, cursor)
+
+    def stored_with_times(self, stream_id: str, cursor: int) -> AsyncIterator[TimedChunk]:
+        """Iterate as `stored` does, and add the times of the chunks."""
+        return self._stored(self._sql.read_timed, as_timed_chunks, stream_id, cursor)
+
+    async def _stored(
+        self,
+        statement: str,
+        convert: Callable[[Iterable[tuple[Any, ...]]], Iterator[Item]],
+        stream_id: str,
+        cursor: int,
+    ) -> AsyncIterator[Item]:
         limit, delivered = FIRST_PAGE_CHUNKS, 0
         while True:
-            page = await self._stored_page(self._sql.read, stream_id, cursor, limit, delivered)
-            for chunk in page.chunks:
-                yield chunk
+            page = await self._stored_page(statement, stream_id, cursor, limit, delivered)
+            for item in convert(page.rows):
+                yield item
             if page.is_last:
                 return
             delivered = page.rows[-1][0] if page.rows else delivered

@@ -18,6 +18,7 @@ from .._deletion import MAX_ROWS
 from .._followed_stream import Deliver
 from .._leases import EXPIRED_TEXT
 from .._message_tree import new_id
+from .._pages import as_events
 from .._sql import json_array
 from .._stream_list import stream_info
 from .._subscriptions import Subscriptions, wake_all
@@ -26,11 +27,13 @@ from .._write_buffer import WriteBuffer
 from ..errors import StreamExistsError, StreamNotFoundError
 from ..models import (
     CleanupResult,
+    StoredEvent,
     StreamChunk,
     StreamInfo,
     StreamState,
     StreamStatus,
     SynchronousCommit,
+    TimedChunk,
 )
 from .appending import AsyncAppender
 from .database import AsyncDatabase
@@ -252,9 +255,9 @@ class AsyncPostgresStreamStore:
     async def append(self, id: str, chunk: str, *, expected_seq: int | None = None) -> int:
         """Append one chunk. The chunk is durable when this returns.
 
-        The text is stored unchanged. Output of a model is not safe here if a browser reads the stream: a
-        `DurableStream` reads a chunk that contains U+0001 as a named event. Use `DurableStream.start`, or append
-        `aibind_postgres.models.chunk_text(text)`, which is always read as text.
+        The text is stored unchanged. Output of a model is not safe here if the stream is read as events, as browsers
+        and `events` do: a chunk that contains U+0001 is a named event. Use `DurableStream.start` or a writer's `text`,
+        or append `aibind_postgres.models.chunk_text(text)`: all of these are always read as text.
 
         After any of the errors below, nothing was written.
 
@@ -281,7 +284,7 @@ class AsyncPostgresStreamStore:
     async def append_many(self, id: str, chunks: Iterable[str], *, expected_seq: int | None = None) -> int:
         """Append several chunks in one transaction, all of them or none.
 
-        The texts are stored unchanged. `append` describes the risk for browsers.
+        The texts are stored unchanged. `append` describes the risk for streams that are read as events.
 
         Args:
             id: The stream id.
@@ -380,6 +383,57 @@ class AsyncPostgresStreamStore:
             while isinstance(step := await follower.next(), Deliver):
                 for chunk in step.chunks:
                     yield chunk
+
+    def events(self, id: str, after_seq: int = 0, *, follow: bool = True) -> AsyncIterator[StoredEvent]:
+        """Iterate as `read_from` does, and decode each chunk into a text or a named event.
+
+        Use it for a stream that a `DurableStream`, a `StreamHandler` or the TypeScript package writes: its chunks
+        contain the names of events. The event of a text is `message`. So is that of a chunk without a name, as `append`
+        stores it, and of a chunk with a reserved name: `stream-id`, `error`, `stopped`, `done`.
+
+        Args:
+            id: The stream id.
+            after_seq: The sequence number of the last event that the caller has; 0 by default.
+            follow: Whether to wait for new events until the stream ends; True by default. If False, the iterator ends
+                after the last stored chunk.
+
+        Yields:
+            One event for each chunk.
+
+        Raises:
+            StreamNotFoundError: The stream does not exist, or was deleted during the iteration.
+            InvalidDataError: `after_seq` is not an int of at least 0.
+        """
+        stream_id = arguments.identifier(id)
+        cursor = arguments.integer(after_seq, "after_seq", minimum=0)
+        return self._events(stream_id, cursor) if follow else self._pages.stored_events(stream_id, cursor)
+
+    async def _events(self, stream_id: str, cursor: int) -> AsyncIterator[StoredEvent]:
+        with self._follow(stream_id, cursor) as follower:
+            while isinstance(step := await follower.next(), Deliver):
+                for event in as_events(step.chunks):
+                    yield event
+
+    def read_with_times(self, id: str, after_seq: int = 0) -> AsyncIterator[TimedChunk]:
+        """Iterate over the stored chunks and the times at which they were stored, such as for an export.
+
+        The iterator does not wait for new chunks. Its pages and retries are those of `read_from`.
+
+        Args:
+            id: The stream id.
+            after_seq: The sequence number of the last chunk that the caller has; 0 by default.
+
+        Yields:
+            The chunks. Their times are in UTC.
+
+        Raises:
+            StreamNotFoundError: The stream does not exist, or was deleted during the iteration.
+            InvalidDataError: `after_seq` is not an int of at least 0.
+            SchemaError: Migration 0002 is missing.
+        """
+        stream_id = arguments.identifier(id)
+        cursor = arguments.integer(after_seq, "after_seq", minimum=0)
+        return self._pages.stored_with_times(stream_id, cursor)
 
     def _follow(self, stream_id: str, cursor: float) -> AsyncFollower:
         return AsyncFollower(self._database, self._subscriptions, self._listener, self._pages, stream_id, cursor)

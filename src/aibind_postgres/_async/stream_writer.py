@@ -23,7 +23,7 @@ from ..errors import (
     StreamWriteError,
     copy_error,
 )
-from ..models import StreamStatus
+from ..models import StreamEvent, StreamStatus, chunk_text
 from .database import CLOSING_TIMEOUT, AsyncDatabase
 
 logger = logging.getLogger("aibind_postgres")
@@ -57,8 +57,9 @@ class StreamOperations(NamedTuple):
 class AsyncStreamWriter:
     """Writes chunks to one stream. Returned by a store's `writer`, and used as a context manager.
 
-    `write` puts a chunk into a buffer. A background worker sends all buffered chunks in one statement. Chunks that are
-    written during a statement are sent in the next one, so a busy server receives larger statements, not more of them.
+    `write`, `text` and `event` put a chunk into a buffer. A background worker sends all buffered chunks in one
+    statement. Chunks that are written during a statement are sent in the next one, so a busy server receives larger
+    statements, not more of them.
 
     If the server is unreachable, the worker retries for the store's `retry_for` seconds. Each statement contains the
     expected sequence number of its first chunk. A statement with an unknown outcome can therefore be sent again, and no
@@ -130,9 +131,8 @@ class AsyncStreamWriter:
     async def write(self, chunk: str) -> None:
         """Put a chunk into the buffer. If the buffer is full, wait until it has capacity.
 
-        The text is stored unchanged. Output of a model is not safe here if a browser reads the stream: a
-        `DurableStream` reads a chunk that contains U+0001 as a named event. `aibind_postgres.models.chunk_text`
-        prevents that.
+        The text is stored unchanged. Output of a model is not safe here if the stream is read as events, as browsers
+        and the store's `events` do: a chunk that contains U+0001 is a named event. Use `text` instead.
 
         If the call is cancelled while it waits, the chunk is not accepted. Without a worker, it may have been stored.
 
@@ -148,6 +148,35 @@ class AsyncStreamWriter:
             RuntimeError: The writer's block has not been entered, or has been left.
         """
         await self._write(arguments.storable_text(chunk, "a chunk"))
+
+    async def text(self, data: str) -> None:
+        """Write a text, such as output of a model. It is always read as text, also if it contains U+0001.
+
+        The chunk is encoded as a `DurableStream` encodes it. Read the stream with the store's `events`.
+
+        Args:
+            data: Text without NUL characters and lone surrogates.
+
+        Raises:
+            AibindError: The classes are those of `write`.
+            RuntimeError: The writer's block has not been entered, or has been left.
+        """
+        await self._write(chunk_text(arguments.storable_text(data, "a text")))
+
+    async def event(self, name: str, data: str) -> None:
+        """Write a named event, such as `usage` or `tool_call`. Write the texts of such a stream with `text`.
+
+        Args:
+            name: The name of the event, as in a `StreamEvent`. It must not be empty, contain a line break or U+0001, or
+                be one of `stream-id`, `error`, `stopped`, `done` and `message`.
+            data: The data of the event, often JSON.
+
+        Raises:
+            InvalidDataError: The name is not allowed, or an argument is not text or cannot be stored.
+            AibindError: The other classes are those of `write`.
+            RuntimeError: The writer's block has not been entered, or has been left.
+        """
+        await self._write(arguments.storable_text(chunk_text(StreamEvent(name, data)), "an event"))
 
     async def _write(self, text: str) -> None:
         """Put a validated text into the buffer."""

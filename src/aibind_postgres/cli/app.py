@@ -56,6 +56,11 @@ NotifyTrigger = Annotated[
         "package.",
     ),
 ]
+Raw = Annotated[bool, typer.Option("--raw", help="Print the stored chunks unchanged, with the names of events.")]
+Events = Annotated[
+    bool,
+    typer.Option("--events", help="Print each chunk as a line of JSON: seq, event ('message' for text) and data."),
+]
 After = Annotated[int, typer.Option("--after", metavar="N", min=0, help="Start after chunk number N.")]
 
 app = typer.Typer(
@@ -202,7 +207,8 @@ def write(
 ) -> None:
     """Store standard input (UTF-8 text) as a new stream, as it arrives.
 
-    The end of the input completes the stream. Ctrl-C stops it. Input that is not text ends it in an error.
+    The end of the input completes the stream. Ctrl-C stops it. Input that is not text ends it in an error. A chunk that
+    contains U+0001 is stored with another U+0001 before it, so that it is read as text and not as a named event.
     """
     with _open_store(Target(dsn, chunks_table, status_table)) as store:
         raise typer.Exit(writing.write(store, id, by.value, delay))
@@ -212,14 +218,17 @@ def write(
 def tail(
     id: Id,
     after: After = 0,
+    raw: Raw = False,
+    events: Events = False,
     dsn: Dsn = None,
     chunks_table: ChunksTable = CHUNKS_TABLE,
     status_table: StatusTable = STATUS_TABLE,
 ) -> None:
-    """Print the text of a stream and follow it until it ends."""
+    """Print the text of a stream, without its named events, and follow it until it ends."""
+    output_format = _output_format(raw, events)
     target = Target(dsn, chunks_table, status_table)
     with _open_store(target) as store:
-        raise typer.Exit(reading.tail(store, id, after, target))
+        raise typer.Exit(reading.tail(store, id, after, output_format, target))
 
 
 @app.command()
@@ -231,17 +240,20 @@ def replay(
     ] = None,
     instant: Annotated[bool, typer.Option("--instant", help="Print without pauses.")] = False,
     after: After = 0,
+    raw: Raw = False,
+    events: Events = False,
     dsn: Dsn = None,
     chunks_table: ChunksTable = CHUNKS_TABLE,
     status_table: StatusTable = STATUS_TABLE,
 ) -> None:
-    """Print the stored text of a stream at the pace at which it was written."""
+    """Print the stored text of a stream, without its named events, at the pace at which it was written."""
+    output_format = _output_format(raw, events)
     if instant and speed is not None:
         raise typer.BadParameter("give --speed or --instant, not both")
     if speed is not None and not speed > 0:
         raise typer.BadParameter(f"--speed must be above zero, not {speed:g}")
     with _open_store(Target(dsn, chunks_table, status_table)) as store:
-        raise typer.Exit(reading.replay(store, id, after, None if instant else speed or 1.0))
+        raise typer.Exit(reading.replay(store, id, after, output_format, None if instant else speed or 1.0))
 
 
 @app.command()
@@ -254,6 +266,12 @@ def status(
     """Print the state of a stream. The exit code is 1 if it was stopped or ended in an error."""
     with _open_store(Target(dsn, chunks_table, status_table)) as store:
         raise typer.Exit(reading.status(store, id))
+
+
+def _output_format(raw: bool, events: bool) -> reading.OutputFormat:
+    if raw and events:
+        raise typer.BadParameter("give --raw or --events, not both")
+    return "raw" if raw else "events" if events else "text"
 
 
 @contextmanager

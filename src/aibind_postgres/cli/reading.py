@@ -1,21 +1,25 @@
-"""`tail`, `replay` and `status`. Standard output gets the exact stored text; messages go to standard error."""
+"""`tail`, `replay` and `status`. Standard output gets the exact text of the stream; messages go to standard error."""
 
 from __future__ import annotations
 
+import json
 import shlex
 import signal
 import sys
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from .._tables import CHUNKS_TABLE, STATUS_TABLE
 from ..errors import StreamNotFoundError
+from ..models import StoredEvent, event_of
 from .target import DONE, FAILED, INTERRUPTED, Target, print_message
 
 if TYPE_CHECKING:
     from .._sync.stream_store import PostgresStreamStore
+
+OutputFormat: TypeAlias = Literal["text", "raw", "events"]
 
 _SECRETS = ("password", "sslpassword", "oauth_client_secret")
 
@@ -46,35 +50,51 @@ class _DeferredInterrupt:
             raise KeyboardInterrupt
 
 
-def tail(store: PostgresStreamStore, stream_id: str, after: int, target: Target) -> int:
+def render(seq: int, data: str, output_format: OutputFormat) -> str:
+    """Return the output for a chunk. For a named event it is empty in the format `text`."""
+    if output_format == "raw":
+        return data
+    stored = StoredEvent(seq, *event_of(data))
+    if output_format == "events":
+        return json.dumps(stored._asdict(), ensure_ascii=False) + "\n"
+    return stored.data if stored.event == "message" else ""
+
+
+def tail(store: PostgresStreamStore, stream_id: str, after: int, output_format: OutputFormat, target: Target) -> int:
     """Print chunks as they arrive. Return the exit code for the final state of the stream."""
     deferred_interrupt = _DeferredInterrupt()
     last = ""
     try:
-        for seq, last in store.read_from(stream_id, after):
+        for seq, data in store.read_from(stream_id, after):
+            output = render(seq, data, output_format)
             with deferred_interrupt:
-                sys.stdout.buffer.write(last.encode())
+                sys.stdout.buffer.write(output.encode())
                 sys.stdout.buffer.flush()
-                after = seq
+                after, last = seq, output or last
         _finish_line(last)
         return _report_state(store, stream_id)
     except KeyboardInterrupt:
         _finish_line(last)
-        print_message(f"interrupted; to resume from here: {_resume_command(stream_id, after, target)}")
+        print_message(f"interrupted; to resume from here: {_resume_command(stream_id, after, output_format, target)}")
         return INTERRUPTED
 
 
-def replay(store: PostgresStreamStore, stream_id: str, after: int, speed: float | None) -> int:
+def replay(
+    store: PostgresStreamStore, stream_id: str, after: int, output_format: OutputFormat, speed: float | None
+) -> int:
     """Print the stored chunks, without pauses if `speed` is None. Return the exit code for the state of the stream."""
     last = ""
     if speed is None:
-        for _, last in store.read_from(stream_id, after, follow=False):
-            sys.stdout.buffer.write(last.encode())
-        sys.stdout.buffer.flush()
+        chunks = store.read_from(stream_id, after, follow=False)
     else:
-        for _, last in store.replay(stream_id, after, speed=speed):
-            sys.stdout.buffer.write(last.encode())
+        chunks = store.replay(stream_id, after, speed=speed)
+    for seq, data in chunks:
+        output = render(seq, data, output_format)
+        sys.stdout.buffer.write(output.encode())
+        if speed is not None:
             sys.stdout.buffer.flush()
+        last = output or last
+    sys.stdout.buffer.flush()
     _finish_line(last)
     return _report_state(store, stream_id)
 
@@ -115,9 +135,9 @@ def _report_state(store: PostgresStreamStore, stream_id: str) -> int:
     return FAILED
 
 
-def _resume_command(stream_id: str, after: int, target: Target) -> str:
+def _resume_command(stream_id: str, after: int, output_format: OutputFormat, target: Target) -> str:
     """Return the command that resumes after chunk number `after`, without secrets."""
-    options = ["--after", str(after)]
+    options = ["--after", str(after), *([] if output_format == "text" else [f"--{output_format}"])]
     if target.chunks_table != CHUNKS_TABLE:
         options += ["--chunks-table", target.chunks_table]
     if target.status_table != STATUS_TABLE:

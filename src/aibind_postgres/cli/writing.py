@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import psycopg
 
 from ..errors import AibindError, StreamExistsError
+from ..models import chunk_text, event_of
 from .target import DONE, FAILED, INTERRUPTED, USAGE, print_message
 
 if TYPE_CHECKING:
@@ -38,10 +39,11 @@ def write(store: PostgresStreamStore, stream_id: str, by: str, delay: float) -> 
         return USAGE
     try:
         for chunks in split(decode(sys.stdin.fileno()), by):
+            encoded = list(map(_encode, chunks))
             if delay == 0:
-                store.append_many(stream_id, chunks)
+                store.append_many(stream_id, encoded)
             else:
-                for chunk in chunks:
+                for chunk in encoded:
                     store.append(stream_id, chunk)
                     time.sleep(delay)
     except NotTextError as error:
@@ -63,6 +65,11 @@ def write(store: PostgresStreamStore, stream_id: str, by: str, delay: float) -> 
         f"stream {stream_id!r} was ended by another process" + (f": its state is {status.state!r}" if status else "")
     )
     return FAILED
+
+
+def _encode(text: str) -> str:
+    """Return the chunk for a text: unchanged, unless that would be read as a named event or as another text."""
+    return text if event_of(text) == ("message", text) else chunk_text(text)
 
 
 def decode(source: int) -> Iterator[str]:
