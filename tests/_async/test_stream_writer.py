@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import psycopg
@@ -280,11 +280,13 @@ async def test_failed_status_check_is_not_the_end(client, store):
         wakes.append(wake)
         yield
 
-    operations = StreamOperations(append_to(store), store.complete, store.fail, store.get_status)
+    operations = StreamOperations(append_to(store), store.complete, store.fail, store._take_lease, store.get_status)
     id = await store.create()
     buffer, database = WriteBuffer(1000, 1000), AsyncDatabase(client, 0.2, None)
     with pytest.raises(StreamWriteError) as caught:
-        async with AsyncStreamWriter(id, buffer, operations, database, subscribe, None) as writer:
+        async with AsyncStreamWriter(
+            id, buffer, operations, database, subscribe, lambda _: nullcontext(), None
+        ) as writer:
             await writer.write("a")
             await writer.flush()
             client.is_down = True
