@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, get_args
 
 from ._deletion import CLEANUP, DELETE, DELETE_LEFTOVERS, SWEEP, TOMBSTONE, TOMBSTONES
+from ._housekeeping import DUE, LOCK, TAKE_TURN
 from ._pages import BATCH_BYTES, PAGE_BYTES
 from .models import SynchronousCommit
 
@@ -303,6 +304,8 @@ class StreamStatements:
             "fits_in_batch": FITS.format(limit='wanted."limit"'),
             "running_size": RUNNING_SIZE,
             "batch_bytes": BATCH_BYTES,
+            "lock": LOCK,
+            "due": DUE,
             "tombstone_of_1": TOMBSTONE.format(id="$1::text"),
             "tombstone_of_id": TOMBSTONE.format(id="id"),
             "commit_setting": "" if synchronous_commit is None else setting,
@@ -335,6 +338,7 @@ class StreamStatements:
         self.list_by_time = fill(LIST_BY_TIME)
         self.cleanup = fill(CLEANUP)
         self.fail_abandoned = fill(FAIL_ABANDONED)
+        self.take_turn = fill(TAKE_TURN)
 
 
 def rounded_expiry(ttl: str) -> str:

@@ -46,6 +46,7 @@ STREAM_PLANS = {
         [1000, 1000, "x", "", 10],
         ["aibind_stream_status_active_idx", "(seq = page", "(id = silent.id", "(id = abandoned.id"],
     ),
+    "take_turn": (["m", 1000, STATUS_TABLE], ["(id = 'm'"]),
 }
 
 CONVERSATION_PLANS = {
@@ -55,6 +56,7 @@ CONVERSATION_PLANS = {
     "delete": (["7"], ["(session_id = '7'"]),
     "list": (["7", 100], ["(session_id > '7'"]),
     "cleanup": ([10, 1000], ["(expires_at <= ", "(session_id = chosen.session_id"]),
+    "take_turn": (["m", 1000, CONVERSATIONS_TABLE], ["(session_id = 'm'"]),
 }
 
 

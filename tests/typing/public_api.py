@@ -18,6 +18,7 @@ from typing_extensions import assert_type
 
 from aibind_postgres import (
     AsyncDurableStream,
+    AsyncHousekeeper,
     AsyncPostgresClient,
     AsyncPostgresConversationStore,
     AsyncPostgresStreamStore,
@@ -30,6 +31,7 @@ from aibind_postgres import (
     ConversationInfo,
     DurableStream,
     Generation,
+    Housekeeper,
     InvalidHistoryError,
     MessageNotFoundError,
     MessageTree,
@@ -185,6 +187,21 @@ async def async_writers(store: AsyncPostgresStreamStore) -> None:
     async with store.writer("id") as writer:
         await writer.write("chunk")
         assert_type(await writer.flush(), int)
+
+
+def housekeeping(store: PostgresStreamStore, chats: PostgresConversationStore) -> None:
+    with Housekeeper(store, chats, every=timedelta(minutes=10)) as housekeeper:
+        assert_type(housekeeper, Housekeeper)
+    Housekeeper(None, chats, 60).start()
+    Housekeeper(store).close()
+    Housekeeper("dsn")  # type: ignore[arg-type]
+
+
+async def async_housekeeping(store: AsyncPostgresStreamStore, chats: AsyncPostgresConversationStore) -> None:
+    async with AsyncHousekeeper(store, chats, every=60) as housekeeper:
+        assert_type(housekeeper, AsyncHousekeeper)
+    await AsyncHousekeeper(None, chats).start()
+    Housekeeper(store)  # type: ignore[arg-type]
 
 
 class Message(TypedDict):

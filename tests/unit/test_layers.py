@@ -19,6 +19,7 @@ LAYERS = [
         "_arguments",
         "_conversation_sql",
         "_deletion",
+        "_housekeeping",
         "_notifications",
         "_notify_pace",
         "_pages",
@@ -45,7 +46,7 @@ ASYNC_LAYERS = [
     {"following"},
     {"stream_writer"},
     {"stream_store", "conversation_store"},
-    {"producing"},
+    {"producing", "housekeeping"},
     {"durable_stream", "event_bodies"},
     {"handler"},
 ]

@@ -278,19 +278,24 @@ class AsyncPostgresConversationStore:
             The number of deleted conversations.
         """
         total = 0
+        async for deleted in self._cleanup_steps():
+            total += deleted
+        return total
+
+    async def _cleanup_steps(self) -> AsyncIterator[int]:
+        """Delete the expired conversations, and yield the number that each statement has deleted."""
         limit = MAX_ROWS
         while limit:
             [(found, deleted)] = await self._database.query(self._sql.cleanup, [limit, MAX_BYTES])
-            total += deleted
+            yield deleted
             limit = next_limit(limit, found, deleted)
-        return total
 
     async def close(self) -> None:
         """Close the store, and its pool if it was made from a connection string. Safe to repeat."""
         if self._database.inherited:
             return
         self._database.check_owner()
-        self._database.closing.set()
+        self._database.begin_closing()
         await self._database.client.close()
 
     async def __aenter__(self) -> AsyncPostgresConversationStore:

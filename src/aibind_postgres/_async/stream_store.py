@@ -41,6 +41,7 @@ from .psycopg_clients import AsyncClientLike
 from .reading import AsyncPageReader
 from .stream_writer import AsyncStreamWriter, StreamOperations
 
+ABANDONED_AFTER = 600.0  # seconds, the default of `fail_abandoned`
 LIST_PAGE_ROWS = 2000  # rows that one statement of `list` returns
 
 
@@ -504,7 +505,7 @@ class AsyncPostgresStreamStore:
         """
         return await self._deleter.cleanup()
 
-    async def fail_abandoned(self, older_than: float | timedelta) -> builtins.list[str]:
+    async def fail_abandoned(self, older_than: float | timedelta = ABANDONED_AFTER) -> builtins.list[str]:
         """End the active streams that have got no chunk for `older_than` seconds, in state error.
 
         Use it for streams of dead producers. Without migration 0002, and for chunks that are older than it, the time of
@@ -514,7 +515,8 @@ class AsyncPostgresStreamStore:
 
         Args:
             older_than: Seconds, or a timedelta, since the last chunk, or since the creation of a stream without chunks.
-                Use a longer time than the longest pause of a running producer.
+                Use a longer time than the longest pause of a running producer. 600 by default: models and their tools
+                rarely pause for ten minutes.
 
         Returns:
             The ids of the ended streams.
@@ -524,17 +526,22 @@ class AsyncPostgresStreamStore:
             TypeError: `older_than` is neither a number nor a timedelta.
         """
         idle_seconds = arguments.seconds(older_than, "older_than", allow_zero=True)
-        text = f"abandoned: no chunk for {idle_seconds:g} seconds"
         stream_ids: builtins.list[str] = []
+        async for ended in self._fail_abandoned_steps(idle_seconds):
+            stream_ids += ended
+        return stream_ids
+
+    async def _fail_abandoned_steps(self, idle_seconds: float) -> AsyncIterator[builtins.list[str]]:
+        """End the abandoned streams, and yield the ids that each statement has ended."""
+        text = f"abandoned: no chunk for {idle_seconds:g} seconds"
         last: str | None = ""
         while last is not None:
             params = [self._ttl, round(idle_seconds * 1000), text, last, MAX_ROWS]
             rows = await self._database.query(self._sql.fail_abandoned, params)
             last = rows[0][0]
             if ended := [stream_id for _, stream_id in rows if stream_id is not None]:
-                stream_ids += ended
                 await self._notifier.changed(ended)
-        return stream_ids
+                yield ended
 
     async def close(self) -> None:
         """Close the store, and its pool if it was made from a connection string. Safe to repeat.
@@ -550,7 +557,7 @@ class AsyncPostgresStreamStore:
                 for hook in tuple(self._close_hooks):
                     await hook(self)
         finally:
-            self._database.closing.set()
+            self._database.begin_closing()
             wake_all(self._subscriptions.closed())
             async with self._database.client:
                 try:
