@@ -113,14 +113,18 @@ def server_reason(error: BaseException) -> str | None:
     return failures[-1] if failures else None
 
 
+HOW_TO_MIGRATE = (
+    "with `aibind-postgres migrate`, with migrate or async_migrate of aibind_postgres.schema, or with the SQL that "
+    "`aibind-postgres schema` prints"
+)
+
+
 def translate(error: Exception) -> AibindError | None:
     """Return the error of this package for a driver's error, or None if the driver's error should propagate."""
     code = sqlstate(error)
     if code in (UNDEFINED_TABLE, UNDEFINED_COLUMN):
         return SchemaError(
-            f"{_first_line(error)}. Create it with `aibind-postgres migrate`, with migrate or async_migrate "
-            "of aibind_postgres.schema, or with the SQL that `aibind-postgres schema` prints; "
-            "or correct the table names given to the store"
+            f"{_first_line(error)}. Create it {HOW_TO_MIGRATE}; or correct the table names given to the store"
         )
     if code == NUMERIC_VALUE_OUT_OF_RANGE:
         return AibindError(

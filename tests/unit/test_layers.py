@@ -40,7 +40,7 @@ ASYNC_LAYERS = [
     {"client"},
     {"psycopg_clients"},
     {"database"},
-    {"combining"},
+    {"combining", "columns"},
     {"deleting", "reading", "notifying"},
     {"appending", "listening"},
     {"following"},

@@ -32,6 +32,7 @@ from ..models import (
     from_epoch_ms,
 )
 from .appending import AsyncAppender
+from .columns import AsyncColumnCatalog
 from .database import AsyncDatabase
 from .deleting import AsyncDeleter
 from .following import AsyncFollower, subscribe_to_end
@@ -114,6 +115,7 @@ class AsyncPostgresStreamStore:
         self._ttl = arguments.milliseconds(ttl, "ttl")
         self._tables = (status, chunks)
         self._database = AsyncDatabase(client, arguments.seconds(retry_for, "retry_for", allow_zero=True), timeout)
+        self._columns = AsyncColumnCatalog(self._database)
         self._sql = StreamStatements(chunks, status, synchronous_commit)
         wrapped_client = self._database.client
         self._subscriptions = Subscriptions(share=not wrapped_client.joins_transactions)
@@ -508,10 +510,9 @@ class AsyncPostgresStreamStore:
     async def fail_abandoned(self, older_than: float | timedelta = ABANDONED_AFTER) -> builtins.list[str]:
         """End the active streams that have got no chunk for `older_than` seconds, in state error.
 
-        Use it for streams of dead producers. Without migration 0002, and for chunks that are older than it, the time of
-        the last chunk is derived from the expiry, which is rounded up: a stream may be ended later, by up to a quarter
-        of the ttl. Every writer must then use the ttl of this store and renew the expiry. The TypeScript package does
-        not renew it.
+        Use it for streams of dead producers, also those of the TypeScript package. Nothing is known of the last
+        activity before migration 0002. Streams without any activity since then are ended by a store object that has
+        first called this method at least `older_than` seconds ago, and found the migration.
 
         Args:
             older_than: Seconds, or a timedelta, since the last chunk, or since the creation of a stream without chunks.
@@ -522,6 +523,7 @@ class AsyncPostgresStreamStore:
             The ids of the ended streams.
 
         Raises:
+            SchemaError: Migration 0002 is missing. A transaction of the caller stays usable.
             ValueError: `older_than` is negative, or above 1e9 seconds.
             TypeError: `older_than` is neither a number nor a timedelta.
         """
@@ -533,10 +535,15 @@ class AsyncPostgresStreamStore:
 
     async def _fail_abandoned_steps(self, idle_seconds: float) -> AsyncIterator[builtins.list[str]]:
         """End the abandoned streams, and yield the ids that each statement has ended."""
+        found_at = 0.0
+        for table in self._tables:
+            columns = await self._columns.require(table, ["created_at"], "fail_abandoned", "0002")
+            found_at = max(found_at, columns.found_at)
+        ends_untimed = monotonic() - found_at >= idle_seconds
         text = f"abandoned: no chunk for {idle_seconds:g} seconds"
         last: str | None = ""
         while last is not None:
-            params = [self._ttl, round(idle_seconds * 1000), text, last, MAX_ROWS]
+            params = [self._ttl, round(idle_seconds * 1000), text, last, MAX_ROWS, ends_untimed]
             rows = await self._database.query(self._sql.fail_abandoned, params)
             last = rows[0][0]
             if ended := [stream_id for _, stream_id in rows if stream_id is not None]:
