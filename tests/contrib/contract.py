@@ -249,6 +249,7 @@ def check_conversations(ours: PostgresConversationStore, client: Any) -> None:
     after = server_time(client)
     infos = list(ours.list())
     assert [info.session_id for info in infos] == [*(f"%s {number} :p1" for number in range(6)), "s"]
+    assert infos[0].expires_at is not None
     assert before + TTL - ROUNDING <= infos[0].expires_at.timestamp() <= after + TTL + ROUNDING
     assert ours.delete("s") is True
     assert ours.delete("s") is False
@@ -512,6 +513,7 @@ async def async_check_conversations(ours: AsyncPostgresConversationStore, client
     after = await async_server_time(client)
     infos = [info async for info in ours.list()]
     assert [info.session_id for info in infos] == [*(f"%s {number} :p1" for number in range(6)), "s"]
+    assert infos[0].expires_at is not None
     assert before + TTL - ROUNDING <= infos[0].expires_at.timestamp() <= after + TTL + ROUNDING
     assert await ours.delete("s") is True
     assert await ours.delete("s") is False

@@ -254,7 +254,8 @@ def conversations(message: Message) -> None:
         assert_type(store.cleanup(), int)
         for session_id, expires_at in store.list():
             assert_type(session_id, str)
-            assert_type(expires_at, datetime)
+            assert_type(expires_at, datetime | None)
+    PostgresConversationStore("", ttl=None)
     try:
         store.save("id", chat)
     except ConversationConflictError as conflict:
