@@ -1,4 +1,4 @@
-"""The columns of the tables of a store, which show what migrations have been applied."""
+"""The columns of the tables of a store, which show the applied migrations."""
 
 from __future__ import annotations
 

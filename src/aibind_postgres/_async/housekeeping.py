@@ -34,8 +34,8 @@ class AsyncHousekeeper:
     another process took one within the last period. If processes have different periods, the shortest one applies. If
     the process dies during its turn, another one does the rest in the next period.
 
-    What was ended or deleted is logged at level INFO. Nothing is raised in the background: failures are logged as
-    warnings, and tried again in the next period.
+    The numbers of ended and deleted rows are logged at level INFO. Nothing is raised in the background: failures are
+    logged as warnings, and tried again in the next period.
 
     Leaving the block waits for up to one second for the statement under way. An asynchronous housekeeper then cancels
     it; a thread ends when its statement returns. A housekeeper also ends when one of its stores is closed. Start it in
