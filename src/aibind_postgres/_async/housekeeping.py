@@ -52,9 +52,6 @@ class AsyncHousekeeper:
     Raises:
         ValueError: Both stores are None, or `every` is not more than zero, or above 1e9 seconds.
         TypeError: A store is not of this flavour, or `every` is neither a number nor a timedelta.
-
-    Example:
-        with Housekeeper(streams, conversations): ...
     """
 
     def __init__(
