@@ -36,6 +36,7 @@ from .web import Generation, WebRequest
 __all__ = [
     "AibindError",
     "AsyncDurableStream",
+    "AsyncHousekeeper",
     "AsyncPostgresClient",
     "AsyncPostgresConversationStore",
     "AsyncPostgresStreamStore",
@@ -49,6 +50,7 @@ __all__ = [
     "DurableStream",
     "ForkedError",
     "Generation",
+    "Housekeeper",
     "InvalidDataError",
     "InvalidHistoryError",
     "MessageNotFoundError",
@@ -86,6 +88,7 @@ __all__ = [
 # together take most of the time of the import.
 _MODULES = {
     "DurableStream": "durable_stream",
+    "Housekeeper": "housekeeping",
     "PostgresClient": "client",
     "PostgresConversationStore": "conversation_store",
     "PostgresStreamStore": "stream_store",
@@ -99,12 +102,14 @@ if TYPE_CHECKING:
     from ._async.conversation_store import AsyncPostgresConversationStore
     from ._async.durable_stream import AsyncDurableStream
     from ._async.handler import AsyncStreamHandler, AsyncWebResponse
+    from ._async.housekeeping import AsyncHousekeeper
     from ._async.stream_store import AsyncPostgresStreamStore
     from ._async.stream_writer import AsyncStreamWriter
     from ._sync.client import PostgresClient
     from ._sync.conversation_store import PostgresConversationStore
     from ._sync.durable_stream import DurableStream
     from ._sync.handler import StreamHandler, WebResponse
+    from ._sync.housekeeping import Housekeeper
     from ._sync.stream_store import PostgresStreamStore
     from ._sync.stream_writer import StreamWriter
     from .adapters import wrap_asyncpg, wrap_django, wrap_sqlalchemy

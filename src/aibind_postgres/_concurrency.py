@@ -260,6 +260,20 @@ def interrupt(worker: Worker, source: object) -> bool:
     return True
 
 
+async def async_join_or_cancel(worker: AsyncWorker, timeout: float) -> None:
+    """Wait for a worker to end. After `timeout` seconds, cancel it."""
+    try:
+        await worker.join(timeout)
+    finally:
+        worker.cancel()
+    await worker.join(timeout)
+
+
+def join_or_cancel(worker: Worker, timeout: float) -> None:
+    """Wait for a worker to end, for up to `timeout` seconds. A thread cannot be cancelled."""
+    worker.join(timeout)
+
+
 async def async_call_or_await(callback: Callable[..., Any], *args: object) -> Any:
     """Call a function or a coroutine function and return its result."""
     result = callback(*args)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ._housekeeping import DUE, LOCK, MARKER, TAKE_CONVERSATION_TURN
 from ._sql import FEW, NOW
 
 if TYPE_CHECKING:
@@ -62,11 +63,11 @@ SELECT session_id, expires_at FROM {conversations}
  LIMIT $2::bigint
 """
 
-# Deletes expired conversations with at most $2 bytes together, or a single larger one.
+# Deletes expired conversations with at most $2 bytes together, or a single larger one. Keeps the housekeeping marker.
 DELETE_EXPIRED = """
 WITH expired AS MATERIALIZED (
     SELECT session_id, expires_at, octet_length(data) AS size FROM {conversations}
-     WHERE expires_at <= {now}
+     WHERE expires_at <= {now} AND session_id <> '{marker}'
      ORDER BY expires_at
      LIMIT $1::bigint
        FOR UPDATE SKIP LOCKED
@@ -88,7 +89,8 @@ class ConversationStatements:
     """The statements of one conversation store, with its table name filled in."""
 
     def __init__(self, conversations: Table) -> None:
-        values = {"conversations": conversations.quoted, "few": FEW, "now": NOW}
+        names = {"conversations": conversations.quoted, "marker": MARKER}
+        values = {**names, "few": FEW, "now": NOW, "lock": LOCK, "due": DUE}
         self.load = LOAD.format_map(values)
         self.save = SAVE.format_map(values)
         self.overwrite = OVERWRITE.format_map(values)
@@ -96,3 +98,4 @@ class ConversationStatements:
         self.delete = DELETE.format_map(values)
         self.list = LIST_CONVERSATIONS.format_map(values)
         self.cleanup = DELETE_EXPIRED.format_map(values)
+        self.take_turn = TAKE_CONVERSATION_TURN.format_map(values)

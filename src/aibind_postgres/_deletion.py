@@ -71,14 +71,14 @@ WITH leftovers AS (
 SELECT (SELECT count(*) FROM leftovers) {commit_setting}
 """
 
-# Deletes expired streams with at most $2 chunks together. The size of a stream is its highest sequence number. A larger
-# one is replaced by a tombstone; if $2 is NULL, one stream of any size is deleted without a tombstone. SKIP LOCKED
-# skips rows that another process is cleaning up. The ids are passed as arrays, of which the planner expects few rows,
-# rather than as many as $1: it might scan all chunks for these.
+# Deletes expired streams with at most $2 chunks together. Keeps tombstones and the housekeeping marker. The size of a
+# stream is its highest sequence number. A larger one is replaced by a tombstone; if $2 is NULL, one stream of any size
+# is deleted without a tombstone. SKIP LOCKED skips rows that another process is cleaning up. The ids are passed as
+# arrays, of which the planner expects few rows, rather than as many as $1: it might scan all chunks for these.
 CLEANUP = """
 WITH expired AS MATERIALIZED (
     SELECT id, expires_at FROM {status}
-     WHERE state <> 'active' AND expires_at <= {now}
+     WHERE state <> 'active' AND state <> 'deleted' AND expires_at <= {now}
      ORDER BY expires_at
      LIMIT $1::bigint
        FOR UPDATE SKIP LOCKED

@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, get_args
 
 from ._deletion import CLEANUP, DELETE, DELETE_LEFTOVERS, SWEEP, TOMBSTONE, TOMBSTONES
+from ._housekeeping import DUE, LOCK, TAKE_TURN
 from ._leases import END_EXPIRED, EXPIRED, RENEW_LEASES, TAKE_LEASE
 from ._pages import BATCH_BYTES, PAGE_BYTES
 from ._stream_list import ACTIVE, DETAILS, IN_RANGE, INFO, LIST, LIST_BY_TIME, OF_OWNER, OF_SESSION
@@ -215,28 +216,32 @@ SELECT EXISTS (SELECT FROM ended) AS ended, EXISTS (SELECT FROM {status} WHERE i
 {commit_setting}
 """
 
-# Checks the next $5 active streams after id $4. The last activity is created_at of the last chunk, or of a stream
-# without chunks (migration 0002). Without these columns it is derived from expires_at and the ttl of this store.
-# expires_at is rounded up, so the latest possible time is used: no running producer is ended. An expires_at outside the
-# range of timestamps is clamped, since its conversion would fail the whole statement. A stream that gets a chunk after
-# the snapshot is kept. OFFSET 0 keeps the planner from joining all chunks.
+# Checks the next $5 active streams after id $4. The last activity is created_at of the last stored chunk, or of the
+# stream if it has no chunks. A writer may count a chunk before it stores it, so the last stored chunk may have a lower
+# number. A stream that gets a chunk after the snapshot is kept. Rows from before migration 0002 have no created_at, and
+# nothing else shows that their writer lives: the TypeScript package does not renew expires_at. But a chunk of a living
+# writer has got a time since the migration. $6 is whether the migration has been present for at least the time of
+# silence.
 FAIL_ABANDONED = """
 WITH page AS MATERIALIZED (
-    SELECT id, total_chunks, (to_jsonb(s) ->> 'created_at')::timestamptz AS created_at,
-           to_timestamp((least(greatest(expires_at, 0), 8000000000000000) - $1::bigint) / 1000.0) AS renewed_at
-      FROM {status} AS s
-     WHERE state = 'active' AND id > $4::text
+    SELECT id, total_chunks, created_at
+      FROM {status}
+     WHERE state = 'active' AND id > $4::text {without_lease}
      ORDER BY id
      LIMIT $5::bigint
 ), silent AS MATERIALIZED (
-    SELECT id, total_chunks
+    SELECT page.id, total_chunks
       FROM page LEFT JOIN LATERAL (
-               SELECT (to_jsonb(c) ->> 'created_at')::timestamptz
-                 FROM {chunks} AS c WHERE c.id = page.id AND c.seq = page.total_chunks
-               OFFSET 0
-           ) AS last_chunk (written_at) ON true
-     WHERE coalesce(CASE WHEN total_chunks <= 0 THEN created_at ELSE written_at END, renewed_at)
-           <= statement_timestamp() - $2::bigint * interval '1 millisecond'
+               SELECT seq, created_at FROM {chunks}
+                WHERE id = page.id AND seq <= page.total_chunks
+                ORDER BY seq DESC
+                LIMIT 1
+           ) AS last_chunk ON true,
+           LATERAL (
+               SELECT CASE WHEN seq IS NULL THEN page.created_at ELSE last_chunk.created_at END
+           ) AS activity (last_time)
+     WHERE last_time <= statement_timestamp() - $2::bigint * interval '1 millisecond'
+        OR (last_time IS NULL AND $6::boolean)
 ), locked AS MATERIALIZED (
     SELECT s.id
       FROM silent, LATERAL (
@@ -246,12 +251,18 @@ WITH page AS MATERIALIZED (
            ) AS s
 ), ended AS (
     UPDATE {status} AS s
-       SET state = 'error', error = $3::text, expires_at = {now} + $1::bigint
+       SET state = 'error', error = $3::text, expires_at = {now} + {ttl_of_1}
       FROM (SELECT unnest(ARRAY(SELECT id FROM locked)) {few}) AS abandoned (id)
      WHERE s.id = abandoned.id AND s.state = 'active'
     RETURNING s.id
 )
 SELECT last, ended.id FROM (SELECT max(id) FROM page) AS page (last) LEFT JOIN ended ON true {commit_setting}
+"""
+
+# created_at counts only with its default, which the migration sets later: without it, no chunk has a time.
+COLUMNS = """
+SELECT attname::text FROM pg_attribute
+ WHERE attrelid = to_regclass($1::text) AND attnum > 0 AND NOT attisdropped AND (atthasdef OR attname <> 'created_at')
 """
 
 NOTIFY = "SELECT pg_notify($1::text, payload) FROM json_array_elements_text($2::text::json) AS payload"
@@ -296,6 +307,7 @@ class StreamStatements:
             "detail_columns": "",
             "detail_values": "",
             "lease": str(lease),
+            "without_lease": "" if lease is None else "AND lease_until IS NULL",
             # Without a lease, the sum is NULL.
             "renewed_lease": "" if lease is None else f", lease_until = lease_until + {RENEWAL.format(lease=lease)}",
             "lease_expired": "NULL::boolean" if lease is None else f"lease_until <= {NOW}",
@@ -304,6 +316,8 @@ class StreamStatements:
             "fits_in_batch": FITS.format(limit='wanted."limit"'),
             "running_size": RUNNING_SIZE,
             "batch_bytes": BATCH_BYTES,
+            "lock": LOCK,
+            "due": DUE,
             "tombstone_of_1": TOMBSTONE.format(id="$1::text"),
             "tombstone_of_id": TOMBSTONE.format(id="id"),
             "commit_setting": "" if synchronous_commit is None else f"WHERE {setting}",
@@ -316,7 +330,7 @@ class StreamStatements:
         def fill(statement: str, ttl: str = "$4", **others: str) -> str:
             renewed = f"greatest(expires_at, {rounded_expiry(ttl_of_stream(ttl))})"
             expiry = rounded_expiry(f"{ttl}::bigint")
-            ttls = {"ttl_of_3": ttl_of_stream("$3"), "ttl_of_4": ttl_of_stream("$4")}
+            ttls = {"ttl_of_1": ttl_of_stream("$1"), "ttl_of_3": ttl_of_stream("$3"), "ttl_of_4": ttl_of_stream("$4")}
             return statement.format_map({**values, **ttls, "expiry": expiry, "renewed_expiry": renewed, **others})
 
         self.create = fill(CREATE, ttl="$2", limit="$3")
@@ -352,6 +366,7 @@ class StreamStatements:
         self.list_by_time = fill(LIST_BY_TIME)
         self.cleanup = fill(CLEANUP)
         self.fail_abandoned = fill(FAIL_ABANDONED)
+        self.take_turn = fill(TAKE_TURN)
 
 
 def rounded_expiry(ttl: str) -> str:

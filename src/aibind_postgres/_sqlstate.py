@@ -113,6 +113,12 @@ def server_reason(error: BaseException) -> str | None:
     return failures[-1] if failures else None
 
 
+HOW_TO_MIGRATE = (
+    "with `aibind-postgres migrate`, with migrate or async_migrate of aibind_postgres.schema, or with the SQL that "
+    "`aibind-postgres schema` prints"
+)
+
+
 def translate(error: Exception) -> AibindError | None:
     """Return the error of this package for a driver's error, or None if the driver's error should propagate."""
     code = sqlstate(error)
@@ -120,9 +126,7 @@ def translate(error: Exception) -> AibindError | None:
         text = _first_line(error)
         migration = " (migration 0002)" if code == UNDEFINED_COLUMN and "created_at" in text else ""
         return SchemaError(
-            f"{text}{migration}. Create it with `aibind-postgres migrate`, with migrate or async_migrate "
-            "of aibind_postgres.schema, or with the SQL that `aibind-postgres schema` prints; "
-            "or correct the table names given to the store"
+            f"{text}{migration}. Create it {HOW_TO_MIGRATE}; or correct the table names given to the store"
         )
     if code == NUMERIC_VALUE_OUT_OF_RANGE:
         return AibindError(

@@ -8,6 +8,11 @@ from typing import Any, Literal, NamedTuple
 
 from .errors import InvalidDataError
 
+# The ttl, in milliseconds, of what never expires: about 253,000 years. A row that expires later than this after the
+# epoch never expires either. JavaScript can read such a time until the year 22,000: its integers are exact up to
+# 2^53 - 1, and its dates end at 8.64e15.
+NEVER_MS = 8_000_000_000_000_000
+
 EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 
 # The values of PostgreSQL's setting synchronous_commit.
@@ -174,11 +179,12 @@ class ConversationInfo(NamedTuple):
 
     Attributes:
         session_id: The id of the conversation.
-        expires_at: The time at which the conversation expires, unless it is saved or touched before.
+        expires_at: The time at which the conversation expires, unless it is saved or touched before. None if it never
+            expires.
     """
 
     session_id: str
-    expires_at: datetime
+    expires_at: datetime | None
 
 
 def from_epoch_ms(milliseconds: int) -> datetime:

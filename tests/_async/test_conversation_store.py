@@ -19,6 +19,7 @@ from aibind_postgres import (
     StoreClosedError,
 )
 from aibind_postgres._async import conversation_store
+from aibind_postgres.models import NEVER_MS
 
 pytestmark = pytest.mark.parametrize(
     "conversations",
@@ -146,6 +147,53 @@ async def test_save_inside_edit(store):
         assert (await store.load("s")).messages == ["question"]
         chat.append("answer")
     assert (await store.load("s")).messages == ["question", "answer"]
+
+
+async def test_without_a_ttl_nothing_expires(dsn, conversations, store, run):
+    async with AsyncPostgresConversationStore(dsn, table=conversations, ttl=None) as endless:
+        async with endless.edit("s") as chat:
+            chat.append("hello")
+        stored = await expiry(run, "s")
+        # JavaScript's Number holds it exactly, and its Date accepts it.
+        assert NEVER_MS < stored < min(2**53, 8_640_000_000_000_000)
+        assert [info async for info in endless.list()] == [ConversationInfo("s", None)]
+        assert [info async for info in store.list()] == [ConversationInfo("s", None)]
+
+        async with endless.edit("s") as chat:
+            chat.append("again")
+        assert await endless.cleanup() == await store.cleanup() == 0
+        assert (await store.load("s")).messages == ["hello", "again"]
+
+        # The last store that saves or touches it decides.
+        assert await store.touch("s") is True
+        assert [info.expires_at is None async for info in endless.list()] == [False]
+        assert await endless.touch("s") is True
+        await endless.save("s", await endless.load("s"), on_conflict="overwrite")
+        assert [info.expires_at async for info in store.list()] == [None]
+
+        # An expired row counts as deleted, as with a ttl.
+        await expire(run, "s")
+        assert await endless.touch("s") is False
+        assert [info async for info in endless.list()] == []
+        async with endless.edit("s") as chat:
+            assert chat.is_empty
+            chat.append("new")
+        assert (await endless.load("s")).messages == ["new"]
+        await expire(run, "s")
+        assert await endless.cleanup() == 1
+
+
+async def test_rows_of_the_typescript_package_without_a_ttl(dsn, conversations, run):
+    document = '{"version": 1, "nodes": {}, "rootIds": [], "activeLeafId": null}'
+    async with AsyncPostgresConversationStore(dsn, table=conversations, ttl=None) as store:
+        # Those with a ttl of 30 minutes, of Number.MAX_SAFE_INTEGER, and with the last date of JavaScript.
+        for id, expires_at in (("a", await server_time(run) + 1_800_000), ("b", 2**53), ("c", 8_640_000_000_000_000)):
+            await run("INSERT INTO TABLE VALUES ($1, $2, $3)", id, document, expires_at)
+            assert (await store.load(id)).is_empty
+        assert [info.expires_at is None async for info in store.list()] == [False, True, True]
+        assert await store.touch("a") is True
+        assert [info.expires_at async for info in store.list()] == [None] * 3
+        assert await store.cleanup() == 0
 
 
 async def test_save_and_touch_restart_the_ttl(dsn, conversations, run):

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -18,10 +19,12 @@ from support.concurrency import AsyncBackground, Background, async_gather, async
 from support.sessions import TERMINATE, read_only_sessions
 
 from aibind_postgres import (
+    AsyncHousekeeper,
     AsyncPostgresConversationStore,
     AsyncPostgresStreamStore,
     ChatHistory,
     ConversationConflictError,
+    Housekeeper,
     PostgresConversationStore,
     PostgresStreamStore,
     SchemaError,
@@ -250,10 +253,26 @@ def check_conversations(ours: PostgresConversationStore, client: Any) -> None:
     after = server_time(client)
     infos = list(ours.list())
     assert [info.session_id for info in infos] == [*(f"%s {number} :p1" for number in range(6)), "s"]
+    assert infos[0].expires_at is not None
     assert before + TTL - ROUNDING <= infos[0].expires_at.timestamp() <= after + TTL + ROUNDING
     assert ours.delete("s") is True
     assert ours.delete("s") is False
     assert ours.cleanup() == 0
+
+
+def check_housekeeping(ours: PostgresStreamStore, chats: PostgresConversationStore, caplog: Any) -> None:
+    """Clean up, and leave the next turn to others. The ttl of both stores must be a millisecond."""
+    caplog.set_level(logging.INFO, logger="aibind_postgres")
+    ours.complete(ours.create())
+    chats.save("s", ChatHistory())
+    time.sleep(0.01)
+    with Housekeeper(ours, chats):
+        until(lambda: len(caplog.records) >= 2)
+        time.sleep(0.1)  # another record would be of a failure
+    assert [record.getMessage().partition('": ')[2] for record in caplog.records] == [
+        "streams deleted: 1",
+        "conversations deleted: 1",
+    ]
 
 
 def check_following(
@@ -502,10 +521,27 @@ async def async_check_conversations(ours: AsyncPostgresConversationStore, client
     after = await async_server_time(client)
     infos = [info async for info in ours.list()]
     assert [info.session_id for info in infos] == [*(f"%s {number} :p1" for number in range(6)), "s"]
+    assert infos[0].expires_at is not None
     assert before + TTL - ROUNDING <= infos[0].expires_at.timestamp() <= after + TTL + ROUNDING
     assert await ours.delete("s") is True
     assert await ours.delete("s") is False
     assert await ours.cleanup() == 0
+
+
+async def async_check_housekeeping(
+    ours: AsyncPostgresStreamStore, chats: AsyncPostgresConversationStore, caplog: Any
+) -> None:
+    caplog.set_level(logging.INFO, logger="aibind_postgres")
+    await ours.complete(await ours.create())
+    await chats.save("s", ChatHistory())
+    await async_sleep(0.01)
+    async with AsyncHousekeeper(ours, chats):
+        await async_until(lambda: len(caplog.records) >= 2)
+        await async_sleep(0.1)
+    assert [record.getMessage().partition('": ')[2] for record in caplog.records] == [
+        "streams deleted: 1",
+        "conversations deleted: 1",
+    ]
 
 
 async def async_check_following(ours: AsyncPostgresStreamStore, theirs: AsyncPostgresStreamStore) -> None:

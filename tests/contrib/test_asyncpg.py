@@ -64,6 +64,16 @@ async def test_round_trip_on_a_connection_of_a_pool(pool, tables):
 
 
 @pytest.mark.parametrize("kind", ["pool", "connection"])
+async def test_housekeeping(kind, pool, connection, tables, conversations, caplog):
+    client = wrap_asyncpg({"pool": pool, "connection": connection}[kind])
+    async with (
+        AsyncPostgresStreamStore(client, **tables, ttl=0.001) as store,
+        AsyncPostgresConversationStore(client, table=conversations, ttl=0.001) as chats,
+    ):
+        await contract.async_check_housekeeping(store, chats, caplog)
+
+
+@pytest.mark.parametrize("kind", ["pool", "connection"])
 async def test_following(request, kind, pool, connection, theirs, tables):
     client = {"pool": pool, "connection": connection}[kind]
     async with AsyncPostgresStreamStore(wrap_asyncpg(client), **tables, poll_interval=0.05) as store:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import time
 import uuid
 import weakref
@@ -22,6 +23,7 @@ from support.tenant_backend.base import Tenant
 from aibind_postgres import (
     AibindError,
     DurableStream,
+    Housekeeper,
     PostgresConversationStore,
     PostgresStreamStore,
     StreamNotFoundError,
@@ -96,6 +98,30 @@ def test_round_trip_without_time_zones(tables, alias, zone):
     ):
         contract.round_trip(store, wrap_django(alias), tables, close_connections)
         close_connections()
+
+
+@pytest.mark.parametrize("alias", ALIASES)
+def test_housekeeping(tables, conversations, alias, caplog):
+    client = wrap_django(alias)
+    with (
+        PostgresStreamStore(client, **tables, ttl=0.001) as store,
+        PostgresConversationStore(client, table=conversations, ttl=0.001) as chats,
+    ):
+        contract.check_housekeeping(store, chats, caplog)
+
+
+def test_housekeeping_works_during_a_transaction_of_the_application(theirs, tables, caplog):
+    caplog.set_level(logging.INFO, logger="aibind_postgres")
+    id = theirs.create()
+    with PostgresStreamStore(wrap_django(), **tables, ttl=0.001) as store:
+        store.complete(id)
+        with transaction.atomic():
+            store.create("kept")
+            with Housekeeper(store):
+                until(lambda: caplog.records)
+        assert theirs.get_status(id) is None
+        assert theirs.get_status("kept").state == "active"
+    assert "streams deleted: 1" in caplog.records[0].getMessage()
 
 
 @pytest.mark.parametrize("alias", ALIASES)
@@ -252,7 +278,7 @@ def test_background_threads_close_djangos_connections(theirs, tables, monkeypatc
     monkeypatch.setattr(type(connections["default"]), "connect", connect_and_record)
     if not listens:
         monkeypatch.setattr(own_connections, "open_connection", refuse)
-    with PostgresStreamStore(wrap_django(), **tables, poll_interval=0.05) as store:
+    with PostgresStreamStore(wrap_django(), **tables, poll_interval=0.05) as store, Housekeeper(store):
         contract.check_following(store, theirs, close_connections)
         assert "aibind_postgres-listener" in workers()
     close_connections()

@@ -94,6 +94,22 @@ async def test_conversation_store_in_tasks(async_client, conversations):
         await contract.async_check_conversations(store, async_client)
 
 
+def test_housekeeping(client, tables, conversations, caplog):
+    with (
+        PostgresStreamStore(client, **tables, ttl=0.001) as store,
+        PostgresConversationStore(client, table=conversations, ttl=0.001) as chats,
+    ):
+        contract.check_housekeeping(store, chats, caplog)
+
+
+async def test_housekeeping_in_tasks(async_client, tables, conversations, caplog):
+    async with (
+        AsyncPostgresStreamStore(async_client, **tables, ttl=0.001) as store,
+        AsyncPostgresConversationStore(async_client, table=conversations, ttl=0.001) as chats,
+    ):
+        await contract.async_check_housekeeping(store, chats, caplog)
+
+
 def test_following(store, dsn, tables):
     with PostgresStreamStore(dsn, **tables) as theirs:
         contract.check_following(store, theirs)

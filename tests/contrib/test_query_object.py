@@ -89,6 +89,26 @@ async def test_conversation_store_in_tasks(async_pool, conversations, rows):
 
 
 @pytest.mark.parametrize("rows", ROWS)
+def test_housekeeping(pool, tables, conversations, rows, caplog):
+    client = QueryClient(pool, rows)
+    with (
+        PostgresStreamStore(client, **tables, ttl=0.001) as store,
+        PostgresConversationStore(client, table=conversations, ttl=0.001) as chats,
+    ):
+        contract.check_housekeeping(store, chats, caplog)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+async def test_housekeeping_in_tasks(async_pool, tables, conversations, rows, caplog):
+    client = AsyncQueryClient(async_pool, rows)
+    async with (
+        AsyncPostgresStreamStore(client, **tables, ttl=0.001) as store,
+        AsyncPostgresConversationStore(client, table=conversations, ttl=0.001) as chats,
+    ):
+        await contract.async_check_housekeeping(store, chats, caplog)
+
+
+@pytest.mark.parametrize("rows", ROWS)
 def test_following(pool, theirs, tables, rows):
     with PostgresStreamStore(QueryClient(pool, rows), **tables, poll_interval=0.05) as store:
         contract.check_following(store, theirs)

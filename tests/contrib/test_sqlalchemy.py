@@ -66,6 +66,24 @@ async def test_conversation_store_in_tasks(async_engine, conversations):
 
 
 @names_of_all_kinds
+def test_housekeeping(engine, tables, conversations, caplog):
+    client = wrap_sqlalchemy(engine)
+    with (
+        PostgresStreamStore(client, **tables, ttl=0.001) as store,
+        PostgresConversationStore(client, table=conversations, ttl=0.001) as chats,
+    ):
+        contract.check_housekeeping(store, chats, caplog)
+
+
+async def test_housekeeping_in_tasks(async_engine, tables, conversations, caplog):
+    client = wrap_sqlalchemy(async_engine)
+    async with (
+        AsyncPostgresStreamStore(client, **tables, ttl=0.001) as store,
+        AsyncPostgresConversationStore(client, table=conversations, ttl=0.001) as chats,
+    ):
+        await contract.async_check_housekeeping(store, chats, caplog)
+
+
 def test_following(engine, theirs, tables):
     with PostgresStreamStore(wrap_sqlalchemy(engine), **tables, poll_interval=0.05) as store:
         contract.check_following(store, theirs)

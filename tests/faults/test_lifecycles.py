@@ -18,6 +18,7 @@ from aibind_postgres import (
     AibindError,
     AsyncPostgresStreamStore,
     ChatHistory,
+    Housekeeper,
     PostgresConversationStore,
     PostgresStreamStore,
 )
@@ -181,6 +182,36 @@ def test_conversation_store_in_a_forked_process_works_or_raises(dsn, conversatio
         for _ in range(20):
             assert store.load("parent").to_json() == chat.to_json()
         assert len(store.load("child")) == (0 if refused else 20)
+
+
+def test_forked_process_does_not_continue_a_housekeeper(dsn, tables):
+    with PostgresStreamStore(dsn, **tables) as store:
+        housekeeper = Housekeeper(store)
+
+        def child():
+            running = [name for name in workers() if "housekeeper" in name]
+            housekeeper.close()
+            return running, was_refused(housekeeper.start)
+
+        housekeeper.start()
+        assert in_a_child(child) == "([], True)"
+        assert "aibind_postgres-housekeeper" in workers()
+        housekeeper.close()
+        assert "aibind_postgres-housekeeper" not in workers()
+
+
+def test_housekeeper_that_was_made_before_a_fork_works_in_the_child(dsn, tables):
+    with PostgresStreamStore(dsn, **tables, ttl=0.001) as store, PostgresStreamStore(dsn, **tables) as other:
+        id = other.create()
+        housekeeper = Housekeeper(store)
+
+        def child():
+            with housekeeper:
+                store.complete(id)
+                until(lambda: store.fail_abandoned(0) is not None)
+                return [name for name in workers() if "housekeeper" in name]
+
+        assert in_a_child(child) == "['aibind_postgres-housekeeper']"
 
 
 @pytest.mark.parametrize("used", [False, True])

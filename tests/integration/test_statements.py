@@ -54,9 +54,10 @@ STREAM_PLANS = {
     ),
     "cleanup": ([10, 10], ["(expires_at <= ", "(id = emptied.id", "(id = ended.id"]),
     "fail_abandoned": (
-        [1000, 1000, "x", "", 10],
-        ["aibind_stream_status_active_idx", "(seq = page", "(id = silent.id", "(id = abandoned.id"],
+        [1000, 1000, "x", "", 10, False],
+        ["aibind_stream_status_active_idx", "(seq <= page", "(id = silent.id", "(id = abandoned.id"],
     ),
+    "take_turn": (["m", 1000, STATUS_TABLE], ["(id = 'm'"]),
 }
 
 CONVERSATION_PLANS = {
@@ -66,6 +67,7 @@ CONVERSATION_PLANS = {
     "delete": (["7"], ["(session_id = '7'"]),
     "list": (["7", 100], ["(session_id > '7'"]),
     "cleanup": ([10, 1000], ["(expires_at <= ", "(session_id = chosen.session_id"]),
+    "take_turn": (["m", 1000, CONVERSATIONS_TABLE], ["(session_id = 'm'"]),
 }
 
 
@@ -126,6 +128,18 @@ def test_page_of_a_long_stream_reads_one_page(connection, name):
         connection.execute(f"SET enable_bitmapscan = {setting}")
         [([plan],)] = connection.execute(statement, params).fetchall()
         assert max(row_counts(plan["Plan"])) == 101
+
+
+def test_last_chunk_of_a_long_stream_is_found_by_the_index(connection):
+    connection.execute("INSERT INTO aibind_stream_status VALUES ('long', 'active', NULL, 20000, 0)")
+    connection.execute(
+        "INSERT INTO aibind_stream_chunks (id, seq, data) SELECT 'long', i, 'token' FROM generate_series(1, 20000) i"
+    )
+    statement = f"EXPLAIN (ANALYZE, FORMAT JSON) {STREAM_STATEMENTS.fail_abandoned}"
+    for setting in ("on", "off"):
+        connection.execute(f"SET enable_bitmapscan = {setting}")
+        [([plan],)] = connection.execute(statement, [1000, 10**9, "x", "", 1000, False]).fetchall()
+        assert max(row_counts(plan["Plan"])) == 501  # the active streams
 
 
 def row_counts(node):
@@ -213,7 +227,7 @@ def test_partitions_of_other_streams_are_not_read(partitioned, analyzed):
         "read_batch": (['[{"index": 0, "id": "10", "after": 5, "limit": 100}]'], 2),
         "poll": (['["10"]'], 1),
         "cleanup": ([1, 100], 2),
-        "fail_abandoned": ([1000, 0, "x", "", 1], 2),
+        "fail_abandoned": ([1000, 0, "x", "", 1, True], 2),
     }.items():
         statement = f"EXPLAIN (ANALYZE, FORMAT JSON) {getattr(STREAM_STATEMENTS, name)}"
         [([plan],)] = partitioned.execute(statement, params).fetchall()

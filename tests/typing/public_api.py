@@ -18,6 +18,7 @@ from typing_extensions import assert_type
 
 from aibind_postgres import (
     AsyncDurableStream,
+    AsyncHousekeeper,
     AsyncPostgresClient,
     AsyncPostgresConversationStore,
     AsyncPostgresStreamStore,
@@ -30,6 +31,7 @@ from aibind_postgres import (
     ConversationInfo,
     DurableStream,
     Generation,
+    Housekeeper,
     InvalidHistoryError,
     MessageNotFoundError,
     MessageTree,
@@ -206,6 +208,21 @@ async def async_writers(store: AsyncPostgresStreamStore) -> None:
         assert_type(await writer.flush(), int)
 
 
+def housekeeping(store: PostgresStreamStore, chats: PostgresConversationStore) -> None:
+    with Housekeeper(store, chats, every=timedelta(minutes=10)) as housekeeper:
+        assert_type(housekeeper, Housekeeper)
+    Housekeeper(None, chats, 60).start()
+    Housekeeper(store).close()
+    Housekeeper("dsn")  # type: ignore[arg-type]
+
+
+async def async_housekeeping(store: AsyncPostgresStreamStore, chats: AsyncPostgresConversationStore) -> None:
+    async with AsyncHousekeeper(store, chats, every=60) as housekeeper:
+        assert_type(housekeeper, AsyncHousekeeper)
+    await AsyncHousekeeper(None, chats).start()
+    Housekeeper(store)  # type: ignore[arg-type]
+
+
 class Message(TypedDict):
     role: str
     content: str
@@ -256,7 +273,8 @@ def conversations(message: Message) -> None:
         assert_type(store.cleanup(), int)
         for session_id, expires_at in store.list():
             assert_type(session_id, str)
-            assert_type(expires_at, datetime)
+            assert_type(expires_at, datetime | None)
+    PostgresConversationStore("", ttl=None)
     try:
         store.save("id", chat)
     except ConversationConflictError as conflict:

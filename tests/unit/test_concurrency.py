@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import threading
 import weakref
 from contextvars import ContextVar
+from functools import partial
 
 import pytest
 from support.concurrency import async_until
@@ -16,9 +18,11 @@ from aibind_postgres._concurrency import (
     Event,
     OneShotEvent,
     async_call_or_await,
+    async_join_or_cancel,
     async_shielded,
     async_spawn,
     call_or_await,
+    join_or_cancel,
     shielded,
     spawn,
 )
@@ -187,3 +191,29 @@ def test_shielded_in_threads():
     with pytest.raises(ZeroDivisionError):
         shielded(lambda: 1 / 0, lambda: done.append("on_done"))
     assert done == ["run", "on_done", "run", "on_done"]
+
+
+async def test_worker_that_does_not_end_is_cancelled() -> None:
+    worker = async_spawn(partial(asyncio.sleep, 3600), "test")
+    await async_join_or_cancel(worker, 0.01)
+    assert not worker.is_alive()
+
+
+async def test_worker_is_cancelled_if_its_end_is_not_awaited() -> None:
+    worker = async_spawn(partial(asyncio.sleep, 3600), "test")
+    waiting = asyncio.ensure_future(async_join_or_cancel(worker, 3600))
+    await asyncio.sleep(0)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    await worker.join()
+
+
+def test_thread_that_does_not_end_is_left() -> None:
+    event = threading.Event()
+    worker = spawn(event.wait, "test")
+    join_or_cancel(worker, 0.01)
+    assert worker.is_alive()
+    event.set()
+    join_or_cancel(worker, 30)
+    assert not worker.is_alive()

@@ -57,6 +57,7 @@ def handler(plain: str) -> object:
 
 EXAMPLES = {
     "AsyncDurableStream": lambda: public.AsyncDurableStream(public.AsyncPostgresStreamStore(DSN), "stream"),
+    "AsyncHousekeeper": lambda: public.AsyncHousekeeper(public.AsyncPostgresStreamStore(DSN)),
     "AsyncPostgresConversationStore": lambda: public.AsyncPostgresConversationStore(DSN),
     "AsyncPostgresStreamStore": lambda: public.AsyncPostgresStreamStore(DSN),
     "AsyncStreamWriter": lambda: public.AsyncPostgresStreamStore(DSN).writer("stream"),
@@ -64,6 +65,7 @@ EXAMPLES = {
     "AsyncWebResponse": lambda: public.AsyncWebResponse(200, {"set-cookie": "secret-cookie"}, b"secret-body"),
     "ChatHistory": history,
     "DurableStream": lambda: public.DurableStream(public.PostgresStreamStore(DSN), "stream"),
+    "Housekeeper": lambda: public.Housekeeper(None, public.PostgresConversationStore(DSN)),
     "StreamWriter": lambda: public.PostgresStreamStore(DSN).writer("stream"),
     "Generation": lambda: public.Generation(
         "chat", "secret-text", MESSAGES, "secret-text", "model", "session", None, {"prompt": "secret-body"}, REQUEST

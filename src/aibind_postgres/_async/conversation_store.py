@@ -27,7 +27,7 @@ from .._merging import merge
 from .._tables import CONVERSATIONS_TABLE, Table
 from ..errors import AibindError, ConversationConflictError
 from ..history import ChatHistory, Origin, new_id
-from ..models import ConversationInfo, from_epoch_ms
+from ..models import NEVER_MS, ConversationInfo, from_epoch_ms
 from .database import AsyncDatabase
 from .psycopg_clients import AsyncClientLike
 
@@ -59,7 +59,7 @@ class AsyncPostgresConversationStore:
         table: The name of the table; `aibind_conversations` by default. Use `psycopg.sql.Identifier` for a name with
             a dot.
         ttl: Seconds, or a timedelta, for which a conversation is kept after it was last saved or touched; 1800 by
-            default.
+            default. None: it never expires, unless a store with a ttl saves or touches it later.
         timeout: Seconds, or a timedelta, to wait for the answer to a statement, as for the stream store; no limit by
             default. Clients of other drivers do not accept it.
 
@@ -81,12 +81,12 @@ class AsyncPostgresConversationStore:
         client: AsyncClientLike,
         *,
         table: str | Identifier = CONVERSATIONS_TABLE,
-        ttl: float | timedelta = 1800.0,
+        ttl: float | timedelta | None = 1800.0,
         timeout: float | timedelta | None = None,
     ) -> None:
         self._table = Table.parse(table)
         self._sql = ConversationStatements(self._table)
-        self._ttl = arguments.milliseconds(ttl, "ttl")
+        self._ttl = NEVER_MS if ttl is None else arguments.milliseconds(ttl, "ttl")
         self._database = AsyncDatabase(client, retry_for=0.0, timeout=timeout)
         self._id = new_id()  # marks the histories that this store has loaded or saved
 
@@ -229,7 +229,7 @@ class AsyncPostgresConversationStore:
             await self.save(session_id, chat, on_conflict=on_conflict)
 
     async def touch(self, session_id: str) -> bool:
-        """Restart the ttl of a conversation.
+        """Restart the ttl of a conversation. With a ttl of None, the conversation never expires from then on.
 
         Args:
             session_id: The id of the conversation.
@@ -264,7 +264,7 @@ class AsyncPostgresConversationStore:
         while True:
             rows = await self._database.query(self._sql.list, [last_id, LIST_PAGE_ROWS])
             for session_id, expires_at in rows:
-                yield ConversationInfo(session_id, from_epoch_ms(expires_at))
+                yield ConversationInfo(session_id, None if expires_at >= NEVER_MS else from_epoch_ms(expires_at))
             if len(rows) < LIST_PAGE_ROWS:
                 return
             last_id = rows[-1][0]
@@ -278,19 +278,24 @@ class AsyncPostgresConversationStore:
             The number of deleted conversations.
         """
         total = 0
+        async for deleted in self._cleanup_steps():
+            total += deleted
+        return total
+
+    async def _cleanup_steps(self) -> AsyncIterator[int]:
+        """Delete the expired conversations, and yield the number that each statement has deleted."""
         limit = MAX_ROWS
         while limit:
             [(found, deleted)] = await self._database.query(self._sql.cleanup, [limit, MAX_BYTES])
-            total += deleted
+            yield deleted
             limit = next_limit(limit, found, deleted)
-        return total
 
     async def close(self) -> None:
         """Close the store, and its pool if it was made from a connection string. Safe to repeat."""
         if self._database.inherited:
             return
         self._database.check_owner()
-        self._database.closing.set()
+        self._database.begin_closing()
         await self._database.client.close()
 
     async def __aenter__(self) -> AsyncPostgresConversationStore:

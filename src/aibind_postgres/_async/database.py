@@ -47,6 +47,7 @@ class AsyncDatabase:
         self.client = as_client(client, None if timeout is None else arguments.seconds(timeout, "timeout"))
         self.closing = AsyncEvent()
         self.contact = Contact()
+        self.closed_with: set[AsyncEvent] = set()  # events that are set when the store is closed
         self._retry_for = retry_for
         # The id of the process that owns the connections and workers; None before there are any.
         self._process = os.getpid() if self.client.is_connected() else None
@@ -87,6 +88,12 @@ class AsyncDatabase:
             self._loop = async_running_loop()
         elif self._loop is not async_running_loop():
             raise RuntimeError("this store is bound to a different event loop: make a store in each event loop")
+
+    def begin_closing(self) -> None:
+        """Let statements and pauses raise `StoreClosedError` from now on."""
+        self.closing.set()
+        for event in tuple(self.closed_with):
+            event.set()
 
     async def query(self, statement: str, params: Sequence[object]) -> Sequence[Row]:
         """Run one statement and return its rows. Errors that `translate` knows become errors of this package.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING
 
 from .._deletion import MAX_CHUNKS, MAX_ROWS, next_limit
@@ -48,21 +48,32 @@ class AsyncDeleter:
 
     async def sweep(self, stream_id: str, tombstone: str) -> int:
         """Delete the remaining chunks of a deleted stream, and its tombstone. Return the number of chunks."""
-        chunks, more = 0, True
+        total = 0
+        async for chunks in self._sweep_steps(stream_id, tombstone):
+            total += chunks
+        return total
+
+    async def _sweep_steps(self, stream_id: str, tombstone: str) -> AsyncIterator[int]:
+        more = True
         while more:
-            [(deleted, more)] = await self._database.query(self._sql.sweep, [stream_id, tombstone, MAX_CHUNKS])
-            chunks += deleted
-        return chunks
+            [(chunks, more)] = await self._database.query(self._sql.sweep, [stream_id, tombstone, MAX_CHUNKS])
+            yield chunks
 
     async def cleanup(self) -> CleanupResult:
         """Delete all expired streams. Finish deletions that were interrupted."""
         streams = chunks = 0
+        async for step in self.cleanup_steps():
+            streams += step.streams
+            chunks += step.chunks
+        return CleanupResult(streams, chunks)
+
+    async def cleanup_steps(self) -> AsyncIterator[CleanupResult]:
+        """Clean up as `cleanup` does, and yield the result of each statement."""
         limit = MAX_ROWS
         while limit:
-            [(found, deleted, deleted_chunks)] = await self.bounded(self._sql.cleanup, [limit])
-            streams += deleted
-            chunks += deleted_chunks
-            limit = next_limit(limit, found, deleted)
+            [(found, streams, chunks)] = await self.bounded(self._sql.cleanup, [limit])
+            yield CleanupResult(streams, chunks)
+            limit = next_limit(limit, found, streams)
         for tombstone, stream_id in await self._database.query(self._sql.tombstones, []):
-            chunks += await self.sweep(stream_id, tombstone)
-        return CleanupResult(streams, chunks)
+            async for chunks in self._sweep_steps(stream_id, tombstone):
+                yield CleanupResult(0, chunks)

@@ -30,9 +30,10 @@ if TYPE_CHECKING:
     from .._followed_stream import FollowedStream
     from .._statement_runner import Row
     from .client import AsyncClient
+    from .columns import AsyncQuery
     from .database import AsyncDatabase
     from .notifying import AsyncNotifier
-    from .stream_schema import AsyncQuery, AsyncStreamSchema
+    from .stream_schema import AsyncStreamSchema
 
 logger = logging.getLogger("aibind_postgres")
 

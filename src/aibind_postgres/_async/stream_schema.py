@@ -1,32 +1,17 @@
-"""Which migrations the stream tables have, and the statements for them."""
+"""The statements of a stream store for the migrations that its tables have."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from .._sql import StreamStatements
-from ..errors import SchemaError
 
 if TYPE_CHECKING:
-    from .._statement_runner import Row
     from .._tables import Table
     from ..models import SynchronousCommit
-    from .database import AsyncDatabase
+    from .columns import AsyncColumnCatalog, AsyncQuery
 
-# Reads the catalog: a failing statement would abort the transaction of a caller.
-HAS_COLUMN = """
-SELECT EXISTS (
-    SELECT FROM pg_attribute
-     WHERE attrelid = to_regclass($1::text) AND attname = $2::text AND NOT attisdropped
-)
-"""
-
-
-class AsyncQuery(Protocol):
-    """Runs a statement and returns its rows."""
-
-    async def __call__(self, sql: str, params: Sequence[object], /) -> Sequence[Row]: ...
+ADDED_BY_0004 = "lease_until"  # a column of the status table
 
 
 class AsyncStreamSchema:
@@ -34,13 +19,13 @@ class AsyncStreamSchema:
 
     def __init__(
         self,
-        database: AsyncDatabase,
+        columns: AsyncColumnCatalog,
         chunks: Table,
         status: Table,
         synchronous_commit: SynchronousCommit | None,
         lease: int,
     ) -> None:
-        self._database = database
+        self._columns = columns
         self._status = status
         self._with_0004 = StreamStatements(chunks, status, synchronous_commit, lease=lease)
         self.statements = StreamStatements(chunks, status, synchronous_commit)
@@ -52,14 +37,13 @@ class AsyncStreamSchema:
         return self.statements is self._with_0004
 
     async def look_up(self, query: AsyncQuery | None = None) -> StreamStatements:
-        """Return the statements for the migrations that are present. Reads the catalog in the first call.
+        """Return the statements for the migrations that are present, as of the first look-up.
 
         Args:
-            query: Runs a statement. Default: that of the database.
+            query: Runs the statement. Default: the client of the store.
         """
         if not self.is_known:
-            rows = await (query or self._database.query)(HAS_COLUMN, [self._status.quoted, "lease_until"])
-            if rows[0][0]:
+            if ADDED_BY_0004 in (await self._columns.of(self._status, query)).names:
                 self.statements = self._with_0004
             self.is_known = True
         return self.statements
@@ -70,12 +54,6 @@ class AsyncStreamSchema:
         Raises:
             SchemaError: The migration is missing.
         """
-        if not self.has_leases:
-            self.is_known = False
-            await self.look_up()
-        if not self.has_leases:
-            raise SchemaError(
-                f"{feature} needs migration 0004, whose columns {self._status.quoted} does not have: apply it with "
-                "`aibind-postgres migrate`, or with aibind_postgres.schema.migrate"
-            )
+        await self._columns.require(self._status, [ADDED_BY_0004], feature, "0004")
+        self.statements, self.is_known = self._with_0004, True
         return self.statements

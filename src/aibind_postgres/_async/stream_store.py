@@ -36,6 +36,7 @@ from ..models import (
     TimedChunk,
 )
 from .appending import AsyncAppender
+from .columns import AsyncColumnCatalog
 from .database import AsyncDatabase
 from .deleting import AsyncDeleter
 from .following import AsyncFollower, subscribe_to_end
@@ -47,6 +48,7 @@ from .reading import AsyncPageReader
 from .stream_schema import AsyncStreamSchema
 from .stream_writer import AsyncStreamWriter, StreamOperations
 
+ABANDONED_AFTER = 600.0  # seconds, the default of `fail_abandoned`
 LIST_PAGE_ROWS = 2000  # rows that one statement of `list` returns
 
 
@@ -124,7 +126,8 @@ class AsyncPostgresStreamStore:
         self._lease = arguments.milliseconds(lease, "lease")
         self._tables = (status, chunks)
         self._database = AsyncDatabase(client, arguments.seconds(retry_for, "retry_for", allow_zero=True), timeout)
-        self._schema = AsyncStreamSchema(self._database, chunks, status, synchronous_commit, self._lease)
+        self._columns = AsyncColumnCatalog(self._database)
+        self._schema = AsyncStreamSchema(self._columns, chunks, status, synchronous_commit, self._lease)
         wrapped_client = self._database.client
         self._subscriptions = Subscriptions(share=not wrapped_client.joins_transactions)
         self._notifier = AsyncNotifier(wrapped_client, self._subscriptions, status.channel, notify)
@@ -695,37 +698,67 @@ class AsyncPostgresStreamStore:
         """
         return await self._deleter.cleanup()
 
-    async def fail_abandoned(self, older_than: float | timedelta) -> builtins.list[str]:
-        """End the active streams that have got no chunk for `older_than` seconds, in state error.
+    async def fail_abandoned(self, older_than: float | timedelta = ABANDONED_AFTER) -> builtins.list[str]:
+        """End the streams of dead producers, in state error: those with an expired lease, and those without a lease that
+        have got no chunk for `older_than` seconds.
 
-        Use it for streams of dead producers. Without migration 0002, and for chunks that are older than it, the time of
-        the last chunk is derived from the expiry, which is rounded up: a stream may be ended later, by up to a quarter
-        of the ttl. Every writer must then use the ttl of this store and renew the expiry. The TypeScript package does
-        not renew it.
+        If there are expired leases, the call may take 8 seconds, to find out whether the server has just been
+        unreachable: then the producers could not renew them. Streams without a lease are those of the TypeScript
+        package and of plain appends, and all streams before migration 0004. Nothing is known of the last
+        activity before migration 0002. Streams without any activity since then are ended by a store object that has
+        first called this method at least `older_than` seconds ago, and found the migration.
 
         Args:
             older_than: Seconds, or a timedelta, since the last chunk, or since the creation of a stream without chunks.
-                Use a longer time than the longest pause of a running producer.
+                Use a longer time than the longest pause of a running producer. 600 by default: models and their tools
+                rarely pause for ten minutes.
 
         Returns:
             The ids of the ended streams.
 
         Raises:
+            SchemaError: Migration 0002 is missing. A transaction of the caller stays usable.
             ValueError: `older_than` is negative, or above 1e9 seconds.
             TypeError: `older_than` is neither a number nor a timedelta.
         """
         idle_seconds = arguments.seconds(older_than, "older_than", allow_zero=True)
-        text = f"abandoned: no chunk for {idle_seconds:g} seconds"
         stream_ids: builtins.list[str] = []
+        async for ended in self._fail_abandoned_steps(idle_seconds):
+            stream_ids += ended
+        return stream_ids
+
+    async def _fail_abandoned_steps(self, idle_seconds: float) -> AsyncIterator[builtins.list[str]]:
+        """End the abandoned streams, and yield the ids that each statement has ended."""
+        found_at = 0.0
+        for table in self._tables:
+            columns = await self._columns.require(table, ["created_at"], "fail_abandoned", "0002")
+            found_at = max(found_at, columns.found_at)
+        await self._schema.look_up()
+        ends_untimed = monotonic() - found_at >= idle_seconds
+        text = f"abandoned: no chunk for {idle_seconds:g} seconds"
         last: str | None = ""
         while last is not None:
-            params = [self._ttl, round(idle_seconds * 1000), text, last, MAX_ROWS]
+            params = [self._ttl, round(idle_seconds * 1000), text, last, MAX_ROWS, ends_untimed]
             rows = await self._database.query(self._schema.statements.fail_abandoned, params)
             last = rows[0][0]
             if ended := [stream_id for _, stream_id in rows if stream_id is not None]:
-                stream_ids += ended
                 await self._notifier.changed(ended)
-        return stream_ids
+                yield ended
+        last = ""
+        while self._schema.has_leases:
+            rows = await self._database.query(self._schema.statements.expired, [last, MAX_ROWS])
+            if not rows:
+                return
+            await self._reach_steadily()
+            last = rows[-1][0]
+            if ended := await self._end_expired([stream_id for (stream_id,) in rows]):
+                yield ended
+
+    async def _reach_steadily(self) -> None:
+        """Wait until expired leases cannot be due to an outage of the server."""
+        while not self._database.contact.is_steady(monotonic()):
+            await self._database.sleep(1.0)
+            await self._database.query(self._schema.statements.expired, ["", 1])
 
     async def close(self) -> None:
         """Close the store, and its pool if it was made from a connection string. Safe to repeat.
@@ -741,7 +774,7 @@ class AsyncPostgresStreamStore:
                 for hook in tuple(self._close_hooks):
                     await hook(self)
         finally:
-            self._database.closing.set()
+            self._database.begin_closing()
             wake_all(self._subscriptions.closed())
             async with self._database.client:
                 try:

@@ -1,0 +1,181 @@
+"""`fail_abandoned` before migration 0002, after it, and beside the TypeScript package, which renews no expiry."""
+
+from __future__ import annotations
+
+import psycopg
+import pytest
+from support.concurrency import async_sleep
+from support.recording import AsyncRecordingClient
+
+from aibind_postgres import AsyncPostgresStreamStore, SchemaError
+from aibind_postgres._async.columns import AsyncColumnCatalog
+from aibind_postgres._tables import Table
+
+# The tables of the TypeScript package.
+SEED = """
+CREATE TABLE {chunks} (id TEXT NOT NULL, seq INTEGER NOT NULL, data TEXT NOT NULL, PRIMARY KEY (id, seq));
+CREATE TABLE {status} (
+    id TEXT PRIMARY KEY, state TEXT NOT NULL DEFAULT 'active', error TEXT, total_chunks INTEGER NOT NULL DEFAULT 0,
+    expires_at BIGINT NOT NULL
+)
+"""
+MIGRATION = """
+ALTER TABLE {status} ADD COLUMN created_at TIMESTAMPTZ;
+ALTER TABLE {status} ALTER COLUMN created_at SET DEFAULT clock_timestamp();
+ALTER TABLE {chunks} ADD COLUMN created_at TIMESTAMPTZ;
+ALTER TABLE {chunks} ALTER COLUMN created_at SET DEFAULT clock_timestamp()
+"""
+LONG_AGO = 1  # as expires_at
+
+
+@pytest.fixture
+def tables(schema_name):
+    return {
+        "chunks_table": psycopg.sql.Identifier(schema_name, "seed chunks"),
+        "status_table": psycopg.sql.Identifier(schema_name, "seed status"),
+    }
+
+
+@pytest.fixture
+async def run(dsn, tables):
+    """Return a function that runs a statement with {chunks} and {status}. The tables are those of the seed."""
+    names = {"chunks": tables["chunks_table"], "status": tables["status_table"]}
+    async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as connection:
+
+        async def run(sql, *params):
+            await connection.execute(psycopg.sql.SQL(sql).format(**names), params or None)
+
+        await run(SEED)
+        yield run
+
+
+@pytest.fixture
+async def store(dsn, tables):
+    async with AsyncPostgresStreamStore(dsn, **tables) as store:
+        yield store
+
+
+async def create(run, id):
+    """Create a stream as the TypeScript package does, with a ttl that has passed."""
+    await run("INSERT INTO {status} (id, state, total_chunks, expires_at) VALUES (%s, 'active', 0, %s)", id, LONG_AGO)
+
+
+async def append(run, id):
+    await run(
+        "WITH next AS (UPDATE {status} SET total_chunks = total_chunks + 1 WHERE id = %s RETURNING id, total_chunks) "
+        "INSERT INTO {chunks} (id, seq, data) SELECT id, total_chunks, 'x' FROM next",
+        id,
+    )
+
+
+async def test_tables_of_the_seed(run, store):
+    await create(run, "alive")
+    await append(run, "alive")
+    with pytest.raises(SchemaError, match=r"^fail_abandoned needs migration 0002.*created_at.*aibind-postgres migrate"):
+        await store.fail_abandoned(1)
+    assert (await store.get_status("alive")).state == "active"
+    await run(MIGRATION)
+    await create(run, "silent")
+    await async_sleep(0.01)
+    assert await store.fail_abandoned(0.005) == ["silent"]  # the same store finds the migration
+
+
+async def test_missing_migration_leaves_a_transaction_usable(run, dsn, tables):
+    async with await psycopg.AsyncConnection.connect(dsn) as connection:
+        store = AsyncPostgresStreamStore(connection, **tables)
+        id = await store.create()
+        for _ in range(2):
+            with pytest.raises(SchemaError, match="migration 0002"):
+                await store.fail_abandoned(0)
+        await store.append(id, "a")
+        await connection.commit()
+        assert await store.get_status(id) == ("active", None, 1)
+        await store.close()
+
+
+async def test_missing_table_leaves_a_transaction_usable(run, dsn, tables):
+    names = {**tables, "status_table": "no such table"}
+    async with await psycopg.AsyncConnection.connect(dsn) as connection:
+        store = AsyncPostgresStreamStore(connection, **names)
+        with pytest.raises(SchemaError, match='the table "no such table" does not exist'):
+            await store.fail_abandoned(0)
+        assert await (await connection.execute("SELECT 1")).fetchone() == (1,)
+        await store.close()
+
+
+@pytest.mark.parametrize("table", ["chunks", "status"])
+async def test_column_without_a_default_counts_as_missing(run, store, table):
+    """Without it, no row has a time, and each writer would seem silent."""
+    await run(MIGRATION)
+    await run(f"ALTER TABLE {{{table}}} ALTER COLUMN created_at DROP DEFAULT")
+    with pytest.raises(SchemaError, match=f"{table}.*created_at"):
+        await store.fail_abandoned(0)
+
+
+async def test_living_typescript_writer_is_kept(run, store):
+    await create(run, "alive")
+    await append(run, "alive")
+    await run(MIGRATION)
+    for _ in range(10):
+        await append(run, "alive")
+        assert await store.fail_abandoned(3600) == []
+        await async_sleep(0.02)
+    assert (await store.get_status("alive")).state == "active"
+
+
+async def test_streams_from_before_the_migration(run, store, dsn, tables):
+    """They may have living writers until the migration has been present for the time of silence."""
+    await create(run, "without chunks")
+    await create(run, "with chunks")
+    await append(run, "with chunks")
+    await create(run, "alive")
+    await append(run, "alive")
+    await run(MIGRATION)
+    assert await store.fail_abandoned(1.5) == []
+    await async_sleep(1.6)
+    await append(run, "alive")
+    async with AsyncPostgresStreamStore(dsn, **tables) as other:  # does not know how old the migration is
+        assert await other.fail_abandoned(1.5) == []
+    assert await store.fail_abandoned(3600) == []
+    assert sorted(await store.fail_abandoned(1.5)) == ["with chunks", "without chunks"]
+
+
+async def test_chunk_that_is_counted_but_not_stored_yet(run, store):
+    """A writer that stores a chunk in a second statement is alive in between."""
+    await run(MIGRATION)
+    for id in ("new", "old"):
+        await create(run, id)
+        await append(run, id)
+    await run("UPDATE {status} SET total_chunks = 2, created_at = now() - interval '1 hour'")
+    await run("UPDATE {chunks} SET created_at = now() - interval '1 hour' WHERE id = 'old'")
+    assert await store.fail_abandoned(60) == ["old"]
+
+
+async def test_columns_are_looked_up_once(run, dsn, tables):
+    async with AsyncRecordingClient(dsn) as client, AsyncPostgresStreamStore(client, **tables) as store:
+
+        def look_ups():
+            return sum("pg_attribute" in statement.sql for statement in client.statements)
+
+        for number in (1, 2):
+            with pytest.raises(SchemaError):
+                await store.fail_abandoned()
+            assert look_ups() == number
+        await run(MIGRATION)
+        for _ in range(3):
+            assert await store.fail_abandoned() == []
+            assert look_ups() == 4
+
+
+async def test_columns_of_a_table(run, store, schema_name):
+    catalog = AsyncColumnCatalog(store._database)
+    status = Table(schema_name, "seed status")
+    names = {"id", "state", "error", "total_chunks", "expires_at"}
+    assert (await catalog.of(status)).names == names
+    assert (await catalog.of(Table(schema_name, "missing"))).names == frozenset()
+    await run(MIGRATION)
+    await run("ALTER TABLE {status} ADD COLUMN lease_until bigint, DROP COLUMN error")
+    assert (await catalog.of(status)).names == names
+    with pytest.raises(SchemaError, match=r"^leases needs migration 0004.*has no column owner, error"):
+        await catalog.require(status, ["lease_until", "owner", "error"], "leases", "0004")
+    assert (await catalog.of(status)).names == (names | {"lease_until", "created_at"}) - {"error"}
