@@ -15,7 +15,7 @@ RENEWALS = 3  # in the time of a lease
 CONTACT = 8.0
 MAX_SILENCE = 3.0  # seconds between two successful statements; in a longer time, there may have been an outage
 
-EXPIRED_TEXT = "the producer has died: its lease has expired"
+EXPIRED_TEXT = "abandoned: its producer has died"
 
 # Gives stream $1 a lease of $2 milliseconds, or none if that is NULL. Returns the status of the stream.
 TAKE_LEASE = """

@@ -363,7 +363,7 @@ async def test_long_transaction_with_the_marker_delays_nobody(client, dsn, store
     await run("UPDATE {status} SET expires_at = 1")
     async with await psycopg.AsyncConnection.connect(dsn, cursor_factory=psycopg.AsyncRawCursor) as connection:
         marker = [MARKER, HOUR * 1000, store._tables[0].quoted]
-        cursor = await connection.execute(store._sql.take_turn, marker)
+        cursor = await connection.execute(store._schema.statements.take_turn, marker)
         assert (await cursor.fetchone())[0] is True
         async with AsyncHousekeeper(store, every=HOUR):
             await async_until(lambda: len(attempts(client)) == 2)

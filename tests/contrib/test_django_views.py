@@ -24,6 +24,7 @@ from aibind_postgres import (
     DurableStream,
     PostgresStreamStore,
     StreamHandler,
+    _leases,
     wrap_django,
 )
 from aibind_postgres.contrib.django import urlpatterns
@@ -154,11 +155,12 @@ async def test_queries_of_a_source_after_its_request_leave_no_connections(
         until(lambda: count_source_connections() == 0 and threading.active_count() <= threads)
 
 
-def test_stream_in_an_open_transaction_is_logged(store, caplog):
+def test_stream_in_an_open_transaction_is_logged(store, caplog, monkeypatch):
+    monkeypatch.setattr(_leases, "CONTACT", 0)
     with transaction.atomic():
         stream = DurableStream.start(store, generate(None))
         until(lambda: "first commit the transaction that creates the stream" in caplog.text)
         assert DurableStream.shutdown(store, 20)
         assert store.get_status(stream.id) == ("active", None, 0)
-    assert store.fail_abandoned(0) == [stream.id]
+    until(lambda: store.fail_abandoned() == [stream.id])  # once the lease has expired
     assert store.get_status(stream.id).state == "error"
