@@ -2,7 +2,7 @@
 
 If the web server restarts, the text so far is kept.
 
-pip install 'aibind-postgres[binary,starlette]' fastapi uvicorn
+pip install 'aibind-postgres[binary,fastapi]' uvicorn
 DATABASE_URL=postgresql://… uvicorn --app-dir examples fastapi_chat:app
 """
 
@@ -26,7 +26,7 @@ from aibind_postgres import (
     Generation,
     schema,
 )
-from aibind_postgres.contrib.starlette import routes
+from aibind_postgres.contrib.fastapi import router
 
 DSN = os.environ["DATABASE_URL"]
 store = AsyncPostgresStreamStore(DSN, ttl=DAY)
@@ -61,7 +61,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 app = FastAPI(lifespan=lifespan)
 # Anyone with the id of a conversation can read and change it. Pass authorize=… to restrict that.
-app.router.routes.extend(routes(AsyncStreamHandler(generate, store=store, conversations=conversations)))
+app.include_router(router(AsyncStreamHandler(generate, store=store, conversations=conversations)))
 
 
 @app.get("/")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple
 from urllib.parse import parse_qsl
@@ -16,6 +16,7 @@ from .errors import WebError
 
 Kind = Literal["stream", "structured", "chat", "compact", "complete", "title"]
 
+_DEFAULT_PORTS = {"http": ":80", "https": ":443"}  # browsers leave them out
 
 MAX_VALUES = 100_000  # in one body: parsing more would block all threads for long, and take much memory
 
@@ -57,9 +58,11 @@ class WebRequest(NamedTuple):
         context: Returns a context manager that is entered around the source and around `on_finish`. Both may outlive
             the request, so an integration sets up resources there that the framework otherwise binds to a request.
             Default: no context.
-        disconnect: Called from any thread if the client has not read an event stream for the handler's `send_timeout`.
+        disconnect: Called from any thread if the client has not read a streamed body for the handler's `send_timeout`.
             It should close the connection, if the integration can, so that the server no longer waits for the client.
             Default: None.
+        refusals: The classes of the exceptions with which the framework refuses requests. If `generate` or `authorize`
+            raises one, `handle` raises it to the framework, which responds with its status. Default: none.
     """
 
     method: str
@@ -70,6 +73,7 @@ class WebRequest(NamedTuple):
     original: Any = None
     context: Callable[[], Any] = nullcontext
     disconnect: Callable[[], object] | None = None
+    refusals: tuple[type[Exception], ...] = ()
 
     def __repr__(self) -> str:
         """Omit values that may be secret: those of the query and the headers, and the body."""
@@ -115,6 +119,46 @@ class Generation(NamedTuple):
             f"<{type(self).__name__} {self.kind}, {len(self.messages)} messages, model={self.model!r}, "
             f"session_id={self.session_id!r}, stream_id={self.stream_id!r}, {self.request!r}>"
         )
+
+
+def parse_origins(origins: Collection[str]) -> frozenset[str]:
+    """Return origins in the form in which browsers send them. Raise `ValueError` for a text that is not an origin."""
+    for origin in origins:
+        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*://[^/?#@*\s]+", origin):
+            raise ValueError(f"allowed_origins must contain origins such as 'https://example.com', not {origin!r}")
+    return frozenset(origin.lower() for origin in origins)
+
+
+def is_cross_site(headers: Mapping[str, str], allowed_origins: Collection[str]) -> bool:
+    """Return True if a page of another origin has sent a request, and its origin is not allowed.
+
+    A page cannot forge these headers, and other clients send neither of them:
+
+    - Current browsers send `Sec-Fetch-Site` to HTTPS servers and to this machine. Proxies do not change it. The value
+      `same-site` stands for another origin, such as a sibling domain or another port, which someone else may control.
+    - Browsers send `Origin` with each POST request. Its host must be the one of the request. It may have another
+      scheme, since a proxy may have received the request by HTTPS.
+
+    Args:
+        headers: The headers of the request, with names in lower case.
+        allowed_origins: The result of `parse_origins`.
+    """
+    origin = headers.get("origin")
+    if origin is not None and origin.lower() in allowed_origins:
+        return False
+    site = headers.get("sec-fetch-site")
+    if site is not None:
+        return site not in ("same-origin", "none")  # none: the user entered the address
+    if origin is None:
+        return False
+    scheme, _, host = origin.lower().partition("://")
+    port = _DEFAULT_PORTS.get(scheme, "")
+    return not host or host.removesuffix(port) != headers.get("host", "").lower().removesuffix(port)
+
+
+def is_json(headers: Mapping[str, str]) -> bool:
+    """Return True if the body is declared as JSON. A page cannot send this to another origin without a preflight."""
+    return headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json"
 
 
 def parse_body(request: WebRequest) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from aibind_postgres import (
     WebRequest,
 )
 
+JSON = {"content-type": "application/json"}
 LIMITS = {"max_prompt": 100, "max_conversation": 2000, "max_body": 3000}
 
 
@@ -36,7 +37,9 @@ class Chats:
     async def post(self, path, body):
         """Send a request. Return the status and the JSON error, if there is one, after all producers have ended."""
         encoded = json.dumps(body, ensure_ascii=False).encode()
-        response = await self.handler.handle(WebRequest("POST", f"/__aibind__{path}", {}, {}, encoded))
+        response = await self.handler.handle(WebRequest("POST", f"/__aibind__{path}", {}, JSON, encoded))
+        if path in ("/complete", "/title") and response.status == 200:
+            assert [text async for text in response.body] == [self.answer.encode()]
         assert await AsyncDurableStream.shutdown(self.store, 20)
         return response.status, json.loads(response.body).get("error") if response.status >= 400 else None
 

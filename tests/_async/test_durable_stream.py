@@ -60,14 +60,26 @@ async def test_items_arrive_and_reading_resumes_after_any_number(store, other):
     assert await stream.stop() is False
 
 
-def aibind_position(sent):
-    """Return the number after which aibind's client resumes: it ignores the ids of named events."""
-    position = 0
+HANDLED = ("stream-id", "usage", "partial", "data", "stopped", "error", "done")  # by the clients that resume
+
+
+def aibind_blocks(sent):
+    """Yield the name, the id and the data of each block as aibind's client does, also of blocks without data."""
     for block in b"".join(sent).decode().split("\n\n"):
-        fields = dict(line.split(": ", 1) for line in block.split("\n") if line and not line.startswith("data"))
-        if "event" not in fields and fields.get("id", "").isdigit():
-            position = int(fields["id"])
-    return position
+        fields = [line.split(": ", 1) for line in block.split("\n") if ": " in line and not line.startswith(":")]
+        if fields:
+            data = "\n".join(value for name, value in fields if name == "data")
+            yield dict(fields).get("event", ""), dict(fields).get("id", ""), data
+
+
+def aibind_position(sent):
+    """Return the number after which aibind's client resumes: it ignores the ids of events that it handles."""
+    return [0, *(int(id) for event, id, _ in aibind_blocks(sent) if event not in HANDLED and id.isdigit())][-1]
+
+
+def aibind_race_texts(sent):
+    """Return what aibind's `Race` counts as texts: the data of each block without a name."""
+    return [data for event, _, data in aibind_blocks(sent) if not event]
 
 
 async def test_client_that_ignores_ids_of_named_events_gets_each_event_once(store):
@@ -75,6 +87,14 @@ async def test_client_that_ignores_ids_of_named_events_gets_each_event_once(stor
     stream = await AsyncDurableStream.start(store, items([usage, "a", usage, usage]))
     sent = [each async for each in stream.sse()]
     assert [aibind_position(sent[: 1 + number]) for number in range(5)] == [0, 1, 2, 3, 4]
+
+
+async def test_named_event_is_no_text_of_a_race(store):
+    """The first model with a text wins a race, so an event before the text must not count as one."""
+    source = [StreamEvent("usage", "{}"), StreamEvent("tool_call", "{}"), "a", StreamEvent("data", "[]"), "b"]
+    stream = await AsyncDurableStream.start(store, items(source))
+    assert aibind_race_texts([each async for each in stream.sse()]) == ["a", "b"]
+    assert aibind_race_texts([each async for each in stream.sse(after_seq=1)]) == ["a", "b"]
 
 
 async def test_stream_continues_without_readers_and_references(store, other):

@@ -6,13 +6,16 @@ import asyncio
 import gc
 import json
 import threading
+from functools import partial
 
 import psycopg
 import pytest
 from asgiref.sync import ThreadSensitiveContext, async_to_sync, sync_to_async
-from django.core.exceptions import ImproperlyConfigured
+from django.core.exceptions import BadRequest, DisallowedHost, ImproperlyConfigured, PermissionDenied
 from django.core.handlers.base import BaseHandler
+from django.core.handlers.exception import convert_exception_to_response
 from django.db import connections, transaction
+from django.http import Http404, HttpResponse
 from django.middleware.gzip import GZipMiddleware
 from django.test import AsyncRequestFactory, RequestFactory
 from support.concurrency import until
@@ -83,6 +86,67 @@ def test_server_that_does_not_match_the_handler_is_refused(store):
     async_view = view_of(AsyncStreamHandler(generate, store=AsyncPostgresStreamStore("")))
     with pytest.raises(ImproperlyConfigured, match="StreamHandler under WSGI"):
         asyncio.run(async_view(stream_request(RequestFactory()), path="stream"))
+
+
+@pytest.fixture
+def status_pages(monkeypatch):
+    """Let Django respond with the text of a status in place of a template."""
+    monkeypatch.setattr("django.core.handlers.exception.get_resolver", lambda urlconf: StatusPages)
+
+
+class StatusPages:
+    @staticmethod
+    def resolve_error_handler(status):
+        return lambda request, exception=None: HttpResponse(f"page {status}", status=status)
+
+
+REFUSALS = [(PermissionDenied, 403), (Http404, 404), (BadRequest, 400), (DisallowedHost, 400)]
+
+
+@pytest.mark.parametrize(("refusal", "status"), REFUSALS)
+def test_refusal_has_the_status_of_django(store, status_pages, refusal, status):
+    def refuse(*arguments):
+        raise refusal("geheim")
+
+    for handler in (StreamHandler(refuse, store=store), StreamHandler(generate, store=store, authorize=refuse)):
+        request = RequestFactory().post("/", json.dumps({"prompt": "x", "sessionId": "a"}), "application/json")
+        response = convert_exception_to_response(partial(view_of(handler), path="stream"))(request)
+        assert (response.status_code, response.content) == (status, b"page %d" % status)
+
+
+@pytest.mark.parametrize(("refusal", "status"), REFUSALS)
+async def test_refusal_has_the_status_of_django_under_asgi(status_pages, refusal, status):
+    async def refuse(*arguments):
+        raise refusal("geheim")
+
+    async with AsyncPostgresStreamStore("") as store:
+        view = view_of(AsyncStreamHandler(refuse, store=store))
+
+        async def respond(request):
+            return await view(request, path="stream")
+
+        response = await convert_exception_to_response(respond)(stream_request(AsyncRequestFactory()))
+        assert (response.status_code, response.content) == (status, b"page %d" % status)
+
+
+def test_unreachable_database_is_503(tables):
+    with PostgresStreamStore(wrap_django("unreachable"), **tables) as unreachable:
+        response = view_of(StreamHandler(generate, store=unreachable))(stream_request(RequestFactory()), path="stream")
+        assert (response.status_code, response["Retry-After"]) == (503, "5")
+
+
+def test_queries_of_a_plain_text_source_leave_no_connections(store, count_source_connections):
+    def generate(generation):
+        yield run_queries()
+        yield run_queries()
+
+    view = view_of(StreamHandler(generate, store=store))
+    request = RequestFactory().post("/", json.dumps({"input": "x"}), "application/json")
+    response = view(request, path="complete")
+    assert b"".join(response) == b"(1,)(1,)" * 2
+    response.close()
+    connections.close_all()
+    until(lambda: count_source_connections() == 0)
 
 
 def test_producers_leave_no_connections(store, dsn, monkeypatch):

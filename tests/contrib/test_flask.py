@@ -5,7 +5,7 @@ from __future__ import annotations
 from threading import Event
 
 import pytest
-from flask import Flask, current_app, g, request
+from flask import Flask, abort, current_app, g, redirect, request
 from support.concurrency import until
 
 from aibind_postgres import AsyncPostgresStreamStore, AsyncStreamHandler, PostgresStreamStore, StreamHandler
@@ -44,6 +44,47 @@ def test_two_handlers_in_one_application(app):
     assert client.post("/v1.2/ai/complete", json={"input": "two"}).data == b"two in shop"
     assert client.post("/v1.2/ai/complete", json={"input": "x" * 100}).status_code == 200
     assert client.post("/__aibind__/complete", json={"input": "x" * 100}).status_code == 413
+
+
+def test_plain_text_source_runs_in_application_context_to_its_end(app, dsn, tables):
+    torn_down = []
+
+    @app.teardown_appcontext
+    def tear_down(error):
+        if "user" in g:
+            torn_down.append(g.user)
+
+    def use(generation):
+        g.user = "source"
+        for _ in range(3):
+            yield f"{g.user} in {current_app.name} "
+
+    with PostgresStreamStore(dsn, **tables) as store:
+        app.register_blueprint(blueprint(StreamHandler(use, store=store, prefix="/ai")))
+        response = app.test_client().post("/ai/complete", json={"input": "hi"})
+        assert response.data == b"source in shop " * 3
+        until(lambda: torn_down == ["source"])
+
+
+def test_refusals_reach_the_error_handlers_of_the_application(app, dsn, tables):
+    @app.errorhandler(401)
+    def unauthorized(error):
+        return "log in first", 401
+
+    def refuse(*arguments):
+        if request.json.get("redirect"):
+            abort(redirect("/login"))
+        abort(401)
+
+    with PostgresStreamStore(dsn, **tables) as store:
+        app.register_blueprint(blueprint(StreamHandler(refuse, store=store, prefix="/ai")))
+        app.register_blueprint(blueprint(StreamHandler(generate, store=store, prefix="/checked", authorize=refuse)))
+        client = app.test_client()
+        for prefix in ("/ai", "/checked"):
+            response = client.post(f"{prefix}/stream", json={"prompt": "x", "sessionId": "a"})
+            assert (response.status_code, response.data) == (401, b"log in first")
+            response = client.post(f"{prefix}/stream", json={"prompt": "x", "sessionId": "a", "redirect": True})
+            assert (response.status_code, response.location) == (302, "/login")
 
 
 def test_application_context_of_source_is_torn_down_at_its_end(app, dsn, tables):

@@ -6,9 +6,10 @@ import json
 import socket
 import struct
 from contextlib import closing
+from http.client import IncompleteRead
 
 import pytest
-from support.webapps import events
+from support.webapps import REFUSED, SERVERS, events, running
 
 from aibind_postgres.sse import EventParser, ServerSentEvent
 
@@ -162,6 +163,15 @@ def test_heartbeat(client, store):
         ("POST", "/stream/stop", b"{}", {}, 400),
         ("GET", "/stream/resume?id=nothing", None, {"User": "stranger"}, 403),
         ("POST", "/stream/stop", b'{"id": "nothing"}', {"User": "stranger"}, 403),
+        ("POST", "/stream", b'{"prompt": "x"}', {"Sec-Fetch-Site": "cross-site"}, 403),
+        ("POST", "/stream", b'{"prompt": "x"}', {"Sec-Fetch-Site": "same-site"}, 403),
+        ("POST", "/stream/stop", b'{"id": "nothing"}', {"Origin": "https://evil.test"}, 403),
+        ("GET", "/stream/resume?id=nothing", None, {"Sec-Fetch-Site": "cross-site"}, 403),
+        ("GET", "/stream/resume?id=nothing", None, {"Origin": "null"}, 403),
+        ("POST", "/stream", b'{"prompt": "x"}', {"Content-Type": "text/plain;charset=UTF-8"}, 415),
+        ("POST", "/stream", b'{"prompt": "x"}', {"Content-Type": "application/x-www-form-urlencoded"}, 415),
+        ("POST", "/complete", b'{"input": "fail-first"}', {}, 500),
+        ("POST", "/title", b'{"messages": [{"role": "user", "content": "fail-first"}]}', {}, 500),
     ],
 )
 def test_error_response(client, method, path, body, headers, status):
@@ -169,14 +179,103 @@ def test_error_response(client, method, path, body, headers, status):
     with closing(response):
         assert response.status == status
         assert response.getheader("Cache-Control") == "no-store"
-        assert list(json.loads(response.read())) == ["error"]
+        received = response.read()
+        assert list(json.loads(received)) == ["error"]
+        assert b"secret" not in received
 
 
-def test_plain_text(client):
-    response = client.post("/complete", {"input": "once upon"})
+def test_requests_of_a_page_of_the_server_are_accepted(client):
+    for headers in ({"Origin": f"http://127.0.0.1:{client.port}"}, {"Sec-Fetch-Site": "same-origin"}):
+        assert client.post("/complete", {"input": "x"}, headers).read() == b"x "
+
+
+# Each refuses before the response has begun.
+REFUSALS = [
+    ("POST", "/stream", {"prompt": "refuse"}, {}),
+    ("POST", "/complete", {"input": "refuse"}, {}),
+    ("POST", "/complete", {"input": "refuse-later"}, {}),
+    ("POST", "/title", {"messages": [{"role": "user", "content": "refuse-later"}]}, {}),
+    ("POST", "/stream/stop", {"id": "nothing"}, {"User": "nobody"}),
+    ("GET", "/stream/resume?id=nothing", None, {"User": "nobody"}),
+]
+
+
+@pytest.mark.parametrize(("method", "path", "body", "headers"), REFUSALS)
+def test_refusal_of_the_framework_keeps_its_status(client, method, path, body, headers):
+    log_length = len(client.read_log())
+    encoded = None if body is None else json.dumps(body).encode()
+    response = client.request(method, path, encoded, headers)
+    with closing(response):
+        assert response.status == REFUSED[client.framework]
+        assert b'"error"' not in response.read()  # the framework's own response
+    assert "Traceback" not in client.read_log()[log_length:]
+
+
+def test_refusal_of_a_running_source_ends_the_stream(client, store):
+    response = client.post("/stream", {"prompt": "refuse-later"})
+    id = response.getheader("X-Stream-Id")
+    assert response.status == 200
+    assert list(events(response))[1:] == [ServerSentEvent("the answer was interrupted", "error"), DONE]
+    assert store.get_status(id).state == "error"
+
+
+TEXTS = {
+    "/complete": lambda prompt: {"input": prompt},
+    "/title": lambda prompt: {"messages": [{"role": "user", "content": prompt}]},
+}
+
+
+@pytest.mark.parametrize("path", TEXTS)
+def test_plain_text(client, path):
+    response = client.post(path, TEXTS[path]("once upon"))
     with closing(response):
         assert response.getheader("Content-Type") == "text/plain; charset=utf-8"
+        assert response.getheader("Cache-Control") == "no-store, no-transform"
+        assert response.getheader("X-Accel-Buffering") == "no"
         assert response.read() == b"once upon "
+
+
+@pytest.mark.parametrize("path", TEXTS)
+def test_plain_text_arrives_while_it_is_produced(client, store, path):
+    log_id = store.create()
+    response = client.post(path, TEXTS[path](f"count {log_id}"))
+    with closing(response):
+        producer = int(response.read1(65536).split()[0])
+        assert store.get_status(log_id).state == "active"  # the source has not ended
+        assert response.read1(65536)
+    # The client has left.
+    assert store.wait(log_id, 30).state == "done"
+    assert [chunk.data for chunk in store.read_from(log_id)] == [f"closed in {producer}"]
+
+
+@pytest.mark.parametrize("path", TEXTS)
+def test_plain_text_that_fails_is_incomplete(client, path):
+    response = client.post(path, TEXTS[path]("fail"))
+    with closing(response):
+        assert response.status == 200
+        with pytest.raises((IncompleteRead, ConnectionError)) as caught:
+            response.read()
+    if isinstance(caught.value, IncompleteRead):
+        assert caught.value.partial in (b"half way", b"half ", b"")
+    assert client.post("/complete", {"input": "x"}).read() == b"x "
+
+
+@pytest.mark.parametrize("framework", SERVERS)
+def test_unreachable_database_is_503(framework):
+    with running(framework, "host=127.0.0.1 port=1 password=geheim") as client:
+        for method, path, body in (
+            ("POST", "/stream", {"prompt": "x"}),
+            ("POST", "/stream/stop", {"id": "x"}),
+            ("GET", "/stream/resume?id=x", None),
+        ):
+            response = client.request(method, path, None if body is None else json.dumps(body).encode())
+            with closing(response):
+                assert (response.status, response.getheader("Retry-After")) == (503, "5")
+                assert json.loads(response.read()) == {"error": "the database is unavailable: try again later"}
+        log = client.read_log()
+        assert log.count("the database is unavailable") == 3
+        assert "Traceback" not in log
+        assert "geheim" not in log
 
 
 # The last header and the first part of the body.
@@ -192,7 +291,9 @@ def test_truncated_request_logs_no_traceback(client, part, reset):
     log_length = len(client.read_log())
     for _ in range(10):
         with client.connect() as connection:
-            connection.sendall(b"POST /__aibind__/stream HTTP/1.1\r\nHost: test\r\n" + part)
+            connection.sendall(
+                b"POST /__aibind__/stream HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n" + part
+            )
             if reset:
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             else:

@@ -15,7 +15,13 @@ from psycopg_pool import AsyncConnectionPool
 from support.concurrency import async_until, async_workers
 from support.leaks import package_objects
 
-from aibind_postgres import AsyncDurableStream, AsyncPostgresStreamStore, PostgresStreamStore
+from aibind_postgres import (
+    AsyncDurableStream,
+    AsyncPostgresStreamStore,
+    AsyncStreamHandler,
+    PostgresStreamStore,
+    WebRequest,
+)
 
 
 async def test_cancelled_calls_leave_no_connection_checked_out_and_no_gap(dsn, tables):
@@ -397,3 +403,31 @@ async def test_notifier_continues_after_its_task_was_cancelled(dsn, tables):
         await async_until(lambda: "aibind_postgres-notifier" in async_workers())
         await store.complete(id)
         assert len(await asyncio.wait_for(reading, 20)) == 1
+
+
+@pytest.mark.parametrize("texts", [0, 1], ids=["before the first text", "after the first text"])
+async def test_cancelled_plain_text_closes_a_silent_source(texts):
+    log = []
+
+    async def generate(generation):
+        try:
+            for _ in range(texts):
+                yield "a"
+            log.append("silent")
+            await asyncio.Event().wait()
+        finally:
+            log.append("closed")
+
+    async def respond():
+        response = await handler.handle(request)
+        async for _ in response.body:
+            pass
+
+    request = WebRequest("POST", "/__aibind__/complete", {}, {"content-type": "application/json"}, b'{"input": "x"}')
+    async with AsyncPostgresStreamStore("") as store:
+        handler = AsyncStreamHandler(generate, store=store)
+        responding = asyncio.create_task(respond())
+        await async_until(lambda: log == ["silent"])
+        responding.cancel()
+        await async_until(lambda: log == ["silent", "closed"])
+        await async_until(lambda: not any("plain-text" in name for name in async_workers()))

@@ -25,6 +25,7 @@ from support.browser import Demo
 from aibind_postgres import PostgresStreamStore
 from aibind_postgres.sse import EventParser
 
+JSON = {"Content-Type": "application/json"}
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 PROGRAM = """
@@ -118,12 +119,12 @@ def test_stop_closes_connection_to_model(empty_database: str, framework: str) ->
     disconnected = threading.Event()
     with openai_server([], disconnected) as url, Demo(framework, empty_database, OPENAI_BASE_URL=url) as demo:
         body = json.dumps({"prompt": "hi"}).encode()
-        with urlopen(Request(f"{demo.url}__aibind__/stream", body), timeout=20) as answer:
+        with urlopen(Request(f"{demo.url}__aibind__/stream", body, JSON), timeout=20) as answer:
             parser, events = EventParser(), []
             while len(events) < 5:
                 events += parser.feed(answer.read1())
             stop = json.dumps({"id": events[0].data}).encode()
-            urlopen(Request(f"{demo.url}__aibind__/stream/stop", stop), timeout=20).close()
+            urlopen(Request(f"{demo.url}__aibind__/stream/stop", stop, JSON), timeout=20).close()
             assert disconnected.wait(20)
 
 
@@ -144,7 +145,7 @@ def test_conversation_urls(empty_database: str, framework: str) -> None:
         assert call(f"{demo.url}conversation/a%20b") == (200, [])
         assert call(f"{demo.url}conversation/a%00b")[0] == 404
         body = json.dumps({"prompt": "hi", "sessionId": "a b"}).encode()
-        with urlopen(Request(f"{demo.url}__aibind__/stream", body), timeout=20) as answer:
+        with urlopen(Request(f"{demo.url}__aibind__/stream", body, JSON), timeout=20) as answer:
             events = EventParser().feed(answer.read())
         text = "".join(event.data for event in events if event.event == "message")
         assert (events[0].event, events[-1].event) == ("stream-id", "done")
@@ -186,7 +187,7 @@ def test_ctrl_c_ends_demo_and_its_server(framework: str) -> None:
         assert process.stdout is not None
         url = process.stdout.readline().split()[4]
         body = json.dumps({"prompt": "hi"}).encode()
-        with urlopen(Request(f"{url}__aibind__/stream", body), timeout=20) as answer:
+        with urlopen(Request(f"{url}__aibind__/stream", body, JSON), timeout=20) as answer:
             assert b"stream-id" in answer.readline()
             process.send_signal(signal.SIGINT)
             _, complaint = process.communicate(timeout=60)
@@ -198,7 +199,8 @@ def test_ctrl_c_ends_demo_and_its_server(framework: str) -> None:
 @pytest.mark.parametrize("framework", ["fastapi", "flask"])
 def test_demo_ends_before_a_long_answer(empty_database: str, framework: str) -> None:
     with Demo(framework, empty_database, delay=0.1) as demo:
-        with urlopen(Request(f"{demo.url}__aibind__/stream", json.dumps({"prompt": "hi"}).encode()), timeout=20):
+        body = json.dumps({"prompt": "hi"}).encode()
+        with urlopen(Request(f"{demo.url}__aibind__/stream", body, JSON), timeout=20):
             demo.terminate()
     with PostgresStreamStore(empty_database) as store:
         [status] = store.list()

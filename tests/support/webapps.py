@@ -13,8 +13,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import closing, contextmanager, suppress
+from functools import partial
 from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -30,14 +31,24 @@ from aibind_postgres import (
 )
 from aibind_postgres.sse import EventParser, ServerSentEvent
 
+JSON = {"Content-Type": "application/json"}
+
 OPTIONS: dict[str, Any] = {"heartbeat": 0.2, "max_body": 10_000}
 if seconds := os.environ.get("SEND_TIMEOUT"):
     OPTIONS["send_timeout"] = float(seconds)
     logging.basicConfig(level=logging.INFO)  # logs the clients that do not read
 
 
-def authorize(request: WebRequest, id: str) -> bool:
-    """Refuse requests with the header `User: stranger`, or `Not-In: PID` in the process with that PID."""
+Refuse = Callable[[], Any]  # raises an exception of the framework
+
+
+def authorize(refuse: Refuse, request: WebRequest, id: str) -> bool:
+    """Refuse requests with the header `User: stranger`, or `Not-In: PID` in the process with that PID.
+
+    With `User: nobody`, refuse as the framework does.
+    """
+    if request.headers.get("user") == "nobody":
+        refuse()
     return request.headers.get("user") != "stranger" and request.headers.get("not-in") != f"{os.getpid()}"
 
 
@@ -56,7 +67,9 @@ def script(generation: Generation) -> list[tuple[float, str | StreamEvent | Exce
     if command == "silence":
         return [(0, "one"), (60, "never")]
     if command == "fail":
-        return [(0, "half "), (0, "way"), (0, RuntimeError("password=secret"))]
+        return [(0, "half "), (0, "way"), (0.1, RuntimeError("password=secret"))]
+    if command == "fail-first":
+        return [(0, usage), (0, RuntimeError("password=secret"))]
     return [(0, f"{word} ") for word in generation.prompt.split()] + [(0, usage)]
 
 
@@ -104,6 +117,39 @@ class BlockingSource:
         self._closed.set()
 
 
+def counting_source(store: PostgresStreamStore, log_id: str) -> Iterator[str]:
+    """Yield the PID, and then numbers until it is closed. Record that in the stream `log_id`."""
+    try:
+        yield f"{os.getpid()} "
+        for number in range(1000):
+            time.sleep(0.02)
+            yield f"{number} "
+    finally:
+        store.append(log_id, f"closed in {os.getpid()}")
+        store.complete(log_id)
+
+
+async def async_counting_source(store: AsyncPostgresStreamStore, log_id: str) -> AsyncIterator[str]:
+    try:
+        yield f"{os.getpid()} "
+        for number in range(1000):
+            await asyncio.sleep(0.02)
+            yield f"{number} "
+    finally:
+        await store.append(log_id, f"closed in {os.getpid()}")
+        await store.complete(log_id)
+
+
+def refusing_source(refuse: Refuse) -> Iterator[str]:
+    refuse()
+    yield "never"
+
+
+async def async_refusing_source(refuse: Refuse) -> AsyncIterator[str]:
+    refuse()
+    yield "never"
+
+
 async def async_blocking_source(store: AsyncPostgresStreamStore, log_id: str) -> AsyncIterator[str]:
     try:
         yield f"{os.getpid()}"
@@ -113,34 +159,52 @@ async def async_blocking_source(store: AsyncPostgresStreamStore, log_id: str) ->
         await store.complete(log_id)
 
 
-def handler() -> StreamHandler:
+def handler(refuse: Refuse) -> StreamHandler:
     store = PostgresStreamStore(os.environ["DATABASE_URL"])
 
     def generate(generation: Generation) -> Any:
         command, _, rest = generation.prompt.partition(" ")
+        if command == "refuse":
+            refuse()
+        if command == "refuse-later":
+            return refusing_source(refuse)
+        if command == "count":
+            return counting_source(store, rest)
         return BlockingSource(store, rest) if command == "block" else answer(generation)
 
-    return StreamHandler(generate, store=store, authorize=authorize, **OPTIONS)
+    return StreamHandler(generate, store=store, authorize=partial(authorize, refuse), **OPTIONS)
 
 
-def async_handler() -> AsyncStreamHandler:
+def async_handler(refuse: Refuse) -> AsyncStreamHandler:
     store = AsyncPostgresStreamStore(os.environ["DATABASE_URL"])
 
     def generate(generation: Generation) -> Any:
         command, _, rest = generation.prompt.partition(" ")
+        if command == "refuse":
+            refuse()
+        if command == "refuse-later":
+            return async_refusing_source(refuse)
+        if command == "count":
+            return async_counting_source(store, rest)
         return async_blocking_source(store, rest) if command == "block" else async_answer(generation)
 
-    return AsyncStreamHandler(generate, store=store, authorize=authorize, **OPTIONS)
+    return AsyncStreamHandler(generate, store=store, authorize=partial(authorize, refuse), **OPTIONS)
 
 
 def flask() -> Any:
-    from flask import Flask
+    from flask import Flask, abort
 
     from aibind_postgres.contrib.flask import blueprint
 
     app = Flask(__name__)
-    app.register_blueprint(blueprint(handler()))
+    app.register_blueprint(blueprint(handler(partial(abort, REFUSED["flask"]))))
     return app
+
+
+def refuse_in_starlette() -> None:
+    from starlette.exceptions import HTTPException
+
+    raise HTTPException(REFUSED["starlette"])
 
 
 def starlette() -> Any:
@@ -148,16 +212,22 @@ def starlette() -> Any:
 
     from aibind_postgres.contrib.starlette import routes
 
-    return Starlette(routes=routes(async_handler()))
+    return Starlette(routes=routes(async_handler(refuse_in_starlette)))
+
+
+def refuse_in_fastapi() -> None:
+    from fastapi import HTTPException
+
+    raise HTTPException(REFUSED["fastapi"])
 
 
 def fastapi() -> Any:
     from fastapi import FastAPI
 
-    from aibind_postgres.contrib.starlette import routes
+    from aibind_postgres.contrib.fastapi import router
 
     app = FastAPI()
-    app.router.routes.extend(routes(async_handler()))  # as the README shows
+    app.include_router(router(async_handler(refuse_in_fastapi)))
     return app
 
 
@@ -177,19 +247,28 @@ def _configure_django(any_handler: StreamHandler | AsyncStreamHandler) -> None:
     django.setup()
 
 
+def refuse_in_django() -> None:
+    from django.http import Http404
+
+    raise Http404
+
+
 def django_wsgi() -> Any:
     from django.core.wsgi import get_wsgi_application
 
-    _configure_django(handler())
+    _configure_django(handler(refuse_in_django))
     return get_wsgi_application()
 
 
 def django_asgi() -> Any:
     from django.core.asgi import get_asgi_application
 
-    _configure_django(async_handler())
+    _configure_django(async_handler(refuse_in_django))
     return get_asgi_application()
 
+
+# The status with which each application refuses.
+REFUSED = {"flask": 401, "django, wsgi": 404, "django, asgi": 404, "starlette": 402, "fastapi": 402}
 
 SERVERS = {
     "flask": "gunicorn --workers=2 --threads=20 --bind=127.0.0.1:{port} support.webapps:flask()",
@@ -248,8 +327,9 @@ class Client:
     def request(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> HTTPResponse:
         """Send a request on a new connection. Closing the response closes the connection."""
         connection = HTTPConnection("127.0.0.1", self.port, timeout=30)
+        headers = {"Connection": "close", **({} if body is None else JSON), **(headers or {})}
         with suppress(BrokenPipeError):  # the server may respond before it has received the whole body
-            connection.request(method, f"/__aibind__{path}", body, {"Connection": "close", **(headers or {})})
+            connection.request(method, f"/__aibind__{path}", body, headers)
         return connection.getresponse()
 
     def post(self, path: str, body: object, headers: dict[str, str] | None = None) -> HTTPResponse:

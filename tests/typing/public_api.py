@@ -318,7 +318,13 @@ def browsers(store: PostgresStreamStore, conversations: PostgresConversationStor
         assert_type([generation.stream_id, generation.session_id, generation.model], list[str | None])
         yield generation.prompt
 
-    handler = StreamHandler(generate, store=store, conversations=conversations, authorize=lambda request, id: True)
+    handler = StreamHandler(
+        generate,
+        store=store,
+        conversations=conversations,
+        authorize=lambda request, id: True,
+        allowed_origins=["https://example.com"],
+    )
     answer = handler.handle(request)
     assert_type(answer, WebResponse)
     assert_type(answer.body, bytes | Iterator[bytes])

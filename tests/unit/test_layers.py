@@ -49,7 +49,7 @@ ASYNC_LAYERS = [
     {"stream_writer"},
     {"stream_store", "conversation_store"},
     {"producing", "housekeeping"},
-    {"durable_stream", "event_bodies"},
+    {"durable_stream", "event_bodies", "plain_text"},
     {"handler"},
 ]
 
@@ -157,6 +157,10 @@ def test_core_does_not_import_its_extras() -> None:
     assert [
         (module, name) for module, name in IMPORTS if top(name) in ("contrib", "cli") and top(module) != top(name)
     ] == []
+
+
+def test_starlette_integration_does_not_need_fastapi() -> None:
+    assert "fastapi" not in {top(name) for name in ABSOLUTE["contrib.starlette"]}
 
 
 def test_concurrency_imports_the_standard_library_only() -> None:

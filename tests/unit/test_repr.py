@@ -133,7 +133,7 @@ def test_request_and_generation() -> None:
 
 
 def test_streamed_response() -> None:
-    assert repr(public.WebResponse(200, {}, iter([]))) == "<WebResponse 200, event stream>"
+    assert repr(public.WebResponse(200, {}, iter([]))) == "<WebResponse 200, streamed>"
     assert repr(public.WebResponse(404, {}, b"four")) == "<WebResponse 404, 4 bytes>"
 
 

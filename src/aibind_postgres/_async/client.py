@@ -69,6 +69,10 @@ class AsyncClient:
         listed = isinstance(error, self._connection_errors)
         return listed or (not self.joins_transactions and is_recoverable(error))
 
+    def is_unavailable(self, error: Exception) -> bool:
+        """Return True if the database cannot be used at the moment, whether or not a retry makes sense here."""
+        return self.is_recoverable(error)
+
     def in_transaction(self) -> bool:
         """Return True if the caller can still roll back the last statement."""
         return self.joins_transactions

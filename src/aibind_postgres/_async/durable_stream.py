@@ -396,6 +396,7 @@ def _id_event(stream_id: str) -> ServerSentEvent:
 
 def _chunk_event(seq: int, event: str, data: str) -> bytes:
     encoded = encode(ServerSentEvent(data, event, str(seq)))
-    # aibind's client ignores the id of a named event, so it would receive the event again on resuming. The id is
-    # repeated after the event: by the standard, an id without data dispatches no event.
-    return encoded if event == MESSAGE else encoded + b"id: %d\n\n" % seq
+    # aibind's client ignores the ids of the named events that it handles, so it would receive the event again on
+    # resuming. It takes the id of an unknown event. By the standard, a block without data sets the id and dispatches
+    # nothing. Without a name, aibind's `Race` would take the block for an empty text, and elect the model.
+    return encoded if event == MESSAGE else encoded + b"event: cursor\nid: %d\n\n" % seq

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,6 +15,7 @@ from urllib.parse import quote
 from .. import _arguments as arguments
 from .._concurrency import async_call_or_await, async_run_large
 from .._document import NODE_CHARACTERS
+from .._sqlstate import server_reason
 from ..errors import ConversationConflictError, InvalidDataError, StreamNotFoundError, WebError
 from ..history import ChatHistory, new_id
 from ..models import StreamEvent, StreamStatus
@@ -24,14 +25,18 @@ from ..web import (
     QueryParameters,
     WebRequest,
     count_tokens_saved,
+    is_cross_site,
+    is_json,
     parse_body,
     parse_generation,
+    parse_origins,
     parse_resume_cursor,
     required_text,
 )
 from .conversation_store import AsyncPostgresConversationStore, ConversationTooLargeError
 from .durable_stream import AsyncDurableStream
 from .event_bodies import AsyncEventBodies
+from .plain_text import AsyncPlainTextBody
 from .producing import close_source
 from .stream_store import AsyncPostgresStreamStore
 
@@ -44,7 +49,12 @@ EVENT_STREAM = {
     "X-Accel-Buffering": "no",  # keeps nginx from buffering events
     "Access-Control-Expose-Headers": "X-Stream-Id",
 }
-PLAIN_TEXT = {"Content-Type": "text/plain; charset=utf-8", "Cache-Control": "no-store"}
+PLAIN_TEXT = {
+    "Content-Type": "text/plain; charset=utf-8",
+    "Cache-Control": "no-store, no-transform",
+    "X-Accel-Buffering": "no",
+}
+RETRY_AFTER = {"Retry-After": "5"}  # seconds
 
 
 @dataclass(frozen=True)
@@ -54,7 +64,8 @@ class AsyncWebResponse:
     Attributes:
         status: The HTTP status code.
         headers: The response headers.
-        body: The complete body, or an iterator of encoded events to send as they arrive.
+        body: The complete body, or an iterator of bytes to send as they arrive: encoded events, or parts of a text. If
+            the iterator raises, the body is incomplete: close the connection, so that the client notices.
     """
 
     status: int
@@ -62,7 +73,7 @@ class AsyncWebResponse:
     body: bytes | AsyncIterator[bytes]
 
     def __repr__(self) -> str:
-        body = f"{len(self.body)} bytes" if isinstance(self.body, bytes) else "event stream"
+        body = f"{len(self.body)} bytes" if isinstance(self.body, bytes) else "streamed"
         return f"<{type(self).__name__} {self.status}, {body}>"
 
 
@@ -70,7 +81,8 @@ class AsyncStreamHandler:
     """Handles the requests of aibind's browser client.
 
     Answers of `/stream`, `/structured` and `/chat` are durable streams: after a reload or a lost connection, any worker
-    resumes them. The other routes collect the output of `generate` and respond with plain text or JSON.
+    resumes them. `/complete` and `/title` send the output of `generate` as plain text while it is produced. The other
+    routes respond with JSON.
 
     With `conversations`, `/stream` continues the conversation of the request's session id. The handler saves each turn
     with `on_conflict="merge"`:
@@ -81,15 +93,19 @@ class AsyncStreamHandler:
 
     Args:
         generate: Called with a `Generation`. Returns a source: an iterable of `str` and `StreamEvent`, such as a
-            generator. The source may yield a `usage` event. The call and the source may raise `WebError`. If the source
-            of a stream raises it, the status line has been sent, so the stream ends in state error.
+            generator. The source may yield a `usage` event. The call and the source may raise `WebError`, or an
+            exception with which the framework refuses requests. If the source of a stream raises it, the status line
+            has been sent, so the stream ends in state error.
         store: The stream store.
         conversations: The conversation store. Default: None, which saves no conversations.
         prefix: The path prefix of all routes. It must be empty or begin with a slash. Default: `/__aibind__`.
         authorize: Called with the request and the id of a stream or session, before the handler reads, resumes, stops
-            or saves it. A false result rejects the request with status 403. It may raise `WebError`. To record the
-            owner of a stream, use `stream_id` of the `Generation`. Default: None, which gives access to anyone with the
-            id; stream ids are unguessable.
+            or saves it. A false result rejects the request with status 403. It may raise the same exceptions as
+            `generate`. To record the owner of a stream, use `stream_id` of the `Generation`. Default: None, which gives
+            access to anyone with the id; stream ids are unguessable.
+        allowed_origins: The origins of other sites whose pages may send requests, such as `https://example.com`.
+            Requests from pages of other origins get status 403. The responses contain no CORS headers: add them with
+            middleware of the framework. Default: none, so pages must have the origin of the server.
         max_messages: The maximum number of stored messages that `/stream` puts before the prompt. Default: None, which
             is all.
         compact: Called instead of `generate` to summarise a conversation. Default: `generate`.
@@ -103,13 +119,14 @@ class AsyncStreamHandler:
         max_readers: The maximum number of clients that read one stream through this handler at the same time, in this
             process. Others get status 429. Default: 1000.
         heartbeat: Seconds, or a timedelta, without an event after which a response sends a comment. Default: 15.
-        send_timeout: Seconds, or a timedelta, after which an event stream ends because the client does not read. The
-            check may take a quarter longer. The client can resume. Default: 60.
+        send_timeout: Seconds, or a timedelta, after which a body that is streamed ends because the client does not
+            read. The check may take a quarter longer. The client can resume an event stream. Default: 60.
         expose_errors: Whether clients see the text of an exception that the source of a stream raises. Default: False,
             which shows a generic text.
 
     Raises:
-        ValueError: `prefix` is not empty and does not begin with a slash, or a number is out of range.
+        ValueError: `prefix` is not empty and does not begin with a slash, `allowed_origins` contains a text that is not
+            an origin, or a number is out of range.
         TypeError: `heartbeat` or `send_timeout` is neither a number nor a timedelta.
     """
 
@@ -121,6 +138,7 @@ class AsyncStreamHandler:
         conversations: AsyncPostgresConversationStore | None = None,
         prefix: str = "/__aibind__",
         authorize: Callable[[WebRequest, str], Any] | None = None,
+        allowed_origins: Collection[str] = (),
         max_messages: int | None = None,
         compact: Callable[[Generation], Any] | None = None,
         max_body: int = 10_000_000,
@@ -142,14 +160,14 @@ class AsyncStreamHandler:
         self._store = store
         self._conversations = conversations
         self._authorize = authorize
+        self._allowed_origins = parse_origins(allowed_origins)
         if max_messages is not None:
             arguments.integer(max_messages, "max_messages", minimum=1)
         self._max_messages = max_messages
         self._heartbeat = arguments.seconds(heartbeat, "heartbeat")
         self._expose_errors = expose_errors
-        self._bodies = AsyncEventBodies(
-            arguments.integer(max_readers, "max_readers", minimum=1), arguments.seconds(send_timeout, "send_timeout")
-        )
+        self._send_timeout = arguments.seconds(send_timeout, "send_timeout")
+        self._bodies = AsyncEventBodies(arguments.integer(max_readers, "max_readers", minimum=1), self._send_timeout)
         self._routes: dict[str, tuple[str, Callable[[WebRequest], Any]]] = {
             "/stream": ("POST", partial(self._stream, "stream")),
             "/structured": ("POST", partial(self._stream, "structured")),
@@ -173,8 +191,12 @@ class AsyncStreamHandler:
             request: The request. Its path includes `prefix`.
 
         Returns:
-            The response. For a `WebError`, it has the status of the error. Any other exception is logged, and the
-            status is 500. In both cases the body is the JSON object `{"error": text}`.
+            The response. For a `WebError`, it has the status of the error. If the database is unavailable, it has
+            status 503 and the header `Retry-After`. Any other exception is logged, and the status is 500. In all three
+            cases the body is the JSON object `{"error": text}`.
+
+        Raises:
+            Exception: `generate` or `authorize` has raised one of `request.refusals`.
         """
         route = request.path.removeprefix(self.prefix) if request.path.startswith(self.prefix) else None
         method, respond = self._routes.get(route or "", ("", None))
@@ -183,6 +205,10 @@ class AsyncStreamHandler:
                 raise WebError(404, "not found")
             if request.method != method:
                 return _json({"error": f"use {method}"}, 405, {"Allow": method})
+            if is_cross_site(request.headers, self._allowed_origins):
+                raise WebError(403, "requests from pages of other origins are refused, except from allowed_origins")
+            if method == "POST" and not is_json(request.headers):
+                raise WebError(415, "the Content-Type of the body must be application/json")
             if len(request.body) > self.max_body:
                 raise WebError(413, f"the body must be at most {self.max_body} bytes long")
             if isinstance(request.query, QueryParameters) and request.query.problem is not None:
@@ -190,10 +216,22 @@ class AsyncStreamHandler:
             response: AsyncWebResponse = await respond(request)
         except WebError as error:
             return _json({"error": error.text or "refused"}, error.status)
-        except Exception:
+        except request.refusals:
+            raise
+        except Exception as error:
+            if self._is_unavailable(error):
+                reason = server_reason(error) or type(error).__name__
+                logger.error(
+                    "%s %s failed, since the database is unavailable: %s", request.method, request.path, reason
+                )
+                return _json({"error": "the database is unavailable: try again later"}, 503, RETRY_AFTER)
             logger.exception("%s %s failed", request.method, request.path)
             return _json({"error": "internal server error"}, 500)
         return response
+
+    def _is_unavailable(self, error: Exception) -> bool:
+        stores = (self._store, self._conversations)
+        return any(store._database.client.is_unavailable(error) for store in stores if store is not None)
 
     async def _stream(self, kind: Kind, request: WebRequest) -> AsyncWebResponse:
         generation = (await self._parse_and_authorize(kind, request))._replace(stream_id=new_id())
@@ -276,8 +314,9 @@ class AsyncStreamHandler:
 
     async def _complete(self, kind: Kind, request: WebRequest) -> AsyncWebResponse:
         generation = await self._parse_and_authorize(kind, request)
-        text, _ = await _collect(await async_call_or_await(self._generate, generation))
-        return AsyncWebResponse(200, PLAIN_TEXT, text.encode())
+        source = await async_call_or_await(self._generate, generation)
+        texts = await AsyncPlainTextBody(source, request.context, request.disconnect, self._send_timeout).open()
+        return AsyncWebResponse(200, PLAIN_TEXT, texts or b"")
 
     async def _compact_conversation(self, request: WebRequest) -> AsyncWebResponse:
         generation = await self._parse_and_authorize("compact", request)

@@ -58,6 +58,10 @@ class AsyncPsycopgClient(AsyncClient):
             await cancel_and_close(connection)
             raise
 
+    def is_unavailable(self, error: Exception) -> bool:
+        recoverable = is_recoverable(error, (psycopg.OperationalError, psycopg.InterfaceError))
+        return recoverable and not isinstance(error, PoolClosed)
+
 
 class AsyncPoolClient(AsyncPsycopgClient):
     """The client for a psycopg pool. The first statement opens an `owned` pool, and `close` closes it.
@@ -221,9 +225,8 @@ class AsyncPoolClient(AsyncPsycopgClient):
         return await open_connection(kwargs or {}, conninfo or "", self._pool.connection_class)
 
     def is_recoverable(self, error: Exception) -> bool:
-        recoverable = is_recoverable(error, (psycopg.OperationalError, psycopg.InterfaceError))
         # Before the first connection, the address may be wrong: retries would delay the error.
-        return recoverable and not isinstance(error, PoolClosed) and self._has_connected
+        return self.is_unavailable(error) and self._has_connected
 
     async def close(self) -> None:
         self._closed.set()

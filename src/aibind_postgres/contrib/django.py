@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
-from django.core.exceptions import ImproperlyConfigured
+from django.core.exceptions import BadRequest, ImproperlyConfigured, PermissionDenied, SuspiciousOperation
 from django.core.handlers.asgi import ASGIRequest
 from django.db import connections
 from django.db.transaction import non_atomic_requests
-from django.http import HttpRequest, HttpResponse, StreamingHttpResponse, UnreadablePostError
+from django.http import Http404, HttpRequest, HttpResponse, StreamingHttpResponse, UnreadablePostError
 from django.http.response import HttpResponseBase
 from django.urls import URLPattern, re_path
 from django.views.decorators.csrf import csrf_exempt
@@ -21,14 +21,16 @@ from .._workarounds import separate_asgiref_thread
 from ..web import QueryParameters
 from ._wsgi import disconnect_of
 
+REFUSALS = (BadRequest, Http404, PermissionDenied, SuspiciousOperation)  # for which Django has a status
+
 
 def urlpatterns(handler: StreamHandler | AsyncStreamHandler) -> list[URLPattern]:
     """Return the URL patterns of a handler. Include them at the root of the URL configuration.
 
     `WebRequest.original` is the Django request.
 
-    The views are exempt from the CSRF check, since aibind's browser client sends no CSRF token. Pass `authorize` to
-    the handler and keep session cookies SameSite. The views are also exempt from `ATOMIC_REQUESTS`, since an answer is
+    The views are exempt from the CSRF check, since aibind's browser client sends no CSRF token. The handler itself
+    refuses requests from pages of other origins. The views are also exempt from `ATOMIC_REQUESTS`, since an answer is
     committed while it is produced.
 
     Args:
@@ -83,6 +85,7 @@ def _from_django(handler: StreamHandler | AsyncStreamHandler, request: HttpReque
         if isinstance(handler, AsyncStreamHandler)
         else _close_connections,
         disconnect_of(request.META),
+        REFUSALS,
     )
 
 

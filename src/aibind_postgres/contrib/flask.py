@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from flask import Blueprint, Response, current_app, request
+from werkzeug.exceptions import HTTPException
 
 from .. import StreamHandler, WebRequest
 from ..web import QueryParameters
@@ -50,6 +51,7 @@ def blueprint(handler: StreamHandler) -> Blueprint:
                 original,
                 current_app.app_context,
                 disconnect_of(request.environ),
+                (HTTPException,),
             )
         )
         return Response(response.body, response.status, dict(response.headers))

@@ -1,7 +1,8 @@
-"""Routes for Starlette and FastAPI."""
+"""Routes for Starlette."""
 
 from __future__ import annotations
 
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
@@ -13,7 +14,7 @@ METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]  # the handler responds with
 
 
 def routes(handler: AsyncStreamHandler) -> list[Route]:
-    """Return the routes of a handler.
+    """Return the routes of a handler. For FastAPI, `contrib.fastapi` has a router.
 
     `WebRequest.original` is the Starlette request.
 
@@ -27,34 +28,44 @@ def routes(handler: AsyncStreamHandler) -> list[Route]:
         TypeError: The handler is synchronous.
 
     Example:
-        Starlette: `app = Starlette(routes=routes(handler))`
-        FastAPI: `app.router.routes.extend(routes(handler))`
+        `app = Starlette(routes=routes(handler))`
     """
+    check_flavour(handler)
+
+    async def answer(request: Request) -> Response:
+        return await respond(handler, request, f"/{request.path_params['path']}")
+
+    return [Route(f"{handler.prefix}/{{path:path}}", answer, methods=METHODS, name="aibind")]
+
+
+def check_flavour(handler: AsyncStreamHandler) -> None:
+    """Raise `TypeError` if a handler is synchronous."""
     if not isinstance(handler, AsyncStreamHandler):
         raise TypeError(f"Starlette and FastAPI take an AsyncStreamHandler, not {type(handler).__name__}")
 
-    async def answer(request: Request) -> Response:
-        body = bytearray()
-        try:
-            async for part in request.stream():
-                body += part
-                if len(body) > handler.max_body:  # enough for the handler to refuse the request
-                    break
-        except ClientDisconnect:  # not an application error; the client does not receive this response
-            return Response(status_code=400)
-        response = await handler.handle(
-            WebRequest(
-                request.method,
-                f"{handler.prefix}/{request.path_params['path']}",
-                QueryParameters(request.scope["query_string"]),
-                dict(request.headers),
-                bytes(body),
-                request,
-            )
-        )
-        headers = dict(response.headers)
-        if isinstance(response.body, bytes):
-            return Response(response.body, response.status, headers)
-        return StreamingResponse(response.body, response.status, headers)
 
-    return [Route(f"{handler.prefix}/{{path:path}}", answer, methods=METHODS, name="aibind")]
+async def respond(handler: AsyncStreamHandler, request: Request, path: str) -> Response:
+    """Return the response of a handler to a request for a path below the handler's prefix."""
+    body = bytearray()
+    try:
+        async for part in request.stream():
+            body += part
+            if len(body) > handler.max_body:  # enough for the handler to refuse the request
+                break
+    except ClientDisconnect:  # not an application error; the client does not receive this response
+        return Response(status_code=400)
+    response = await handler.handle(
+        WebRequest(
+            request.method,
+            handler.prefix + path,
+            QueryParameters(request.scope["query_string"]),
+            dict(request.headers),
+            bytes(body),
+            request,
+            refusals=(HTTPException,),
+        )
+    )
+    headers = dict(response.headers)
+    if isinstance(response.body, bytes):
+        return Response(response.body, response.status, headers)
+    return StreamingResponse(response.body, response.status, headers)

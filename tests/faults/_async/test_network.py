@@ -16,9 +16,11 @@ from support.concurrency import AsyncBackground, async_gather, async_sleep, asyn
 from aibind_postgres import (
     AsyncPostgresConversationStore,
     AsyncPostgresStreamStore,
+    AsyncStreamHandler,
     StreamExistsError,
     StreamNotActiveError,
     StreamWriteError,
+    WebRequest,
 )
 
 HANG = 30  # seconds after which a call counts as hanging
@@ -343,3 +345,19 @@ async def test_concurrent_first_calls_share_one_connection_timeout(network):
         assert len(set(map(id, errors))) == len(errors)
         network.heal()
         assert await store.get_status("nothing") is None
+
+
+async def test_handler_responds_503_while_the_server_is_unreachable(network, caplog):
+    async with AsyncPostgresStreamStore(network.dsn) as store:
+        handler = AsyncStreamHandler(iter, store=store)
+        request = WebRequest("GET", "/__aibind__/stream/resume", {"id": "none"}, {}, b"")
+        assert (await handler.handle(request)).status == 404
+        network.refuse()
+        network.cut()
+        response = await handler.handle(request)
+        assert (response.status, response.headers.get("Retry-After")) == (503, "5")
+        network.heal()
+        await retry(network, partial(store.get_status, "none"))
+        assert (await handler.handle(request)).status == 404
+    assert "the database is unavailable" in caplog.text
+    assert "Traceback" not in caplog.text

@@ -1,0 +1,140 @@
+"""The FastAPI router: dependencies, the OpenAPI schema, and refusals."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import pytest
+from fastapi import APIRouter, Depends, FastAPI, Header, HTTPException, Request
+
+from aibind_postgres import AsyncPostgresStreamStore, AsyncStreamHandler, PostgresStreamStore, StreamHandler
+from aibind_postgres.contrib.fastapi import router
+
+BODY = {"id": "s", "prompt": "x", "input": "x", "sessionId": "s", "messages": [{"role": "user", "content": "x"}]}
+
+
+async def generate(generation):
+    yield f"{generation.kind} for {generation.request.original.state.user}"
+
+
+def identify(request: Request, user: str | None = Header(None)) -> None:
+    if user is None:
+        raise HTTPException(401, "who are you?")
+    request.state.user = user
+
+
+def handler_of(generate=generate, **options):
+    return AsyncStreamHandler(generate, store=AsyncPostgresStreamStore(""), **options)
+
+
+def send(app, method, path, sent_body=BODY, **headers):
+    """Send a request to an application without a server. Return the status and the body."""
+    sent = []
+    body = json.dumps(sent_body).encode() if method == "POST" else b""
+    headers = {"content-type": "application/json", **headers}
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": method,
+        "path": path,
+        "query_string": b"id=s" if method == "GET" else b"",
+        "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
+    }
+    messages = iter([{"type": "http.request", "body": body}])
+
+    async def receive():
+        return next(messages, None) or await asyncio.Event().wait()
+
+    async def record(message):
+        sent.append(message)
+
+    asyncio.run(app(scope, receive, record))
+    return sent[0]["status"], b"".join(message.get("body", b"") for message in sent[1:])
+
+
+def routes_of(handler):
+    return [(method, path) for path, (method, _) in handler._routes.items()]
+
+
+ROUTES = routes_of(handler_of())
+
+
+def included(prefix=""):
+    app = FastAPI()
+    app.include_router(router(handler_of()), prefix=prefix, dependencies=[Depends(identify)])
+    return app
+
+
+def nested():
+    app, outer = FastAPI(), APIRouter(dependencies=[Depends(identify)])
+    outer.include_router(router(handler_of()))
+    app.include_router(outer)
+    return app
+
+
+def of_the_application():
+    app = FastAPI(dependencies=[Depends(identify)])
+    app.include_router(router(handler_of()))
+    return app
+
+
+@pytest.mark.parametrize("make_app", [included, nested, of_the_application])
+@pytest.mark.parametrize(("method", "path"), [*ROUTES, ("POST", "/nothing"), ("PUT", "/stream")])
+def test_dependencies_guard_every_route(make_app, method, path):
+    assert send(make_app(), method, f"/__aibind__{path}") == (401, b'{"detail":"who are you?"}')
+
+
+def test_dependency_passes_data_to_generate():
+    assert send(included(), "POST", "/__aibind__/complete", user="me") == (200, b"complete for me")
+    assert send(included("/v1"), "POST", "/v1/__aibind__/title", user="me") == (200, b"title for me")
+
+
+def test_unknown_route_and_wrong_method_have_the_error_of_the_handler():
+    assert send(included(), "POST", "/__aibind__/nothing", user="me") == (404, b'{"error": "not found"}')
+    assert send(included(), "GET", "/__aibind__/stream", user="me") == (405, b'{"error": "use POST"}')
+
+
+def test_refusals_have_their_status():
+    def refuse(*arguments):
+        raise HTTPException(402, "no money left")
+
+    for handler, path in ((handler_of(refuse), "stream"), (handler_of(authorize=refuse), "stream/stop")):
+        app = FastAPI()
+        app.include_router(router(handler))
+        assert send(app, "POST", f"/__aibind__/{path}") == (402, b'{"detail":"no money left"}')
+
+
+def test_routes_are_in_the_openapi_schema():
+    handler = handler_of(prefix="/ai")
+    app = FastAPI()
+    app.include_router(router(handler))
+    schema = app.openapi()
+    paths = schema["paths"].items()
+    operations = {(method.upper(), path): item for path, methods in paths for method, item in methods.items()}
+    assert operations.keys() == {(method, f"/ai{path}") for method, path in routes_of(handler)}
+    assert len({operation["operationId"] for operation in operations.values()}) == len(operations)
+    stream = operations["POST", "/ai/stream"]
+    body = stream["requestBody"]["content"]["application/json"]["schema"]
+    assert body["required"] == ["prompt"]
+    assert set(body["properties"]) == {"prompt", "system", "model", "sessionId"}
+    assert list(stream["responses"]["200"]["content"]) == ["text/event-stream"]
+    resume = operations["GET", "/ai/stream/resume"]
+    assert [parameter["name"] for parameter in resume["parameters"]] == ["id", "after", "Last-Event-ID"]
+
+
+def test_required_fields_of_the_schema_are_those_of_the_handler():
+    app = FastAPI()
+    app.include_router(router(handler_of()))
+    for path, methods in app.openapi()["paths"].items():
+        if "post" in methods:
+            [required] = methods["post"]["requestBody"]["content"]["application/json"]["schema"]["required"]
+            incomplete = {name: value for name, value in BODY.items() if name != required}
+            status, error = send(app, "POST", path, incomplete)
+            assert (status, json.loads(error)["error"]) == (400, f"{required} is required")
+
+
+def test_sync_handler_raises():
+    with pytest.raises(TypeError, match="take an AsyncStreamHandler, not StreamHandler"):
+        router(StreamHandler(iter, store=PostgresStreamStore("")))
