@@ -20,7 +20,16 @@ from .errors import (
     WebError,
 )
 from .history import ChatHistory, MessageTree, TreeNode, TreePath
-from .models import CleanupResult, ConversationInfo, StreamChunk, StreamEvent, StreamInfo, StreamState, StreamStatus
+from .models import (
+    CleanupResult,
+    ConversationInfo,
+    ErasureResult,
+    StreamChunk,
+    StreamEvent,
+    StreamInfo,
+    StreamState,
+    StreamStatus,
+)
 from .web import Generation, WebRequest
 
 __all__ = [
@@ -37,6 +46,7 @@ __all__ = [
     "ConversationConflictError",
     "ConversationInfo",
     "DurableStream",
+    "ErasureResult",
     "ForkedError",
     "Generation",
     "InvalidDataError",

@@ -29,7 +29,8 @@ from ..web import (
     parse_resume_cursor,
     required_text,
 )
-from .conversation_store import AsyncPostgresConversationStore, ConversationTooLargeError
+from .conversation_histories import ConversationTooLargeError
+from .conversation_store import AsyncPostgresConversationStore
 from .durable_stream import AsyncDurableStream
 from .event_bodies import AsyncEventBodies
 from .producing import close_source
