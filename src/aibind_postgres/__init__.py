@@ -23,6 +23,7 @@ from .history import ChatHistory, MessageTree, TreeNode, TreePath
 from .models import (
     CleanupResult,
     ConversationInfo,
+    ErasureResult,
     StoredEvent,
     StreamChunk,
     StreamEvent,
@@ -48,6 +49,7 @@ __all__ = [
     "ConversationConflictError",
     "ConversationInfo",
     "DurableStream",
+    "ErasureResult",
     "ForkedError",
     "Generation",
     "Housekeeper",

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterable
 from datetime import timedelta
+from enum import Enum
 
 from .errors import InvalidDataError
 
@@ -14,6 +15,18 @@ MAX_ID_BYTES = 1024
 
 MAX_NUMBER = 2**63 - 1  # the maximum of a bigint
 MAX_SECONDS = 1e9  # all clocks and timers accept this duration
+
+
+class NotGiven(Enum):
+    """The type of `NOT_GIVEN`, the default of arguments for which None has a meaning."""
+
+    NOT_GIVEN = "not given"
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+NOT_GIVEN = NotGiven.NOT_GIVEN
 
 
 def storable_text(value: object, name: str) -> str:

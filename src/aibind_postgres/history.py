@@ -23,12 +23,14 @@ class Origin(NamedTuple):
         base: The base of a merge: the document of the row when it was last known to equal the history. None for no row.
         digests: The digests of all texts that the row may contain if no other writer has changed it: the digest of
             `base`, then those of saves with an unknown outcome. The last one is the most likely.
+        created: The time at which the row was created, as text. None for no row, or without migration 0004.
     """
 
     store: str
     session_id: str
     base: Document | None
     digests: tuple[str | None, ...]
+    created: str | None = None
 
     def with_sent(self, digest: str) -> Origin:
         """Return the origin after a text with this digest was sent and the outcome is unknown."""

@@ -177,14 +177,42 @@ class CleanupResult(NamedTuple):
 class ConversationInfo(NamedTuple):
     """An entry of a list of conversations.
 
+    An entry with only `session_id` and `updated_at` is a position for `list(before=…)`.
+
     Attributes:
         session_id: The id of the conversation.
+        owner: The owner of the conversation, or None. This and the following attributes, except `expires_at`, are None
+            without migration 0004.
+        title: The title, or None.
+        metadata: Data of the application, a JSON value, or None.
+        created_at: The time of creation. None if the conversation is older than migration 0004.
+        updated_at: The time of the last save. None if the conversation was last saved before migration 0004.
         expires_at: The time at which the conversation expires, unless it is saved or touched before. None if it never
             expires.
+        active_stream_id: The id of the newest active stream of the conversation: the answer that is being written. None
+            if there is none, or if the status table is missing, or not readable.
     """
 
     session_id: str
-    expires_at: datetime | None
+    owner: str | None = None
+    title: str | None = None
+    metadata: Any = None
+    created_at: datetime | None = None
+    updated_at: datetime | None = None
+    expires_at: datetime | None = None
+    active_stream_id: str | None = None
+
+
+class ErasureResult(NamedTuple):
+    """The result of `delete_owner` of a conversation store.
+
+    Attributes:
+        conversations: The number of deleted conversations.
+        streams: The number of deleted streams.
+    """
+
+    conversations: int
+    streams: int
 
 
 def from_epoch_ms(milliseconds: int) -> datetime:

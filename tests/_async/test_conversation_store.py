@@ -257,7 +257,7 @@ async def test_touch_and_delete_return_whether_the_conversation_exists(store):
     assert (await store.touch("s"), await store.delete("s"), await store.delete("s")) == (True, True, False)
 
 
-async def test_list_is_ordered_by_id_and_paged(store, run, monkeypatch):
+async def test_list_is_paged_and_omits_expired_conversations(store, run, monkeypatch):
     monkeypatch.setattr(conversation_store, "LIST_PAGE_ROWS", 3)
     names = [f"s{number}" for number in range(7)]
     before = await server_time(run)

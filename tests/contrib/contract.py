@@ -249,12 +249,19 @@ def check_conversations(ours: PostgresConversationStore, client: Any) -> None:
     copied = ChatHistory.from_json(again.to_json())
     before = server_time(client)
     for number in range(6):
-        ours.save(f"%s {number} :p1", copied, on_conflict="overwrite")
+        ours.save(f"%s {number} :p1", copied, on_conflict="overwrite", owner="ann")
+        assert ours.describe(f"%s {number} :p1", title=f"%s {number}", metadata={"a": number}) is True
     after = server_time(client)
     infos = list(ours.list())
-    assert [info.session_id for info in infos] == [*(f"%s {number} :p1" for number in range(6)), "s"]
+    assert [info.session_id for info in infos] == [*(f"%s {number} :p1" for number in reversed(range(6))), "s"]
     assert infos[0].expires_at is not None
     assert before + TTL - ROUNDING <= infos[0].expires_at.timestamp() <= after + TTL + ROUNDING
+    assert infos[0][1:4] == ("ann", "%s 5", {"a": 5})
+    assert before - ROUNDING <= infos[0].updated_at.timestamp() <= after + ROUNDING
+    for number in range(6):
+        assert list(ours.list("ann", limit=2, before=infos[number])) == infos[number + 1 : 6][:2]
+        assert ours.get_info(infos[number].session_id) == infos[number]
+    assert ours.delete_owner("ann", streams=None) == (6, 0)
     assert ours.delete("s") is True
     assert ours.delete("s") is False
     assert ours.cleanup() == 0
@@ -517,12 +524,20 @@ async def async_check_conversations(ours: AsyncPostgresConversationStore, client
     copied = ChatHistory.from_json(again.to_json())
     before = await async_server_time(client)
     for number in range(6):
-        await ours.save(f"%s {number} :p1", copied, on_conflict="overwrite")
+        await ours.save(f"%s {number} :p1", copied, on_conflict="overwrite", owner="ann")
+        assert await ours.describe(f"%s {number} :p1", title=f"%s {number}", metadata={"a": number}) is True
     after = await async_server_time(client)
     infos = [info async for info in ours.list()]
-    assert [info.session_id for info in infos] == [*(f"%s {number} :p1" for number in range(6)), "s"]
+    assert [info.session_id for info in infos] == [*(f"%s {number} :p1" for number in reversed(range(6))), "s"]
     assert infos[0].expires_at is not None
     assert before + TTL - ROUNDING <= infos[0].expires_at.timestamp() <= after + TTL + ROUNDING
+    assert infos[0][1:4] == ("ann", "%s 5", {"a": 5})
+    assert before - ROUNDING <= infos[0].updated_at.timestamp() <= after + ROUNDING
+    for number in range(6):
+        page = [info async for info in ours.list("ann", limit=2, before=infos[number])]
+        assert page == infos[number + 1 : 6][:2]
+        assert await ours.get_info(infos[number].session_id) == infos[number]
+    assert await ours.delete_owner("ann", streams=None) == (6, 0)
     assert await ours.delete("s") is True
     assert await ours.delete("s") is False
     assert await ours.cleanup() == 0

@@ -49,6 +49,7 @@ OUTPUTS = {
         "conversation": "['Name a colour.', 'Blue.'] 2\n",
         "asynchronous conversation": "Name a town. 1\nName a colour. 0\n",
         "two tabs": "[{'role': 'user', 'content': 'from the other tab'}] 2\n",
+        "list of conversations": "chat 2 None None\nchat 1 None None\nchat 0 Colours None\n",
     },
     "docs/operations.md": {
         "housekeeping": "",

@@ -15,7 +15,8 @@ from aibind_postgres._tables import CHUNKS_TABLE, CONVERSATIONS_TABLE, STATUS_TA
 
 SEED_STATEMENTS = StreamStatements(Table(None, CHUNKS_TABLE), Table(None, STATUS_TABLE))
 STREAM_STATEMENTS = StreamStatements(Table(None, CHUNKS_TABLE), Table(None, STATUS_TABLE), lease=15_000)
-CONVERSATION_STATEMENTS = ConversationStatements(Table(None, CONVERSATIONS_TABLE))
+SEED_CONVERSATION_STATEMENTS = ConversationStatements(Table(None, CONVERSATIONS_TABLE))
+CONVERSATION_STATEMENTS = ConversationStatements(Table(None, CONVERSATIONS_TABLE), True, Table(None, STATUS_TABLE))
 
 STREAM_PLANS = {
     "create": (["7", 1000, 10], ["(id = '7'"]),
@@ -60,14 +61,29 @@ STREAM_PLANS = {
     "take_turn": (["m", 1000, STATUS_TABLE], ["(id = 'm'"]),
 }
 
+ACTIVE_STREAM = ["aibind_stream_status_running_idx", "(session_id = c.session_id"]
 CONVERSATION_PLANS = {
     "load": (["7", 1000], ["(session_id = '7'"]),
-    "save": (["7", "{}", 1000, None, 1000], ["(session_id = '7'"]),
+    "save": (["7", "{}", 1000, None, 1000, False, "o", "2026-01-01"], ["(session_id = '7'"]),
     "touch": (["7", 1000], ["(session_id = '7'"]),
+    "describe": (["7", True, "t", False, None, True, "o"], ["(session_id = '7'"]),
     "delete": (["7"], ["(session_id = '7'"]),
-    "list": (["7", 100], ["(session_id > '7'"]),
+    "get_info": (["7"], ["(session_id = '7'", *ACTIVE_STREAM]),
+    "list": (["infinity", "", 100], ["aibind_conversations_updated_at_idx", "(ROW(updated_at, ", *ACTIVE_STREAM]),
+    "list_of_owner": (
+        ["2100-01-01", "7", 100, "o5"],
+        ["aibind_conversations_owner_idx", "(owner = 'o5'", "(ROW(updated_at, ", *ACTIVE_STREAM],
+    ),
+    "ids_of_owner": (["o5", "7", 100], ["(owner = 'o5'"]),
+    "delete_of_owner": (["7", "o7"], ["(session_id = '7'"]),
     "cleanup": ([10, 1000], ["(expires_at <= ", "(session_id = chosen.session_id"]),
     "take_turn": (["m", 1000, CONVERSATIONS_TABLE], ["(session_id = 'm'"]),
+}
+SEED_CONVERSATION_PLANS = {
+    **{name: CONVERSATION_PLANS[name] for name in ("load", "touch", "delete", "cleanup")},
+    "save": (["7", "{}", 1000, None, 1000, False], ["(session_id = '7'"]),
+    "get_info": (["7"], ["(session_id = '7'"]),
+    "list_by_id": (["7", 100], ["(session_id > '7'"]),
 }
 
 
@@ -84,8 +100,8 @@ def connection(database):
             "SELECT i::text, s, 'token' FROM generate_series(1, 5000) i, generate_series(1, 20) s"
         )
         connection.execute(
-            "INSERT INTO aibind_conversations (session_id, data, expires_at) "
-            "SELECT i::text, repeat('data', 100), CASE WHEN i % 10 = 0 THEN i ELSE 9e15 + i END "
+            "INSERT INTO aibind_conversations (session_id, data, expires_at, owner) "
+            "SELECT i::text, repeat('data', 100), CASE WHEN i % 10 = 0 THEN i ELSE 9e15 + i END, 'o' || i % 100 "
             "FROM generate_series(1, 5000) i"
         )
         connection.execute("ANALYZE")
@@ -98,6 +114,7 @@ def connection(database):
         (STREAM_STATEMENTS, STREAM_PLANS),
         (SEED_STATEMENTS, {name: STREAM_PLANS[name] for name in vars(SEED_STATEMENTS).keys() & STREAM_PLANS}),
         (CONVERSATION_STATEMENTS, CONVERSATION_PLANS),
+        (SEED_CONVERSATION_STATEMENTS, SEED_CONVERSATION_PLANS),
     ],
 )
 def test_statements_use_an_index(connection, statements, plans):
@@ -113,6 +130,7 @@ def test_every_statement_has_a_plan_or_a_reason(connection):
     scans_the_status_table_by_design = {"list_by_time"}
     assert STREAM_PLANS.keys() | scans_the_status_table_by_design == vars(STREAM_STATEMENTS).keys()
     assert CONVERSATION_PLANS.keys() | {"overwrite"} == vars(CONVERSATION_STATEMENTS).keys()
+    assert SEED_CONVERSATION_PLANS.keys() | {"overwrite"} == vars(SEED_CONVERSATION_STATEMENTS).keys()
 
 
 @pytest.mark.parametrize("name", ["read", "read_timed", "read_batch"])

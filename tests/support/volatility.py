@@ -14,7 +14,7 @@ KEYWORDS |= {"least", "not", "on", "or", "over", "select", "then", "values", "wh
 # Words without a parenthesis that are not IMMUTABLE. Times plus intervals depend on the time zone.
 MUTABLE_WORDS = {"current_date", "current_time", "current_timestamp", "interval", "localtime", "localtimestamp"}
 
-IMMUTABLE_CASTS = {"bigint", "float8", "integer", "json", "text"}
+IMMUTABLE_CASTS = {"bigint", "float8", "integer", "json", "jsonb", "text"}
 
 TOKEN = re.compile(
     r"""'(?:[^']|'')*' | "(?:[^"]|"")*" | \$\d+ | (?P<word>[a-z_]\w*) | :: | \S""",

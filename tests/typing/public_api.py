@@ -30,6 +30,7 @@ from aibind_postgres import (
     ConversationConflictError,
     ConversationInfo,
     DurableStream,
+    ErasureResult,
     Generation,
     Housekeeper,
     InvalidHistoryError,
@@ -271,9 +272,15 @@ def conversations(message: Message) -> None:
         assert_type([store.touch("id"), store.delete("id")], list[bool])
         assert_type(store.list(), Iterator[ConversationInfo])
         assert_type(store.cleanup(), int)
-        for session_id, expires_at in store.list():
-            assert_type(session_id, str)
-            assert_type(expires_at, datetime | None)
+        for info in store.list("owner", limit=10, before=ConversationInfo("id", updated_at=datetime.max)):
+            assert_type([info.session_id], list[str])
+            assert_type([info.owner, info.title, info.active_stream_id], list[str | None])
+            assert_type([info.created_at, info.updated_at, info.expires_at], list[datetime | None])
+        store.save("id", chat, owner="owner")
+        assert_type(store.describe("id", title="title", metadata={}, owner=None), bool)
+        assert_type(store.get_info("id"), ConversationInfo | None)
+        assert_type(store.delete_owner("owner", streams=None).conversations, int)
+        store.delete_owner("owner")  # type: ignore[call-arg]
     PostgresConversationStore("", ttl=None)
     try:
         store.save("id", chat)
@@ -292,7 +299,12 @@ async def async_conversations(message: Message) -> None:
             assert_type(edited, ChatHistory[Any])
             edited.append(message)
         assert_type([await store.touch("id"), await store.delete("id")], list[bool])
-        assert_type(store.list(), AsyncIterator[ConversationInfo])
+        assert_type(store.list("owner"), AsyncIterator[ConversationInfo])
+        assert_type(await store.describe("id", title=None), bool)
+        assert_type(await store.get_info("id"), ConversationInfo | None)
+        async with AsyncPostgresStreamStore("") as streams:
+            assert_type(await store.delete_owner("owner", streams=streams), ErasureResult)
+            assert_type(await streams.delete_owner("owner"), int)
         assert_type(await store.cleanup(), int)
 
 

@@ -22,6 +22,7 @@ WITHOUT_OWN_REPR = {
     "AsyncPostgresClient",
     "CleanupResult",
     "ConversationInfo",
+    "ErasureResult",
     "PostgresClient",
     "StoredEvent",
     "StreamChunk",

@@ -12,10 +12,15 @@ from aibind_postgres._tables import Table
 STREAM_TABLES = Table(None, "chunks"), Table(None, "status")
 SEED_STATEMENTS = StreamStatements(*STREAM_TABLES, synchronous_commit="off")
 STREAM_STATEMENTS = StreamStatements(*STREAM_TABLES, synchronous_commit="off", lease=1000)
-CONVERSATION_STATEMENTS = ConversationStatements(Table(None, "conversations"))
+SEED_CONVERSATION_STATEMENTS = ConversationStatements(Table(None, "conversations"))
+CONVERSATION_STATEMENTS = ConversationStatements(Table(None, "conversations"), True, Table(None, "status"))
 STATEMENTS = [
     *[pytest.param(sql, id=f"{name} without 0004") for name, sql in vars(SEED_STATEMENTS).items()],
     *[pytest.param(sql, id=name) for name, sql in vars(STREAM_STATEMENTS).items()],
+    *[
+        pytest.param(sql, id=f"conversation {name} without 0004")
+        for name, sql in vars(SEED_CONVERSATION_STATEMENTS).items()
+    ],
     *[pytest.param(sql, id=f"conversation {name}") for name, sql in vars(CONVERSATION_STATEMENTS).items()],
 ]
 

@@ -2,48 +2,31 @@
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from types import TracebackType
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any
 
 from psycopg.sql import Identifier
 
 from .. import _arguments as arguments
-from .._concurrency import async_run_large
-from .._conversation_sql import ConversationStatements
+from .._arguments import NOT_GIVEN, NotGiven
+from .._conversation_sql import conversation_info
 from .._deletion import MAX_ROWS, next_limit
-from .._document import (
-    Document,
-    Version,
-    copy_document,
-    digest,
-    empty_document,
-    estimated_size,
-    parse_document,
-)
-from .._merging import merge
-from .._tables import CONVERSATIONS_TABLE, Table
-from ..errors import AibindError, ConversationConflictError
-from ..history import ChatHistory, Origin, new_id
-from ..models import NEVER_MS, ConversationInfo, from_epoch_ms
+from .._document import copy_document
+from .._tables import CONVERSATIONS_TABLE, STATUS_TABLE, parse_distinct
+from ..history import ChatHistory
+from ..models import NEVER_MS, ConversationInfo, ErasureResult
+from .conversation_histories import AsyncConversationHistories, OnConflict, check_on_conflict
+from .conversation_schema import AsyncConversationSchema
 from .database import AsyncDatabase
 from .psycopg_clients import AsyncClientLike
+from .stream_store import AsyncPostgresStreamStore
 
 MAX_BYTES = 20_000_000  # of the conversations that one statement of `cleanup` deletes
 LIST_PAGE_ROWS = 2000  # rows that one statement of `list` returns
-
-OnConflict: TypeAlias = Literal["merge", "raise", "overwrite"]
-
-
-class ConversationTooLargeError(AibindError):
-    """The stored conversation is too large to be read within the limits of the handler."""
-
-    def __init__(self, session_id: str, max_bytes: int) -> None:
-        super().__init__(f"conversation {session_id!r} has more than {max_bytes} bytes")
-        self.session_id = session_id
-        self.max_bytes = max_bytes
 
 
 class AsyncPostgresConversationStore:
@@ -58,6 +41,8 @@ class AsyncPostgresConversationStore:
             transaction.
         table: The name of the table; `aibind_conversations` by default. Use `psycopg.sql.Identifier` for a name with
             a dot.
+        status_table: The name of the status table of the stream store, for `active_stream_id` of the conversations;
+            `aibind_stream_status` by default. It may be missing.
         ttl: Seconds, or a timedelta, for which a conversation is kept after it was last saved or touched; 1800 by
             default. None: it never expires, unless a store with a ttl saves or touches it later.
         timeout: Seconds, or a timedelta, to wait for the answer to a statement, as for the stream store; no limit by
@@ -67,7 +52,8 @@ class AsyncPostgresConversationStore:
         ValueError: By the constructor, for an invalid table name or setting.
         TypeError: By the constructor, for an argument of the wrong type.
         InvalidDataError: By every method, for a session id that is empty, longer than 1,024 bytes, or not storable.
-        SchemaError: By every method, if the table is missing.
+        SchemaError: By every method, if the table is missing. By `describe` and `delete_owner`, and by every method
+            with an owner, if migration 0004 is missing.
         StoreClosedError: By every method, once the store is closed. `close` can be repeated.
         RuntimeError: By every method, in a different event loop from the one of the first call.
         ForkedError: By every method except `close`, in a process that was forked after the first call, or after the
@@ -81,14 +67,17 @@ class AsyncPostgresConversationStore:
         client: AsyncClientLike,
         *,
         table: str | Identifier = CONVERSATIONS_TABLE,
+        status_table: str | Identifier = STATUS_TABLE,
         ttl: float | timedelta | None = 1800.0,
         timeout: float | timedelta | None = None,
     ) -> None:
-        self._table = Table.parse(table)
-        self._sql = ConversationStatements(self._table)
+        self._table, status = parse_distinct(table, status_table)
         self._ttl = NEVER_MS if ttl is None else arguments.milliseconds(ttl, "ttl")
         self._database = AsyncDatabase(client, retry_for=0.0, timeout=timeout)
-        self._id = new_id()  # marks the histories that this store has loaded or saved
+        self._schema = AsyncConversationSchema(self._database, self._table, status)
+        histories = AsyncConversationHistories(self._database, self._schema, self._ttl)
+        self._load = histories.load
+        self._save = histories.save
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} in {self._table.quoted}, {self._database.client!r}, {self._database.state}>"
@@ -107,16 +96,14 @@ class AsyncPostgresConversationStore:
         """
         return await self._load(session_id, arguments.MAX_NUMBER)
 
-    async def _load(self, session_id: str, max_bytes: int) -> ChatHistory[Any]:
-        """Return a conversation. Raise `ConversationTooLargeError` if its document has more than `max_bytes`."""
-        key = arguments.identifier(session_id, "a session id")
-        rows = await self._database.query(self._sql.load, [key, max_bytes])
-        text = rows[0][0] if rows else None
-        if rows and text is None:
-            raise ConversationTooLargeError(key, max_bytes)
-        return await self._to_history(key, text)
-
-    async def save(self, session_id: str, chat: ChatHistory[Any], *, on_conflict: OnConflict = "merge") -> None:
+    async def save(
+        self,
+        session_id: str,
+        chat: ChatHistory[Any],
+        *,
+        on_conflict: OnConflict = "merge",
+        owner: str | None = None,
+    ) -> None:
         """Save a conversation. When this returns, it is durable, and `chat` equals the stored conversation.
 
         The call can be repeated if its outcome is unknown because the connection was lost, or if the caller's
@@ -133,6 +120,8 @@ class AsyncPostgresConversationStore:
                   The active leaf of `chat` wins if it has moved.
                 - `"raise"`: Raise `ConversationConflictError`.
                 - `"overwrite"`: Replace the stored conversation without reading it.
+            owner: The owner of the conversation, such as a user id, for `list` and `delete_owner`. It replaces an
+                owner that is already stored. Default: None, which keeps the stored owner. Needs migration 0004.
 
         In a merge, a conversation that was deleted or has expired counts as one from which everything was removed. A
         history that this store did not load under this id counts as additions only. Writers that do not check for
@@ -143,68 +132,17 @@ class AsyncPostgresConversationStore:
                 stored.
             InvalidHistoryError: The stored row is not a valid conversation, or has a different message under an id of
                 `chat`; nothing is stored. Not raised for `"overwrite"`.
+            InvalidDataError: The session id or the owner is not a valid id.
+            SchemaError: An owner is given, and migration 0004 is missing.
             TypeError: `chat` is not a `ChatHistory`.
             ValueError: `on_conflict` is not one of these values.
         """
-        await self._save(session_id, chat, on_conflict, arguments.MAX_NUMBER)
-
-    async def _save(self, session_id: str, chat: ChatHistory[Any], on_conflict: OnConflict, max_bytes: int) -> None:
-        """Save a conversation. Raise `ConversationTooLargeError` instead of a merge with more than `max_bytes`."""
-        key = arguments.identifier(session_id, "a session id")
-        _check_on_conflict(on_conflict)
-        if not isinstance(chat, ChatHistory):
-            raise TypeError(f"chat must be a ChatHistory, not {type(chat).__name__}")
-        document = copy_document(chat.tree._document)
-        sent = await async_run_large(estimated_size(document), Version.of, document)
-        origin = self._origin_of(key, chat)
-        # If the reply is lost, the row may contain this text.
-        chat._origin = origin.with_sent(sent.digest)
-        if on_conflict == "overwrite":
-            await self._database.query(self._sql.overwrite, [key, sent.text, self._ttl])
-            stored = sent
-        else:
-            stored = await self._save_version(chat, origin, sent, on_conflict, max_bytes)
-        if stored is not sent:
-            await self._apply_stored(chat, sent, stored)
-        if self._database.client.in_transaction():
-            chat._origin = origin.with_sent(stored.digest)
-        else:
-            chat._origin = origin._replace(base=stored.document, digests=(stored.digest,))
-
-    async def _save_version(
-        self, chat: ChatHistory[Any], origin: Origin, sent: Version, on_conflict: OnConflict, max_bytes: int
-    ) -> Version:
-        """Store `sent`, or its merge with the stored document. Return the version that was stored."""
-        own = {*origin.digests, sent.digest}
-        version, expected = sent, origin.digests[-1]
-        while True:
-            params = [origin.session_id, version.text, self._ttl, expected, max_bytes]
-            [(saved, exists, found)] = await self._database.query(self._sql.save, params)
-            if saved:
-                return version
-            if exists and found is None:
-                raise ConversationTooLargeError(origin.session_id, max_bytes)
-            expected = None if found is None else await async_run_large(len(found), digest, found)
-            if expected in own:  # stored by this history: an earlier reply was lost, or its transaction was rolled back
-                version = sent
-            elif on_conflict == "raise":
-                theirs = await self._to_history(origin.session_id, found)
-                raise ConversationConflictError(origin.session_id, chat, theirs)
-            else:
-                size = len(sent.text) + len(found or "")
-                version = await async_run_large(size, _merge_with_text, origin.base, sent.document, found)
-
-    async def _apply_stored(self, chat: ChatHistory[Any], sent: Version, stored: Version) -> None:
-        """Give the stored document to the history. Keep changes made after `sent` was sent."""
-        document, current = stored.document, copy_document(chat.tree._document)
-        if current != sent.document:
-            document = await async_run_large(len(stored.text), merge, sent.document, current, document)
-            if chat.tree._document != current:  # changed again, while the thread ran
-                document = merge(current, chat.tree._document, document)
-        chat.tree._document = copy_document(document)
+        await self._save(session_id, chat, on_conflict, arguments.MAX_NUMBER, owner=owner)
 
     @asynccontextmanager
-    async def edit(self, session_id: str, *, on_conflict: OnConflict = "merge") -> AsyncIterator[ChatHistory[Any]]:
+    async def edit(
+        self, session_id: str, *, on_conflict: OnConflict = "merge", owner: str | None = None
+    ) -> AsyncIterator[ChatHistory[Any]]:
         """Return a context manager that loads a conversation and saves it at the end of the block.
 
         Nothing is saved if the block raises, or if it does not change the history.
@@ -212,21 +150,26 @@ class AsyncPostgresConversationStore:
         Args:
             session_id: The id of the conversation.
             on_conflict: As for `save`; `"merge"` by default.
+            owner: As for `save`. Nothing is stored if the block does not change the history.
 
         Yields:
             The history, as returned by `load`.
 
         Raises:
             ConversationConflictError: As for `save`.
+            InvalidDataError: As for `save`.
             InvalidHistoryError: As for `load` and `save`.
+            SchemaError: As for `save`.
             ValueError: `on_conflict` is not one of the values of `save`.
         """
-        _check_on_conflict(on_conflict)
+        check_on_conflict(on_conflict)
+        if owner is not None:
+            arguments.identifier(owner, "an owner")
         chat = await self.load(session_id)
         before = copy_document(chat.tree._document)
         yield chat
         if chat.tree._document != before:
-            await self.save(session_id, chat, on_conflict=on_conflict)
+            await self.save(session_id, chat, on_conflict=on_conflict, owner=owner)
 
     async def touch(self, session_id: str) -> bool:
         """Restart the ttl of a conversation. With a ttl of None, the conversation never expires from then on.
@@ -238,10 +181,63 @@ class AsyncPostgresConversationStore:
             True if the conversation exists.
         """
         key = arguments.identifier(session_id, "a session id")
-        return bool(await self._database.query(self._sql.touch, [key, self._ttl]))
+        return bool(await self._database.query(self._schema.statements.touch, [key, self._ttl]))
+
+    async def describe(
+        self,
+        session_id: str,
+        *,
+        title: str | NotGiven | None = NOT_GIVEN,
+        metadata: Any = NOT_GIVEN,
+        owner: str | NotGiven | None = NOT_GIVEN,
+    ) -> bool:
+        """Change the title, the metadata or the owner of a conversation. Arguments that are not given change nothing.
+
+        The conversation keeps its messages, its expiry and, since `updated_at` does not change, its position in lists.
+
+        Args:
+            session_id: The id of the conversation.
+            title: The new title. None removes it.
+            metadata: Data of the application, a JSON value. None removes it.
+            owner: The new owner, such as a user id. None removes it.
+
+        Returns:
+            True if the conversation exists.
+
+        Raises:
+            InvalidDataError: The title cannot be stored, `metadata` is not a JSON value, or the owner is not a valid
+                id.
+            SchemaError: Migration 0004 is missing.
+        """
+        key = arguments.identifier(session_id, "a session id")
+        params: builtins.list[object] = [key]
+        for value, check, name in (
+            (title, arguments.storable_text, "a title"),
+            (metadata, arguments.storable_json, "metadata"),
+            (owner, arguments.identifier, "an owner"),
+        ):
+            is_given = value is not NOT_GIVEN
+            params += [is_given, check(value, name) if is_given and value is not None else None]
+        statements = await self._schema.require_0004("a title, metadata or an owner of a conversation")
+        return bool(await self._database.query(statements.describe, params))
+
+    async def get_info(self, session_id: str) -> ConversationInfo | None:
+        """Return the entry of a conversation, as `list` does, without its messages.
+
+        Args:
+            session_id: The id of the conversation.
+
+        Returns:
+            The entry, or None if the conversation does not exist.
+        """
+        key = arguments.identifier(session_id, "a session id")
+        rows = await self._database.query((await self._schema.look_up()).get_info, [key])
+        return conversation_info(rows[0]) if rows else None
 
     async def delete(self, session_id: str) -> bool:
         """Delete a conversation.
+
+        A turn of a `StreamHandler` that has begun in the stored conversation does not create it again. `save` does.
 
         Args:
             session_id: The id of the conversation.
@@ -249,25 +245,113 @@ class AsyncPostgresConversationStore:
         Returns:
             True if the conversation existed.
         """
-        rows = await self._database.query(self._sql.delete, [arguments.identifier(session_id, "a session id")])
+        key = arguments.identifier(session_id, "a session id")
+        rows = await self._database.query(self._schema.statements.delete, [key])
         return bool(rows and rows[0][0])
 
-    async def list(self) -> AsyncIterator[ConversationInfo]:
-        """Iterate over the conversations in the order of their ids.
+    async def delete_owner(self, owner: str, *, streams: AsyncPostgresStreamStore | None) -> ErasureResult:
+        """Delete all data of one owner: conversations and streams, in any state, also expired ones.
 
-        A conversation that is saved during the iteration may or may not appear.
+        These are deleted:
 
-        Yields:
-            The id and the expiry of each conversation.
+        - the conversations with this owner,
+        - the streams that belong to these conversations,
+        - the streams with this owner.
+
+        Everything that is stored when the call begins is deleted. Their producers and readers end as after `delete` of
+        the stream store. Refuse new requests of this owner before. If the call is interrupted, repeat it, and call
+        `cleanup` of the stream store. Each statement deletes at most one conversation, or 10,000 chunks of one stream.
+
+        Args:
+            owner: The owner, as given to `save`, `describe` and `create`.
+            streams: The stream store of the application. None if it has no streams.
+
+        Returns:
+            The numbers of deleted conversations and streams.
+
+        Raises:
+            InvalidDataError: The owner is not a valid id.
+            SchemaError: Migration 0004 is missing.
         """
+        person = arguments.identifier(owner, "an owner")
+        statements = await self._schema.require_0004("the owner of a conversation")
+        deleted_conversations = deleted_streams = 0
         last_id = ""
         while True:
-            rows = await self._database.query(self._sql.list, [last_id, LIST_PAGE_ROWS])
-            for session_id, expires_at in rows:
-                yield ConversationInfo(session_id, None if expires_at >= NEVER_MS else from_epoch_ms(expires_at))
-            if len(rows) < LIST_PAGE_ROWS:
-                return
+            rows = await self._database.query(statements.ids_of_owner, [person, last_id, MAX_ROWS])
+            for (session_id,) in rows:
+                if streams is not None:  # first: only the conversation links them to the owner
+                    deleted_streams += await streams._delete_all(session_id, None)
+                [(deleted,)] = await self._database.query(statements.delete_of_owner, [session_id, person])
+                deleted_conversations += deleted
+            if len(rows) < MAX_ROWS:
+                break
             last_id = rows[-1][0]
+        if streams is not None:
+            deleted_streams += await streams.delete_owner(person)
+        return ErasureResult(deleted_conversations, deleted_streams)
+
+    def list(
+        self, owner: str | None = None, *, limit: int | None = None, before: ConversationInfo | None = None
+    ) -> AsyncIterator[ConversationInfo]:
+        """Iterate over the conversations, the last saved first. Without migration 0004, in the order of their ids.
+
+        A conversation that is saved during the iteration moves to the beginning. None appears twice, and one that was
+        not reached before does not appear.
+
+        Args:
+            owner: Return only conversations of this owner; all by default. Needs migration 0004.
+            limit: The maximum number of conversations; no limit by default.
+            before: An entry of an earlier list. Return only the conversations that come after it in the list: with
+                migration 0004, those that were saved before it. Only its `session_id` and `updated_at` are used, so
+                `ConversationInfo(session_id, updated_at=updated_at)` is sufficient. Default: None, which begins with
+                the first one.
+
+        Yields:
+            An entry for each conversation.
+
+        Raises:
+            InvalidDataError: The owner or the session id of `before` is not a valid id, or `limit` is not an int of at
+                least 1.
+            ValueError: `updated_at` of `before` has no time zone.
+            TypeError: `before` is not a `ConversationInfo`.
+            SchemaError: An owner is given, and migration 0004 is missing.
+        """
+        person = None if owner is None else arguments.identifier(owner, "an owner")
+        number = arguments.MAX_NUMBER if limit is None else arguments.integer(limit, "limit", minimum=1)
+        if before is not None:
+            if not isinstance(before, ConversationInfo):
+                raise TypeError(f"before must be a ConversationInfo, not {type(before).__name__}")
+            arguments.identifier(before.session_id, "a session id")
+            if before.updated_at is not None and before.updated_at.tzinfo is None:
+                raise ValueError(f"updated_at of before must have a time zone, unlike {before.updated_at!r}")
+        return self._list(person, number, before)
+
+    async def _list(
+        self, owner: str | None, limit: int, before: ConversationInfo | None
+    ) -> AsyncIterator[ConversationInfo]:
+        if owner is not None:
+            statements = await self._schema.require_0004("a list of one owner")
+        else:
+            statements = await self._schema.look_up()
+        last_id = "" if before is None else before.session_id
+        last_time = "infinity"
+        if before is not None:
+            last_time = "-infinity" if before.updated_at is None else before.updated_at.isoformat()
+        while limit > 0:
+            page = min(limit, LIST_PAGE_ROWS)
+            if not statements.has_0004:
+                rows = await self._database.query(statements.list_by_id, [last_id, page])
+            elif owner is None:
+                rows = await self._database.query(statements.list, [last_time, last_id, page])
+            else:
+                rows = await self._database.query(statements.list_of_owner, [last_time, last_id, page, owner])
+            for row in rows:
+                yield conversation_info(row)
+            if len(rows) < page:
+                return
+            limit -= page
+            last_id, last_time = rows[-1][0], rows[-1][-1]
 
     async def cleanup(self) -> int:
         """Delete the expired conversations. Safe to run in several processes at once.
@@ -286,7 +370,7 @@ class AsyncPostgresConversationStore:
         """Delete the expired conversations, and yield the number that each statement has deleted."""
         limit = MAX_ROWS
         while limit:
-            [(found, deleted)] = await self._database.query(self._sql.cleanup, [limit, MAX_BYTES])
+            [(found, deleted)] = await self._database.query(self._schema.statements.cleanup, [limit, MAX_BYTES])
             yield deleted
             limit = next_limit(limit, found, deleted)
 
@@ -305,33 +389,3 @@ class AsyncPostgresConversationStore:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self.close()
-
-    async def _to_history(self, session_id: str, text: str | None) -> ChatHistory[Any]:
-        chat: ChatHistory[Any] = ChatHistory()
-        chat._origin = Origin(self._id, session_id, None, (None,))
-        if text is not None:
-            document, text_digest = await async_run_large(len(text), _parse_with_digest, text)
-            chat.tree._document = copy_document(document)
-            chat._origin = chat._origin._replace(base=document, digests=(text_digest,))
-        return chat
-
-    def _origin_of(self, session_id: str, chat: ChatHistory[Any]) -> Origin:
-        """Return the origin of a history, or an empty one if it belongs to another store or session."""
-        origin = chat._origin
-        if origin is not None and (origin.store, origin.session_id) == (self._id, session_id):
-            return origin
-        return Origin(self._id, session_id, None, (None,))
-
-
-def _check_on_conflict(on_conflict: OnConflict) -> None:
-    if on_conflict not in get_args(OnConflict):
-        raise ValueError(f"on_conflict must be one of {', '.join(get_args(OnConflict))}, not {on_conflict!r}")
-
-
-def _parse_with_digest(text: str) -> tuple[Document, str]:
-    return parse_document(text), digest(text)
-
-
-def _merge_with_text(base: Document | None, ours: Document, text: str | None) -> Version:
-    theirs = empty_document() if text is None else parse_document(text)
-    return Version.of(merge(base or empty_document(), ours, theirs))

@@ -33,7 +33,8 @@ from ..web import (
     parse_resume_cursor,
     required_text,
 )
-from .conversation_store import AsyncPostgresConversationStore, ConversationTooLargeError
+from .conversation_histories import ConversationTooLargeError
+from .conversation_store import AsyncPostgresConversationStore
 from .durable_stream import AsyncDurableStream
 from .event_bodies import AsyncEventBodies
 from .plain_text import AsyncPlainTextBody
@@ -90,6 +91,8 @@ class AsyncStreamHandler:
     - If the source ends, before the stream is done.
     - Otherwise after the stream has ended. The saved answer is the text produced so far, if there is any, with the
       state in its metadata.
+
+    If the conversation is deleted during a turn, the turn is not saved. The first turn of a conversation creates it.
 
     Args:
         generate: Called with a `Generation`. Returns a source: an iterable of `str` and `StreamEvent`, such as a
@@ -272,7 +275,9 @@ class AsyncStreamHandler:
         if text or state == "done":
             metadata = None if state == "done" else {"state": state}
             chat.append({"role": "assistant", "content": text}, metadata)
-        await conversations._save(str(generation.session_id), chat, "merge", self._max_read)
+        session_id = str(generation.session_id)
+        if not await conversations._save(session_id, chat, "merge", self._max_read, recreate=False):
+            logger.info("conversation %r was deleted during a turn: the turn is not saved", session_id)
 
     @property
     def _max_read(self) -> int:

@@ -264,7 +264,7 @@ def _duty_of_conversations(store: AsyncPostgresConversationStore) -> AsyncDuty:
         async for conversations in store._cleanup_steps():
             yield {"conversations deleted": conversations}
 
-    return AsyncDuty(store._database, store._table, store._sql.take_turn, {"cleanup": cleanup})
+    return AsyncDuty(store._database, store._table, store._schema.statements.take_turn, {"cleanup": cleanup})
 
 
 def _check_kind(store: object, kind: type, name: str) -> None:

@@ -596,6 +596,32 @@ class AsyncPostgresStreamStore:
             await self._deleter.sweep(stream_id, tombstone)
         return deleted
 
+    async def delete_owner(self, owner: str) -> int:
+        """Delete the streams of an owner, in any state, as `delete` does.
+
+        Every stream that exists when the call begins is deleted. If the call is interrupted, repeat it, and call
+        `cleanup`. In an application with conversations, use `delete_owner` of the conversation store, which also
+        deletes those, and their streams.
+
+        Args:
+            owner: The owner, as given to `create`.
+
+        Returns:
+            The number of deleted streams.
+
+        Raises:
+            InvalidDataError: The owner is not a valid id.
+            SchemaError: Migration 0004 is missing.
+        """
+        return await self._delete_all(None, arguments.identifier(owner, "an owner"))
+
+    async def _delete_all(self, session_id: str | None, owner: str | None) -> int:
+        """Delete the streams of a session or of an owner. Return their number."""
+        deleted = 0
+        async for info in self._list(None, session_id, owner, None, None):
+            deleted += await self.delete(info.id)
+        return deleted
+
     async def active(self, session_id: str) -> StreamInfo | None:
         """Return the newest active stream of a conversation: the answer that is being written.
 
