@@ -95,6 +95,13 @@ def soak(session: nox.Session) -> None:
 
 
 @nox.session
+def screenshots(session: nox.Session) -> None:
+    """Take the screenshots of the chat in docs/images. Needs Chromium."""
+    session.install(".[dev]", "pillow")
+    session.run("python", "-m", "support.screenshots", env={"PYTHONPATH": "tests"})
+
+
+@nox.session
 def benchmarks(session: nox.Session) -> None:
     """Compare with pgbench, Redis and plain psycopg, and write the results to benchmarks/README.md."""
     session.install(".[benchmarks]")

@@ -13,9 +13,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from fastapi import FastAPI, HTTPException
-from fastapi.responses import FileResponse
-from shared import DAY, PAGE, PAGE_HEADERS, messages
+from fastapi import FastAPI, HTTPException, Response
+from shared import DAY, messages, page_file
 from shared.model import LONGEST_PAUSE, async_answer
 
 from aibind_postgres import (
@@ -24,6 +23,7 @@ from aibind_postgres import (
     AsyncPostgresStreamStore,
     AsyncStreamHandler,
     Generation,
+    StreamStatus,
     schema,
 )
 from aibind_postgres.contrib.fastapi import router
@@ -56,7 +56,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         task = asyncio.create_task(housekeeping())
         yield
         task.cancel()
-        await AsyncDurableStream.shutdown(store, timeout=1)  # running answers have one second to finish
+        await AsyncDurableStream.shutdown(store, timeout=0.5)  # seconds in which running answers may finish
 
 
 app = FastAPI(lifespan=lifespan)
@@ -65,8 +65,13 @@ app.include_router(router(AsyncStreamHandler(generate, store=store, conversation
 
 
 @app.get("/")
-async def page() -> FileResponse:
-    return FileResponse(PAGE, headers=PAGE_HEADERS)
+@app.get("/page/{name:path}")
+async def page(name: str = "index.html") -> Response:
+    try:
+        content, headers = page_file(name)
+    except LookupError:
+        raise HTTPException(404) from None
+    return Response(content, headers=headers)
 
 
 @app.get("/conversation/{session}")
@@ -75,6 +80,30 @@ async def conversation(session: str) -> list[dict[str, Any]]:
         return messages.current_path(await conversations.load(session))
     except ValueError:  # an invalid id
         raise HTTPException(404) from None
+
+
+@app.delete("/conversation/{session}")
+async def delete(session: str) -> dict[str, bool]:
+    try:
+        return {"ok": await conversations.delete(session)}
+    except ValueError:
+        raise HTTPException(404) from None
+
+
+@app.post("/conversation/{session}/answer/{id}")
+async def answer_again(session: str, id: str) -> dict[str, str]:
+    """Start another answer to the question `id`. It becomes an alternative to the answers that exist."""
+    try:
+        history, answers = messages.up_to_question(await conversations.load(session), id)
+    except (LookupError, ValueError):
+        raise HTTPException(404) from None
+
+    async def save(text: str, status: StreamStatus | None) -> None:
+        async with conversations.edit(session) as chat:
+            messages.add_answer(chat, id, text, status)
+
+    stream = await AsyncDurableStream.start(store, async_answer(history, answers + 1), on_finish=save)
+    return {"id": stream.id}
 
 
 @app.post("/conversation/{session}/{action}/{id}")

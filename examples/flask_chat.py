@@ -12,8 +12,8 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from flask import Flask, Response, abort, send_file
-from shared import DAY, PAGE, PAGE_HEADERS, housekeeping, messages
+from flask import Flask, Response, abort
+from shared import DAY, another_answer, housekeeping, messages, page_file
 from shared.model import answer
 
 from aibind_postgres import (
@@ -42,10 +42,13 @@ app.register_blueprint(blueprint(StreamHandler(generate, store=store, conversati
 
 
 @app.get("/")
-def page() -> Response:
-    response = send_file(PAGE)
-    response.headers.update(PAGE_HEADERS)
-    return response
+@app.get("/page/<path:name>")
+def page(name: str = "index.html") -> Response:
+    try:
+        content, headers = page_file(name)
+    except LookupError:
+        abort(404)
+    return Response(content, headers=headers)
 
 
 @app.get("/conversation/<session>")
@@ -53,6 +56,22 @@ def conversation(session: str) -> list[dict[str, Any]]:
     try:
         return messages.current_path(conversations.load(session))
     except ValueError:  # an invalid id
+        abort(404)
+
+
+@app.delete("/conversation/<session>")
+def delete(session: str) -> dict[str, bool]:
+    try:
+        return {"ok": conversations.delete(session)}
+    except ValueError:
+        abort(404)
+
+
+@app.post("/conversation/<session>/answer/<id>")
+def answer_again(session: str, id: str) -> dict[str, str]:
+    try:
+        return {"id": another_answer.start(store, conversations, session, id)}
+    except (LookupError, ValueError):
         abort(404)
 
 

@@ -1,7 +1,7 @@
 """URLs of the page, its conversations and the stream handler."""
 
 from django.urls import path
-from django.views.decorators.http import require_GET, require_POST
+from django.views.decorators.http import require_GET, require_http_methods, require_POST
 
 from aibind_postgres import StreamHandler
 from aibind_postgres.contrib import django as aibind
@@ -13,7 +13,9 @@ handler = StreamHandler(views.generate, store=views.store, conversations=views.c
 
 urlpatterns = [
     path("", require_GET(views.page)),
-    path("conversation/<session>", require_GET(views.conversation)),
+    path("page/<path:name>", require_GET(views.page)),
+    path("conversation/<session>", require_http_methods(["GET", "DELETE"])(views.conversation)),
+    path("conversation/<session>/answer/<id>", require_POST(views.answer_again)),
     path("conversation/<session>/<action>/<id>", require_POST(views.change)),
     *aibind.urlpatterns(handler),
 ]

@@ -3,8 +3,8 @@
 import os
 from collections.abc import Iterator
 
-from django.http import FileResponse, Http404, HttpRequest, JsonResponse
-from shared import DAY, PAGE, PAGE_HEADERS, housekeeping, messages
+from django.http import Http404, HttpRequest, HttpResponse, JsonResponse
+from shared import DAY, another_answer, housekeeping, messages, page_file
 from shared.model import answer
 
 from aibind_postgres import Generation, PostgresConversationStore, PostgresStreamStore, schema
@@ -20,14 +20,27 @@ def generate(generation: Generation) -> Iterator[str]:
     return answer(generation.messages)
 
 
-def page(request: HttpRequest) -> FileResponse:
-    return FileResponse(PAGE.open("rb"), headers=PAGE_HEADERS)
+def page(request: HttpRequest, name: str = "index.html") -> HttpResponse:
+    try:
+        content, headers = page_file(name)
+    except LookupError:
+        raise Http404 from None
+    return HttpResponse(content, headers=headers)
 
 
 def conversation(request: HttpRequest, session: str) -> JsonResponse:
     try:
+        if request.method == "DELETE":
+            return JsonResponse({"ok": conversations.delete(session)})
         return JsonResponse(messages.current_path(conversations.load(session)), safe=False)
     except ValueError:  # an invalid id
+        raise Http404 from None
+
+
+def answer_again(request: HttpRequest, session: str, id: str) -> JsonResponse:
+    try:
+        return JsonResponse({"id": another_answer.start(store, conversations, session, id)})
+    except (LookupError, ValueError):
         raise Http404 from None
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from aibind_postgres import ChatHistory
+from aibind_postgres import ChatHistory, MessageNotFoundError, StreamStatus
 
 # The actions of the page on a message:
 # - previous, next: switch to another alternative of the message.
@@ -43,3 +43,26 @@ def change(chat: ChatHistory[Any], action: str, id: str) -> list[dict[str, Any]]
     """
     ACTIONS[action](chat, id)
     return current_path(chat)
+
+
+def up_to_question(chat: ChatHistory[Any], id: str) -> tuple[list[dict[str, Any]], int]:
+    """Return the messages up to a question, and the number of its answers.
+
+    Raises:
+        LookupError: The conversation has no question with this id.
+    """
+    node = chat.tree.get(id)
+    if node is None or node.message["role"] != "user":
+        raise MessageNotFoundError(id)
+    return chat.tree.path_to(id).messages, len(node.children)
+
+
+def add_answer(chat: ChatHistory[Any], id: str, text: str, status: StreamStatus | None) -> None:
+    """Add another answer to a question, with the state of its stream, unless it is empty or the question was deleted.
+
+    The arguments `text` and `status` are those of `on_finish`.
+    """
+    state = "deleted" if status is None else status.state
+    if id in chat.tree and (text or state == "done"):
+        metadata = None if state == "done" else {"state": state}
+        chat.tree.branch(id, {"role": "assistant", "content": text}, metadata)

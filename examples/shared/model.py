@@ -1,4 +1,4 @@
-"""The model of the chat examples: a stand-in that yields a fixed text, or a model behind OpenAI's API.
+"""The model of the chat examples: a stand-in that yields fixed texts, or a model behind OpenAI's API.
 
 Environment variables:
 
@@ -10,11 +10,12 @@ Environment variables:
 import asyncio
 import math
 import os
-import re
 import time
 from collections.abc import AsyncIterator, Iterator
 from functools import cache
 from typing import Any
+
+from .stand_in import tokens
 
 USE_OPENAI = bool(os.environ.get("OPENAI_API_KEY") or os.environ.get("OPENAI_BASE_URL"))
 MODEL = os.environ.get("OPENAI_MODEL") or "gpt-4o-mini"
@@ -31,26 +32,9 @@ LONGEST_PAUSE = 300 if USE_OPENAI else 30 + DELAY
 
 SYSTEM = {"role": "system", "content": "You are a helpful assistant. Be brief."}
 
-TEXT = """\
-You wrote: “{prompt}”
 
-This is a fixed text, since no language model is configured. It is stored and sent like the answer of a model. Each \
-piece of it is a numbered row in PostgreSQL before you see it.
-
-Try to interrupt it. Reload this page: the text is still here, and continues. Open a second tab: both show the same \
-text. Disconnect from the network: when it is back, your browser sends the number of the last event it received, and \
-continues with the next one, without duplicates. Kill the server in the middle of a sentence: the text so far is kept, \
-and the page reports that the answer is incomplete.
-
-Press Stop: the text so far is kept. Edit your question, and the new answer becomes an alternative to this one: use \
-the arrows to switch between them. No message is ever overwritten.
-
-This is the end of the text. ✦
-"""
-
-
-def answer(messages: list[dict[str, Any]]) -> Iterator[str]:
-    """Yield the tokens of an answer to a conversation."""
+def answer(messages: list[dict[str, Any]], number: int = 1) -> Iterator[str]:
+    """Yield the tokens of an answer to a conversation. The number counts the answers to the same question."""
     if USE_OPENAI:
         parameters = {"model": MODEL, "messages": [SYSTEM, *messages], "stream": True}
         # The block closes the response, so stopping the answer also stops the model.
@@ -58,12 +42,12 @@ def answer(messages: list[dict[str, Any]]) -> Iterator[str]:
             for event in stream:
                 yield from _texts(event)
     else:
-        for token in _tokens(messages):
+        for token in tokens(messages[-1]["content"], number):
             time.sleep(DELAY)
             yield token
 
 
-async def async_answer(messages: list[dict[str, Any]]) -> AsyncIterator[str]:
+async def async_answer(messages: list[dict[str, Any]], number: int = 1) -> AsyncIterator[str]:
     """Yield the tokens of an answer to a conversation, for asyncio."""
     if USE_OPENAI:
         parameters = {"model": MODEL, "messages": [SYSTEM, *messages], "stream": True}
@@ -72,7 +56,7 @@ async def async_answer(messages: list[dict[str, Any]]) -> AsyncIterator[str]:
                 for text in _texts(event):
                     yield text
     else:
-        for token in _tokens(messages):
+        for token in tokens(messages[-1]["content"], number):
             await asyncio.sleep(DELAY)
             yield token
 
@@ -89,8 +73,3 @@ def _texts(event: Any) -> Iterator[str]:
     for choice in event.choices:
         if choice.delta.content:
             yield choice.delta.content
-
-
-def _tokens(messages: list[dict[str, Any]]) -> list[str]:
-    """Split the text into pieces of the size of a model's tokens: at most 8 characters, with leading white space."""
-    return re.findall(r"\s*\S{1,8}", TEXT.format(prompt=messages[-1]["content"]))

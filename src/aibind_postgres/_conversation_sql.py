@@ -71,8 +71,8 @@ SELECT EXISTS (SELECT FROM saved) AS saved {created_of_saved}
 
 # created_at as text identifies a conversation: one that is created again under the same id has another time. The JSON
 # format of a time is exact under all session settings.
-CREATED = ", to_jsonb(created_at) #>> '{}'"
-CREATED_OF_SAVED = f", (SELECT {CREATED[2:]} FROM saved)"
+CREATED = ", to_jsonb(created_at) #>> '{}' AS created"
+CREATED_OF_SAVED = f", (SELECT {CREATED[2:]} FROM saved) AS created"
 
 # Of a conversation that was created again, the row is not that of the history to save, which $8 identifies.
 IS_SAME = "AND ($8::text IS NULL OR coalesce(created_at, '-infinity') = $8::text::timestamptz)"
@@ -111,9 +111,11 @@ WITH deleted AS (
 SELECT expires_at > {now} FROM deleted
 """
 
+# The names differ, for clients whose rows are dicts, and are not those of columns, which ORDER BY would then not mean.
 INFO = (
-    "session_id, expires_at, owner, title, metadata::text, CASE WHEN created_at {in_range} THEN created_at END, "
-    "CASE WHEN updated_at {in_range} THEN updated_at END, {stream_id}"
+    "session_id, expires_at, owner, title, metadata::text, "
+    "CASE WHEN created_at {in_range} THEN created_at END AS created, "
+    "CASE WHEN updated_at {in_range} THEN updated_at END AS updated, {stream_id} AS stream_id"
 )
 
 # The newest active stream of a conversation.
@@ -140,7 +142,7 @@ SELECT session_id, expires_at FROM {conversations}
 
 # The last column is parameter $1 of the next page.
 LIST_BY_TIME = """
-SELECT {info}, to_jsonb(updated_at) #>> '{{}}' FROM {conversations} AS c {active_stream}
+SELECT {info}, to_jsonb(updated_at) #>> '{{}}' AS position FROM {conversations} AS c {active_stream}
  WHERE (updated_at, session_id) < ($1::text::timestamptz, $2::text) AND expires_at > {now} {scope}
  ORDER BY updated_at DESC, session_id DESC
  LIMIT $3::bigint

@@ -3,52 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from support import servers
-from support.browser import CHROMIUM, ChatPage, Demo, chromium
+from support.browser import CHROMIUM, FRAMEWORKS, ChatPage, Demo
 from support.concurrency import until
 from support.proxy import Proxy
 
-from aibind_postgres import PostgresConversationStore, PostgresStreamStore
+from aibind_postgres import PostgresStreamStore
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
-
-FRAMEWORKS = ["fastapi", "flask", "django"]
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with chromium() as browser:
-        yield browser
-
-
-@pytest.fixture
-def context(browser):
-    context = browser.new_context()
-    yield context
-    context.close()
-
-
-@pytest.fixture(scope="module")
-def web_database(server):
-    with servers.own_database(server, "template0") as dsn:  # the demo creates the tables
-        yield dsn
-
-
-@pytest.fixture(scope="module", params=FRAMEWORKS)
-def demo(request, web_database):
-    with Demo(request.param, web_database) as demo:
-        yield demo
-
-
-@pytest.fixture
-def stored(web_database):
-    """Return the stored messages of a tab's conversation."""
-
-    def stored(chat):
-        with PostgresConversationStore(web_database) as store:
-            return [message["content"] for message in store.load(chat.session_id).messages]
-
-    return stored
 
 
 def test_reload_and_second_tab_during_an_answer(demo, context, stored):
@@ -104,7 +65,7 @@ def test_conversation_branches(demo, context, stored):
     def turn(text=None):
         if text is not None:
             chat.send(text)
-        chat.wait_for_answer("You wrote")
+        chat.wait_for_answer("You wrote" if text is not None else "answer 2")
         chat.press("Stop")
         chat.wait_until_idle()
 
@@ -114,13 +75,20 @@ def test_conversation_branches(demo, context, stored):
     assert chat.page.input_value("#prompt") == "first"
     turn("first, edited")
     assert [turn for turn in chat.turns if not turn.startswith("You wrote")] == ["first, edited"]
+    first_answer = chat.turns[-1]
     chat.press("Try again")
     turn()
-    assert chat.page.locator("footer", has_text="3 / 3").count() == 1
+    [question, second_answer] = chat.turns
+    assert (question, second_answer == first_answer) == ("first, edited", False)
+    assert stored(chat) == chat.turns
+    # Both the question and its answer have an alternative.
+    assert chat.page.locator(".user footer", has_text="2 / 2").count() == 1
+    assert chat.page.locator(".assistant footer", has_text="2 / 2").count() == 1
     chat.press("Previous alternative")
-    chat.page.locator("footer", has_text="2 / 3").wait_for()
-    chat.press("Previous alternative")
-    chat.page.locator("footer", has_text="1 / 3").wait_for()
+    chat.page.locator(".assistant footer", has_text="1 / 2").wait_for()
+    assert chat.turns == [question, first_answer]
+    chat.press("Previous alternative", last=False)
+    chat.page.locator(".user footer", has_text="1 / 2").wait_for()
     assert [turn for turn in chat.turns if not turn.startswith("You wrote")] == ["first", "second"]
     assert stored(chat) == chat.turns
     assert chat.errors == []
@@ -138,8 +106,28 @@ def test_double_click_sends_one_prompt(demo, context, stored):
     chat.wait_for_answer("You wrote")
     chat.press("Stop")
     chat.wait_until_idle()
-    assert [url.rpartition("/")[2] for url in posts if "__aibind__" in url] == ["stream", "stop"]
-    assert chat.page.locator("footer", has_text="2 / 2").count() == 1
+    assert ["answer" in url or url.rpartition("/")[2] for url in posts] == [True, "stop"]
+    assert chat.page.locator(".assistant footer", has_text="2 / 2").count() == 1
+    assert [turn for turn in chat.turns if not turn.startswith("You wrote")] == ["once"]
+    assert chat.errors == []
+
+
+def test_reload_while_another_answer_is_written(demo, context, stored):
+    chat = ChatPage(context, demo.url)
+    chat.send("Twice")
+    chat.wait_for_answer("You wrote")
+    chat.press("Stop")
+    chat.wait_until_idle()
+    chat.press("Try again")
+    chat.wait_for_answer("answer 2")
+    chat.page.reload()
+    chat.wait_for_answer("no language model")
+    assert len(chat.turns) == 2
+    chat.press("Stop")
+    chat.wait_for_note("Stopped.")
+    chat.wait_until_idle()
+    assert chat.page.locator(".assistant footer", has_text="2 / 2").count() == 1
+    assert stored(chat) == chat.turns
     assert chat.errors == []
 
 
@@ -183,15 +171,23 @@ def test_page_runs_its_own_script_alone(demo, context):
     assert "unsafe" not in headers["content-security-policy"]
     chat.page.evaluate(
         """() => {
-            const inserted = document.createElement("script");
-            inserted.textContent = "window.attacked = true";
-            document.body.append(inserted);
-            document.body.insertAdjacentHTML("beforeend", "<button id=trap onclick='window.attacked = true'>");
-            document.getElementById("trap").click();
+            const attacks = [
+                () => {
+                    const inserted = document.createElement("script");
+                    inserted.textContent = "window.attacked = true";
+                    document.body.append(inserted);
+                },
+                () => document.body.insertAdjacentHTML("beforeend", "<button onclick='window.attacked = true'>"),
+                () => { document.body.innerHTML = "<img src=x onerror='window.attacked = true'>"; },
+            ];
+            for (const attack of attacks) {
+                try { attack(); } catch (error) { console.error("Content Security Policy", error); }
+            }
         }"""
     )
-    until(lambda: len(chat.errors) >= 2 or chat.page.evaluate("window.attacked"))
-    assert chat.page.evaluate("window.attacked") is None
+    until(lambda: len(chat.errors) >= 3 or chat.page.evaluate("() => window.attacked"))
+    assert chat.page.evaluate("() => window.attacked") is None
+    assert chat.page.locator("#prompt").count() == 1
 
 
 def test_chat_without_local_storage(demo, context):

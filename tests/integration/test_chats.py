@@ -32,7 +32,7 @@ PROGRAM = """
 import asyncio, sys
 from shared import model
 
-MESSAGES = [{"role": "user", "content": "Why {so}?"}]
+MESSAGES = [{"role": "user", "content": "Why {so}\\n*now*?"}]
 
 async def collect():
     return [token async for token in model.async_answer(MESSAGES)]
@@ -58,7 +58,9 @@ def run_model(**environment: str) -> subprocess.CompletedProcess[str]:
 
 def test_stand_in_yields_its_text() -> None:
     tokens = run_model().stdout.split("|")
-    assert "".join(tokens).startswith("You wrote: “Why {so}?”\n\nThis is a fixed text")
+    # Markdown shows the question literally.
+    assert "".join(tokens).startswith("You wrote: “Why {so} \\*now\\*?”\n\nThis is a fixed text")
+    assert "\n```js\n" in "".join(tokens)
     assert len(tokens) > 150
 
 
@@ -118,8 +120,7 @@ def test_requests_to_openai_api() -> None:
 def test_stop_closes_connection_to_model(empty_database: str, framework: str) -> None:
     disconnected = threading.Event()
     with openai_server([], disconnected) as url, Demo(framework, empty_database, OPENAI_BASE_URL=url) as demo:
-        body = json.dumps({"prompt": "hi"}).encode()
-        with urlopen(Request(f"{demo.url}__aibind__/stream", body, JSON), timeout=20) as answer:
+        with ask(demo.url, prompt="hi") as answer:
             parser, events = EventParser(), []
             while len(events) < 5:
                 events += parser.feed(answer.read1())
@@ -128,9 +129,17 @@ def test_stop_closes_connection_to_model(empty_database: str, framework: str) ->
             assert disconnected.wait(20)
 
 
+JSON = {"Content-Type": "application/json"}
+
+
+def ask(url: str, **body: str) -> Any:
+    """Send a prompt, and return the response with the events."""
+    return urlopen(Request(f"{url}__aibind__/stream", json.dumps(body).encode(), JSON), timeout=20)
+
+
 def call(url: str, method: str = "GET") -> tuple[int, Any]:
     try:
-        with urlopen(Request(url, method=method), timeout=20) as answer:
+        with urlopen(Request(url, b"{}" if method == "POST" else None, JSON, method=method), timeout=20) as answer:
             return answer.status, json.load(answer)
     except HTTPError as error:
         error.close()
@@ -144,8 +153,7 @@ def test_conversation_urls(empty_database: str, framework: str) -> None:
             assert b"<title>A durable chat</title>" in page.read()
         assert call(f"{demo.url}conversation/a%20b") == (200, [])
         assert call(f"{demo.url}conversation/a%00b")[0] == 404
-        body = json.dumps({"prompt": "hi", "sessionId": "a b"}).encode()
-        with urlopen(Request(f"{demo.url}__aibind__/stream", body, JSON), timeout=20) as answer:
+        with ask(demo.url, prompt="hi", sessionId="a b") as answer:
             events = EventParser().feed(answer.read())
         text = "".join(event.data for event in events if event.event == "message")
         assert (events[0].event, events[-1].event) == ("stream-id", "done")
@@ -159,6 +167,34 @@ def test_conversation_urls(empty_database: str, framework: str) -> None:
         assert call(f"{conversation}/burn/{question['id']}", "POST")[0] == 404
         assert call(f"{conversation}/rewind/{question['id']}")[0] == 405
         assert call(f"{conversation}/next/{question['id']}", "POST") == (200, [question, reply])
+        status, started = call(f"{conversation}/answer/{question['id']}", "POST")
+        with urlopen(f"{demo.url}__aibind__/stream/resume?id={started['id']}", timeout=20) as answer:
+            assert b"event: done" in answer.read()
+        status, [same, another] = call(conversation)
+        assert (same, another["alternative"], another["alternatives"]) == (question, 2, 2)
+        assert "answer 2 to the same question" in another["content"]
+        for unknown in ("nothing", reply["id"]):  # an answer is no question
+            assert call(f"{conversation}/answer/{unknown}", "POST")[0] == 404
+        assert call(conversation, "DELETE") == (200, {"ok": True})
+        assert call(conversation, "DELETE") == (200, {"ok": False})
+        assert call(conversation) == (200, [])
+        assert call(f"{demo.url}conversation/a%00b", "DELETE")[0] == 404
+
+
+@pytest.mark.parametrize("framework", ["fastapi", "flask", "django"])
+def test_files_of_the_page(empty_database: str, framework: str) -> None:
+    files = [path for path in (EXAMPLES / "shared" / "page").rglob("*") if path.suffix in (".css", ".js", ".mjs")]
+    types = {".css": "text/css", ".js": "text/javascript", ".mjs": "text/javascript"}
+    assert len(files) > 5
+    with Demo(framework, empty_database) as demo:
+        for path in files:
+            url = f"{demo.url}page/{path.relative_to(EXAMPLES / 'shared' / 'page').as_posix()}"
+            with urlopen(url, timeout=20) as answer:
+                assert answer.read() == path.read_bytes()
+                assert answer.headers["Content-Type"] == f"{types[path.suffix]}; charset=utf-8"
+                assert answer.headers["X-Content-Type-Options"] == "nosniff"
+        for unknown in ("page/missing.js", "page/../__init__.py", "page/%2e%2e/model.py", "page/vendor/README.md"):
+            assert call(f"{demo.url}{unknown}")[0] == 404
 
 
 def demo(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -178,29 +214,54 @@ def test_demo_errors(empty_database: str) -> None:
         assert demo(wrong).returncode == 2
 
 
-@pytest.mark.parametrize("framework", ["fastapi", "flask"])
-def test_ctrl_c_ends_demo_and_its_server(framework: str) -> None:
+@pytest.mark.parametrize("framework", ["fastapi", "flask", "django"])
+def test_ctrl_c_ends_demo_and_its_server_but_keeps_the_data(framework: str) -> None:
     command = [sys.executable, "-m", "aibind_postgres.cli", "demo", "--web", "--port=0", f"--framework={framework}"]
     with tempfile.TemporaryDirectory(prefix="aibind-test-") as folder:  # pytest's are closed to the server's user
-        environment = {**os.environ, "TMPDIR": folder, "AIBIND_DEMO_DELAY": "0.1"}
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        assert process.stdout is not None
-        url = process.stdout.readline().split()[4]
-        body = json.dumps({"prompt": "hi"}).encode()
-        with urlopen(Request(f"{url}__aibind__/stream", body, JSON), timeout=20) as answer:
-            assert b"stream-id" in answer.readline()
+        temporary, kept = Path(folder, "temporary"), Path(folder, "kept")
+        temporary.mkdir()
+        # HOME is for macOS.
+        environment = {**os.environ, "TMPDIR": str(temporary), "XDG_DATA_HOME": str(kept), "HOME": str(kept)}
+        environment["AIBIND_DEMO_DELAY"] = "0.1"
+
+        def start() -> tuple[subprocess.Popen[str], str]:
+            process = subprocess.Popen(
+                command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+            assert process.stdout is not None
+            return process, process.stdout.readline().split()[4]
+
+        process, url = start()
+        with ask(url, prompt="hi", sessionId="kept") as answer:
+            while b"You" not in answer.readline():
+                pass
             process.send_signal(signal.SIGINT)
             _, complaint = process.communicate(timeout=60)
         assert process.returncode == 130
         assert "Traceback" not in complaint
-        assert os.listdir(folder) == []
+        assert os.listdir(temporary) == []
+        [data] = kept.rglob("demo")
+        assert f"no --dsn: using the embedded PostgreSQL in {data}\n" in complaint
+        assert not (data / "postmaster.pid").exists()
+
+        process, url = start()
+        _, [question, reply] = call(f"{url}conversation/kept")
+        assert (question["content"], reply["state"]) == ("hi", "error")
+        assert reply["content"].startswith("You")
+        process.kill()  # PostgreSQL stays, and the next start uses it
+        process.communicate()
+
+        process, url = start()
+        assert call(f"{url}conversation/kept") == (200, [question, reply])
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+        assert not (data / "postmaster.pid").exists()
 
 
 @pytest.mark.parametrize("framework", ["fastapi", "flask"])
 def test_demo_ends_before_a_long_answer(empty_database: str, framework: str) -> None:
     with Demo(framework, empty_database, delay=0.1) as demo:
-        body = json.dumps({"prompt": "hi"}).encode()
-        with urlopen(Request(f"{demo.url}__aibind__/stream", body, JSON), timeout=20):
+        with ask(demo.url, prompt="hi"):
             demo.terminate()
     with PostgresStreamStore(empty_database) as store:
         [status] = store.list()

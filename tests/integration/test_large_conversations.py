@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from aibind_postgres import AsyncPostgresConversationStore, ChatHistory, _document
-from aibind_postgres._async import conversation_store
+from aibind_postgres._async import conversation_histories
 from aibind_postgres._concurrency import LARGE
 
 
@@ -26,8 +26,8 @@ def threads(monkeypatch):
 
         monkeypatch.setattr(module, name, wrapper)
 
-    record(conversation_store, "parse_document")
-    record(conversation_store, "merge")
+    record(conversation_histories, "parse_document")
+    record(conversation_histories, "merge")
     record(_document, "serialize_document")
     return calls
 

@@ -72,7 +72,8 @@ def test_wheel_contents(built: Built) -> None:
     examples = {file.relative_to(ROOT).as_posix() for file in (ROOT / "examples").rglob("*.*") if file.suffix != ".pyc"}
     assert len(generated) > 3
     assert len(sql) >= 3
-    assert "examples/shared/page.html" in examples
+    page = {"index.html", "app.js", "vendor/marked.esm.js", "vendor/purify.es.mjs", "vendor/dompurify-license.txt"}
+    assert {f"examples/shared/page/{name}" for name in page} <= examples
     assert "py.typed" in written
     assert package == written | generated | sql | examples
 
@@ -86,6 +87,7 @@ def test_sdist_contents(built: Built) -> None:
         names = {name.partition("/")[2] for name in archive.getnames()}
     required = ["pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"]
     required += ["noxfile.py", ".github/workflows/ci.yml", ".pre-commit-config.yaml"]
+    required += ["examples/shared/page/app.js", "examples/shared/page/vendor/purify.es.mjs", "docs/images/desktop.png"]
     required += ["scripts/unasync.py", "scripts/hatch_build.py", "sql/0001_tables.sql", "tests/conftest.py"]
     required += ["src/aibind_postgres/_async/stream_store.py", "src/aibind_postgres/_sync/stream_store.py"]
     assert set(required) - names == set()
@@ -140,11 +142,18 @@ def test_first_command_of_the_readme(tmp_path: Path) -> None:
 @pytest.mark.parametrize("framework", ["fastapi", "flask", "django"])
 def test_web_demo_with_the_extra(built: Built, web: Path, framework: str) -> None:
     command = [web / "bin" / "aibind-postgres", "demo", "--web", "--port=0", f"--framework={framework}"]
-    with subprocess.Popen(command, cwd=web, stdout=subprocess.PIPE, text=True) as process:
+    environment = {**os.environ, "XDG_DATA_HOME": str(web / "data"), "HOME": str(web / "data")}
+    with subprocess.Popen(command, cwd=web, env=environment, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
-            with urlopen(process.stdout.readline().split()[4], timeout=30) as page:
-                assert b"A durable chat" in page.read()
+            url = process.stdout.readline().split()[4]
+            for path, expected in (
+                ("", b"A durable chat"),
+                ("page/app.js", b"import"),
+                ("page/vendor/marked.esm.js", b""),
+            ):
+                with urlopen(f"{url}{path}", timeout=30) as file:
+                    assert expected in file.read()
         finally:
             process.send_signal(signal.SIGINT)
     assert process.returncode == 130

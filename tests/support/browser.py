@@ -14,6 +14,8 @@ from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, e
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
+FRAMEWORKS = ["fastapi", "flask", "django"]
+
 # Chromium has no sandbox when it runs as root. The other options disable its background traffic.
 OPTIONS = [
     "--no-sandbox",
@@ -110,10 +112,17 @@ class ChatPage:
         """Wait until the pending answer contains `text`."""
         expect(self.page.locator("#writing")).to_contain_text(text, timeout=20_000)
 
+    def ask(self, text: str) -> None:
+        """Send a question, and wait until its answer is stored."""
+        before = len(self.turns)
+        self.send(text)
+        expect(self.page.locator("#messages article")).to_have_count(before + 2, timeout=20_000)
+        self.wait_until_idle()
+
     def wait_until_idle(self, *, empty: bool = False) -> None:
         """Wait until no answer is pending and the last one is stored. With `empty`, expect no answer at all."""
         expect(self.page.locator("#writing")).to_have_count(0, timeout=30_000)
-        expect(self.page.locator("#send")).to_be_visible()
+        expect(self.page.locator("#send")).to_be_enabled(timeout=20_000)
         if not empty:
             expect(self.page.get_by_role("button", name="Try again").last).to_be_visible(timeout=20_000)
 
@@ -122,5 +131,12 @@ class ChatPage:
 
     @property
     def turns(self) -> list[Any]:
-        """The texts of the visible turns."""
-        return self.page.locator("#messages p").all_text_contents()
+        """The texts of the visible turns, in Markdown."""
+        return list(
+            self.page.eval_on_selector_all("#messages article", "articles => articles.map(each => each.source)")
+        )
+
+    @property
+    def titles(self) -> list[str]:
+        """The titles of the listed conversations."""
+        return self.page.locator("#conversations a").all_text_contents()

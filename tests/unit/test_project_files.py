@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import runpy
@@ -81,3 +82,21 @@ def test_urls_have_one_root() -> None:
     for url in PROJECT["urls"].values():
         if path := re.fullmatch(rf"{re.escape(root)}/(?:tree|blob)/main/(.+)", url):
             assert (ROOT / path[1]).exists()
+
+
+def test_vendored_files_are_those_of_the_table() -> None:
+    folder = ROOT / "examples" / "shared" / "page" / "vendor"
+    listed = dict(
+        re.findall(r"^\| `(\S+)` \|.*`([0-9a-f]{64})` \|$", (folder / "README.md").read_text("utf-8"), re.MULTILINE)
+    )
+    code = [path for path in folder.iterdir() if path.suffix in (".js", ".mjs")]
+    assert {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in code} == listed
+    for path, version in re.findall(
+        r"^\| `(\S+)` \|[^|]*\| ([\d.]+) \|", (folder / "README.md").read_text("utf-8"), re.MULTILINE
+    ):
+        assert re.search(rf"(marked v|DOMPurify ){re.escape(version)} ", (folder / path).read_text("utf-8")[:200])
+
+
+def test_modules_of_the_page_are_small() -> None:
+    for path in (ROOT / "examples" / "shared" / "page").glob("*.*"):
+        assert len(path.read_text("utf-8").splitlines()) < 400, path.name

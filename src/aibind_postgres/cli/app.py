@@ -39,7 +39,8 @@ DemoDsn = Annotated[
     typer.Option(
         "--dsn",
         metavar="URL",
-        help="Connection string. Default: a temporary embedded PostgreSQL; $DATABASE_URL is ignored.",
+        help="Connection string. Default: an embedded PostgreSQL, in the user's data folder with --web, else in a "
+        "temporary one; $DATABASE_URL is ignored.",
         show_default=False,
     ),
 ]
@@ -141,7 +142,7 @@ def demo(
 
     With --web: serve a chat. Its page can be reloaded, closed or opened twice while an answer is written.
 
-    Uses a temporary embedded PostgreSQL, unless --dsn is given.
+    Uses an embedded PostgreSQL, unless --dsn is given. With --web, its data are kept for the next start.
     """
     target = Target(dsn, chunks_table, status_table)
     if web and target != Target(dsn):
@@ -150,9 +151,10 @@ def demo(
         stack = ExitStack()
         atexit.register(stack.close)  # registered first, so that it runs after the exit handlers of the chat
         with report_errors():
-            web_demonstration.serve(stack.enter_context(demo_database(target)), framework.value, host, port)
+            dsn = stack.enter_context(demo_database(target, keep=True))
+            web_demonstration.serve(dsn, framework.value, host, port)
     else:
-        with demo_database(target) as url:
+        with demo_database(target, keep=False) as url:
             raise typer.Exit(0 if demonstration.run(url, target) else 1)
 
 

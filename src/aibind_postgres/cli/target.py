@@ -72,21 +72,22 @@ def database(target: Target) -> Iterator[str]:
         elif dsn := os.environ.get("DATABASE_URL"):
             yield _check_dsn(dsn, "DATABASE_URL")
         else:
-            with _embedded_server(target, ("--dsn", "DATABASE_URL"), _data_folder()) as dsn:
+            with _embedded_server(target, ("--dsn", "DATABASE_URL"), _data_folder("postgresql")) as dsn:
                 yield dsn
 
 
 @contextmanager
-def demo_database(target: Target) -> Iterator[str]:
-    """Yield the connection string of --dsn, or of a temporary embedded server.
+def demo_database(target: Target, *, keep: bool) -> Iterator[str]:
+    """Yield the connection string of --dsn, or of an embedded server, which keeps its data if `keep` is true.
 
-    DATABASE_URL is ignored: it may name the database of an application.
+    DATABASE_URL is ignored: it may name the database of an application. So is the folder of the other commands, since
+    the chat deletes expired streams.
     """
     with report_errors():
         if target.dsn:
             yield _check_dsn(target.dsn, "--dsn")
         else:
-            with _embedded_server(target, ("--dsn",), None) as dsn:
+            with _embedded_server(target, ("--dsn",), _data_folder("demo") if keep else None) as dsn:
                 yield dsn
 
 
@@ -106,13 +107,13 @@ def _embedded_server(target: Target, sources: Sequence[str], folder: Path | None
         yield dsn
 
 
-def _data_folder() -> Path:
+def _data_folder(name: str) -> Path:
     # The user data folder as in platformdirs, which is not a dependency; typer.get_app_dir() is for configuration.
     if sys.platform == "darwin":
         base = Path.home() / "Library" / "Application Support"
     else:
         base = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
-    return base / "aibind-postgres" / "postgresql"
+    return base / "aibind-postgres" / name
 
 
 def _check_dsn(dsn: str, source: str) -> str:

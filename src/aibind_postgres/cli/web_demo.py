@@ -47,7 +47,7 @@ def _run_asgi(app: Any, listener: socket.socket) -> None:
             logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
             await super().shutdown(sockets)
 
-    server = Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
+    server = Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=0))  # seconds
     server.run([listener])
     if not server.started:
         exit_with(FAILED, "the chat could not be started")

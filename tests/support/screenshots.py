@@ -1,0 +1,110 @@
+"""Take the screenshots of the chat in docs/images, on a new server: `nox -s screenshots`."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from PIL import Image
+from playwright.sync_api import Browser
+
+from aibind_postgres import embedded
+
+from .browser import ChatPage, Demo, chromium
+
+FOLDER = Path(__file__).parents[2] / "docs" / "images"
+DESKTOP, TALL, PHONE = (1200, 760), (1200, 1060), (360, 740)  # in CSS pixels
+COLOURS = 128  # of the PNG's palette; the page has few
+SURVIVAL, CODE, BRANCHES, MARKDOWN = (
+    "What survives a reload or a crash?",
+    "Show me the code of a durable stream",
+    "How do branches work?",
+    "Show me what Markdown looks like",
+)
+
+
+@contextmanager
+def tab(browser: Browser, url: str, size: tuple[int, int], scheme: str = "light") -> Iterator[ChatPage]:
+    """Open a tab of a browser that has no conversations yet."""
+    phone = size == PHONE
+    context = browser.new_context(
+        viewport={"width": size[0], "height": size[1]},
+        device_scale_factor=2,
+        color_scheme="dark" if scheme == "dark" else "light",
+        reduced_motion="reduce",
+        is_mobile=phone,
+        has_touch=phone,
+    )
+    chat = ChatPage(context, url)
+    chat.page.locator("#welcome").wait_for()
+    yield chat
+    context.close()
+
+
+def save(chat: ChatPage, name: str) -> None:
+    """Save the visible part of the page as a PNG with a palette."""
+    chat.page.mouse.move(0, 0)
+    image = Image.open(io.BytesIO(chat.page.screenshot())).convert("RGB")
+    image.quantize(COLOURS, dither=Image.Dither.NONE).save(FOLDER / f"{name}.png", optimize=True)
+
+
+def ask_all(chat: ChatPage, *questions: str) -> None:
+    """Ask each question in a new conversation."""
+    for question in questions:
+        chat.press("New chat")
+        chat.page.locator("#welcome").wait_for()
+        chat.ask(question)
+
+
+def take(browser: Browser, fast: Demo, slow: Demo) -> None:
+    """Take all screenshots: of demos whose answers are complete at once, and of one that is writing."""
+    with tab(browser, slow.url, DESKTOP) as chat:
+        # The tabs of both demos have different origins, so the list is filled here.
+        for question in (MARKDOWN, BRANCHES, CODE):
+            chat.send(question)
+            chat.wait_for_answer("It is")
+            chat.page.keyboard.press("Escape")
+            chat.wait_until_idle()
+            chat.press("New chat")
+            chat.page.locator("#welcome").wait_for()
+        chat.send(SURVIVAL)
+        chat.wait_for_answer("Disconnect from the network.")
+        save(chat, "desktop")
+    with tab(browser, fast.url, DESKTOP, "dark") as chat:
+        ask_all(chat, MARKDOWN, BRANCHES, SURVIVAL, CODE)
+        save(chat, "dark")
+    with tab(browser, fast.url, DESKTOP) as chat:
+        ask_all(chat, MARKDOWN)
+        save(chat, "markdown")
+    with tab(browser, fast.url, TALL) as chat:
+        ask_all(chat, CODE, "How do trees work?", BRANCHES)
+        chat.press("Edit")
+        chat.send("How do branches work, in short?")
+        chat.page.locator(".user footer", has_text="2 / 2").wait_for()
+        chat.wait_until_idle()
+        chat.press("Try again")
+        chat.page.locator(".assistant footer", has_text="2 / 2").wait_for()
+        chat.wait_until_idle()
+        save(chat, "branches")
+    for scheme in ("light", "dark"):
+        with tab(browser, fast.url, PHONE, scheme) as chat:
+            if scheme == "dark":
+                chat.ask(CODE)
+            save(chat, f"phone-{scheme}")
+
+
+def main() -> None:
+    FOLDER.mkdir(exist_ok=True)
+    with (
+        embedded.server() as dsn,
+        Demo("fastapi", dsn, delay=0) as fast,
+        Demo("fastapi", dsn, delay=0.05) as slow,
+        chromium() as browser,
+    ):
+        take(browser, fast, slow)
+
+
+if __name__ == "__main__":
+    main()
