@@ -129,9 +129,6 @@ def test_stop_closes_connection_to_model(empty_database: str, framework: str) ->
             assert disconnected.wait(20)
 
 
-JSON = {"Content-Type": "application/json"}
-
-
 def ask(url: str, **body: str) -> Any:
     """Send a prompt, and return the response with the events."""
     return urlopen(Request(f"{url}__aibind__/stream", json.dumps(body).encode(), JSON), timeout=20)

@@ -80,7 +80,7 @@ CONVERSATION_PLANS = {
     "take_turn": (["m", 1000, CONVERSATIONS_TABLE], ["(session_id = 'm'"]),
 }
 SEED_CONVERSATION_PLANS = {
-    **{name: CONVERSATION_PLANS[name] for name in ("load", "touch", "delete", "cleanup")},
+    **{name: CONVERSATION_PLANS[name] for name in ("load", "touch", "delete", "cleanup", "take_turn")},
     "save": (["7", "{}", 1000, None, 1000, False], ["(session_id = '7'"]),
     "get_info": (["7"], ["(session_id = '7'"]),
     "list_by_id": (["7", 100], ["(session_id > '7'"]),
