@@ -17,10 +17,14 @@ MAX_SILENCE = 3.0  # seconds between two successful statements; in a longer time
 
 EXPIRED_TEXT = "abandoned: its producer has died"
 
-# Gives stream $1 a lease of $2 milliseconds, or none if that is NULL. Returns the status of the stream.
+# Gives stream $1 a lease of $2 milliseconds, or none if that is NULL. Returns the status of the stream. If the row is
+# locked, it does not wait: the first renewal follows.
 TAKE_LEASE = """
 WITH taken AS (
-    UPDATE {status} SET lease_until = {now} + $2::bigint WHERE id = $1::text AND state = 'active'
+    SELECT id FROM {status} WHERE id = $1::text AND state = 'active' FOR UPDATE SKIP LOCKED
+), leased AS (
+    UPDATE {status} SET lease_until = {now} + $2::bigint
+     WHERE id = $1::text AND state = 'active' AND EXISTS (SELECT FROM taken)
 )
 SELECT state, error, greatest(total_chunks, 0) FROM {status} WHERE id = $1::text {and_commit_setting}
 """

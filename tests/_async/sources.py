@@ -95,4 +95,4 @@ def is_append(sql):
 
 
 def is_status_query(sql):
-    return sql.startswith("SELECT state, error")
+    return sql.lstrip().startswith(("SELECT state, error", "WITH taken AS"))

@@ -60,6 +60,7 @@ async def client(pool):
 async def store(client, tables, monkeypatch):
     monkeypatch.setattr(appending, "LANES", 1)
     async with AsyncPostgresStreamStore(client, **tables) as store:
+        await store._schema.look_up()  # the first statement of a store that writes
         yield store
 
 
@@ -253,6 +254,7 @@ async def test_appends_in_transactions_of_callers_are_not_combined(pool, tables,
     client = GatedClient(pool, joins_transactions=True)
     async with AsyncPostgresStreamStore(client, **tables) as store:
         ids = [await store.create() for _ in range(10)]
+        await store._schema.look_up()
         client.gate.clear()
         client.statements.clear()
         async with AsyncBackground(partial(async_gather, *[partial(store.append, id, "x") for id in ids])) as appends:
@@ -265,6 +267,7 @@ async def test_appends_in_transactions_of_callers_are_not_combined(pool, tables,
 async def test_close_rejects_queued_appends(client, tables, queued, monkeypatch):
     monkeypatch.setattr(appending, "LANES", 1)
     store = AsyncPostgresStreamStore(client, **tables)
+    await store._schema.look_up()
     id = await store.create()
     client.gate.clear()
     client.statements.clear()

@@ -18,6 +18,8 @@ from aibind_postgres import (
 )
 from aibind_postgres._concurrency import AsyncEvent
 
+JSON = {"content-type": "application/json"}
+
 
 @pytest.fixture
 def table(schema_name):
@@ -66,7 +68,7 @@ class Turns:
     async def begin(self):
         """Begin a turn in conversation s."""
         body = json.dumps({"prompt": "hi", "sessionId": "s"}).encode()
-        response = await self.handler.handle(WebRequest("POST", "/__aibind__/stream", {}, {}, body))
+        response = await self.handler.handle(WebRequest("POST", "/__aibind__/stream", {}, JSON, body))
         assert response.status == 200
         assert await self.reached.wait(30)
         return response.headers["X-Stream-Id"]
@@ -207,6 +209,6 @@ async def test_compact_does_not_create_a_deleted_conversation_again(turns, store
 
     handler = AsyncStreamHandler(summarise, store=turns.streams, conversations=store)
     body = json.dumps({"messages": [], "sessionId": "s"}).encode()
-    response = await handler.handle(WebRequest("POST", "/__aibind__/compact", {}, {}, body))
+    response = await handler.handle(WebRequest("POST", "/__aibind__/compact", {}, JSON, body))
     assert response.status == 409
     assert await store.get_info("s") is None

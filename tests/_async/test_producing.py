@@ -230,7 +230,7 @@ def status_hook(hook):
 
     async def before(sql, params):
         if is_status_query(sql):
-            await hook(*params)
+            await hook(params[0])
 
     return before
 

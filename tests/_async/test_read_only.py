@@ -62,8 +62,10 @@ async def test_read_only_sessions_are_replaced(database):
 async def test_server_that_stays_read_only_raises_the_error_of_the_driver(database):
     async with AsyncPostgresStreamStore(database, retry_for=0.2) as store:
         id = await store.create()
-        with pytest.raises(StreamWriteError) as caught, read_only_sessions(database):
+        with pytest.raises(StreamWriteError) as caught:
             async with store.writer(id) as writer:
-                await raises_read_only(partial(store.append, id, "refused"))
-                await writer.write("a")
+                with read_only_sessions(database):
+                    await raises_read_only(partial(store.append, id, "refused"))
+                    await writer.write("a")
+                    await writer.flush()
     assert isinstance(caught.value.__cause__, (psycopg.errors.ReadOnlySqlTransaction, StreamWriteError))

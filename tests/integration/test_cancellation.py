@@ -288,7 +288,7 @@ async def test_workers_cancelled_before_their_first_step_are_replaced(dsn, table
         id = await store.create()
         known = asyncio.all_tasks()
         async with store.writer(id) as writer:
-            assert cancel_new_workers() == {"writer", "listener"}
+            assert cancel_new_workers() == {"writer", "listener", "leases"}
             await writer.write("a")
             assert await asyncio.wait_for(writer.flush(), 20) == 1
             async with AsyncPostgresStreamStore(dsn, **tables) as other:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .._concurrency import AsyncLock
 from .._sql import StreamStatements
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ class AsyncStreamSchema:
         self._with_0004 = StreamStatements(chunks, status, synchronous_commit, lease=lease)
         self.statements = StreamStatements(chunks, status, synchronous_commit)
         self.is_known = False
+        self._looking = AsyncLock()
 
     @property
     def has_leases(self) -> bool:
@@ -42,7 +44,9 @@ class AsyncStreamSchema:
         Args:
             query: Runs the statement. Default: the client of the store.
         """
-        if not self.is_known:
+        if self.is_known:
+            return self.statements
+        async with self._looking:  # the first calls of a store may be many at once
             if ADDED_BY_0004 in (await self._columns.of(self._status, query)).names:
                 self.statements = self._with_0004
             self.is_known = True

@@ -353,7 +353,13 @@ class AsyncPostgresStreamStore:
         if not self._schema.has_leases:
             return await self.get_status(stream_id)
         rows = await self._database.query(statements.take_lease, [stream_id, self._lease if renewed else None])
-        return StreamStatus._make(rows[0]) if rows else None
+        return self._found_status(stream_id, rows)
+
+    def _found_status(self, stream_id: str, rows: Sequence[Any]) -> StreamStatus | None:
+        status = StreamStatus._make(rows[0]) if rows else None
+        if status is None or status.state != "active":
+            self._notifier.wake([stream_id])  # the call that ended the stream may not have notified
+        return status
 
     def read_from(self, id: str, after_seq: int = 0, *, follow: bool = True) -> AsyncIterator[StreamChunk]:
         """Iterate over the chunks after `after_seq`, each exactly once and in order.
@@ -478,10 +484,7 @@ class AsyncPostgresStreamStore:
         """
         stream_id = arguments.identifier(id)
         rows = await self._database.query(self._schema.statements.status, [stream_id])
-        status = StreamStatus._make(rows[0]) if rows else None
-        if status is None or status.state != "active":
-            self._notifier.wake([stream_id])  # the call that ended the stream may not have notified
-        return status
+        return self._found_status(stream_id, rows)
 
     async def wait(self, id: str, timeout: float | timedelta | None = None) -> StreamStatus:
         """Wait until a stream has ended. If the connection is lost, retry as `read_from` does.
