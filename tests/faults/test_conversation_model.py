@@ -194,7 +194,7 @@ class Conversations(RuleBasedStateMachine):
 
     @rule(holder=HOLDERS)
     def list(self, holder):
-        listed = [info.session_id for info in self.stores.call(holder, "list")]
+        listed = sorted(info.session_id for info in self.stores.call(holder, "list"))
         assert listed == sorted(session for session, row in self.rows.items() if not row.expired)
 
     @invariant()
