@@ -17,14 +17,22 @@ MAX_SILENCE = 3.0  # seconds between two successful statements; in a longer time
 
 EXPIRED_TEXT = "abandoned: its producer has died"
 
-# Gives stream $1 a lease of $2 milliseconds, or none if that is NULL. Returns the status of the stream. If the row is
-# locked, it does not wait: the first renewal follows.
+# Gives stream $1 a lease, and returns the status of the stream. If the row is locked, it does not wait: the first
+# renewal follows.
 TAKE_LEASE = """
 WITH taken AS (
     SELECT id FROM {status} WHERE id = $1::text AND state = 'active' FOR UPDATE SKIP LOCKED
 ), leased AS (
-    UPDATE {status} SET lease_until = {now} + $2::bigint
+    UPDATE {status} SET lease_until = {now} + {lease}
      WHERE id = $1::text AND state = 'active' AND EXISTS (SELECT FROM taken)
+)
+SELECT state, error, greatest(total_chunks, 0) FROM {status} WHERE id = $1::text {and_commit_setting}
+"""
+
+# The same for a writer that will not renew the lease: the stream gets none.
+DROP_LEASE = """
+WITH dropped AS (
+    UPDATE {status} SET lease_until = NULL WHERE id = $1::text AND state = 'active' AND lease_until IS NOT NULL
 )
 SELECT state, error, greatest(total_chunks, 0) FROM {status} WHERE id = $1::text {and_commit_setting}
 """
@@ -77,9 +85,9 @@ class Contact:
         self._since = math.inf
         self._last = -math.inf
 
-    def succeeded(self, now: float) -> None:
-        """Record that a statement has succeeded."""
-        if now - self._last > MAX_SILENCE:
+    def succeeded(self, now: float, started: float | None = None) -> None:
+        """Record that a statement has succeeded. `started` is the time of its beginning; `now` by default."""
+        if (now if started is None else started) - self._last > MAX_SILENCE:
             self._since = now
         self._since, self._last = min(self._since, now), now
 

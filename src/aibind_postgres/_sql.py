@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, get_args
 
 from ._deletion import CLEANUP, DELETE, DELETE_LEFTOVERS, SWEEP, TOMBSTONE, TOMBSTONES
 from ._housekeeping import DUE, LOCK, TAKE_TURN
-from ._leases import END_EXPIRED, EXPIRED, RENEW_LEASES, TAKE_LEASE
+from ._leases import DROP_LEASE, END_EXPIRED, EXPIRED, RENEW_LEASES, TAKE_LEASE
 from ._pages import BATCH_BYTES, PAGE_BYTES
 from ._stream_list import ACTIVE, DETAILS, IN_RANGE, INFO, LIST, LIST_BY_TIME, OF_OWNER, OF_SESSION
 from .models import SynchronousCommit
@@ -246,7 +246,7 @@ WITH page AS MATERIALIZED (
     SELECT s.id
       FROM silent, LATERAL (
                SELECT id FROM {status}
-                WHERE id = silent.id AND state = 'active' AND total_chunks = silent.total_chunks
+                WHERE id = silent.id AND state = 'active' AND total_chunks = silent.total_chunks {without_lease}
                   FOR UPDATE SKIP LOCKED
            ) AS s
 ), ended AS (
@@ -343,6 +343,7 @@ class StreamStatements:
             self.list_of_owner = fill(LIST, scope=OF_OWNER.format(4))
             self.list_of_owner_by_time = fill(LIST_BY_TIME, scope=OF_OWNER.format(7))
             self.take_lease = fill(TAKE_LEASE)
+            self.drop_lease = fill(DROP_LEASE)
             self.renew_leases = fill(RENEW_LEASES)
             self.end_expired = fill(END_EXPIRED)
             self.expired = fill(EXPIRED)

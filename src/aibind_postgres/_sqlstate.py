@@ -79,6 +79,11 @@ def is_recoverable(error: Exception, lost: tuple[type[Exception], ...] = ()) -> 
     return isinstance(error, lost) if code is None else code.startswith(tuple(RECOVERABLE))
 
 
+def is_transient(error: Exception) -> bool:
+    """Return True if a reachable server has refused the statement for the moment: a conflict, a lock, a time limit."""
+    return (sqlstate(error) or "").startswith(("40", "55P03", "57014"))
+
+
 def is_read_only(error: BaseException) -> bool:
     """Return True if the session is read-only. It may stay so although the server has become writable."""
     return sqlstate(error) == READ_ONLY_TRANSACTION

@@ -13,7 +13,14 @@ from psycopg.conninfo import make_conninfo
 from support.concurrency import AsyncBackground, async_gather, async_sleep, async_until
 from support.recording import AsyncRecordingClient
 
-from aibind_postgres import AsyncDurableStream, AsyncPostgresStreamStore, StreamNotActiveError, _leases
+from aibind_postgres import (
+    AsyncDurableStream,
+    AsyncPostgresStreamStore,
+    SequenceConflictError,
+    StreamNotActiveError,
+    StreamWriteError,
+    _leases,
+)
 
 LEASE = 0.6  # seconds
 EXPIRED = ("error", _leases.EXPIRED_TEXT)
@@ -161,6 +168,61 @@ async def test_reader_that_may_not_write_keeps_waiting(store, dsn, tables, schem
                 assert await waiting.result() == ("done", None)
     finally:
         run_sql(f"DROP OWNED BY {role}; DROP ROLE {role}")
+
+
+async def test_writer_finds_a_migration_that_came_after_its_store(store, reader, run_sql, tables):
+    id = await store.create(lease=60)
+    old = AsyncPostgresStreamStore(store._database.client, **tables, lease=LEASE)
+    old._schema.is_known = True  # as if it had looked before the migration
+    async with old.writer(id):
+        assert [info.lease_until is not None async for info in reader.list()] == [True]
+        with pytest.raises(TimeoutError):
+            await reader.wait(id, SEVERAL_LEASES)
+        assert old._schema.has_leases
+
+
+async def test_failure_of_one_group_does_not_keep_others_from_renewals(store, reader):
+    def fail():
+        raise RuntimeError("no such tenant")
+
+    with store._leases.held("other", fail):
+        pass
+    await store.create("other")
+    await store._schema.look_up()
+    with store._leases.held("other", fail):
+        id = await store.create()
+        async with store.writer(id):
+            with pytest.raises(TimeoutError):
+                await reader.wait(id, SEVERAL_LEASES)
+
+
+async def test_failed_writer_gives_up_its_lease_inside_its_block(store, reader):
+    id = await store.create()
+    with pytest.raises(StreamWriteError):
+        async with store.writer(id) as writer:
+            await reader.append(id, "of another producer")
+            await writer.write("a")
+            with pytest.raises(SequenceConflictError):
+                await writer.flush()
+            assert await status_of(reader, id) == EXPIRED
+            raise StreamWriteError(id, 0, 1)
+
+
+async def test_reader_tries_again_after_a_refusal(store, reader, run_sql, tables, monkeypatch):
+    monkeypatch.setattr(f"{type(reader._listener).__module__}.REFUSED_PAUSE", 0.1)
+    table = tables["status_table"]
+    run_sql(
+        sql.SQL(
+            "CREATE FUNCTION pg_temp.refuse() RETURNS trigger LANGUAGE plpgsql AS "
+            "$$ BEGIN RAISE EXCEPTION 'busy' USING ERRCODE = '40P01'; END $$;"
+            "CREATE TRIGGER refuse BEFORE UPDATE ON {} FOR EACH ROW EXECUTE FUNCTION pg_temp.refuse()"
+        ).format(table)
+    )
+    id = await store.create(lease=0.01)
+    with pytest.raises(TimeoutError):
+        await reader.wait(id, 1)
+    run_sql(sql.SQL("DROP TRIGGER refuse ON {}").format(table))
+    assert await status_of(reader, id) == EXPIRED
 
 
 async def test_one_statement_renews_all_leases(dsn, tables):

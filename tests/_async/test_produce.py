@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from functools import partial
 
+import psycopg
 import pytest
 from _async.sources import FinishRecorder, SilentSource, UninterruptibleSource, items
 from support.concurrency import AsyncBackground, async_sleep, async_until
@@ -115,6 +116,20 @@ async def test_slow_source_within_its_idle_timeout_is_complete(store):
 
     status = await AsyncDurableStream.produce(store, await store.create(), slow(), idle_timeout=30, timeout=60)
     assert status == ("done", None, 4)
+
+
+async def test_time_in_which_chunks_are_stored_does_not_count(store, dsn, tables, run_sql):
+    id = await store.create()
+    async with await psycopg.AsyncConnection.connect(dsn) as other:
+        statement = psycopg.sql.SQL("SELECT FROM {} WHERE id = %s FOR UPDATE").format(tables["status_table"])
+        await other.execute(statement, [id])
+        source = items(["a" * 600_000] * 4)  # more than the writer's buffer
+        async with AsyncBackground(
+            partial(AsyncDurableStream.produce, store, id, source, idle_timeout=0.2)
+        ) as producing:
+            await async_sleep(2)
+            await other.rollback()
+            assert await producing.result() == ("done", None, 4)
 
 
 async def test_total_time_limit_ends_a_source_that_yields(store):

@@ -45,14 +45,16 @@ class AsyncColumnCatalog:
         self._database = database
         self._known: dict[Table, Columns] = {}
 
-    async def of(self, table: Table, query: AsyncQuery | None = None) -> Columns:
+    async def of(self, table: Table, query: AsyncQuery | None = None, *, again: bool = False) -> Columns:
         """Return the columns of a table, as of the first look-up or the last call of `require` that missed one.
 
         Args:
             table: The table.
             query: Runs the statement. Default: the client of the store.
+            again: Whether to look them up again.
         """
-        return self._known.get(table) or await self._look_up(table, query or self._database.query)
+        known = None if again else self._known.get(table)
+        return known or await self._look_up(table, query or self._database.query)
 
     async def require(self, table: Table, names: Collection[str], feature: str, migration: str) -> Columns:
         """Return the columns of a table. Look them up again if one is missing: it may have been added since.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 from .. import _arguments as arguments
 from .._concurrency import AsyncEvent, async_running_loop
 from .._leases import Contact
-from .._sqlstate import translate
+from .._sqlstate import is_transient, translate
 from ..errors import ForkedError, StoreClosedError
 from .psycopg_clients import as_client
 
@@ -104,10 +104,11 @@ class AsyncDatabase:
         self.check_owner()
         if self.closing.is_set():
             raise StoreClosedError("this store is closed: make a new one")
+        started = monotonic()
         try:
             rows = await self.client.query(statement, params)
         except Exception as error:
-            if self.client.is_recoverable(error):
+            if self.client.is_recoverable(error) and not is_transient(error):
                 self.contact.failed()
             if self.closing.is_set():
                 raise StoreClosedError("this store was closed during the call") from error
@@ -115,7 +116,7 @@ class AsyncDatabase:
                 # A UnicodeError quotes the whole text, which may be confidential.
                 raise translated from (None if isinstance(error, UnicodeError) else error)
             raise
-        self.contact.succeeded(monotonic())
+        self.contact.succeeded(monotonic(), started)
         return rows
 
     async def retry(self, attempt: AsyncAttempt[Result], deadline: float = math.inf) -> Result:

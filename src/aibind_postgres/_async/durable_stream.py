@@ -201,7 +201,12 @@ class AsyncDurableStream:
             raise
         await async_shielded(partial(producer.start, is_new=False))
         try:
-            return await cls(store, id, producer).wait()
+            await producer.finished.wait()
+            ended = await store._database.retry(partial(store.get_status, id))
+            if ended is None:
+                raise StreamNotFoundError(id)
+            # If the chunks could not be stored, the stream is still active, and ends with its lease.
+            return ended if ended.state != "active" else await store.wait(id)
         except BaseException:
             await async_shielded(partial(end_producer, producer))
             raise

@@ -76,15 +76,15 @@ class AsyncLeaseKeeper:
                     self._worker = None
                     break
             started = monotonic()
-            try:
-                for apply_settings, stream_ids in held:
+            failed = False
+            for apply_settings, stream_ids in held:
+                try:
                     apply_settings()
                     await self._database.query(self._schema.statements.renew_leases, [json_array(stream_ids)])
-            except Exception as error:
-                if self._closing.is_set():
-                    break
-                logger.debug("the leases could not be renewed: %s", type(error).__name__)
-                pause = min(RETRY_PAUSE, self._interval)  # first thing when the server is reachable again
-            else:
-                pause = max(0.0, self._interval - (monotonic() - started))
+                except Exception as error:  # the others are renewed all the same
+                    failed = True
+                    logger.debug("the leases could not be renewed: %s", type(error).__name__)
+            # After a failure, the renewal is the first thing when the server is reachable again.
+            pause = RETRY_PAUSE if failed else self._interval - (monotonic() - started)
+            pause = min(max(0.0, pause), self._interval)
         await self._database.client.release_thread()

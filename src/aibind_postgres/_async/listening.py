@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("aibind_postgres")
 
+REFUSED_PAUSE = 10.0  # seconds after the server has refused to end streams
 ANSWER_TIMEOUT = 5.0  # seconds to wait for the answer to a statement on the LISTEN connection
 PROBE_AFTER = 3.0  # seconds since the last message on that connection before a missed change starts a probe
 PROBE_TIMEOUT = 2.0  # seconds within which a probe must arrive
@@ -73,7 +74,7 @@ class AsyncListener:
         self._connection: AsyncListenConnection | None = None
         self._warned = False
         self._expired_remain = False  # the last poll has found streams to end when the contact is steady
-        self._may_end = True
+        self._may_end_at = 0.0
 
     def ensure_running(self) -> None:
         """Start the worker if it does not run. Call this after a subscription is registered."""
@@ -126,7 +127,6 @@ class AsyncListener:
                     # The readers run their own statements, and raise the error in their callers.
                     logger.debug("listening or polling failed: %s", type(error).__name__)
                     self._database.contact.failed()
-                    self._may_end = True
                     await connection.disconnect_if_broken(error)
                     polled_at = monotonic()
                     pace.failed()
@@ -195,7 +195,9 @@ class AsyncListener:
     async def _end_expired(self, stream_ids: Sequence[str], query: AsyncQuery) -> None:
         """End streams whose leases have expired, unless their producers may not have reached the server either."""
         self._expired_remain = False
-        if stream_ids and self._may_end:
+        if self._client.joins_transactions and query == self._client.query:
+            return  # it would be a write in the transaction of a caller
+        if stream_ids and monotonic() >= self._may_end_at:
             if not self._database.contact.is_steady(monotonic()):
                 self._expired_remain = True
                 return
@@ -205,7 +207,9 @@ class AsyncListener:
             except Exception as error:
                 if not wrote_nothing(error):
                     raise
-                self._may_end = False  # a role or server that may only read leaves it to others
+                self._may_end_at = (
+                    monotonic() + REFUSED_PAUSE
+                )  # a role or server that may only read leaves it to others
                 return
             if self._client.joins_transactions:
                 self._notifier.wake(ended)  # this thread has no transaction of the client

@@ -71,7 +71,7 @@ class AsyncProducer:
         self._texts: list[str] = []  # the argument of `on_finish`
         self._idle_timeout = idle_timeout
         self._timeout = timeout
-        self._began_at = self._item_at = monotonic()
+        self._began_at = self._item_at = math.inf  # when the source was asked first, and last; not while it is stored
         self._writer = store.writer(stream_id, on_end=self._writer_closed)
         if min(idle_timeout, timeout) < math.inf:
             self._writer._time_limit = self._time_limit
@@ -268,12 +268,14 @@ class AsyncProducer:
                 if self._reason is not None:  # the producer was ended while it entered the context
                     raise ProducerError(GENERIC_ERROR)
                 try:
+                    self._began_at = self._item_at = monotonic()
                     async for item in self._source.items:
-                        self._item_at = monotonic()
+                        self._item_at = math.inf
                         text = arguments.storable_text(chunk_text(item), "a chunk")
                         storing = True
                         await self._writer._write(text)
                         storing = False
+                        self._item_at = monotonic()
                         if self._on_finish is not None and isinstance(item, str):
                             self._texts.append(item)
                 finally:

@@ -38,16 +38,17 @@ class AsyncStreamSchema:
         """Whether the status table is known to have the columns of migration 0004."""
         return self.statements is self._with_0004
 
-    async def look_up(self, query: AsyncQuery | None = None) -> StreamStatements:
+    async def look_up(self, query: AsyncQuery | None = None, *, again: bool = False) -> StreamStatements:
         """Return the statements for the migrations that are present, as of the first look-up.
 
         Args:
             query: Runs the statement. Default: the client of the store.
+            again: Whether to look again for migration 0004 if it was missing.
         """
-        if self.is_known:
+        if self.has_leases or (self.is_known and not again):
             return self.statements
         async with self._looking:  # the first calls of a store may be many at once
-            if ADDED_BY_0004 in (await self._columns.of(self._status, query)).names:
+            if ADDED_BY_0004 in (await self._columns.of(self._status, query, again=again)).names:
                 self.statements = self._with_0004
             self.is_known = True
         return self.statements

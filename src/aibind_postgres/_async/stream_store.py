@@ -77,8 +77,8 @@ class AsyncPostgresStreamStore:
             joins.
         ttl: Seconds, or a timedelta, for which a stream is kept after its end, unless `create` gives another ttl; 300
             by default.
-        lease: Seconds, or a timedelta, after which the stream of a dead producer ends, at least 3; 15 by default. A
-            living producer renews its lease three times as often. Needs migration 0004.
+        lease: Seconds, or a timedelta, after which the stream of a dead producer ends; 15 by default. A living producer
+            renews its lease three times as often. Needs migration 0004.
         retry_for: Seconds, or a timedelta, for which a reader or a writer retries while the server is unreachable,
             starts, is read-only or has no free connection, and for which a reader waits for a standby that lags behind;
             30 by default. After that, a reader raises the driver's error and a writer raises `StreamWriteError`.
@@ -233,6 +233,7 @@ class AsyncPostgresStreamStore:
         ttl: float | timedelta | None,
     ) -> None:
         """Create a stream for a producer in this process, which renews its lease."""
+        self._database.check_owner()
         await self._schema.look_up()
         lease = self._lease / 1000 if self._schema.has_leases else None
         await self.create(stream_id, session_id=session_id, owner=owner, metadata=metadata, ttl=ttl, lease=lease)
@@ -242,7 +243,10 @@ class AsyncPostgresStreamStore:
         if created:
             self._notifier.wake([stream_id])  # readers of a deleted stream with this id
         elif self._database.contact.is_steady(monotonic()):
-            await self._end_expired([stream_id])
+            statements = await self._schema.look_up()
+            rows = await self._database.query(statements.poll, [json_array([stream_id])])
+            if rows and rows[0][3]:  # the lease has expired
+                await self._end_expired([stream_id])
         return bool(created)
 
     async def _end_expired(self, stream_ids: Sequence[str]) -> builtins.list[str]:
@@ -349,10 +353,12 @@ class AsyncPostgresStreamStore:
 
     async def _take_lease(self, stream_id: str, renewed: bool) -> StreamStatus | None:
         """Return the status of a stream for its new writer. Give it a lease, or none if it will not be renewed."""
-        statements = await self._schema.look_up()
+        self._database.check_owner()
+        # The migration may have been applied while this process ran, and another one may have given a lease.
+        statements = await self._schema.look_up(again=True)
         if not self._schema.has_leases:
             return await self.get_status(stream_id)
-        rows = await self._database.query(statements.take_lease, [stream_id, self._lease if renewed else None])
+        rows = await self._database.query(statements.take_lease if renewed else statements.drop_lease, [stream_id])
         return self._found_status(stream_id, rows)
 
     def _found_status(self, stream_id: str, rows: Sequence[Any]) -> StreamStatus | None:

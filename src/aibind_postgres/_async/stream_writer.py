@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
@@ -106,6 +105,7 @@ class AsyncStreamWriter:
         self._database = database
         self._subscribe = subscribe
         self._hold_lease = hold_lease
+        self._lease = ExitStack()
         self._subscription = ExitStack()
         self._on_end = on_end
         in_background = on_end is not None or not database.client.joins_transactions
@@ -248,7 +248,7 @@ class AsyncStreamWriter:
                 status = self._check_status(await self._database.retry(take_lease))
                 self._buffer.durable = status.total_chunks
             if renewed:
-                self._subscription.enter_context(self._hold_lease(self._database.client.capture_settings()))
+                self._lease.enter_context(self._hold_lease(self._database.client.capture_settings()))
             with self._mutex:
                 self._ensure_worker()
         except BaseException:
@@ -314,6 +314,7 @@ class AsyncStreamWriter:
         """Close the writer if it is not closed yet, and unsubscribe."""
         with self._mutex:
             self._close(RuntimeError(f"the block of the writer of stream {self._stream_id!r} was interrupted"))
+        self._lease.close()
         self._subscription.close()
 
     def _close(self, error: Exception) -> bool:
@@ -383,16 +384,17 @@ class AsyncStreamWriter:
             await self._database.client.release_thread()
 
     def _seconds_left(self) -> float | None:
-        """Return the seconds until the time limit; None without one. Request the end of the stream if it has passed."""
+        """Return the seconds until the next check of the time limit; None without one.
+
+        Request the end of the stream if the time has come.
+        """
         if self._time_limit is None:
             return None
         at, text = self._time_limit()
-        if at == math.inf:
-            return None
         left = at - monotonic()
         if left <= 0:
             self._request_end(text)
-        return max(0.0, left)
+        return min(max(0.0, left), WORKER_CHECK_INTERVAL)  # the time may come nearer
 
     async def _wait_for(self, progress: AsyncEvent) -> None:
         """Wait for progress of the worker. Without a worker, send the buffered chunks in this call."""
@@ -436,6 +438,7 @@ class AsyncStreamWriter:
         except Exception as error:
             with self._mutex:
                 was_open = self._close(error)
+            self._lease.close()  # nothing more is written, although the block may last
             if was_open and self._on_end is not None:
                 await async_call_or_await(self._on_end, error)
 
