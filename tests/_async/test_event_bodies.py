@@ -10,7 +10,7 @@ from support.concurrency import AsyncBackground, async_sleep, async_until
 
 from aibind_postgres import AsyncPostgresStreamStore, AsyncStreamHandler, WebRequest
 from aibind_postgres._async.event_bodies import AsyncEventBodies
-from aibind_postgres._async.producing import close_source
+from aibind_postgres._async.source import close_source
 from aibind_postgres.sse import EventParser
 
 

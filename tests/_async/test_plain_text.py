@@ -9,7 +9,7 @@ import pytest
 from support.concurrency import AsyncBackground, async_until, async_workers
 
 from aibind_postgres import AsyncPostgresStreamStore, AsyncStreamHandler, StreamEvent, WebError, WebRequest
-from aibind_postgres._async.producing import close_source
+from aibind_postgres._async.source import close_source
 from aibind_postgres._concurrency import AsyncEvent
 
 JSON = {"content-type": "application/json"}

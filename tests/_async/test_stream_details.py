@@ -18,6 +18,7 @@ from aibind_postgres import (
     StreamExistsError,
     schema,
 )
+from aibind_postgres._async import stream_reads
 
 DETAILS = {"session_id": "chat", "owner": "ann", "metadata": {"model": "ö", "n": [1, None]}, "ttl": 3600}
 
@@ -89,7 +90,7 @@ async def test_list_of_a_session_and_of_an_owner(store):
 
 
 async def test_long_list_of_an_owner(store, monkeypatch):
-    monkeypatch.setattr(f"{type(store).__module__}.LIST_PAGE_ROWS", 2)
+    monkeypatch.setattr(stream_reads, "LIST_PAGE_ROWS", 2)
     names = [str(number) for number in range(5)]
     for name in names:
         await store.create(name, owner="ann")

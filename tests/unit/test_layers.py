@@ -38,15 +38,16 @@ LAYERS = [
 
 # The same inside `_async`.
 ASYNC_LAYERS = [
-    {"connections"},
+    {"connections", "source"},
     {"client"},
     {"psycopg_clients"},
     {"database"},
     {"combining", "columns"},
     {"deleting", "reading", "notifying", "stream_schema", "conversation_schema"},
-    {"appending", "leasing", "listening", "conversation_histories"},
+    {"appending", "leasing", "conversation_histories"},
+    {"listening"},
     {"following"},
-    {"stream_writer"},
+    {"stream_writer", "stream_reads"},
     {"stream_store", "conversation_store"},
     {"producing", "housekeeping"},
     {"durable_stream", "event_bodies", "plain_text"},

@@ -16,6 +16,14 @@ if TYPE_CHECKING:
     from .database import AsyncDatabase
 
 
+def missing_migration(feature: str, migration: str, table: Table, lack: str) -> SchemaError:
+    """Return the error for a feature that needs a migration. `lack` says what the table lacks."""
+    return SchemaError(
+        f"{feature} needs migration {migration}, since the table {table.quoted} {lack}. Apply all migrations "
+        f"{HOW_TO_MIGRATE}; or correct the table names given to the store"
+    )
+
+
 class Columns(NamedTuple):
     """The columns of a table; none if the table does not exist.
 
@@ -73,10 +81,7 @@ class AsyncColumnCatalog:
             columns = await self._look_up(table, self._database.query)
         if missing := [name for name in names if name not in columns.names]:
             lack = f"has no column {', '.join(missing)}" if columns.names else "does not exist"
-            raise SchemaError(
-                f"{feature} needs migration {migration}, since the table {table.quoted} {lack}. Apply all migrations "
-                f"{HOW_TO_MIGRATE}; or correct the table names given to the store"
-            )
+            raise missing_migration(feature, migration, table, lack)
         return columns
 
     async def _look_up(self, table: Table, query: AsyncQuery) -> Columns:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .._conversation_sql import HAS_0004, ConversationStatements
-from ..errors import SchemaError
+from .columns import missing_migration
 
 if TYPE_CHECKING:
     from .._tables import Table
@@ -43,8 +43,5 @@ class AsyncConversationSchema:
             self._is_known = False
             await self.look_up()
         if not self.statements.has_0004:
-            raise SchemaError(
-                f"{feature} needs migration 0004, whose columns {self._conversations.quoted} does not have: apply it "
-                "with `aibind-postgres migrate`, or with aibind_postgres.schema.migrate"
-            )
+            raise missing_migration(feature, "0004", self._conversations, "lacks its columns or does not exist")
         return self.statements

@@ -18,7 +18,8 @@ from ..history import new_id
 from ..models import StreamEvent, StreamStatus, event_of
 from ..sse import MESSAGE, ServerSentEvent, comment, encode
 from .following import AsyncFollower, Heartbeat
-from .producing import AsyncProducer, close_source, end_producer, shutdown
+from .producing import AsyncProducer, end_producer, shutdown
+from .source import close_source
 from .stream_store import AsyncPostgresStreamStore
 
 MAX_EVENTS_IN_CRLF = 100  # between CR and LF: a resumed reader does not search further back for the CR

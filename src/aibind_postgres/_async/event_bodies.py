@@ -10,7 +10,7 @@ from weakref import finalize
 
 from .._concurrency import AsyncEvent, AsyncWorker, Mutex, async_spawn
 from ..errors import StreamNotFoundError, WebError
-from .producing import close_source
+from .source import close_source
 
 logger = logging.getLogger("aibind_postgres")
 

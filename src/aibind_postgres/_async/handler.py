@@ -38,7 +38,7 @@ from .conversation_store import AsyncPostgresConversationStore
 from .durable_stream import AsyncDurableStream
 from .event_bodies import AsyncEventBodies
 from .plain_text import AsyncPlainTextBody
-from .producing import close_source
+from .source import close_source
 from .stream_store import AsyncPostgresStreamStore
 
 logger = logging.getLogger("aibind_postgres")

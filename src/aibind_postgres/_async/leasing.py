@@ -1,19 +1,22 @@
-"""Renew the leases of the streams that this process writes."""
+"""Leases: give them to the streams that this process writes, renew them, and end streams whose leases have expired."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from time import monotonic
 from typing import TYPE_CHECKING
 
 from .._concurrency import AsyncEvent, AsyncWorker, Mutex, async_spawn
-from .._leases import RENEWALS
+from .._deletion import MAX_ROWS
+from .._leases import EXPIRED_TEXT, RENEWALS
 from .._sql import json_array
 from .database import CLOSING_TIMEOUT, WORKER_IDLE_TIMEOUT
 
 if TYPE_CHECKING:
+    from .._statement_runner import Row
+    from .columns import AsyncQuery
     from .database import AsyncDatabase
     from .stream_schema import AsyncStreamSchema
 
@@ -22,15 +25,23 @@ logger = logging.getLogger("aibind_postgres")
 RETRY_PAUSE = 0.5  # seconds after a renewal that failed
 
 
-class AsyncLeaseKeeper:
-    """Runs the worker that renews the leases of the writers of one store, with one statement for all of them.
+class AsyncLeases:
+    """The leases of one store.
 
-    Writers that need different settings of their threads, such as tenants, get a statement each.
+    A worker renews the leases of all writers with one statement. Writers that need different settings of their threads,
+    such as tenants, get a statement each.
+
+    Args:
+        database: The database of the store.
+        schema: The statements of the store.
+        lease: Milliseconds from a renewal to the end of a lease.
+        ttl: Milliseconds for which an ended stream is kept.
     """
 
-    def __init__(self, database: AsyncDatabase, schema: AsyncStreamSchema, lease: int) -> None:
+    def __init__(self, database: AsyncDatabase, schema: AsyncStreamSchema, lease: int, ttl: int) -> None:
         self._database = database
         self._schema = schema
+        self._ttl = ttl
         self._interval = lease / 1000 / RENEWALS
         self._mutex = Mutex()
         self._held: dict[Callable[[], None], list[str]] = {}  # stream ids by the settings to apply
@@ -56,6 +67,44 @@ class AsyncLeaseKeeper:
                 if not self._held[apply_settings]:
                     del self._held[apply_settings]
 
+    async def take(self, stream_id: str, renewed: bool) -> Sequence[Row]:
+        """Give a stream a lease for its new writer, or none if it will not be renewed. Return the status, if any."""
+        # The migration may have been applied while this process ran, and another process may have given a lease.
+        statements = await self._schema.look_up(again=True)
+        statement = statements.status
+        if self._schema.has_leases:
+            statement = statements.take_lease if renewed else statements.drop_lease
+        return await self._database.query(statement, [stream_id])
+
+    async def end_expired(self, stream_ids: Sequence[str], query: AsyncQuery | None = None) -> list[str]:
+        """End those of the streams whose leases have expired, and return their ids.
+
+        Args:
+            stream_ids: The ids of the streams.
+            query: Runs the statement. Default: the client of the store.
+        """
+        params = [json_array(stream_ids), EXPIRED_TEXT, self._ttl]
+        rows = await (query or self._database.query)(self._schema.statements.end_expired, params)
+        return [stream_id for (stream_id,) in rows]
+
+    async def end_all_expired(self) -> AsyncIterator[list[str]]:
+        """End all streams whose leases have expired, and yield the ids that each statement has ended."""
+        last = ""
+        while self._schema.has_leases:
+            rows = await self._database.query(self._schema.statements.expired, [last, MAX_ROWS])
+            if not rows:
+                return
+            await self._reach_steadily()
+            last = rows[-1][0]
+            if ended := await self.end_expired([stream_id for (stream_id,) in rows]):
+                yield ended
+
+    async def _reach_steadily(self) -> None:
+        """Wait until expired leases cannot be due to an outage of the server."""
+        while not self._database.contact.is_steady(monotonic()):
+            await self._database.sleep(1.0)
+            await self._database.query(self._schema.statements.expired, ["", 1])
+
     async def close(self) -> None:
         """End the worker."""
         with self._mutex:
@@ -65,6 +114,12 @@ class AsyncLeaseKeeper:
             await worker.join(CLOSING_TIMEOUT)
 
     async def _work(self) -> None:
+        try:
+            await self._renew()
+        finally:
+            await self._database.client.release_thread()
+
+    async def _renew(self) -> None:
         last_held_at = monotonic()
         pause = self._interval
         while not await self._closing.wait(pause):
@@ -74,7 +129,7 @@ class AsyncLeaseKeeper:
                     last_held_at = monotonic()
                 elif monotonic() - last_held_at > WORKER_IDLE_TIMEOUT:
                     self._worker = None
-                    break
+                    return
             started = monotonic()
             failed = False
             for apply_settings, stream_ids in held:
@@ -87,4 +142,3 @@ class AsyncLeaseKeeper:
             # After a failure, the renewal is the first thing when the server is reachable again.
             pause = RETRY_PAUSE if failed else self._interval - (monotonic() - started)
             pause = min(max(0.0, pause), self._interval)
-        await self._database.client.release_thread()

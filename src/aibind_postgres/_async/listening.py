@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 
 from .._concurrency import AsyncEvent, AsyncWorker, Mutex, async_spawn
-from .._leases import EXPIRED_TEXT
 from .._notifications import decode_payload, encode_payloads
 from .._poll_pace import QUIET_FACTOR, PollPace
 from .._sql import NOTIFY, json_array
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     from .client import AsyncClient
     from .columns import AsyncQuery
     from .database import AsyncDatabase
+    from .leasing import AsyncLeases
     from .notifying import AsyncNotifier
     from .stream_schema import AsyncStreamSchema
 
@@ -59,7 +59,7 @@ class AsyncListener:
         subscriptions: Subscriptions,
         notifier: AsyncNotifier,
         schema: AsyncStreamSchema,
-        ttl: int,
+        leases: AsyncLeases,
         poll_interval: float,
     ) -> None:
         self._database = database
@@ -67,7 +67,7 @@ class AsyncListener:
         self._subscriptions = subscriptions
         self._notifier = notifier
         self._schema = schema
-        self._ttl = ttl
+        self._leases = leases
         self._poll_interval = poll_interval
         self._mutex = Mutex()
         self._worker: AsyncWorker | None = None
@@ -202,14 +202,12 @@ class AsyncListener:
                 self._expired_remain = True
                 return
             try:
-                params = [json_array(stream_ids), EXPIRED_TEXT, self._ttl]
-                ended = [stream_id for (stream_id,) in await query(self._schema.statements.end_expired, params)]
+                ended = await self._leases.end_expired(stream_ids, query)
             except Exception as error:
                 if not wrote_nothing(error):
                     raise
-                self._may_end_at = (
-                    monotonic() + REFUSED_PAUSE
-                )  # a role or server that may only read leaves it to others
+                # A role or server that may only read leaves it to others.
+                self._may_end_at = monotonic() + REFUSED_PAUSE
                 return
             if self._client.joins_transactions:
                 self._notifier.wake(ended)  # this thread has no transaction of the client

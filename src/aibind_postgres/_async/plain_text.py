@@ -7,7 +7,8 @@ from contextlib import AbstractAsyncContextManager
 
 from .._concurrency import AsyncEvent, AsyncWorker, Mutex, async_spawn
 from ..models import StreamEvent, chunk_text
-from .producing import GENERIC_ERROR, AsyncSource
+from .producing import GENERIC_ERROR
+from .source import AsyncSource
 
 
 class AsyncPlainTextBody:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
 import os
@@ -20,13 +19,13 @@ from .._concurrency import (
     Mutex,
     async_at_exit,
     async_call_or_await,
-    async_interrupt,
     async_spawn,
 )
-from .._lifecycle import EndReason, Phase, SourceState
+from .._lifecycle import EndReason, Phase
 from .._subscriptions import wake_all
 from ..errors import AibindError, StreamNotActiveError, StreamNotFoundError, WebError
 from ..models import StreamEvent, StreamStatus, chunk_text
+from .source import AsyncSource
 
 if TYPE_CHECKING:
     from .stream_store import AsyncPostgresStreamStore
@@ -321,43 +320,6 @@ class AsyncProducer:
             return None
 
 
-class AsyncSource:
-    """An iterable of chunks that is closed exactly once."""
-
-    def __init__(self, items: AsyncIterable[str | StreamEvent]) -> None:
-        self.items = items
-        self._mutex = Mutex()
-        self._state = SourceState.OPEN
-
-    async def close(self) -> None:
-        """Close the source. Only its reader calls this, when it has stopped reading."""
-        with self._mutex:
-            is_open = self._state is SourceState.OPEN
-            if is_open:
-                self._state = SourceState.CLOSED
-            elif self._state is SourceState.INTERRUPTED:
-                self._state = SourceState.RELEASED
-        if is_open:
-            await close_source(self.items)
-
-    async def interrupt(self, reader: AsyncWorker | None) -> None:
-        """Stop a reader that waits for the next item.
-
-        With threads, only the reader closes a generator. The generator may hold resources that are bound to that
-        thread, and no other thread can close it while it runs.
-        """
-        with self._mutex:
-            if reader is None or self._state is not SourceState.OPEN or inspect.isgenerator(self.items):
-                return
-            self._state = SourceState.INTERRUPTED
-        closed = async_interrupt(reader, self.items)
-        with self._mutex:
-            released = self._state is SourceState.RELEASED
-            self._state = SourceState.CLOSED if closed or released else SourceState.OPEN
-        if released and not closed:
-            await close_source(self.items)
-
-
 async def shutdown(store: AsyncPostgresStreamStore, timeout: float, reason: EndReason = EndReason.SHUTDOWN) -> bool:
     """Wait up to `timeout` seconds for the producers of a store, then end the remaining ones.
 
@@ -400,16 +362,6 @@ async def fail_stream(store: AsyncPostgresStreamStore, stream_id: str) -> None:
             stream_id,
             error,
         )
-
-
-async def close_source(source: object) -> None:
-    """Close a source if it has a method `aclose` or `close`. Errors are only logged."""
-    close = getattr(source, "aclose", None) or getattr(source, "close", None)
-    if close is not None:
-        try:
-            await async_call_or_await(close)
-        except Exception:
-            logger.exception("a source raised when it was closed")
 
 
 class ProducerError(Exception):

@@ -1,0 +1,60 @@
+"""The source of a durable stream: an iterable that is closed exactly once."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import AsyncIterable
+
+from .._concurrency import AsyncWorker, Mutex, async_call_or_await, async_interrupt
+from .._lifecycle import SourceState
+from ..models import StreamEvent
+
+logger = logging.getLogger("aibind_postgres")
+
+
+class AsyncSource:
+    """An iterable of chunks that is closed exactly once."""
+
+    def __init__(self, items: AsyncIterable[str | StreamEvent]) -> None:
+        self.items = items
+        self._mutex = Mutex()
+        self._state = SourceState.OPEN
+
+    async def close(self) -> None:
+        """Close the source. Only its reader calls this, when it has stopped reading."""
+        with self._mutex:
+            is_open = self._state is SourceState.OPEN
+            if is_open:
+                self._state = SourceState.CLOSED
+            elif self._state is SourceState.INTERRUPTED:
+                self._state = SourceState.RELEASED
+        if is_open:
+            await close_source(self.items)
+
+    async def interrupt(self, reader: AsyncWorker | None) -> None:
+        """Stop a reader that waits for the next item.
+
+        With threads, only the reader closes a generator. The generator may hold resources that are bound to that
+        thread, and no other thread can close it while it runs.
+        """
+        with self._mutex:
+            if reader is None or self._state is not SourceState.OPEN or inspect.isgenerator(self.items):
+                return
+            self._state = SourceState.INTERRUPTED
+        closed = async_interrupt(reader, self.items)
+        with self._mutex:
+            released = self._state is SourceState.RELEASED
+            self._state = SourceState.CLOSED if closed or released else SourceState.OPEN
+        if released and not closed:
+            await close_source(self.items)
+
+
+async def close_source(source: object) -> None:
+    """Close a source if it has a method `aclose` or `close`. Errors are only logged."""
+    close = getattr(source, "aclose", None) or getattr(source, "close", None)
+    if close is not None:
+        try:
+            await async_call_or_await(close)
+        except Exception:
+            logger.exception("a source raised when it was closed")
