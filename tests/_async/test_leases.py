@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import partial
+from time import monotonic
 
 import psycopg
 import pytest
@@ -44,6 +45,16 @@ async def reader(dsn, tables):
     """A store in place of another process."""
     async with AsyncPostgresStreamStore(dsn, **tables, poll_interval=0.02) as store:
         yield store
+
+
+def refuse(run_sql, table, code):
+    """Let the server refuse each update with this SQLSTATE."""
+    text = (
+        "CREATE OR REPLACE FUNCTION pg_temp.refuse() RETURNS trigger LANGUAGE plpgsql AS "
+        f"$$ BEGIN RAISE EXCEPTION 'busy' USING ERRCODE = '{code}'; END $$;"
+        "CREATE TRIGGER refuse BEFORE UPDATE ON {} FOR EACH ROW EXECUTE FUNCTION pg_temp.refuse()"
+    )
+    run_sql(sql.SQL(text).format(table))
 
 
 async def status_of(store, id):
@@ -142,6 +153,57 @@ async def test_acquire_ends_the_stream_of_a_dead_producer(store, reader):
     assert await status_of(reader, id) == EXPIRED
 
 
+async def test_acquire_of_a_living_stream_writes_nothing(dsn, tables, store):
+    id = await store.create(lease=60)
+    async with AsyncRecordingClient(dsn) as client, AsyncPostgresStreamStore(client, **tables) as own:
+        while not own._database.contact.is_steady(monotonic()):
+            await own.get_status(id)
+        client.statements.clear()
+        assert await own.acquire(id) is False
+        create, *others = [call.sql for call in client.statements if "pg_attribute" not in call.sql]
+        assert "INSERT" in create
+        assert not [sql for sql in others if "UPDATE" in sql]
+
+
+async def test_refusal_for_the_moment_is_no_outage(store, run_sql, tables):
+    table = tables["status_table"]
+    refuse(run_sql, table, "40P01")
+    id = await store.create()
+    while not store._database.contact.is_steady(monotonic()):
+        await store.get_status(id)
+    with pytest.raises(psycopg.errors.DeadlockDetected):
+        await store.append(id, "a")
+    assert store._database.contact.is_steady(monotonic())
+
+
+async def test_lease_is_dropped_also_if_the_row_was_locked(store, dsn, tables):
+    id = await store.create(lease=60)
+    async with await psycopg.AsyncConnection.connect(dsn) as other:
+        await other.execute(sql.SQL("SELECT FROM {} FOR UPDATE").format(tables["status_table"]))
+        async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as connection:
+            async with AsyncPostgresStreamStore(connection, **tables) as own:
+
+                async def write():
+                    async with own.writer(id):
+                        return [info.lease_until async for info in store.list()]
+
+                async with AsyncBackground(write) as writing:
+                    await async_sleep(0.3)
+                    await other.rollback()
+                    assert await writing.result() == [None]
+
+
+async def test_reader_does_not_write_in_a_transaction_of_its_caller(dsn, tables, store):
+    id = await store.create(lease=0.01)
+    async with AsyncRecordingClient(dsn) as client:
+        client.joins_transactions = True
+        async with AsyncPostgresStreamStore(client, **tables, poll_interval=0.02) as reader:
+            with pytest.raises(TimeoutError):
+                await reader.wait(id, 1)
+        assert [call.sql for call in client.statements if "is_expired" in call.sql]
+        assert not [call.sql for call in client.statements if "UPDATE" in call.sql]
+
+
 async def test_reader_without_steady_contact_ends_nothing(store, reader, monkeypatch):
     monkeypatch.setattr(_leases, "CONTACT", 3600)
     id = await store.create(lease=0.01)
@@ -211,13 +273,7 @@ async def test_failed_writer_gives_up_its_lease_inside_its_block(store, reader):
 async def test_reader_tries_again_after_a_refusal(store, reader, run_sql, tables, monkeypatch):
     monkeypatch.setattr(f"{type(reader._listener).__module__}.REFUSED_PAUSE", 0.1)
     table = tables["status_table"]
-    run_sql(
-        sql.SQL(
-            "CREATE FUNCTION pg_temp.refuse() RETURNS trigger LANGUAGE plpgsql AS "
-            "$$ BEGIN RAISE EXCEPTION 'busy' USING ERRCODE = '40P01'; END $$;"
-            "CREATE TRIGGER refuse BEFORE UPDATE ON {} FOR EACH ROW EXECUTE FUNCTION pg_temp.refuse()"
-        ).format(table)
-    )
+    refuse(run_sql, table, "40P01")
     id = await store.create(lease=0.01)
     with pytest.raises(TimeoutError):
         await reader.wait(id, 1)

@@ -101,6 +101,19 @@ def test_rejected_statement_wrote_nothing(code, certain):
     assert _sqlstate.wrote_nothing(error) is certain
 
 
+@pytest.mark.parametrize(
+    ("code", "transient"),
+    [
+        *[(code, True) for code in ("40001", "40P01", "55P03", "57014")],
+        *[(code, False) for code in ("08006", "25006", "42501", "53300", "57P01", "58030", None)],
+    ],
+)
+def test_transient_refusal_is_of_a_reachable_server(code, transient):
+    error = RuntimeError("from a driver")
+    error.sqlstate = code
+    assert _sqlstate.is_transient(error) is transient
+
+
 def test_unsent_text_was_not_written():
     assert _sqlstate.wrote_nothing(errors.InvalidDataError("lone surrogate"))
 

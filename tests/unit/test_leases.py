@@ -29,3 +29,12 @@ def test_failure_and_silence_interrupt_the_contact():
         for second in range(9):
             contact.succeeded(after + second)
         assert contact.is_steady(after + 8)
+
+
+def test_slow_statements_do_not_interrupt_the_contact():
+    contact = Contact()
+    for start in range(0, 20, 5):
+        contact.succeeded(start + 4.5, start)  # half a second after the one before
+    assert contact.is_steady(20)
+    contact.succeeded(30, 19.6 + MAX_SILENCE)
+    assert not contact.is_steady(30)

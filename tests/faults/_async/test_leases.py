@@ -7,10 +7,12 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from _async.sources import items
 from support.concurrency import AsyncBackground, async_sleep, async_until
 from support.programs import program
 
-from aibind_postgres import AsyncPostgresStreamStore, _leases
+from aibind_postgres import AsyncDurableStream, AsyncPostgresStreamStore, _leases
+from aibind_postgres._concurrency import AsyncEvent
 
 PROGRAMS = Path(__file__).parent / "programs.py"
 
@@ -49,6 +51,24 @@ async def test_outage_longer_than_the_lease_ends_no_stream(network, direct, long
                 released.append(True)
                 await writing.result(60)
                 assert await waiting.result(60) == "done"
+
+
+async def test_produce_outlasts_an_outage_longer_than_its_retries(network, direct):
+    async with AsyncPostgresStreamStore(network.dsn, retry_for=0.5, timeout=0.5) as store:
+        id = await direct.create()
+        gate = AsyncEvent()
+        source = items(["before"], gate)
+        async with AsyncBackground(partial(AsyncDurableStream.produce, store, id, source)) as producing:
+            await async_until(lambda: store._leases._held)
+            while not (await direct.get_status(id)).total_chunks:
+                await async_sleep(0.05)
+            network.refuse()
+            network.cut()
+            await async_sleep(4)
+            network.heal()
+            gate.set()
+            assert (await producing.result(60))[::2] == ("done", 2)
+        assert [event.data async for event in direct.events(id)] == ["before", "and more"]
 
 
 async def test_readers_learn_the_end_of_a_killed_producer_within_its_lease(server_dsn, direct, tmp_path, long):
