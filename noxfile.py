@@ -72,6 +72,13 @@ def package(session: nox.Session) -> None:
 
 
 @nox.session
+def browser(session: nox.Session) -> None:
+    """Test the chat in Chromium."""
+    session.install(".[dev]")
+    session.run("pytest", "tests/browser", *session.posargs)
+
+
+@nox.session
 def faults(session: nox.Session) -> None:
     """Test failures of servers, networks and processes, as often as the guarantees state."""
     session.install(".[dev]")

@@ -94,7 +94,7 @@ UPDATE {conversations} SET expires_at = {now} + $2::bigint
 RETURNING 1
 """
 
-# Changes the columns whose flags are true.
+# Changes a column if its flag is true.
 DESCRIBE = """
 UPDATE {conversations}
    SET title = CASE WHEN $2::boolean THEN $3::text ELSE title END,
@@ -111,7 +111,8 @@ WITH deleted AS (
 SELECT expires_at > {now} FROM deleted
 """
 
-# The names differ, for clients whose rows are dicts, and are not those of columns, which ORDER BY would then not mean.
+# Each column has another name, since the rows of some clients are dicts. The names are not those of columns of the
+# table: ORDER BY would mean the result.
 INFO = (
     "session_id, expires_at, owner, title, metadata::text, "
     "CASE WHEN created_at {in_range} THEN created_at END AS created, "

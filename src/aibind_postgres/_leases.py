@@ -50,7 +50,7 @@ UPDATE {status} AS s SET lease_until = {now} + {lease}
  WHERE s.id = held.id AND s.state = 'active' {and_commit_setting}
 """
 
-# Ends the streams in the JSON array $1 whose leases have expired, with error text $2. The condition is checked again
+# Ends those streams in the JSON array $1 that have an expired lease, with error text $2. The condition is checked again
 # once the row is locked, so that no producer is hit that has just renewed its lease. $3 is the ttl of this store.
 END_EXPIRED = """
 WITH locked AS MATERIALIZED (
@@ -69,7 +69,7 @@ WITH locked AS MATERIALIZED (
 SELECT id FROM ended {commit_setting}
 """
 
-# The next $2 active streams after id $1 whose leases have expired.
+# The next $2 active streams after id $1 with an expired lease.
 EXPIRED = """
 SELECT id FROM {status}
  WHERE state = 'active' AND id > $1::text AND lease_until <= {now}

@@ -13,7 +13,6 @@ from support.recording import AsyncRecordingClient
 
 from aibind_postgres import (
     AsyncPostgresConversationStore,
-    AsyncPostgresStreamStore,
     ChatHistory,
     ConversationInfo,
     InvalidDataError,
@@ -29,11 +28,6 @@ ON CONFLICT (session_id) DO UPDATE SET data = EXCLUDED.data, expires_at = EXCLUD
 
 
 @pytest.fixture
-def table(schema_name):
-    return sql.Identifier(schema_name, "conversations")
-
-
-@pytest.fixture
 def names(tables, table):
     """The tables of a conversation store, as its keyword arguments."""
     return {"table": table, "status_table": tables["status_table"]}
@@ -43,18 +37,6 @@ def names(tables, table):
 async def store(dsn, names):
     async with AsyncPostgresConversationStore(dsn, **names) as store:
         yield store
-
-
-@pytest.fixture
-async def streams(dsn, tables):
-    async with AsyncPostgresStreamStore(dsn, **tables) as store:
-        yield store
-
-
-@pytest.fixture
-def run(run_sql, table):
-    """Run SQL on the table of conversations."""
-    return lambda text: run_sql(sql.SQL(text).format(table))
 
 
 @pytest.fixture

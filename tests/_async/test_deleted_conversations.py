@@ -6,12 +6,10 @@ import json
 import logging
 
 import pytest
-from psycopg import sql
 
 from aibind_postgres import (
     AsyncDurableStream,
     AsyncPostgresConversationStore,
-    AsyncPostgresStreamStore,
     AsyncStreamHandler,
     ChatHistory,
     WebRequest,
@@ -19,23 +17,6 @@ from aibind_postgres import (
 from aibind_postgres._concurrency import AsyncEvent
 
 JSON = {"content-type": "application/json"}
-
-
-@pytest.fixture
-def table(schema_name):
-    return sql.Identifier(schema_name, "conversations")
-
-
-@pytest.fixture
-def run(run_sql, table):
-    """Run SQL on the table of conversations."""
-    return lambda text: run_sql(sql.SQL(text).format(table))
-
-
-@pytest.fixture
-async def streams(dsn, tables):
-    async with AsyncPostgresStreamStore(dsn, **tables) as store:
-        yield store
 
 
 @pytest.fixture

@@ -19,23 +19,6 @@ from aibind_postgres import (
 
 
 @pytest.fixture
-def table(schema_name):
-    return sql.Identifier(schema_name, "conversations")
-
-
-@pytest.fixture
-def run(run_sql, table):
-    """Run SQL on the table of conversations."""
-    return lambda text: run_sql(sql.SQL(text).format(table))
-
-
-@pytest.fixture
-async def streams(dsn, tables):
-    async with AsyncPostgresStreamStore(dsn, **tables) as store:
-        yield store
-
-
-@pytest.fixture
 async def store(dsn, tables, table):
     async with AsyncPostgresConversationStore(dsn, table=table, status_table=tables["status_table"]) as store:
         yield store

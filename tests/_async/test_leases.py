@@ -43,7 +43,7 @@ async def store(dsn, tables):
 @pytest.fixture
 async def reader(dsn, tables):
     """A store in place of another process."""
-    async with AsyncPostgresStreamStore(dsn, **tables, poll_interval=0.02) as store:
+    async with AsyncPostgresStreamStore(dsn, **tables, lease=LEASE, poll_interval=0.02) as store:
         yield store
 
 
@@ -222,12 +222,15 @@ async def test_reader_that_may_not_write_keeps_waiting(store, dsn, tables, schem
     id = await store.create(lease=0.01)
     try:
         limited = make_conninfo(dsn, user=role)
-        async with AsyncPostgresStreamStore(limited, **tables, poll_interval=0.02) as reader:
-            with pytest.raises(TimeoutError):
-                await reader.wait(id, 1)
-            async with AsyncBackground(partial(status_of, reader, id)) as waiting:
-                await store.complete(id)
-                assert await waiting.result() == ("done", None)
+        async with AsyncRecordingClient(limited) as client:
+            async with AsyncPostgresStreamStore(client, **tables, poll_interval=0.02) as reader:
+                with pytest.raises(TimeoutError):
+                    await reader.wait(id, 1.5)
+                # It leaves it to others, and does not try again with each poll.
+                assert len([call for call in client.statements if "UPDATE" in call.sql]) == 1
+                async with AsyncBackground(partial(status_of, reader, id)) as waiting:
+                    await store.complete(id)
+                    assert await waiting.result() == ("done", None)
     finally:
         run_sql(f"DROP OWNED BY {role}; DROP ROLE {role}")
 

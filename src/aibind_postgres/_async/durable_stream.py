@@ -350,8 +350,8 @@ class AsyncDurableStream:
     async def wait(self, timeout: float | timedelta | None = None) -> StreamStatus:
         """Wait until the stream has ended. If `start` returned this object, also wait until `on_finish` has returned.
 
-        If the producer cannot reach the server to end the stream, the stream stays active until `fail_abandoned` is
-        called.
+        If the producer cannot reach the server to end the stream, the stream stays active until its lease has expired,
+        or without a lease until `fail_abandoned` is called.
 
         Args:
             timeout: Seconds, or a timedelta, to wait. Default: no limit.

@@ -77,7 +77,7 @@ class AsyncLeases:
         return await self._database.query(statement, [stream_id])
 
     async def end_expired(self, stream_ids: Sequence[str], query: AsyncQuery | None = None) -> list[str]:
-        """End those of the streams whose leases have expired, and return their ids.
+        """End those of the streams that have an expired lease, and return their ids.
 
         Args:
             stream_ids: The ids of the streams.

@@ -358,7 +358,8 @@ async def fail_stream(store: AsyncPostgresStreamStore, stream_id: str) -> None:
         pass
     except Exception as error:
         logger.error(
-            "stream %r could not be ended by its producer, and stays active until fail_abandoned is called: %s",
+            "stream %r could not be ended by its producer: it stays active until its lease has expired, or without a "
+            "lease until fail_abandoned is called: %s",
             stream_id,
             error,
         )

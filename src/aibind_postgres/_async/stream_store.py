@@ -461,8 +461,10 @@ class AsyncPostgresStreamStore(AsyncStreamReads):
         return await self._deleter.cleanup()
 
     async def fail_abandoned(self, older_than: float | timedelta = ABANDONED_AFTER) -> list[str]:
-        """End the streams of dead producers, in state error: those whose lease has expired, and those without a lease
-        that have got no chunk for `older_than` seconds.
+        """End the streams of dead producers in state error.
+
+        These are the streams with an expired lease, and the streams without a lease that have got no chunk for
+        `older_than` seconds.
 
         If there are expired leases, the call may take 8 seconds, to find out whether the server has just been
         unreachable: then the producers could not renew them. Streams without a lease are those of the TypeScript

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from _async.sources import items
+from support import proxy
 from support.concurrency import AsyncBackground, async_sleep, async_until
 from support.programs import program
 
@@ -21,11 +22,19 @@ async def state_of(store, id):
     return (await store.wait(id, 120)).state
 
 
-async def test_outage_longer_than_the_lease_ends_no_stream(network, direct, long):
+@pytest.fixture
+def readers_network(server_dsn):
+    """A second way to the server, which comes back before that of the producer."""
+    with proxy.proxy(server_dsn) as network:
+        yield network
+        network.heal()
+
+
+async def test_outage_longer_than_the_lease_ends_no_stream(network, readers_network, direct, long):
     lease, outage = (15, 20) if long else (3, 4)
     options = {"lease": lease, "retry_for": 60, "timeout": 2.0}
     async with AsyncPostgresStreamStore(network.dsn, **options) as store:
-        async with AsyncPostgresStreamStore(network.dsn, **options) as reader:
+        async with AsyncPostgresStreamStore(readers_network.dsn, **options) as reader:
             id = await direct.create()
             entered, released = [], []
 
@@ -38,13 +47,16 @@ async def test_outage_longer_than_the_lease_ends_no_stream(network, direct, long
             async with AsyncBackground(write) as writing, AsyncBackground(partial(state_of, reader, id)) as waiting:
                 await async_until(lambda: entered)
                 await async_sleep(1)
-                network.refuse()
-                network.cut()
+                for way in (network, readers_network):
+                    way.refuse()
+                    way.cut()
                 await async_sleep(outage)
                 (info,) = [info async for info in direct.list(state="active") if info.id == id]
                 assert info.lease_until.timestamp() < time.time(), "the lease has not expired"
+                readers_network.heal()
+                await async_sleep(3)
                 network.heal()
-                async with AsyncPostgresStreamStore(network.dsn, **options) as late:
+                async with AsyncPostgresStreamStore(readers_network.dsn, **options) as late:
                     with pytest.raises(TimeoutError):
                         await late.wait(id, _leases.CONTACT + 4)
                     assert await late.acquire(id) is False
