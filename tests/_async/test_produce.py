@@ -132,6 +132,19 @@ async def test_time_in_which_chunks_are_stored_does_not_count(store, dsn, tables
             assert await producing.result() == ("done", None, 4)
 
 
+@pytest.mark.parametrize("limit", ["idle_timeout", "timeout"])
+async def test_time_after_the_end_of_the_source_does_not_count(store, dsn, tables, limit):
+    id = await store.create()
+    async with await psycopg.AsyncConnection.connect(dsn) as other:
+        statement = psycopg.sql.SQL("SELECT FROM {} WHERE id = %s FOR UPDATE").format(tables["status_table"])
+        await other.execute(statement, [id])
+        produce = partial(AsyncDurableStream.produce, store, id, items(["a"]), **{limit: 0.2})
+        async with AsyncBackground(produce) as producing:
+            await async_sleep(1.5)
+            await other.rollback()
+            assert await producing.result() == ("done", None, 1)
+
+
 async def test_total_time_limit_ends_a_source_that_yields(store):
     async def endless():
         while True:

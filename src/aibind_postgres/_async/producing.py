@@ -278,6 +278,7 @@ class AsyncProducer:
                         if self._on_finish is not None and isinstance(item, str):
                             self._texts.append(item)
                 finally:
+                    self._began_at = self._item_at = math.inf  # what remains is not the time of the source
                     await self._source.close()
         except WebError as web_error:
             raise ProducerError(web_error.text or GENERIC_ERROR) from None
