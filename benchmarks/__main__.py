@@ -23,6 +23,7 @@ from .bench import FULL, QUICK, SMOKE, Bench
 from .chats import chats
 from .concurrent_appends import TARGETS, five_hundred_tasks, separate_stores, threads
 from .conversations import conversations
+from .leases import leases
 from .measure import Row
 from .peers import pgbench_program, redis_server
 from .readers import fan_out, idle
@@ -36,6 +37,7 @@ BENCHMARKS = {
     **{f"{count}-threads": threads(count) for count in TARGETS},
     "500-tasks": five_hundred_tasks,
     "append-many": batches,
+    "leases": leases,
     "chats": chats,
     "tail": tail,
     "replay": replay,

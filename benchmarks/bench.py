@@ -49,9 +49,9 @@ class Bench:
     size: Size
     step: Callable[[str], None]
 
-    def tables(self, name: str) -> Tables:
+    def tables(self, name: str, until: str | None = None) -> Tables:
         tables = Tables(self.dsn, name)
-        tables.migrate()
+        tables.migrate(until)
         return tables
 
     def database(self, name: str) -> Tables:

@@ -42,9 +42,9 @@ def idle(bench: Bench) -> list[Row]:
             rates = []
             for number in range(bench.size.rounds):
                 bench.step(f"round {number + 1} of {bench.size.rounds}")
-                before, start = transactions(admin), time.monotonic()
+                before, start = transactions(admin, "idle"), time.monotonic()
                 time.sleep(max(1.5, 2 * bench.size.seconds))  # the statistics change once per second
-                rates.append((transactions(admin) - before) / (time.monotonic() - start))
+                rates.append((transactions(admin, "idle") - before) / (time.monotonic() - start))
             return rates
 
         bench.step(f"waiting until {readers:,} readers have settled")
@@ -64,10 +64,10 @@ def idle(bench: Bench) -> list[Row]:
     ]
 
 
-def transactions(admin: psycopg.Connection[Any]) -> int:
-    [[count]] = admin.execute(
-        "SELECT xact_commit + xact_rollback FROM pg_stat_database WHERE datname = 'idle'"
-    ).fetchall()
+def transactions(admin: psycopg.Connection[Any], database: str) -> int:
+    """Return the number of transactions that have ended in a database."""
+    statement = "SELECT xact_commit + xact_rollback FROM pg_stat_database WHERE datname = %s"
+    [[count]] = admin.execute(statement, [database]).fetchall()
     return int(count)
 
 

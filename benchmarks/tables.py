@@ -14,6 +14,7 @@ from aibind_postgres._tables import Table
 TTL = 300_000  # milliseconds; the default of a store
 POOL_SIZE = 10
 RAW = {"autocommit": True, "cursor_factory": psycopg.RawCursor}
+WITHOUT_0004 = "-- For chats:"  # the first words of that migration
 ASYNC_RAW = {"autocommit": True, "cursor_factory": psycopg.AsyncRawCursor}
 
 
@@ -66,7 +67,9 @@ class Tables(NamedTuple):
         """The statements of the store."""
         return StreamStatements(Table.parse(self.chunks), Table.parse(self.status))
 
-    def migrate(self) -> None:
-        with self.connect() as admin:
+    def migrate(self, until: str | None = None) -> None:
+        """Create the tables. `until` is a text in the migrations before which to stop; by default all are applied."""
+        migrations = schema.render(**self.names, conversations_table=f"{self.schema}.conversations")
+        with psycopg.connect(self.dsn) as admin:
             admin.execute(f"CREATE SCHEMA {self.schema}")
-        schema.migrate(self.dsn, **self.names, conversations_table=f"{self.schema}.conversations")
+            admin.execute(migrations if until is None else migrations[: migrations.index(until)])
