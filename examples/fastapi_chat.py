@@ -61,7 +61,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 app = FastAPI(lifespan=lifespan)
 # Anyone with the id of a conversation can read and change it. Pass authorize=… to restrict that.
-app.include_router(router(AsyncStreamHandler(generate, store=store, conversations=conversations)))
+app.include_router(router(AsyncStreamHandler(generate, store=store, conversations=conversations, public=True)))
 
 
 @app.get("/")

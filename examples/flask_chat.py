@@ -38,7 +38,7 @@ def generate(generation: Generation) -> Iterator[str]:
 
 app = Flask(__name__)
 # Anyone with the id of a conversation can read and change it. Pass authorize=… to restrict that.
-app.register_blueprint(blueprint(StreamHandler(generate, store=store, conversations=conversations)))
+app.register_blueprint(blueprint(StreamHandler(generate, store=store, conversations=conversations, public=True)))
 
 
 @app.get("/")

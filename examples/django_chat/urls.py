@@ -9,7 +9,7 @@ from aibind_postgres.contrib import django as aibind
 from . import views
 
 # Anyone with the id of a conversation can read and change it. Pass authorize=… to restrict that.
-handler = StreamHandler(views.generate, store=views.store, conversations=views.conversations)
+handler = StreamHandler(views.generate, store=views.store, conversations=views.conversations, public=True)
 
 urlpatterns = [
     path("", require_GET(views.page)),

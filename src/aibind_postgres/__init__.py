@@ -32,7 +32,7 @@ from .models import (
     StreamStatus,
     TimedChunk,
 )
-from .web import Generation, WebRequest
+from .web import Generation, Resource, WebRequest
 
 __all__ = [
     "AibindError",
@@ -60,6 +60,7 @@ __all__ = [
     "PostgresClient",
     "PostgresConversationStore",
     "PostgresStreamStore",
+    "Resource",
     "SchemaError",
     "SequenceConflictError",
     "StoreClosedError",
@@ -96,22 +97,24 @@ _MODULES = {
     "PostgresStreamStore": "stream_store",
     "StreamHandler": "handler",
     "StreamWriter": "stream_writer",
-    "WebResponse": "handler",
+    "WebResponse": "responses",
 }
 
 if TYPE_CHECKING:
     from ._async.client import AsyncPostgresClient
     from ._async.conversation_store import AsyncPostgresConversationStore
     from ._async.durable_stream import AsyncDurableStream
-    from ._async.handler import AsyncStreamHandler, AsyncWebResponse
+    from ._async.handler import AsyncStreamHandler
     from ._async.housekeeping import AsyncHousekeeper
+    from ._async.responses import AsyncWebResponse
     from ._async.stream_store import AsyncPostgresStreamStore
     from ._async.stream_writer import AsyncStreamWriter
     from ._sync.client import PostgresClient
     from ._sync.conversation_store import PostgresConversationStore
     from ._sync.durable_stream import DurableStream
-    from ._sync.handler import StreamHandler, WebResponse
+    from ._sync.handler import StreamHandler
     from ._sync.housekeeping import Housekeeper
+    from ._sync.responses import WebResponse
     from ._sync.stream_store import PostgresStreamStore
     from ._sync.stream_writer import StreamWriter
     from .adapters import wrap_asyncpg, wrap_django, wrap_sqlalchemy

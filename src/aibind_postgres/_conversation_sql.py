@@ -30,7 +30,7 @@ SELECT EXISTS (
 
 # The data are NULL if they have more than $2 bytes. PostgreSQL does not read them for `octet_length`.
 LOAD = """
-SELECT CASE WHEN octet_length(data) <= $2::bigint THEN data END{created} FROM {conversations}
+SELECT CASE WHEN octet_length(data) <= $2::bigint THEN data END{created}{owner} FROM {conversations}
  WHERE session_id = $1::text AND expires_at > {now}
 """
 
@@ -217,6 +217,7 @@ class ConversationStatements:
                 UPDATES.format(is_new="c.expires_at <= excluded.expires_at - $3::bigint") if has_0004 else ""
             ),
             "created": CREATED if has_0004 else "",
+            "owner": ", owner" if has_0004 else "",
             "returned": ", created_at" if has_0004 else "",
             "created_of_saved": CREATED_OF_SAVED if has_0004 else "",
         }

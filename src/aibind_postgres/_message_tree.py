@@ -341,23 +341,29 @@ class MessageTree(Generic[M]):
         children: list[str] = self._document["rootIds"] if parent_id is None else self._nodes[parent_id]["children"]
         return children
 
-    def _add_node(self, parent_id: str | None, message: M, metadata: Mapping[str, Any] | None) -> str:
+    def _add_node(
+        self, parent_id: str | None, message: M, metadata: Mapping[str, Any] | None, node_id: str | None = None
+    ) -> str:
         if not isinstance(metadata, Mapping | None):
             raise InvalidDataError(f"metadata must be a dict, not {type(metadata).__name__}")
         node = {
-            "id": self._generate_id(),
+            "id": self._generate_id() if node_id is None else node_id,
             "message": copy_json(message),
             "parentId": parent_id,
             "children": [],
             "metadata": copy_json(dict(metadata or {})),
             "createdAt": utc_timestamp(),
         }
-        node_id = node["id"]
-        if not isinstance(node_id, str) or not node_id or node_id in self._nodes:
+        new_id = node["id"]
+        if not isinstance(new_id, str) or not new_id or new_id in self._nodes:
             raise InvalidDataError("generate_id must return a non-empty str that is not yet an id in this tree")
-        self._nodes[node_id] = node
-        self._set_children(parent_id, [*self._child_ids(parent_id), node_id])
-        return node_id
+        self._nodes[new_id] = node
+        self._set_children(parent_id, [*self._child_ids(parent_id), new_id])
+        return new_id
+
+    def _set_metadata(self, node_id: str, name: str, value: Any) -> None:
+        node = self._nodes[node_id]
+        self._nodes[node_id] = {**node, "metadata": {**node.get("metadata", {}), name: value}}
 
     def _set_children(self, parent_id: str | None, node_ids: list[str]) -> None:
         # Copies of the document share the nodes and lists: they are replaced, never changed.

@@ -20,7 +20,18 @@ from ._deletion import CLEANUP, DELETE, DELETE_LEFTOVERS, SWEEP, TOMBSTONE, TOMB
 from ._housekeeping import DUE, LOCK, TAKE_TURN
 from ._leases import DROP_LEASE, END_EXPIRED, EXPIRED, RENEW_LEASES, TAKE_LEASE
 from ._pages import BATCH_BYTES, PAGE_BYTES
-from ._stream_list import ACTIVE, DETAILS, IN_RANGE, INFO, LIST, LIST_BY_TIME, OF_OWNER, OF_SESSION
+from ._stream_list import (
+    ACTIVE,
+    COUNT_RUNNING,
+    DETAILS,
+    GET_INFO,
+    IN_RANGE,
+    INFO,
+    LIST,
+    LIST_BY_TIME,
+    OF_OWNER,
+    OF_SESSION,
+)
 from .models import SynchronousCommit
 
 if TYPE_CHECKING:
@@ -338,6 +349,7 @@ class StreamStatements:
             details = {"detail_columns": DETAIL_COLUMNS, "detail_values": DETAIL_VALUES}
             self.create_with_details = fill(CREATE, ttl="$2", limit="$8", **details)
             self.active = fill(ACTIVE)
+            self.count_running = fill(COUNT_RUNNING)
             self.list_of_session = fill(LIST, scope=OF_SESSION.format(4, 5))
             self.list_of_session_by_time = fill(LIST_BY_TIME, scope=OF_SESSION.format(7, 8))
             self.list_of_owner = fill(LIST, scope=OF_OWNER.format(4))
@@ -356,6 +368,7 @@ class StreamStatements:
         self.read_timed = fill(READ_TIMED)
         self.next = fill(NEXT)
         self.status = fill(STATUS)
+        self.get_info = fill(GET_INFO)
         self.standby_status = fill(STANDBY_STATUS)
         self.poll = fill(POLL)
         self.end = fill(END)

@@ -45,6 +45,18 @@ SELECT {info}{details}, to_jsonb(created_at) #>> '{{}}'
  LIMIT $3::bigint
 """
 
+GET_INFO = """
+SELECT {info}{details}
+  FROM {status} AS s, LATERAL (SELECT (to_jsonb(s) ->> 'created_at')::timestamptz OFFSET 0) AS t (created_at)
+ WHERE id = $1::text AND state <> 'deleted'
+"""
+
+# The number of streams of an owner whose producers live, as far as is known.
+COUNT_RUNNING = """
+SELECT count(*) FROM {status}
+ WHERE owner = $1::text AND state = 'active' AND (lease_until IS NULL OR lease_until > {now})
+"""
+
 # The newest active stream of a session.
 ACTIVE = """
 SELECT {info}{details} FROM {status} AS t

@@ -24,6 +24,7 @@ class Origin(NamedTuple):
         digests: The digests of all texts that the row may contain if no other writer has changed it: the digest of
             `base`, then those of saves with an unknown outcome. The last one is the most likely.
         created: The time at which the row was created, as text. None for no row, or without migration 0004.
+        owner: The owner of the row when it was loaded. None for no owner, no row, or without migration 0004.
     """
 
     store: str
@@ -31,6 +32,7 @@ class Origin(NamedTuple):
     base: Document | None
     digests: tuple[str | None, ...]
     created: str | None = None
+    owner: str | None = None
 
     def with_sent(self, digest: str) -> Origin:
         """Return the origin after a text with this digest was sent and the outcome is unknown."""

@@ -9,14 +9,19 @@ import json
 import re
 from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
+from datetime import datetime
 from typing import Any, Literal, NamedTuple
 from urllib.parse import parse_qsl
 
+from ._turns import Position
 from .errors import WebError
+from .models import ConversationInfo
 
 Kind = Literal["stream", "structured", "chat", "compact", "complete", "title"]
 
 _DEFAULT_PORTS = {"http": ":80", "https": ":443"}  # browsers leave them out
+
+PAGE, MAX_PAGE = 50, 200  # conversations in a list
 
 MAX_VALUES = 100_000  # in one body: parsing more would block all threads for long, and take much memory
 
@@ -54,15 +59,15 @@ class WebRequest(NamedTuple):
         headers: The headers, with names in lower case.
         body: The body. If it is longer than the handler's `max_body`, the first `max_body + 1` bytes suffice: the
             handler rejects it.
-        original: The request object of the framework, for `generate` and `authorize`. Default: None.
+        original: The request object of the framework, for `generate`, `owner` and `authorize`. Default: None.
         context: Returns a context manager that is entered around the source and around `on_finish`. Both may outlive
             the request, so an integration sets up resources there that the framework otherwise binds to a request.
             Default: no context.
         disconnect: Called from any thread if the client has not read a streamed body for the handler's `send_timeout`.
             It should close the connection, if the integration can, so that the server no longer waits for the client.
             Default: None.
-        refusals: The classes of the exceptions with which the framework refuses requests. If `generate` or `authorize`
-            raises one, `handle` raises it to the framework, which responds with its status. Default: none.
+        refusals: The classes of the exceptions with which the framework refuses requests. If `generate`, `owner` or
+            `authorize` raises one, `handle` raises it to the framework, which responds with its status. Default: none.
     """
 
     method: str
@@ -84,6 +89,23 @@ class WebRequest(NamedTuple):
         )
 
 
+class Resource(NamedTuple):
+    """The second argument of `authorize`: what a request wants to use.
+
+    Attributes:
+        kind: `"stream"`, or `"conversation"` for a session.
+        id: The id of the stream, or of the conversation. Clients choose the ids of conversations, which may not exist.
+        owner: The stored owner. For a stream without an owner, that of its conversation. None if there is none, and
+            without migration 0004.
+        session_id: The id of the conversation, also of a stream. None for a stream without one.
+    """
+
+    kind: Literal["stream", "conversation"]
+    id: str
+    owner: str | None
+    session_id: str | None
+
+
 class Generation(NamedTuple):
     """The argument of `generate`: one parsed request for text from a model.
 
@@ -100,6 +122,7 @@ class Generation(NamedTuple):
             `maxSteps`.
         request: The HTTP request.
         stream_id: The id of the stream that stores the answer. None if the answer is plain text or JSON.
+        owner: The result of the handler's `owner`, or None.
     """
 
     kind: Kind
@@ -112,6 +135,7 @@ class Generation(NamedTuple):
     body: Mapping[str, Any]
     request: WebRequest
     stream_id: str | None = None
+    owner: str | None = None
 
     def __repr__(self) -> str:
         """Omit the texts and the values of the request, which may be secret."""
@@ -200,8 +224,10 @@ def parse_generation(kind: Kind, request: WebRequest) -> Generation:
         messages = _required_messages(body, allow_empty=kind == "compact")
         prompt = "" if kind == "compact" else messages[-1]["content"]
     else:
-        prompt = required_text(body, "input" if kind == "complete" else "prompt")
-        messages = [{"role": "user", "content": prompt}]
+        # An answer to a stored question needs no prompt.
+        repeats = kind == "stream" and body.get("regenerate") is True
+        prompt = "" if repeats else required_text(body, "input" if kind == "complete" else "prompt")
+        messages = [] if repeats else [{"role": "user", "content": prompt}]
     return Generation(
         kind=kind,
         prompt=prompt,
@@ -213,6 +239,52 @@ def parse_generation(kind: Kind, request: WebRequest) -> Generation:
         body=body,
         request=request,
     )
+
+
+def parse_position(body: Mapping[str, Any]) -> Position:
+    """Parse `parentId` and `regenerate`. Raise `WebError` (400) if one has the wrong type."""
+    regenerate = body.get("regenerate", False)
+    if not isinstance(regenerate, bool):
+        raise WebError(400, "regenerate must be true or false")
+    return Position(_optional_text(body, "parentId"), "parentId" in body, regenerate)
+
+
+def parse_page(query: Mapping[str, str]) -> tuple[int, ConversationInfo | None]:
+    """Return the `limit` and the position `before` of a list. Raise `WebError` (400) if one is invalid."""
+    limit = query.get("limit", str(PAGE))
+    if not (limit.isascii() and limit.isdigit() and 1 <= int(limit[:9]) <= MAX_PAGE):
+        raise WebError(400, f"limit must be a number from 1 to {MAX_PAGE}")
+    if not (before := query.get("before")):
+        return int(limit), None
+    updated_at, separator, session_id = before.partition(" ")
+    try:
+        position = ConversationInfo(session_id, updated_at=datetime.fromisoformat(updated_at) if updated_at else None)
+    except ValueError:
+        position = None
+    if not separator or position is None or (position.updated_at and position.updated_at.tzinfo is None):
+        raise WebError(400, "before must be the value of next of an earlier page")
+    return int(limit), position
+
+
+def page_position(info: ConversationInfo) -> str:
+    """Return the position after an entry of a list, for `parse_page`."""
+    return f"{_time(info.updated_at) or ''} {info.session_id}"
+
+
+def conversation_fields(info: ConversationInfo) -> dict[str, Any]:
+    """Return an entry of a list of conversations as a JSON object."""
+    return {
+        "id": info.session_id,
+        "title": info.title,
+        "metadata": info.metadata,
+        "createdAt": _time(info.created_at),
+        "updatedAt": _time(info.updated_at),
+        "activeStreamId": info.active_stream_id,
+    }
+
+
+def _time(value: datetime | None) -> str | None:
+    return None if value is None else value.isoformat()
 
 
 def required_text(body: Mapping[str, Any], name: str) -> str:

@@ -50,10 +50,12 @@ class AsyncConversationHistories:
         """Return a conversation. Raise `ConversationTooLargeError` if its document has more than `max_bytes`."""
         key = arguments.identifier(session_id, "a session id")
         rows = await self._database.query((await self._schema.look_up()).load, [key, max_bytes])
-        text, created = (rows[0][0], _time_of_creation(rows[0][1:])) if rows else (None, None)
-        if rows and text is None:
+        if not rows:
+            return await self._to_history(key, None)
+        text, *columns = rows[0]
+        if text is None:
             raise ConversationTooLargeError(key, max_bytes)
-        return await self._to_history(key, text, created)
+        return await self._to_history(key, text, _time_of_creation(columns), columns[1] if columns else None)
 
     async def save(
         self,
@@ -147,7 +149,8 @@ class AsyncConversationHistories:
             if expected in own:  # stored by this history: an earlier reply was lost, or its transaction was rolled back
                 version = sent
             elif on_conflict == "raise":
-                theirs = await self._to_history(origin.session_id, found, None)
+                created = origin.created if only_existing else None  # the statement has compared it
+                theirs = await self._to_history(origin.session_id, found, created, origin.owner)
                 raise ConversationConflictError(origin.session_id, chat, theirs)
             else:
                 size = len(sent.text) + len(found or "")
@@ -162,13 +165,15 @@ class AsyncConversationHistories:
                 document = merge(current, chat.tree._document, document)
         chat.tree._document = copy_document(document)
 
-    async def _to_history(self, session_id: str, text: str | None, created: str | None) -> ChatHistory[Any]:
+    async def _to_history(
+        self, session_id: str, text: str | None, created: str | None = None, owner: str | None = None
+    ) -> ChatHistory[Any]:
         chat: ChatHistory[Any] = ChatHistory()
         chat._origin = Origin(self._id, session_id, None, (None,))
         if text is not None:
             document, text_digest = await async_run_large(len(text), _parse_with_digest, text)
             chat.tree._document = copy_document(document)
-            chat._origin = chat._origin._replace(base=document, digests=(text_digest,), created=created)
+            chat._origin = Origin(self._id, session_id, document, (text_digest,), created, owner)
         return chat
 
     def _origin_of(self, session_id: str, chat: ChatHistory[Any]) -> Origin:

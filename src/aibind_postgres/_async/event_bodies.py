@@ -25,8 +25,15 @@ class EventBody:
     requested no event for `send_timeout` seconds.
     """
 
-    def __init__(self, stream_id: str, events: AsyncIterator[bytes], disconnect: Callable[[], object] | None) -> None:
+    def __init__(
+        self,
+        stream_id: str,
+        reader: tuple[str, str],
+        events: AsyncIterator[bytes],
+        disconnect: Callable[[], object] | None,
+    ) -> None:
         self.stream_id = stream_id
+        self.reader = reader
         self.events: AsyncIterator[bytes] | None = events
         self.disconnect = disconnect
         self.turn = Mutex()  # acquired without waiting
@@ -50,31 +57,37 @@ class AsyncEventBodies:
         self._max_readers = max_readers
         self._send_timeout = send_timeout
         self._mutex = Mutex()
-        self._open: dict[str, set[EventBody]] = {}
+        self._open: dict[tuple[str, str], set[EventBody]] = {}  # by what the limit applies to
         self._ended: deque[EventBody] = deque()
         self._watchdog: AsyncWorker | None = None
 
     def open(
-        self, stream_id: str, events: AsyncIterator[bytes], disconnect: Callable[[], object] | None
+        self,
+        stream_id: str,
+        user: str | None,
+        events: AsyncIterator[bytes],
+        disconnect: Callable[[], object] | None,
     ) -> AsyncIterator[bytes]:
         """Return a body that yields the events of a stream.
 
         Args:
             stream_id: The id of the stream.
+            user: The user who reads, or None.
             events: The encoded events.
             disconnect: Called after `events` was closed because the client does not read. Default: None.
 
         Raises:
-            WebError: 429: the stream has the maximum number of readers.
+            WebError: 429: the user, or the stream if there is no user, has the maximum number of readers.
         """
-        body = EventBody(stream_id, events, disconnect)
+        reader = ("stream", stream_id) if user is None else ("user", user)
+        body = EventBody(stream_id, reader, events, disconnect)
         with self._mutex:
             self._remove_ended()
-            if len(self._open.get(stream_id, ())) >= self._max_readers:
-                raise WebError(429, f"the stream has the maximum of {self._max_readers} readers: try again later")
+            if len(self._open.get(reader, ())) >= self._max_readers:
+                raise WebError(429, f"the {reader[0]} has the maximum of {self._max_readers} readers: try again later")
             if self._watchdog is None or not self._watchdog.is_alive():
                 self._watchdog = async_spawn(self._watch, "aibind_postgres-send-timeout")
-            self._open.setdefault(stream_id, set()).add(body)
+            self._open.setdefault(reader, set()).add(body)
         iterator = self._iterate(body, events)
         # A generator that is collected before its first step does not run its `finally` block.
         finalize(iterator, self._ended.append, body).atexit = False
@@ -130,7 +143,7 @@ class AsyncEventBodies:
         # A queue, since the garbage collector may end a body in a thread that holds the mutex.
         while self._ended:
             body = self._ended.popleft()
-            bodies = self._open.get(body.stream_id, set())
+            bodies = self._open.get(body.reader, set())
             bodies.discard(body)
             if not bodies:
-                self._open.pop(body.stream_id, None)
+                self._open.pop(body.reader, None)

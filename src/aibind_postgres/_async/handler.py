@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncIterable, Callable, Collection
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -14,15 +11,16 @@ from urllib.parse import quote
 
 from .. import _arguments as arguments
 from .._concurrency import async_call_or_await, async_run_large
-from .._document import NODE_CHARACTERS
 from .._sqlstate import server_reason
-from ..errors import ConversationConflictError, InvalidDataError, StreamNotFoundError, WebError
-from ..history import ChatHistory, new_id
-from ..models import StreamEvent, StreamStatus
+from .._turns import Position
+from ..errors import ConversationConflictError, WebError
+from ..history import new_id
+from ..models import StreamEvent
 from ..web import (
     Generation,
     Kind,
     QueryParameters,
+    Resource,
     WebRequest,
     count_tokens_saved,
     is_cross_site,
@@ -30,16 +28,22 @@ from ..web import (
     parse_body,
     parse_generation,
     parse_origins,
+    parse_position,
     parse_resume_cursor,
     required_text,
 )
+from .access import AsyncAccess
 from .conversation_histories import ConversationTooLargeError
+from .conversation_routes import AsyncConversationRoutes
 from .conversation_store import AsyncPostgresConversationStore
 from .durable_stream import AsyncDurableStream
 from .event_bodies import AsyncEventBodies
 from .plain_text import AsyncPlainTextBody
+from .responses import AsyncWebResponse, json_response, map_client_errors
+from .running_answers import AsyncRunningAnswers
 from .source import close_source
 from .stream_store import AsyncPostgresStreamStore
+from .turns import AsyncTurns, exists, path_messages
 
 logger = logging.getLogger("aibind_postgres")
 
@@ -56,43 +60,26 @@ PLAIN_TEXT = {
     "X-Accel-Buffering": "no",
 }
 RETRY_AFTER = {"Retry-After": "5"}  # seconds
-
-
-@dataclass(frozen=True)
-class AsyncWebResponse:
-    """A response for any framework.
-
-    Attributes:
-        status: The HTTP status code.
-        headers: The response headers.
-        body: The complete body, or an iterator of bytes to send as they arrive: encoded events, or parts of a text. If
-            the iterator raises, the body is incomplete: close the connection, so that the client notices.
-    """
-
-    status: int
-    headers: Mapping[str, str]
-    body: bytes | AsyncIterator[bytes]
-
-    def __repr__(self) -> str:
-        body = f"{len(self.body)} bytes" if isinstance(self.body, bytes) else "streamed"
-        return f"<{type(self).__name__} {self.status}, {body}>"
+CONVERSATION = "/conversations/{id}"
 
 
 class AsyncStreamHandler:
-    """Handles the requests of aibind's browser client.
+    """Handles the requests of chat pages and of aibind's browser client.
 
     Answers of `/stream`, `/structured` and `/chat` are durable streams: after a reload or a lost connection, any worker
     resumes them. `/complete` and `/title` send the output of `generate` as plain text while it is produced. The other
     routes respond with JSON.
 
-    With `conversations`, `/stream` continues the conversation of the request's session id. The handler saves each turn
-    with `on_conflict="merge"`:
+    With `conversations`, `/stream` continues the conversation of the request's session id, and there are routes to
+    list, show, change and delete conversations:
 
-    - If the source ends, before the stream is done.
-    - Otherwise after the stream has ended. The saved answer is the text produced so far, if there is any, with the
-      state in its metadata.
-
-    If the conversation is deleted during a turn, the turn is not saved. The first turn of a conversation creates it.
+    - The question is saved before the stream begins, with the id of the stream. The first question creates the
+      conversation, for its owner. A question without an answer, since its turn failed, becomes an alternative to the
+      next one, so that two questions never follow each other.
+    - The answer is saved before the stream is done. If the stream ends in another state, the text produced so far is
+      saved afterwards, if there is any, with the state in its metadata. If the process died, the next request that
+      loads the conversation saves it.
+    - If the conversation is deleted during a turn, the answer is not saved.
 
     Args:
         generate: Called with a `Generation`. Returns a source: an iterable of `str` and `StreamEvent`, such as a
@@ -100,17 +87,25 @@ class AsyncStreamHandler:
             exception with which the framework refuses requests. If the source of a stream raises it, the status line
             has been sent, so the stream ends in state error.
         store: The stream store.
-        conversations: The conversation store. Default: None, which saves no conversations.
+        conversations: The conversation store. One of `owner`, `authorize` and `public` is then required, since clients
+            choose the ids of sessions. Default: None, which saves no conversations.
+        owner: Called with each request. Returns the user who sends it, as the text of an id, or None for nobody. It may
+            raise the same exceptions as `generate`. New streams and conversations belong to this user. A user has
+            access to no others, which look as if they did not exist (status 404); nobody has access to conversations
+            (401). A stream belongs to its owner, and to that of its conversation; one without an owner is accessible
+            with its id. Needs migration 0004. Default: None: streams and conversations have no owners.
+        authorize: Called with the request and a `Resource`, before the handler uses a stream or a conversation with an
+            id that a client has sent. A false result rejects the request with status 403. It may raise the same
+            exceptions as `generate`. Default: None, which gives access to anyone with the id; stream ids are
+            unguessable.
+        public: Whether anyone who knows the id of a conversation may use it. Default: False.
         prefix: The path prefix of all routes. It must be empty or begin with a slash. Default: `/__aibind__`.
-        authorize: Called with the request and the id of a stream or session, before the handler reads, resumes, stops
-            or saves it. A false result rejects the request with status 403. It may raise the same exceptions as
-            `generate`. To record the owner of a stream, use `stream_id` of the `Generation`. Default: None, which gives
-            access to anyone with the id; stream ids are unguessable.
         allowed_origins: The origins of other sites whose pages may send requests, such as `https://example.com`.
             Requests from pages of other origins get status 403. The responses contain no CORS headers: add them with
             middleware of the framework. Default: none, so pages must have the origin of the server.
-        max_messages: The maximum number of stored messages that `/stream` puts before the prompt. Default: None, which
-            is all.
+        max_messages: The maximum number of stored messages that `/stream` puts before the prompt. The first one is the
+            user's. System messages, such as the summary of `/compact`, do not count and are always included. Default:
+            None, which is all.
         compact: Called instead of `generate` to summarise a conversation. Default: `generate`.
         max_body: The maximum size of a request body in bytes. The browser sends the attachments of a conversation with
             each request, in base64, which adds a third to their size. Default: 10,000,000.
@@ -118,9 +113,12 @@ class AsyncStreamHandler:
         max_conversation: The maximum size in bytes of a stored conversation that `/stream` continues. A turn is always
             added completely, so the stored conversation may become larger; then `/compact` must summarise it. The
             routes read no conversation larger than `max_conversation` and `max_body` together: `/compact` refuses it,
-            and a turn that would have to be merged into it is not saved. Default: 10,000,000.
-        max_readers: The maximum number of clients that read one stream through this handler at the same time, in this
-            process. Others get status 429. Default: 1000.
+            and an answer that would have to be merged into it is not saved. Default: 10,000,000.
+        max_running: The maximum number of answers of one user that are produced at the same time, in all processes.
+            Others get status 429. Requests that several processes receive at the same instant can exceed it. Needs
+            `owner`. Default: None, which is no limit.
+        max_readers: The maximum number of clients that read at the same time through this handler, in this process: for
+            one user, or for one stream if the request has no user. Others get status 429. Default: 1000.
         heartbeat: Seconds, or a timedelta, without an event after which a response sends a comment. Default: 15.
         send_timeout: Seconds, or a timedelta, after which a body that is streamed ends because the client does not
             read. The check may take a quarter longer. The client can resume an event stream. Default: 60.
@@ -128,8 +126,9 @@ class AsyncStreamHandler:
             which shows a generic text.
 
     Raises:
-        ValueError: `prefix` is not empty and does not begin with a slash, `allowed_origins` contains a text that is not
-            an origin, or a number is out of range.
+        ValueError: `conversations` is given without `owner`, `authorize` or `public`, `max_running` without `owner`;
+            `prefix` is not empty and does not begin with a slash, `allowed_origins` contains a text that is not an
+            origin, or a number is out of range.
         TypeError: `heartbeat` or `send_timeout` is neither a number nor a timedelta.
     """
 
@@ -139,14 +138,17 @@ class AsyncStreamHandler:
         *,
         store: AsyncPostgresStreamStore,
         conversations: AsyncPostgresConversationStore | None = None,
+        owner: Callable[[WebRequest], Any] | None = None,
+        authorize: Callable[[WebRequest, Resource], Any] | None = None,
+        public: bool = False,
         prefix: str = "/__aibind__",
-        authorize: Callable[[WebRequest, str], Any] | None = None,
         allowed_origins: Collection[str] = (),
         max_messages: int | None = None,
         compact: Callable[[Generation], Any] | None = None,
         max_body: int = 10_000_000,
         max_prompt: int = 1_000_000,
         max_conversation: int = 10_000_000,
+        max_running: int | None = None,
         max_readers: int = 1000,
         heartbeat: float | timedelta = 15.0,
         send_timeout: float | timedelta = 60.0,
@@ -155,34 +157,52 @@ class AsyncStreamHandler:
         self.prefix = prefix.rstrip("/")
         if self.prefix and not self.prefix.startswith("/"):
             raise ValueError(f"prefix must be empty or begin with a slash, not {prefix!r}")
+        if conversations is not None and owner is None and authorize is None and not public:
+            raise ValueError(
+                "clients choose the ids of conversations: say with owner or authorize who may use them, or with "
+                "public=True that everyone may"
+            )
+        if max_running is not None:
+            arguments.integer(max_running, "max_running", minimum=1)
+            if owner is None:
+                raise ValueError("max_running limits the answers of one owner, so it needs owner")
+        if max_messages is not None:
+            arguments.integer(max_messages, "max_messages", minimum=1)
         self.max_body = arguments.integer(max_body, "max_body", minimum=0)
         self._max_prompt = arguments.integer(max_prompt, "max_prompt", minimum=1)
-        self._max_conversation = arguments.integer(max_conversation, "max_conversation", minimum=1)
+        max_continued = arguments.integer(max_conversation, "max_conversation", minimum=1)
+        self._max_read = max_continued + self.max_body  # of a stored conversation, to summarise it or to add a turn
         self._generate = generate
         self._compact = compact or generate
         self._store = store
         self._conversations = conversations
-        self._authorize = authorize
+        self._access = AsyncAccess(store, conversations, owner, authorize)
         self._allowed_origins = parse_origins(allowed_origins)
-        if max_messages is not None:
-            arguments.integer(max_messages, "max_messages", minimum=1)
         self._max_messages = max_messages
+        self._running = AsyncRunningAnswers(store, max_running)
         self._heartbeat = arguments.seconds(heartbeat, "heartbeat")
         self._expose_errors = expose_errors
         self._send_timeout = arguments.seconds(send_timeout, "send_timeout")
         self._bodies = AsyncEventBodies(arguments.integer(max_readers, "max_readers", minimum=1), self._send_timeout)
-        self._routes: dict[str, tuple[str, Callable[[WebRequest], Any]]] = {
-            "/stream": ("POST", partial(self._stream, "stream")),
-            "/structured": ("POST", partial(self._stream, "structured")),
-            "/chat": ("POST", partial(self._stream, "chat")),
-            "/complete": ("POST", partial(self._complete, "complete")),
-            "/title": ("POST", partial(self._complete, "title")),
+        # By path and method. The id of a conversation is an additional argument.
+        self._routes: dict[str, dict[str, Callable[..., Any]]] = {
+            "/stream": {"POST": partial(self._stream, "stream")},
+            "/structured": {"POST": partial(self._stream, "structured")},
+            "/chat": {"POST": partial(self._stream, "chat")},
+            "/complete": {"POST": partial(self._complete, "complete")},
+            "/title": {"POST": partial(self._complete, "title")},
+            "/compact": {"POST": self._compact_conversation},
         }
         for path in ("/stream", "/structured", "/chat"):
-            self._routes[f"{path}/stop"] = ("POST", self._stop)
-            self._routes[f"{path}/resume"] = ("GET", self._resume)
-            self._routes[f"{path}/compact"] = ("POST", self._compact_conversation)
-        self._routes["/compact"] = ("POST", self._compact_conversation)
+            self._routes[f"{path}/stop"] = {"POST": self._stop}
+            self._routes[f"{path}/resume"] = {"GET": self._resume}
+            self._routes[f"{path}/compact"] = {"POST": self._compact_conversation}
+        self._turns: AsyncTurns | None = None
+        if conversations is not None:
+            self._turns = AsyncTurns(store, conversations, self._access, max_continued, self._max_read)
+            routes = AsyncConversationRoutes(store, conversations, self._access, self._turns, self._max_read)
+            self._routes["/conversations"] = {"GET": routes.list}
+            self._routes[CONVERSATION] = {"GET": routes.show, "PATCH": routes.change, "DELETE": routes.delete}
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} at {self.prefix!r}, {self._store!r}>"
@@ -199,26 +219,27 @@ class AsyncStreamHandler:
             cases the body is the JSON object `{"error": text}`.
 
         Raises:
-            Exception: `generate` or `authorize` has raised one of `request.refusals`.
+            Exception: `generate`, `owner` or `authorize` has raised one of `request.refusals`.
         """
-        route = request.path.removeprefix(self.prefix) if request.path.startswith(self.prefix) else None
-        method, respond = self._routes.get(route or "", ("", None))
+        methods, ids = self._find_route(request.path)
         try:
-            if respond is None:
+            if not methods:
                 raise WebError(404, "not found")
-            if request.method != method:
-                return _json({"error": f"use {method}"}, 405, {"Allow": method})
+            respond = methods.get(request.method)
+            if respond is None:
+                allowed = ", ".join(methods)
+                return json_response({"error": f"use {allowed}"}, 405, {"Allow": allowed})
             if is_cross_site(request.headers, self._allowed_origins):
                 raise WebError(403, "requests from pages of other origins are refused, except from allowed_origins")
-            if method == "POST" and not is_json(request.headers):
+            if request.method in ("POST", "PATCH") and not is_json(request.headers):
                 raise WebError(415, "the Content-Type of the body must be application/json")
             if len(request.body) > self.max_body:
                 raise WebError(413, f"the body must be at most {self.max_body} bytes long")
             if isinstance(request.query, QueryParameters) and request.query.problem is not None:
                 raise WebError(400, request.query.problem)
-            response: AsyncWebResponse = await respond(request)
+            response: AsyncWebResponse = await respond(request, *ids)
         except WebError as error:
-            return _json({"error": error.text or "refused"}, error.status)
+            return json_response({"error": error.text or "refused"}, error.status)
         except request.refusals:
             raise
         except Exception as error:
@@ -227,84 +248,86 @@ class AsyncStreamHandler:
                 logger.error(
                     "%s %s failed, since the database is unavailable: %s", request.method, request.path, reason
                 )
-                return _json({"error": "the database is unavailable: try again later"}, 503, RETRY_AFTER)
+                return json_response({"error": "the database is unavailable: try again later"}, 503, RETRY_AFTER)
             logger.exception("%s %s failed", request.method, request.path)
-            return _json({"error": "internal server error"}, 500)
+            return json_response({"error": "internal server error"}, 500)
         return response
 
     def _is_unavailable(self, error: Exception) -> bool:
         stores = (self._store, self._conversations)
         return any(store._database.client.is_unavailable(error) for store in stores if store is not None)
 
+    def _find_route(self, path: str) -> tuple[dict[str, Callable[..., Any]], list[str]]:
+        """Return the methods of a path, and the ids in it."""
+        if not path.startswith(self.prefix):
+            return {}, []
+        route = path.removeprefix(self.prefix)
+        if route not in self._routes and (session_id := route.removeprefix("/conversations/")) not in ("", route):
+            return self._routes.get(CONVERSATION, {}), [session_id]
+        return self._routes.get(route, {}) if route != CONVERSATION else {}, []
+
     async def _stream(self, kind: Kind, request: WebRequest) -> AsyncWebResponse:
-        generation = (await self._parse_and_authorize(kind, request))._replace(stream_id=new_id())
-        save = None
-        if self._conversations is not None and generation.session_id is not None and kind == "stream":
-            chat = await self._load(
-                self._conversations,
+        generation = (await self._parse(kind, request))._replace(stream_id=new_id())
+        position = parse_position(generation.body) if kind == "stream" else Position()
+        turn = None
+        if self._turns is not None and generation.session_id is not None and kind == "stream":
+            turn = await self._turns.begin(
+                request,
+                generation.owner,
                 generation.session_id,
-                self._max_conversation,
-                "summarise it with /compact, or start another conversation",
+                generation.prompt,
+                position,
+                str(generation.stream_id),
             )
-            history = await _messages(chat)
-            if self._max_messages is not None:
-                history = history[-self._max_messages :]
-            save = partial(self._save_turn, self._conversations, generation, chat)
-            generation = generation._replace(messages=[*history, *generation.messages])
-        source = await async_call_or_await(self._generate, generation)
-        stream = await AsyncDurableStream.start(
-            self._store,
-            source,
-            id=generation.stream_id,
-            on_finish=save,
-            expose_errors=self._expose_errors,
-            context=request.context,
-        )
-        return self._event_stream(stream, request)
+            messages = await self._turns.messages(turn, self._max_messages)
+            generation = generation._replace(messages=messages, prompt=str(messages[-1].get("content", "")))
+        elif position.is_given or position.regenerate:
+            raise WebError(400, "parentId and regenerate need a stored conversation: send its sessionId")
+        else:
+            await self._check_session(generation)
+        async with self._running.reserved(generation.owner):
+            source = await async_call_or_await(self._generate, generation)
+            save = None
+            if self._turns is not None and turn is not None:
+                try:
+                    await self._turns.save_question(turn)
+                except BaseException:
+                    await close_source(source)
+                    raise
+                save = partial(self._turns.save_answer, turn.session_id, turn.chat, turn.question)
+            with map_client_errors():
+                stream = await AsyncDurableStream.start(
+                    self._store,
+                    source,
+                    id=generation.stream_id,
+                    on_finish=save,
+                    expose_errors=self._expose_errors,
+                    context=request.context,
+                    **await self._stream_details(generation),
+                )
+        return self._event_stream(stream, request, generation.owner)
 
-    async def _save_turn(
-        self,
-        conversations: AsyncPostgresConversationStore,
-        generation: Generation,
-        chat: ChatHistory[Any],
-        text: str,
-        status: StreamStatus | None,
-    ) -> None:
-        chat.append({"role": "user", "content": generation.prompt})
-        state = "deleted" if status is None else status.state
-        if text or state == "done":
-            metadata = None if state == "done" else {"state": state}
-            chat.append({"role": "assistant", "content": text}, metadata)
-        session_id = str(generation.session_id)
-        if not await conversations._save(session_id, chat, "merge", self._max_read, recreate=False):
-            logger.info("conversation %r was deleted during a turn: the turn is not saved", session_id)
-
-    @property
-    def _max_read(self) -> int:
-        """The most bytes of a stored conversation that this handler reads, to summarise it or to add a turn."""
-        return self._max_conversation + self.max_body
-
-    async def _load(
-        self, conversations: AsyncPostgresConversationStore, session_id: str, max_bytes: int, hint: str
-    ) -> ChatHistory[Any]:
-        try:
-            with _map_client_errors():
-                return await conversations._load(session_id, max_bytes)
-        except ConversationTooLargeError:
-            raise WebError(413, f"the conversation has more than {max_bytes} bytes: {hint}") from None
+    async def _stream_details(self, generation: Generation) -> dict[str, Any]:
+        """Return the session and the owner of a new stream, if they can be stored, or have to be."""
+        await self._store._schema.look_up()
+        if not (self._access.has_owners or self._store._schema.has_leases):
+            return {}
+        return {"session_id": generation.session_id, "owner": generation.owner}
 
     async def _resume(self, request: WebRequest) -> AsyncWebResponse:
         stream_id = request.query.get("id")
         if not stream_id:
             raise WebError(400, "id parameter is required")
         after_seq = parse_resume_cursor(request, stream_id)
-        await self._check_authorized(request, stream_id)
-        with _map_client_errors():
+        user = await self._access.user(request)
+        await self._access.check_stream(request, user, stream_id)
+        with map_client_errors():
             stream = await AsyncDurableStream.resume(self._store, stream_id, after_seq)
-        return self._event_stream(stream, request)
+        return self._event_stream(stream, request, user)
 
-    def _event_stream(self, stream: AsyncDurableStream, request: WebRequest) -> AsyncWebResponse:
-        body = self._bodies.open(stream.id, stream.sse(heartbeat=self._heartbeat), request.disconnect)
+    def _event_stream(self, stream: AsyncDurableStream, request: WebRequest, user: str | None) -> AsyncWebResponse:
+        events = stream.sse(heartbeat=self._heartbeat)
+        body = self._bodies.open(stream.id, user, events, request.disconnect)
         # A header contains ASCII only. Ids that this handler creates need no quoting.
         header_id = stream.id if stream.id.isascii() and stream.id.isprintable() else quote(stream.id)
         return AsyncWebResponse(200, {**EVENT_STREAM, "X-Stream-Id": header_id}, body)
@@ -312,67 +335,54 @@ class AsyncStreamHandler:
     async def _stop(self, request: WebRequest) -> AsyncWebResponse:
         body = await async_run_large(len(request.body), parse_body, request)
         stream_id = required_text(body, "id")
-        await self._check_authorized(request, stream_id)
-        with _map_client_errors():
+        await self._access.check_stream(request, await self._access.user(request), stream_id)
+        with map_client_errors():
             await self._store.stop(stream_id)
-        return _json({"ok": True})
+        return json_response({"ok": True})
 
     async def _complete(self, kind: Kind, request: WebRequest) -> AsyncWebResponse:
-        generation = await self._parse_and_authorize(kind, request)
+        generation = await self._parse(kind, request)
+        await self._check_session(generation)
         source = await async_call_or_await(self._generate, generation)
         texts = await AsyncPlainTextBody(source, request.context, request.disconnect, self._send_timeout).open()
         return AsyncWebResponse(200, PLAIN_TEXT, texts or b"")
 
     async def _compact_conversation(self, request: WebRequest) -> AsyncWebResponse:
-        generation = await self._parse_and_authorize("compact", request)
+        generation = await self._parse("compact", request)
         chat = None
-        if self._conversations is not None and generation.session_id is not None:
-            chat = await self._load(
-                self._conversations, generation.session_id, self._max_read, "start another conversation"
+        if self._turns is not None and generation.session_id is not None:
+            chat = await self._turns.load(
+                request, generation.owner, generation.session_id, self._max_read, "start another conversation"
             )
             if not chat.is_empty:  # an outdated page may send fewer messages than the summary replaces
-                generation = generation._replace(messages=await _messages(chat))
+                generation = generation._replace(messages=await path_messages(chat))
+        else:
+            await self._check_session(generation)
         if not generation.messages:
             raise WebError(400, "the conversation has no messages to summarise")
         summary, usage = await _collect(await async_call_or_await(self._compact, generation))
         if self._conversations is not None and chat is not None:
             if not summary.strip():
                 raise WebError(502, "the summary is empty")
+            owner = None if exists(chat) else generation.owner
             chat.compact({"role": "system", "content": summary})
             try:
-                await self._conversations._save(str(generation.session_id), chat, "raise", self._max_read)
+                session_id = str(generation.session_id)
+                await self._conversations._save(session_id, chat, "raise", self._max_read, owner=owner)
             except (ConversationConflictError, ConversationTooLargeError):
                 # The summary does not cover the newer messages.
                 raise WebError(409, "the conversation changed while it was summarised: try again") from None
-        return _json({"summary": summary, "tokensSaved": count_tokens_saved(usage)})
+        return json_response({"summary": summary, "tokensSaved": count_tokens_saved(usage)})
 
-    async def _parse_and_authorize(self, kind: Kind, request: WebRequest) -> Generation:
+    async def _parse(self, kind: Kind, request: WebRequest) -> Generation:
         generation = await async_run_large(len(request.body), parse_generation, kind, request)
         if len(generation.prompt.encode(errors="surrogatepass")) > self._max_prompt:
             raise WebError(413, f"the prompt must be at most {self._max_prompt} bytes long in UTF-8")
+        return generation._replace(owner=await self._access.user(request))
+
+    async def _check_session(self, generation: Generation) -> None:
         if generation.session_id is not None:
-            await self._check_authorized(request, generation.session_id)
-        return generation
-
-    async def _check_authorized(self, request: WebRequest, id: str) -> None:
-        if self._authorize is not None and not await async_call_or_await(self._authorize, request, id):
-            raise WebError(403, "forbidden")
-
-
-@contextmanager
-def _map_client_errors() -> Iterator[None]:
-    """Map unknown or invalid ids to 404 or 400. Use it for store calls only: errors of the application propagate."""
-    try:
-        yield
-    except StreamNotFoundError:
-        raise WebError(404, "stream not found: it was never created, was deleted, or has expired") from None
-    except InvalidDataError as error:
-        raise WebError(400, str(error)) from None
-
-
-async def _messages(chat: ChatHistory[Any]) -> list[Any]:
-    """Return copies of the messages of the current path."""
-    return await async_run_large(len(chat) * NODE_CHARACTERS, lambda: chat.messages)
+            await self._access.check_session(generation.request, generation.owner, generation.session_id)
 
 
 async def _collect(source: AsyncIterable[str | StreamEvent]) -> tuple[str, str]:
@@ -388,8 +398,3 @@ async def _collect(source: AsyncIterable[str | StreamEvent]) -> tuple[str, str]:
     finally:
         await close_source(source)
     return "".join(texts), usage
-
-
-def _json(content: object, status: int = 200, headers: Mapping[str, str] | None = None) -> AsyncWebResponse:
-    all_headers = {"Content-Type": "application/json", "Cache-Control": "no-store", **(headers or {})}
-    return AsyncWebResponse(status, all_headers, json.dumps(content).encode())

@@ -166,6 +166,25 @@ class AsyncStreamReads:
             self._notifier.wake([stream_id])  # the call that ended the stream may not have notified
         return status
 
+    async def get_info(self, id: str) -> StreamInfo | None:
+        """Return the entry of a stream, as `list` does: its status, times and, with migration 0004, its owner.
+
+        Args:
+            id: The stream id.
+
+        Returns:
+            The entry, or None if the stream does not exist.
+        """
+        stream_id = arguments.identifier(id)
+        rows = await self._database.query((await self._schema.look_up()).get_info, [stream_id])
+        return stream_info(rows[0]) if rows else None
+
+    async def _count_running(self, owner: str) -> int:
+        """Return the number of active streams of an owner. A stream with an expired lease does not count."""
+        statements = await self._schema.require_0004("the owner of a stream")
+        [(count,)] = await self._database.query(statements.count_running, [owner])
+        return int(count)
+
     async def wait(self, id: str, timeout: float | timedelta | None = None) -> StreamStatus:
         """Wait until a stream has ended. If the connection is lost, retry as `read_from` does.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastapi import APIRouter
 from starlette.requests import Request
@@ -22,33 +22,74 @@ _MESSAGES = {
     },
 }
 _PROPERTIES = {
+    "activeLeafId": _TEXT,
     "id": _TEXT,
     "input": _TEXT,
     "messages": _MESSAGES,
     "model": _TEXT,
+    "parentId": {"type": ["string", "null"]},
     "prompt": _TEXT,
+    "regenerate": {"type": "boolean"},
     "schema": {"type": "object"},
     "sessionId": _TEXT,
     "system": _TEXT,
+    "title": {"type": ["string", "null"]},
 }
 _EVENTS, _JSON, _PLAIN = "text/event-stream", "application/json", "text/plain"
 
-# By the last part of a route: a summary, the fields of the body with the required one first, and the response.
-_DESCRIPTIONS: dict[str, tuple[str, list[str], str]] = {
-    "stream": ("Start an answer", ["prompt", "system", "model", "sessionId"], _EVENTS),
-    "structured": ("Start a structured answer", ["prompt", "schema", "system", "model", "sessionId"], _EVENTS),
-    "chat": ("Start an answer to messages", ["messages", "system", "model", "sessionId"], _EVENTS),
-    "resume": ("Continue reading an answer", [], _EVENTS),
-    "stop": ("Stop an answer", ["id"], _JSON),
-    "compact": ("Summarise a conversation", ["messages", "model", "sessionId"], _JSON),
-    "complete": ("Complete a text", ["input", "system", "model", "sessionId"], _PLAIN),
-    "title": ("Write a title", ["messages", "model", "sessionId"], _PLAIN),
+
+class _Description(NamedTuple):
+    """A route in the OpenAPI schema: its summary, the type of the response, and what the request consists of."""
+
+    summary: str
+    response: str
+    fields: tuple[str, ...] = ()  # of the body
+    required: tuple[str, ...] = ()
+    parameters: tuple[dict[str, Any], ...] = ()
+
+
+def _parameter(name: str, place: str = "query") -> dict[str, Any]:
+    return {"name": name, "in": place, "required": name == "id", "schema": _TEXT}
+
+
+_CONVERSATION = (_parameter("id", "path"),)
+
+# By method and by the last part of a path.
+_DESCRIPTIONS = {
+    ("POST", "stream"): _Description(
+        "Start an answer",
+        _EVENTS,
+        ("prompt", "system", "model", "sessionId", "parentId", "regenerate"),
+        ("prompt",),
+    ),
+    ("POST", "structured"): _Description(
+        "Start a structured answer", _EVENTS, ("prompt", "schema", "system", "model", "sessionId"), ("prompt",)
+    ),
+    ("POST", "chat"): _Description(
+        "Start an answer to messages", _EVENTS, ("messages", "system", "model", "sessionId"), ("messages",)
+    ),
+    ("GET", "resume"): _Description(
+        "Continue reading an answer",
+        _EVENTS,
+        parameters=(_parameter("id"), _parameter("after"), _parameter("Last-Event-ID", "header")),
+    ),
+    ("POST", "stop"): _Description("Stop an answer", _JSON, ("id",), ("id",)),
+    ("POST", "compact"): _Description(
+        "Summarise a conversation", _JSON, ("messages", "model", "sessionId"), ("messages",)
+    ),
+    ("POST", "complete"): _Description(
+        "Complete a text", _PLAIN, ("input", "system", "model", "sessionId"), ("input",)
+    ),
+    ("POST", "title"): _Description("Write a title", _PLAIN, ("messages", "model", "sessionId"), ("messages",)),
+    ("GET", "conversations"): _Description(
+        "List conversations", _JSON, parameters=(_parameter("limit"), _parameter("before"))
+    ),
+    ("GET", "{id}"): _Description("Show a conversation", _JSON, parameters=_CONVERSATION),
+    ("PATCH", "{id}"): _Description(
+        "Change the title or the branch of a conversation", _JSON, ("title", "activeLeafId"), parameters=_CONVERSATION
+    ),
+    ("DELETE", "{id}"): _Description("Delete a conversation", _JSON, parameters=_CONVERSATION),
 }
-_RESUME_PARAMETERS = [
-    {"name": "id", "in": "query", "required": True, "schema": _TEXT},
-    {"name": "after", "in": "query", "schema": _TEXT},
-    {"name": "Last-Event-ID", "in": "header", "schema": _TEXT},
-]
 
 
 def router(handler: AsyncStreamHandler) -> APIRouter:
@@ -72,18 +113,19 @@ def router(handler: AsyncStreamHandler) -> APIRouter:
     """
     check_flavour(handler)
     result = APIRouter()
-    for path, (method, _) in handler._routes.items():
-        summary, fields, media_type = _DESCRIPTIONS[path.rpartition("/")[2]]
-        result.add_api_route(
-            handler.prefix + path,
-            _endpoint(handler, path),
-            methods=[method],
-            name="aibind",
-            summary=summary,
-            response_class=Response,
-            responses={200: {"content": {media_type: {}}}},
-            openapi_extra=_request_schema(fields),
-        )
+    for path, methods in handler._routes.items():
+        for method in methods:
+            description = _DESCRIPTIONS[method, path.rpartition("/")[2]]
+            result.add_api_route(
+                handler.prefix + path.replace("{id}", "{id:path}"),
+                _endpoint(handler, path),
+                methods=[method],
+                name="aibind",
+                summary=description.summary,
+                response_class=Response,
+                responses={200: {"content": {description.response: {}}}},
+                openapi_extra=_request_schema(description),
+            )
     # The handler also responds to other paths and methods below its prefix.
     result.add_api_route(
         f"{handler.prefix}/{{path:path}}", _endpoint(handler), methods=METHODS, name="aibind", include_in_schema=False
@@ -91,16 +133,19 @@ def router(handler: AsyncStreamHandler) -> APIRouter:
     return result
 
 
-def _endpoint(handler: AsyncStreamHandler, path: str | None = None) -> Callable[[Request], Awaitable[Response]]:
+def _endpoint(handler: AsyncStreamHandler, path: str = "/{path}") -> Callable[[Request], Awaitable[Response]]:
     async def answer(request: Request) -> Response:
-        return await respond(handler, request, path or f"/{request.path_params['path']}")
+        return await respond(handler, request, path.format_map(request.path_params))
 
     return answer
 
 
-def _request_schema(fields: list[str]) -> dict[str, Any]:
-    if not fields:
-        return {"parameters": _RESUME_PARAMETERS}
-    properties = {name: _PROPERTIES[name] for name in fields}
-    schema = {"type": "object", "properties": properties, "required": fields[:1]}
-    return {"requestBody": {"required": True, "content": {_JSON: {"schema": schema}}}}
+def _request_schema(description: _Description) -> dict[str, Any]:
+    schema: dict[str, Any] = {"parameters": list(description.parameters)} if description.parameters else {}
+    if description.fields:
+        properties = {name: _PROPERTIES[name] for name in description.fields}
+        body: dict[str, Any] = {"type": "object", "properties": properties, "required": list(description.required)}
+        if "regenerate" in properties:  # then the prompt is stored
+            body["anyOf"] = [{"required": body.pop("required")}, {"required": ["regenerate"]}]
+        schema["requestBody"] = {"required": True, "content": {_JSON: {"schema": body}}}
+    return schema

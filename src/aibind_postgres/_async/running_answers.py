@@ -1,0 +1,41 @@
+"""The limit of answers that one user may have at the same time."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+from .._concurrency import Mutex
+from ..errors import WebError
+
+if TYPE_CHECKING:
+    from .stream_store import AsyncPostgresStreamStore
+
+
+class AsyncRunningAnswers:
+    """The running answers of each user. The store counts those that have begun."""
+
+    def __init__(self, store: AsyncPostgresStreamStore, maximum: int | None) -> None:
+        self._store = store
+        self._maximum = maximum
+        self._mutex = Mutex()
+        self._starting: dict[str, int] = {}  # answers by user, from the check to their start
+
+    @asynccontextmanager
+    async def reserved(self, user: str | None) -> AsyncIterator[None]:
+        """Return a context manager in which a user may start one answer. Raise `WebError` (429) at the maximum."""
+        if self._maximum is None or user is None:
+            yield
+            return
+        with self._mutex:
+            self._starting[user] = starting = self._starting.get(user, 0) + 1
+        try:
+            if await self._store._count_running(user) + starting > self._maximum:
+                raise WebError(429, f"at most {self._maximum} answers are produced at the same time: wait for one")
+            yield
+        finally:
+            with self._mutex:
+                self._starting[user] -= 1
+                if not self._starting[user]:
+                    del self._starting[user]

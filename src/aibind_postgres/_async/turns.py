@@ -1,0 +1,186 @@
+"""The turns of a handler: load the conversation, save the question, and save the answer."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .._concurrency import async_run_large
+from .._document import NODE_CHARACTERS
+from .._turns import Position, Question, answer, ask, model_messages, unanswered
+from ..errors import ConversationConflictError, StreamNotFoundError, WebError
+from .conversation_histories import ConversationTooLargeError
+from .responses import conversation_not_found, map_client_errors
+
+if TYPE_CHECKING:
+    from ..history import ChatHistory
+    from ..models import StreamStatus
+    from ..web import WebRequest
+    from .access import AsyncAccess
+    from .conversation_store import AsyncPostgresConversationStore
+    from .stream_store import AsyncPostgresStreamStore
+
+logger = logging.getLogger("aibind_postgres")
+
+
+@dataclass
+class Turn:
+    """One turn in progress.
+
+    Attributes:
+        request: The request that asks.
+        user: The user who asks, or None.
+        session_id: The id of the conversation.
+        prompt: The text of the question.
+        position: Where the client wants it to be.
+        chat: The conversation with the question.
+        question: The question.
+    """
+
+    request: WebRequest
+    user: str | None
+    session_id: str
+    prompt: str
+    position: Position
+    chat: ChatHistory[Any]
+    question: Question
+
+
+class AsyncTurns:
+    """The turns in the conversations of one handler.
+
+    Args:
+        store: The stream store.
+        conversations: The conversation store.
+        access: The access of requests.
+        max_conversation: The maximum size in bytes of a conversation that is continued.
+        max_read: The maximum size in bytes of a conversation that is read.
+    """
+
+    def __init__(
+        self,
+        store: AsyncPostgresStreamStore,
+        conversations: AsyncPostgresConversationStore,
+        access: AsyncAccess,
+        max_conversation: int,
+        max_read: int,
+    ) -> None:
+        self._store = store
+        self._conversations = conversations
+        self._access = access
+        self._max_conversation = max_conversation
+        self._max_read = max_read
+
+    async def load(
+        self, request: WebRequest, user: str | None, session_id: str, max_bytes: int, hint: str
+    ) -> ChatHistory[Any]:
+        """Return a conversation that a request may use. If the last answer was broken off, add and save its text.
+
+        Raises:
+            WebError: The statuses of `check_conversation`. 400: the id is invalid. 413: the conversation has more than
+                `max_bytes`; the text then ends with `hint`.
+        """
+        with map_client_errors():
+            if self._access.has_owners:
+                await self._conversations._schema.require_0004("the owner of a conversation")
+            try:
+                chat = await self._conversations._load(session_id, max_bytes)
+            except ConversationTooLargeError:
+                await self._access.check_session(request, user, session_id)  # before telling that it exists
+                raise WebError(413, f"the conversation has more than {max_bytes} bytes: {hint}") from None
+        owner = None if chat._origin is None else chat._origin.owner
+        await self._access.check_conversation(request, user, session_id, exists(chat), owner)
+        question = unanswered(chat)
+        if question is None:
+            return chat
+        status = await self._store.get_status(question.stream_id)
+        if status is None or status.state == "active":
+            return chat
+        try:
+            events = self._store.events(question.stream_id, follow=False)
+            text = "".join([event.data async for event in events if event.event == "message"])
+        except StreamNotFoundError:
+            return chat
+        return await self.save_answer(session_id, chat, question, text, status)
+
+    async def begin(
+        self, request: WebRequest, user: str | None, session_id: str, prompt: str, position: Position, stream_id: str
+    ) -> Turn:
+        """Load a conversation and add a question, without saving it. Raise `WebError` as `load` and `ask` do."""
+        chat = await self._load_to_continue(request, user, session_id)
+        question = ask(chat, prompt, position, stream_id)
+        return Turn(request, user, session_id, prompt, position, chat, question)
+
+    async def _load_to_continue(self, request: WebRequest, user: str | None, session_id: str) -> ChatHistory[Any]:
+        hint = "summarise it with /compact, or start another conversation"
+        return await self.load(request, user, session_id, self._max_conversation, hint)
+
+    async def messages(self, turn: Turn, max_messages: int | None) -> list[Any]:
+        """Return the messages for the model."""
+        return model_messages(await path_messages(turn.chat), max_messages)
+
+    async def save_question(self, turn: Turn) -> None:
+        """Save a turn's question. The first turn creates the conversation.
+
+        Raises:
+            WebError: 404: the conversation was deleted since it was loaded. 413: it became too large. After another
+                request has created the conversation, also the statuses of `begin`.
+        """
+        while True:
+            is_first = not exists(turn.chat)
+            try:
+                # Only the first turn could take over a conversation that another user creates at the same time.
+                saved = await self._conversations._save(
+                    turn.session_id,
+                    turn.chat,
+                    "raise" if is_first else "merge",
+                    self._max_read,
+                    owner=turn.user if is_first else None,
+                    recreate=False,
+                )
+            except ConversationTooLargeError as error:
+                raise WebError(413, f"the conversation has more than {error.max_bytes} bytes") from None
+            except ConversationConflictError:
+                turn.chat = await self._load_to_continue(turn.request, turn.user, turn.session_id)
+                turn.question = ask(turn.chat, turn.prompt, turn.position, turn.question.stream_id)
+                continue
+            if not saved:
+                raise conversation_not_found()
+            return
+
+    async def save_answer(
+        self,
+        session_id: str,
+        chat: ChatHistory[Any],
+        question: Question,
+        text: str,
+        status: StreamStatus | None,
+    ) -> ChatHistory[Any]:
+        """Add an answer to a stored conversation, unless it was deleted, and return the conversation.
+
+        Args:
+            session_id: The id of the conversation.
+            chat: The conversation with the question, as it was last known.
+            question: The question.
+            text: The text of the stream.
+            status: The final status of the stream. None if it was deleted.
+        """
+        while answer(chat, question, text, status):
+            try:
+                if not await self._conversations._save(session_id, chat, "raise", self._max_read, recreate=False):
+                    logger.info("conversation %r was deleted during a turn: the answer is not saved", session_id)
+                break
+            except ConversationConflictError as conflict:
+                chat = conflict.theirs
+        return chat
+
+
+def exists(chat: ChatHistory[Any]) -> bool:
+    """Return whether a history that was loaded or saved is stored."""
+    return chat._origin is not None and chat._origin.base is not None
+
+
+async def path_messages(chat: ChatHistory[Any]) -> list[Any]:
+    """Return copies of the messages of the current path."""
+    return await async_run_large(len(chat) * NODE_CHARACTERS, lambda: chat.messages)

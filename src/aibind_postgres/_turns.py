@@ -1,0 +1,168 @@
+"""The turns of a chat: where a question goes, what the model gets, and where the answer goes. Pure.
+
+A question and an answer of a `StreamHandler` are messages with these metadata:
+
+- `streamId` of a question: the id of the stream that answers it, or that has answered it last. The message with the
+  answer has the same id, so that it is stored once, however many processes try.
+- `state` of an answer: the final state of its stream, if it is not `done`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from .errors import WebError
+
+if TYPE_CHECKING:
+    from ._message_tree import MessageTree, TreeNode
+    from .history import ChatHistory
+    from .models import StreamStatus
+
+STREAM_ID, STATE = "streamId", "state"  # metadata
+
+
+class Position(NamedTuple):
+    """Where a client wants a question to be, as parsed from the body of a request.
+
+    Attributes:
+        parent_id: The id of the message before the question. None for the beginning of the conversation.
+        is_given: Whether the client has sent `parent_id`. Otherwise the question follows the current path.
+        regenerate: Whether the client wants another answer to a question that is stored: `parent_id`, or the last one
+            of the current path.
+    """
+
+    parent_id: str | None = None
+    is_given: bool = False
+    regenerate: bool = False
+
+
+class Question(NamedTuple):
+    """A stored question that a stream answers.
+
+    Attributes:
+        id: The id of the message.
+        message: The message.
+        stream_id: The id of the stream, and of the message with the answer.
+    """
+
+    id: str
+    message: Any
+    stream_id: str
+
+
+def ask(chat: ChatHistory[Any], prompt: str, position: Position, stream_id: str) -> Question:
+    """Add a question to a conversation, or choose one that is answered again, and make it the end of the current path.
+
+    Args:
+        chat: The conversation.
+        prompt: The text of the question. Not used if the question is answered again.
+        position: Where to put it.
+        stream_id: The id of the stream that will answer it.
+
+    Raises:
+        WebError: 400: `parent_id` is not the id of a message, or, to answer a question again, of a question.
+    """
+    tree = chat.tree
+    parent_id = position.parent_id if position.is_given else tree.active_leaf_id
+    if position.is_given and parent_id is not None and parent_id not in tree:
+        raise WebError(400, "parentId is not the id of a message of this conversation")
+    if not position.regenerate:
+        return _add_question(tree, parent_id, {"role": "user", "content": prompt}, stream_id)
+    while not position.is_given and parent_id is not None and not _is_question(tree._snapshot(parent_id)):
+        parent_id = tree._snapshot(parent_id).parent_id
+    if parent_id is None or not _is_question(tree._snapshot(parent_id)):
+        raise WebError(400, "there is no question to answer again: parentId must be the id of a message of the user")
+    tree.set_active_leaf(parent_id)
+    tree._set_metadata(parent_id, STREAM_ID, stream_id)
+    return Question(parent_id, tree._snapshot(parent_id).message, stream_id)
+
+
+def _add_question(tree: MessageTree[Any], parent_id: str | None, message: Any, stream_id: str) -> Question:
+    """Add a question below a message, and make it the end of the current path.
+
+    Two questions never follow each other, and no answer is blank, since many models refuse that: a question without a
+    text as its answer becomes an alternative to the new one.
+    """
+    while parent_id is not None and _is_unusable(node := tree._snapshot(parent_id)):
+        parent_id = node.parent_id
+    return Question(
+        tree.set_active_leaf(tree._add_node(parent_id, message, {STREAM_ID: stream_id})), message, stream_id
+    )
+
+
+def model_messages(path: list[Any], max_messages: int | None) -> list[Any]:
+    """Return the messages for the model: those before a question, and the question.
+
+    Args:
+        path: The messages of the current path. The last one is the question.
+        max_messages: The maximum number of messages before the question. The first one of them is a user's. Messages
+            with the role `system` do not count, and are always included. None for no limit.
+    """
+    *earlier, question = path
+    if max_messages is None:
+        return path
+    others = [index for index, message in enumerate(earlier) if _role(message) != "system"][-max_messages:]
+    first = next((index for index in others if _role(earlier[index]) == "user"), len(earlier))
+    kept = [message for index, message in enumerate(earlier) if index >= first or _role(message) == "system"]
+    return [*kept, question]
+
+
+def answer(chat: ChatHistory[Any], question: Question, text: str, status: StreamStatus | None) -> bool:
+    """Add an answer to its question. It becomes the end of the current path if the question is.
+
+    If the question was removed, as by a summary, question and answer follow the current path.
+
+    Args:
+        chat: The conversation.
+        question: The question.
+        text: The text of the stream.
+        status: The final status of the stream. None if it was deleted.
+
+    Returns:
+        Whether the answer was added. False if it is there, or if a failed stream has no text.
+    """
+    tree = chat.tree
+    state = "deleted" if status is None else status.state
+    if question.stream_id in tree or (state != "done" and not text.strip()):
+        return False
+    if question.id not in tree:
+        question = _add_question(tree, tree.active_leaf_id, question.message, question.stream_id)
+    metadata = {} if state == "done" else {STATE: state}
+    message = {"role": "assistant", "content": text}
+    tree._add_node(question.id, message, metadata, node_id=question.stream_id)
+    if tree.active_leaf_id == question.id:
+        tree.set_active_leaf(question.stream_id)
+    return True
+
+
+def unanswered(chat: ChatHistory[Any]) -> Question | None:
+    """Return the question at the end of the current path, if the answer of its last stream is not stored.
+
+    The stream is being produced, or its process has died, or it failed without a text.
+    """
+    leaf_id = chat.tree.active_leaf_id
+    if leaf_id is None:
+        return None
+    leaf = chat.tree._snapshot(leaf_id)
+    stream_id = leaf.metadata.get(STREAM_ID)
+    if not _is_question(leaf) or not isinstance(stream_id, str) or stream_id in chat.tree:
+        return None
+    return Question(leaf.id, leaf.message, stream_id)
+
+
+def _role(message: Any) -> Any:
+    return message.get("role") if isinstance(message, dict) else None
+
+
+def _is_question(node: TreeNode[Any]) -> bool:
+    return bool(_role(node.message) == "user")
+
+
+def _is_unusable(node: TreeNode[Any]) -> bool:
+    """Return whether a message is a question of a `StreamHandler`, or a blank answer."""
+    if _is_question(node):
+        return STREAM_ID in node.metadata
+    if _role(node.message) != "assistant":
+        return False
+    content = node.message.get("content")
+    return isinstance(content, str) and not content.strip()
