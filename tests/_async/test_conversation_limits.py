@@ -28,7 +28,9 @@ class Chats:
         self.conversations = conversations
         self.answer = "Hello"
         self.generations = []
-        self.handler = AsyncStreamHandler(self.generate, store=store, conversations=conversations, **LIMITS)
+        self.handler = AsyncStreamHandler(
+            self.generate, store=store, conversations=conversations, public=True, **LIMITS
+        )
 
     async def generate(self, generation):
         self.generations.append(generation)

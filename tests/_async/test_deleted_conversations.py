@@ -38,7 +38,7 @@ class Turns:
         self.store = store
         self.reached = AsyncEvent()
         self.proceed = AsyncEvent()
-        self.handler = AsyncStreamHandler(self.generate, store=streams, conversations=store)
+        self.handler = AsyncStreamHandler(self.generate, store=streams, conversations=store, public=True)
 
     async def generate(self, generation):
         yield "Hel"
@@ -103,7 +103,7 @@ async def test_incomplete_turn_does_not_create_a_deleted_conversation_again(turn
 async def test_erasure_during_a_turn(turns, store, streams):
     await add(store, "s", owner="ann")
     await turns.begin()
-    assert await store.delete_owner("ann", streams=streams) == (1, 0)
+    assert await store.delete_owner("ann", streams=streams) == (1, 1)
     await turns.end()
     assert await store.get_info("s") is None
 
@@ -124,6 +124,14 @@ async def test_turn_is_merged_into_a_conversation_that_has_changed(turns, store,
     await turns.end()
     assert await turns.contents() == ["old", "hi", "Hello"]
     assert len(await store.load("s")) == 4
+
+
+async def test_first_turn_creates_the_conversation_only_once(turns, store, migration):
+    await turns.begin()
+    assert await turns.contents() == ["hi"]
+    await store.delete("s")
+    await turns.end()
+    assert await store.get_info("s") is None
 
 
 async def test_first_turn_creates_the_conversation(turns, migration):
@@ -188,7 +196,7 @@ async def test_compact_does_not_create_a_deleted_conversation_again(turns, store
         await store.delete("s")
         yield "summary"
 
-    handler = AsyncStreamHandler(summarise, store=turns.streams, conversations=store)
+    handler = AsyncStreamHandler(summarise, store=turns.streams, conversations=store, public=True)
     body = json.dumps({"messages": [], "sessionId": "s"}).encode()
     response = await handler.handle(WebRequest("POST", "/__aibind__/compact", {}, JSON, body))
     assert response.status == 409

@@ -59,7 +59,7 @@ async def test_body_ends_after_its_client_was_disconnected():
             await async_until(lambda: "asked" in happened)
 
     bodies = AsyncEventBodies(max_readers=1, send_timeout=0.1)
-    body = bodies.open("s", events(), lambda: happened.append("disconnected"))
+    body = bodies.open("s", None, events(), lambda: happened.append("disconnected"))
     assert await body.__anext__() == b"one"
     await async_until(lambda: "closed" in happened)
     happened.append("asked")

@@ -13,6 +13,7 @@ from aibind_postgres import (
     AsyncPostgresStreamStore,
     AsyncStreamHandler,
     InvalidDataError,
+    Resource,
     StreamEvent,
     StreamNotFoundError,
     WebError,
@@ -39,7 +40,9 @@ class Api:
         self.handler = self.with_options()
 
     def with_options(self, **options):
-        return AsyncStreamHandler(self.generate, store=self.store, conversations=self.conversations, **options)
+        return AsyncStreamHandler(
+            self.generate, store=self.store, conversations=self.conversations, **{"public": True, **options}
+        )
 
     async def generate(self, generation):
         self.generations.append(generation)
@@ -191,7 +194,7 @@ async def test_turn_is_saved_before_done_and_continues_conversation(api):
         await events(await api.post("/stream", {"prompt": f"{number}", "sessionId": "a"}, handler=handler))
         assert (await api.saved_messages("a"))[-2:] == [("user", f"{number}"), ("assistant", "Hello world")]
     contents = [[message["content"] for message in generation.messages] for generation in api.generations]
-    assert contents == [["1"], ["1", "Hello world", "2"], ["Hello world", "2", "Hello world", "3"]]
+    assert contents == [["1"], ["1", "Hello world", "2"], ["2", "Hello world", "3"]]
     assert api.generations[-1].prompt == "3"
 
 
@@ -208,7 +211,7 @@ async def test_incomplete_answer_is_saved_with_its_state(api, end):
 
     handler = api.handler
     if end != "error":
-        handler = AsyncStreamHandler(generate, store=api.store, conversations=api.conversations)
+        handler = AsyncStreamHandler(generate, store=api.store, conversations=api.conversations, public=True)
     response = await api.post("/stream", {"prompt": "hi", "sessionId": "a"}, handler=handler)
     if end == "error":
         assert (await events(response))[-2:] == [ServerSentEvent("the answer was interrupted", "error"), DONE]
@@ -218,7 +221,9 @@ async def test_incomplete_answer_is_saved_with_its_state(api, end):
     assert question == {"role": "user", "content": "hi"}
     assert answer["content"].startswith("Hel")
     assert chat.tree.get(chat.node_ids[1]).metadata == {"state": end}
-    assert chat.tree.get(chat.node_ids[0]).metadata == {}
+    stream_id = response.headers["X-Stream-Id"]
+    assert chat.tree.get(chat.node_ids[0]).metadata == {"streamId": stream_id}
+    assert chat.node_ids[1] == stream_id
 
 
 async def test_unauthorized_requests_read_and_change_nothing(api):
@@ -226,14 +231,13 @@ async def test_unauthorized_requests_read_and_change_nothing(api):
     await events(await api.post("/stream", {"prompt": "hi", "sessionId": "a"}))
     checked = []
 
-    async def authorize(request, id):
-        checked.append((request.original, id))
+    async def authorize(request, resource):
+        checked.append(resource)
         return request.headers.get("user") == "me"
 
     handler = api.with_options(authorize=authorize)
     calls = [
         ("GET", "/stream/resume", None, {"id": "s"}),
-        ("GET", "/stream/resume", None, {"id": "nothing"}),
         ("POST", "/stream/stop", {"id": "s"}, None),
         ("POST", "/stream", {"prompt": "hi", "sessionId": "a"}, None),
         ("POST", "/compact", {"messages": [], "sessionId": "a"}, None),
@@ -245,7 +249,10 @@ async def test_unauthorized_requests_read_and_change_nothing(api):
     generated = len(api.generations)
     for method, path, body, query in calls:
         assert error_of(await api.request(method, path, body, query, handler=handler)) == (403, "forbidden")
-    assert [id for _, id in checked] == ["s", "nothing", "s", *"aaaaaa"]
+    stream, conversation = Resource("stream", "s", None, None), Resource("conversation", "a", None, "a")
+    assert checked == [stream, stream, *[conversation] * 6]
+    missing = await api.request("GET", "/stream/resume", query={"id": "nothing"}, handler=handler)
+    assert error_of(missing)[0] == 404
     assert len(api.generations) == generated
     assert (await api.store.get_status("s")).state == "active"
     assert len(await api.saved_messages("a")) == 2
@@ -349,7 +356,9 @@ async def test_application_errors_are_500(api, caplog, fault):
         assert error_of(await api.post(path, body)) == (500, "internal server error")
         assert "geheim" in caplog.text
 
-    def fail(request, id):
+    await api.store.create("s")
+
+    def fail(request, resource):
         raise fault("geheim")
 
     caplog.clear()

@@ -162,7 +162,7 @@ async def test_unreachable_database_is_503(caplog, method, path):
         AsyncPostgresStreamStore(UNREACHABLE) as store,
         AsyncPostgresConversationStore(UNREACHABLE) as conversations,
     ):
-        handler = AsyncStreamHandler(generate, store=store, conversations=conversations)
+        handler = AsyncStreamHandler(generate, store=store, conversations=conversations, public=True)
         for _ in range(2):
             caplog.clear()
             response = await handler.handle(request_of(method, path))
@@ -176,7 +176,7 @@ async def test_unreachable_database_is_503(caplog, method, path):
 async def test_database_that_authorize_cannot_reach_is_503(store, caplog, method, path):
     async with AsyncPostgresStreamStore(UNREACHABLE) as other:
 
-        async def authorize(request, id):
+        async def authorize(request, resource):
             return await other.get_status(id)
 
         handler = AsyncStreamHandler(generate, store=store, authorize=authorize)

@@ -334,7 +334,7 @@ def browsers(store: PostgresStreamStore, conversations: PostgresConversationStor
         generate,
         store=store,
         conversations=conversations,
-        authorize=lambda request, id: True,
+        authorize=lambda request, resource: resource.owner == "me",
         allowed_origins=["https://example.com"],
     )
     answer = handler.handle(request)

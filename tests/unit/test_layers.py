@@ -14,7 +14,7 @@ PACKAGE = Path(aibind_postgres.__file__).parent
 LAYERS = [
     {"errors", "_concurrency"},
     {"_conninfo", "_sqlstate", "_statement_runner", "_workarounds", "models", "history", "sse", "web"}
-    | {"_document", "_merging", "_message_tree"},
+    | {"_document", "_merging", "_message_tree", "_turns"},
     {
         "_arguments",
         "_conversation_sql",
@@ -50,7 +50,10 @@ ASYNC_LAYERS = [
     {"stream_writer", "stream_reads"},
     {"stream_store", "conversation_store"},
     {"producing", "housekeeping"},
-    {"durable_stream", "event_bodies", "plain_text"},
+    {"durable_stream", "event_bodies", "plain_text", "responses"},
+    {"access", "running_answers"},
+    {"turns"},
+    {"conversation_routes"},
     {"handler"},
 ]
 

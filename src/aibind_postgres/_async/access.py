@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class AsyncAccess:
     """Decides which requests of one handler may use which streams and conversations.
 
-    To a user who may not use it, something that belongs to another one looks as if it did not exist.
+    The error for a stream or conversation of another user is that of a missing one.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class AsyncAccess:
         return self._owner is not None
 
     async def user(self, request: WebRequest) -> str | None:
-        """Return the user who sends a request. None for nobody, or if the handler has no `owner`."""
+        """Return the user of a request, or None: the request has no user, or the handler has no `owner`."""
         if self._owner is None:
             return None
         user = await async_call_or_await(self._owner, request)
@@ -83,7 +83,7 @@ class AsyncAccess:
 
         Args:
             request: The request.
-            user: The user who sends it.
+            user: The user of the request, or None.
             session_id: The id of the conversation.
             exists: Whether the conversation is stored.
             owner: Its owner.

@@ -96,7 +96,7 @@ class AsyncConversationRoutes:
         """Stop the running answers of a conversation, and delete it with its streams."""
         await self._check(request, session_id)
         await self._store._schema.look_up()
-        if self._store._schema.has_leases:  # otherwise nothing tells which streams belong to it
+        if self._store._schema.has_leases:  # without migration 0004, the streams of a conversation are not known
             async for info in self._store.list(session_id=session_id, state="active"):
                 try:
                     await self._store.stop(info.id)

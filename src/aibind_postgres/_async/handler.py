@@ -89,11 +89,11 @@ class AsyncStreamHandler:
         store: The stream store.
         conversations: The conversation store. One of `owner`, `authorize` and `public` is then required, since clients
             choose the ids of sessions. Default: None, which saves no conversations.
-        owner: Called with each request. Returns the user who sends it, as the text of an id, or None for nobody. It may
-            raise the same exceptions as `generate`. New streams and conversations belong to this user. A user has
-            access to no others, which look as if they did not exist (status 404); nobody has access to conversations
-            (401). A stream belongs to its owner, and to that of its conversation; one without an owner is accessible
-            with its id. Needs migration 0004. Default: None: streams and conversations have no owners.
+        owner: Called with each request. Returns the id of its user as text, or None if it has no user. It may raise the
+            same exceptions as `generate`. New streams and conversations belong to the user. Requests of other users get
+            status 404, as for a missing id. A request without a user gets 401 if it uses a conversation. A stream
+            belongs to its owner, and to the owner of its conversation; a stream without an owner is accessible with its
+            id. Needs migration 0004. Default: None: streams and conversations have no owners.
         authorize: Called with the request and a `Resource`, before the handler uses a stream or a conversation with an
             id that a client has sent. A false result rejects the request with status 403. It may raise the same
             exceptions as `generate`. Default: None, which gives access to anyone with the id; stream ids are
@@ -280,11 +280,14 @@ class AsyncStreamHandler:
                 str(generation.stream_id),
             )
             messages = await self._turns.messages(turn, self._max_messages)
-            generation = generation._replace(messages=messages, prompt=str(messages[-1].get("content", "")))
+            prompt = messages[-1].get("content")
+            generation = generation._replace(messages=messages, prompt=prompt if isinstance(prompt, str) else "")
         elif position.is_given or position.regenerate:
             raise WebError(400, "parentId and regenerate need a stored conversation: send its sessionId")
         else:
             await self._check_session(generation)
+        self._bodies.check_limit(str(generation.stream_id), generation.owner)  # before the answer is started
+        details = await self._stream_details(generation)
         async with self._running.reserved(generation.owner):
             source = await async_call_or_await(self._generate, generation)
             save = None
@@ -303,7 +306,7 @@ class AsyncStreamHandler:
                     on_finish=save,
                     expose_errors=self._expose_errors,
                     context=request.context,
-                    **await self._stream_details(generation),
+                    **details,
                 )
         return self._event_stream(stream, request, generation.owner)
 

@@ -29,8 +29,8 @@ class Turn:
     """One turn in progress.
 
     Attributes:
-        request: The request that asks.
-        user: The user who asks, or None.
+        request: The request.
+        user: The user of the request, or None.
         session_id: The id of the conversation.
         prompt: The text of the question.
         position: Where the client wants it to be.
