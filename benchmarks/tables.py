@@ -12,6 +12,7 @@ from aibind_postgres._sql import StreamStatements
 from aibind_postgres._tables import Table
 
 TTL = 300_000  # milliseconds; the default of a store
+LEASE = 15_000  # the same
 POOL_SIZE = 10
 RAW = {"autocommit": True, "cursor_factory": psycopg.RawCursor}
 WITHOUT_0004 = "-- For chats:"  # the first words of that migration
@@ -65,7 +66,7 @@ class Tables(NamedTuple):
     @property
     def sql(self) -> StreamStatements:
         """The statements of the store."""
-        return StreamStatements(Table.parse(self.chunks), Table.parse(self.status))
+        return StreamStatements(Table.parse(self.chunks), Table.parse(self.status), lease=LEASE)
 
     def migrate(self, until: str | None = None) -> None:
         """Create the tables. `until` is a text in the migrations before which to stop; by default all are applied."""

@@ -126,16 +126,16 @@ async def test_conversation_above_all_limits_is_not_transferred(chats, dsn, tabl
         assert client.longest < 100  # the time of creation
 
 
-async def test_turn_is_not_merged_into_a_conversation_above_all_limits(chats, caplog):
+async def test_answer_is_not_merged_into_a_conversation_above_all_limits(chats, caplog):
     async def generate(generation):
         async with chats.conversations.edit("s") as chat:
-            chat.append("x" * 6000)
+            chat.append({"role": "user", "content": "x" * 6000})
         yield "Hello"
 
-    options = {"store": chats.store, "conversations": chats.conversations, **LIMITS}
+    options = {"store": chats.store, "conversations": chats.conversations, "public": True, **LIMITS}
     chats.handler = AsyncStreamHandler(generate, **options)
     assert (await chats.turn())[0] == 200
-    assert len(await chats.conversations.load("s")) == 1
+    assert await chats.contents() == ["hi", "x" * 6000]
     assert "conversation 's' has more than 5000 bytes" in caplog.text
     [stream] = [info async for info in chats.store.list()]
     assert (stream.state, stream.total_chunks) == ("done", 1)

@@ -117,13 +117,13 @@ async def test_turn_does_not_get_into_a_new_conversation_of_the_same_id(turns, s
     assert await turns.contents() == ["new"]
 
 
-async def test_turn_is_merged_into_a_conversation_that_has_changed(turns, store, migration):
+async def test_answer_is_added_to_a_conversation_that_has_changed(turns, store, migration):
     await add(store, "s", "old")
-    await turns.begin()
+    id = await turns.begin()
     await add(store, "s", "other tab")
     await turns.end()
-    assert await turns.contents() == ["old", "hi", "Hello"]
-    assert len(await store.load("s")) == 4
+    assert await turns.contents() == ["old", "hi", "other tab"]
+    assert [message["content"] for message in (await store.load("s")).tree.path_to(id).messages[1:]] == ["hi", "Hello"]
 
 
 async def test_first_turn_creates_the_conversation_only_once(turns, store, migration):

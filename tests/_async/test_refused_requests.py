@@ -177,7 +177,7 @@ async def test_database_that_authorize_cannot_reach_is_503(store, caplog, method
     async with AsyncPostgresStreamStore(UNREACHABLE) as other:
 
         async def authorize(request, resource):
-            return await other.get_status(id)
+            return await other.get_status(resource.id)
 
         handler = AsyncStreamHandler(generate, store=store, authorize=authorize)
         response = await handler.handle(request_of(method, path))

@@ -24,6 +24,7 @@ WITHOUT_OWN_REPR = {
     "ConversationInfo",
     "ErasureResult",
     "PostgresClient",
+    "Resource",
     "StoredEvent",
     "StreamChunk",
     "StreamEvent",

@@ -262,9 +262,10 @@ class AsyncStreamHandler:
         if not path.startswith(self.prefix):
             return {}, []
         route = path.removeprefix(self.prefix)
-        if route not in self._routes and (session_id := route.removeprefix("/conversations/")) not in ("", route):
+        session_id = route.removeprefix("/conversations/")
+        if session_id not in ("", route):
             return self._routes.get(CONVERSATION, {}), [session_id]
-        return self._routes.get(route, {}) if route != CONVERSATION else {}, []
+        return self._routes.get(route, {}), []
 
     async def _stream(self, kind: Kind, request: WebRequest) -> AsyncWebResponse:
         generation = (await self._parse(kind, request))._replace(stream_id=new_id())
