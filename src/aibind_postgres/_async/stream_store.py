@@ -116,8 +116,8 @@ class AsyncPostgresStreamStore(AsyncStreamReads):
         self._lease = arguments.milliseconds(lease, "lease")
         self._tables = (status, chunks)
         self._database = AsyncDatabase(client, arguments.seconds(retry_for, "retry_for", allow_zero=True), timeout)
-        self._columns = AsyncColumnCatalog(self._database)
-        self._schema = AsyncStreamSchema(self._database, self._columns, chunks, status, synchronous_commit, self._lease)
+        self._columns = AsyncColumnCatalog(self._database, self._tables)
+        self._schema = AsyncStreamSchema(self._columns, chunks, status, synchronous_commit, self._lease)
         wrapped_client = self._database.client
         self._subscriptions = Subscriptions(share=not wrapped_client.joins_transactions)
         self._notifier = AsyncNotifier(wrapped_client, self._subscriptions, status.channel, notify)
