@@ -48,6 +48,7 @@ ASYNC_LAYERS = [
     {"listening"},
     {"following"},
     {"stream_writer", "stream_reads"},
+    {"stream_lifecycle"},
     {"stream_store", "conversation_store"},
     {"producing", "housekeeping"},
     {"durable_stream", "event_bodies", "plain_text"},
