@@ -42,7 +42,7 @@ ASYNC_LAYERS = [
     {"client"},
     {"psycopg_clients"},
     {"database"},
-    {"combining", "columns"},
+    {"combining", "columns", "sending"},
     {"deleting", "reading", "notifying", "stream_schema", "conversation_schema"},
     {"appending", "leasing", "conversation_histories"},
     {"listening"},

@@ -25,9 +25,10 @@ from .listening import AsyncListener
 from .notifying import AsyncNotifier
 from .psycopg_clients import AsyncClientLike
 from .reading import AsyncPageReader
+from .sending import StreamOperations
 from .stream_lifecycle import AsyncStreamLifecycle
 from .stream_schema import AsyncStreamSchema
-from .stream_writer import AsyncStreamWriter, StreamOperations
+from .stream_writer import AsyncStreamWriter
 
 
 class AsyncPostgresStreamStore(AsyncStreamLifecycle):
