@@ -14,20 +14,6 @@ from .models import NEVER_MS, ConversationInfo, from_epoch_ms
 if TYPE_CHECKING:
     from ._tables import Table
 
-# Whether the table $1 of conversations has the columns of migration 0004; whether the status table $2 has, and may be
-# read. Reads the catalog: a failing statement would abort the transaction of a caller.
-HAS_0004 = """
-SELECT EXISTS (
-           SELECT FROM pg_attribute
-            WHERE attrelid = to_regclass($1::text) AND attname = 'updated_at' AND NOT attisdropped
-       ) AS conversations,
-       EXISTS (
-           SELECT FROM pg_attribute
-            WHERE attrelid = to_regclass($2::text) AND attname = 'session_id' AND NOT attisdropped
-              AND has_table_privilege(attrelid, 'SELECT')
-       ) AS status
-"""
-
 # The data are NULL if they have more than $2 bytes. PostgreSQL does not read them for `octet_length`.
 LOAD = """
 SELECT CASE WHEN octet_length(data) <= $2::bigint THEN data END{created}{owner} FROM {conversations}

@@ -1,8 +1,11 @@
-"""The states of writers, producers and sources, and the reasons for which a producer ends. Pure."""
+"""The states of streams, writers, producers and sources, and the reasons for which a producer ends. Pure."""
 
 from __future__ import annotations
 
 from enum import Enum
+
+from .errors import StreamNotActiveError, StreamNotFoundError
+from .models import StreamStatus
 
 
 class WriterState(Enum):
@@ -45,3 +48,21 @@ class SourceState(Enum):
     INTERRUPTED = "interrupted"  # another worker is closing it
     RELEASED = "released"  # its reader has stopped reading while another worker was closing it
     CLOSED = "closed"
+
+
+def require_active(stream_id: str, status: StreamStatus | None) -> StreamStatus:
+    """Return the status of an active stream.
+
+    Args:
+        stream_id: The stream id.
+        status: The status, or None if there is no such stream.
+
+    Raises:
+        StreamNotFoundError: The stream does not exist.
+        StreamNotActiveError: The stream has ended.
+    """
+    if status is None:
+        raise StreamNotFoundError(stream_id)
+    if status.state != "active":
+        raise StreamNotActiveError(stream_id, status.state)
+    return status

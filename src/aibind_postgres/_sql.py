@@ -270,10 +270,13 @@ WITH page AS MATERIALIZED (
 SELECT last, ended.id FROM (SELECT max(id) FROM page) AS page (last) LEFT JOIN ended ON true {commit_setting}
 """
 
-# created_at counts only with its default, which the migration sets later: without it, no chunk has a time.
+# The columns of the tables in the JSON array $1, and whether each table may be read. created_at counts only with its
+# default, which the migration sets later: without it, no chunk has a time.
 COLUMNS = """
-SELECT attname::text FROM pg_attribute
- WHERE attrelid = to_regclass($1::text) AND attnum > 0 AND NOT attisdropped AND (atthasdef OR attname <> 'created_at')
+SELECT wanted.name, attname::text, has_table_privilege(attrelid, 'SELECT') AS is_readable
+  FROM json_array_elements_text($1::text::json) AS wanted (name), pg_attribute
+ WHERE attrelid = to_regclass(wanted.name) AND attnum > 0 AND NOT attisdropped
+   AND (atthasdef OR attname <> 'created_at')
 """
 
 NOTIFY = "SELECT pg_notify($1::text, payload) FROM json_array_elements_text($2::text::json) AS payload"

@@ -11,7 +11,7 @@ class WriteBuffer:
     A batch stays in the buffer while it is sent. Until `confirm` is called, its texts are in doubt, and `next_batch`
     returns exactly these texts again. An append of the same texts with the same sequence number writes nothing twice.
 
-    The buffer is not safe for concurrent use: the writer guards it with its mutex.
+    The buffer is not safe for concurrent use: the sender guards it with its mutex.
 
     Args:
         max_chunks: The maximum number of chunks.

@@ -385,3 +385,9 @@ async def test_migration_is_looked_up_once_and_found_when_it_is_needed(dsn, name
         await add(store, "s", owner="ann")
         assert (await store.get_info("s"))[:3] == ("s", "ann", "T")
         assert sum("pg_attribute" in statement.sql for statement in client.statements) == 2
+
+
+async def test_simultaneous_first_calls_share_the_look_up(dsn, names):
+    async with AsyncRecordingClient(dsn) as client, AsyncPostgresConversationStore(client, **names) as store:
+        await async_gather(*(partial(store.load, f"{number}") for number in range(8)))
+        assert sum("pg_attribute" in statement.sql for statement in client.statements) == 1

@@ -21,7 +21,8 @@ from aibind_postgres import (
     StreamWriteError,
 )
 from aibind_postgres._async.database import AsyncDatabase
-from aibind_postgres._async.stream_writer import AsyncStreamWriter, StreamOperations
+from aibind_postgres._async.sending import StreamOperations
+from aibind_postgres._async.stream_writer import AsyncStreamWriter
 from aibind_postgres._concurrency import AsyncEvent
 from aibind_postgres._write_buffer import WriteBuffer
 

@@ -102,8 +102,8 @@ def test_public_methods(name: str, plain: str) -> None:
     async_methods, sync_methods = (
         {
             key: parameters(value)
-            for key, value in vars(getattr(aibind_postgres, public)).items()
-            if inspect.isfunction(value) and (key == "__init__" or not key.startswith("_"))
+            for key, value in inspect.getmembers(getattr(aibind_postgres, public), inspect.isfunction)
+            if key == "__init__" or not key.startswith("_")
         }
         for public in (name, plain)
     )
@@ -120,7 +120,7 @@ def test_public_names_have_docstrings() -> None:
     for name in aibind_postgres.__all__:
         value = getattr(aibind_postgres, name)
         if inspect.isclass(value) or inspect.isfunction(value):
-            members = {f"{name}.{key}": item for key, item in vars(value).items() if inspect.isfunction(item)}
+            members = {f"{name}.{key}": item for key, item in inspect.getmembers(value, inspect.isfunction)}
             public = {key: item for key, item in members.items() if not key.rpartition(".")[2].startswith("_")}
             undocumented += [key for key, item in {name: value, **public}.items() if not item.__doc__]
     assert undocumented == []

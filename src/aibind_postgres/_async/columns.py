@@ -6,7 +6,8 @@ from collections.abc import Collection, Sequence
 from time import monotonic
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from .._sql import COLUMNS
+from .._concurrency import AsyncLock
+from .._sql import COLUMNS, json_array
 from .._sqlstate import HOW_TO_MIGRATE
 from ..errors import SchemaError
 
@@ -16,23 +17,17 @@ if TYPE_CHECKING:
     from .database import AsyncDatabase
 
 
-def missing_migration(feature: str, migration: str, table: Table, lack: str) -> SchemaError:
-    """Return the error for a feature that needs a migration. `lack` says what the table lacks."""
-    return SchemaError(
-        f"{feature} needs migration {migration}, since the table {table.quoted} {lack}. Apply all migrations "
-        f"{HOW_TO_MIGRATE}; or correct the table names given to the store"
-    )
-
-
 class Columns(NamedTuple):
     """The columns of a table; none if the table does not exist.
 
     Attributes:
         names: The names of the columns.
-        found_at: The time of the look-up, by `monotonic`.
+        is_readable: Whether the user of the database may read the table.
+        found_at: The time of the first look-up that found exactly these columns, by `monotonic`.
     """
 
     names: frozenset[str]
+    is_readable: bool
     found_at: float
 
 
@@ -43,26 +38,32 @@ class AsyncQuery(Protocol):
 
 
 class AsyncColumnCatalog:
-    """Looks up the columns of tables in the catalog, once for each table.
+    """Looks up the columns of all tables of a store in the catalog, once for the store.
 
     Features that need a migration ask it first: a statement that names a missing column would abort a transaction of
     the caller.
     """
 
-    def __init__(self, database: AsyncDatabase) -> None:
+    def __init__(self, database: AsyncDatabase, tables: Sequence[Table]) -> None:
         self._database = database
+        self._tables = tables
         self._known: dict[Table, Columns] = {}
+        self._looking = AsyncLock()
 
     async def of(self, table: Table, query: AsyncQuery | None = None, *, again: bool = False) -> Columns:
-        """Return the columns of a table, as of the first look-up or the last call of `require` that missed one.
+        """Return the columns of a table of the store, as of the last look-up.
 
         Args:
             table: The table.
             query: Runs the statement. Default: the client of the store.
             again: Whether to look them up again.
         """
-        known = None if again else self._known.get(table)
-        return known or await self._look_up(table, query or self._database.query)
+        if again or table not in self._known:
+            self._database.check_owner()
+            async with self._looking:  # the first calls of a store may be many at once
+                if again or table not in self._known:
+                    await self._look_up(query or self._database.query)
+        return self._known[table]
 
     async def require(self, table: Table, names: Collection[str], feature: str, migration: str) -> Columns:
         """Return the columns of a table. Look them up again if one is missing: it may have been added since.
@@ -76,16 +77,22 @@ class AsyncColumnCatalog:
         Raises:
             SchemaError: A column is missing.
         """
-        columns = self._known.get(table)
-        if columns is None or not columns.names.issuperset(names):
-            columns = await self._look_up(table, self._database.query)
+        known = self._known.get(table)
+        columns = await self.of(table, again=known is not None and not known.names.issuperset(names))
         if missing := [name for name in names if name not in columns.names]:
             lack = f"has no column {', '.join(missing)}" if columns.names else "does not exist"
-            raise missing_migration(feature, migration, table, lack)
+            raise SchemaError(
+                f"{feature} needs migration {migration}, since the table {table.quoted} {lack}. Apply all migrations "
+                f"{HOW_TO_MIGRATE}; or correct the table names given to the store"
+            )
         return columns
 
-    async def _look_up(self, table: Table, query: AsyncQuery) -> Columns:
-        rows = await query(COLUMNS, [table.quoted])
-        columns = Columns(frozenset(name for (name,) in rows), monotonic())
-        self._known[table] = columns
-        return columns
+    async def _look_up(self, query: AsyncQuery) -> None:
+        rows = await query(COLUMNS, [json_array(table.quoted for table in self._tables)])
+        now = monotonic()
+        for table in self._tables:
+            own = [(name, is_readable) for quoted, name, is_readable in rows if quoted == table.quoted]
+            names = frozenset(name for name, _ in own)
+            known = self._known.get(table)
+            found_at = known.found_at if known is not None and known.names == names else now
+            self._known[table] = Columns(names, any(is_readable for _, is_readable in own), found_at)

@@ -1,36 +1,33 @@
-"""Which columns the table of conversations has, and the statements for them."""
+"""The statements of a conversation store for the migrations that its tables have."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .._conversation_sql import HAS_0004, ConversationStatements
-from .columns import missing_migration
+from .._conversation_sql import ConversationStatements
+from .columns import AsyncColumnCatalog
 
 if TYPE_CHECKING:
     from .._tables import Table
     from .database import AsyncDatabase
+
+ADDED_BY_0004 = "updated_at"  # a column of the table of conversations
+ADDED_TO_STATUS_BY_0004 = "session_id"
 
 
 class AsyncConversationSchema:
     """The statements of one conversation store. Those of migration 0004 are used if the table has its columns."""
 
     def __init__(self, database: AsyncDatabase, conversations: Table, status: Table) -> None:
-        self._database = database
+        self._columns = AsyncColumnCatalog(database, (conversations, status))
         self._conversations = conversations
         self._status = status
         self.statements = ConversationStatements(conversations)
-        self._is_known = False
 
     async def look_up(self) -> ConversationStatements:
-        """Return the statements for the migrations that are present. Reads the catalog in the first call."""
-        if not self._is_known:
-            params = [self._conversations.quoted, self._status.quoted]
-            [(has_0004, has_status)] = await self._database.query(HAS_0004, params)
-            if has_0004:
-                status = self._status if has_status else None
-                self.statements = ConversationStatements(self._conversations, True, status)
-            self._is_known = True
+        """Return the statements for the migrations that are present, as of the last look-up."""
+        if not self.statements.has_0004 and ADDED_BY_0004 in (await self._columns.of(self._conversations)).names:
+            await self._use_0004()
         return self.statements
 
     async def require_0004(self, feature: str) -> ConversationStatements:
@@ -40,8 +37,11 @@ class AsyncConversationSchema:
             SchemaError: The migration is missing.
         """
         if not self.statements.has_0004:
-            self._is_known = False
-            await self.look_up()
-        if not self.statements.has_0004:
-            raise missing_migration(feature, "0004", self._conversations, "lacks its columns or does not exist")
+            await self._columns.require(self._conversations, [ADDED_BY_0004], feature, "0004")
+            await self._use_0004()
         return self.statements
+
+    async def _use_0004(self) -> None:
+        status = await self._columns.of(self._status)
+        joins_streams = status.is_readable and ADDED_TO_STATUS_BY_0004 in status.names
+        self.statements = ConversationStatements(self._conversations, True, self._status if joins_streams else None)

@@ -13,7 +13,8 @@ from typing import Any
 from .. import _arguments as arguments
 from .._concurrency import async_is_source, async_shielded
 from .._followed_stream import Ended
-from ..errors import StreamNotActiveError, StreamNotFoundError, copy_error
+from .._lifecycle import require_active
+from ..errors import StreamNotFoundError, copy_error
 from ..history import new_id
 from ..models import StreamEvent, StreamStatus, event_of
 from ..sse import MESSAGE, ServerSentEvent, comment, encode
@@ -192,11 +193,7 @@ class AsyncDurableStream:
         try:
             limits = _seconds(idle_timeout, "idle_timeout"), _seconds(timeout, "timeout")
             producer = AsyncProducer(store, id, source, on_finish, expose_errors, context, *limits)
-            status = await store.get_status(id)
-            if status is None:
-                raise StreamNotFoundError(id)
-            if status.state != "active":
-                raise StreamNotActiveError(id, status.state)
+            require_active(id, await store.get_status(id))
         except BaseException:
             await close_source(source)
             raise

@@ -19,7 +19,8 @@ from .._tables import Table
 from ..errors import AibindError, StoreClosedError
 from .conversation_store import AsyncPostgresConversationStore
 from .database import AsyncDatabase
-from .stream_store import ABANDONED_AFTER, AsyncPostgresStreamStore
+from .stream_lifecycle import ABANDONED_AFTER
+from .stream_store import AsyncPostgresStreamStore
 
 logger = logging.getLogger("aibind_postgres")
 

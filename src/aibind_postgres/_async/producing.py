@@ -72,8 +72,9 @@ class AsyncProducer:
         self._timeout = timeout
         self._began_at = self._item_at = math.inf  # when the source was asked first, and last; not while it is stored
         self._writer = store.writer(stream_id, on_end=self._writer_closed)
+        self._sender = self._writer._sender
         if min(idle_timeout, timeout) < math.inf:
-            self._writer._time_limit = self._time_limit
+            self._sender.time_limit = self._time_limit
         self._mutex = Mutex()
         self._worker: AsyncWorker | None = None
         self._phase = Phase.STARTING
@@ -124,7 +125,7 @@ class AsyncProducer:
         with self._mutex:
             self._requested = reason
             worker = self._worker
-        self._writer._request_end(GENERIC_ERROR)
+        self._sender.request_end(GENERIC_ERROR)
         if worker is None or not worker.is_alive():
             await self._end_without_worker()
 
@@ -272,7 +273,7 @@ class AsyncProducer:
                         self._item_at = math.inf
                         text = arguments.storable_text(chunk_text(item), "a chunk")
                         storing = True
-                        await self._writer._write(text)
+                        await self._sender.put(text)
                         storing = False
                         self._item_at = monotonic()
                         if self._on_finish is not None and isinstance(item, str):

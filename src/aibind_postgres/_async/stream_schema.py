@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .._concurrency import AsyncLock
 from .._sql import StreamStatements
 
 if TYPE_CHECKING:
     from .._tables import Table
     from ..models import SynchronousCommit
     from .columns import AsyncColumnCatalog, AsyncQuery
-    from .database import AsyncDatabase
 
 ADDED_BY_0004 = "lease_until"  # a column of the status table
 
@@ -21,20 +19,17 @@ class AsyncStreamSchema:
 
     def __init__(
         self,
-        database: AsyncDatabase,
         columns: AsyncColumnCatalog,
         chunks: Table,
         status: Table,
         synchronous_commit: SynchronousCommit | None,
         lease: int,
     ) -> None:
-        self._database = database
         self._columns = columns
         self._status = status
         self._with_0004 = StreamStatements(chunks, status, synchronous_commit, lease=lease)
         self.statements = StreamStatements(chunks, status, synchronous_commit)
         self.is_known = False
-        self._looking = AsyncLock()
 
     @property
     def has_leases(self) -> bool:
@@ -50,11 +45,9 @@ class AsyncStreamSchema:
         """
         if self.has_leases or (self.is_known and not again):
             return self.statements
-        self._database.check_owner()
-        async with self._looking:  # the first calls of a store may be many at once
-            if ADDED_BY_0004 in (await self._columns.of(self._status, query, again=again)).names:
-                self.statements = self._with_0004
-            self.is_known = True
+        if ADDED_BY_0004 in (await self._columns.of(self._status, query, again=again)).names:
+            self.statements = self._with_0004
+        self.is_known = True
         return self.statements
 
     async def require_0004(self, feature: str) -> StreamStatements:

@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from functools import partial
-from time import monotonic
 from types import TracebackType
 from typing import Any
 
 from psycopg.sql import Identifier
 
 from .. import _arguments as arguments
-from .._deletion import MAX_ROWS
-from .._message_tree import new_id
-from .._sql import json_array
 from .._subscriptions import Subscriptions, wake_all
 from .._tables import CHUNKS_TABLE, STATUS_TABLE, parse_distinct
 from .._write_buffer import WriteBuffer
-from ..errors import StreamExistsError, StreamNotFoundError
-from ..models import (
-    CleanupResult,
-    StreamState,
-    StreamStatus,
-    SynchronousCommit,
-)
+from ..models import StreamStatus, SynchronousCommit
 from .appending import AsyncAppender
 from .columns import AsyncColumnCatalog
 from .database import AsyncDatabase
@@ -35,14 +25,13 @@ from .listening import AsyncListener
 from .notifying import AsyncNotifier
 from .psycopg_clients import AsyncClientLike
 from .reading import AsyncPageReader
-from .stream_reads import AsyncStreamReads
+from .sending import StreamOperations
+from .stream_lifecycle import AsyncStreamLifecycle
 from .stream_schema import AsyncStreamSchema
-from .stream_writer import AsyncStreamWriter, StreamOperations
-
-ABANDONED_AFTER = 600.0  # seconds, the default of `fail_abandoned`
+from .stream_writer import AsyncStreamWriter
 
 
-class AsyncPostgresStreamStore(AsyncStreamReads):
+class AsyncPostgresStreamStore(AsyncStreamLifecycle):
     """Stores streams of text chunks in two tables.
 
     Any process can write a stream, read it, and resume reading after any chunk. Threads, or the tasks of one event
@@ -116,8 +105,8 @@ class AsyncPostgresStreamStore(AsyncStreamReads):
         self._lease = arguments.milliseconds(lease, "lease")
         self._tables = (status, chunks)
         self._database = AsyncDatabase(client, arguments.seconds(retry_for, "retry_for", allow_zero=True), timeout)
-        self._columns = AsyncColumnCatalog(self._database)
-        self._schema = AsyncStreamSchema(self._database, self._columns, chunks, status, synchronous_commit, self._lease)
+        self._columns = AsyncColumnCatalog(self._database, self._tables)
+        self._schema = AsyncStreamSchema(self._columns, chunks, status, synchronous_commit, self._lease)
         wrapped_client = self._database.client
         self._subscriptions = Subscriptions(share=not wrapped_client.joins_transactions)
         self._notifier = AsyncNotifier(wrapped_client, self._subscriptions, status.channel, notify)
@@ -133,110 +122,6 @@ class AsyncPostgresStreamStore(AsyncStreamReads):
     def __repr__(self) -> str:
         tables = " and ".join(table.quoted for table in self._tables)
         return f"<{type(self).__name__} in {tables}, {self._database.client!r}, {self._database.state}>"
-
-    async def create(
-        self,
-        id: str | None = None,
-        *,
-        session_id: str | None = None,
-        owner: str | None = None,
-        metadata: Any = None,
-        ttl: float | timedelta | None = None,
-        lease: float | timedelta | None = None,
-    ) -> str:
-        """Create a stream. If several callers use one id at the same time, one of them succeeds.
-
-        The arguments other than `id` need migration 0004.
-
-        Args:
-            id: The stream id, 1 to 1,024 bytes in UTF-8. Default: a new, unguessable id.
-            session_id: The id of the conversation to which the stream belongs, for `active` and `list`. Default: None.
-            owner: The owner of the stream, such as a user id, for `list`. Default: None.
-            metadata: Data of the application, a JSON value. Default: None.
-            ttl: Seconds, or a timedelta, for which this stream is kept after its end. Default: the ttl of the store.
-            lease: Seconds, or a timedelta, within which a producer must have begun to write the stream. Otherwise it
-                ends in state error, such as after the loss of a job. Default: no limit.
-
-        Returns:
-            The stream id.
-
-        Raises:
-            StreamExistsError: A stream with this id exists, in any state.
-            InvalidDataError: The session id or the owner is not a valid id, or `metadata` is not a JSON value.
-            ValueError: `ttl` or `lease` is not more than zero, or above 1e9 seconds.
-            TypeError: `ttl` or `lease` is neither a number nor a timedelta.
-            SchemaError: Migration 0004 is missing, and an argument needs it.
-        """
-        stream_id = new_id() if id is None else id
-        details = {"session_id": session_id, "owner": owner, "metadata": metadata, "ttl": ttl, "lease": lease}
-        if not await self.acquire(stream_id, **details):
-            raise StreamExistsError(stream_id)
-        return stream_id
-
-    async def acquire(
-        self,
-        id: str,
-        *,
-        session_id: str | None = None,
-        owner: str | None = None,
-        metadata: Any = None,
-        ttl: float | timedelta | None = None,
-        lease: float | timedelta | None = None,
-    ) -> bool:
-        """Create a stream unless a stream with this id exists.
-
-        Args:
-            id: The stream id.
-            session_id: As for `create`, like the following arguments.
-            owner: See `create`.
-            metadata: See `create`.
-            ttl: See `create`.
-            lease: See `create`.
-
-        Returns:
-            True if this call created the stream: the caller should write it. False if the stream exists: the caller
-            should read it.
-
-        Raises:
-            Exception: As for `create`, except `StreamExistsError`.
-        """
-        stream_id = arguments.identifier(id)
-        own_ttl = None if ttl is None else arguments.milliseconds(ttl, "ttl")
-        details = [
-            None if session_id is None else arguments.identifier(session_id, "a session id"),
-            None if owner is None else arguments.identifier(owner, "an owner"),
-            arguments.storable_json(metadata, "metadata"),
-            own_ttl,
-            None if lease is None else arguments.milliseconds(lease, "lease"),
-        ]
-        if details == [None] * len(details):
-            return await self._create(stream_id, self._schema.statements.create, [self._ttl])
-        statements = await self._schema.require_0004("a session id, an owner, metadata, a ttl or a lease of a stream")
-        return await self._create(stream_id, statements.create_with_details, [own_ttl or self._ttl, *details])
-
-    async def _create_leased(
-        self,
-        stream_id: str,
-        session_id: str | None,
-        owner: str | None,
-        metadata: Any,
-        ttl: float | timedelta | None,
-    ) -> None:
-        """Create a stream for a producer in this process, which renews its lease."""
-        await self._schema.look_up()
-        lease = self._lease / 1000 if self._schema.has_leases else None
-        await self.create(stream_id, session_id=session_id, owner=owner, metadata=metadata, ttl=ttl, lease=lease)
-
-    async def _create(self, stream_id: str, statement: str, params: Sequence[object]) -> bool:
-        [(created,)] = await self._deleter.bounded(statement, [stream_id, *params])
-        if created:
-            self._notifier.wake([stream_id])  # readers of a deleted stream with this id
-        elif self._database.contact.is_steady(monotonic()):
-            statements = await self._schema.look_up()
-            rows = await self._database.query(statements.poll, [json_array([stream_id])])
-            if rows and rows[0][3]:  # the lease has expired
-                await self._notifier.changed(await self._leases.end_expired([stream_id]))
-        return bool(created)
 
     async def append(self, id: str, chunk: str, *, expected_seq: int | None = None) -> int:
         """Append one chunk. The chunk is durable when this returns.
@@ -332,185 +217,6 @@ class AsyncPostgresStreamStore(AsyncStreamReads):
 
     async def _take_lease(self, stream_id: str, renewed: bool) -> StreamStatus | None:
         return self._found_status(stream_id, await self._leases.take(stream_id, renewed))
-
-    async def stop(self, id: str) -> bool:
-        """End a stream in state stopped, for example on a user's request.
-
-        Args:
-            id: The stream id.
-
-        Returns:
-            True if this call ended the stream, False if it had already ended.
-
-        Raises:
-            StreamNotFoundError: The stream does not exist.
-        """
-        return await self._end(id, "stopped", None)
-
-    async def complete(self, id: str) -> bool:
-        """End a stream in state done.
-
-        Args:
-            id: The stream id.
-
-        Returns:
-            True if this call ended the stream, False if it had already ended.
-
-        Raises:
-            StreamNotFoundError: The stream does not exist.
-        """
-        return await self._end(id, "done", None)
-
-    async def fail(self, id: str, error: str) -> bool:
-        """End a stream in state error.
-
-        Args:
-            id: The stream id.
-            error: The error text, which readers of the stream receive.
-
-        Returns:
-            True if this call ended the stream, False if it had already ended.
-
-        Raises:
-            StreamNotFoundError: The stream does not exist.
-            InvalidDataError: The text cannot be stored.
-        """
-        return await self._end(id, "error", arguments.storable_text(error, "an error text"))
-
-    async def _end(self, id: str, state: StreamState, error: str | None) -> bool:
-        stream_id = arguments.identifier(id)
-        try:
-            statement = (await self._schema.look_up()).end
-            [(ended, exists)] = await self._database.query(statement, [stream_id, state, error, self._ttl])
-            if not exists:
-                raise StreamNotFoundError(stream_id)
-        except GeneratorExit:  # see `AsyncFollower`
-            raise
-        except BaseException:
-            self._notifier.wake([stream_id])  # the stream may have ended
-            raise
-        # Also if it had already ended: the call that ended it may have lost its reply and not have notified.
-        await self._notifier.changed([stream_id])
-        return bool(ended)
-
-    async def delete(self, id: str) -> bool:
-        """Delete a stream and its chunks, in any state. Its readers and writers raise `StreamNotFoundError`.
-
-        Each statement deletes at most 10,000 chunks. After the first one, no reader finds the stream. If the call is
-        interrupted then, `cleanup` deletes the rest.
-
-        Args:
-            id: The stream id.
-
-        Returns:
-            True if the stream existed.
-        """
-        stream_id = arguments.identifier(id)
-        self._database.check_owner()
-        self._subscriptions.begin_delete(stream_id)
-        try:
-            deleted, tombstone = await self._deleter.hide(stream_id)
-        except GeneratorExit:  # see `AsyncFollower`
-            raise
-        except BaseException:
-            wake_all(self._subscriptions.end_delete(stream_id, False))
-            raise
-        wake_all(self._subscriptions.end_delete(stream_id, deleted))
-        # Also if there was none: the call that deleted it may have lost its reply and not have notified.
-        await self._notifier.notify([stream_id])
-        if tombstone is not None:
-            await self._deleter.sweep(stream_id, tombstone)
-        return deleted
-
-    async def delete_owner(self, owner: str) -> int:
-        """Delete the streams of an owner, in any state, as `delete` does.
-
-        Every stream that exists when the call begins is deleted. If the call is interrupted, repeat it, and call
-        `cleanup`. In an application with conversations, use `delete_owner` of the conversation store, which also
-        deletes those, and their streams.
-
-        Args:
-            owner: The owner, as given to `create`.
-
-        Returns:
-            The number of deleted streams.
-
-        Raises:
-            InvalidDataError: The owner is not a valid id.
-            SchemaError: Migration 0004 is missing.
-        """
-        return await self._delete_all(None, arguments.identifier(owner, "an owner"))
-
-    async def _delete_all(self, session_id: str | None, owner: str | None) -> int:
-        """Delete the streams of a session or of an owner. Return their number."""
-        deleted = 0
-        async for info in self._list(None, session_id, owner, None, None):
-            deleted += await self.delete(info.id)
-        return deleted
-
-    async def cleanup(self) -> CleanupResult:
-        """Delete the ended streams that have expired, with their chunks. Safe to run in several processes at once.
-
-        Active streams are kept: end abandoned ones with `fail_abandoned`. Each statement deletes at most 10,000 chunks.
-        If a stream has more chunks, no reader finds it after the first statement. If the call is interrupted, the next
-        one continues.
-
-        Returns:
-            The numbers of deleted streams and chunks.
-        """
-        return await self._deleter.cleanup()
-
-    async def fail_abandoned(self, older_than: float | timedelta = ABANDONED_AFTER) -> list[str]:
-        """End the streams of dead producers in state error.
-
-        These are the streams with an expired lease, and the streams without a lease that have got no chunk for
-        `older_than` seconds.
-
-        If there are expired leases, the call may take 8 seconds, to find out whether the server has just been
-        unreachable: then the producers could not renew them. Streams without a lease are those of the TypeScript
-        package and of plain appends, and all streams before migration 0004. Nothing is known of the last
-        activity before migration 0002. Streams without any activity since then are ended by a store object that has
-        first called this method at least `older_than` seconds ago, and found the migration.
-
-        Args:
-            older_than: Seconds, or a timedelta, since the last chunk, or since the creation of a stream without chunks.
-                Use a longer time than the longest pause of a running producer. 600 by default: models and their tools
-                rarely pause for ten minutes.
-
-        Returns:
-            The ids of the ended streams.
-
-        Raises:
-            SchemaError: Migration 0002 is missing. A transaction of the caller stays usable.
-            ValueError: `older_than` is negative, or above 1e9 seconds.
-            TypeError: `older_than` is neither a number nor a timedelta.
-        """
-        idle_seconds = arguments.seconds(older_than, "older_than", allow_zero=True)
-        stream_ids: list[str] = []
-        async for ended in self._fail_abandoned_steps(idle_seconds):
-            stream_ids += ended
-        return stream_ids
-
-    async def _fail_abandoned_steps(self, idle_seconds: float) -> AsyncIterator[list[str]]:
-        """End the abandoned streams, and yield the ids that each statement has ended."""
-        found_at = 0.0
-        for table in self._tables:
-            columns = await self._columns.require(table, ["created_at"], "fail_abandoned", "0002")
-            found_at = max(found_at, columns.found_at)
-        await self._schema.look_up()
-        ends_untimed = monotonic() - found_at >= idle_seconds
-        text = f"abandoned: no chunk for {idle_seconds:g} seconds"
-        last: str | None = ""
-        while last is not None:
-            params = [self._ttl, round(idle_seconds * 1000), text, last, MAX_ROWS, ends_untimed]
-            rows = await self._database.query(self._schema.statements.fail_abandoned, params)
-            last = rows[0][0]
-            if ended := [stream_id for _, stream_id in rows if stream_id is not None]:
-                await self._notifier.changed(ended)
-                yield ended
-        async for ended in self._leases.end_all_expired():
-            await self._notifier.changed(ended)
-            yield ended
 
     async def close(self) -> None:
         """Close the store, and its pool if it was made from a connection string. Safe to repeat.
