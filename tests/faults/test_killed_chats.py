@@ -1,0 +1,199 @@
+"""Web processes and a worker process are killed under many chats: nothing that was acknowledged is lost or doubled."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import threading
+from collections import Counter
+from collections.abc import Iterable
+from itertools import chain
+from typing import Any, NamedTuple
+
+import psycopg
+import pytest
+from support.chat_processes import SERVERS, Killer, Processes
+from support.chat_users import Browser, Reading, SecondTab, User, producer_of
+
+from aibind_postgres import _leases
+
+CHATS = 20
+TABS = 5  # second tabs
+SEED = 11
+
+PROMISED = 2.0  # seconds after the lease, or after the time of contact, in which a reader learns the end
+TOLERATED = 30.0  # the same on a machine that is overloaded
+
+
+class Stream(NamedTuple):
+    """A stored stream."""
+
+    session_id: str
+    state: str
+    error: str | None
+    lease_until: float | None
+    texts: list[str]
+
+    @property
+    def text(self) -> str:
+        return "".join(self.texts)
+
+
+def objects_without_duplicates(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    pairs = list(pairs)
+    assert len(dict(pairs)) == len(pairs), f"a key occurs twice in {[key for key, _ in pairs]}"
+    return dict(pairs)
+
+
+def stored_streams(dsn: str) -> dict[str, Stream]:
+    """Return the streams by id. Check that their chunks are complete, and the tokens of one producer in order."""
+    with psycopg.connect(dsn) as connection:
+        statement = "SELECT id, session_id, state, error, lease_until, total_chunks FROM aibind_stream_status"
+        rows = connection.execute(statement).fetchall()
+        chunks = connection.execute("SELECT id, seq, data FROM aibind_stream_chunks ORDER BY id, seq").fetchall()
+    texts: dict[str, list[str]] = {id: [] for id, *_ in rows}
+    pids: dict[str, set[int | None]] = {id: set() for id in texts}
+    for id, seq, data in chunks:
+        texts[id].append(data.removeprefix("\x01"))
+        assert seq == len(texts[id]), f"chunk {seq} of {id} is chunk {len(texts[id])}"
+        pids[id].add(producer_of(id, seq, texts[id][-1]))
+    for id, _, _, _, _, total in rows:
+        assert total == len(texts[id])
+        assert len(pids[id]) <= 1, f"{id} was produced by {pids[id]}"
+        assert None not in pids[id], f"{id} has the wrong tokens: {texts[id]}"
+    return {
+        id: Stream(session_id, state, error, lease_until and lease_until / 1000, texts[id])
+        for id, session_id, state, error, lease_until, _ in rows
+    }
+
+
+def stored_conversations(dsn: str) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Return the owners and documents by session id."""
+    with psycopg.connect(dsn) as connection:
+        rows = connection.execute("SELECT session_id, owner, data FROM aibind_conversations").fetchall()
+    return {id: (owner, json.loads(data, object_pairs_hook=objects_without_duplicates)) for id, owner, data in rows}
+
+
+def check_readings(readings: list[Reading], streams: dict[str, Stream]) -> None:
+    for reading in readings:
+        stream = streams[reading.stream_id]
+        received = len(reading.texts)
+        assert reading.texts == stream.texts[:received]
+        if reading.ended_at is not None:
+            assert received == len(stream.texts)
+            assert stream.state == ("done" if reading.error is None else "error")
+            assert stream.error == reading.error
+
+
+def lateness(readings: list[Reading], streams: dict[str, Stream]) -> list[float]:
+    """Return how long after the lease, or after its process had been in contact, each reader has learned the end."""
+    return sorted(
+        reading.ended_at - max(stream.lease_until, reading.connected_at + _leases.CONTACT)
+        for reading in readings
+        if (stream := streams[reading.stream_id]).error == _leases.EXPIRED_TEXT
+        and stream.lease_until is not None
+        and reading.ended_at is not None
+    )
+
+
+def check_conversation(document: dict[str, Any], user: User, streams: dict[str, Stream]) -> None:
+    """Check the questions, the answers, and their order."""
+    nodes = document["nodes"]
+    role = {id: node["message"]["role"] for id, node in nodes.items()}
+    assert all(node["message"]["content"].strip() for node in nodes.values())
+    for id, node in nodes.items():  # on every path, also those of alternatives
+        is_after_question = node["parentId"] is not None and role[node["parentId"]] == "user"
+        assert role[id] == ("assistant" if is_after_question else "user"), f"{id} has the role {role[id]}"
+
+    by_prompt = {node["message"]["content"]: node for node in nodes.values() if node["message"]["role"] == "user"}
+    prompts = Counter(node["message"]["content"] for id, node in nodes.items() if role[id] == "user")
+    acknowledged = [asked.prompt for asked in user.asked]
+    assert set(prompts.values()) == {1}, "a question is stored twice"
+    assert set(acknowledged) <= prompts.keys() <= set(acknowledged) | user.unanswered_requests
+    for asked in user.asked:
+        question, stream = by_prompt[asked.prompt], streams[asked.stream_id]
+        assert question["metadata"] == {"streamId": asked.stream_id}
+        assert stream.state != "active"
+        assert question["children"][:1] == ([asked.stream_id] if stream.text else []), f"{asked} has no answer"
+
+    for id in (id for id in nodes if role[id] == "assistant"):
+        answer, stream = nodes[id], streams[id]
+        assert nodes[answer["parentId"]]["metadata"]["streamId"] == id
+        assert answer["metadata"] == ({} if stream.state == "done" else {"state": stream.state})
+        if stream.state == "done":
+            assert answer["message"]["content"] == stream.text
+        else:  # a living producer that has lost its lease saves the tokens that it could not store, too
+            assert answer["message"]["content"].startswith(stream.text)
+
+    path = path_to(nodes, document["activeLeafId"])
+    with_text = [asked.prompt for asked in user.asked if streams[asked.stream_id].text]
+    on_path = [content for content in path if content in acknowledged]
+    assert on_path in (with_text, [*with_text, acknowledged[-1]]), "an answered question is not on the current path"
+
+
+def path_to(nodes: dict[str, Any], id: str | None) -> list[str]:
+    path: list[str] = []
+    while id is not None:
+        path.insert(0, nodes[id]["message"]["content"])
+        id = nodes[id]["parentId"]
+    return path
+
+
+def check_acknowledged(lines: list[str], streams: dict[str, Stream]) -> int:
+    """Check the numbers of stored tokens that the producers were told. Return their sum."""
+    latest: dict[str, int] = {}
+    for line in lines:
+        id, count = line.split()
+        assert int(count) >= latest.get(id, 0), f"{id} had {latest[id]} tokens, and {count} later"
+        latest[id] = int(count)
+    for id, count in latest.items():
+        assert count <= len(streams[id].texts), f"{id} has {len(streams[id].texts)} of {count} acknowledged tokens"
+    return sum(latest.values())
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("server", SERVERS)
+def test_killed_processes_lose_no_question_and_no_token(disposable_server, tmp_path, long, server):
+    print(f"the seed is {SEED}")
+    dsn = disposable_server.dsn
+    finished = threading.Event()
+    with Processes(server, dsn, tmp_path) as processes:
+        users = [User(processes.port, f"user {number}", SEED + number, finished) for number in range(CHATS)]
+        tabs = [SecondTab(processes.port, f"user {number}", -number, finished) for number in range(TABS)]
+        browsers: list[Browser] = [*users, *tabs]
+        killer = Killer(processes, browsers, SEED)
+        for browser in browsers:
+            browser.start()
+        try:
+            killer.run(30 if long else 2)
+        finally:
+            finished.set()
+            killer.wait_for_ends()
+        opened = {user.session_id: user.open_conversation() for user in users}
+
+    streams, conversations = stored_streams(dsn), stored_conversations(dsn)
+    readings = [reading for browser in browsers for reading in browser.readings]
+    told = check_acknowledged((tmp_path / "acknowledged").read_text().splitlines(), streams)
+    late = lateness(readings, streams)
+    unanswered = sum(len(user.unanswered_requests) for user in users)
+    print(
+        f"kills: {dict(killer.kills)}; questions: {sum(len(user.asked) for user in users)}, "
+        f"and {unanswered} without a response; "
+        f"streams: {dict(Counter(stream.state for stream in streams.values()))}; "
+        f"tokens: {sum(len(stream.texts) for stream in streams.values())}, {told} of them known to their producers, "
+        f"{sum(len(reading.texts) for reading in readings)} received; resumes: {sum(b.resumes for b in browsers)}\n"
+        f"{len(late)} readers have learned that a lease has expired. Seconds after the lease and the time of contact: "
+        f"median {statistics.median(late or [0]):.2f}, last ten {[round(seconds, 2) for seconds in late[-10:]]}; "
+        f"after more than {PROMISED:g}: {sum(seconds > PROMISED for seconds in late)}"
+    )
+    assert late, "no kill has interrupted an answer"
+    assert late[-1] < TOLERATED
+    check_readings(readings, streams)
+
+    assert {id: owner for id, (owner, _) in conversations.items()} == {user.session_id: user.name for user in users}
+    ids = Counter(chain.from_iterable(document["nodes"] for _, document in conversations.values()))
+    assert set(ids.values()) == {1}, "two conversations have a message of the same id"
+    for user in users:
+        document = conversations[user.session_id][1]
+        assert opened[user.session_id]["history"] == document
+        check_conversation(document, user, streams)
