@@ -114,7 +114,8 @@ def check_conversation(document: dict[str, Any], user: User, streams: dict[str, 
         question, stream = by_prompt[asked.prompt], streams[asked.stream_id]
         assert question["metadata"] == {"streamId": asked.stream_id}
         assert stream.state != "active"
-        assert question["children"][:1] == ([asked.stream_id] if stream.text else []), f"{asked} has no answer"
+        answers = [asked.stream_id] if stream.text else []
+        assert question["children"] == answers or (asked.left and not question["children"]), f"{asked} has no answer"
 
     for id in (id for id in nodes if role[id] == "assistant"):
         answer, stream = nodes[id], streams[id]
@@ -125,10 +126,25 @@ def check_conversation(document: dict[str, Any], user: User, streams: dict[str, 
         else:  # a living producer that has lost its lease saves the tokens that it could not store, too
             assert answer["message"]["content"].startswith(stream.text)
 
-    path = path_to(nodes, document["activeLeafId"])
-    with_text = [asked.prompt for asked in user.asked if streams[asked.stream_id].text]
-    on_path = [content for content in path if content in acknowledged]
-    assert on_path in (with_text, [*with_text, acknowledged[-1]]), "an answered question is not on the current path"
+    waited = [asked for asked in user.asked if not asked.left]
+    prompts_on_path = path_to(nodes, document["activeLeafId"])
+    on_path = [asked for asked in waited if asked.prompt in prompts_on_path]
+    assert on_path == sorted(on_path, key=lambda asked: prompts_on_path.index(asked.prompt))
+    with_text = [asked for asked in waited if streams[asked.stream_id].text]
+    assert on_path in (with_text, [*with_text, waited[-1]]), "an answered question is not on the current path"
+
+
+def show_left_questions(document: dict[str, Any], user: User, streams: dict[str, Stream]) -> int:
+    """Show each question that the user has left and that has no answer. Check that the page shows its text then."""
+    ids = {node["metadata"].get("streamId"): id for id, node in document["nodes"].items()}
+    shown = 0
+    for asked in user.asked:
+        stream = streams[asked.stream_id]
+        if stream.text and asked.stream_id not in document["nodes"]:
+            nodes = user.show(ids[asked.stream_id])["history"]["nodes"]
+            assert nodes[asked.stream_id]["message"] == {"role": "assistant", "content": stream.text}
+            shown += 1
+    return shown
 
 
 def path_to(nodes: dict[str, Any], id: str | None) -> list[str]:
@@ -169,16 +185,18 @@ def test_killed_processes_lose_no_question_and_no_token(disposable_server, tmp_p
         finally:
             finished.set()
             killer.wait_for_ends()
-        opened = {user.session_id: user.open_conversation() for user in users}
+        opened = {user.session_id: user.open_conversation()["history"] for user in users}
+        streams, conversations = stored_streams(dsn), stored_conversations(dsn)
+        shown = sum(show_left_questions(conversations[user.session_id][1], user, streams) for user in users)
 
-    streams, conversations = stored_streams(dsn), stored_conversations(dsn)
     readings = [reading for browser in browsers for reading in browser.readings]
     told = check_acknowledged((tmp_path / "acknowledged").read_text().splitlines(), streams)
     late = lateness(readings, streams)
     unanswered = sum(len(user.unanswered_requests) for user in users)
     print(
         f"kills: {dict(killer.kills)}; questions: {sum(len(user.asked) for user in users)}, "
-        f"and {unanswered} without a response; "
+        f"and {unanswered} without a response; left: {sum(asked.left for user in users for asked in user.asked)}, "
+        f"{shown} of them saved when shown; "
         f"streams: {dict(Counter(stream.state for stream in streams.values()))}; "
         f"tokens: {sum(len(stream.texts) for stream in streams.values())}, {told} of them known to their producers, "
         f"{sum(len(reading.texts) for reading in readings)} received; resumes: {sum(b.resumes for b in browsers)}\n"
@@ -195,5 +213,6 @@ def test_killed_processes_lose_no_question_and_no_token(disposable_server, tmp_p
     assert set(ids.values()) == {1}, "two conversations have a message of the same id"
     for user in users:
         document = conversations[user.session_id][1]
-        assert opened[user.session_id]["history"] == document
+        assert opened[user.session_id]["activeLeafId"] == document["activeLeafId"]
+        assert opened[user.session_id]["nodes"].keys() <= document["nodes"].keys()
         check_conversation(document, user, streams)

@@ -35,11 +35,21 @@ def producer_of(stream_id: str, number: int, text: str) -> int | None:
 
 @dataclass
 class Asked:
-    """A question of which the user has received the response header."""
+    """A question of which the user has received the response header.
 
-    session_id: str
+    Attributes:
+        prompt: The question.
+        stream_id: The id of the stream that answers it.
+        left: Whether the user has asked the next question before the end of the answer.
+    """
+
     prompt: str
     stream_id: str
+    left: bool = False
+
+
+class LeftError(Exception):
+    """The user does not wait for the end of an answer."""
 
 
 @dataclass
@@ -97,18 +107,34 @@ class Browser(threading.Thread):
 
     def open_conversation(self) -> Any:
         """Return the conversation, or None if it does not exist. Repeat the request if its connection is lost."""
+        return self._repeat(lambda: self._conversation("GET"))
+
+    def show(self, message_id: str) -> Any:
+        """Make a message the end of the current path, and return the conversation as the page then loads it."""
+        self._repeat(lambda: self._conversation("PATCH", {"activeLeafId": message_id}))
+        return self.open_conversation()
+
+    def _conversation(self, method: str, body: Any = None) -> Any:
         path = f"/__aibind__/conversations/{self.session_id.replace(' ', '%20')}"
+        with closing(self.request(method, path, body)) as response:
+            content = json.loads(response.read())
+            assert response.status in (200, 404), content
+            return content if response.status == 200 else None
 
-        def get() -> Any:
-            with closing(self.request("GET", path)) as response:
-                content = json.loads(response.read())
-                assert response.status in (200, 404), content
-                return content if response.status == 200 else None
+    def follow(
+        self, stream_id: str, response: HTTPResponse | None = None, reload: float = 0.0, leave: float = 0.0
+    ) -> None:
+        """Read a stream to its end. Resume if the connection is lost.
 
-        return self._repeat(get)
+        Args:
+            stream_id: The id of the stream.
+            response: An event stream from its beginning. Default: None, which resumes it.
+            reload: The probability after each token that the user reloads the page.
+            leave: The probability after each token that the user leaves.
 
-    def follow(self, stream_id: str, response: HTTPResponse | None, reload: float = 0.0) -> None:
-        """Read a stream to its end. Resume if the connection is lost, and with probability `reload` after a token."""
+        Raises:
+            LeftError: The user has left.
+        """
         reading = Reading(stream_id)
         self.readings.append(reading)
         while True:
@@ -120,7 +146,7 @@ class Browser(threading.Thread):
             assert response.status == 200, f"{response.status} for {stream_id}"
             reading.connected_at = time.time()
             try:
-                if self._read(response, reading, reload):
+                if self._read(response, reading, reload, leave):
                     return
                 if self._random.random() < 0.5:  # a reload of the page: from the beginning
                     self.check_page(stream_id)
@@ -133,7 +159,7 @@ class Browser(threading.Thread):
     def check_page(self, stream_id: str) -> None:
         """Check what the page shows after a reload."""
 
-    def _read(self, response: HTTPResponse, reading: Reading, reload: float) -> bool:
+    def _read(self, response: HTTPResponse, reading: Reading, reload: float, leave: float) -> bool:
         """Read events. Return True at the end of the stream, and False if the user has reloaded the page."""
         with closing(events(response)) as received:
             for event in received:
@@ -144,6 +170,8 @@ class Browser(threading.Thread):
                     self.flow = (producer_of(reading.stream_id, number, event.data) or 0, time.monotonic())
                     if self._random.random() < reload:
                         return False
+                    if self._random.random() < leave:
+                        raise LeftError
                 elif event.event == "error":
                     reading.error = event.data
                 elif event.event == "done":
@@ -173,14 +201,19 @@ class User(Browser):
         super().__init__(*args)
         self.asked: list[Asked] = []
         self.unanswered_requests: set[str] = set()  # prompts without a response header
+        self._has_last_answer = False
 
     def use(self) -> None:
         number = 0
-        while not self._finished.is_set() or not self.asked or self.asked[-1].prompt != f"{self._user} {number}":
+        while not self._finished.is_set() or not self._has_last_answer:
             number += 1
-            self._ask(f"{self._user} {number}")
+            self._has_last_answer = self._ask(f"{self._user} {number}")
+        for asked in self.asked:
+            if asked.left:
+                self.follow(asked.stream_id)
 
-    def _ask(self, prompt: str) -> None:
+    def _ask(self, prompt: str) -> bool:
+        """Ask, and follow the answer. Return whether the user has received its end."""
         uses_worker = self._random.random() < 0.4
         if uses_worker:
             self.open_conversation()  # saves the answer to the question before
@@ -190,14 +223,19 @@ class User(Browser):
         except LOST:
             self.unanswered_requests.add(prompt)
             self._pause()
-            return
+            return False
         if response.status not in (200, 202):
             raise AssertionError(f"{prompt}: {response.status} {response.read().decode(errors='replace')}")
         stream_id = response.headers["X-Stream-Id"]
-        self.asked.append(Asked(self.session_id, prompt, stream_id))
+        asked = Asked(prompt, stream_id)
+        self.asked.append(asked)
         if uses_worker:
             response.close()
-        self.follow(stream_id, None if uses_worker else response, reload=0.01)
+        try:
+            self.follow(stream_id, None if uses_worker else response, reload=0.01, leave=0.01)
+        except LeftError:
+            asked.left = True
+        return not asked.left
 
     def check_page(self, stream_id: str) -> None:
         page = self.open_conversation()
@@ -214,6 +252,6 @@ class SecondTab(Browser):
             page = self.open_conversation()
             stream_id = page and page["activeStreamId"]
             if stream_id:
-                self.follow(stream_id, None)
+                self.follow(stream_id)
             else:
                 time.sleep(0.1)
