@@ -231,12 +231,17 @@ class AsyncPostgresStreamStore(AsyncStreamReads):
         [(created,)] = await self._deleter.bounded(statement, [stream_id, *params])
         if created:
             self._notifier.wake([stream_id])  # readers of a deleted stream with this id
-        elif self._database.contact.is_steady(monotonic()):
+        else:
+            await self._end_if_abandoned(stream_id)
+        return bool(created)
+
+    async def _end_if_abandoned(self, stream_id: str) -> None:
+        """End a stream whose lease has expired, unless its producer may not have reached the server either."""
+        if self._database.contact.is_steady(monotonic()):
             statements = await self._schema.look_up()
             rows = await self._database.query(statements.poll, [json_array([stream_id])])
             if rows and rows[0][3]:  # the lease has expired
                 await self._notifier.changed(await self._leases.end_expired([stream_id]))
-        return bool(created)
 
     async def append(self, id: str, chunk: str, *, expected_seq: int | None = None) -> int:
         """Append one chunk. The chunk is durable when this returns.

@@ -95,6 +95,9 @@ class AsyncTurns:
         if question is None:
             return chat
         status = await self._store.get_status(question.stream_id)
+        if status is not None and status.state == "active":  # perhaps of a dead process, and no reader has waited
+            await self._store._end_if_abandoned(question.stream_id)
+            status = await self._store.get_status(question.stream_id)
         if status is None or status.state == "active":
             return chat
         try:
