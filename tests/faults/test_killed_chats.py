@@ -120,11 +120,12 @@ def check_conversation(document: dict[str, Any], user: User, streams: dict[str, 
     for id in (id for id in nodes if role[id] == "assistant"):
         answer, stream = nodes[id], streams[id]
         assert nodes[answer["parentId"]]["metadata"]["streamId"] == id
-        assert answer["metadata"] == ({} if stream.state == "done" else {"state": stream.state})
-        if stream.state == "done":
-            assert answer["message"]["content"] == stream.text
-        else:  # a living producer that has lost its lease saves the tokens that it could not store, too
+        if answer["metadata"]:
+            assert answer["metadata"] == {"state": stream.state}
+            # A living producer that has lost its lease saves the tokens that it could not store, too.
             assert answer["message"]["content"].startswith(stream.text)
+        else:  # complete, although a process that is killed before it ends the stream leaves state error
+            assert answer["message"]["content"] == stream.text
 
     waited = [asked for asked in user.asked if not asked.left]
     prompts_on_path = path_to(nodes, document["activeLeafId"])

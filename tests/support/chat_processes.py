@@ -98,6 +98,7 @@ class Killer:
         self._processes = processes
         self._browsers = browsers
         self._random = random.Random(seed)
+        self._killed: set[int] = set()
 
     def run(self, times: int) -> None:
         """Kill web processes and the worker process, each `times` times, in random order."""
@@ -106,6 +107,7 @@ class Killer:
         for kind in kinds:
             time.sleep(self._random.uniform(0.5, 3))
             pid = self._wait_for(lambda kind=kind: self._busy(kind))
+            self._killed.add(pid)
             whole_server = self._random.random() < 0.3
             self._processes.kill(pid, whole_server=whole_server)
             self.kills["whole server" if kind == "web" and whole_server else kind] += 1
@@ -135,5 +137,6 @@ class Killer:
         """Return a process of a kind which is producing at least two answers."""
         since = time.monotonic() - FLOWING
         answers = Counter(pid for pid, at in (browser.flow for browser in self._browsers) if at > since)
-        pids = [pid for pid, count in answers.items() if count >= 2 and self._processes.kind_of(pid) == kind]
+        busy = {pid for pid, count in answers.items() if count >= 2 and Path(f"/proc/{pid}").exists()}
+        pids = sorted(pid for pid in busy - self._killed if self._processes.kind_of(pid) == kind)
         return self._random.choice(pids) if pids else None
