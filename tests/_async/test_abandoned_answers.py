@@ -54,7 +54,7 @@ def handler(store, conversations, generations):
 
 
 async def ask_in_another_process(store, conversations, lease):
-    """Store what a process has stored that has been killed, or that still produces, before the lease ends."""
+    """Store the question and the beginning of the answer, as another process does."""
     async with conversations.edit("chat") as chat:
         chat.append(QUESTION, {"streamId": "stream"})
     await store.create("stream", lease=lease, session_id="chat")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import threading
 from collections import Counter
@@ -85,15 +86,37 @@ def check_readings(readings: list[Reading], streams: dict[str, Stream]) -> None:
             assert stream.error == reading.error
 
 
-def lateness(readings: list[Reading], streams: dict[str, Stream]) -> list[float]:
-    """Return how long after the lease, or after its process had been in contact, each reader has learned the end."""
+def lateness(readings: list[Reading], streams: dict[str, Stream], contact: float) -> list[float]:
+    """Return the seconds in which each reader has learned that a lease has expired.
+
+    They count from the end of the lease, or, if this is later, from `contact` seconds after the reader has connected.
+    """
     return sorted(
-        reading.ended_at - max(stream.lease_until, reading.connected_at + _leases.CONTACT)
+        reading.ended_at - max(stream.lease_until, reading.connected_at + contact)
         for reading in readings
         if (stream := streams[reading.stream_id]).error == _leases.EXPIRED_TEXT
         and stream.lease_until is not None
         and reading.ended_at is not None
     )
+
+
+def print_figures(users: list[User], readings: list[Reading], streams: dict[str, Stream], late: list[float]) -> None:
+    asked = [asked for user in users for asked in user.asked]
+    unanswered = sum(len(user.unanswered_requests) for user in users)
+    print(f"questions: {len(asked)}, {sum(each.left for each in asked)} of them left; {unanswered} without a response")
+    print(f"streams: {dict(Counter(stream.state for stream in streams.values()))}")
+    stored = sum(len(stream.texts) for stream in streams.values())
+    print(f"tokens: {stored} stored, {sum(len(reading.texts) for reading in readings)} received")
+    after_lease = lateness(readings, streams, -math.inf)
+    print(f"readers who have learned that a lease has expired: {len(late)}")
+    print(f"seconds after the lease: {distribution(after_lease)}")
+    print(f"seconds after the lease and the time of contact: {distribution(late)}")
+    print(f"after more than {PROMISED:g} seconds: {sum(seconds > PROMISED for seconds in late)}")
+
+
+def distribution(seconds: list[float]) -> str:
+    """Return the median and the last values of a sorted list, as text."""
+    return f"median {statistics.median(seconds or [0]):.2f}, last {[round(each, 2) for each in seconds[-5:]]}"
 
 
 def check_conversation(document: dict[str, Any], user: User, streams: dict[str, Stream]) -> None:
@@ -135,17 +158,14 @@ def check_conversation(document: dict[str, Any], user: User, streams: dict[str, 
     assert on_path in (with_text, [*with_text, waited[-1]]), "an answered question is not on the current path"
 
 
-def show_left_questions(document: dict[str, Any], user: User, streams: dict[str, Stream]) -> int:
+def show_left_questions(document: dict[str, Any], user: User, streams: dict[str, Stream]) -> None:
     """Show each question that the user has left and that has no answer. Check that the page shows its text then."""
     ids = {node["metadata"].get("streamId"): id for id, node in document["nodes"].items()}
-    shown = 0
     for asked in user.asked:
         stream = streams[asked.stream_id]
         if stream.text and asked.stream_id not in document["nodes"]:
             nodes = user.show(ids[asked.stream_id])["history"]["nodes"]
             assert nodes[asked.stream_id]["message"] == {"role": "assistant", "content": stream.text}
-            shown += 1
-    return shown
 
 
 def path_to(nodes: dict[str, Any], id: str | None) -> list[str]:
@@ -156,8 +176,8 @@ def path_to(nodes: dict[str, Any], id: str | None) -> list[str]:
     return path
 
 
-def check_acknowledged(lines: list[str], streams: dict[str, Stream]) -> int:
-    """Check the numbers of stored tokens that the producers were told. Return their sum."""
+def check_acknowledged(lines: list[str], streams: dict[str, Stream]) -> None:
+    """Check the numbers of stored tokens that the producers have read."""
     latest: dict[str, int] = {}
     for line in lines:
         id, count = line.split()
@@ -165,7 +185,6 @@ def check_acknowledged(lines: list[str], streams: dict[str, Stream]) -> int:
         latest[id] = int(count)
     for id, count in latest.items():
         assert count <= len(streams[id].texts), f"{id} has {len(streams[id].texts)} of {count} acknowledged tokens"
-    return sum(latest.values())
 
 
 @pytest.mark.timeout(1800)
@@ -185,26 +204,17 @@ def test_killed_processes_lose_no_question_and_no_token(disposable_server, tmp_p
             killer.run(30 if long else 2)
         finally:
             finished.set()
-            killer.wait_for_ends()
+        killer.wait_for_ends()
         opened = {user.session_id: user.open_conversation()["history"] for user in users}
         streams, conversations = stored_streams(dsn), stored_conversations(dsn)
-        shown = sum(show_left_questions(conversations[user.session_id][1], user, streams) for user in users)
+        readings = [reading for browser in browsers for reading in browser.readings]
+        late = lateness(readings, streams, _leases.CONTACT)
+        print(f"kills: {dict(killer.kills)}; resumes: {sum(browser.resumes for browser in browsers)}")
+        print_figures(users, readings, streams, late)
+        for user in users:
+            show_left_questions(conversations[user.session_id][1], user, streams)
 
-    readings = [reading for browser in browsers for reading in browser.readings]
-    told = check_acknowledged((tmp_path / "acknowledged").read_text().splitlines(), streams)
-    late = lateness(readings, streams)
-    unanswered = sum(len(user.unanswered_requests) for user in users)
-    print(
-        f"kills: {dict(killer.kills)}; questions: {sum(len(user.asked) for user in users)}, "
-        f"and {unanswered} without a response; left: {sum(asked.left for user in users for asked in user.asked)}, "
-        f"{shown} of them saved when shown; "
-        f"streams: {dict(Counter(stream.state for stream in streams.values()))}; "
-        f"tokens: {sum(len(stream.texts) for stream in streams.values())}, {told} of them known to their producers, "
-        f"{sum(len(reading.texts) for reading in readings)} received; resumes: {sum(b.resumes for b in browsers)}\n"
-        f"{len(late)} readers have learned that a lease has expired. Seconds after the lease and the time of contact: "
-        f"median {statistics.median(late or [0]):.2f}, last ten {[round(seconds, 2) for seconds in late[-10:]]}; "
-        f"after more than {PROMISED:g}: {sum(seconds > PROMISED for seconds in late)}"
-    )
+    check_acknowledged((tmp_path / "acknowledged").read_text().splitlines(), streams)
     assert late, "no kill has interrupted an answer"
     assert late[-1] < TOLERATED
     check_readings(readings, streams)

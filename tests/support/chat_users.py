@@ -17,7 +17,7 @@ from support.webapps import JSON, events
 
 LEASE = 3.0  # seconds, of the chat's streams
 HANG = 90  # seconds without a response or an event after which a client counts as hanging
-FLOWING = 0.5  # seconds: an answer whose last token is not older is being produced
+FLOWING = 0.5  # seconds since the last token for which an answer counts as being produced
 
 LOST = (OSError, HTTPException)  # raised if the process at the other end is killed
 
@@ -157,7 +157,7 @@ class Browser(threading.Thread):
             response = None
 
     def check_page(self, stream_id: str) -> None:
-        """Check what the page shows after a reload."""
+        """Check the page after a reload."""
 
     def _read(self, response: HTTPResponse, reading: Reading, reload: float, leave: float) -> bool:
         """Read events. Return True at the end of the stream, and False if the user has reloaded the page."""

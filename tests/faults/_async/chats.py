@@ -1,8 +1,8 @@
-"""A chat whose answers are produced by its web processes, or by a worker process, which a test may kill.
+"""A chat. Its web processes and a worker process produce the answers, until a test kills them.
 
 The folder of `RECORDS` is shared by the processes and the test. It contains `web/PID` for each web process, `jobs/ID`
-for each stream that a worker process shall produce, and `acknowledged`: a line for each number of stored tokens that a
-producer has been told.
+for each stream that waits for a worker process, and `acknowledged`: the numbers of stored tokens that the producers
+have read during their answers.
 """
 
 from __future__ import annotations
