@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 STREAM_ID, STATE = "streamId", "state"  # metadata
 
+MAX_UNANSWERED = 20  # more of them have failed for good
+
 
 class Position(NamedTuple):
     """Where a client wants a question to be, as parsed from the body of a request.
@@ -135,19 +137,17 @@ def answer(chat: ChatHistory[Any], question: Question, text: str, status: Stream
     return True
 
 
-def unanswered(chat: ChatHistory[Any]) -> Question | None:
-    """Return the question at the end of the current path, if the answer of its last stream is not stored.
+def unanswered(chat: ChatHistory[Any]) -> list[Question]:
+    """Return the questions for which the answer of their last stream is not stored: the last `MAX_UNANSWERED` asked.
 
     The stream is being produced, or its process has died, or it failed without a text.
     """
-    leaf_id = chat.tree.active_leaf_id
-    if leaf_id is None:
-        return None
-    leaf = chat.tree._snapshot(leaf_id)
-    stream_id = leaf.metadata.get(STREAM_ID)
-    if not _is_question(leaf) or not isinstance(stream_id, str) or stream_id in chat.tree:
-        return None
-    return Question(leaf.id, leaf.message, stream_id)
+    questions = []
+    for node_id, node in chat.tree._nodes.items():
+        stream_id = node.get("metadata", {}).get(STREAM_ID)
+        if isinstance(stream_id, str) and stream_id not in chat.tree and _role(node.get("message")) == "user":
+            questions.append(Question(node_id, node["message"], stream_id))
+    return questions[-MAX_UNANSWERED:]
 
 
 def _role(message: Any) -> Any:

@@ -363,6 +363,14 @@ async def test_simultaneous_readers_save_a_broken_answer_once(chats, store, brok
     assert chat.messages[-1]["content"] == "partial text"
 
 
+async def test_broken_answer_beside_the_current_path_is_saved(chats, store, broken):
+    async with store.edit("s") as chat:
+        chat.tree.rewind(chat.node_ids[-1])
+        chat.append({"role": "user", "content": "instead"})
+    assert await chats.history() == ["one", "one:1", "instead"]
+    assert (await store.load("s")).tree.path_to(broken).messages[-1]["content"] == "partial text"
+
+
 async def test_broken_answer_whose_stream_has_expired(chats, streams, broken):
     await streams.delete(broken)
     assert await chats.history() == ["one", "one:1", "two"]

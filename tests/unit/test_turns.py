@@ -165,17 +165,20 @@ def test_answer_to_a_removed_question_follows_the_summary():
     assert contents(chat) == ["summary", "one", "1"]
 
 
-def test_unanswered_question():
+def test_unanswered_questions():
     chat = ChatHistory()
-    assert unanswered(chat) is None
+    assert unanswered(chat) == []
     question = ask(chat, "one", FOLLOW, "s")
-    assert unanswered(chat) == question == Question(question.id, user("one"), "s")
+    assert unanswered(chat) == [question] == [Question(question.id, user("one"), "s")]
     answer(chat, question, "1", DONE)
-    assert unanswered(chat) is None
+    assert unanswered(chat) == []
     again = ask(chat, "", Position(regenerate=True), "t")
-    assert unanswered(chat) == again
+    other = ask(chat, "other", Position(None, True), "u")
     chat.append(user("of the application"))
-    assert unanswered(chat) is None
+    assert unanswered(chat) == [again, other]
+    for number in range(30):
+        ask(chat, "more", Position(None, True), f"more {number}")
+    assert [each.stream_id for each in unanswered(chat)] == [f"more {number}" for number in range(10, 30)]
 
 
 def test_model_gets_whole_turns_and_all_system_messages():

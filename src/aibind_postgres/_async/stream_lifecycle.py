@@ -134,11 +134,20 @@ class AsyncStreamLifecycle(AsyncStreamReads):
         if created:
             self._notifier.wake([stream_id])  # readers of a deleted stream with this id
         elif self._database.contact.is_steady(monotonic()):
-            statements = await self._schema.look_up()
-            rows = await self._database.query(statements.poll, [json_array([stream_id])])
-            if rows and rows[0][3]:  # the lease has expired
-                await self._notifier.changed(await self._leases.end_expired([stream_id]))
+            await self._states([stream_id])
         return bool(created)
+
+    async def _states(self, stream_ids: Sequence[str]) -> dict[str, StreamState]:
+        """Return the states of those streams that exist. End those of dead producers, as a waiting reader does."""
+        statements = await self._schema.look_up()
+        rows = await self._database.query(statements.poll, [json_array(stream_ids)])
+        states: dict[str, StreamState] = {row[0]: row[1] for row in rows}
+        expired = [row[0] for row in rows if row[3]]
+        if expired and self._database.contact.is_steady(monotonic()):
+            ended = await self._leases.end_expired(expired)
+            await self._notifier.changed(ended)
+            states.update(dict.fromkeys(ended, "error"))
+        return states
 
     async def stop(self, id: str) -> bool:
         """End a stream in state stopped, for example on a user's request.

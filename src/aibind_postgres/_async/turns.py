@@ -10,12 +10,13 @@ from .._concurrency import async_run_large
 from .._document import NODE_CHARACTERS
 from .._turns import Position, Question, answer, ask, model_messages, unanswered
 from ..errors import ConversationConflictError, StreamNotFoundError, WebError
+from ..models import StreamStatus
 from .conversation_histories import ConversationTooLargeError
 from .responses import conversation_not_found, map_client_errors
 
 if TYPE_CHECKING:
     from ..history import ChatHistory
-    from ..models import StreamStatus
+    from ..models import StreamState
     from ..web import WebRequest
     from .access import AsyncAccess
     from .conversation_store import AsyncPostgresConversationStore
@@ -75,7 +76,7 @@ class AsyncTurns:
     async def load(
         self, request: WebRequest, user: str | None, session_id: str, max_bytes: int, hint: str
     ) -> ChatHistory[Any]:
-        """Return a conversation that a request may use. If the last answer was broken off, add and save its text.
+        """Return a conversation that a request may use. Save the texts of answers that were broken off.
 
         Raises:
             WebError: The statuses of `check_conversation`. 400: the id is invalid. 413: the conversation has more than
@@ -91,18 +92,24 @@ class AsyncTurns:
                 raise WebError(413, f"the conversation has more than {max_bytes} bytes: {hint}") from None
         owner = None if chat._origin is None else chat._origin.owner
         await self._access.check_conversation(request, user, session_id, exists(chat), owner)
-        question = unanswered(chat)
-        if question is None:
-            return chat
-        status = await self._store.get_status(question.stream_id)
-        if status is None or status.state == "active":
-            return chat
+        questions = unanswered(chat)
+        if questions:
+            states = await self._store._states([question.stream_id for question in questions])
+            for question in questions:
+                if (state := states.get(question.stream_id, "active")) not in ("active", "deleted"):
+                    chat = await self._save_broken_answer(session_id, chat, question, state)
+        return chat
+
+    async def _save_broken_answer(
+        self, session_id: str, chat: ChatHistory[Any], question: Question, state: StreamState
+    ) -> ChatHistory[Any]:
+        """Add and save the answer of a stream that has ended, as its process has not. Return the conversation."""
         try:
             events = self._store.events(question.stream_id, follow=False)
             text = "".join([event.data async for event in events if event.event == "message"])
-        except StreamNotFoundError:
+        except StreamNotFoundError:  # deleted meanwhile
             return chat
-        return await self.save_answer(session_id, chat, question, text, status)
+        return await self.save_answer(session_id, chat, question, text, StreamStatus(state, None, 0))
 
     async def begin(
         self, request: WebRequest, user: str | None, session_id: str, prompt: str, position: Position, stream_id: str
