@@ -19,7 +19,7 @@ GUNICORN = "gunicorn --chdir=examples --workers=2 --threads=20 --bind=127.0.0.1:
 UVICORN = "uvicorn --app-dir=examples --workers=2 --port={port} "
 SECRET = "only for tests"
 PASSWORDS = {"ann": "apple", "bob": "banana"}
-LONG = "word " * 30  # a prompt whose answer takes some seconds
+LONG = "word " * 30  # its answer takes some seconds
 
 APPLICATIONS = ["flask_login.py", "fastapi_list.py", "django_login.py", "worker.py", "replay_stream.py"]
 TABLES = {"aibind_stream_chunks", "aibind_stream_status", "aibind_conversations"}
@@ -30,7 +30,7 @@ class Application(NamedTuple):
 
     Attributes:
         url: Its address.
-        log_in: Returns the browser of a user who is logged in.
+        log_in: Logs a user in and returns the user's browser.
     """
 
     url: str

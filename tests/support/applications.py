@@ -30,7 +30,7 @@ def environment_of(dsn: str, **variables: str) -> dict[str, str]:
 
 @contextmanager
 def serving(command: str, dsn: str, **variables: str) -> Iterator[str]:
-    """Run a server, whose command contains `{port}`, and yield its address. Leaving the block ends it."""
+    """Run a server and yield its address. Its command contains `{port}`. Leaving the block ends the server."""
     with closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -68,7 +68,7 @@ def _wait_until_ready(port: int, process: subprocess.Popen[bytes], log: int) -> 
 
 
 class Browser:
-    """An HTTP client of one user, who may be logged in by a cookie or a header."""
+    """An HTTP client of one user. It keeps cookies, and sends `headers` with each request."""
 
     def __init__(self, url: str, **headers: str) -> None:
         self._url = url
