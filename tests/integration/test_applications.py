@@ -13,7 +13,7 @@ from urllib.parse import urlencode
 
 import psycopg
 import pytest
-from support.applications import EXAMPLES, Browser, environment_of, serving, text_of
+from support.applications import EXAMPLES, Browser, environment_of, serving, text_of, wait_for_text
 
 GUNICORN = "gunicorn --chdir=examples --workers=2 --threads=20 --bind=127.0.0.1:{port} "
 UVICORN = "uvicorn --app-dir=examples --workers=2 --port={port} "
@@ -128,7 +128,7 @@ def test_lists_have_titles_and_running_answers(framework: str, database: str) ->
         text_of(ann.ask("Name a colour.", "first"))
         with ann.ask(LONG, "second") as response:
             running = response.headers["X-Stream-Id"]
-            response.read1()
+            wait_for_text(response)  # before it, the application sets the title
             for _ in range(4):  # in any of the workers
                 chats = [(chat["id"], chat["title"], chat["activeStreamId"]) for chat in ann.conversations()]
                 assert chats == [("second", LONG[:60], running), ("first", "Name a colour.", None)]

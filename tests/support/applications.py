@@ -108,6 +108,15 @@ class Browser:
         return self.open("GET", f"/__aibind__/stream/resume?id={id}")
 
 
+def wait_for_text(response: HTTPResponse) -> None:
+    """Read an answer until its first text."""
+    parser = EventParser()
+    while received := response.read1(65536):
+        if any(event.event == "message" for event in parser.feed(received)):
+            return
+    raise AssertionError("the answer has ended without a text")
+
+
 def events_of(response: HTTPResponse) -> list[ServerSentEvent]:
     """Return all events of a response, and close it."""
     with response:
