@@ -193,6 +193,33 @@ def test_queries_of_a_source_leave_no_connections(store, count_source_connection
     until(lambda: count_source_connections() == 0)
 
 
+def test_readers_hold_no_connections(dsn, tables, count_source_connections):
+    def find_user(request):
+        return run_queries()
+
+    with PostgresStreamStore(dsn, **tables) as store:
+        view = view_of(StreamHandler(generate, store=store, owner=find_user))
+        connections.close_all()
+        response = view(stream_request(RequestFactory()), path="stream")
+        until(lambda: count_source_connections() == 0)
+        assert b"data: Hello" in b"".join(response)
+
+
+async def test_readers_hold_no_connections_under_asgi(dsn, tables, count_source_connections):
+    async def generate(generation):
+        yield "Hello"
+
+    async def find_user(request):
+        return await sync_to_async(run_queries)()
+
+    async with AsyncPostgresStreamStore(dsn, **tables) as store:
+        view = view_of(AsyncStreamHandler(generate, store=store, owner=find_user))
+        async with ThreadSensitiveContext():  # Django enters one around each request
+            response = await view(stream_request(AsyncRequestFactory()), path="stream")
+            until(lambda: count_source_connections() == 0)
+            assert b"data: Hello" in b"".join([part async for part in response])
+
+
 @pytest.mark.parametrize("middleware", ["asynchronous", "synchronous"])
 async def test_queries_of_a_source_after_its_request_leave_no_connections(
     dsn, tables, count_source_connections, middleware

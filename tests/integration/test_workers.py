@@ -11,11 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from support.applications import EXAMPLES, Browser, environment_of, serving
+from support.applications import text_of as answer_of
 
 from aibind_postgres import PostgresStreamStore
 from aibind_postgres.models import event_of
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+WEB_SERVER = "gunicorn --chdir=examples --workers=2 --threads=20 --bind=127.0.0.1:{port} worker:app"
 PROMPT = "why is the sky blue?"
 ANSWER = "You have asked: why is the sky blue? "
 
@@ -36,8 +38,9 @@ def running(*command: str, **options: object) -> Iterator[subprocess.Popen[str]]
 
 
 @contextmanager
-def worker(database: str, stream_id: str, prompt: str = PROMPT) -> Iterator[subprocess.Popen[str]]:
-    with running(sys.executable, str(EXAMPLES / "worker.py"), database, stream_id, prompt) as process:
+def worker(database: str, stream_id: str) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, str(EXAMPLES / "worker.py"), stream_id]
+    with running(*command, env=environment_of(database)) as process:
         yield process
 
 
@@ -50,7 +53,7 @@ def wait_for_text(store: PostgresStreamStore, stream_id: str) -> None:
 
 
 def test_worker_process_writes_the_answer(database: str, store: PostgresStreamStore) -> None:
-    stream_id = store.create(lease=60)
+    stream_id = store.create(metadata={"prompt": PROMPT}, lease=60)
     with worker(database, stream_id) as process:
         assert text_of(store, stream_id) == ANSWER
         assert process.communicate(timeout=30)[0] == "done\n"
@@ -58,8 +61,8 @@ def test_worker_process_writes_the_answer(database: str, store: PostgresStreamSt
 
 
 def test_sigterm_ends_the_stream_of_a_worker_process(database: str, store: PostgresStreamStore) -> None:
-    stream_id = store.create(lease=60)
-    with worker(database, stream_id, "word " * 1000) as process:
+    stream_id = store.create(metadata={"prompt": "word " * 1000}, lease=60)
+    with worker(database, stream_id) as process:
         wait_for_text(store, stream_id)
         process.send_signal(signal.SIGTERM)
         assert store.wait(stream_id, 10).state == "error"
@@ -68,13 +71,45 @@ def test_sigterm_ends_the_stream_of_a_worker_process(database: str, store: Postg
 
 
 def test_stopped_stream_is_not_written(database: str, store: PostgresStreamStore) -> None:
-    stream_id = store.create(lease=60)
+    stream_id = store.create(metadata={"prompt": PROMPT}, lease=60)
     store.stop(stream_id)
     with worker(database, stream_id) as process:
         output, _ = process.communicate(timeout=30)
         assert stream_id in output
         assert process.returncode == 1
     assert store.get_status(stream_id) == ("stopped", None, 0)
+
+
+def test_worker_processes_outlive_the_web_server(database: str, store: PostgresStreamStore) -> None:
+    prompt = "word " * 60
+    with serving(WEB_SERVER, database) as url:
+        ann, bob = Browser(url, **{"X-Forwarded-User": "ann"}), Browser(url, **{"X-Forwarded-User": "bob"})
+        stream_id = ann.json("POST", "/ask/chat", {"prompt": prompt})["id"]
+        wait_for_text(store, stream_id)
+    running = store.active("chat")
+    assert running is not None
+    assert (running.id, running.owner, running.session_id) == (stream_id, "ann", "chat")
+    with serving(WEB_SERVER, database) as url:
+        ann, bob = Browser(url, **{"X-Forwarded-User": "ann"}), Browser(url, **{"X-Forwarded-User": "bob"})
+        assert ann.json("POST", "/ask/chat", {"prompt": "again"}) == {"id": stream_id}  # it is still running
+        assert bob.status("POST", "/ask/chat", {"prompt": "again"}) == 404
+        assert bob.status("GET", f"/__aibind__/stream/resume?id={stream_id}") == 404
+        assert Browser(url).status("POST", "/ask/chat", {"prompt": "again"}) == 401
+        assert answer_of(ann.resume(stream_id)) == f"You have asked: {prompt}"
+        assert store.active("chat") is None
+        second = ann.json("POST", "/ask/chat", {"prompt": PROMPT})["id"]
+        assert answer_of(ann.resume(second)) == ANSWER
+    assert {stream.id for stream in store.list(session_id="chat", owner="ann", state="done")} == {stream_id, second}
+
+
+def test_user_stops_the_answer_of_a_worker_process(database: str, store: PostgresStreamStore) -> None:
+    with serving(WEB_SERVER, database) as url:
+        ann, bob = Browser(url, **{"X-Forwarded-User": "ann"}), Browser(url, **{"X-Forwarded-User": "bob"})
+        stream_id = ann.json("POST", "/ask/chat", {"prompt": "word " * 1000})["id"]
+        wait_for_text(store, stream_id)
+        assert bob.status("POST", "/__aibind__/stream/stop", {"id": stream_id}) == 404
+        assert ann.status("POST", "/__aibind__/stream/stop", {"id": stream_id}) == 200
+        assert store.get_status(stream_id).state == "stopped"
 
 
 @pytest.fixture

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
+from asgiref.sync import sync_to_async
 from django.core.exceptions import BadRequest, ImproperlyConfigured, PermissionDenied, SuspiciousOperation
 from django.core.handlers.asgi import ASGIRequest
-from django.db import connections
+from django.db import close_old_connections, connections
 from django.db.transaction import non_atomic_requests
 from django.http import Http404, HttpRequest, HttpResponse, StreamingHttpResponse, UnreadablePostError
 from django.http.response import HttpResponseBase
@@ -33,6 +34,9 @@ def urlpatterns(handler: StreamHandler | AsyncStreamHandler) -> list[URLPattern]
     refuses requests from pages of other origins. The views are also exempt from `ATOMIC_REQUESTS`, since an answer is
     committed while it is produced.
 
+    A reader holds no connection of Django: those that `owner`, `authorize`, `generate` or middleware have used are
+    closed before the response begins, unless `CONN_MAX_AGE` keeps them.
+
     Args:
         handler: An `AsyncStreamHandler` for a server that uses ASGI, a `StreamHandler` for one that uses WSGI.
 
@@ -50,13 +54,17 @@ def urlpatterns(handler: StreamHandler | AsyncStreamHandler) -> list[URLPattern]
 
         async def view(request: HttpRequest, path: str) -> HttpResponseBase:
             _check_server(asynchronous, request)
-            return _to_django(await asynchronous.handle(_from_django(asynchronous, request, path)))
+            response = await asynchronous.handle(_from_django(asynchronous, request, path))
+            await sync_to_async(close_old_connections)()
+            return _to_django(response)
     else:
         synchronous = handler
 
         def view(request: HttpRequest, path: str) -> HttpResponseBase:  # type: ignore[misc]  # one name, two flavours
             _check_server(synchronous, request)
-            return _to_django(synchronous.handle(_from_django(synchronous, request, path)))
+            response = synchronous.handle(_from_django(synchronous, request, path))
+            close_old_connections()
+            return _to_django(response)
 
     for alias in connections:
         non_atomic_requests(using=alias)(view)
