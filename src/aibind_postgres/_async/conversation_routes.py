@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .. import _arguments as arguments
 from .._concurrency import async_run_large
 from .._document import NODE_CHARACTERS
 from ..errors import StreamNotFoundError, WebError
@@ -72,6 +73,8 @@ class AsyncConversationRoutes:
             raise WebError(400, "title or activeLeafId is required")
         if not isinstance(fields.get("title", ""), str | None) or not isinstance(fields.get("activeLeafId", ""), str):
             raise WebError(400, "title must be a string or null, activeLeafId a string")
+        with map_client_errors():  # before the first change
+            arguments.storable_text(fields.get("title") or "", "title")
         if "activeLeafId" in fields:
             chat = await self._load(request, session_id)
             if fields["activeLeafId"] not in chat.tree:

@@ -262,9 +262,9 @@ class AsyncStreamHandler:
         if not path.startswith(self.prefix):
             return {}, []
         route = path.removeprefix(self.prefix)
-        if route not in self._routes and (session_id := route.removeprefix("/conversations/")) not in ("", route):
+        if (session_id := route.removeprefix("/conversations/")) not in ("", route):
             return self._routes.get(CONVERSATION, {}), [session_id]
-        return self._routes.get(route, {}) if route != CONVERSATION else {}, []
+        return self._routes.get(route, {}), []
 
     async def _stream(self, kind: Kind, request: WebRequest) -> AsyncWebResponse:
         generation = (await self._parse(kind, request))._replace(stream_id=new_id())
@@ -285,6 +285,7 @@ class AsyncStreamHandler:
             raise WebError(400, "parentId and regenerate need a stored conversation: send its sessionId")
         else:
             await self._check_session(generation)
+        self._bodies.check(str(generation.stream_id), generation.owner)  # a refused request must not start an answer
         async with self._running.reserved(generation.owner):
             source = await async_call_or_await(self._generate, generation)
             save = None
@@ -305,7 +306,7 @@ class AsyncStreamHandler:
                     context=request.context,
                     **await self._stream_details(generation),
                 )
-        return self._event_stream(stream, request, generation.owner)
+        return self._event_stream(stream, request, generation.owner, checked=True)
 
     async def _stream_details(self, generation: Generation) -> dict[str, Any]:
         """Return the session and the owner of a new stream, if they can be stored, or have to be."""
@@ -325,9 +326,11 @@ class AsyncStreamHandler:
             stream = await AsyncDurableStream.resume(self._store, stream_id, after_seq)
         return self._event_stream(stream, request, user)
 
-    def _event_stream(self, stream: AsyncDurableStream, request: WebRequest, user: str | None) -> AsyncWebResponse:
+    def _event_stream(
+        self, stream: AsyncDurableStream, request: WebRequest, user: str | None, *, checked: bool = False
+    ) -> AsyncWebResponse:
         events = stream.sse(heartbeat=self._heartbeat)
-        body = self._bodies.open(stream.id, user, events, request.disconnect)
+        body = self._bodies.open(stream.id, user, events, request.disconnect, checked=checked)
         # A header contains ASCII only. Ids that this handler creates need no quoting.
         header_id = stream.id if stream.id.isascii() and stream.id.isprintable() else quote(stream.id)
         return AsyncWebResponse(200, {**EVENT_STREAM, "X-Stream-Id": header_id}, body)
@@ -376,7 +379,11 @@ class AsyncStreamHandler:
 
     async def _parse(self, kind: Kind, request: WebRequest) -> Generation:
         generation = await async_run_large(len(request.body), parse_generation, kind, request)
-        if len(generation.prompt.encode(errors="surrogatepass")) > self._max_prompt:
+        try:
+            size = len(generation.prompt.encode())
+        except UnicodeEncodeError:  # no model accepts it, also not in a later turn of the conversation
+            raise WebError(400, "the prompt contains a lone surrogate, which is not a character") from None
+        if size > self._max_prompt:
             raise WebError(413, f"the prompt must be at most {self._max_prompt} bytes long in UTF-8")
         return generation._replace(owner=await self._access.user(request))
 
