@@ -18,7 +18,7 @@ from support.chatapps import MAX_READERS, MAX_RUNNING, REFUSED
 from support.concurrency import until
 from support.webapps import Client, events
 
-from aibind_postgres import ChatHistory, PostgresStreamStore
+from aibind_postgres import ChatHistory, PostgresConversationStore, PostgresStreamStore
 from aibind_postgres.sse import ServerSentEvent
 
 DONE = ServerSentEvent("", "done")
@@ -385,7 +385,7 @@ def test_killed_process_leaves_the_question_and_the_partial_answer(ann, store, i
     assert ann.ask(id, "next").endswith(f"|{answer.pid}half|next")
 
 
-def test_deletion_during_an_answer(ann, store, id):
+def test_deletion_during_an_answer(ann, store, web_database, id):
     ann.ask(id, "hello")
     with answering(ann, store, id) as answer:
         reader = ann.resume(answer.id, not_in=answer.pid)
@@ -398,6 +398,8 @@ def test_deletion_during_an_answer(ann, store, id):
     assert ann.call("GET", f"/stream/resume?id={answer.id}")[0] == 404
     assert ann.list() == ([], None)
     assert list(store.list(session_id=id)) == []
+    with PostgresConversationStore(web_database) as conversations:  # without an owner, requests would not find it
+        assert conversations.get_info(id) is None
 
 
 def test_limit_of_running_answers(ann, bob, store, id):
