@@ -63,9 +63,11 @@ class User:
         with closing(self.request(*arguments, **options)) as response:
             return response.status, json.loads(response.read())
 
-    def start(self, id: str, prompt: str | None, **fields: Any) -> tuple[str, Iterator[ServerSentEvent]]:
+    def start(
+        self, id: str, prompt: str | None, path: str = "/stream", **fields: Any
+    ) -> tuple[str, Iterator[ServerSentEvent]]:
         """Ask a question in a conversation. Return the id of the stream and its events."""
-        response = self.request("POST", "/stream", {"sessionId": id, "prompt": prompt, **fields})
+        response = self.request("POST", path, {"sessionId": id, "prompt": prompt, **fields})
         assert response.status == 200, response.read()
         reader = events(response)
         return next(reader).data, reader
@@ -111,11 +113,11 @@ class Answer(NamedTuple):
 
 
 @contextmanager
-def answering(user: User, store: PostgresStreamStore, id: str) -> Iterator[Answer]:
+def answering(user: User, store: PostgresStreamStore, id: str, path: str = "/stream") -> Iterator[Answer]:
     """Ask a question. The answer ends with the block."""
     script = store.create()
     try:
-        stream_id, reader = user.start(id, f"follow {script}")
+        stream_id, reader = user.start(id, f"follow {script}", path)
         yield Answer(stream_id, int(next(reader).data), script, reader)
     finally:
         store.complete(script)
@@ -342,6 +344,28 @@ def test_branches(ann, id):
     assert ann.history(id).node_ids == [root, first, second, leaf]
     assert ann.show(id)["title"] == "back"
     assert ann.ask(id, "e") == "a|a|b|a|a|b|e"
+
+
+def test_question_that_is_answered_again_during_its_answer(ann, store, id):
+    with answering(ann, store, id) as first:
+        second_id, reader = ann.start(id, None, regenerate=True)
+        assert ann.call("POST", "/stream/stop", {"id": first.id}) == (200, {"ok": True})
+        assert list(first.reader) == [ServerSentEvent("", "stopped"), DONE]
+        until(lambda: first.id in ann.show(id)["history"]["nodes"])
+        assert ann.show(id)["history"]["activeLeafId"] == ann.history(id).node_ids[0]
+    assert list(reader)[-1] == DONE
+    history = ann.show(id)["history"]
+    assert history["nodes"][first.id]["metadata"] == {"state": "stopped"}
+    assert history["activeLeafId"] == second_id
+
+
+def test_conversation_does_not_include_earlier_streams_of_other_users(ann, bob, store, id):
+    with answering(bob, store, id, "/structured") as answer:  # which stores no conversation
+        ann.ask(id, "x")
+        assert ann.show(id)["activeStreamId"] is None
+        assert ann.call("GET", f"/stream/resume?id={answer.id}")[0] == 404
+        assert ann.call("DELETE", path_of(id)) == (200, {"ok": True})
+        assert store.get_status(answer.id).state == "active"
 
 
 def test_another_process_shows_a_running_answer(ann, store, id):
