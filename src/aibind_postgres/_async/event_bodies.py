@@ -163,5 +163,5 @@ class AsyncEventBodies:
 
 
 def _reader(stream_id: str, user: str | None) -> tuple[str, str]:
-    """Return what the limit of readers applies to."""
+    """Return the subject of the limit of readers: the user, or the stream."""
     return ("stream", stream_id) if user is None else ("user", user)

@@ -21,7 +21,7 @@ class _AnyPath(PathConvertor):
 ANY_PATH = "aibind_path"
 register_url_convertor(ANY_PATH, _AnyPath())
 
-METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]  # the handler responds with 405 to the wrong one
+METHODS = ["GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE"]  # the handler responds with 405 to the wrong one
 
 
 def routes(handler: AsyncStreamHandler) -> list[Route]:
