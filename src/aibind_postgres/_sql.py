@@ -22,7 +22,6 @@ from ._leases import DROP_LEASE, END_EXPIRED, EXPIRED, RENEW_LEASES, TAKE_LEASE
 from ._pages import BATCH_BYTES, PAGE_BYTES
 from ._stream_list import (
     ACTIVE,
-    COUNT_RUNNING,
     DETAILS,
     GET_INFO,
     IN_RANGE,
@@ -31,6 +30,7 @@ from ._stream_list import (
     LIST_BY_TIME,
     OF_OWNER,
     OF_SESSION,
+    RUNNING,
 )
 from .models import SynchronousCommit
 
@@ -352,7 +352,7 @@ class StreamStatements:
             details = {"detail_columns": DETAIL_COLUMNS, "detail_values": DETAIL_VALUES}
             self.create_with_details = fill(CREATE, ttl="$2", limit="$8", **details)
             self.active = fill(ACTIVE)
-            self.count_running = fill(COUNT_RUNNING)
+            self.running = fill(RUNNING)
             self.list_of_session = fill(LIST, scope=OF_SESSION.format(4, 5))
             self.list_of_session_by_time = fill(LIST_BY_TIME, scope=OF_SESSION.format(7, 8))
             self.list_of_owner = fill(LIST, scope=OF_OWNER.format(4))

@@ -51,10 +51,11 @@ SELECT {info}{details}
  WHERE id = $1::text AND state <> 'deleted'
 """
 
-# The number of streams of an owner whose producers live, as far as is known.
-COUNT_RUNNING = """
-SELECT count(*) FROM {status}
+# The streams of an owner whose producers live, as far as is known.
+RUNNING = """
+SELECT id FROM {status}
  WHERE owner = $1::text AND state = 'active' AND (lease_until IS NULL OR lease_until > {now})
+ LIMIT $2::bigint
 """
 
 # The newest active stream of a session.

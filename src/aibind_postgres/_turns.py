@@ -112,7 +112,8 @@ def model_messages(path: list[Any], max_messages: int | None) -> list[Any]:
 def answer(chat: ChatHistory[Any], question: Question, text: str, status: StreamStatus | None) -> bool:
     """Add an answer to its question. It becomes the end of the current path if the question is.
 
-    If the question was removed, as by a summary, question and answer follow the current path.
+    If the question is being answered again by another stream, the current path waits for that one. If the question was
+    removed, as by a summary, question and answer follow the current path.
 
     Args:
         chat: The conversation.
@@ -132,7 +133,8 @@ def answer(chat: ChatHistory[Any], question: Question, text: str, status: Stream
     metadata = {} if state == "done" else {STATE: state}
     message = {"role": "assistant", "content": text}
     tree._add_node(question.id, message, metadata, node_id=question.stream_id)
-    if tree.active_leaf_id == question.id:
+    newest = tree._snapshot(question.id).metadata.get(STREAM_ID)
+    if tree.active_leaf_id == question.id and newest in (question.stream_id, None):
         tree.set_active_leaf(question.stream_id)
     return True
 

@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
-from datetime import datetime
+from datetime import datetime, timezone
 from typing import Any, Literal, NamedTuple
 from urllib.parse import parse_qsl
 
@@ -258,12 +258,12 @@ def parse_page(query: Mapping[str, str]) -> tuple[int, ConversationInfo | None]:
         return int(limit), None
     updated_at, separator, session_id = before.partition(" ")
     try:
-        position = ConversationInfo(session_id, updated_at=datetime.fromisoformat(updated_at) if updated_at else None)
-    except ValueError:
-        position = None
-    if not separator or position is None or (position.updated_at and position.updated_at.tzinfo is None):
+        time = _parse_time(updated_at) if updated_at else None
+    except (ValueError, OverflowError):
+        separator = ""
+    if not separator:
         raise WebError(400, "before must be the value of next of an earlier page")
-    return int(limit), position
+    return int(limit), ConversationInfo(session_id, updated_at=time)
 
 
 def page_position(info: ConversationInfo) -> str:
@@ -281,6 +281,13 @@ def conversation_fields(info: ConversationInfo) -> dict[str, Any]:
         "updatedAt": _time(info.updated_at),
         "activeStreamId": info.active_stream_id,
     }
+
+
+def _parse_time(text: str) -> datetime:
+    time = datetime.fromisoformat(text)
+    if time.tzinfo is None:
+        raise ValueError("a time zone is missing")
+    return time.astimezone(timezone.utc)  # PostgreSQL refuses some offsets that Python accepts
 
 
 def _time(value: datetime | None) -> str | None:

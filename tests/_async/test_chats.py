@@ -161,15 +161,15 @@ async def test_conversation_without_an_owner_belongs_to_nobody(chats, store):
     assert await chats.history() == ["secret"]
 
 
-async def test_stream_belongs_to_its_owner_and_to_that_of_its_conversation(chats, streams, store):
+async def test_stream_belongs_to_its_owner_or_to_that_of_its_conversation(chats, streams, store):
     await chats.turn("one")
     await streams.create("of the conversation", session_id="s")
-    await streams.create("of both", session_id="s", owner="bob")
+    await streams.create("of another user", session_id="s", owner="bob")
     await streams.create("of nobody")
     await streams.create("of a missing conversation", session_id="missing")
     allowed = {
         "of the conversation": {"ann"},
-        "of both": {"ann", "bob"},
+        "of another user": {"bob"},
         "of nobody": {"ann", "bob", "eve", None},
         "of a missing conversation": {"ann", "bob", "eve", None},
     }
@@ -591,6 +591,15 @@ async def test_simultaneous_requests_do_not_exceed_the_limit(streams, store):
     assert len(running) == statuses.count(200)
     chats.proceed.set()
     assert await AsyncDurableStream.shutdown(streams, 20)
+
+
+async def test_deletion_leaves_the_streams_of_other_users(chats, streams):
+    await chats.turn("one")
+    await streams.create("of another user", session_id="s", owner="bob")
+    await streams.create("of nobody", session_id="s")
+    assert await chats.json("DELETE", "/conversations/s") == (200, {"ok": True})
+    assert [info.id async for info in streams.list()] == ["of another user"]
+    assert (await streams.get_status("of another user")).state == "active"
 
 
 async def test_stream_of_a_dead_process_does_not_count_as_running(streams, store, run_sql, tables):

@@ -8,7 +8,13 @@ import json
 import pytest
 from fastapi import APIRouter, Depends, FastAPI, Header, HTTPException, Request
 
-from aibind_postgres import AsyncPostgresStreamStore, AsyncStreamHandler, PostgresStreamStore, StreamHandler
+from aibind_postgres import (
+    AsyncPostgresConversationStore,
+    AsyncPostgresStreamStore,
+    AsyncStreamHandler,
+    PostgresStreamStore,
+    StreamHandler,
+)
 from aibind_postgres.contrib.fastapi import router
 
 BODY = {"id": "s", "prompt": "x", "input": "x", "sessionId": "s", "messages": [{"role": "user", "content": "x"}]}
@@ -26,6 +32,10 @@ def identify(request: Request, user: str | None = Header(None)) -> None:
 
 def handler_of(generate=generate, **options):
     return AsyncStreamHandler(generate, store=AsyncPostgresStreamStore(""), **options)
+
+
+def chat_handler(**options):
+    return handler_of(conversations=AsyncPostgresConversationStore(""), public=True, **options)
 
 
 def send(app, method, path, sent_body=BODY, **headers):
@@ -55,28 +65,28 @@ def send(app, method, path, sent_body=BODY, **headers):
 
 
 def routes_of(handler):
-    return [(method, path) for path, (method, _) in handler._routes.items()]
+    return [(method, path) for path, methods in handler._routes.items() for method in methods]
 
 
-ROUTES = routes_of(handler_of())
+ROUTES = routes_of(chat_handler())
 
 
 def included(prefix=""):
     app = FastAPI()
-    app.include_router(router(handler_of()), prefix=prefix, dependencies=[Depends(identify)])
+    app.include_router(router(chat_handler()), prefix=prefix, dependencies=[Depends(identify)])
     return app
 
 
 def nested():
     app, outer = FastAPI(), APIRouter(dependencies=[Depends(identify)])
-    outer.include_router(router(handler_of()))
+    outer.include_router(router(chat_handler()))
     app.include_router(outer)
     return app
 
 
 def of_the_application():
     app = FastAPI(dependencies=[Depends(identify)])
-    app.include_router(router(handler_of()))
+    app.include_router(router(chat_handler()))
     return app
 
 
@@ -100,14 +110,14 @@ def test_refusals_have_their_status():
     def refuse(*arguments):
         raise HTTPException(402, "no money left")
 
-    for handler, path in ((handler_of(refuse), "stream"), (handler_of(authorize=refuse), "stream/stop")):
+    for handler, path in ((handler_of(refuse), "stream"), (handler_of(authorize=refuse), "stream")):
         app = FastAPI()
         app.include_router(router(handler))
         assert send(app, "POST", f"/__aibind__/{path}") == (402, b'{"detail":"no money left"}')
 
 
 def test_routes_are_in_the_openapi_schema():
-    handler = handler_of(prefix="/ai")
+    handler = chat_handler(prefix="/ai")
     app = FastAPI()
     app.include_router(router(handler))
     schema = app.openapi()
@@ -117,19 +127,28 @@ def test_routes_are_in_the_openapi_schema():
     assert len({operation["operationId"] for operation in operations.values()}) == len(operations)
     stream = operations["POST", "/ai/stream"]
     body = stream["requestBody"]["content"]["application/json"]["schema"]
-    assert body["required"] == ["prompt"]
-    assert set(body["properties"]) == {"prompt", "system", "model", "sessionId"}
+    assert body["anyOf"] == [{"required": ["prompt"]}, {"required": ["regenerate"]}]
+    assert set(body["properties"]) == {"prompt", "system", "model", "sessionId", "parentId", "regenerate"}
     assert list(stream["responses"]["200"]["content"]) == ["text/event-stream"]
     resume = operations["GET", "/ai/stream/resume"]
     assert [parameter["name"] for parameter in resume["parameters"]] == ["id", "after", "Last-Event-ID"]
+    conversations = operations["GET", "/ai/conversations"]
+    assert [parameter["name"] for parameter in conversations["parameters"]] == ["limit", "before"]
+    for method in ("GET", "PATCH", "DELETE"):
+        operation = operations[method, "/ai/conversations/{id}"]
+        assert [(each["name"], each["in"], each["required"]) for each in operation["parameters"]] == [
+            ("id", "path", True)
+        ]
+        assert ("requestBody" in operation) == (method == "PATCH")
 
 
 def test_required_fields_of_the_schema_are_those_of_the_handler():
     app = FastAPI()
-    app.include_router(router(handler_of()))
+    app.include_router(router(chat_handler()))
     for path, methods in app.openapi()["paths"].items():
         if "post" in methods:
-            [required] = methods["post"]["requestBody"]["content"]["application/json"]["schema"]["required"]
+            schema = methods["post"]["requestBody"]["content"]["application/json"]["schema"]
+            [required] = schema["anyOf"][0]["required"] if "anyOf" in schema else schema["required"]
             incomplete = {name: value for name, value in BODY.items() if name != required}
             status, error = send(app, "POST", path, incomplete)
             assert (status, json.loads(error)["error"]) == (400, f"{required} is required")

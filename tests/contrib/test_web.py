@@ -34,6 +34,11 @@ ROUTES = {
 }
 
 
+@pytest.fixture
+def known_stream(store):
+    store.acquire("known")
+
+
 def test_stream_and_resume_at_every_number(client):
     response = client.post("/stream", {"prompt": "to be or not to be 😀"})
     assert response.status == 200
@@ -161,8 +166,8 @@ def test_heartbeat(client, store):
         ("POST", "/stream", '{"prompt": "x"}'.encode("utf-16"), {}, 400),
         ("POST", "/stream/stop", b'{"id": "nothing"}', {}, 404),
         ("POST", "/stream/stop", b"{}", {}, 400),
-        ("GET", "/stream/resume?id=nothing", None, {"User": "stranger"}, 403),
-        ("POST", "/stream/stop", b'{"id": "nothing"}', {"User": "stranger"}, 403),
+        ("GET", "/stream/resume?id=known", None, {"User": "stranger"}, 403),
+        ("POST", "/stream/stop", b'{"id": "known"}', {"User": "stranger"}, 403),
         ("POST", "/stream", b'{"prompt": "x"}', {"Sec-Fetch-Site": "cross-site"}, 403),
         ("POST", "/stream", b'{"prompt": "x"}', {"Sec-Fetch-Site": "same-site"}, 403),
         ("POST", "/stream/stop", b'{"id": "nothing"}', {"Origin": "https://evil.test"}, 403),
@@ -174,7 +179,7 @@ def test_heartbeat(client, store):
         ("POST", "/title", b'{"messages": [{"role": "user", "content": "fail-first"}]}', {}, 500),
     ],
 )
-def test_error_response(client, method, path, body, headers, status):
+def test_error_response(client, known_stream, method, path, body, headers, status):
     response = client.request(method, path, body, headers)
     with closing(response):
         assert response.status == status
@@ -195,13 +200,13 @@ REFUSALS = [
     ("POST", "/complete", {"input": "refuse"}, {}),
     ("POST", "/complete", {"input": "refuse-later"}, {}),
     ("POST", "/title", {"messages": [{"role": "user", "content": "refuse-later"}]}, {}),
-    ("POST", "/stream/stop", {"id": "nothing"}, {"User": "nobody"}),
-    ("GET", "/stream/resume?id=nothing", None, {"User": "nobody"}),
+    ("POST", "/stream/stop", {"id": "known"}, {"User": "nobody"}),
+    ("GET", "/stream/resume?id=known", None, {"User": "nobody"}),
 ]
 
 
 @pytest.mark.parametrize(("method", "path", "body", "headers"), REFUSALS)
-def test_refusal_of_the_framework_keeps_its_status(client, method, path, body, headers):
+def test_refusal_of_the_framework_keeps_its_status(client, known_stream, method, path, body, headers):
     log_length = len(client.read_log())
     encoded = None if body is None else json.dumps(body).encode()
     response = client.request(method, path, encoded, headers)

@@ -25,6 +25,7 @@ from aibind_postgres import (
     AsyncStreamHandler,
     Generation,
     PostgresStreamStore,
+    Resource,
     StreamEvent,
     StreamHandler,
     WebRequest,
@@ -40,9 +41,10 @@ if seconds := os.environ.get("SEND_TIMEOUT"):
 
 
 Refuse = Callable[[], Any]  # raises an exception of the framework
+MakeHandler = Callable[[Refuse], Any]
 
 
-def authorize(refuse: Refuse, request: WebRequest, id: str) -> bool:
+def authorize(refuse: Refuse, request: WebRequest, resource: Resource) -> bool:
     """Refuse requests with the header `User: stranger`, or `Not-In: PID` in the process with that PID.
 
     With `User: nobody`, refuse as the framework does.
@@ -191,13 +193,13 @@ def async_handler(refuse: Refuse) -> AsyncStreamHandler:
     return AsyncStreamHandler(generate, store=store, authorize=partial(authorize, refuse), **OPTIONS)
 
 
-def flask() -> Any:
+def flask(make_handler: MakeHandler = handler) -> Any:
     from flask import Flask, abort
 
     from aibind_postgres.contrib.flask import blueprint
 
     app = Flask(__name__)
-    app.register_blueprint(blueprint(handler(partial(abort, REFUSED["flask"]))))
+    app.register_blueprint(blueprint(make_handler(partial(abort, REFUSED["flask"]))))
     return app
 
 
@@ -221,13 +223,13 @@ def refuse_in_fastapi() -> None:
     raise HTTPException(REFUSED["fastapi"])
 
 
-def fastapi() -> Any:
+def fastapi(make_handler: MakeHandler = async_handler) -> Any:
     from fastapi import FastAPI
 
     from aibind_postgres.contrib.fastapi import router
 
     app = FastAPI()
-    app.include_router(router(async_handler(refuse_in_fastapi)))
+    app.include_router(router(make_handler(refuse_in_fastapi)))
     return app
 
 
@@ -253,10 +255,10 @@ def refuse_in_django() -> None:
     raise Http404
 
 
-def django_wsgi() -> Any:
+def django_wsgi(make_handler: MakeHandler = handler) -> Any:
     from django.core.wsgi import get_wsgi_application
 
-    _configure_django(handler(refuse_in_django))
+    _configure_django(make_handler(refuse_in_django))
     return get_wsgi_application()
 
 
@@ -271,21 +273,24 @@ def django_asgi() -> Any:
 REFUSED = {"flask": 401, "django, wsgi": 404, "django, asgi": 404, "starlette": 402, "fastapi": 402}
 
 SERVERS = {
-    "flask": "gunicorn --workers=2 --threads=20 --bind=127.0.0.1:{port} support.webapps:flask()",
-    "django, wsgi": "gunicorn --workers=2 --threads=20 --bind=127.0.0.1:{port} support.webapps:django_wsgi()",
-    "django, asgi": "uvicorn --workers=2 --host=127.0.0.1 --port={port} --factory support.webapps:django_asgi",
-    "starlette": "uvicorn --workers=2 --host=127.0.0.1 --port={port} --factory support.webapps:starlette",
-    "fastapi": "uvicorn --workers=2 --host=127.0.0.1 --port={port} --factory support.webapps:fastapi",
+    "flask": "gunicorn --workers=2 --threads=20 --bind=127.0.0.1:{port} support.{module}:flask()",
+    "django, wsgi": "gunicorn --workers=2 --threads=20 --bind=127.0.0.1:{port} support.{module}:django_wsgi()",
+    "django, asgi": "uvicorn --workers=2 --host=127.0.0.1 --port={port} --factory support.{module}:django_asgi",
+    "starlette": "uvicorn --workers=2 --host=127.0.0.1 --port={port} --factory support.{module}:starlette",
+    "fastapi": "uvicorn --workers=2 --host=127.0.0.1 --port={port} --factory support.{module}:fastapi",
 }
 
 
 @contextmanager
-def running(framework: str, dsn: str, **variables: str) -> Iterator[Client]:
-    """Run the application of a framework on its server, with two worker processes and more environment variables."""
+def running(framework: str, dsn: str, module: str = "webapps", **variables: str) -> Iterator[Client]:
+    """Run the application of a framework on its server, with two worker processes and more environment variables.
+
+    The application is that of this module, or of another one of `tests/support/`.
+    """
     with closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", *SERVERS[framework].format(port=port).split()]
+    command = [sys.executable, "-m", *SERVERS[framework].format(port=port, module=module).split()]
     tests = str(Path(__file__).parents[1])
     environment = {**os.environ, "DATABASE_URL": dsn, "PYTHONPATH": os.pathsep.join([tests, *sys.path]), **variables}
     with tempfile.TemporaryFile() as log:

@@ -57,24 +57,29 @@ class AsyncAccess:
         if self._owner is None and self._authorize is None:
             return
         info = await self._find_stream(stream_id)
-        owners = [] if info.owner is None else [info.owner]
-        if self._conversations is not None and info.session_id is not None and user not in owners:
+        owner = info.owner
+        if owner is None and self._conversations is not None and info.session_id is not None:
             conversation = await self._conversations.get_info(info.session_id)
-            if conversation is not None and conversation.owner is not None:
-                owners.append(conversation.owner)
+            owner = None if conversation is None else conversation.owner
         # Without an owner, only its id protects a stream.
-        if self._owner is not None and owners and user not in owners:
+        if self._owner is not None and owner not in (None, user):
             raise stream_not_found()
-        await self._check_authorized(request, Resource("stream", stream_id, next(iter(owners), None), info.session_id))
+        await self._check_authorized(request, Resource("stream", stream_id, owner, info.session_id))
 
-    async def check_session(self, request: WebRequest, user: str | None, session_id: str) -> None:
-        """Do the same as `check_conversation` for a conversation that has not been loaded."""
+    async def check_session(self, request: WebRequest, user: str | None, session_id: str) -> bool:
+        """Do the same as `check_conversation` for a conversation that has not been loaded.
+
+        Returns:
+            Whether a new stream may belong to it. If it is not stored, another user may become its owner, and thereby
+            get access to its streams.
+        """
         info = None
         with map_client_errors():
             arguments.identifier(session_id, "a session id")
             if self._conversations is not None and not (self._owner is None and self._authorize is None):
                 info = await self._conversations.get_info(session_id)
         await self.check_conversation(request, user, session_id, info is not None, info and info.owner)
+        return info is not None or self._owner is None or self._conversations is None
 
     async def check_conversation(
         self, request: WebRequest, user: str | None, session_id: str, exists: bool, owner: str | None

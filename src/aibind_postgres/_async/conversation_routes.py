@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from .. import _arguments as arguments
 from .._concurrency import async_run_large
 from .._document import NODE_CHARACTERS
 from ..errors import StreamNotFoundError, WebError
@@ -14,7 +16,7 @@ from .turns import exists
 
 if TYPE_CHECKING:
     from ..history import ChatHistory
-    from ..models import ConversationInfo
+    from ..models import ConversationInfo, StreamInfo
     from ..web import WebRequest
     from .access import AsyncAccess
     from .conversation_store import AsyncPostgresConversationStore
@@ -72,13 +74,15 @@ class AsyncConversationRoutes:
             raise WebError(400, "title or activeLeafId is required")
         if not isinstance(fields.get("title", ""), str | None) or not isinstance(fields.get("activeLeafId", ""), str):
             raise WebError(400, "title must be a string or null, activeLeafId a string")
+        with map_client_errors():  # before the first change
+            arguments.storable_text(fields.get("title") or "", "title")
         if "activeLeafId" in fields:
             chat = await self._load(request, session_id)
             if fields["activeLeafId"] not in chat.tree:
                 raise WebError(400, "activeLeafId is not the id of a message of this conversation")
             await self._save_leaf(session_id, chat, fields["activeLeafId"])
         else:
-            await self._check(request, session_id)
+            await self._check(request, await self._access.user(request), session_id)
         if "title" in fields:
             with map_client_errors():
                 await self._conversations.describe(session_id, title=fields["title"])
@@ -94,18 +98,29 @@ class AsyncConversationRoutes:
 
     async def delete(self, request: WebRequest, session_id: str) -> AsyncWebResponse:
         """Stop the running answers of a conversation, and delete it with its streams."""
-        await self._check(request, session_id)
-        await self._store._schema.look_up()
-        if self._store._schema.has_leases:  # without migration 0004, the streams of a conversation are not known
-            async for info in self._store.list(session_id=session_id, state="active"):
+        user = await self._access.user(request)
+        await self._check(request, user, session_id)
+        for info in await self._streams(user, session_id):
+            if info.state == "active":
                 try:
                     await self._store.stop(info.id)
                 except StreamNotFoundError:  # deleted meanwhile
                     continue
         await self._conversations.delete(session_id)
-        if self._store._schema.has_leases:
-            await self._store._delete_all(session_id, None)
+        for info in await self._streams(user, session_id):
+            await self._store.delete(info.id)
         return json_response({"ok": True})
+
+    async def _streams(self, user: str | None, session_id: str) -> Sequence[StreamInfo]:
+        """Return the streams of a conversation that a request may delete. Without migration 0004, they are not known.
+
+        They may belong to another user if they have outlived an earlier conversation with this id.
+        """
+        await self._store._schema.look_up()
+        if not self._store._schema.has_leases:
+            return []
+        infos = [info async for info in self._store.list(session_id=session_id)]
+        return [info for info in infos if not self._access.has_owners or info.owner in (None, user)]
 
     async def _load(self, request: WebRequest, session_id: str) -> ChatHistory[Any]:
         user = await self._access.user(request)
@@ -114,9 +129,9 @@ class AsyncConversationRoutes:
             raise conversation_not_found()
         return chat
 
-    async def _check(self, request: WebRequest, session_id: str) -> None:
+    async def _check(self, request: WebRequest, user: str | None, session_id: str) -> None:
         """Check that a request may use a conversation which exists."""
-        await self._access.check_session(request, await self._access.user(request), session_id)
+        await self._access.check_session(request, user, session_id)
         await self._find(session_id)
 
     async def _find(self, session_id: str) -> ConversationInfo:

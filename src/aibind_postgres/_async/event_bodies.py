@@ -67,6 +67,8 @@ class AsyncEventBodies:
         user: str | None,
         events: AsyncIterator[bytes],
         disconnect: Callable[[], object] | None,
+        *,
+        checked: bool = False,
     ) -> AsyncIterator[bytes]:
         """Return a body that yields the events of a stream.
 
@@ -75,6 +77,7 @@ class AsyncEventBodies:
             user: The user who reads, or None.
             events: The encoded events.
             disconnect: Called after `events` was closed because the client does not read. Default: None.
+            checked: Whether `check` was called before. Simultaneous requests may then exceed the maximum.
 
         Raises:
             WebError: 429: the user, or the stream if there is no user, has the maximum number of readers.
@@ -82,7 +85,9 @@ class AsyncEventBodies:
         reader = _reader(stream_id, user)
         body = EventBody(stream_id, reader, events, disconnect)
         with self._mutex:
-            self._check_limit(reader)
+            self._remove_ended()
+            if not checked:
+                self._refuse_at_maximum(reader)
             if self._watchdog is None or not self._watchdog.is_alive():
                 self._watchdog = async_spawn(self._watch, "aibind_postgres-send-timeout")
             self._open.setdefault(reader, set()).add(body)
@@ -91,13 +96,13 @@ class AsyncEventBodies:
         finalize(iterator, self._ended.append, body).atexit = False
         return iterator
 
-    def check_limit(self, stream_id: str, user: str | None) -> None:
-        """Raise `WebError` as `open` would."""
+    def check(self, stream_id: str, user: str | None) -> None:
+        """Raise `WebError` as `open` does."""
         with self._mutex:
-            self._check_limit(_reader(stream_id, user))
+            self._remove_ended()
+            self._refuse_at_maximum(_reader(stream_id, user))
 
-    def _check_limit(self, reader: tuple[str, str]) -> None:
-        self._remove_ended()
+    def _refuse_at_maximum(self, reader: tuple[str, str]) -> None:
         if len(self._open.get(reader, ())) >= self._max_readers:
             raise WebError(429, f"the {reader[0]} has the maximum of {self._max_readers} readers: try again later")
 
@@ -158,5 +163,5 @@ class AsyncEventBodies:
 
 
 def _reader(stream_id: str, user: str | None) -> tuple[str, str]:
-    """Return what the limit of readers applies to."""
+    """Return the subject of the limit of readers: the user, or the stream."""
     return ("stream", stream_id) if user is None else ("user", user)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterable, Callable, Collection
+from collections.abc import Callable, Collection
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -15,7 +15,6 @@ from .._sqlstate import server_reason
 from .._turns import Position
 from ..errors import ConversationConflictError, WebError
 from ..history import new_id
-from ..models import StreamEvent
 from ..web import (
     Generation,
     Kind,
@@ -39,9 +38,9 @@ from .conversation_store import AsyncPostgresConversationStore
 from .durable_stream import AsyncDurableStream
 from .event_bodies import AsyncEventBodies
 from .plain_text import AsyncPlainTextBody
-from .responses import AsyncWebResponse, json_response, map_client_errors
+from .responses import AsyncWebResponse, conversation_not_found, json_response, map_client_errors
 from .running_answers import AsyncRunningAnswers
-from .source import close_source
+from .source import close_source, collect
 from .stream_store import AsyncPostgresStreamStore
 from .turns import AsyncTurns, exists, path_messages
 
@@ -92,8 +91,8 @@ class AsyncStreamHandler:
         owner: Called with each request. Returns the id of its user as text, or None if it has no user. It may raise the
             same exceptions as `generate`. New streams and conversations belong to the user. Requests of other users get
             status 404, as for a missing id. A request without a user gets 401 if it uses a conversation. A stream
-            belongs to its owner, and to the owner of its conversation; a stream without an owner is accessible with its
-            id. Needs migration 0004. Default: None: streams and conversations have no owners.
+            without an owner belongs to the owner of its conversation; if there is none either, it is accessible with
+            its id. Needs migration 0004. Default: None: streams and conversations have no owners.
         authorize: Called with the request and a `Resource`, before the handler uses a stream or a conversation with an
             id that a client has sent. A false result rejects the request with status 403. It may raise the same
             exceptions as `generate`. Default: None, which gives access to anyone with the id; stream ids are
@@ -270,7 +269,7 @@ class AsyncStreamHandler:
     async def _stream(self, kind: Kind, request: WebRequest) -> AsyncWebResponse:
         generation = (await self._parse(kind, request))._replace(stream_id=new_id())
         position = parse_position(generation.body) if kind == "stream" else Position()
-        turn = None
+        turn, session_id = None, generation.session_id
         if self._turns is not None and generation.session_id is not None and kind == "stream":
             turn = await self._turns.begin(
                 request,
@@ -285,11 +284,11 @@ class AsyncStreamHandler:
             generation = generation._replace(messages=messages, prompt=prompt if isinstance(prompt, str) else "")
         elif position.is_given or position.regenerate:
             raise WebError(400, "parentId and regenerate need a stored conversation: send its sessionId")
-        else:
-            await self._check_session(generation)
-        self._bodies.check_limit(str(generation.stream_id), generation.owner)  # before the answer is started
-        details = await self._stream_details(generation)
-        async with self._running.reserved(generation.owner):
+        elif not await self._check_session(generation):
+            session_id = None
+        self._bodies.check(str(generation.stream_id), generation.owner)  # a refused request must not start an answer
+        details = await self._stream_details(session_id, generation.owner)
+        async with self._running.reserved(generation.owner, str(generation.stream_id)):
             source = await async_call_or_await(self._generate, generation)
             save = None
             if self._turns is not None and turn is not None:
@@ -309,14 +308,18 @@ class AsyncStreamHandler:
                     context=request.context,
                     **details,
                 )
-        return self._event_stream(stream, request, generation.owner)
+        # A deletion since the question was saved may not have found the stream.
+        if self._turns is not None and turn is not None and await self._turns.is_deleted(turn):
+            await self._store.delete(stream.id)
+            raise conversation_not_found()
+        return self._event_stream(stream, request, generation.owner, checked=True)
 
-    async def _stream_details(self, generation: Generation) -> dict[str, Any]:
+    async def _stream_details(self, session_id: str | None, owner: str | None) -> dict[str, Any]:
         """Return the session and the owner of a new stream, if they can be stored, or have to be."""
         await self._store._schema.look_up()
         if not (self._access.has_owners or self._store._schema.has_leases):
             return {}
-        return {"session_id": generation.session_id, "owner": generation.owner}
+        return {"session_id": session_id, "owner": owner}
 
     async def _resume(self, request: WebRequest) -> AsyncWebResponse:
         stream_id = request.query.get("id")
@@ -329,9 +332,11 @@ class AsyncStreamHandler:
             stream = await AsyncDurableStream.resume(self._store, stream_id, after_seq)
         return self._event_stream(stream, request, user)
 
-    def _event_stream(self, stream: AsyncDurableStream, request: WebRequest, user: str | None) -> AsyncWebResponse:
+    def _event_stream(
+        self, stream: AsyncDurableStream, request: WebRequest, user: str | None, *, checked: bool = False
+    ) -> AsyncWebResponse:
         events = stream.sse(heartbeat=self._heartbeat)
-        body = self._bodies.open(stream.id, user, events, request.disconnect)
+        body = self._bodies.open(stream.id, user, events, request.disconnect, checked=checked)
         # A header contains ASCII only. Ids that this handler creates need no quoting.
         header_id = stream.id if stream.id.isascii() and stream.id.isprintable() else quote(stream.id)
         return AsyncWebResponse(200, {**EVENT_STREAM, "X-Stream-Id": header_id}, body)
@@ -364,7 +369,7 @@ class AsyncStreamHandler:
             await self._check_session(generation)
         if not generation.messages:
             raise WebError(400, "the conversation has no messages to summarise")
-        summary, usage = await _collect(await async_call_or_await(self._compact, generation))
+        summary, usage = await collect(await async_call_or_await(self._compact, generation))
         if self._conversations is not None and chat is not None:
             if not summary.strip():
                 raise WebError(502, "the summary is empty")
@@ -380,25 +385,16 @@ class AsyncStreamHandler:
 
     async def _parse(self, kind: Kind, request: WebRequest) -> Generation:
         generation = await async_run_large(len(request.body), parse_generation, kind, request)
-        if len(generation.prompt.encode(errors="surrogatepass")) > self._max_prompt:
+        try:
+            size = len(generation.prompt.encode())
+        except UnicodeEncodeError:  # no model accepts it, also not in a later turn of the conversation
+            raise WebError(400, "the prompt contains a lone surrogate, which is not a character") from None
+        if size > self._max_prompt:
             raise WebError(413, f"the prompt must be at most {self._max_prompt} bytes long in UTF-8")
         return generation._replace(owner=await self._access.user(request))
 
-    async def _check_session(self, generation: Generation) -> None:
-        if generation.session_id is not None:
-            await self._access.check_session(generation.request, generation.owner, generation.session_id)
-
-
-async def _collect(source: AsyncIterable[str | StreamEvent]) -> tuple[str, str]:
-    """Return the whole text of a source and the data of its last `usage` event."""
-    texts: list[str] = []
-    usage = ""
-    try:
-        async for item in source:
-            if isinstance(item, str):
-                texts.append(item)
-            elif item.event == "usage":
-                usage = item.data
-    finally:
-        await close_source(source)
-    return "".join(texts), usage
+    async def _check_session(self, generation: Generation) -> bool:
+        """Check the session of a request, if it has one. Return whether a new stream may belong to it."""
+        if generation.session_id is None:
+            return False
+        return await self._access.check_session(generation.request, generation.owner, generation.session_id)

@@ -20,22 +20,23 @@ class AsyncRunningAnswers:
         self._store = store
         self._maximum = maximum
         self._mutex = Mutex()
-        self._starting: dict[str, int] = {}  # answers by user, from the check to their start
+        self._starting: dict[str, list[str]] = {}  # stream ids by user, from the check to the start
 
     @asynccontextmanager
-    async def reserved(self, user: str | None) -> AsyncIterator[None]:
-        """Return a context manager in which a user may start one answer. Raise `WebError` (429) at the maximum."""
+    async def reserved(self, user: str | None, stream_id: str) -> AsyncIterator[None]:
+        """Return a context manager in which a user may start an answer. Raise `WebError` (429) at the maximum."""
         if self._maximum is None or user is None:
             yield
             return
         with self._mutex:
-            self._starting[user] = starting = self._starting.get(user, 0) + 1
+            earlier = self._starting.get(user, [])
+            self._starting[user] = [*earlier, stream_id]
         try:
-            if await self._store._count_running(user) + starting > self._maximum:
+            if len({*earlier, *await self._store._running(user, self._maximum)}) >= self._maximum:
                 raise WebError(429, f"at most {self._maximum} answers are produced at the same time: wait for one")
             yield
         finally:
             with self._mutex:
-                self._starting[user] -= 1
+                self._starting[user].remove(stream_id)
                 if not self._starting[user]:
                     del self._starting[user]

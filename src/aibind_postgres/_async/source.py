@@ -1,4 +1,4 @@
-"""The source of a durable stream: an iterable that is closed exactly once."""
+"""Sources: the iterables that `generate` returns. They are closed exactly once."""
 
 from __future__ import annotations
 
@@ -58,3 +58,18 @@ async def close_source(source: object) -> None:
             await async_call_or_await(close)
         except Exception:
             logger.exception("a source raised when it was closed")
+
+
+async def collect(source: AsyncIterable[str | StreamEvent]) -> tuple[str, str]:
+    """Return the whole text of a source and the data of its last `usage` event."""
+    texts: list[str] = []
+    usage = ""
+    try:
+        async for item in source:
+            if isinstance(item, str):
+                texts.append(item)
+            elif item.event == "usage":
+                usage = item.data
+    finally:
+        await close_source(source)
+    return "".join(texts), usage

@@ -179,11 +179,10 @@ class AsyncStreamReads:
         rows = await self._database.query((await self._schema.look_up()).get_info, [stream_id])
         return stream_info(rows[0]) if rows else None
 
-    async def _count_running(self, owner: str) -> int:
-        """Return the number of active streams of an owner. A stream with an expired lease does not count."""
+    async def _running(self, owner: str, limit: int) -> builtins.list[str]:
+        """Return the ids of up to `limit` active streams of an owner. A stream with an expired lease does not count."""
         statements = await self._schema.require_0004("the owner of a stream")
-        [(count,)] = await self._database.query(statements.count_running, [owner])
-        return int(count)
+        return [row[0] for row in await self._database.query(statements.running, [owner, limit])]
 
     async def wait(self, id: str, timeout: float | timedelta | None = None) -> StreamStatus:
         """Wait until a stream has ended. If the connection is lost, retry as `read_from` does.

@@ -156,6 +156,10 @@ class AsyncTurns:
                 raise conversation_not_found()
             return
 
+    async def is_deleted(self, turn: Turn) -> bool:
+        """Return whether the conversation of a turn, whose question was saved, has been deleted."""
+        return await self._conversations.get_info(turn.session_id) is None
+
     async def save_answer(
         self,
         session_id: str,

@@ -69,7 +69,8 @@ def urlpatterns(handler: StreamHandler | AsyncStreamHandler) -> list[URLPattern]
     for alias in connections:
         non_atomic_requests(using=alias)(view)
     root = re.escape(f"{handler.prefix}/"[1:])
-    return [re_path(f"^{root}(?P<path>.*)$", csrf_exempt(view), name="aibind")]
+    # The id of a conversation may contain line breaks.
+    return [re_path(f"^{root}(?P<path>(?s:.*))$", csrf_exempt(view), name="aibind")]
 
 
 def _check_server(handler: StreamHandler | AsyncStreamHandler, request: HttpRequest) -> None:

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from .. import AsyncStreamHandler
-from .starlette import METHODS, check_flavour, respond
+from .starlette import ANY_PATH, METHODS, check_flavour, respond
 
 _TEXT = {"type": "string"}
 _MESSAGES = {
@@ -117,7 +117,7 @@ def router(handler: AsyncStreamHandler) -> APIRouter:
         for method in methods:
             description = _DESCRIPTIONS[method, path.rpartition("/")[2]]
             result.add_api_route(
-                handler.prefix + path.replace("{id}", "{id:path}"),
+                handler.prefix + path.replace("{id}", f"{{id:{ANY_PATH}}}"),
                 _endpoint(handler, path),
                 methods=[method],
                 name="aibind",
@@ -128,7 +128,11 @@ def router(handler: AsyncStreamHandler) -> APIRouter:
             )
     # The handler also responds to other paths and methods below its prefix.
     result.add_api_route(
-        f"{handler.prefix}/{{path:path}}", _endpoint(handler), methods=METHODS, name="aibind", include_in_schema=False
+        f"{handler.prefix}/{{path:{ANY_PATH}}}",
+        _endpoint(handler),
+        methods=METHODS,
+        name="aibind",
+        include_in_schema=False,
     )
     return result
 

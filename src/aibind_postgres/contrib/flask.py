@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from flask import Blueprint, Response, current_app, request
+from flask.blueprints import BlueprintSetupState
 from werkzeug.exceptions import HTTPException
+from werkzeug.routing import PathConverter
 
 from .. import StreamHandler, WebRequest
 from ..web import QueryParameters
 from ._wsgi import disconnect_of
 
 METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]  # the handler responds with 405 to the wrong one
+
+
+class _AnyPath(PathConverter):
+    """A rest of a path that may contain line breaks, as the id of a conversation may."""
+
+    regex = "(?s:[^/].*)"
 
 
 def blueprint(handler: StreamHandler) -> Blueprint:
@@ -38,7 +46,11 @@ def blueprint(handler: StreamHandler) -> Blueprint:
     name = "aibind" if handler.prefix == "/__aibind__" else f"aibind at {handler.prefix.replace('.', ' ')}"
     result = Blueprint(name, __name__, url_prefix=handler.prefix or None)
 
-    @result.route("/<path:path>", methods=METHODS)
+    @result.record
+    def add_converter(state: BlueprintSetupState) -> None:
+        state.app.url_map.converters["aibind_path"] = _AnyPath
+
+    @result.route("/<aibind_path:path>", methods=METHODS)
     def answer(path: str) -> Response:
         original = request._get_current_object()  # type: ignore[attr-defined]  # the proxy fails in a producer's thread
         response = handler.handle(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from starlette.convertors import PathConvertor, register_url_convertor
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
@@ -10,7 +11,17 @@ from starlette.routing import Route
 from .. import AsyncStreamHandler, WebRequest
 from ..web import QueryParameters
 
-METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]  # the handler responds with 405 to the wrong one
+
+class _AnyPath(PathConvertor):
+    """A rest of a path that may contain line breaks, as the id of a conversation may."""
+
+    regex = "(?s:.*)"
+
+
+ANY_PATH = "aibind_path"
+register_url_convertor(ANY_PATH, _AnyPath())
+
+METHODS = ["GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE"]  # the handler responds with 405 to the wrong one
 
 
 def routes(handler: AsyncStreamHandler) -> list[Route]:
@@ -35,7 +46,7 @@ def routes(handler: AsyncStreamHandler) -> list[Route]:
     async def answer(request: Request) -> Response:
         return await respond(handler, request, f"/{request.path_params['path']}")
 
-    return [Route(f"{handler.prefix}/{{path:path}}", answer, methods=METHODS, name="aibind")]
+    return [Route(f"{handler.prefix}/{{path:{ANY_PATH}}}", answer, methods=METHODS, name="aibind")]
 
 
 def check_flavour(handler: AsyncStreamHandler) -> None:
