@@ -186,7 +186,7 @@ def test_conversations_belong_to_a_browser(empty_database: str, framework: str) 
             events = EventParser().feed(answer.read())
         assert (events[0].event, events[-1].event) == ("stream-id", "done")
         stream = events[0].data
-        status, shown = call(f"{routes}/conversations/a", client=owner)
+        _, shown = call(f"{routes}/conversations/a", client=owner)
         answer_node = shown["history"]["nodes"][stream]
         assert answer_node["message"]["content"] == "".join(e.data for e in events if e.event == "message")
         with ask(demo.url, owner, regenerate=True, parentId=answer_node["parentId"], sessionId="a") as answer:

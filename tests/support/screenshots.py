@@ -51,11 +51,12 @@ def save(chat: ChatPage, name: str) -> None:
 
 
 def ask_all(chat: ChatPage, *questions: str) -> None:
-    """Ask each question in a new conversation."""
+    """Ask each question in a new conversation, and wait until its title is stored."""
     for question in questions:
         chat.press("New chat")
         chat.page.locator("#welcome").wait_for()
-        chat.ask(question)
+        with chat.page.expect_response(lambda response: response.request.method == "PATCH"):
+            chat.ask(question)
 
 
 def take(browser: Browser, fast: Demo, slow: Demo) -> None:
