@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from playwright.sync_api import expect
 from support.browser import CHROMIUM, ChatPage
+from support.concurrency import until
 
 from aibind_postgres import ChatHistory, PostgresConversationStore, PostgresStreamStore
 
@@ -76,16 +77,19 @@ def test_title_is_that_of_the_model(chat, web_database):
         assert store.get_info(chat.session_id).title == "A short title"
 
 
-def test_title_is_asked_again_after_a_failure(chat):
+def test_title_is_asked_again_after_a_failure(chat, web_database):
     chat.page.route("**/__aibind__/title", lambda route: route.abort())
     chat.ask("No title yet")
     chat.wait_for_titles("No title yet")
+    conversation = chat.session_id
     chat.press("New chat")
     chat.page.reload()
     chat.wait_for_titles("Untitled")
     chat.page.unroute("**/__aibind__/title")
     chat.page.get_by_role("link", name="Untitled").click()
     chat.wait_until_idle()
+    with PostgresConversationStore(web_database) as store:
+        until(lambda: store.get_info(conversation).title == "No title yet")
     chat.wait_for_titles("No title yet")
     assert chat.page.locator("#note").inner_text() == ""
 
