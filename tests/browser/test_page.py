@@ -291,6 +291,19 @@ def test_escape_stops_the_answer(slow_demo, context):
     assert chat.errors == []
 
 
+def test_outcome_is_shown_after_the_server_was_unreachable(slow_demo, context):
+    chat = ChatPage(context, slow_demo.url)
+    chat.send("Stop me")
+    chat.wait_for_answer("You")
+    chat.page.route("**/__aibind__/conversations/*", lambda route: route.abort())
+    chat.press("Stop")
+    chat.wait_for_note("The server does not respond.")
+    chat.page.unroute("**/__aibind__/conversations/*")
+    chat.wait_until_idle()
+    chat.wait_for_note("Stopped.")
+    assert chat.errors == []
+
+
 def test_use_by_keyboard_alone(chat):
     press = chat.page.keyboard.press
     chat.page.locator("#welcome").wait_for()

@@ -221,6 +221,7 @@ export class Chat {
     composer.setBusy({ sendable: false, stoppable: false });
     await this.#load(); // the server adds an answer that was broken off, if its process could not
     if (this.#closed) return;
+    if (outcome) note(outcome); // again: the server may not have responded for a while
     const { atEnd } = list;
     this.#settle();
     if (atEnd) list.scrollToEnd();
