@@ -9,18 +9,17 @@ Each reader occupies a thread, so start more threads than readers.
 """
 
 import os
-from collections.abc import Iterator
-from typing import Any
 
-from flask import Flask, Response, abort
-from shared import DAY, another_answer, housekeeping, messages, page_file
-from shared.model import answer
+from flask import Flask, Response, abort, request
+from shared import DAY, browser_cookie, browser_of, page_file
+from shared.model import generate
 
 from aibind_postgres import (
-    Generation,
+    Housekeeper,
     PostgresConversationStore,
     PostgresStreamStore,
     StreamHandler,
+    WebRequest,
     schema,
 )
 from aibind_postgres.contrib.flask import blueprint
@@ -29,56 +28,28 @@ DSN = os.environ["DATABASE_URL"]
 schema.migrate(DSN)  # in production, run this when you deploy
 store = PostgresStreamStore(DSN, ttl=DAY)
 conversations = PostgresConversationStore(DSN, ttl=30 * DAY)
-housekeeping.start(DSN)
+Housekeeper(store, conversations).start()  # with `gunicorn --preload`, in its hook post_fork
 
 
-def generate(generation: Generation) -> Iterator[str]:
-    return answer(generation.messages)
+def owner(request: WebRequest) -> str | None:
+    return browser_of(request.original.cookies)
 
 
 app = Flask(__name__)
-# Anyone with the id of a conversation can read and change it. Pass authorize=… to restrict that.
-app.register_blueprint(blueprint(StreamHandler(generate, store=store, conversations=conversations, public=True)))
+app.register_blueprint(blueprint(StreamHandler(generate, store=store, conversations=conversations, owner=owner)))
 
 
 @app.get("/")
+def page() -> Response:
+    response = file("index.html")
+    response.set_cookie(**browser_cookie(request.cookies))
+    return response
+
+
 @app.get("/page/<path:name>")
-def page(name: str = "index.html") -> Response:
+def file(name: str) -> Response:
     try:
         content, headers = page_file(name)
     except LookupError:
         abort(404)
     return Response(content, headers=headers)
-
-
-@app.get("/conversation/<session>")
-def conversation(session: str) -> list[dict[str, Any]]:
-    try:
-        return messages.current_path(conversations.load(session))
-    except ValueError:  # an invalid id
-        abort(404)
-
-
-@app.delete("/conversation/<session>")
-def delete(session: str) -> dict[str, bool]:
-    try:
-        return {"ok": conversations.delete(session)}
-    except ValueError:
-        abort(404)
-
-
-@app.post("/conversation/<session>/answer/<id>")
-def answer_again(session: str, id: str) -> dict[str, str]:
-    try:
-        return {"id": another_answer.start(store, conversations, session, id)}
-    except (LookupError, ValueError):
-        abort(404)
-
-
-@app.post("/conversation/<session>/<action>/<id>")
-def change(session: str, action: str, id: str) -> list[dict[str, Any]]:
-    try:
-        with conversations.edit(session) as chat:
-            return messages.change(chat, action, id)
-    except (LookupError, ValueError):
-        abort(404)

@@ -1,6 +1,10 @@
-"""Code that the chat examples share: the page, the model, housekeeping and the messages of a conversation."""
+"""Code that the chat examples share: the page, its cookie and the model."""
 
+import re
+import secrets
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 DAY = 86400  # seconds
 
@@ -19,8 +23,10 @@ PAGE_HEADERS = {
     ),
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-cache",
+    "Cache-Control": "private, no-cache",
 }
+
+_COOKIE = "browser"
 
 
 def page_file(name: str = "index.html") -> tuple[bytes, dict[str, str]]:
@@ -31,3 +37,23 @@ def page_file(name: str = "index.html") -> tuple[bytes, dict[str, str]]:
     """
     headers = {**PAGE_HEADERS, "Content-Type": f"{_TYPES[Path(name).suffix]}; charset=utf-8"}
     return _CONTENTS[name], headers
+
+
+def browser_of(cookies: Mapping[str, str]) -> str | None:
+    """Return the secret id of the browser that sends a request, or None without the cookie of the page.
+
+    The conversations belong to it, since the chat has no users. With a login, return the id of the user instead.
+    """
+    value = cookies.get(_COOKIE, "")
+    return value if re.fullmatch(r"[A-Za-z0-9_-]{43}", value) else None
+
+
+def browser_cookie(cookies: Mapping[str, str]) -> dict[str, Any]:
+    """Return the arguments of `set_cookie`, with which the page gives its browser an id, or lets it keep its own."""
+    return {
+        "key": _COOKIE,
+        "value": browser_of(cookies) or secrets.token_urlsafe(32),
+        "max_age": 30 * DAY,  # as long as a conversation is kept
+        "httponly": True,
+        "samesite": "lax",
+    }

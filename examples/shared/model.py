@@ -15,6 +15,8 @@ from collections.abc import AsyncIterator, Iterator
 from functools import cache
 from typing import Any
 
+from aibind_postgres import Generation
+
 from .stand_in import tokens
 
 USE_OPENAI = bool(os.environ.get("OPENAI_API_KEY") or os.environ.get("OPENAI_BASE_URL"))
@@ -27,38 +29,39 @@ except ValueError:
 if not 0 <= DELAY < math.inf:
     raise ValueError("AIBIND_DEMO_DELAY must be a number of seconds")
 
-# Seconds without a token after which a producer is considered dead.
-LONGEST_PAUSE = 300 if USE_OPENAI else 30 + DELAY
-
 SYSTEM = {"role": "system", "content": "You are a helpful assistant. Be brief."}
+TITLE = {"role": "system", "content": "Reply with a title of at most five words for this conversation. Nothing else."}
 
 
-def answer(messages: list[dict[str, Any]], number: int = 1) -> Iterator[str]:
-    """Yield the tokens of an answer to a conversation. The number counts the answers to the same question."""
+def generate(generation: Generation) -> Iterator[str]:
+    """Yield the tokens of an answer, or of a title, for a `StreamHandler`."""
     if USE_OPENAI:
-        parameters = {"model": MODEL, "messages": [SYSTEM, *messages], "stream": True}
         # The block closes the response, so stopping the answer also stops the model.
-        with _client("OpenAI").chat.completions.create(**parameters) as stream:
+        with _client("OpenAI").chat.completions.create(**_parameters(generation)) as stream:
             for event in stream:
                 yield from _texts(event)
     else:
-        for token in tokens(messages[-1]["content"], number):
+        for token in tokens(generation):
             time.sleep(DELAY)
             yield token
 
 
-async def async_answer(messages: list[dict[str, Any]], number: int = 1) -> AsyncIterator[str]:
-    """Yield the tokens of an answer to a conversation, for asyncio."""
+async def async_generate(generation: Generation) -> AsyncIterator[str]:
+    """Yield the tokens of an answer, or of a title, for an `AsyncStreamHandler`."""
     if USE_OPENAI:
-        parameters = {"model": MODEL, "messages": [SYSTEM, *messages], "stream": True}
-        async with await _client("AsyncOpenAI").chat.completions.create(**parameters) as stream:
+        async with await _client("AsyncOpenAI").chat.completions.create(**_parameters(generation)) as stream:
             async for event in stream:
                 for text in _texts(event):
                     yield text
     else:
-        for token in tokens(messages[-1]["content"], number):
+        for token in tokens(generation):
             await asyncio.sleep(DELAY)
             yield token
+
+
+def _parameters(generation: Generation) -> dict[str, Any]:
+    instructions = TITLE if generation.kind == "title" else SYSTEM
+    return {"model": MODEL, "messages": [instructions, *generation.messages], "stream": True}
 
 
 @cache

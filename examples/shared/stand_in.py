@@ -2,6 +2,8 @@
 
 import re
 
+from aibind_postgres import Generation
+
 _INTRODUCTION = (
     "This is a fixed text, since no language model is configured. It is stored and sent like the answer of a model."
 )
@@ -97,19 +99,23 @@ def flour(people: int) -> float:
 
 HTML is shown as text: <b>not bold</b>. See [CommonMark](https://commonmark.org/) for the syntax."""
 
+_TITLE_LENGTH = 80  # characters
+
 _TEXTS = {"code": _CODE, "branch": _BRANCHES, "markdown": _MARKDOWN}
 
 
-def tokens(question: str, number: int) -> list[str]:
-    """Split an answer into pieces of the size of a model's tokens: at most 8 characters, with leading white space.
+def tokens(generation: Generation) -> list[str]:
+    """Return the pieces of an answer to the last message, of the size of a model's tokens, or a title in one piece.
 
-    Args:
-        question: The question, which the answer repeats.
-        number: 1 for the first answer to the question, 2 for the next one, and so on.
+    A token has at most 8 characters, with leading white space. An answer repeats the question, and a title is its
+    beginning.
     """
+    if generation.kind == "title":
+        return [" ".join(generation.messages[0]["content"].split())[:_TITLE_LENGTH]]
+    question = generation.messages[-1]["content"]
     text = next((text for word, text in _TEXTS.items() if word in question.lower()), _SURVIVAL)
     literal = re.sub(r"([\\`*_\[\]<>&#|~])", r"\\\1", " ".join(question.split()))  # Markdown would interpret these
-    again = "" if number == 1 else f"*This is answer {number} to the same question.*\n\n"
+    again = "*This is another answer to the same question.*\n\n" if generation.body.get("regenerate") else ""
     return re.findall(
         r"\s*\S{1,8}", f"You wrote: “{literal}”\n\n{again}{_INTRODUCTION}\n\n{text}\n\nThis is the end of the text. ✦"
     )

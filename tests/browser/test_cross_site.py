@@ -10,11 +10,11 @@ import pytest
 from support import servers
 from support.browser import CHROMIUM, Demo, chromium
 
-from aibind_postgres import PostgresStreamStore
+from aibind_postgres import ChatHistory, PostgresConversationStore, PostgresStreamStore
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 
-# Each request needs no permission of the server: a page may send it to any origin.
+# A page may send these requests to any origin, except for the last two: their methods need the server's permission.
 SCRIPT = """
 async ({url, id}) => {
   const body = JSON.stringify({ prompt: "attack", id });
@@ -26,6 +26,12 @@ async ({url, id}) => {
   }
   await fetch(url + "/stream", { method: "POST", mode: "no-cors", body: new Blob([body]) });
   await fetch(`${url}/stream/resume?id=${id}`, { mode: "no-cors" });
+  await fetch(`${url}/conversations`, { mode: "no-cors", credentials: "include" });
+  let sent = 0;
+  for (const method of ["PATCH", "DELETE"]) {
+    await fetch(`${url}/conversations/kept`, { method, credentials: "include" }).then(() => sent++, () => {});
+  }
+  return sent;
 }
 """
 
@@ -60,14 +66,19 @@ def test_page_of_another_origin_is_refused(
         servers.own_database(server, template) as dsn,
         Demo(framework, dsn) as demo,
         PostgresStreamStore(dsn) as store,
+        PostgresConversationStore(dsn) as conversations,
         chromium() as browser,
     ):
         id = store.create()
         page = browser.new_page()
+        page.goto(demo.url)
+        [cookie] = page.context.cookies()
+        conversations.save("kept", ChatHistory(), owner=cookie["value"])
         page.goto(f"http://{host}:{other_site}/")
         page.on("response", lambda response: statuses.append(response.status))
-        page.evaluate(SCRIPT, {"url": f"{demo.url}__aibind__", "id": id})
-        assert statuses == [403] * 6
+        assert page.evaluate(SCRIPT, {"url": f"{demo.url}__aibind__", "id": id}) == 0
+        assert statuses == [403] * 7
+        assert conversations.get_info("kept") is not None
         assert [status.id for status in store.list()] == [id]
         assert store.get_status(id).state == "active"
         page.goto(demo.url)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from playwright.sync_api import expect
 from support.browser import CHROMIUM, ChatPage
+from support.concurrency import until
 
 from aibind_postgres import ChatHistory, PostgresConversationStore, PostgresStreamStore
 
@@ -17,42 +18,120 @@ def focused(chat):
 
 
 def open_stored(chat, database, *contents):
-    """Store a conversation of alternating questions and answers, and open it in the tab."""
+    """Store a conversation of the tab's browser with alternating questions and answers, and open it in the tab."""
     history = ChatHistory()
     for index, content in enumerate(contents):
         history.append({"role": "assistant" if index % 2 else "user", "content": content})
     with PostgresConversationStore(database) as store:
-        store.save("stored", history)
-    chat.page.evaluate("() => { location.hash = 'stored'; }")
+        store.save(f"stored-{chat.owner}", history, owner=chat.owner)
+    chat.page.evaluate("id => { location.hash = id; }", f"stored-{chat.owner}")
     expect(chat.page.locator("#messages article")).to_have_count(len(contents))
 
 
 def test_sidebar_lists_and_opens_conversations(chat):
-    assert chat.titles == []
     chat.ask("The first\nquestion")
     first = chat.session_id
     chat.press("New chat")
     chat.page.locator("#welcome").wait_for()
-    assert chat.titles == ["The first question"]
+    chat.wait_for_titles("The first question")
     chat.ask("The second question")
-    assert chat.titles == ["The second question", "The first question"]
+    chat.wait_for_titles("The second question", "The first question")
     assert chat.page.title().startswith("The second question")
     chat.page.reload()
     chat.wait_until_idle()
-    assert chat.titles == ["The second question", "The first question"]
+    chat.wait_for_titles("The second question", "The first question")
     chat.page.get_by_role("link", name="The first question").click()
     expect(chat.page.locator("#messages article.user")).to_have_text(["The first\nquestionEdit"])
     assert chat.session_id == first
     assert chat.page.locator("#conversations [aria-current]").all_text_contents() == ["The first question"]
     # Opening does not change the order.
-    assert chat.titles == ["The second question", "The first question"]
+    chat.page.reload()
+    chat.wait_for_titles("The second question", "The first question")
     chat.page.go_back()
     expect(chat.page.locator("#messages article.user")).to_contain_text("The second question")
 
 
-def test_conversation_of_another_browser_is_added_to_the_list(chat, web_database):
-    open_stored(chat, web_database, "From elsewhere", "Hello")
-    expect(chat.page.locator("#conversations a")).to_have_text(["From elsewhere"])
+def test_list_survives_cleared_local_storage(chat):
+    chat.ask("Remember me")
+    chat.page.evaluate("() => localStorage.clear()")
+    chat.page.goto("about:blank")
+    chat.page.go_back()
+    chat.wait_until_idle()
+    chat.wait_for_titles("Remember me")
+
+
+def test_title_is_that_of_the_model(chat, web_database):
+    asked = []
+    chat.page.route("**/__aibind__/title", lambda route: asked.append(route) or route.fulfill(body="A short title\n"))
+    chat.ask("A long question, of which the model makes a title")
+    chat.wait_for_titles("A short title")
+    assert chat.page.title().startswith("A short title")
+    chat.ask("Another question")
+    chat.page.reload()
+    chat.wait_until_idle()
+    chat.wait_for_titles("A short title")
+    [route] = asked
+    roles = [message["role"] for message in route.request.post_data_json["messages"]]
+    assert roles == ["user", "assistant"]
+    with PostgresConversationStore(web_database) as store:
+        assert store.get_info(chat.session_id).title == "A short title"
+
+
+def test_title_is_asked_again_after_a_failure(chat, web_database):
+    chat.page.route("**/__aibind__/title", lambda route: route.abort())
+    chat.ask("No title yet")
+    chat.wait_for_titles("No title yet")
+    conversation = chat.session_id
+    chat.press("New chat")
+    chat.page.reload()
+    chat.wait_for_titles("Untitled")
+    chat.page.unroute("**/__aibind__/title")
+    chat.page.get_by_role("link", name="Untitled").click()
+    chat.wait_until_idle()
+    with PostgresConversationStore(web_database) as store:
+        until(lambda: store.get_info(conversation).title == "No title yet")
+    chat.wait_for_titles("No title yet")
+    assert chat.page.locator("#note").inner_text() == ""
+
+
+def test_another_browser_has_no_access(chat, browser, fast_demo, web_database):
+    chat.ask("My secret")
+    chat.wait_for_titles("My secret")
+    strange_context = browser.new_context()
+    stranger = ChatPage(strange_context, chat.url)
+    stranger.wait_for_note("belongs to another browser")
+    stranger.wait_until_idle(empty=True)
+    stranger.wait_for_titles()
+    assert stranger.owner != chat.owner
+    stranger.send("Let me in")
+    stranger.wait_for_note("That failed")
+    assert stranger.turns == []
+    with PostgresConversationStore(web_database) as store:
+        assert store.get_info(chat.session_id).owner == chat.owner
+        assert len(store.load(chat.session_id)) == 2
+    # Its own conversations are not those of the first browser.
+    stranger.press("New chat")
+    stranger.ask("Mine")
+    stranger.wait_for_titles("Mine")
+    chat.page.reload()
+    chat.wait_for_titles("My secret")
+    strange_context.close()
+
+
+def test_cookie_of_the_page(fast_demo, context):
+    def cookie():
+        [cookie] = context.cookies()
+        return cookie
+
+    chat = ChatPage(context, fast_demo.url)
+    first = cookie()
+    assert (first["httpOnly"], first["sameSite"], first["path"]) == (True, "Lax", "/")
+    chat.page.reload()
+    assert cookie()["value"] == first["value"]
+    context.clear_cookies()
+    context.add_cookies([{"name": "browser", "value": "guessed", "url": fast_demo.url}])
+    chat.page.reload()
+    assert len(cookie()["value"]) == len(first["value"])
 
 
 def test_lists_of_two_tabs_are_equal(chat, context, fast_demo):
@@ -86,16 +165,29 @@ def test_deleted_conversation_leaves_list_and_database(chat, stored):
     remove = chat.page.get_by_role("button", name="Delete “Delete me”")
     remove.click()
     chat.press("Cancel")
-    assert chat.titles == ["Delete me"]
+    chat.wait_for_titles("Delete me")
     assert len(stored(chat)) == 2
     remove.click()
     chat.press("Delete")
     chat.page.locator("#welcome").wait_for()
-    assert chat.titles == []
+    chat.wait_for_titles()
     assert chat.session_id != deleted
+    assert chat.page.locator("#note").inner_text() == ""
     chat.page.goto(chat.url.replace(chat.session_id, deleted))
+    chat.wait_for_note("This conversation has expired, was deleted")
     chat.wait_until_idle(empty=True)
     assert stored(chat) == chat.turns == []
+
+
+def test_conversation_that_another_tab_deletes(chat, context):
+    chat.ask("Delete me elsewhere")
+    second = ChatPage(context, chat.url)
+    second.wait_until_idle()
+    second.page.get_by_role("button", name="Delete “Delete me elsewhere”").click()
+    second.press("Delete")
+    chat.wait_for_note("This conversation has expired, was deleted")
+    chat.wait_for_titles()
+    assert chat.turns == second.errors == []
 
 
 def test_deletion_stops_a_running_answer(slow_demo, context, web_database, stored):
@@ -108,9 +200,10 @@ def test_deletion_stops_a_running_answer(slow_demo, context, web_database, store
     chat.page.locator("#welcome").wait_for()
     chat.page.goto(chat.url.replace(chat.session_id, deleted))
     chat.wait_until_idle(empty=True)
-    assert stored(chat) == chat.titles == []
+    chat.wait_for_titles()
+    assert stored(chat) == []
     with PostgresStreamStore(web_database) as store:
-        assert store.get_status(stream).state == "stopped"
+        assert store.get_status(stream) is None
     assert chat.errors == []
 
 
@@ -198,6 +291,19 @@ def test_escape_stops_the_answer(slow_demo, context):
     assert chat.errors == []
 
 
+def test_outcome_is_shown_after_the_server_was_unreachable(slow_demo, context):
+    chat = ChatPage(context, slow_demo.url)
+    chat.send("Stop me")
+    chat.wait_for_answer("You")
+    chat.page.route("**/__aibind__/conversations/*", lambda route: route.abort())
+    chat.press("Stop")
+    chat.wait_for_note("The server does not respond.")
+    chat.page.unroute("**/__aibind__/conversations/*")
+    chat.wait_until_idle()
+    chat.wait_for_note("Stopped.")
+    assert chat.errors == []
+
+
 def test_use_by_keyboard_alone(chat):
     press = chat.page.keyboard.press
     chat.page.locator("#welcome").wait_for()
@@ -242,7 +348,7 @@ def test_use_by_keyboard_alone(chat):
     press("Tab")
     press("Enter")
     chat.page.locator("#welcome").wait_for()
-    assert chat.titles == []
+    chat.wait_for_titles()
     reach("skip", "Shift+Tab")
     press("Enter")
     assert focused(chat) == "prompt"

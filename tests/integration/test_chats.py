@@ -1,4 +1,4 @@
-"""The chat examples without a browser: the model, the conversation URLs and `demo --web`."""
+"""The chat examples without a browser: the model, the routes with the page's cookie, and `demo --web`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
-from urllib.request import Request, urlopen
+from urllib.request import HTTPCookieProcessor, OpenerDirector, Request, build_opener, urlopen
 
 import pytest
 from support.browser import Demo
@@ -30,24 +30,28 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 PROGRAM = """
 import asyncio, sys
+from types import SimpleNamespace
 from shared import model
 
-MESSAGES = [{"role": "user", "content": "Why {so}\\n*now*?"}]
+MESSAGES = [{"role": "user", "content": "Why {so}\\n*now*?"}, {"role": "assistant", "content": "Because."}]
+kind, regenerate = sys.argv[1], len(sys.argv) > 2
+messages = MESSAGES if kind == "title" else MESSAGES[:1]
+generation = SimpleNamespace(kind=kind, messages=messages, body={"regenerate": regenerate})
 
 async def collect():
-    return [token async for token in model.async_answer(MESSAGES)]
+    return [token async for token in model.async_generate(generation)]
 
-tokens = list(model.answer(MESSAGES))
+tokens = list(model.generate(generation))
 assert asyncio.run(collect()) == tokens
 sys.stdout.write("|".join(tokens))
 """
 
 
-def run_model(**environment: str) -> subprocess.CompletedProcess[str]:
-    """Print the tokens of an answer, after a check that both flavours yield the same ones."""
+def run_model(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Print the tokens of an answer or a title, after a check that both flavours yield the same ones."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("OPENAI_")}
     return subprocess.run(
-        [sys.executable, "-c", PROGRAM],
+        [sys.executable, "-c", PROGRAM, *(arguments or ["stream"])],
         cwd=EXAMPLES,
         env={**inherited, "AIBIND_DEMO_DELAY": "0", **environment},
         capture_output=True,
@@ -62,6 +66,12 @@ def test_stand_in_yields_its_text() -> None:
     assert "".join(tokens).startswith("You wrote: “Why {so} \\*now\\*?”\n\nThis is a fixed text")
     assert "\n```js\n" in "".join(tokens)
     assert len(tokens) > 150
+    again = run_model("stream", "regenerate").stdout.replace("|", "")
+    assert again.replace("*This is another answer to the same question.*\n\n", "") == "".join(tokens) != again
+
+
+def test_title_of_the_stand_in_is_the_question() -> None:
+    assert run_model("title").stdout == "Why {so} *now*?"
 
 
 @pytest.mark.parametrize("delay", ["soon", "-1", "nan", "inf"])
@@ -116,6 +126,15 @@ def test_requests_to_openai_api() -> None:
     assert len(requests) == 4
 
 
+def test_title_of_openai_api() -> None:
+    requests: list[Any] = []
+    with openai_server(requests) as url:
+        assert run_model("title", OPENAI_BASE_URL=url).stdout == "Be|cause."
+    instructions, *messages = requests[0][2]["messages"]
+    assert "title" in instructions["content"]
+    assert [message["role"] for message in messages] == ["user", "assistant"]
+
+
 @pytest.mark.parametrize("framework", ["fastapi", "flask"])
 def test_stop_closes_connection_to_model(empty_database: str, framework: str) -> None:
     disconnected = threading.Event()
@@ -129,14 +148,22 @@ def test_stop_closes_connection_to_model(empty_database: str, framework: str) ->
             assert disconnected.wait(20)
 
 
-def ask(url: str, **body: str) -> Any:
+def browser() -> OpenerDirector:
+    """Return a client that keeps cookies."""
+    return build_opener(HTTPCookieProcessor())
+
+
+def ask(url: str, client: OpenerDirector | None = None, **body: object) -> Any:
     """Send a prompt, and return the response with the events."""
-    return urlopen(Request(f"{url}__aibind__/stream", json.dumps(body).encode(), JSON), timeout=20)
+    request = Request(f"{url}__aibind__/stream", json.dumps(body).encode(), JSON)
+    return (client or browser()).open(request, timeout=20)
 
 
-def call(url: str, method: str = "GET") -> tuple[int, Any]:
+def call(url: str, method: str = "GET", client: OpenerDirector | None = None, **body: object) -> tuple[int, Any]:
+    """Return the status and the JSON of a response."""
+    request = Request(url, json.dumps(body).encode() if body else None, JSON, method=method)
     try:
-        with urlopen(Request(url, b"{}" if method == "POST" else None, JSON, method=method), timeout=20) as answer:
+        with (client or browser()).open(request, timeout=20) as answer:
             return answer.status, json.load(answer)
     except HTTPError as error:
         error.close()
@@ -144,38 +171,44 @@ def call(url: str, method: str = "GET") -> tuple[int, Any]:
 
 
 @pytest.mark.parametrize("framework", ["fastapi", "flask", "django"])
-def test_conversation_urls(empty_database: str, framework: str) -> None:
+def test_conversations_belong_to_a_browser(empty_database: str, framework: str) -> None:
     with Demo(framework, empty_database, delay=0) as demo:
-        with urlopen(demo.url, timeout=20) as page:
-            assert b"<title>A durable chat</title>" in page.read()
-        assert call(f"{demo.url}conversation/a%20b") == (200, [])
-        assert call(f"{demo.url}conversation/a%00b")[0] == 404
-        with ask(demo.url, prompt="hi", sessionId="a b") as answer:
+        routes = f"{demo.url}__aibind__"
+        owner, stranger = browser(), browser()
+        assert call(f"{routes}/conversations", client=owner) == (401, None)  # it has not loaded the page
+        for client in (owner, stranger):
+            with client.open(demo.url, timeout=20) as page:
+                assert b"<title>A durable chat</title>" in page.read()
+                cookie = page.headers["Set-Cookie"].lower()
+                assert {"httponly", "samesite=lax", "max-age=2592000"} <= set(cookie.split("; "))
+                assert page.headers["Cache-Control"] == "private, no-cache"
+        with ask(demo.url, owner, prompt="hi", sessionId="a") as answer:
             events = EventParser().feed(answer.read())
-        text = "".join(event.data for event in events if event.event == "message")
         assert (events[0].event, events[-1].event) == ("stream-id", "done")
-        status, [question, reply] = call(f"{demo.url}conversation/a%20b")
-        assert (status, question["content"], reply["content"], reply["state"]) == (200, "hi", text, "done")
-        conversation = f"{demo.url}conversation/a%20b"
-        assert call(f"{conversation}/rewind/{reply['id']}", "POST") == (200, [question])
-        assert call(f"{conversation}/rewind/{question['id']}", "POST") == (200, [])
-        assert call(f"{conversation}/return/{reply['id']}", "POST") == (200, [question, reply])
-        assert call(f"{conversation}/rewind/nothing", "POST")[0] == 404
-        assert call(f"{conversation}/burn/{question['id']}", "POST")[0] == 404
-        assert call(f"{conversation}/rewind/{question['id']}")[0] == 405
-        assert call(f"{conversation}/next/{question['id']}", "POST") == (200, [question, reply])
-        status, started = call(f"{conversation}/answer/{question['id']}", "POST")
-        with urlopen(f"{demo.url}__aibind__/stream/resume?id={started['id']}", timeout=20) as answer:
-            assert b"event: done" in answer.read()
-        status, [same, another] = call(conversation)
-        assert (same, another["alternative"], another["alternatives"]) == (question, 2, 2)
-        assert "answer 2 to the same question" in another["content"]
-        for unknown in ("nothing", reply["id"]):  # an answer is no question
-            assert call(f"{conversation}/answer/{unknown}", "POST")[0] == 404
-        assert call(conversation, "DELETE") == (200, {"ok": True})
-        assert call(conversation, "DELETE") == (200, {"ok": False})
-        assert call(conversation) == (200, [])
-        assert call(f"{demo.url}conversation/a%00b", "DELETE")[0] == 404
+        stream = events[0].data
+        _, shown = call(f"{routes}/conversations/a", client=owner)
+        answer_node = shown["history"]["nodes"][stream]
+        assert answer_node["message"]["content"] == "".join(e.data for e in events if e.event == "message")
+        with ask(demo.url, owner, regenerate=True, parentId=answer_node["parentId"], sessionId="a") as answer:
+            events = EventParser().feed(answer.read())
+        assert "another answer" in "".join(event.data for event in events if event.event == "message")
+        _, listed = call(f"{routes}/conversations", client=owner)
+        assert [each["id"] for each in listed["conversations"]] == ["a"]
+        assert call(f"{routes}/conversations/a", "PATCH", owner, title="Greetings")[1]["title"] == "Greetings"
+        # Another browser sees nothing, and changes nothing.
+        assert call(f"{routes}/conversations", client=stranger) == (200, {"conversations": [], "next": None})
+        assert call(f"{routes}/conversations/a", client=stranger) == (404, None)
+        assert call(f"{routes}/conversations/a", "PATCH", stranger, title="Mine") == (404, None)
+        assert call(f"{routes}/conversations/a", "DELETE", stranger) == (404, None)
+        assert call(f"{routes}/stream", "POST", stranger, prompt="hi", sessionId="a") == (404, None)
+        assert call(f"{routes}/stream/stop", "POST", stranger, id=stream) == (404, None)
+        assert call(f"{routes}/stream/resume?id={stream}", client=stranger) == (404, None)
+        # A cookie that the page has not made is none.
+        guessed = build_opener()
+        guessed.addheaders = [("Cookie", "browser=guessed")]
+        assert call(f"{routes}/conversations", client=guessed) == (401, None)
+        assert call(f"{routes}/conversations/a", "DELETE", owner) == (200, {"ok": True})
+        assert call(f"{routes}/conversations/a", client=owner) == (404, None)
 
 
 @pytest.mark.parametrize("framework", ["fastapi", "flask", "django"])
@@ -228,8 +261,10 @@ def test_ctrl_c_ends_demo_and_its_server_but_keeps_the_data(framework: str) -> N
             assert process.stdout is not None
             return process, process.stdout.readline().split()[4]
 
+        client = browser()
         process, url = start()
-        with ask(url, prompt="hi", sessionId="kept") as answer:
+        client.open(url, timeout=20).close()
+        with ask(url, client, prompt="hi", sessionId="kept") as answer:
             while b"You" not in answer.readline():
                 pass
             process.send_signal(signal.SIGINT)
@@ -242,14 +277,15 @@ def test_ctrl_c_ends_demo_and_its_server_but_keeps_the_data(framework: str) -> N
         assert not (data / "postmaster.pid").exists()
 
         process, url = start()
-        _, [question, reply] = call(f"{url}conversation/kept")
-        assert (question["content"], reply["state"]) == ("hi", "error")
-        assert reply["content"].startswith("You")
+        _, kept_conversation = call(f"{url}__aibind__/conversations/kept", client=client)
+        question, reply = kept_conversation["history"]["nodes"].values()
+        assert (question["message"]["content"], reply["metadata"]) == ("hi", {"state": "error"})
+        assert reply["message"]["content"].startswith("You")
         process.kill()  # PostgreSQL stays, and the next start uses it
         process.communicate()
 
         process, url = start()
-        assert call(f"{url}conversation/kept") == (200, [question, reply])
+        assert call(f"{url}__aibind__/conversations/kept", client=client) == (200, kept_conversation)
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=60)
         assert not (data / "postmaster.pid").exists()

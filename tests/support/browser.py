@@ -97,8 +97,15 @@ class ChatPage:
 
     @property
     def stream_id(self) -> str:
-        """The id of the pending answer's stream."""
-        return str(self.page.evaluate("JSON.parse(localStorage['pending ' + location.hash.slice(1)]).id"))
+        """The id of the stream that writes the pending answer."""
+        url = f"{self.page.url.partition('#')[0]}__aibind__/conversations/{self.session_id}"
+        return str(self.page.request.get(url).json()["activeStreamId"])
+
+    @property
+    def owner(self) -> str:
+        """The value of the cookie, to which the conversations of this browser belong."""
+        [cookie] = [cookie for cookie in self.page.context.cookies() if cookie["name"] == "browser"]
+        return cookie["value"]
 
     def send(self, text: str) -> None:
         self.page.fill("#prompt", text)
@@ -126,8 +133,9 @@ class ChatPage:
         if not empty:
             expect(self.page.get_by_role("button", name="Try again").last).to_be_visible(timeout=20_000)
 
-    def wait_for_note(self, text: str) -> None:
-        expect(self.page.locator("#note")).to_contain_text(text, timeout=30_000)
+    def wait_for_note(self, text: str, *, timeout: float = 30) -> None:
+        """Wait until a note contains `text`, for at most `timeout` seconds."""
+        expect(self.page.locator("#note")).to_contain_text(text, timeout=timeout * 1000)
 
     @property
     def turns(self) -> list[Any]:
@@ -136,7 +144,6 @@ class ChatPage:
             self.page.eval_on_selector_all("#messages article", "articles => articles.map(each => each.source)")
         )
 
-    @property
-    def titles(self) -> list[str]:
-        """The titles of the listed conversations."""
-        return self.page.locator("#conversations a").all_text_contents()
+    def wait_for_titles(self, *titles: str) -> None:
+        """Wait until these conversations are listed, in this order."""
+        expect(self.page.locator("#conversations a")).to_have_text(list(titles), timeout=20_000)

@@ -51,24 +51,20 @@ def save(chat: ChatPage, name: str) -> None:
 
 
 def ask_all(chat: ChatPage, *questions: str) -> None:
-    """Ask each question in a new conversation."""
+    """Ask each question in a new conversation, and wait until its title is stored."""
     for question in questions:
         chat.press("New chat")
         chat.page.locator("#welcome").wait_for()
-        chat.ask(question)
+        with chat.page.expect_response(lambda response: response.request.method == "PATCH"):
+            chat.ask(question)
 
 
 def take(browser: Browser, fast: Demo, slow: Demo) -> None:
     """Take all screenshots: of demos whose answers are complete at once, and of one that is writing."""
-    with tab(browser, slow.url, DESKTOP) as chat:
-        # The tabs of both demos have different origins, so the list is filled here.
-        for question in (MARKDOWN, BRANCHES, CODE):
-            chat.send(question)
-            chat.wait_for_answer("It is")
-            chat.page.keyboard.press("Escape")
-            chat.wait_until_idle()
-            chat.press("New chat")
-            chat.page.locator("#welcome").wait_for()
+    with tab(browser, fast.url, DESKTOP) as chat:
+        ask_all(chat, MARKDOWN, BRANCHES, CODE)
+        chat.page.goto(slow.url)  # with the same cookie and the same database
+        chat.page.locator("#welcome").wait_for()
         chat.send(SURVIVAL)
         chat.wait_for_answer("Disconnect from the network.")
         save(chat, "desktop")

@@ -1,48 +1,71 @@
-// Requests to the server. Each function throws an `Error` with a text for the user if its request fails.
+// Requests to the routes of the handler. Each function throws an `Error` with a text for the user if its request fails,
+// and with the HTTP status as `status`, if there was a response.
 
-const STREAM = "/__aibind__/stream";
+const PREFIX = "/__aibind__";
 const RETRY = 2000; // milliseconds
+const PAGE = 200; // conversations in one response, the most that the server sends
 
 export const pause = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
 
 async function request(method, path, body) {
-  const response = await fetch(path, {
+  const response = await fetch(PREFIX + path, {
     method,
     headers: body === undefined ? {} : { "Content-Type": "application/json" },
     body: body === undefined ? undefined : JSON.stringify(body),
   });
   if (!response.ok) {
     const { error } = await response.json().catch(() => ({}));
-    throw new Error(error ?? `the server responded with status ${response.status}`);
+    const text = error ?? `the server responded with status ${response.status}`;
+    throw Object.assign(new Error(text), { status: response.status });
   }
   return response;
 }
 
-const path = (...parts) => ["/conversation", ...parts.map(encodeURIComponent)].join("/");
 const json = async (...parameters) => (await request(...parameters)).json();
+const conversation = (id) => `/conversations/${encodeURIComponent(id)}`;
 
-// Return the messages of the current path.
-export const loadMessages = (conversation) => json("GET", path(conversation));
+// Return the result of a request, or null if the conversation does not exist, or belongs to another browser.
+async function unlessMissing(promise) {
+  try {
+    return await promise;
+  } catch (error) {
+    if (error.status === 404) return null;
+    throw error;
+  }
+}
 
-// Run an action on a message (see messages.py), and return the messages of the new path.
-export const change = (conversation, action, id) => json("POST", path(conversation, action, id), {});
+// Return all conversations of this browser without their messages, the last saved one first.
+export async function listConversations() {
+  const found = [];
+  for (let next = ""; next !== null; ) {
+    const page = await json("GET", `/conversations?limit=${PAGE}&before=${encodeURIComponent(next)}`);
+    found.push(...page.conversations);
+    next = page.next;
+  }
+  return found;
+}
 
-export const deleteConversation = (conversation) => request("DELETE", path(conversation));
+// Return a conversation with its messages (see history.js), or null.
+export const loadConversation = (id) => unlessMissing(json("GET", conversation(id)));
 
-export const stop = (stream) => request("POST", `${STREAM}/stop`, { id: stream });
+// Change the fields `title` or `activeLeafId` of a conversation.
+export const changeConversation = (id, fields) => json("PATCH", conversation(id), fields);
 
-// Send a prompt, and return the id of the stream of the answer.
-export async function ask(conversation, prompt) {
-  const response = await request("POST", STREAM, { prompt, sessionId: conversation });
+// Delete a conversation, and stop its running answer. It may be deleted already.
+export const deleteConversation = (id) => unlessMissing(json("DELETE", conversation(id)));
+
+export const stop = (stream) => json("POST", "/stream/stop", { id: stream });
+
+// Ask for an answer, and return the id of its stream. The fields are `prompt` and `parentId`, the message before the
+// question or null, or for another answer `regenerate` and the question as `parentId`.
+export async function ask(id, fields) {
+  const response = await request("POST", "/stream", { sessionId: id, ...fields });
   // The server stores the answer without a reader. An EventSource reads it, as after a reload.
   await response.body.cancel();
   return response.headers.get("X-Stream-Id");
 }
 
-// Ask for another answer to a question, and return the id of its stream.
-export async function askAgain(conversation, question) {
-  return (await json("POST", path(conversation, "answer", question), {})).id;
-}
+export const askTitle = async (messages) => (await request("POST", "/title", { messages })).text();
 
 // Read an answer from its beginning until it has ended. The callbacks are:
 // - onText(text): the next piece of the answer
@@ -55,7 +78,7 @@ export function followAnswer(stream, { onText, onLost, onConnected, onEnd }) {
   let closed = false;
   let lastEventId = 0;
   let outcome = "";
-  const url = () => `${STREAM}/resume?id=${encodeURIComponent(stream)}&after=${lastEventId}`;
+  const url = () => `${PREFIX}/stream/resume?id=${encodeURIComponent(stream)}&after=${lastEventId}`;
 
   function close() {
     closed = true;

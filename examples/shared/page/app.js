@@ -1,11 +1,13 @@
 // The page: the conversation in the URL, the sidebar, and the keys.
 
-import { Chat, deleteConversation } from "./chat.js";
+import { deleteConversation } from "./api.js";
+import { Chat } from "./chat.js";
 import { Composer } from "./composer.js";
-import { forget, list as listConversations } from "./conversations.js";
+import * as conversations from "./conversations.js";
 import { MessageList } from "./messages.js";
 import { Sidebar } from "./sidebar.js";
-import { draftKey, onChange, pendingKey, write } from "./storage.js";
+import { draftKey, write } from "./storage.js";
+import { onTold, tell } from "./tabs.js";
 
 const $ = (id) => document.getElementById(id);
 const NAME = document.title;
@@ -44,19 +46,22 @@ const composer = new Composer({
 
 const list = new MessageList($("messages"), $("scroller"), {
   edit: (message) => composer.edit(message),
-  again: attempt((index) => chat.again(index)),
-  change: attempt((action, message) => chat.change(action, message)),
+  again: attempt((message) => chat.again(message)),
+  change: attempt(async (step, message) => {
+    await chat.change(step, message);
+    await refreshList();
+  }),
   copy: attempt(copy),
 });
 
 const sidebar = new Sidebar({
-  create: () => { location.hash = newId(); },
+  create,
   remove: attempt(async ({ id }) => {
     await deleteConversation(id);
-    forget(id);
     write(draftKey(id), null);
-    sidebar.show(chat.id);
-    if (id === chat.id) location.hash = newId();
+    tell(id);
+    await refreshList();
+    if (id === chat.id) create();
   }),
 });
 
@@ -65,25 +70,44 @@ function newId() {
   return Array.from(random, (byte) => byte.toString(16).padStart(2, "0")).join("");
 }
 
+function create() {
+  history.pushState({ isNew: true }, "", `#${newId()}`);
+  open();
+}
+
 // Update what depends on the state of the conversation.
 function changed() {
-  const title = listConversations().find(({ id }) => id === chat.id)?.title;
+  const title = conversations.titleOf(chat.id);
   document.title = title ? `${title} – ${NAME}` : NAME;
   $("title").textContent = title ?? NAME;
   $("welcome").hidden = !chat.isEmpty;
   sidebar.show(chat.id);
 }
 
+async function refreshList() {
+  try {
+    await conversations.refresh();
+  } catch {
+    return; // the list is loaded again after the next change
+  }
+  changed();
+}
+
 // The URL holds the id of the conversation, so a reload and a second tab show the same one.
 function open() {
-  if (!/^#[\w-]+$/.test(location.hash)) history.replaceState(null, "", `#${newId()}`);
+  if (!/^#[\w-]+$/.test(location.hash)) history.replaceState({ isNew: true }, "", `#${newId()}`);
   const id = location.hash.slice(1);
   chat?.close();
   list.clear();
   note("");
   chat = null; // the composer must not render the old conversation
   composer.open(id);
-  chat = new Chat(id, { list, composer, note, announce, attempt, changed });
+  const saved = () => {
+    if (id === location.hash.slice(1)) history.replaceState(null, "");
+    tell(id);
+    refreshList();
+  };
+  chat = new Chat(id, history.state?.isNew === true, { list, composer, note, announce, changed, saved });
   composer.setBusy({ sendable: false, stoppable: false });
   changed();
   if (matchMedia("(hover: hover)").matches) composer.focus(); // it would open the keyboard of a phone
@@ -92,7 +116,15 @@ function open() {
 
 $("skip").onclick = () => composer.focus();
 addEventListener("hashchange", open);
-onChange((key) => { if (key === pendingKey(chat.id)) chat.reopen(); });
+onTold((id) => {
+  if (id === chat.id) chat.reopen();
+  refreshList();
+});
+document.addEventListener("visibilitychange", () => { // another browser with the same cookie tells nothing
+  if (document.visibilityState !== "visible") return;
+  chat.reopen();
+  refreshList();
+});
 
 addEventListener("keydown", (event) => {
   if (event.key !== "Escape" || event.isComposing || $("confirm").open) return;
@@ -111,3 +143,4 @@ for (const example of document.querySelectorAll("#welcome button")) {
 }
 
 open();
+refreshList();

@@ -1,39 +1,28 @@
 // One open conversation: its messages, and the answer that is being written.
 
 import * as api from "./api.js";
-import { isKnown, remember } from "./conversations.js";
-import { pendingKey, read, write } from "./storage.js";
+import { rememberQuestion } from "./conversations.js";
+import { currentPath, leafOfAlternative } from "./history.js";
 
-const SAVE_TRIES = 10; // the server saves a stopped answer shortly after its stream has ended
-const SAVE_PAUSE = 200; // milliseconds
 const RETRY = 2000; // milliseconds
-
-// The user stops an answer in a deleted conversation, so that the server does not save it afterwards.
-export async function deleteConversation(id) {
-  const pending = read(pendingKey(id));
-  if (pending) {
-    await api.stop(pending.id).catch(() => {}); // it may have ended or expired
-    for (let tries = 0; tries < SAVE_TRIES; tries++) {
-      const messages = await api.loadMessages(id);
-      if ((messages.at(-1)?.id ?? null) !== pending.parentId) break;
-      await api.pause(SAVE_PAUSE);
-    }
-  }
-  await api.deleteConversation(id);
-  write(pendingKey(id), null);
-}
+const TITLE_LENGTH = 80;
 
 export class Chat {
   #closed = false;
+  #stored; // the conversation as the server has sent it, null if there is none, undefined before the first response
+  #stream = null; // the id of the stream whose answer is shown below the stored messages
   #stopReading = null;
-  #pending = null; // the turn that is shown and not yet stored, see storage.js
-  messages = []; // the stored messages of the current path
-  busy = true; // while the messages are loading or an answer is not yet stored
+  #isOutdated = false; // another tab has changed the conversation while this one was busy
+  #hasAskedTitle = false;
+  messages = []; // the stored messages of the current path, up to the question that is being answered
+  busy = true; // while the messages are loading or an answer is being written
 
   // The page is the `MessageList` `list`, the `Composer` `composer`, and the functions `note(text)`, which shows a text,
-  // `announce(text)`, for screen readers, and `changed()`.
-  constructor(id, page) {
+  // `announce(text)`, for screen readers, `changed()`, after this object has changed, and `saved()`, after the stored
+  // conversation has. `isNew`: whether the conversation is not stored yet.
+  constructor(id, isNew, page) {
     this.id = id;
+    this.isNew = isNew;
     this.page = page;
   }
 
@@ -42,35 +31,18 @@ export class Chat {
   }
 
   get isEmpty() {
-    return !this.busy && !this.messages.length && !this.#pending;
+    return !this.busy && !this.messages.length;
   }
 
   get isWriting() {
     return this.#stopReading !== null;
   }
 
-  // Load the messages, and continue to read an answer that is being written.
+  // Load the messages, and follow an answer that is being written.
   async open() {
-    this.busy = true;
-    while (!this.#closed && !(await this.#load())) {
-      this.page.note("The server does not respond. Trying again …");
-      await api.pause(RETRY);
-    }
-    if (this.#closed) return;
-    this.page.note("");
-    this.busy = false;
-    const pending = read(pendingKey(this.id));
-    if (!this.messages.some(({ id }) => id === this.page.composer.editedId)) this.page.composer.cancel();
-    if (pending && pending.parentId === this.leafId) {
-      this.#follow(pending);
-    } else {
-      write(pendingKey(this.id), null);
-      this.render();
-      if (this.isEmpty && isKnown(this.id)) this.page.note("This conversation has expired or was deleted.");
-    }
-    if (this.messages.length && !isKnown(this.id)) remember(this.id, this.messages[0].content);
-    this.page.list.scrollToEnd();
-    this.page.changed();
+    await this.#load();
+    this.#settle();
+    if (!this.#closed) this.page.list.scrollToEnd();
   }
 
   // Another conversation is opened. The server continues to write the answer.
@@ -79,130 +51,195 @@ export class Chat {
     this.#stopReading?.();
   }
 
-  // Another tab has sent a message.
-  reopen() {
-    if (!this.busy && read(pendingKey(this.id))) this.open();
+  // Another tab or browser may have changed the conversation.
+  async reopen() {
+    this.#isOutdated = this.busy;
+    if (this.busy) return;
+    try {
+      const stored = await this.#request();
+      this.#isOutdated = this.busy; // the user has sent a message meanwhile
+      if (this.busy || this.#closed) return;
+      this.#accept(stored);
+    } catch {
+      return; // the messages stay as they are
+    }
+    this.#settle();
   }
 
   render() {
     if (this.#closed) return;
-    this.#show(this.#pending !== null);
+    this.#show(this.#stream !== null);
     this.page.composer.setBusy({ sendable: !this.busy, stoppable: this.isWriting });
     this.page.changed();
   }
 
-  // Send a message: as an alternative to the message `alternativeTo` if given, else at the end.
-  async send(prompt, alternativeTo = null) {
-    await this.#start({ prompt }, async () => {
-      const oldLeaf = this.leafId;
-      try {
-        if (alternativeTo !== null) this.messages = await api.change(this.id, "rewind", alternativeTo);
-        return await api.ask(this.id, prompt);
-      } catch (error) {
-        if (this.leafId !== oldLeaf) {
-          this.messages = await api.change(this.id, "return", oldLeaf).catch(() => this.messages);
-        }
-        throw error;
-      }
-    });
-    if (!this.#closed) this.page.composer.sent(prompt);
+  // Send a message: as an alternative to the message `editedId` if given, else at the end.
+  async send(prompt, editedId = null) {
+    const edited = this.messages.find(({ id }) => id === editedId);
+    await this.#ask({ prompt, parentId: edited ? edited.parentId : this.leafId });
   }
 
-  // Ask for another answer to the question before the message at an index.
-  async again(index) {
-    const { id, content } = this.messages[index - 1];
-    await this.#start({ prompt: content, questionId: id }, () => api.askAgain(this.id, id));
+  // Ask for another answer to a question, or to the question of an answer.
+  async again(message) {
+    await this.#ask({ regenerate: true, parentId: message.role === "user" ? message.id : message.parentId });
   }
 
-  async change(action, message) {
+  // Switch to the alternative that is `step` alternatives after a message.
+  async change(step, message) {
     if (this.busy) return;
-    this.messages = await api.change(this.id, action, message.id);
-    this.#pending = null;
-    if (!this.messages.some(({ id }) => id === this.page.composer.editedId)) this.page.composer.cancel();
-    this.render();
+    this.busy = true;
+    try {
+      const activeLeafId = leafOfAlternative(this.#stored.history, message, step);
+      await api.changeConversation(this.id, { activeLeafId });
+      this.#accept(await this.#request());
+    } finally {
+      this.#settle();
+    }
   }
 
   async stop() {
-    const pending = read(pendingKey(this.id));
-    if (this.isWriting && pending) await api.stop(pending.id);
+    if (this.isWriting) await api.stop(this.#stream);
   }
 
-  #show(keepPending) {
-    // Another answer to a question takes the place of the old one, and of the messages after it.
-    const question = this.messages.findIndex(({ id }) => id === this.#pending?.questionId);
-    const shown = question < 0 ? this.messages : this.messages.slice(0, question + 1);
-    this.page.list.show(shown, { busy: this.busy, editedId: this.page.composer.editedId, keepPending });
-  }
-
-  async #load() {
-    try {
-      this.messages = await api.loadMessages(this.id);
-      return true;
-    } catch {
-      return false;
-    }
-  }
-
-  async #start(turn, request) {
+  async #ask(fields) {
     if (this.busy) return;
     this.busy = true;
     this.render();
-    let pending;
+    let stream;
     try {
-      pending = { ...turn, id: await request(), parentId: this.leafId };
-    } catch (error) {
-      this.busy = false; // the composer keeps the text
-      this.render();
+      stream = await api.ask(this.id, fields);
+    } catch (error) { // the composer keeps the text
+      // The server may have got the question, if only its response is lost.
+      await this.#request().then((stored) => this.#accept(stored)).catch(() => {});
+      this.#settle();
       throw error;
     }
-    write(pendingKey(this.id), pending);
-    remember(this.id, turn.prompt);
-    if (!this.#closed) this.#follow(pending);
+    this.isNew = false;
+    this.page.saved();
+    if (this.#closed) return;
+    if (fields.prompt !== undefined) this.page.composer.sent(fields.prompt);
+    await this.#load();
+    if (!this.#closed) this.#follow(stream);
   }
 
-  // Read the pending answer until it has ended and is stored.
-  #follow(pending) {
+  async #request() {
+    const stored = await api.loadConversation(this.id);
+    const question = stored && currentPath(stored.history).at(-1);
+    if (question?.isUnanswered && stored.activeStreamId === null) {
+      // The server reads the messages first. The answer may have been stored before it looked for the stream.
+      return api.loadConversation(this.id);
+    }
+    return stored;
+  }
+
+  #accept(stored) {
+    this.#stored = stored;
+    this.messages = stored ? currentPath(stored.history) : [];
+    if (this.messages.length) rememberQuestion(this.id, this.messages[0].content);
+  }
+
+  // Load until the server responds.
+  async #load() {
+    let waiting = false;
+    while (!this.#closed) {
+      try {
+        this.#accept(await this.#request());
+        if (waiting) this.page.note("");
+        return;
+      } catch (error) {
+        if (this.#closed) return;
+        if (error.status < 500) { // trying again does not help
+          this.page.note(`That failed: ${error.message}`);
+          return;
+        }
+        waiting = true;
+        this.page.note("The server does not respond. Trying again …");
+        await api.pause(RETRY);
+      }
+    }
+  }
+
+  // Follow the answer that is being written, or let the user write.
+  #settle() {
+    if (this.#closed) return;
+    const { composer, note, saved } = this.page;
+    this.#stream = null;
+    if (!this.messages.some(({ id }) => id === composer.editedId)) composer.cancel();
+    const question = this.messages.at(-1);
+    if (question?.isUnanswered && question.streamId === this.#stored.activeStreamId) {
+      this.#follow(question.streamId);
+      return;
+    }
+    this.busy = false;
+    this.render();
+    if (this.#stored === null && !this.isNew) {
+      note("This conversation has expired, was deleted, or belongs to another browser.");
+    }
+    if (this.#isOutdated) {
+      this.#isOutdated = false;
+      this.reopen();
+    } else {
+      this.#addTitle().then((added) => added && saved());
+    }
+  }
+
+  #show(keepPending) {
+    this.page.list.show(this.messages, { busy: this.busy, editedId: this.page.composer.editedId, keepPending });
+  }
+
+  // Read an answer until it has ended and is stored.
+  #follow(stream) {
     const { list, note, announce } = this.page;
+    const index = this.messages.findIndex(({ streamId }) => streamId === stream);
+    if (index < 0) { // another tab has switched to another branch
+      this.#settle();
+      return;
+    }
+    this.messages = this.messages.slice(0, index + 1); // a short answer may be stored already
     this.busy = true;
-    this.#pending = pending;
     this.#show(false);
-    const answer = list.showPending(pending.questionId ? null : pending.prompt);
-    this.#stopReading = api.followAnswer(pending.id, {
+    this.#stream = stream;
+    const answer = list.showPending(stream);
+    this.#stopReading = api.followAnswer(stream, {
       onText: answer.append,
       onConnected: () => note(""),
       onLost: () => note("The connection is lost. Trying again …"),
-      onEnd: (outcome, missing) => this.#end(pending, answer, outcome, missing),
+      onEnd: (outcome) => this.#end(answer, outcome),
     });
-    this.page.composer.setBusy({ sendable: false, stoppable: true });
+    this.render();
     list.scrollToEnd();
     announce("The answer is being written.");
-    this.page.changed();
   }
 
-  async #end(pending, answer, outcome, missing) {
+  async #end(answer, outcome) {
+    const { list, note, announce, composer, saved } = this.page;
     this.#stopReading = null;
     answer.finish();
-    this.page.note(outcome);
+    note(outcome);
     // A screen reader reads the answer once, when it is complete.
-    this.page.announce(`The answer has ended. ${answer.spoken()}`);
-    this.page.composer.setBusy({ sendable: false, stoppable: false });
-    for (let tries = 0; tries < SAVE_TRIES && this.leafId === pending.parentId && !this.#closed; ) {
-      if (await this.#load()) tries++; // an unreachable server does not count
-      if (this.leafId === pending.parentId) await api.pause(SAVE_PAUSE);
-    }
+    announce(`The answer has ended. ${answer.spoken()}`);
+    composer.setBusy({ sendable: false, stoppable: false });
+    await this.#load(); // the server adds an answer that was broken off, if its process could not
     if (this.#closed) return;
-    const atEnd = this.page.list.atEnd;
-    this.busy = false;
-    if (this.leafId !== pending.parentId || missing) {
-      if (read(pendingKey(this.id))?.id === pending.id) write(pendingKey(this.id), null);
-      this.#pending = null;
-    } else {
-      // The producer died before it saved the turn. The stream remains readable until it expires.
-      const question = this.messages.findIndex(({ id }) => id === pending.questionId);
-      const again = () => (question < 0 ? this.send(pending.prompt) : this.again(question + 1));
-      answer.offer("Try again", this.page.attempt(again));
+    if (outcome) note(outcome); // again: the server may not have responded for a while
+    const { atEnd } = list;
+    this.#settle();
+    if (atEnd) list.scrollToEnd();
+    saved();
+  }
+
+  // Let the model write a title when it has written the first answer. Return whether there is a new one.
+  async #addTitle() {
+    const [question, answer] = this.messages;
+    if (this.#stored?.title !== null || !answer || this.#hasAskedTitle) return false;
+    this.#hasAskedTitle = true;
+    try {
+      const messages = [question, answer].map(({ role, content }) => ({ role, content }));
+      const title = (await api.askTitle(messages)).trim().slice(0, TITLE_LENGTH);
+      if (title) await api.changeConversation(this.id, { title });
+      return title !== "";
+    } catch {
+      return false; // until the conversation is opened again, its question stands for the title
     }
-    this.render();
-    if (atEnd) this.page.list.scrollToEnd();
   }
 }

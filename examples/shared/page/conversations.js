@@ -1,27 +1,25 @@
-// The conversations of this browser, the last used one first. With a server that lists the conversations of a user,
-// replace this file alone.
+// The conversations of this browser, as the server lists them: the last saved one first.
 
-import { read, write } from "./storage.js";
+import { listConversations } from "./api.js";
 
-export const KEY = "conversations";
+const UNTITLED = "Untitled";
 const TITLE_LENGTH = 80;
 
+const questions = new Map(); // the first question of a conversation stands for its title until the server has one
+let entries = [];
+let refreshes = 0;
+
+export const titleOf = (id) => entries.find((each) => each.id === id)?.title ?? questions.get(id) ?? null;
+
 // Return the conversations, each as `{id, title}`.
-export function list() {
-  const stored = read(KEY);
-  return Array.isArray(stored) ? stored.filter((each) => typeof each?.id === "string") : [];
+export const list = () => entries.map(({ id }) => ({ id, title: titleOf(id) ?? UNTITLED }));
+
+export async function refresh() {
+  const number = ++refreshes;
+  const loaded = await listConversations();
+  if (number === refreshes) entries = loaded; // responses may arrive in another order
 }
 
-export const isKnown = (id) => list().some((each) => each.id === id);
-
-// Put a conversation first. Its first question becomes its title.
-export function remember(id, question) {
-  const others = list();
-  const known = others.find((each) => each.id === id);
-  const title = question.trim().replace(/\s+/g, " ").slice(0, TITLE_LENGTH);
-  write(KEY, [known ?? { id, title }, ...others.filter((each) => each !== known)]);
-}
-
-export function forget(id) {
-  write(KEY, list().filter((each) => each.id !== id));
+export function rememberQuestion(id, question) {
+  questions.set(id, question.trim().replace(/\s+/g, " ").slice(0, TITLE_LENGTH));
 }

@@ -27,9 +27,9 @@ export function iconButton(name, label, properties = {}) {
 
 export class MessageList {
   #articles = new Map(); // by the id of the stored message
-  #pending = []; // the articles of the question and the answer that are not yet stored
+  #pending = null; // the article of the answer that is being written
 
-  // The actions are `edit(message)`, `again(index)`, `change(action, message)` and `copy(text, button)`.
+  // The actions are `edit(message)`, `again(message)`, `change(step, message)` and `copy(text, button)`.
   constructor(container, scroller, actions) {
     this.container = container;
     this.scroller = scroller;
@@ -41,7 +41,7 @@ export class MessageList {
 
   clear() {
     this.#articles.clear();
-    this.#pending = [];
+    this.#pending = null;
     this.container.replaceChildren();
   }
 
@@ -59,7 +59,7 @@ export class MessageList {
       return article;
     });
     // Elements that stay in the document keep their focus and selection.
-    const kept = [...articles, ...this.#pending];
+    const kept = [...articles, this.#pending];
     [...this.container.children].filter((each) => !kept.includes(each)).forEach((each) => each.remove());
     articles.forEach((article, index) => {
       if (this.container.children[index] !== article) {
@@ -69,11 +69,11 @@ export class MessageList {
     if (focus) this.#restoreFocus(...focus);
   }
 
-  // Show a question, if it is given, and an answer that is being written. Return the functions for the answer.
-  showPending(question) {
-    if (question !== null) this.#pending.push(this.container.appendChild(this.#article("user", question)));
+  // Show the answer that a stream is writing. Return the functions for it.
+  showPending(stream) {
     const article = this.container.appendChild(this.#article("assistant", ""));
-    this.#pending.push(article);
+    article.dataset.stream = stream;
+    this.#pending = article;
     const text = article.querySelector(".text");
     text.id = "writing";
     article.ariaBusy = "true";
@@ -98,16 +98,12 @@ export class MessageList {
       text.id = "";
       article.ariaBusy = null;
     };
-    const offer = (label, action) => {
-      article.querySelector("footer").append(element("button", label, { type: "button", onclick: action }));
-      if (this.atEnd) this.scrollToEnd();
-    };
     const spoken = () => {
       const copy = text.cloneNode(true);
       copy.querySelectorAll(".code-header").forEach((header) => header.remove());
       return copy.textContent;
     };
-    return { append, finish, offer, spoken };
+    return { append, finish, spoken };
   }
 
   get atEnd() {
@@ -123,13 +119,13 @@ export class MessageList {
     document.getElementById("to-end").hidden = this.atEnd;
   }
 
-  // Keep the elements of a pending turn for its stored messages, so that nothing on the page moves.
+  // Keep the element of a pending answer for its stored message, so that nothing on the page moves.
   #adoptPending(messages) {
-    for (const article of this.#pending.splice(0)) {
-      const message = messages.find(({ id, content, role }) =>
-        !this.#articles.has(id) && content === article.source && article.className === role);
-      if (message) this.#articles.set(message.id, article);
-    }
+    const article = this.#pending;
+    this.#pending = null;
+    if (article === null) return;
+    const message = messages.find(({ id }) => id === article.dataset.stream);
+    if (message?.content === article.source) this.#articles.set(message.id, article);
   }
 
   #article(role, content) {
@@ -156,16 +152,19 @@ export class MessageList {
     };
     if (message.alternatives > 1) {
       const { alternative, alternatives } = message;
-      const step = (action) => () => change(action, message);
-      add(iconButton("left", "Previous alternative"), "previous", step("previous"), alternative > 1);
+      add(iconButton("left", "Previous alternative"), "previous", () => change(-1, message), alternative > 1);
       controls.push(element("span", `${alternative} / ${alternatives}`, { className: "count" }));
-      add(iconButton("right", "Next alternative"), "next", step("next"), alternative < alternatives);
+      add(iconButton("right", "Next alternative"), "next", () => change(1, message), alternative < alternatives);
     }
     if (STATES[message.state]) controls.push(element("span", STATES[message.state], { className: "state" }));
     if (message.id === editedId) controls.push(element("span", "Being edited", { className: "state" }));
     else if (message.role === "user") add(labelled("edit", "Edit"), "edit", () => edit(message));
+    const isUnanswered = message.isUnanswered && !busy;
+    if (isUnanswered) controls.push(element("span", "No answer", { className: "state" }));
+    if (isUnanswered || (message.role === "assistant" && index)) {
+      add(labelled("again", "Try again"), "again", () => again(message));
+    }
     if (message.role === "assistant") {
-      if (index) add(labelled("again", "Try again"), "again", () => again(index));
       if (navigator.clipboard) {
         add(labelled("copy", "Copy"), "copy", ({ currentTarget }) => this.actions.copy(message.content, currentTarget));
         controls.at(-1).disabled = false;

@@ -1,14 +1,13 @@
 // The list of this browser's conversations. On a narrow screen it is a drawer.
 
-import { KEY, list } from "./conversations.js";
+import { list } from "./conversations.js";
 import { element, iconButton } from "./messages.js";
-import { onChange } from "./storage.js";
 
 const $ = (id) => document.getElementById(id);
 const narrow = matchMedia("(max-width: 47.99rem)"); // as in style.css
 
 export class Sidebar {
-  #current = null;
+  #shown = ""; // the list and the open conversation as JSON
 
   // The actions are `create()` and `remove(conversation)`.
   constructor(actions) {
@@ -22,7 +21,6 @@ export class Sidebar {
     $("menu").onclick = () => this.#setOpen(true);
     $("close-menu").onclick = $("backdrop").onclick = () => this.close();
     narrow.addEventListener("change", () => this.#setOpen(false));
-    onChange((key) => key === KEY && this.show(this.#current));
     this.#setOpen(false);
   }
 
@@ -37,11 +35,13 @@ export class Sidebar {
   }
 
   show(current) {
-    this.#current = current;
-    const focused = $("conversations").contains(document.activeElement) && document.activeElement.dataset.id;
-    $("conversations").replaceChildren(...list().map((each) => this.#item(each)));
+    const shown = JSON.stringify([list(), current]);
+    if (shown === this.#shown) return;
+    this.#shown = shown;
+    const focused = $("conversations").contains(document.activeElement) ? document.activeElement : null;
+    $("conversations").replaceChildren(...list().map((each) => this.#item(each, current)));
     $("no-conversations").hidden = $("conversations").hasChildNodes();
-    if (focused) $("conversations").querySelector(`[data-id="${CSS.escape(focused)}"]`)?.focus();
+    if (focused) this.#focus(focused.localName, focused.dataset.id);
   }
 
   // Focus the conversation at a position after another one there was removed.
@@ -50,13 +50,18 @@ export class Sidebar {
     (links[Math.min(index, links.length - 1)] ?? document.querySelector("#sidebar .new")).focus();
   }
 
-  #item(conversation) {
+  #focus(name, id) {
+    $("conversations").querySelector(`${name}[data-id="${CSS.escape(id)}"]`)?.focus();
+  }
+
+  #item(conversation, current) {
     const item = element("li", "");
     const link = element("a", conversation.title, { href: `#${conversation.id}`, title: conversation.title });
     link.dataset.id = conversation.id;
-    if (conversation.id === this.#current) link.ariaCurrent = "page";
+    if (conversation.id === current) link.ariaCurrent = "page";
     link.onclick = () => this.close();
     const remove = iconButton("delete", `Delete “${conversation.title}”`);
+    remove.dataset.id = conversation.id;
     remove.onclick = () => this.#confirmRemoval(conversation);
     item.append(link, remove);
     return item;
@@ -67,7 +72,10 @@ export class Sidebar {
     const index = list().findIndex(({ id }) => id === conversation.id);
     $("confirm-title").textContent = `Delete “${conversation.title}”?`;
     dialog.onclose = async () => {
-      if (dialog.returnValue !== "delete") return;
+      if (dialog.returnValue !== "delete") {
+        this.#focus("button", conversation.id); // the list may have changed while the dialog was open
+        return;
+      }
       await this.actions.remove(conversation);
       this.focusItem(index);
     };

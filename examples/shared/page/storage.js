@@ -1,6 +1,8 @@
-// What this browser remembers, as JSON in localStorage. Without localStorage, only this tab remembers it.
+// The drafts of this browser, as JSON in localStorage. Without localStorage, only this tab remembers them.
 
 const fallback = new Map();
+
+export const draftKey = (conversation) => `draft ${conversation}`;
 
 export function read(key) {
   try {
@@ -20,14 +22,3 @@ export function write(key, value) {
     // The fallback has it.
   }
 }
-
-// Call back with each key that another tab changes.
-export function onChange(callback) {
-  addEventListener("storage", (event) => callback(event.key));
-}
-
-// The answer that is not yet stored in a conversation: `id` of its stream, its `prompt`, `parentId` (the last message
-// when it was sent), and `questionId` if it is another answer to a stored question.
-export const pendingKey = (conversation) => `pending ${conversation}`;
-
-export const draftKey = (conversation) => `draft ${conversation}`;
