@@ -87,6 +87,22 @@ class AsyncLeases:
         rows = await (query or self._database.query)(self._schema.statements.end_expired, params)
         return [stream_id for (stream_id,) in rows]
 
+    async def end_if_expired(self, stream_id: str) -> list[str]:
+        """End a stream if its lease has expired, and return its id.
+
+        If that fails, such as for a role without the privilege, leave it to other processes. In a transaction of the
+        caller, leave it to them without an attempt: a failure would abort the transaction.
+        """
+        if self._database.client.in_transaction() or not self._database.contact.is_steady(monotonic()):
+            return []
+        try:
+            statements = await self._schema.look_up()
+            rows = await self._database.query(statements.poll, [json_array([stream_id])])
+            return await self.end_expired([stream_id]) if rows and rows[0][3] else []
+        except Exception as error:
+            logger.debug("a stream with an expired lease could not be ended: %s", type(error).__name__)
+            return []
+
     async def end_all_expired(self) -> AsyncIterator[list[str]]:
         """End all streams whose leases have expired, and yield the ids that each statement has ended."""
         last = ""

@@ -14,7 +14,6 @@ from psycopg.sql import Identifier
 from .. import _arguments as arguments
 from .._deletion import MAX_ROWS
 from .._message_tree import new_id
-from .._sql import json_array
 from .._subscriptions import Subscriptions, wake_all
 from .._tables import CHUNKS_TABLE, STATUS_TABLE, parse_distinct
 from .._write_buffer import WriteBuffer
@@ -231,11 +230,8 @@ class AsyncPostgresStreamStore(AsyncStreamReads):
         [(created,)] = await self._deleter.bounded(statement, [stream_id, *params])
         if created:
             self._notifier.wake([stream_id])  # readers of a deleted stream with this id
-        elif self._database.contact.is_steady(monotonic()):
-            statements = await self._schema.look_up()
-            rows = await self._database.query(statements.poll, [json_array([stream_id])])
-            if rows and rows[0][3]:  # the lease has expired
-                await self._notifier.changed(await self._leases.end_expired([stream_id]))
+        elif ended := await self._leases.end_if_expired(stream_id):
+            await self._notifier.changed(ended)
         return bool(created)
 
     async def append(self, id: str, chunk: str, *, expected_seq: int | None = None) -> int:
@@ -467,10 +463,11 @@ class AsyncPostgresStreamStore(AsyncStreamReads):
         `older_than` seconds.
 
         If there are expired leases, the call may take 8 seconds, to find out whether the server has just been
-        unreachable: then the producers could not renew them. Streams without a lease are those of the TypeScript
-        package and of plain appends, and all streams before migration 0004. Nothing is known of the last
-        activity before migration 0002. Streams without any activity since then are ended by a store object that has
-        first called this method at least `older_than` seconds ago, and found the migration.
+        unreachable: then the producers could not renew them. It may take 20 seconds if this store has just failed to
+        reach the server. Streams without a lease are those of the TypeScript package and of plain appends, and all
+        streams before migration 0004. Nothing is known of the last activity before migration 0002. Streams without any
+        activity since then are ended by a store object that has first called this method at least `older_than` seconds
+        ago, and found the migration.
 
         Args:
             older_than: Seconds, or a timedelta, since the last chunk, or since the creation of a stream without chunks.
