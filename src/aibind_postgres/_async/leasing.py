@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from .._concurrency import AsyncEvent, AsyncWorker, Mutex, async_spawn
+from .._concurrency import AsyncEvent, AsyncWorker, Mutex, async_after_cancellation, async_spawn
 from .._deletion import MAX_ROWS
 from .._leases import EXPIRED_TEXT, RENEWALS
 from .._sql import json_array
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("aibind_postgres")
 
 RETRY_PAUSE = 0.5  # seconds after a renewal that failed
+RESTART_PAUSE = 1.0  # seconds after which a worker that was cancelled is replaced
 
 
 class AsyncLeases:
@@ -57,15 +58,21 @@ class AsyncLeases:
         with self._mutex:
             self._held.setdefault(apply_settings, []).append(stream_id)
         try:
-            with self._mutex:
-                if self._worker is None or not self._worker.is_alive():
-                    self._worker = async_spawn(self._work, "aibind_postgres-leases")
+            self._ensure_worker()
             yield
         finally:
             with self._mutex:
                 self._held[apply_settings].remove(stream_id)
                 if not self._held[apply_settings]:
                     del self._held[apply_settings]
+
+    def _ensure_worker(self) -> None:
+        """Start a worker if there are leases to renew, and none runs. The previous one may have been cancelled."""
+        with self._mutex:
+            if not self._held or self._closing.is_set() or (self._worker is not None and self._worker.is_alive()):
+                return
+            self._worker = async_spawn(self._work, "aibind_postgres-leases")
+            async_after_cancellation(self._worker, self._ensure_worker, RESTART_PAUSE)
 
     async def take(self, stream_id: str, renewed: bool) -> Sequence[Row]:
         """Give a stream a lease for its new writer, or none if it will not be renewed. Return the status, if any."""
