@@ -8,9 +8,10 @@ from time import monotonic
 
 import psycopg
 import pytest
-from _async.sources import SilentSource, items
+from _async.sources import SilentSource, items, lease_of, wait_for_renewal
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
+from psycopg_pool import AsyncConnectionPool
 from support.concurrency import AsyncBackground, async_gather, async_sleep, async_until
 from support.recording import AsyncRecordingClient
 
@@ -32,6 +33,7 @@ SEVERAL_LEASES = 2 * LEASE
 def quick_contact(monkeypatch):
     """Let a process trust the server after a fraction of a second."""
     monkeypatch.setattr(_leases, "CONTACT", 0.3)
+    monkeypatch.setattr(_leases, "CONTACT_AFTER_FAILURE", 0.3)
 
 
 @pytest.fixture
@@ -344,3 +346,12 @@ async def test_writer_on_a_connection_of_the_caller_has_no_lease(store, reader, 
                     await reader.wait(id, SEVERAL_LEASES)
                 await writer.write("b")
     assert [chunk.data async for chunk in reader.read_from(id)] == ["a", "b"]
+
+
+async def test_renewal_does_not_wait_for_an_exhausted_pool(store, dsn, tables):
+    async with AsyncConnectionPool(dsn, min_size=1, max_size=1, open=False) as pool:
+        async with AsyncPostgresStreamStore(pool, **tables, lease=LEASE) as own:
+            id = await own.create()
+            async with own.writer(id):
+                async with pool.connection():  # the application uses the only connection
+                    await wait_for_renewal(store, id, await lease_of(store, id))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from .._concurrency import AsyncEvent, AsyncWorker, Mutex, async_after_cancellation, async_spawn
 from .._deletion import MAX_ROWS
-from .._leases import EXPIRED_TEXT, RENEWALS
+from .._leases import EXPIRED_TEXT, RENEWALS, renewal_timeout
 from .._sql import json_array
 from .database import CLOSING_TIMEOUT, WORKER_IDLE_TIMEOUT
 
@@ -30,7 +30,7 @@ class AsyncLeases:
     """The leases of one store.
 
     A worker renews the leases of all writers with one statement. Writers that need different settings of their threads,
-    such as tenants, get a statement each.
+    such as tenants, get one statement for each of these.
 
     Args:
         database: The database of the store.
@@ -44,6 +44,7 @@ class AsyncLeases:
         self._schema = schema
         self._ttl = ttl
         self._interval = lease / 1000 / RENEWALS
+        self._timeout = renewal_timeout(lease / 1000)
         self._mutex = Mutex()
         self._held: dict[Callable[[], None], list[str]] = {}  # stream ids by the settings to apply
         self._worker: AsyncWorker | None = None
@@ -158,7 +159,8 @@ class AsyncLeases:
             for apply_settings, stream_ids in held:
                 try:
                     apply_settings()
-                    await self._database.query(self._schema.statements.renew_leases, [json_array(stream_ids)])
+                    renew_leases = self._schema.statements.renew_leases
+                    await self._database.query(renew_leases, [json_array(stream_ids)], self._timeout)
                 except Exception as error:  # the others are renewed all the same
                     failed = True
                     logger.debug("the leases could not be renewed: %s", type(error).__name__)
