@@ -171,6 +171,23 @@ def spawn(run: Callable[[], None], name: str, *, inherit: bool = False) -> Worke
     return thread
 
 
+def async_after_cancellation(worker: AsyncWorker, run: Callable[[], None], pause: float) -> None:
+    """Call `run` when a worker has been cancelled, `pause` seconds later.
+
+    A timer does this, and not a task: when an event loop ends, it cancels all tasks, and drops its timers.
+    """
+
+    def schedule(task: asyncio.Task[None]) -> None:
+        if task.cancelled():
+            task.get_loop().call_later(pause, run)
+
+    worker._task.add_done_callback(schedule, context=Context())
+
+
+def after_cancellation(worker: Worker, run: Callable[[], None], pause: float) -> None:
+    """Do nothing, since threads cannot be cancelled."""
+
+
 def async_running_loop() -> object:
     """Return the running event loop."""
     return asyncio.get_running_loop()

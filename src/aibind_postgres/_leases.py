@@ -10,9 +10,16 @@ import math
 
 RENEWALS = 3  # in the time of a lease
 
+# Seconds for which a renewal waits for its answer, but at most a fifth of the lease. After one that failed on a silent
+# connection, the next one must come before the end of the lease, and after an outage within CONTACT.
+MAX_ANSWER_TIME = 3.0
+
 # Seconds for which a process must have reached the server without interruption before it ends a stream. After an outage
 # of the server, the producers need a part of that time to reconnect, and to renew their leases.
 CONTACT = 8.0
+# The same if the process has itself found the server unreachable. PgBouncer tries to connect again after 15 s
+# (server_login_retry), so producers behind it may reach the server that much later.
+CONTACT_AFTER_FAILURE = 20.0
 MAX_SILENCE = 3.0  # seconds between two successful statements; in a longer time, there may have been an outage
 
 EXPIRED_TEXT = "abandoned: its producer has died"
@@ -78,23 +85,32 @@ SELECT id FROM {status}
 """
 
 
+def renewal_timeout(lease: float) -> float:
+    """Return the seconds for which a renewal waits for its answer. `lease` is in seconds."""
+    return min(lease / 5, MAX_ANSWER_TIME)
+
+
 class Contact:
     """For how long this process has reached the server without interruption. Times are values of `monotonic()`."""
 
     def __init__(self) -> None:
         self._since = math.inf
         self._last = -math.inf
+        self._has_failed = False  # since the contact was steady
 
     def succeeded(self, now: float, started: float | None = None) -> None:
         """Record that a statement has succeeded. `started` is the time of its beginning; `now` by default."""
-        if (now if started is None else started) - self._last > MAX_SILENCE:
+        # A statement that took longer than CONTACT may have been held up by an outage.
+        if max(now if started is None else started, now - CONTACT) - self._last > MAX_SILENCE:
             self._since = now
         self._since, self._last = min(self._since, now), now
+        self._has_failed = self._has_failed and not self.is_steady(now)
 
     def failed(self) -> None:
         """Record that the server could not be reached."""
-        self._since, self._last = math.inf, -math.inf
+        self._since, self._last, self._has_failed = math.inf, -math.inf, True
 
     def is_steady(self, now: float) -> bool:
         """Return True if expired leases belong to producers that do not renew them although the server is reachable."""
-        return now - self._since >= CONTACT and now - self._last <= MAX_SILENCE
+        required = CONTACT_AFTER_FAILURE if self._has_failed else CONTACT
+        return now - self._since >= required and now - self._last <= MAX_SILENCE

@@ -6,6 +6,7 @@ import asyncio
 import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast, overload
@@ -241,10 +242,28 @@ class _Django(sync_client.Client):
     def capture_settings(self) -> Callable[[], None]:
         # Of django-tenants and similar packages, whose wrapper of each thread selects the schema.
         tenant = getattr(self._wrapper, "tenant", None)
-        return super().capture_settings() if tenant is None else lambda: self._wrapper.set_tenant(tenant)
+        if tenant is None:
+            return super().capture_settings()
+        return _TenantSettings(self._alias, getattr(tenant, "schema_name", None) or id(tenant), tenant)
 
     def release_thread(self) -> None:
         self._wrapper.close()
+
+
+@dataclass(frozen=True)
+class _TenantSettings:
+    """Selects a tenant in the wrapper of the calling thread.
+
+    Those of one schema are equal, so that one statement renews the leases of their writers. The objects of a tenant
+    differ from request to request.
+    """
+
+    alias: str
+    schema: object
+    tenant: Any = field(compare=False)
+
+    def __call__(self) -> None:
+        _django().connections[self.alias].set_tenant(self.tenant)
 
 
 class _AsyncpgPool(async_client.AsyncClient):

@@ -1,8 +1,11 @@
-"""Sources of durable streams, a recorder of `on_finish`, and a client that can delay or fail statements."""
+"""Sources of durable streams, a recorder of `on_finish`, a client that can delay or fail statements, and leases."""
 
 from __future__ import annotations
 
+from time import monotonic
+
 import psycopg
+from support.concurrency import TIMEOUT, async_sleep
 
 from aibind_postgres._concurrency import AsyncEvent
 
@@ -96,3 +99,17 @@ def is_append(sql):
 
 def is_status_query(sql):
     return sql.lstrip().startswith(("SELECT state, error", "WITH taken AS"))
+
+
+async def lease_of(store, id):
+    """Return the end of the lease of an active stream."""
+    (lease_until,) = [info.lease_until async for info in store.list(state="active") if info.id == id]
+    return lease_until
+
+
+async def wait_for_renewal(store, id, after):
+    """Wait until the lease of an active stream ends later than at the time `after`."""
+    give_up_at = monotonic() + TIMEOUT
+    while await lease_of(store, id) <= after:
+        assert monotonic() < give_up_at, "the lease is not renewed"
+        await async_sleep(0.05)

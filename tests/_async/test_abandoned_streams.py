@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import psycopg
 import pytest
-from support.concurrency import async_sleep
+from psycopg import sql
+from support.concurrency import AsyncBackground, async_sleep
 from support.recording import AsyncRecordingClient
 
-from aibind_postgres import AsyncPostgresStreamStore, SchemaError
+from aibind_postgres import AsyncPostgresStreamStore, SchemaError, schema
 from aibind_postgres._async.columns import AsyncColumnCatalog
 from aibind_postgres._tables import Table
 
@@ -26,6 +29,15 @@ ALTER TABLE {chunks} ADD COLUMN created_at TIMESTAMPTZ;
 ALTER TABLE {chunks} ALTER COLUMN created_at SET DEFAULT clock_timestamp()
 """
 LONG_AGO = 1  # as expires_at
+
+# A view whose rows are read only while nobody holds the advisory lock.
+PAUSED_CHUNKS = """
+CREATE FUNCTION {pause}() RETURNS boolean LANGUAGE plpgsql AS
+    $$ BEGIN PERFORM pg_advisory_xact_lock_shared(4); RETURN true; END $$;
+CREATE VIEW {view} AS SELECT * FROM {chunks_table} WHERE {pause}();
+ALTER VIEW {view} ALTER created_at SET DEFAULT clock_timestamp()
+"""
+PAUSE = 4  # the key of this lock
 
 
 @pytest.fixture
@@ -181,3 +193,40 @@ async def test_columns_of_a_table(run, store, schema_name):
     with pytest.raises(SchemaError, match=r"^leases needs migration 0004.*has no column owner, error"):
         await catalog.require(status, ["lease_until", "owner", "error"], "leases", "0004")
     assert (await catalog.of(status)).names == (names | {"lease_until", "created_at"}) - {"error"}
+
+
+@pytest.mark.parametrize("committed", [True, False])
+async def test_stream_that_gets_a_lease_during_the_statement_is_kept(dsn, run_sql, schema_name, committed):
+    names = {
+        "chunks_table": sql.Identifier(schema_name, "chunks"),
+        "status_table": sql.Identifier(schema_name, "status"),
+        "view": sql.Identifier(schema_name, "paused"),
+        "pause": sql.Identifier(schema_name, "pause"),
+    }
+    tables = {name: names[name] for name in ("chunks_table", "status_table")}
+    run_sql(schema.render(**tables, conversations_table=sql.Identifier(schema_name, "conversations")))
+    run_sql(sql.SQL(PAUSED_CHUNKS).format(**names))
+    async with (
+        AsyncPostgresStreamStore(dsn, **tables) as store,
+        AsyncPostgresStreamStore(dsn, chunks_table=names["view"], status_table=names["status_table"]) as paused,
+        await psycopg.AsyncConnection.connect(dsn, autocommit=True) as pause,
+        await psycopg.AsyncConnection.connect(dsn) as producer,
+    ):
+        id = await store.create()
+        await store.append(id, "a")
+        run_sql(sql.SQL("UPDATE {} SET created_at = now() - interval '1 hour'").format(names["chunks_table"]))
+        await pause.execute("SELECT pg_advisory_lock(%s)", [PAUSE])
+        async with AsyncBackground(partial(paused.fail_abandoned, 60)) as failing:
+            waiting = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND objid = %s AND NOT granted"
+            while await (await pause.execute(waiting, [PAUSE])).fetchone() == (0,):
+                await async_sleep(0.01)
+            # The statement has found the stream silent and without a lease, and has not locked its row yet.
+            await producer.execute(
+                sql.SQL("UPDATE {} SET lease_until = 1e15 WHERE id = %s").format(names["status_table"]), [id]
+            )
+            if committed:
+                await producer.commit()
+            await pause.execute("SELECT pg_advisory_unlock(%s)", [PAUSE])
+            assert await failing.result() == []
+            await producer.commit()
+        assert (await store.get_status(id)).state == "active"

@@ -8,9 +8,10 @@ from time import monotonic
 
 import psycopg
 import pytest
-from _async.sources import SilentSource, items
+from _async.sources import SilentSource, items, lease_of, wait_for_renewal
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
+from psycopg_pool import AsyncConnectionPool
 from support.concurrency import AsyncBackground, async_gather, async_sleep, async_until
 from support.recording import AsyncRecordingClient
 
@@ -32,6 +33,7 @@ SEVERAL_LEASES = 2 * LEASE
 def quick_contact(monkeypatch):
     """Let a process trust the server after a fraction of a second."""
     monkeypatch.setattr(_leases, "CONTACT", 0.3)
+    monkeypatch.setattr(_leases, "CONTACT_AFTER_FAILURE", 0.3)
 
 
 @pytest.fixture
@@ -57,9 +59,28 @@ def refuse(run_sql, table, code):
     run_sql(sql.SQL(text).format(table))
 
 
+@pytest.fixture
+def limited(dsn, schema_name, run_sql):
+    """Return a function that returns a connection string for a role with these privileges on the tables."""
+    role = f"limited_{schema_name.lower()}"
+    run_sql(f'CREATE ROLE {role} LOGIN; GRANT USAGE ON SCHEMA "{schema_name}" TO {role}')
+
+    def limit(privileges):
+        run_sql(f'GRANT {privileges} ON ALL TABLES IN SCHEMA "{schema_name}" TO {role}')
+        return make_conninfo(dsn, user=role)
+
+    yield limit
+    run_sql(f"DROP OWNED BY {role}; DROP ROLE {role}")
+
+
 async def status_of(store, id):
     status = await store.wait(id, 20)
     return status.state, status.error
+
+
+async def reach_steadily(store):
+    while not store._database.contact.is_steady(monotonic()):
+        await store.get_status("any")
 
 
 async def test_waiting_reader_ends_the_stream_of_a_producer_that_never_came(store, reader):
@@ -156,8 +177,7 @@ async def test_acquire_ends_the_stream_of_a_dead_producer(store, reader):
 async def test_acquire_of_a_living_stream_writes_nothing(dsn, tables, store):
     id = await store.create(lease=60)
     async with AsyncRecordingClient(dsn) as client, AsyncPostgresStreamStore(client, **tables) as own:
-        while not own._database.contact.is_steady(monotonic()):
-            await own.get_status(id)
+        await reach_steadily(own)
         client.statements.clear()
         assert await own.acquire(id) is False
         create, *others = [call.sql for call in client.statements if "pg_attribute" not in call.sql]
@@ -169,8 +189,7 @@ async def test_refusal_for_the_moment_is_no_outage(store, run_sql, tables):
     table = tables["status_table"]
     refuse(run_sql, table, "40P01")
     id = await store.create()
-    while not store._database.contact.is_steady(monotonic()):
-        await store.get_status(id)
+    await reach_steadily(store)
     with pytest.raises(psycopg.errors.DeadlockDetected):
         await store.append(id, "a")
     assert store._database.contact.is_steady(monotonic())
@@ -215,24 +234,40 @@ async def test_reader_without_steady_contact_ends_nothing(store, reader, monkeyp
     assert await status_of(reader, id) == ("done", None)
 
 
-async def test_reader_that_may_not_write_keeps_waiting(store, dsn, tables, schema_name, run_sql):
-    role = f"reader_{schema_name.lower()}"
-    run_sql(f'CREATE ROLE {role} LOGIN; GRANT USAGE ON SCHEMA "{schema_name}" TO {role}')
-    run_sql(f'GRANT SELECT ON ALL TABLES IN SCHEMA "{schema_name}" TO {role}')
+async def test_reader_that_may_not_write_keeps_waiting(store, tables, limited):
     id = await store.create(lease=0.01)
-    try:
-        limited = make_conninfo(dsn, user=role)
-        async with AsyncRecordingClient(limited) as client:
-            async with AsyncPostgresStreamStore(client, **tables, poll_interval=0.02) as reader:
-                with pytest.raises(TimeoutError):
-                    await reader.wait(id, 1.5)
-                # It leaves it to others, and does not try again with each poll.
-                assert len([call for call in client.statements if "UPDATE" in call.sql]) == 1
-                async with AsyncBackground(partial(status_of, reader, id)) as waiting:
-                    await store.complete(id)
-                    assert await waiting.result() == ("done", None)
-    finally:
-        run_sql(f"DROP OWNED BY {role}; DROP ROLE {role}")
+    async with AsyncRecordingClient(limited("SELECT")) as client:
+        async with AsyncPostgresStreamStore(client, **tables, poll_interval=0.02) as reader:
+            with pytest.raises(TimeoutError):
+                await reader.wait(id, 1.5)
+            # It leaves it to others, and does not try again with each poll.
+            assert len([call for call in client.statements if "UPDATE" in call.sql]) == 1
+            async with AsyncBackground(partial(status_of, reader, id)) as waiting:
+                await store.complete(id)
+                assert await waiting.result() == ("done", None)
+
+
+async def test_acquire_by_a_role_that_may_not_end_streams(store, tables, limited):
+    id = await store.create(lease=0.01)
+    async with AsyncRecordingClient(limited("SELECT, INSERT, DELETE")) as client:
+        async with AsyncPostgresStreamStore(client, **tables) as own:
+            await reach_steadily(own)
+            assert await own.acquire(id) is False
+            assert [call for call in client.statements if "UPDATE" in call.sql], "it has not tried"
+            assert await own.acquire("new") is True
+    assert (await store.get_status(id)).state == "active"
+
+
+async def test_acquire_in_a_transaction_of_the_caller_ends_no_other_stream(store, tables, limited):
+    id = await store.create(lease=0.01)
+    async with await psycopg.AsyncConnection.connect(limited("SELECT, INSERT, DELETE")) as connection:
+        async with AsyncPostgresStreamStore(connection, **tables) as own:
+            await reach_steadily(own)
+            assert await own.acquire(id) is False
+            assert await own.acquire("new") is True  # the transaction is usable
+            await connection.commit()
+    assert (await store.get_status("new")).state == "active"
+    assert await status_of(store, id) == EXPIRED
 
 
 async def test_writer_finds_a_migration_that_came_after_its_store(store, reader, run_sql, tables):
@@ -311,3 +346,12 @@ async def test_writer_on_a_connection_of_the_caller_has_no_lease(store, reader, 
                     await reader.wait(id, SEVERAL_LEASES)
                 await writer.write("b")
     assert [chunk.data async for chunk in reader.read_from(id)] == ["a", "b"]
+
+
+async def test_renewal_does_not_wait_for_an_exhausted_pool(store, dsn, tables):
+    async with AsyncConnectionPool(dsn, min_size=1, max_size=1, open=False) as pool:
+        async with AsyncPostgresStreamStore(pool, **tables, lease=LEASE) as own:
+            id = await own.create()
+            async with own.writer(id):
+                async with pool.connection():  # the application uses the only connection
+                    await wait_for_renewal(store, id, await lease_of(store, id))

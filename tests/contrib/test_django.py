@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import threading
 import time
 import uuid
 import weakref
@@ -338,6 +339,42 @@ def test_producer_writes_into_the_schema_of_its_tenant(run_sql):
                 assert list(store.read_from("same")) == [(1, f"\x01{name}")]
         assert sorted(finished) == sorted((name, "done", 1) for name in schemas)
     finally:
+        close_connections()
+        for name in schemas:
+            run_sql(f"DROP SCHEMA {name} CASCADE")
+
+
+def test_writers_of_one_tenant_share_renewals(run_sql):
+    class RequestTenant:
+        """A tenant as django-tenants makes it for each request: equal only to itself."""
+
+        def __init__(self, schema_name):
+            self.schema_name = schema_name
+
+    def wait_for_gate():
+        gate.wait()
+        yield "a"
+
+    gate = threading.Event()
+    schemas = [f"tenant_{uuid.uuid4().hex[:8]}" for _ in range(2)]
+    try:
+        with PostgresStreamStore(wrap_django("tenants"), lease=0.6) as store:
+            for name in schemas:
+                run_sql(f"CREATE SCHEMA {name}")
+                run_sql(f"SET search_path = {name}; {schema.render()}; RESET search_path")
+                for id in ("one", "two"):
+                    connections["tenants"].set_tenant(RequestTenant(name))
+                    DurableStream.start(store, wait_for_gate(), id=id)
+            until(lambda: sum(map(len, list(store._leases._held.values()))) == 4)
+            assert [sorted(ids) for ids in store._leases._held.values()] == [["one", "two"]] * 2
+            for name in schemas:
+                connections["tenants"].set_tenant(Tenant(name))
+                given = {info.id: info.lease_until for info in store.list()}
+                until(lambda given=given: all(info.lease_until > given[info.id] for info in store.list()))
+            gate.set()
+            assert DurableStream.shutdown(store, 20)
+    finally:
+        gate.set()
         close_connections()
         for name in schemas:
             run_sql(f"DROP SCHEMA {name} CASCADE")

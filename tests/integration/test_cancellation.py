@@ -289,8 +289,10 @@ async def test_workers_cancelled_before_their_first_step_are_replaced(dsn, table
         known = asyncio.all_tasks()
         async with store.writer(id) as writer:
             assert cancel_new_workers() == {"writer", "listener", "leases"}
+            await async_until(lambda: "aibind_postgres-leases" not in async_workers())
             await writer.write("a")
             assert await asyncio.wait_for(writer.flush(), 20) == 1
+            await async_until(lambda: "aibind_postgres-leases" in async_workers())  # without another writer
             async with AsyncPostgresStreamStore(dsn, **tables) as other:
                 reading = asyncio.create_task(anext(store.read_from(id, 1)))
                 await async_until(lambda: "aibind_postgres-listener" in async_workers())
@@ -315,7 +317,7 @@ def run_and_cancel(main, last, reverse):
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("last", ["end of the loop", "producer", "writer", "notifier", "listener"])
+@pytest.mark.parametrize("last", ["end of the loop", "producer", "writer", "notifier", "listener", "leases"])
 def test_end_of_the_loop_ends_streams_in_error_and_closes_sources(dsn, tables, caplog, last, reverse):
     closed = []
 

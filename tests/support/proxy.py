@@ -56,16 +56,16 @@ class Proxy:
         for link in links:
             link.cut()
 
-    def stall(self, *directions: str, listening_only: bool = False) -> None:
+    def stall(self, *directions: str, listening_only: bool = False, connected_only: bool = False) -> None:
         """Accept connections and data, but forward nothing in these directions.
 
         Held data is delivered after `heal`, even if its sender has disconnected. With `listening_only`, stall only the
-        connections that have sent LISTEN before this call.
+        connections that have sent LISTEN before this call. With `connected_only`, stall all connections that exist.
         """
         with self._change:
-            if listening_only:
+            if listening_only or connected_only:
                 for link in self._links:
-                    link.stalled = frozenset(directions) if link.listens else frozenset()
+                    link.stalled = frozenset(directions) if link.listens or connected_only else frozenset()
             else:
                 self._stalled = frozenset(directions)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from threading import Lock
@@ -153,10 +154,10 @@ class _ReadRecorder:
 class AsyncRecordingPoolClient(_ReadRecorder, AsyncPoolClient):
     """The client of a pool, with LISTEN and everything else. It records the reads of its stores."""
 
-    async def query(self, sql: str, params: Sequence[Any]) -> Sequence[Any]:
+    async def query(self, sql: str, params: Sequence[Any], timeout: float = math.inf) -> Sequence[Any]:
         is_read = self._begin(sql, params)
         try:
-            return await super().query(sql, params)
+            return await super().query(sql, params, timeout)
         finally:
             if is_read:
                 self._end()
@@ -168,10 +169,10 @@ class AsyncRecordingPoolClient(_ReadRecorder, AsyncPoolClient):
 
 
 class RecordingPoolClient(_ReadRecorder, PoolClient):
-    def query(self, sql: str, params: Sequence[Any]) -> Sequence[Any]:
+    def query(self, sql: str, params: Sequence[Any], timeout: float = math.inf) -> Sequence[Any]:
         is_read = self._begin(sql, params)
         try:
-            return super().query(sql, params)
+            return super().query(sql, params, timeout)
         finally:
             if is_read:
                 self._end()

@@ -60,6 +60,16 @@ class AsyncClient:
         rows = await self._client.query(sql, params)
         return [tuple(row.values()) if isinstance(row, Mapping) else tuple(row) for row in rows]
 
+    async def query_within(self, sql: str, params: Sequence[Any], timeout: float) -> Sequence[Row]:
+        """Run one statement that may run twice. A psycopg pool repeats it on a new connection, once.
+
+        Args:
+            sql: The statement, with numbered parameters.
+            params: The values of the parameters.
+            timeout: Seconds to wait for each of the two connections. Other drivers have their own time limits.
+        """
+        return await self.query(sql, params)
+
     async def connect(self) -> psycopg.AsyncConnection[Row] | None:
         """Open another connection to the same database, in autocommit mode. Return None if this is not possible."""
         return None

@@ -95,8 +95,13 @@ class AsyncDatabase:
         for event in tuple(self.closed_with):
             event.set()
 
-    async def query(self, statement: str, params: Sequence[object]) -> Sequence[Row]:
+    async def query(self, statement: str, params: Sequence[object], timeout: float | None = None) -> Sequence[Row]:
         """Run one statement and return its rows. Errors that `translate` knows become errors of this package.
+
+        Args:
+            statement: The statement, with numbered parameters.
+            params: The values of the parameters.
+            timeout: Seconds, as for the client's `query_within`. Default: the time limits of the client.
 
         Raises:
             StoreClosedError: The store is closed, or was closed during the call.
@@ -106,7 +111,10 @@ class AsyncDatabase:
             raise StoreClosedError("this store is closed: make a new one")
         started = monotonic()
         try:
-            rows = await self.client.query(statement, params)
+            if timeout is None:
+                rows = await self.client.query(statement, params)
+            else:
+                rows = await self.client.query_within(statement, params, timeout)
         except Exception as error:
             if self.client.is_recoverable(error) and not is_transient(error):
                 self.contact.failed()

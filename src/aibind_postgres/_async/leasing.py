@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from .._concurrency import AsyncEvent, AsyncWorker, Mutex, async_spawn
+from .._concurrency import AsyncEvent, AsyncWorker, Mutex, async_after_cancellation, async_spawn
 from .._deletion import MAX_ROWS
-from .._leases import EXPIRED_TEXT, RENEWALS
+from .._leases import EXPIRED_TEXT, RENEWALS, renewal_timeout
 from .._sql import json_array
 from .database import CLOSING_TIMEOUT, WORKER_IDLE_TIMEOUT
 
@@ -23,13 +23,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger("aibind_postgres")
 
 RETRY_PAUSE = 0.5  # seconds after a renewal that failed
+RESTART_PAUSE = 1.0  # seconds after which a worker that was cancelled is replaced
 
 
 class AsyncLeases:
     """The leases of one store.
 
     A worker renews the leases of all writers with one statement. Writers that need different settings of their threads,
-    such as tenants, get a statement each.
+    such as tenants, get one statement for each of these.
 
     Args:
         database: The database of the store.
@@ -43,6 +44,7 @@ class AsyncLeases:
         self._schema = schema
         self._ttl = ttl
         self._interval = lease / 1000 / RENEWALS
+        self._timeout = renewal_timeout(lease / 1000)
         self._mutex = Mutex()
         self._held: dict[Callable[[], None], list[str]] = {}  # stream ids by the settings to apply
         self._worker: AsyncWorker | None = None
@@ -57,15 +59,21 @@ class AsyncLeases:
         with self._mutex:
             self._held.setdefault(apply_settings, []).append(stream_id)
         try:
-            with self._mutex:
-                if self._worker is None or not self._worker.is_alive():
-                    self._worker = async_spawn(self._work, "aibind_postgres-leases")
+            self._ensure_worker()
             yield
         finally:
             with self._mutex:
                 self._held[apply_settings].remove(stream_id)
                 if not self._held[apply_settings]:
                     del self._held[apply_settings]
+
+    def _ensure_worker(self) -> None:
+        """Start a worker if there are leases to renew, and none runs. The previous one may have been cancelled."""
+        with self._mutex:
+            if not self._held or self._closing.is_set() or (self._worker is not None and self._worker.is_alive()):
+                return
+            self._worker = async_spawn(self._work, "aibind_postgres-leases")
+            async_after_cancellation(self._worker, self._ensure_worker, RESTART_PAUSE)
 
     async def take(self, stream_id: str, renewed: bool) -> Sequence[Row]:
         """Give a stream a lease for its new writer, or none if it will not be renewed. Return the status, if any."""
@@ -86,6 +94,23 @@ class AsyncLeases:
         params = [json_array(stream_ids), EXPIRED_TEXT, self._ttl]
         rows = await (query or self._database.query)(self._schema.statements.end_expired, params)
         return [stream_id for (stream_id,) in rows]
+
+    async def end_if_expired(self, stream_ids: Sequence[str]) -> list[str]:
+        """End those streams whose leases have expired, and return their ids.
+
+        If that fails, such as for a role without the privilege, leave them to other processes. In a transaction of the
+        caller, leave them without an attempt: a failure would abort the transaction.
+        """
+        if self._database.client.in_transaction() or not self._database.contact.is_steady(monotonic()):
+            return []
+        try:
+            statements = await self._schema.look_up()
+            rows = await self._database.query(statements.poll, [json_array(stream_ids)])
+            expired = [row[0] for row in rows if row[3]]
+            return await self.end_expired(expired) if expired else []
+        except Exception as error:
+            logger.debug("streams with an expired lease could not be ended: %s", type(error).__name__)
+            return []
 
     async def end_all_expired(self) -> AsyncIterator[list[str]]:
         """End all streams whose leases have expired, and yield the ids that each statement has ended."""
@@ -135,7 +160,8 @@ class AsyncLeases:
             for apply_settings, stream_ids in held:
                 try:
                     apply_settings()
-                    await self._database.query(self._schema.statements.renew_leases, [json_array(stream_ids)])
+                    renew_leases = self._schema.statements.renew_leases
+                    await self._database.query(renew_leases, [json_array(stream_ids)], self._timeout)
                 except Exception as error:  # the others are renewed all the same
                     failed = True
                     logger.debug("the leases could not be renewed: %s", type(error).__name__)

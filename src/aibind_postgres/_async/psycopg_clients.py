@@ -93,11 +93,11 @@ class AsyncPoolClient(AsyncPsycopgClient):
     def is_connected(self) -> bool:
         return not self._pool.closed
 
-    async def query(self, sql: str, params: Sequence[Any]) -> Sequence[Row]:
+    async def query(self, sql: str, params: Sequence[Any], timeout: float = math.inf) -> Sequence[Row]:
         if not self._opened:
             await self._open()
         now = monotonic()
-        deadline = now + self._timeout
+        deadline = now + min(self._timeout, timeout)
         while True:
             connection: psycopg.AsyncConnection[Any] | None = None
             since = now
@@ -151,6 +151,17 @@ class AsyncPoolClient(AsyncPsycopgClient):
                     if connection is not None and not returned:  # else another caller may have got it
                         await async_put_again(partial(self._return_connection, connection, autocommit, returned))
                     raise
+
+    async def query_within(self, sql: str, params: Sequence[Any], timeout: float) -> Sequence[Row]:
+        try:
+            return await self.query(sql, params, timeout)
+        except Exception as error:
+            if not self.is_unavailable(error):
+                raise
+        # The other connections of the pool may be silent as well, or all in use. After an outage, a pool may pause for
+        # minutes before it connects again.
+        async with await self._connect(connect_timeout=math.ceil(timeout)) as connection:
+            return await self._run(connection, sql, params, monotonic() + timeout)
 
     async def _return_connection(
         self, connection: psycopg.AsyncConnection[Any], autocommit: bool, returned: list[bool]
@@ -216,13 +227,16 @@ class AsyncPoolClient(AsyncPsycopgClient):
                 await self._pool.close()
 
     async def connect(self) -> psycopg.AsyncConnection[Row] | None:
+        return await self._connect()
+
+    async def _connect(self, **options: int) -> psycopg.AsyncConnection[Row]:
         # Connect as the pool does: its callables or its class may renew a password that has expired since.
         conninfo, kwargs = self._pool.conninfo, self._pool.kwargs
         if callable(conninfo):
             conninfo = await async_call_or_await(conninfo)
         if callable(kwargs):
             kwargs = await async_call_or_await(kwargs)
-        return await open_connection(kwargs or {}, conninfo or "", self._pool.connection_class)
+        return await open_connection({**(kwargs or {}), **options}, conninfo or "", self._pool.connection_class)
 
     def is_recoverable(self, error: Exception) -> bool:
         # Before the first connection, the address may be wrong: retries would delay the error.

@@ -133,8 +133,8 @@ class AsyncStreamLifecycle(AsyncStreamReads):
         [(created,)] = await self._deleter.bounded(statement, [stream_id, *params])
         if created:
             self._notifier.wake([stream_id])  # readers of a deleted stream with this id
-        elif self._database.contact.is_steady(monotonic()):
-            await self._states([stream_id])
+        elif ended := await self._leases.end_if_expired([stream_id]):
+            await self._notifier.changed(ended)
         return bool(created)
 
     async def _states(self, stream_ids: Sequence[str]) -> dict[str, StreamState]:
@@ -143,8 +143,7 @@ class AsyncStreamLifecycle(AsyncStreamReads):
         rows = await self._database.query(statements.poll, [json_array(stream_ids)])
         states: dict[str, StreamState] = {row[0]: row[1] for row in rows}
         expired = [row[0] for row in rows if row[3]]
-        if expired and self._database.contact.is_steady(monotonic()):
-            ended = await self._leases.end_expired(expired)
+        if expired and (ended := await self._leases.end_if_expired(expired)):
             await self._notifier.changed(ended)
             states.update(dict.fromkeys(ended, "error"))
         return states
@@ -283,10 +282,11 @@ class AsyncStreamLifecycle(AsyncStreamReads):
         `older_than` seconds.
 
         If there are expired leases, the call may take 8 seconds, to find out whether the server has just been
-        unreachable: then the producers could not renew them. Streams without a lease are those of the TypeScript
-        package and of plain appends, and all streams before migration 0004. Nothing is known of the last
-        activity before migration 0002. Streams without any activity since then are ended by a store object that has
-        first called this method at least `older_than` seconds ago, and found the migration.
+        unreachable: then the producers could not renew them. It may take 20 seconds if this store has just failed to
+        reach the server. Streams without a lease are those of the TypeScript package and of plain appends, and all
+        streams before migration 0004. Nothing is known of the last activity before migration 0002. Streams without any
+        activity since then are ended by a store object that has first called this method at least `older_than` seconds
+        ago, and found the migration.
 
         Args:
             older_than: Seconds, or a timedelta, since the last chunk, or since the creation of a stream without chunks.

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
+from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 
 import pytest
-from _async.sources import items
+from _async.sources import items, lease_of, wait_for_renewal
+from psycopg_pool import AsyncConnectionPool
+from psycopg_pool.base import AttemptWithBackoff
 from support import proxy
 from support.concurrency import AsyncBackground, async_sleep, async_until
 from support.programs import program
@@ -63,6 +66,42 @@ async def test_outage_longer_than_the_lease_ends_no_stream(network, readers_netw
                 released.append(True)
                 await writing.result(60)
                 assert await waiting.result(60) == "done"
+
+
+async def test_renewal_on_a_silent_connection_is_repeated_on_another_one(network, direct, monkeypatch):
+    for name in ("CONTACT", "CONTACT_AFTER_FAILURE"):
+        monkeypatch.setattr(_leases, name, 0.3)  # `direct` ends the stream as soon as its lease has expired
+    lease = 3
+    options = {"kwargs": {"autocommit": True}, "min_size": 4, "open": False}
+    async with AsyncConnectionPool(network.dsn, **options) as pool:
+        await pool.wait()
+        async with AsyncPostgresStreamStore(pool, lease=lease) as store:
+            id = await store.create()
+            async with store.writer(id):
+                await wait_for_renewal(direct, id, await lease_of(direct, id))
+                network.stall(*proxy.BOTH, connected_only=True)
+                try:
+                    with pytest.raises(TimeoutError):
+                        await direct.wait(id, 2 * lease)
+                finally:
+                    network.heal()
+            assert await state_of(direct, id) == "done"
+
+
+async def test_renewal_does_not_wait_until_the_callers_pool_connects_again(network, direct, monkeypatch):
+    monkeypatch.setattr(AttemptWithBackoff, "INITIAL_DELAY", 3600.0)  # as late in a long outage
+    options = {"kwargs": {"autocommit": True}, "min_size": 1, "max_size": 1, "reconnect_timeout": 7200, "open": False}
+    async with AsyncConnectionPool(network.dsn, **options) as pool:
+        async with AsyncPostgresStreamStore(pool, lease=1) as store:
+            id = await direct.create(lease=1)
+            await store._schema.look_up()
+            with store._leases.held(id, list):  # a writer could not end its stream through this pool
+                network.refuse()
+                network.cut()
+                while await lease_of(direct, id) > datetime.now(timezone.utc):
+                    await async_sleep(0.05)
+                network.heal()
+                await wait_for_renewal(direct, id, datetime.now(timezone.utc))
 
 
 async def test_produce_outlasts_an_outage_longer_than_its_retries(network, direct):
