@@ -14,9 +14,10 @@ from .models import NEVER_MS, ConversationInfo, from_epoch_ms
 if TYPE_CHECKING:
     from ._tables import Table
 
-# The data are NULL if they have more than $2 bytes. PostgreSQL does not read them for `octet_length`.
+# The data are NULL if they have more than $2 bytes, or another owner than $3. PostgreSQL does not read them for
+# `octet_length`.
 LOAD = """
-SELECT CASE WHEN octet_length(data) <= $2::bigint THEN data END{created}{owner} FROM {conversations}
+SELECT CASE WHEN octet_length(data) <= $2::bigint {of_owner} THEN data END{created}{owner} FROM {conversations}
  WHERE session_id = $1::text AND expires_at > {now}
 """
 
@@ -105,11 +106,12 @@ INFO = (
     "CASE WHEN updated_at {in_range} THEN updated_at END AS updated, {stream_id} AS stream_id"
 )
 
-# The newest active stream of a conversation.
+# The newest active stream of a conversation. One of another owner may have outlived an earlier conversation.
 ACTIVE_STREAM = """
   LEFT JOIN LATERAL (
       SELECT id FROM {status} AS s
        WHERE s.session_id = c.session_id AND s.state = 'active'
+         AND (s.owner = c.owner OR s.owner IS NULL OR c.owner IS NULL)
        ORDER BY s.created_at DESC
        LIMIT 1
   ) AS active (id) ON true
@@ -204,6 +206,7 @@ class ConversationStatements:
             ),
             "created": CREATED if has_0004 else "",
             "owner": ", owner" if has_0004 else "",
+            "of_owner": "AND ($3::text IS NULL OR owner = $3::text)" if has_0004 else "",
             "returned": ", created_at" if has_0004 else "",
             "created_of_saved": CREATED_OF_SAVED if has_0004 else "",
         }

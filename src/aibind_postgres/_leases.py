@@ -57,6 +57,9 @@ UPDATE {status} AS s SET lease_until = {now} + {lease}
  WHERE s.id = held.id AND s.state = 'active' {and_commit_setting}
 """
 
+# Milliseconds for which an answer of a dead producer is kept at least, so that it can be saved in its conversation.
+KEPT = 86_400_000
+
 # Ends those streams in the JSON array $1 that have an expired lease, with error text $2. The condition is checked again
 # once the row is locked, so that no producer is hit that has just renewed its lease. $3 is the ttl of this store.
 END_EXPIRED = """
@@ -68,7 +71,9 @@ WITH locked AS MATERIALIZED (
                   FOR UPDATE SKIP LOCKED
            ) AS s
 ), ended AS (
-    UPDATE {status} AS s SET state = 'error', error = $2::text, expires_at = {now} + {ttl_of_3}
+    UPDATE {status} AS s
+       SET state = 'error', error = $2::text,
+           expires_at = {now} + greatest({ttl_of_3}, CASE WHEN s.session_id IS NULL THEN 0 ELSE {kept}::bigint END)
       FROM (SELECT unnest(ARRAY(SELECT id FROM locked)) {few}) AS expired (id)
      WHERE s.id = expired.id AND s.state = 'active'
     RETURNING s.id

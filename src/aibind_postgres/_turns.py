@@ -4,7 +4,7 @@ A question and an answer of a `StreamHandler` are messages with these metadata:
 
 - `streamId` of a question: the id of the stream that answers it, or that has answered it last. The message with the
   answer has the same id, so that it is stored once, however many processes try.
-- `state` of an answer: the final state of its stream, if it is not `done`.
+- `state` of an answer: `stopped`, `error` or `deleted`, if its stream was not done.
 """
 
 from __future__ import annotations
@@ -82,11 +82,12 @@ def ask(chat: ChatHistory[Any], prompt: str, position: Position, stream_id: str)
 def _add_question(tree: MessageTree[Any], parent_id: str | None, message: Any, stream_id: str) -> Question:
     """Add a question below a message, and make it the end of the current path.
 
-    Two questions never follow each other, and no answer is blank, since many models refuse that: a question without a
-    text as its answer becomes an alternative to the new one.
+    Two questions never follow each other, and no answer is blank, since many models refuse that. The new question
+    follows the last answer with a text to the question before it. If there is none, the two become alternatives.
     """
     while parent_id is not None and _is_unusable(node := tree._snapshot(parent_id)):
-        parent_id = node.parent_id
+        answers = _answers(tree, parent_id) if _is_question(node) else []
+        parent_id = answers[-1] if answers else node.parent_id
     return Question(
         tree.set_active_leaf(tree._add_node(parent_id, message, {STREAM_ID: stream_id})), message, stream_id
     )
@@ -122,12 +123,21 @@ def answer(chat: ChatHistory[Any], question: Question, text: str, status: Stream
         status: The final status of the stream. None if it was deleted.
 
     Returns:
-        Whether the answer was added. False if it is there, or if a failed stream has no text.
+        Whether the conversation has changed. If a stream without a text has failed to answer a question again, the
+        current path returns to the earlier answer.
     """
     tree = chat.tree
     state = "deleted" if status is None else status.state
-    if question.stream_id in tree or (state != "done" and not text.strip()):
+    if state == "active":  # the server could not be reached to end it
+        state = "error"
+    if question.stream_id in tree:
         return False
+    if state != "done" and not text.strip():
+        earlier = _answers(tree, question.id) if tree.active_leaf_id == question.id else []
+        if not earlier or tree._snapshot(question.id).metadata.get(STREAM_ID) != question.stream_id:
+            return False
+        tree.set_active_leaf(tree._first_leaf(earlier[-1]))
+        return True
     if question.id not in tree:
         question = _add_question(tree, tree.active_leaf_id, question.message, question.stream_id)
     metadata = {} if state == "done" else {STATE: state}
@@ -158,6 +168,12 @@ def _role(message: Any) -> Any:
 
 def _is_question(node: TreeNode[Any]) -> bool:
     return bool(_role(node.message) == "user")
+
+
+def _answers(tree: MessageTree[Any], question_id: str) -> list[str]:
+    """Return the ids of the answers to a question that have a text."""
+    children = [tree._snapshot(child_id) for child_id in tree._snapshot(question_id).children]
+    return [child.id for child in children if _role(child.message) == "assistant" and not _is_unusable(child)]
 
 
 def _is_unusable(node: TreeNode[Any]) -> bool:

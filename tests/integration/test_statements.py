@@ -66,7 +66,7 @@ STREAM_PLANS = {
 
 ACTIVE_STREAM = ["aibind_stream_status_running_idx", "(session_id = c.session_id"]
 CONVERSATION_PLANS = {
-    "load": (["7", 1000], ["(session_id = '7'"]),
+    "load": (["7", 1000, "o"], ["(session_id = '7'"]),
     "save": (["7", "{}", 1000, None, 1000, False, "o", "2026-01-01"], ["(session_id = '7'"]),
     "touch": (["7", 1000], ["(session_id = '7'"]),
     "describe": (["7", True, "t", False, None, True, "o"], ["(session_id = '7'"]),
@@ -83,7 +83,8 @@ CONVERSATION_PLANS = {
     "take_turn": (["m", 1000, CONVERSATIONS_TABLE], ["(session_id = 'm'"]),
 }
 SEED_CONVERSATION_PLANS = {
-    **{name: CONVERSATION_PLANS[name] for name in ("load", "touch", "delete", "cleanup", "take_turn")},
+    "load": (["7", 1000], ["(session_id = '7'"]),
+    **{name: CONVERSATION_PLANS[name] for name in ("touch", "delete", "cleanup", "take_turn")},
     "save": (["7", "{}", 1000, None, 1000, False], ["(session_id = '7'"]),
     "get_info": (["7"], ["(session_id = '7'"]),
     "list_by_id": (["7", 100], ["(session_id > '7'"]),

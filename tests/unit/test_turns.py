@@ -104,9 +104,9 @@ def test_parent_id_makes_a_branch():
     assert contents(chat) == ["one", "1", "instead", "3"]
     turn(chat, "new", "4", position=Position(None, True))
     assert contents(chat) == ["new", "4"]
-    # A question never follows a question.
+    # A question never follows a question, but its answer.
     turn(chat, "after two", "5", position=Position(second.id, True))
-    assert contents(chat) == ["one", "1", "after two", "5"]
+    assert contents(chat) == ["one", "1", "two", "2", "after two", "5"]
 
 
 def test_regenerate_adds_an_answer_to_the_last_or_the_given_question():
@@ -122,6 +122,28 @@ def test_regenerate_adds_an_answer_to_the_last_or_the_given_question():
     assert chat.tree.get(again.id).metadata == {"streamId": "again"}
     other = ask(chat, "", Position(first.id, True, True), "other")
     assert (other.id, contents(chat)) == (first.id, ["one"])
+
+
+@pytest.mark.parametrize("text", ["", " "])
+def test_failed_regeneration_keeps_the_earlier_answer(text):
+    chat = ChatHistory()
+    turn(chat, "one", "1")
+    turn(chat, "two", "2")
+    before = contents(chat)
+    again = ask(chat, "", Position(regenerate=True), "again")
+    assert answer(chat, again, text, ERROR) is True
+    assert contents(chat) == before
+    # The next question follows the earlier answer, also if nobody has noticed the failure.
+    ask(chat, "", Position(regenerate=True), "lost")
+    turn(chat, "three", "3")
+    assert contents(chat) == [*before, "three", "3"]
+
+
+def test_state_of_a_stream_that_could_not_be_ended_is_error():
+    chat = ChatHistory()
+    question = ask(chat, "one", FOLLOW, "s")
+    answer(chat, question, "1", StreamStatus("active", None, 1))
+    assert chat.tree.get("s").metadata == {"state": "error"}
 
 
 @pytest.mark.parametrize("regenerate", [False, True])

@@ -47,6 +47,11 @@ class AsyncAccess:
         user = await async_call_or_await(self._owner, request)
         return None if user is None else arguments.identifier(user, "the result of owner")
 
+    def require_user(self, user: str | None) -> None:
+        """Raise `WebError` (401) if a request without a user wants to use a conversation."""
+        if user is None:
+            raise WebError(401, "a conversation needs a user")
+
     async def check_stream(self, request: WebRequest, user: str | None, stream_id: str) -> None:
         """Check that a request may use a stream.
 
@@ -98,8 +103,7 @@ class AsyncAccess:
                 another user, or to nobody.
         """
         if self._owner is not None and self._conversations is not None:
-            if user is None:
-                raise WebError(401, "a conversation needs a user")
+            self.require_user(user)
             if exists and owner != user:
                 raise conversation_not_found()
         await self._check_authorized(request, Resource("conversation", session_id, owner, session_id))

@@ -37,6 +37,14 @@ class ConversationTooLargeError(AibindError):
         self.max_bytes = max_bytes
 
 
+class ConversationOfAnotherOwnerError(AibindError):
+    """The stored conversation has another owner than the user of the request."""
+
+    def __init__(self, session_id: str) -> None:
+        super().__init__(f"conversation {session_id!r} has another owner")
+        self.session_id = session_id
+
+
 class AsyncConversationHistories:
     """Loads and saves the histories of one conversation store."""
 
@@ -46,13 +54,27 @@ class AsyncConversationHistories:
         self._ttl = ttl
         self._id = new_id()  # marks the histories that this store has loaded or saved
 
-    async def load(self, session_id: str, max_bytes: int) -> ChatHistory[Any]:
-        """Return a conversation. Raise `ConversationTooLargeError` if its document has more than `max_bytes`."""
+    async def load(self, session_id: str, max_bytes: int, owner: str | None = None) -> ChatHistory[Any]:
+        """Return a conversation.
+
+        Args:
+            session_id: The id of the conversation.
+            max_bytes: The maximum size of its document.
+            owner: The owner whose conversation is read; any owner by default. Needs migration 0004.
+
+        Raises:
+            ConversationTooLargeError: The document has more than `max_bytes`.
+            ConversationOfAnotherOwnerError: The conversation has another owner, or none. Its document was not read.
+        """
         key = arguments.identifier(session_id, "a session id")
-        rows = await self._database.query((await self._schema.look_up()).load, [key, max_bytes])
+        statements = await self._schema.look_up()
+        params = [key, max_bytes, owner] if statements.has_0004 else [key, max_bytes]
+        rows = await self._database.query(statements.load, params)
         if not rows:
             return await self._to_history(key, None)
         text, *columns = rows[0]
+        if owner is not None and columns[1] != owner:
+            raise ConversationOfAnotherOwnerError(key)
         if text is None:
             raise ConversationTooLargeError(key, max_bytes)
         return await self._to_history(key, text, _time_of_creation(columns), columns[1] if columns else None)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from .. import _arguments as arguments
 from .._concurrency import async_run_large
 from .._document import NODE_CHARACTERS
+from .._turns import unanswered
 from ..errors import StreamNotFoundError, WebError
 from ..web import conversation_fields, page_position, parse_body, parse_page
 from .conversation_histories import ConversationTooLargeError
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from .conversation_store import AsyncPostgresConversationStore
     from .stream_store import AsyncPostgresStreamStore
     from .turns import AsyncTurns
+
+MAX_TITLE = 1000  # characters; each list of conversations contains the titles
 
 TOO_LARGE = "delete it, or start another conversation"
 
@@ -59,9 +62,11 @@ class AsyncConversationRoutes:
 
     async def show(self, request: WebRequest, session_id: str) -> AsyncWebResponse:
         """Respond with a conversation and its messages."""
-        chat = await self._load(request, session_id)
-        # After the history: an answer that is not in it is still being produced, or has been added since.
-        info = await self._find(session_id)
+        user = await self._access.user(request)
+        chat = await self._load(request, user, session_id)
+        info = await self._find(user, session_id)
+        if info.active_stream_id is None and unanswered(chat):  # the answer may have been saved between the two
+            chat = await self._load(request, user, session_id)
         document = chat.tree._document
         size = len(chat) * NODE_CHARACTERS
         return await async_run_large(size, json_response, {**conversation_fields(info), "history": document})
@@ -74,19 +79,23 @@ class AsyncConversationRoutes:
             raise WebError(400, "title or activeLeafId is required")
         if not isinstance(fields.get("title", ""), str | None) or not isinstance(fields.get("activeLeafId", ""), str):
             raise WebError(400, "title must be a string or null, activeLeafId a string")
+        title = fields.get("title") or ""
         with map_client_errors():  # before the first change
-            arguments.storable_text(fields.get("title") or "", "title")
+            arguments.storable_text(title, "title")
+        if len(title) > MAX_TITLE:
+            raise WebError(400, f"title must have at most {MAX_TITLE} characters")
+        user = await self._access.user(request)
         if "activeLeafId" in fields:
-            chat = await self._load(request, session_id)
+            chat = await self._load(request, user, session_id)
             if fields["activeLeafId"] not in chat.tree:
                 raise WebError(400, "activeLeafId is not the id of a message of this conversation")
             await self._save_leaf(session_id, chat, fields["activeLeafId"])
         else:
-            await self._check(request, await self._access.user(request), session_id)
+            await self._check(request, user, session_id)
         if "title" in fields:
             with map_client_errors():
                 await self._conversations.describe(session_id, title=fields["title"])
-        return json_response(conversation_fields(await self._find(session_id)))
+        return json_response(conversation_fields(await self._find(user, session_id)))
 
     async def _save_leaf(self, session_id: str, chat: ChatHistory[Any], leaf_id: str) -> None:
         chat.tree.set_active_leaf(leaf_id)
@@ -122,8 +131,7 @@ class AsyncConversationRoutes:
         infos = [info async for info in self._store.list(session_id=session_id)]
         return [info for info in infos if not self._access.has_owners or info.owner in (None, user)]
 
-    async def _load(self, request: WebRequest, session_id: str) -> ChatHistory[Any]:
-        user = await self._access.user(request)
+    async def _load(self, request: WebRequest, user: str | None, session_id: str) -> ChatHistory[Any]:
         chat = await self._turns.load(request, user, session_id, self._max_read, TOO_LARGE)
         if not exists(chat):
             raise conversation_not_found()
@@ -132,11 +140,12 @@ class AsyncConversationRoutes:
     async def _check(self, request: WebRequest, user: str | None, session_id: str) -> None:
         """Check that a request may use a conversation which exists."""
         await self._access.check_session(request, user, session_id)
-        await self._find(session_id)
+        await self._find(user, session_id)
 
-    async def _find(self, session_id: str) -> ConversationInfo:
+    async def _find(self, user: str | None, session_id: str) -> ConversationInfo:
+        """Return the entry of a conversation, which another user may have created again since it was checked."""
         with map_client_errors():
             info = await self._conversations.get_info(session_id)
-        if info is None:
+        if info is None or (self._access.has_owners and info.owner != user):
             raise conversation_not_found()
         return info

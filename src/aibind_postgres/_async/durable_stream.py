@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
@@ -18,6 +18,7 @@ from ..errors import StreamNotFoundError, copy_error
 from ..history import new_id
 from ..models import StreamEvent, StreamStatus, event_of
 from ..sse import MESSAGE, ServerSentEvent, comment, encode
+from .database import AsyncAttempt
 from .following import AsyncFollower, Heartbeat
 from .producing import AsyncProducer, end_producer, shutdown
 from .source import close_source
@@ -124,6 +125,24 @@ class AsyncDurableStream:
             RuntimeError: No thread can start. The stream ends in state error, the source is closed, and `on_finish` is
                 called.
         """
+        limits = idle_timeout, timeout
+        details = {"session_id": session_id, "owner": owner, "metadata": metadata, "ttl": ttl}
+        return await cls._start(store, source, id, on_finish, expose_errors, context, limits, details)
+
+    @classmethod
+    async def _start(
+        cls,
+        store: AsyncPostgresStreamStore,
+        source: AsyncIterable[str | StreamEvent],
+        id: str | None,
+        on_finish: Callable[[str, StreamStatus | None], Any] | None,
+        expose_errors: bool,
+        context: Callable[[], AbstractAsyncContextManager[object]],
+        limits: tuple[float | timedelta | None, float | timedelta | None],
+        details: Mapping[str, Any],
+        before: AsyncAttempt[object] | None = None,
+    ) -> AsyncDurableStream:
+        """Do the same as `start`. Call `before` when the stream exists. If it raises, delete the stream."""
         _check_source(source)
         streams: list[AsyncDurableStream] = []
 
@@ -132,9 +151,15 @@ class AsyncDurableStream:
             try:
                 stream_id = new_id() if id is None else arguments.identifier(id)
                 encode(_id_event(stream_id))
-                limits = _seconds(idle_timeout, "idle_timeout"), _seconds(timeout, "timeout")
-                producer = AsyncProducer(store, stream_id, source, on_finish, expose_errors, context, *limits)
-                await store._create_leased(stream_id, session_id, owner, metadata, ttl)
+                durations = _seconds(limits[0], "idle_timeout"), _seconds(limits[1], "timeout")
+                producer = AsyncProducer(store, stream_id, source, on_finish, expose_errors, context, *durations)
+                await store._create_leased(stream_id, **details)
+                if before is not None:
+                    try:
+                        await before()
+                    except BaseException:
+                        await store.delete(stream_id)
+                        raise
             except BaseException:
                 await close_source(source)
                 raise

@@ -38,7 +38,7 @@ from .conversation_store import AsyncPostgresConversationStore
 from .durable_stream import AsyncDurableStream
 from .event_bodies import AsyncEventBodies
 from .plain_text import AsyncPlainTextBody
-from .responses import AsyncWebResponse, conversation_not_found, json_response, map_client_errors
+from .responses import AsyncWebResponse, json_response, map_client_errors
 from .running_answers import AsyncRunningAnswers
 from .source import close_source, collect
 from .stream_store import AsyncPostgresStreamStore
@@ -77,7 +77,7 @@ class AsyncStreamHandler:
       next one, so that two questions never follow each other.
     - The answer is saved before the stream is done. If the stream ends in another state, the text produced so far is
       saved afterwards, if there is any, with the state in its metadata. If the process died, the next request that
-      loads the conversation saves it.
+      loads the conversation saves it, within a day.
     - If the conversation is deleted during a turn, the answer is not saved.
 
     Args:
@@ -113,9 +113,9 @@ class AsyncStreamHandler:
             added completely, so the stored conversation may become larger; then `/compact` must summarise it. The
             routes read no conversation larger than `max_conversation` and `max_body` together: `/compact` refuses it,
             and an answer that would have to be merged into it is not saved. Default: 10,000,000.
-        max_running: The maximum number of answers of one user that are produced at the same time, in all processes.
-            Others get status 429. Requests that several processes receive at the same instant can exceed it. Needs
-            `owner`. Default: None, which is no limit.
+        max_running: The maximum number of streams of one user that are produced at the same time, in all processes.
+            Others get status 429. Requests that several processes receive at the same instant can exceed it. Plain
+            text, summaries and requests without a user do not count. Needs `owner`. Default: None, which is no limit.
         max_readers: The maximum number of clients that read at the same time through this handler, in this process: for
             one user, or for one stream if the request has no user. Others get status 429. Default: 1000.
         heartbeat: Seconds, or a timedelta, without an event after which a response sends a comment. Default: 15.
@@ -287,35 +287,36 @@ class AsyncStreamHandler:
         elif not await self._check_session(generation):
             session_id = None
         self._bodies.check(str(generation.stream_id), generation.owner)  # a refused request must not start an answer
-        details = await self._stream_details(session_id, generation.owner)
         async with self._running.reserved(generation.owner, str(generation.stream_id)):
             source = await async_call_or_await(self._generate, generation)
-            save = None
+            try:
+                details = await self._stream_details(session_id, generation.owner)
+            except BaseException:
+                await close_source(source)
+                raise
+            save_question = save_answer = None
             if self._turns is not None and turn is not None:
-                try:
-                    await self._turns.save_question(turn)
-                except BaseException:
-                    await close_source(source)
-                    raise
-                save = partial(self._turns.save_answer, turn.session_id, turn.chat, turn.question)
+                # The stream exists before the question names it, and a deletion after the question was saved stops it.
+                save_question = partial(self._turns.save_question, turn)
+                save_answer = partial(self._turns.save_answer_of, turn)
             with map_client_errors():
-                stream = await AsyncDurableStream.start(
+                stream = await AsyncDurableStream._start(
                     self._store,
                     source,
-                    id=generation.stream_id,
-                    on_finish=save,
-                    expose_errors=self._expose_errors,
-                    context=request.context,
-                    **details,
+                    generation.stream_id,
+                    save_answer,
+                    self._expose_errors,
+                    request.context,
+                    (None, None),
+                    details,
+                    save_question,
                 )
-        # A deletion since the question was saved may not have found the stream.
-        if self._turns is not None and turn is not None and await self._turns.is_deleted(turn):
-            await self._store.delete(stream.id)
-            raise conversation_not_found()
         return self._event_stream(stream, request, generation.owner, checked=True)
 
     async def _stream_details(self, session_id: str | None, owner: str | None) -> dict[str, Any]:
         """Return the session and the owner of a new stream, if they can be stored, or have to be."""
+        if session_id is None and owner is None:
+            return {}
         await self._store._schema.look_up()
         if not (self._access.has_owners or self._store._schema.has_leases):
             return {}

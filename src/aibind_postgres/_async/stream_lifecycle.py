@@ -119,10 +119,10 @@ class AsyncStreamLifecycle(AsyncStreamReads):
     async def _create_leased(
         self,
         stream_id: str,
-        session_id: str | None,
-        owner: str | None,
-        metadata: Any,
-        ttl: float | timedelta | None,
+        session_id: str | None = None,
+        owner: str | None = None,
+        metadata: Any = None,
+        ttl: float | timedelta | None = None,
     ) -> None:
         """Create a stream for a producer in this process, which renews its lease."""
         await self._schema.look_up()

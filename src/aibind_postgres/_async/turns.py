@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .._concurrency import async_run_large
@@ -11,12 +12,11 @@ from .._document import NODE_CHARACTERS
 from .._turns import Position, Question, answer, ask, model_messages, unanswered
 from ..errors import ConversationConflictError, StreamNotFoundError, WebError
 from ..models import StreamStatus
-from .conversation_histories import ConversationTooLargeError
+from .conversation_histories import ConversationOfAnotherOwnerError, ConversationTooLargeError
 from .responses import conversation_not_found, map_client_errors
 
 if TYPE_CHECKING:
     from ..history import ChatHistory
-    from ..models import StreamState
     from ..web import WebRequest
     from .access import AsyncAccess
     from .conversation_store import AsyncPostgresConversationStore
@@ -82,34 +82,47 @@ class AsyncTurns:
             WebError: The statuses of `check_conversation`. 400: the id is invalid. 413: the conversation has more than
                 `max_bytes`; the text then ends with `hint`.
         """
-        with map_client_errors():
-            if self._access.has_owners:
-                await self._conversations._schema.require_0004("the owner of a conversation")
-            try:
-                chat = await self._conversations._load(session_id, max_bytes)
-            except ConversationTooLargeError:
-                await self._access.check_session(request, user, session_id)  # before telling that it exists
-                raise WebError(413, f"the conversation has more than {max_bytes} bytes: {hint}") from None
+        if self._access.has_owners:
+            self._access.require_user(user)
+            await self._conversations._schema.require_0004("the owner of a conversation")
+        try:
+            with map_client_errors():
+                chat = await self._conversations._load(session_id, max_bytes, user)
+        except ConversationOfAnotherOwnerError:
+            raise conversation_not_found() from None
+        except ConversationTooLargeError:
+            await self._access.check_session(request, user, session_id)  # before telling that it exists
+            raise WebError(413, f"the conversation has more than {max_bytes} bytes: {hint}") from None
         owner = None if chat._origin is None else chat._origin.owner
         await self._access.check_conversation(request, user, session_id, exists(chat), owner)
-        questions = unanswered(chat)
-        if questions:
-            states = await self._store._states([question.stream_id for question in questions])
-            for question in questions:
-                if (state := states.get(question.stream_id, "active")) not in ("active", "deleted"):
-                    chat = await self._save_broken_answer(session_id, chat, question, state)
-        return chat
+        return await self._with_broken_answers(session_id, user, chat)
 
-    async def _save_broken_answer(
-        self, session_id: str, chat: ChatHistory[Any], question: Question, state: StreamState
-    ) -> ChatHistory[Any]:
-        """Add and save the answer of a stream that has ended, as its process has not. Return the conversation."""
-        try:
-            events = self._store.events(question.stream_id, follow=False)
-            text = "".join([event.data async for event in events if event.event == "message"])
-        except StreamNotFoundError:  # deleted meanwhile
+    async def _with_broken_answers(self, session_id: str, user: str | None, chat: ChatHistory[Any]) -> ChatHistory[Any]:
+        """Add and save the answers of streams that have ended, as their processes have not. Return the conversation."""
+        questions = unanswered(chat)
+        if not questions:
             return chat
-        return await self.save_answer(session_id, chat, question, text, StreamStatus(state, None, 0))
+        states = await self._store._states([question.stream_id for question in questions])
+        for question in questions:
+            state = states.get(question.stream_id)
+            if state is None or state == "active":
+                continue
+            info = await self._store.get_info(question.stream_id)
+            # Other code may have stored the id of another stream.
+            if info is None or info.session_id not in (None, session_id) or info.owner not in (None, user):
+                continue
+            events = self._store.events(question.stream_id, follow=False)
+            try:
+                text = "".join([event.data async for event in events if event.event == "message"])
+            except StreamNotFoundError:  # deleted meanwhile
+                continue
+            status = StreamStatus(info.state, info.error, info.total_chunks)
+            try:
+                chat = await self.save_answer(session_id, chat, question, text, status)
+            except Exception as error:  # such as on a read-only server: the answer is shown, and saved later
+                if not self._conversations._database.client.is_unavailable(error):
+                    raise
+        return chat
 
     async def begin(
         self, request: WebRequest, user: str | None, session_id: str, prompt: str, position: Position, stream_id: str
@@ -135,20 +148,15 @@ class AsyncTurns:
                 request has created the conversation, also the statuses of `begin`.
         """
         while True:
-            is_first = not exists(turn.chat)
+            owner = None if exists(turn.chat) else turn.user
             try:
-                # Only the first turn could take over a conversation that another user creates at the same time.
                 saved = await self._conversations._save(
-                    turn.session_id,
-                    turn.chat,
-                    "raise" if is_first else "merge",
-                    self._max_read,
-                    owner=turn.user if is_first else None,
-                    recreate=False,
+                    turn.session_id, turn.chat, "raise", self._max_read, owner=owner, recreate=False
                 )
             except ConversationTooLargeError as error:
                 raise WebError(413, f"the conversation has more than {error.max_bytes} bytes") from None
             except ConversationConflictError:
+                # Ask again: another user may have created the conversation, or another question may come first now.
                 turn.chat = await self._load_to_continue(turn.request, turn.user, turn.session_id)
                 turn.question = ask(turn.chat, turn.prompt, turn.position, turn.question.stream_id)
                 continue
@@ -156,9 +164,9 @@ class AsyncTurns:
                 raise conversation_not_found()
             return
 
-    async def is_deleted(self, turn: Turn) -> bool:
-        """Return whether the conversation of a turn, whose question was saved, has been deleted."""
-        return await self._conversations.get_info(turn.session_id) is None
+    async def save_answer_of(self, turn: Turn, text: str, status: StreamStatus | None) -> None:
+        """Save the answer of a turn: `on_finish` of its stream."""
+        await self.save_answer(turn.session_id, turn.chat, turn.question, text, status)
 
     async def save_answer(
         self,
@@ -170,6 +178,8 @@ class AsyncTurns:
     ) -> ChatHistory[Any]:
         """Add an answer to a stored conversation, unless it was deleted, and return the conversation.
 
+        If the connection is lost, retry as the stream store does.
+
         Args:
             session_id: The id of the conversation.
             chat: The conversation with the question, as it was last known.
@@ -178,8 +188,9 @@ class AsyncTurns:
             status: The final status of the stream. None if it was deleted.
         """
         while answer(chat, question, text, status):
+            save = partial(self._conversations._save, session_id, chat, "raise", self._max_read, recreate=False)
             try:
-                if not await self._conversations._save(session_id, chat, "raise", self._max_read, recreate=False):
+                if not await self._store._database.retry(save):
                     logger.info("conversation %r was deleted during a turn: the answer is not saved", session_id)
                 break
             except ConversationConflictError as conflict:
