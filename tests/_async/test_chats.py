@@ -415,7 +415,85 @@ async def test_turn_survives_a_summary_of_its_conversation(chats, streams, store
     assert await chats.history() == ["summary", "wait", "wait:3"]
 
 
+async def test_answers_of_other_streams_are_not_added(chats, store):
+    """Other code may have stored any text as the id of a stream."""
+    secret = await chats.turn("secret", "of bob", user="bob")
+    async with store.edit("s", owner="ann") as chat:
+        for stream_id in (secret, "x" * 2000, "\0", "", 7):
+            chat.tree.add_root({"role": "user", "content": "two"}, {"streamId": stream_id})
+    assert await chats.history() == ["two"]
+    assert len(await store.load("s")) == 5
+
+
+async def test_read_only_server_shows_a_broken_answer(chats, streams, dsn, table, tables, broken):
+    read_only = f"{dsn} options='-c default_transaction_read_only=on'"
+    options = {"table": table, "status_table": tables["status_table"]}
+    async with AsyncPostgresConversationStore(read_only, **options) as standby:
+        assert await Chats(streams, standby).history() == ["one", "one:1", "two", "partial text"]
+    assert await chats.history() == ["one", "one:1", "two", "partial text"]
+
+
+async def test_questions_of_two_tabs_do_not_follow_each_other(chats, streams, store):
+    await chats.turn("one")
+    generate = chats.handler._generate
+
+    async def slow(generation):
+        chats.handler._generate = generate
+        async with store.edit("s") as chat:  # as /compact in the other tab does
+            chat.compact({"role": "system", "content": "summary"})
+        await chats.ask("wait in the other tab")
+        return generate(generation)
+
+    chats.handler._generate = slow
+    await chats.ask("wait here")
+    chats.proceed.set()
+    assert await AsyncDurableStream.shutdown(streams, 20)
+    await chats.turn("next")
+    roles = [message["role"] for message in chats.generations[-1].messages]
+    assert roles == ["system", "user", "assistant", "user"]
+
+
+async def test_row_that_is_not_a_conversation_is_hidden_from_strangers(chats, run):
+    await chats.turn("one")
+    run("UPDATE {} SET data = '[]'")
+    assert await chats.json("GET", "/conversations/s", user="bob") == NO_CONVERSATION
+    assert (await chats.json("GET", "/conversations/s"))[0] == 500
+
+
+async def test_source_is_checked_before_the_question_is_saved(streams, store):
+    chats = Chats(streams, store)
+    chats.handler._generate = lambda generation: 7
+    assert (await chats.json("POST", "/stream", {"prompt": "x", "sessionId": "s"}))[0] == 500
+    assert await store.get_info("s") is None
+
+
+async def test_stream_whose_question_cannot_be_saved_is_deleted(chats, streams, store):
+    await chats.turn("one")
+    generate = chats.handler._generate
+
+    async def delete_first(generation):
+        await store.delete("s")
+        return generate(generation)
+
+    chats.handler._generate = delete_first
+    assert await chats.json("POST", "/stream", {"prompt": "two", "sessionId": "s"}) == NO_CONVERSATION
+    assert [info.state async for info in streams.list(state="active")] == []
+    assert await store.get_info("s") is None
+
+
 # Branches
+
+
+async def test_failed_regeneration_keeps_the_earlier_answer(chats):
+    await chats.turn("one")
+    generate = chats.handler._generate
+
+    def fail(generation):
+        return generate(generation._replace(prompt="fail"))
+
+    chats.handler._generate = fail
+    await chats.turn("", regenerate=True)
+    assert await chats.history() == ["one", "one:1"]
 
 
 async def test_regenerate_and_parent_id(chats):
@@ -515,6 +593,13 @@ async def test_invalid_change_is_refused(chats, store, body):
     assert await store.get_info("s") == before
 
 
+async def test_title_is_limited(chats):
+    await chats.turn("one")
+    assert (await chats.json("PATCH", "/conversations/s", {"title": "ü" * 1000}))[0] == 200
+    error = {"error": "title must have at most 1000 characters"}
+    assert await chats.json("PATCH", "/conversations/s", {"title": "x" * 1001}) == (400, error)
+
+
 async def test_change_of_the_title(chats, store):
     await chats.turn("one")
     for title in ("T", "Überschrift 🎉", None):
@@ -541,7 +626,7 @@ async def test_invalid_id_in_a_path(chats):
 
 
 async def test_delete_stops_the_running_answer_and_nothing_comes_back(chats, streams, store, caplog):
-    caplog.set_level(logging.WARNING, "aibind_postgres")
+    caplog.set_level(logging.ERROR, "aibind_postgres")
     await chats.turn("one")
     response = await chats.send("POST", "/stream", {"prompt": "wait", "sessionId": "s"})
     id = response.headers["X-Stream-Id"]

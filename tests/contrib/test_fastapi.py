@@ -12,10 +12,13 @@ from aibind_postgres import (
     AsyncPostgresConversationStore,
     AsyncPostgresStreamStore,
     AsyncStreamHandler,
+    ChatHistory,
+    ConversationInfo,
     PostgresStreamStore,
     StreamHandler,
 )
 from aibind_postgres.contrib.fastapi import router
+from aibind_postgres.web import conversation_fields
 
 BODY = {"id": "s", "prompt": "x", "input": "x", "sessionId": "s", "messages": [{"role": "user", "content": "x"}]}
 
@@ -140,6 +143,32 @@ def test_routes_are_in_the_openapi_schema():
             ("id", "path", True)
         ]
         assert ("requestBody" in operation) == (method == "PATCH")
+
+
+def test_answers_in_the_schema_are_those_of_the_handler():
+    app = FastAPI()
+    app.include_router(router(chat_handler()))
+    paths = app.openapi()["paths"]
+
+    def answer(method, path):
+        responses = paths[f"/__aibind__{path}"][method]["responses"]
+        assert list(responses["4XX"]["content"]["application/json"]["schema"]["properties"]) == ["error"]
+        return responses["200"]["content"]["application/json"]["schema"]["properties"]
+
+    fields = conversation_fields(ConversationInfo("s"))
+    assert list(answer("patch", "/conversations/{id}")) == list(fields)
+    shown = answer("get", "/conversations/{id}")
+    assert list(shown) == [*fields, "history"]
+    chat = ChatHistory()
+    chat.append("x")
+    document = chat.tree.serialize()
+    assert shown["history"]["properties"].keys() == document.keys()
+    [node] = document["nodes"].values()
+    assert shown["history"]["properties"]["nodes"]["additionalProperties"]["properties"].keys() == node.keys()
+    listed = answer("get", "/conversations")
+    assert listed["conversations"]["items"]["properties"].keys() == fields.keys()
+    assert list(answer("post", "/compact")) == ["summary", "tokensSaved"]
+    assert list(answer("post", "/stream/stop")) == list(answer("delete", "/conversations/{id}")) == ["ok"]
 
 
 def test_required_fields_of_the_schema_are_those_of_the_handler():

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from .. import _arguments as arguments
 from .._concurrency import async_run_large
 from .._document import NODE_CHARACTERS
 from .._turns import Position, Question, answer, ask, model_messages, unanswered
-from ..errors import ConversationConflictError, StreamNotFoundError, WebError
+from ..errors import ConversationConflictError, InvalidDataError, StreamNotFoundError, WebError
 from ..models import StreamStatus
 from .conversation_histories import ConversationOfAnotherOwnerError, ConversationTooLargeError
 from .responses import conversation_not_found, map_client_errors
@@ -99,7 +100,7 @@ class AsyncTurns:
 
     async def _with_broken_answers(self, session_id: str, user: str | None, chat: ChatHistory[Any]) -> ChatHistory[Any]:
         """Add and save the answers of streams that have ended, as their processes have not. Return the conversation."""
-        questions = unanswered(chat)
+        questions = [question for question in unanswered(chat) if _is_valid(question.stream_id)]
         if not questions:
             return chat
         states = await self._store._states([question.stream_id for question in questions])
@@ -196,6 +197,15 @@ class AsyncTurns:
             except ConversationConflictError as conflict:
                 chat = conflict.theirs
         return chat
+
+
+def _is_valid(stream_id: str) -> bool:
+    """Return whether a text of a stored conversation can be the id of a stream."""
+    try:
+        arguments.identifier(stream_id)
+    except InvalidDataError:
+        return False
+    return True
 
 
 def exists(chat: ChatHistory[Any]) -> bool:

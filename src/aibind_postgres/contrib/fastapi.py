@@ -35,14 +35,58 @@ _PROPERTIES = {
     "system": _TEXT,
     "title": {"type": ["string", "null"]},
 }
-_EVENTS, _JSON, _PLAIN = "text/event-stream", "application/json", "text/plain"
+_NULLABLE, _TIME = {"type": ["string", "null"]}, {"type": ["string", "null"], "format": "date-time"}
+_JSON = "application/json"
+
+
+def _object(**properties: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "properties": properties, "required": list(properties)}
+
+
+_NODE = _object(
+    id=_TEXT,
+    message={},
+    parentId=_NULLABLE,
+    children={"type": "array", "items": _TEXT},
+    metadata={"type": "object"},
+    createdAt={"type": "string", "format": "date-time"},
+)
+_HISTORY = _object(
+    version={"type": "integer"},
+    nodes={"type": "object", "additionalProperties": _NODE},
+    rootIds={"type": "array", "items": _TEXT},
+    activeLeafId=_NULLABLE,
+)
+_FIELDS = {
+    "id": _TEXT,
+    "title": _NULLABLE,
+    "metadata": {},
+    "createdAt": _TIME,
+    "updatedAt": _TIME,
+    "activeStreamId": _NULLABLE,
+}
+
+
+def _json(schema: dict[str, Any]) -> dict[str, Any]:
+    return {_JSON: {"schema": schema}}
+
+
+# The content of responses.
+_EVENTS: dict[str, Any] = {"text/event-stream": {"schema": _TEXT}}
+_PLAIN: dict[str, Any] = {"text/plain": {"schema": _TEXT}}
+_OK = _json(_object(ok={"const": True}))
+_SUMMARY = _json(_object(summary=_TEXT, tokensSaved={"type": "integer"}))
+_CONVERSATION = _json(_object(**_FIELDS))
+_WITH_HISTORY = _json(_object(**_FIELDS, history=_HISTORY))
+_LIST = _json(_object(conversations={"type": "array", "items": _object(**_FIELDS)}, next=_NULLABLE))
+_ERROR = _json(_object(error=_TEXT))
 
 
 class _Description(NamedTuple):
-    """A route in the OpenAPI schema: its summary, the type of the response, and what the request consists of."""
+    """A route in the OpenAPI schema: its summary, the content of the response, and what the request consists of."""
 
     summary: str
-    response: str
+    response: dict[str, Any]
     fields: tuple[str, ...] = ()  # of the body
     required: tuple[str, ...] = ()
     parameters: tuple[dict[str, Any], ...] = ()
@@ -52,7 +96,7 @@ def _parameter(name: str, place: str = "query") -> dict[str, Any]:
     return {"name": name, "in": place, "required": name == "id", "schema": _TEXT}
 
 
-_CONVERSATION = (_parameter("id", "path"),)
+_ID = (_parameter("id", "path"),)
 
 # By method and by the last part of a path.
 _DESCRIPTIONS = {
@@ -73,22 +117,22 @@ _DESCRIPTIONS = {
         _EVENTS,
         parameters=(_parameter("id"), _parameter("after"), _parameter("Last-Event-ID", "header")),
     ),
-    ("POST", "stop"): _Description("Stop an answer", _JSON, ("id",), ("id",)),
+    ("POST", "stop"): _Description("Stop an answer", _OK, ("id",), ("id",)),
     ("POST", "compact"): _Description(
-        "Summarise a conversation", _JSON, ("messages", "model", "sessionId"), ("messages",)
+        "Summarise a conversation", _SUMMARY, ("messages", "model", "sessionId"), ("messages",)
     ),
     ("POST", "complete"): _Description(
         "Complete a text", _PLAIN, ("input", "system", "model", "sessionId"), ("input",)
     ),
     ("POST", "title"): _Description("Write a title", _PLAIN, ("messages", "model", "sessionId"), ("messages",)),
     ("GET", "conversations"): _Description(
-        "List conversations", _JSON, parameters=(_parameter("limit"), _parameter("before"))
+        "List conversations", _LIST, parameters=(_parameter("limit"), _parameter("before"))
     ),
-    ("GET", "{id}"): _Description("Show a conversation", _JSON, parameters=_CONVERSATION),
+    ("GET", "{id}"): _Description("Show a conversation", _WITH_HISTORY, parameters=_ID),
     ("PATCH", "{id}"): _Description(
-        "Change the title or the branch of a conversation", _JSON, ("title", "activeLeafId"), parameters=_CONVERSATION
+        "Change the title or the branch of a conversation", _CONVERSATION, ("title", "activeLeafId"), parameters=_ID
     ),
-    ("DELETE", "{id}"): _Description("Delete a conversation", _JSON, parameters=_CONVERSATION),
+    ("DELETE", "{id}"): _Description("Delete a conversation", _OK, parameters=_ID),
 }
 
 
@@ -123,7 +167,11 @@ def router(handler: AsyncStreamHandler) -> APIRouter:
                 name="aibind",
                 summary=description.summary,
                 response_class=Response,
-                responses={200: {"content": {description.response: {}}}},
+                responses={
+                    200: {"content": description.response},
+                    "4XX": {"description": "Refused", "content": _ERROR},
+                    "5XX": {"description": "Failed", "content": _ERROR},
+                },
                 openapi_extra=_request_schema(description),
             )
     # The handler also responds to other paths and methods below its prefix.
@@ -151,5 +199,5 @@ def _request_schema(description: _Description) -> dict[str, Any]:
         body: dict[str, Any] = {"type": "object", "properties": properties, "required": list(description.required)}
         if "regenerate" in properties:  # then the prompt is stored
             body["anyOf"] = [{"required": body.pop("required")}, {"required": ["regenerate"]}]
-        schema["requestBody"] = {"required": True, "content": {_JSON: {"schema": body}}}
+        schema["requestBody"] = {"required": True, "content": _json(body)}
     return schema
