@@ -12,7 +12,7 @@ from starlette.responses import Response
 from .. import AsyncStreamHandler
 from .starlette import ANY_PATH, METHODS, check_flavour, respond
 
-_TEXT = {"type": "string"}
+_TEXT: dict[str, Any] = {"type": "string"}
 _MESSAGES = {
     "type": "array",
     "items": {
@@ -35,7 +35,8 @@ _PROPERTIES = {
     "system": _TEXT,
     "title": {"type": ["string", "null"]},
 }
-_NULLABLE, _TIME = {"type": ["string", "null"]}, {"type": ["string", "null"], "format": "date-time"}
+_NULLABLE: dict[str, Any] = {"type": ["string", "null"]}
+_TIME: dict[str, Any] = {**_NULLABLE, "format": "date-time"}
 _JSON = "application/json"
 
 
@@ -57,7 +58,7 @@ _HISTORY = _object(
     rootIds={"type": "array", "items": _TEXT},
     activeLeafId=_NULLABLE,
 )
-_FIELDS = {
+_FIELDS: dict[str, dict[str, Any]] = {
     "id": _TEXT,
     "title": _NULLABLE,
     "metadata": {},
