@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..errors import InvalidDataError, StreamNotFoundError, WebError
 
 
-@dataclass(frozen=True)
-class AsyncWebResponse:
+class AsyncWebResponse(NamedTuple):
     """A response for any framework.
 
     Attributes:

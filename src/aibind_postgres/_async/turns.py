@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -26,11 +25,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger("aibind_postgres")
 
 
-@dataclass
 class Turn:
     """One turn in progress.
 
-    Attributes:
+    Args:
         request: The request.
         user: The user of the request, or None.
         session_id: The id of the conversation.
@@ -40,13 +38,23 @@ class Turn:
         question: The question.
     """
 
-    request: WebRequest
-    user: str | None
-    session_id: str
-    prompt: str
-    position: Position
-    chat: ChatHistory[Any]
-    question: Question
+    def __init__(
+        self,
+        request: WebRequest,
+        user: str | None,
+        session_id: str,
+        prompt: str,
+        position: Position,
+        chat: ChatHistory[Any],
+        question: Question,
+    ) -> None:
+        self.request = request
+        self.user = user
+        self.session_id = session_id
+        self.prompt = prompt
+        self.position = position
+        self.chat = chat
+        self.question = question
 
 
 class AsyncTurns:
