@@ -41,7 +41,9 @@ def functions(module: ModuleType) -> dict[str, Callable[..., Any]]:
     found = {name: value for name, value in own.items() if inspect.isfunction(value)}
     for name, kind in own.items():
         if inspect.isclass(kind):
-            found |= {f"{name}.{key}": value for key, value in vars(kind).items() if inspect.isfunction(value)}
+            methods = {key: value for key, value in vars(kind).items() if inspect.isfunction(value)}
+            # Not those that NamedTuple has added.
+            found |= {f"{name}.{key}": each for key, each in methods.items() if each.__module__ == module.__name__}
     return found
 
 
