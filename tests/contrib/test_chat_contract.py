@@ -14,7 +14,7 @@ from urllib.parse import quote, urlencode
 
 import pytest
 from support import webapps
-from support.chatapps import MAX_READERS, MAX_RUNNING, REFUSED
+from support.chat_contract_apps import MAX_READERS, MAX_RUNNING, REFUSED
 from support.concurrency import until
 from support.webapps import Client, events
 
@@ -26,7 +26,7 @@ DONE = ServerSentEvent("", "done")
 
 @pytest.fixture(scope="module", params=REFUSED)
 def client(request, web_database):
-    with webapps.running(request.param, web_database, "chatapps") as client:
+    with webapps.running(request.param, web_database, "chat_contract_apps") as client:
         yield client
 
 
