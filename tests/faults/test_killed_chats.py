@@ -86,7 +86,7 @@ def check_readings(readings: list[Reading], streams: dict[str, Stream]) -> None:
             assert stream.error == reading.error
 
 
-def lateness(readings: list[Reading], streams: dict[str, Stream], contact: float) -> list[float]:
+def delays_of_ends(readings: list[Reading], streams: dict[str, Stream], contact: float) -> list[float]:
     """Return the seconds in which each reader has learned that a lease has expired.
 
     They count from the end of the lease, or, if this is later, from `contact` seconds after the reader has connected.
@@ -107,7 +107,7 @@ def print_figures(users: list[User], readings: list[Reading], streams: dict[str,
     print(f"streams: {dict(Counter(stream.state for stream in streams.values()))}")
     stored = sum(len(stream.texts) for stream in streams.values())
     print(f"tokens: {stored} stored, {sum(len(reading.texts) for reading in readings)} received")
-    after_lease = lateness(readings, streams, -math.inf)
+    after_lease = delays_of_ends(readings, streams, -math.inf)
     print(f"readers who have learned that a lease has expired: {len(late)}")
     print(f"seconds after the lease: {distribution(after_lease)}")
     print(f"seconds after the lease and the time of contact: {distribution(late)}")
@@ -208,7 +208,7 @@ def test_killed_processes_lose_no_question_and_no_token(disposable_server, tmp_p
         opened = {user.session_id: user.open_conversation()["history"] for user in users}
         streams, conversations = stored_streams(dsn), stored_conversations(dsn)
         readings = [reading for browser in browsers for reading in browser.readings]
-        late = lateness(readings, streams, _leases.CONTACT)
+        late = delays_of_ends(readings, streams, _leases.CONTACT)
         print(f"kills: {dict(killer.kills)}; resumes: {sum(browser.resumes for browser in browsers)}")
         print_figures(users, readings, streams, late)
         for user in users:

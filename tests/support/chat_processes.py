@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 
-from support.chat_users import FLOWING, HANG, Browser
+from support.chat_users import HANG, PRODUCING_PERIOD, Browser
 
 FAULTS = Path(__file__).parents[1] / "faults"
 
@@ -135,8 +135,8 @@ class Killer:
 
     def _busy(self, kind: str) -> int | None:
         """Return a process of a kind which is producing at least two answers."""
-        since = time.monotonic() - FLOWING
-        answers = Counter(pid for pid, at in (browser.flow for browser in self._browsers) if at > since)
+        since = time.monotonic() - PRODUCING_PERIOD
+        answers = Counter(pid for pid, at in (browser.last_token for browser in self._browsers) if at > since)
         busy = {pid for pid, count in answers.items() if count >= 2 and Path(f"/proc/{pid}").exists()}
         pids = sorted(pid for pid in busy - self._killed if self._processes.kind_of(pid) == kind)
         return self._random.choice(pids) if pids else None

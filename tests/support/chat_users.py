@@ -17,7 +17,7 @@ from support.webapps import JSON, events
 
 LEASE = 3.0  # seconds, of the chat's streams
 HANG = 90  # seconds without a response or an event after which a client counts as hanging
-FLOWING = 0.5  # seconds since the last token for which an answer counts as being produced
+PRODUCING_PERIOD = 0.5  # seconds since the last token for which an answer counts as being produced
 
 LOST = (OSError, HTTPException)  # raised if the process at the other end is killed
 
@@ -34,7 +34,7 @@ def producer_of(stream_id: str, number: int, text: str) -> int | None:
 
 
 @dataclass
-class Asked:
+class AskedQuestion:
     """A question of which the user has received the response header.
 
     Attributes:
@@ -80,7 +80,7 @@ class Browser(threading.Thread):
         self.readings: list[Reading] = []
         self.resumes = 0
         self.error: BaseException | None = None
-        self.flow: tuple[int, float] = (0, 0.0)  # the producer of the last token, and the time at which it came
+        self.last_token: tuple[int, float] = (0, 0.0)  # the producer of the last token, and the time at which it came
         self._port = port
         self._user = user
         self._random = random.Random(seed)
@@ -167,7 +167,7 @@ class Browser(threading.Thread):
                     number = len(reading.texts) + 1
                     assert event.id == f"{number}", f"{event} is not event {number} of {reading.stream_id}"
                     reading.texts.append(event.data)
-                    self.flow = (producer_of(reading.stream_id, number, event.data) or 0, time.monotonic())
+                    self.last_token = (producer_of(reading.stream_id, number, event.data) or 0, time.monotonic())
                     if self._random.random() < reload:
                         return False
                     if self._random.random() < leave:
@@ -199,7 +199,7 @@ class User(Browser):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.asked: list[Asked] = []
+        self.asked: list[AskedQuestion] = []
         self.unanswered_requests: set[str] = set()  # prompts without a response header
         self._has_last_answer = False
 
@@ -227,7 +227,7 @@ class User(Browser):
         if response.status not in (200, 202):
             raise AssertionError(f"{prompt}: {response.status} {response.read().decode(errors='replace')}")
         stream_id = response.headers["X-Stream-Id"]
-        asked = Asked(prompt, stream_id)
+        asked = AskedQuestion(prompt, stream_id)
         self.asked.append(asked)
         if uses_worker:
             response.close()
