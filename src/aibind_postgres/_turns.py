@@ -1,4 +1,4 @@
-"""The turns of a chat: where a question goes, what the model gets, and where the answer goes. Pure.
+"""The turns of a chat: add questions and answers to a conversation, and select the messages for the model. Pure.
 
 A question and an answer of a `StreamHandler` are messages with these metadata:
 

@@ -1,4 +1,4 @@
-"""Chats of a handler: who may use a conversation, what is saved when, and the routes of a chat page."""
+"""Chats of a handler: access, the times at which turns are saved, branches, the routes of a page, and limits."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def chats(streams, store):
 
 
 def routes_of(id, session_id):
-    """Requests to every route for a stream and a conversation."""
+    """Return a request to every route for a stream or a conversation."""
     message = {"role": "user", "content": "hi"}
     return [
         ("GET", "/stream/resume", None, {"id": id}),
@@ -128,7 +128,7 @@ async def test_other_users_get_404(chats, store):
     assert (await store.get_info("s")).title is None
 
 
-async def test_requests_without_a_user_have_no_conversations(chats, store):
+async def test_conversations_need_a_user(chats, store):
     id = await chats.turn("one")
     for method, path, body, query in routes_of(id, "s"):
         assert await chats.json(method, path, body, None, **query) == (NO_STREAM if "id" in (body or query) else NOBODY)
@@ -151,7 +151,7 @@ async def test_owner_uses_every_route(chats):
     assert await chats.json("DELETE", "/conversations/s") == (200, {"ok": True})
 
 
-async def test_conversation_without_an_owner_belongs_to_nobody(chats, store):
+async def test_conversation_without_an_owner_is_not_accessible(chats, store):
     async with store.edit("s") as chat:
         chat.append({"role": "user", "content": "secret"})
     for user in ("ann", "bob"):
@@ -221,7 +221,7 @@ async def test_authorize_gets_the_resource(chats, streams, store):
         assert await checked.json(method, path, body, **query) == (403, {"error": "forbidden"})
 
 
-def test_conversations_need_a_rule_of_access(streams, store):
+def test_conversations_without_access_options_raise(streams, store):
     with pytest.raises(ValueError, match="needs owner, authorize or public"):
         AsyncStreamHandler(iter, store=streams, conversations=store)
     with pytest.raises(ValueError, match="max_running"):
@@ -278,7 +278,7 @@ async def test_without_the_migration_owners_are_refused_and_public_chats_work(st
     assert await public.json("GET", "/conversations/s") == NO_CONVERSATION
 
 
-# What is saved, and when
+# Saving questions and answers
 
 
 async def test_question_is_stored_before_the_first_token(chats, streams, store):
@@ -318,7 +318,7 @@ async def test_failed_turn_is_an_alternative_to_the_next_one(chats):
 
 
 async def abandon(streams, id):
-    """End a stream as if its process had died after some text: nobody saves the answer."""
+    """End a stream as after the death of its process: the stream has a text, and the answer is not saved."""
     await streams.append(id, "\x01partial")
     await streams.append(id, "usage\x01{}")
     await streams.append(id, "\x01 text")
@@ -625,14 +625,14 @@ async def test_invalid_id_in_a_path(chats):
     assert (status, response.headers["Allow"]) == (405, "GET, PATCH, DELETE")
 
 
-async def test_delete_stops_the_running_answer_and_nothing_comes_back(chats, streams, store, caplog):
+async def test_delete_during_an_answer_stops_it_and_deletes_all(chats, streams, store, caplog):
     caplog.set_level(logging.ERROR, "aibind_postgres")
     await chats.turn("one")
     response = await chats.send("POST", "/stream", {"prompt": "wait", "sessionId": "s"})
     id = response.headers["X-Stream-Id"]
     assert await chats.json("DELETE", "/conversations/s") == (200, {"ok": True})
     chats.proceed.set()
-    sent = b"".join([part async for part in response.body])  # ends: the stream was stopped, and is gone
+    sent = b"".join([part async for part in response.body])  # ends, since the stream was stopped and deleted
     assert not [event for event in EventParser().feed(sent) if event.event == "error"]
     assert await AsyncDurableStream.shutdown(streams, 20)
     assert await store.get_info("s") is None

@@ -117,7 +117,7 @@ class Killer:
         for browser in self._browsers:
             browser.join(2 * HANG)
         self.check()
-        assert not any(browser.is_alive() for browser in self._browsers), "readers have not learned an end"
+        assert not any(browser.is_alive() for browser in self._browsers), "some readers have not received the end"
 
     def check(self) -> None:
         """Raise the first error of a browser."""
@@ -134,7 +134,7 @@ class Killer:
         return found
 
     def _busy(self, kind: str) -> int | None:
-        """Return a process of a kind which is producing at least two answers."""
+        """Return the PID of a process of a kind that is producing at least two answers, or None."""
         since = time.monotonic() - PRODUCING_PERIOD
         answers = Counter(pid for pid, at in (browser.last_token for browser in self._browsers) if at > since)
         busy = {pid for pid, count in answers.items() if count >= 2 and Path(f"/proc/{pid}").exists()}
