@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 STREAM_ID, STATE = "streamId", "state"  # metadata
 
-MAX_UNANSWERED = 20  # bounds the look-ups for one conversation; older turns have failed without a text
+MAX_UNANSWERED = 20  # bounds the look-ups for one conversation; older turns have most likely failed without a text
 
 
 class Position(NamedTuple):
