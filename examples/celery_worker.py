@@ -1,4 +1,4 @@
-"""Write answers in Celery workers. A web process calls `ask`, and lets a browser read the stream.
+"""Write answers in Celery workers. A web process calls `ask`, and a browser reads the stream with the returned id.
 
 Start a worker with the variables DATABASE_URL and BROKER_URL: celery --app celery_worker worker
 """
@@ -36,7 +36,7 @@ def answer(stream_id: str, prompt: str) -> None:
 
 
 def ask(prompt: str) -> str:
-    """Create a stream and a task that writes it. If the task is lost, the stream ends after a minute."""
+    """Create a stream and a task that writes it. If no worker begins within a minute, the stream ends."""
     stream_id = store().create(lease=60)
     answer.delay(stream_id, prompt)
     return stream_id

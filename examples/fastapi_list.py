@@ -4,7 +4,8 @@ pip install 'aibind-postgres[binary,cli,fastapi]' uvicorn
 export TOKENS='{"SHA-256 of a token, in hexadecimal digits": "user"}' DATABASE_URL=postgresql://…
 aibind-postgres migrate && uvicorn --app-dir examples --workers 2 fastapi_list:app
 
-GET /__aibind__/conversations lists the conversations. Each has the id of its running answer, for /stream/resume.
+GET /__aibind__/conversations lists the conversations. Each entry has the id of its running answer,
+to be read with /stream/resume.
 """
 
 import asyncio

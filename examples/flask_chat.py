@@ -1,6 +1,6 @@
-"""A chat in Flask. Its answers survive a reload and a lost connection.
+"""A chat in Flask. Its answers survive a reload of the page, a lost connection, and a browser that disconnects.
 
-If the web server restarts, the text so far is kept.
+If the web server is restarted, the text so far is kept.
 
 pip install 'aibind-postgres[binary,flask]' gunicorn
 DATABASE_URL=postgresql://… gunicorn --chdir examples --threads 100 flask_chat:app

@@ -4,8 +4,8 @@ pip install 'aibind-postgres[binary,cli,flask]' gunicorn
 export SECRET_KEY=… DATABASE_URL=postgresql://…
 aibind-postgres migrate && gunicorn --chdir examples --workers 2 --threads 100 flask_login:app
 
-The users are ann (password: apple) and bob (password: banana). Their page logs in with JSON, which pages of other sites
-cannot send. Behind HTTPS, set SESSION_COOKIE_SECURE as well.
+The users are ann (password: apple) and bob (password: banana). Log in with a JSON body, which pages of other
+sites cannot send. Behind HTTPS, set SESSION_COOKIE_SECURE as well.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""List stored streams, or show the text of one at its recorded pace or with its times, for tests, demos and support.
+"""List stored streams, or show one stream: its text at the recorded pace, or its chunks with their times.
 
 The variable DATABASE_URL contains the connection string.
 """

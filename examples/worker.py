@@ -1,4 +1,4 @@
-"""Write answers in worker processes: they survive a restart of the web server.
+"""Write answers in worker processes, so that the answers survive a restart of the web server.
 
 pip install 'aibind-postgres[binary,cli,flask]' gunicorn; export DATABASE_URL=postgresql://…
 aibind-postgres migrate && gunicorn --chdir examples --threads 100 worker:app
@@ -49,7 +49,7 @@ def generate(prompt: str) -> Iterator[str]:
 def work(stream_id: str) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # by default, SIGTERM ends the process at once
     with store:
-        if stream := store.get_info(stream_id):  # otherwise, the user has deleted it
+        if stream := store.get_info(stream_id):  # None if the user has deleted it
             print(DurableStream.produce(store, stream.id, generate(stream.metadata["prompt"]), idle_timeout=60).state)
 
 

@@ -10,22 +10,22 @@ import math
 
 RENEWALS = 3  # in the time of a lease
 
-# Seconds for which a renewal waits for its answer, but at most a fifth of the lease. After one that failed on a silent
-# connection, the next one must come before the end of the lease, and after an outage within CONTACT.
+# Seconds for which a renewal waits for its answer, but at most a fifth of the lease. If it fails on a silent
+# connection, the next one must arrive before the end of the lease. After an outage, it must arrive within CONTACT.
 MAX_ANSWER_TIME = 3.0
 
-# Seconds for which a process must have reached the server without interruption before it ends a stream. After an outage
-# of the server, the producers need a part of that time to reconnect, and to renew their leases.
+# Seconds for which a process must have reached the server without interruption before it ends a stream. After an
+# outage, producers need part of this time to reconnect and to renew their leases.
 CONTACT = 8.0
 # The same if the process has itself found the server unreachable. PgBouncer tries to connect again after 15 s
-# (server_login_retry), so producers behind it may reach the server that much later.
+# (server_login_retry), so producers behind it may reach the server 15 s later.
 CONTACT_AFTER_FAILURE = 20.0
-MAX_SILENCE = 3.0  # seconds between two successful statements; in a longer time, there may have been an outage
+MAX_SILENCE = 3.0  # seconds between two successful statements; a longer gap may hide an outage
 
 EXPIRED_TEXT = "abandoned: its producer has died"
 
-# Gives stream $1 a lease, and returns the status of the stream. If the row is locked, it does not wait: the first
-# renewal follows.
+# Gives stream $1 a lease, and returns the status of the stream. It does not wait for a locked row: the first renewal
+# sets the lease.
 TAKE_LEASE = """
 WITH taken AS (
     SELECT id FROM {status} WHERE id = $1::text AND state = 'active' FOR UPDATE SKIP LOCKED
@@ -36,7 +36,7 @@ WITH taken AS (
 SELECT state, error, greatest(total_chunks, 0) FROM {status} WHERE id = $1::text {and_commit_setting}
 """
 
-# The same for a writer that will not renew the lease: the stream gets none.
+# Removes the lease of stream $1, for a writer that does not renew it. Returns the status of the stream.
 DROP_LEASE = """
 WITH dropped AS (
     UPDATE {status} SET lease_until = NULL WHERE id = $1::text AND state = 'active' AND lease_until IS NOT NULL
@@ -57,11 +57,11 @@ UPDATE {status} AS s SET lease_until = {now} + {lease}
  WHERE s.id = held.id AND s.state = 'active' {and_commit_setting}
 """
 
-# Milliseconds for which an answer of a dead producer is kept at least, so that it can be saved in its conversation.
-KEPT = 86_400_000
+# The shortest ttl of an abandoned answer in milliseconds. Within it, a request can save the answer in its conversation.
+MIN_ANSWER_TTL = 86_400_000
 
-# Ends those streams in the JSON array $1 that have an expired lease, with error text $2. The condition is checked again
-# once the row is locked, so that no producer is hit that has just renewed its lease. $3 is the ttl of this store.
+# Ends those streams in the JSON array $1 that have an expired lease, with error text $2. $3 is the ttl of this store.
+# The lease is checked again once the row is locked, since the producer may have renewed it.
 END_EXPIRED = """
 WITH locked AS MATERIALIZED (
     SELECT s.id
@@ -96,12 +96,12 @@ def renewal_timeout(lease: float) -> float:
 
 
 class Contact:
-    """For how long this process has reached the server without interruption. Times are values of `monotonic()`."""
+    """Since when this process has reached the server without interruption. Times are values of `monotonic()`."""
 
     def __init__(self) -> None:
         self._since = math.inf
         self._last = -math.inf
-        self._has_failed = False  # since the contact was steady
+        self._has_failed = False  # whether the server was unreachable, until the contact is steady again
 
     def succeeded(self, now: float, started: float | None = None) -> None:
         """Record that a statement has succeeded. `started` is the time of its beginning; `now` by default."""
@@ -116,6 +116,6 @@ class Contact:
         self._since, self._last, self._has_failed = math.inf, -math.inf, True
 
     def is_steady(self, now: float) -> bool:
-        """Return True if expired leases belong to producers that do not renew them although the server is reachable."""
+        """Return True if living producers have had enough contact with the server to renew their leases."""
         required = CONTACT_AFTER_FAILURE if self._has_failed else CONTACT
         return now - self._since >= required and now - self._last <= MAX_SILENCE

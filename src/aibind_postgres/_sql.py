@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, get_args
 
 from ._deletion import CLEANUP, DELETE, DELETE_LEFTOVERS, SWEEP, TOMBSTONE, TOMBSTONES
 from ._housekeeping import DUE, LOCK, TAKE_TURN
-from ._leases import DROP_LEASE, END_EXPIRED, EXPIRED, KEPT, RENEW_LEASES, TAKE_LEASE
+from ._leases import DROP_LEASE, END_EXPIRED, EXPIRED, MIN_ANSWER_TTL, RENEW_LEASES, TAKE_LEASE
 from ._pages import BATCH_BYTES, PAGE_BYTES
 from ._stream_list import (
     ACTIVE,
@@ -321,7 +321,7 @@ class StreamStatements:
             "detail_columns": "",
             "detail_values": "",
             "lease": str(lease),
-            "kept": str(KEPT),
+            "kept": str(MIN_ANSWER_TTL),
             "without_lease": "" if lease is None else "AND lease_until IS NULL",
             # Without a lease, the sum is NULL.
             "renewed_lease": "" if lease is None else f", lease_until = lease_until + {RENEWAL.format(lease=lease)}",

@@ -1,10 +1,10 @@
-"""The turns of a chat: where a question goes, what the model gets, and where the answer goes. Pure.
+"""The turns of a chat: add questions and answers to a conversation, and select the messages for the model. Pure.
 
 A question and an answer of a `StreamHandler` are messages with these metadata:
 
-- `streamId` of a question: the id of the stream that answers it, or that has answered it last. The message with the
-  answer has the same id, so that it is stored once, however many processes try.
-- `state` of an answer: `stopped`, `error` or `deleted`, if its stream was not done.
+- `streamId` of a question: the id of the last stream that was started to answer it. The message with the answer gets
+  the same id, so that several processes store it only once.
+- `state` of an answer: `stopped`, `error` or `deleted`. A complete answer has none.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 
 STREAM_ID, STATE = "streamId", "state"  # metadata
 
-MAX_UNANSWERED = 20  # more of them have failed for good
+MAX_UNANSWERED = 20  # bounds the look-ups for one conversation; older turns have most likely failed without a text
 
 
 class Position(NamedTuple):
-    """Where a client wants a question to be, as parsed from the body of a request.
+    """The position of a question in the conversation, as parsed from the body of a request.
 
     Attributes:
         parent_id: The id of the message before the question. None for the beginning of the conversation.
         is_given: Whether the client has sent `parent_id`. Otherwise the question follows the current path.
-        regenerate: Whether the client wants another answer to a question that is stored: `parent_id`, or the last one
-            of the current path.
+        regenerate: Whether the client wants another answer to a stored question: to `parent_id`, or to the last
+            question of the current path.
     """
 
     parent_id: str | None = None
@@ -53,16 +53,16 @@ class Question(NamedTuple):
 
 
 def ask(chat: ChatHistory[Any], prompt: str, position: Position, stream_id: str) -> Question:
-    """Add a question to a conversation, or choose one that is answered again, and make it the end of the current path.
+    """Add a question to a conversation, or select a stored one to regenerate. It becomes the end of the current path.
 
     Args:
         chat: The conversation.
-        prompt: The text of the question. Not used if the question is answered again.
-        position: Where to put it.
+        prompt: The text of the question. Not used to regenerate.
+        position: The position of the question, or the question to regenerate.
         stream_id: The id of the stream that will answer it.
 
     Raises:
-        WebError: 400: `parent_id` is not the id of a message, or, to answer a question again, of a question.
+        WebError: 400: `parent_id` is not the id of a message. To regenerate, it must be the id of a question.
     """
     tree = chat.tree
     parent_id = position.parent_id if position.is_given else tree.active_leaf_id
@@ -82,10 +82,10 @@ def ask(chat: ChatHistory[Any], prompt: str, position: Position, stream_id: str)
 def _add_question(tree: MessageTree[Any], parent_id: str | None, message: Any, stream_id: str) -> Question:
     """Add a question below a message, and make it the end of the current path.
 
-    Two questions never follow each other, and no answer is blank, since many models refuse that. The new question
-    follows the last answer with a text to the question before it. If there is none, the two become alternatives.
+    Many models refuse two questions in a row, and blank answers. If `parent_id` is a question, the new question follows
+    the last answer to it that has a text. Without such an answer, the two questions become alternatives.
     """
-    while parent_id is not None and _is_unusable(node := tree._snapshot(parent_id)):
+    while parent_id is not None and _cannot_precede_question(node := tree._snapshot(parent_id)):
         answers = _answers(tree, parent_id) if _is_question(node) else []
         parent_id = answers[-1] if answers else node.parent_id
     return Question(
@@ -98,8 +98,8 @@ def model_messages(path: list[Any], max_messages: int | None) -> list[Any]:
 
     Args:
         path: The messages of the current path. The last one is the question.
-        max_messages: The maximum number of messages before the question. The first one of them is a user's. Messages
-            with the role `system` do not count, and are always included. None for no limit.
+        max_messages: The maximum number of messages before the question. They begin with a message of the user.
+            Messages with the role `system` do not count, and are always included. None for no limit.
     """
     *earlier, question = path
     if max_messages is None:
@@ -111,10 +111,10 @@ def model_messages(path: list[Any], max_messages: int | None) -> list[Any]:
 
 
 def answer(chat: ChatHistory[Any], question: Question, text: str, status: StreamStatus | None) -> bool:
-    """Add an answer to its question. It becomes the end of the current path if the question is.
+    """Add an answer to its question. If the question is the end of the current path, the answer becomes the end.
 
-    If the question is being answered again by another stream, the current path waits for that one. If the question was
-    removed, as by a summary, question and answer follow the current path.
+    If another stream is regenerating the answer, the current path still ends with the question. If the question was
+    removed, such as by a summary, it is added again at the end of the current path, with its answer.
 
     Args:
         chat: The conversation.
@@ -123,8 +123,8 @@ def answer(chat: ChatHistory[Any], question: Question, text: str, status: Stream
         status: The final status of the stream. None if it was deleted.
 
     Returns:
-        Whether the conversation has changed. If a stream without a text has failed to answer a question again, the
-        current path returns to the earlier answer.
+        Whether the conversation has changed. If the last stream of a question ended without a text and not as done,
+        the current path returns to an earlier answer, if there is one.
     """
     tree = chat.tree
     state = "deleted" if status is None else status.state
@@ -150,9 +150,9 @@ def answer(chat: ChatHistory[Any], question: Question, text: str, status: Stream
 
 
 def unanswered(chat: ChatHistory[Any]) -> list[Question]:
-    """Return the questions for which the answer of their last stream is not stored: the last `MAX_UNANSWERED` asked.
+    """Return the newest `MAX_UNANSWERED` questions for which the answer of their last stream is not stored.
 
-    The stream is being produced, or its process has died, or it failed without a text.
+    Their stream is active, or was abandoned by a process that died, or failed without a text.
     """
     questions = []
     for node_id, node in chat.tree._nodes.items():
@@ -173,11 +173,12 @@ def _is_question(node: TreeNode[Any]) -> bool:
 def _answers(tree: MessageTree[Any], question_id: str) -> list[str]:
     """Return the ids of the answers to a question that have a text."""
     children = [tree._snapshot(child_id) for child_id in tree._snapshot(question_id).children]
-    return [child.id for child in children if _role(child.message) == "assistant" and not _is_unusable(child)]
+    answers = [child for child in children if _role(child.message) == "assistant"]
+    return [answer.id for answer in answers if not _cannot_precede_question(answer)]
 
 
-def _is_unusable(node: TreeNode[Any]) -> bool:
-    """Return whether a message is a question of a `StreamHandler`, or a blank answer."""
+def _cannot_precede_question(node: TreeNode[Any]) -> bool:
+    """Return True for a question of a `StreamHandler`, and for a blank answer."""
     if _is_question(node):
         return STREAM_ID in node.metadata
     if _role(node.message) != "assistant":

@@ -60,12 +60,12 @@ class WebRequest(NamedTuple):
         body: The body. If it is longer than the handler's `max_body`, the first `max_body + 1` bytes suffice: the
             handler rejects it.
         original: The request object of the framework, for `generate`, `owner` and `authorize`. Default: None.
-        context: Returns a context manager that is entered around the source and around `on_finish`. Both may outlive
-            the request, so an integration sets up resources there that the framework otherwise binds to a request.
+        context: Returns a context manager that is entered around the source and around `on_finish`. Both may run after
+            the request has ended, so an integration sets up the resources there that the framework binds to requests.
             Default: no context.
         disconnect: Called from any thread if the client has not read a streamed body for the handler's `send_timeout`.
-            It should close the connection, if the integration can, so that the server no longer waits for the client.
-            Default: None.
+            It should close the connection, so that the server does not wait for the client. Default: None, for
+            integrations that cannot close it.
         refusals: The classes of the exceptions with which the framework refuses requests. If `generate`, `owner` or
             `authorize` raises one, `handle` raises it to the framework, which responds with its status. Default: none.
     """
@@ -90,14 +90,14 @@ class WebRequest(NamedTuple):
 
 
 class Resource(NamedTuple):
-    """The second argument of `authorize`: what a request wants to use.
+    """The second argument of `authorize`: the stream or conversation that a request wants to use.
 
     Attributes:
         kind: `"stream"`, or `"conversation"` for a session.
         id: The id of the stream, or of the conversation. Clients choose the ids of conversations, which may not exist.
-        owner: The stored owner. For a stream without an owner, that of its conversation. None if there is none, and
+        owner: The stored owner. For a stream without an owner, the owner of its conversation. None if there is none, or
             without migration 0004.
-        session_id: The id of the conversation, also of a stream. None for a stream without one.
+        session_id: The id of the conversation, or of the conversation of the stream. None if the stream has none.
     """
 
     kind: Literal["stream", "conversation"]
@@ -325,8 +325,8 @@ def parse_resume_cursor(request: WebRequest, stream_id: str) -> int:
     """Return the sequence number after which to resume.
 
     The header `Last-Event-ID` takes precedence over the query parameter `after`, since `EventSource` updates the header
-    and not the URL. The first event of a stream has the stream id as its event id, so this id means 0. If
-    the stream id is itself a number of at most 15 digits, it is read as a sequence number.
+    and not the URL. The first event of a stream has the stream id as its event id, so this id means 0. A stream
+    id of at most 15 digits is read as a sequence number.
 
     Raises:
         WebError: 400: the value is neither a sequence number nor the stream id.

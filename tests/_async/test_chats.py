@@ -1,4 +1,4 @@
-"""Chats of a handler: who may use a conversation, what is saved when, and the routes of a chat page."""
+"""Chats of a handler: access, the times at which turns are saved, branches, the routes of a page, and limits."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def chats(streams, store):
 
 
 def routes_of(id, session_id):
-    """Requests to every route for a stream and a conversation."""
+    """Return a request to every route for a stream or a conversation."""
     message = {"role": "user", "content": "hi"}
     return [
         ("GET", "/stream/resume", None, {"id": id}),
@@ -116,7 +116,7 @@ def routes_of(id, session_id):
 # Access
 
 
-async def test_strangers_get_what_a_missing_id_gives(chats, store):
+async def test_other_users_get_404(chats, store):
     id = await chats.turn("one")
     before = (await store.load("s")).to_json()
     for number, (method, path, body, query) in enumerate(routes_of(id, "s")):
@@ -128,7 +128,7 @@ async def test_strangers_get_what_a_missing_id_gives(chats, store):
     assert (await store.get_info("s")).title is None
 
 
-async def test_requests_without_a_user_have_no_conversations(chats, store):
+async def test_conversations_need_a_user(chats, store):
     id = await chats.turn("one")
     for method, path, body, query in routes_of(id, "s"):
         assert await chats.json(method, path, body, None, **query) == (NO_STREAM if "id" in (body or query) else NOBODY)
@@ -151,7 +151,7 @@ async def test_owner_uses_every_route(chats):
     assert await chats.json("DELETE", "/conversations/s") == (200, {"ok": True})
 
 
-async def test_conversation_without_an_owner_belongs_to_nobody(chats, store):
+async def test_conversation_without_an_owner_is_not_accessible(chats, store):
     async with store.edit("s") as chat:
         chat.append({"role": "user", "content": "secret"})
     for user in ("ann", "bob"):
@@ -221,8 +221,8 @@ async def test_authorize_gets_the_resource(chats, streams, store):
         assert await checked.json(method, path, body, **query) == (403, {"error": "forbidden"})
 
 
-def test_conversations_need_a_rule_of_access(streams, store):
-    with pytest.raises(ValueError, match="owner or authorize"):
+def test_conversations_without_access_options_raise(streams, store):
+    with pytest.raises(ValueError, match="needs owner, authorize or public"):
         AsyncStreamHandler(iter, store=streams, conversations=store)
     with pytest.raises(ValueError, match="max_running"):
         AsyncStreamHandler(iter, store=streams, max_running=1)
@@ -278,7 +278,7 @@ async def test_without_the_migration_owners_are_refused_and_public_chats_work(st
     assert await public.json("GET", "/conversations/s") == NO_CONVERSATION
 
 
-# What is saved, and when
+# Saving questions and answers
 
 
 async def test_question_is_stored_before_the_first_token(chats, streams, store):
@@ -308,7 +308,7 @@ async def test_refused_question_is_not_stored(streams, store):
     assert await store.get_info("s") is None
 
 
-async def test_failed_turn_is_an_alternative_beside_the_next_one(chats):
+async def test_failed_turn_is_an_alternative_to_the_next_one(chats):
     await chats.turn("one")
     await chats.turn("fail")
     assert await chats.history() == ["one", "one:1", "fail"]
@@ -317,8 +317,8 @@ async def test_failed_turn_is_an_alternative_beside_the_next_one(chats):
     assert await chats.history() == ["one", "one:1", "two", "two:3"]
 
 
-async def break_off(streams, id):
-    """End a stream as if its process had died after some text: nobody saves the answer."""
+async def abandon(streams, id):
+    """End a stream as after the death of its process: the stream has a text, and the answer is not saved."""
     await streams.append(id, "\x01partial")
     await streams.append(id, "usage\x01{}")
     await streams.append(id, "\x01 text")
@@ -326,25 +326,25 @@ async def break_off(streams, id):
 
 
 @pytest.fixture
-async def broken(chats, streams, store):
-    """A conversation whose last answer was broken off, with the id of its stream."""
+async def abandoned(chats, streams, store):
+    """A conversation whose last answer was abandoned, with the id of its stream."""
     await chats.turn("one")
-    await streams.create("broken", session_id="s", owner="ann")
+    await streams.create("abandoned", session_id="s", owner="ann")
     async with store.edit("s") as chat:
-        chat.tree.append({"role": "user", "content": "two"}, {"streamId": "broken"})
-    await break_off(streams, "broken")
-    return "broken"
+        chat.tree.append({"role": "user", "content": "two"}, {"streamId": "abandoned"})
+    await abandon(streams, "abandoned")
+    return "abandoned"
 
 
-async def test_broken_answer_is_saved_when_the_conversation_is_opened(chats, store, broken):
+async def test_abandoned_answer_is_saved_when_the_conversation_is_opened(chats, store, abandoned):
     assert await chats.history() == ["one", "one:1", "two", "partial text"]
     chat = await store.load("s")
-    assert chat.tree.get(broken).metadata == {"state": "error"}
+    assert chat.tree.get(abandoned).metadata == {"state": "error"}
     assert await chats.history() == ["one", "one:1", "two", "partial text"]
     assert len(chat) == 4
 
 
-async def test_broken_answer_is_part_of_the_next_turn(chats, broken):
+async def test_abandoned_answer_is_part_of_the_next_turn(chats, abandoned):
     await chats.turn("three")
     assert [message["content"] for message in chats.generations[-1].messages] == [
         "one",
@@ -355,7 +355,7 @@ async def test_broken_answer_is_part_of_the_next_turn(chats, broken):
     ]
 
 
-async def test_simultaneous_readers_save_a_broken_answer_once(chats, store, broken):
+async def test_simultaneous_readers_save_an_abandoned_answer_once(chats, store, abandoned):
     responses = await async_gather(*[partial(chats.json, "GET", "/conversations/s")] * 8)
     assert [status for status, _ in responses] == [200] * 8
     chat = await store.load("s")
@@ -363,16 +363,16 @@ async def test_simultaneous_readers_save_a_broken_answer_once(chats, store, brok
     assert chat.messages[-1]["content"] == "partial text"
 
 
-async def test_broken_answer_beside_the_current_path_is_saved(chats, store, broken):
+async def test_abandoned_answer_on_another_branch_is_saved(chats, store, abandoned):
     async with store.edit("s") as chat:
         chat.tree.rewind(chat.node_ids[-1])
         chat.append({"role": "user", "content": "instead"})
     assert await chats.history() == ["one", "one:1", "instead"]
-    assert (await store.load("s")).tree.path_to(broken).messages[-1]["content"] == "partial text"
+    assert (await store.load("s")).tree.path_to(abandoned).messages[-1]["content"] == "partial text"
 
 
-async def test_broken_answer_whose_stream_has_expired(chats, streams, broken):
-    await streams.delete(broken)
+async def test_abandoned_answer_whose_stream_was_deleted(chats, streams, abandoned):
+    await streams.delete(abandoned)
     assert await chats.history() == ["one", "one:1", "two"]
     await chats.turn("three")
     assert await chats.history() == ["one", "one:1", "three", "three:3"]
@@ -425,7 +425,7 @@ async def test_answers_of_other_streams_are_not_added(chats, store):
     assert len(await store.load("s")) == 5
 
 
-async def test_read_only_server_shows_a_broken_answer(chats, streams, dsn, table, tables, broken):
+async def test_read_only_server_shows_an_abandoned_answer(chats, streams, dsn, table, tables, abandoned):
     read_only = f"{dsn} options='-c default_transaction_read_only=on'"
     options = {"table": table, "status_table": tables["status_table"]}
     async with AsyncPostgresConversationStore(read_only, **options) as standby:
@@ -453,7 +453,7 @@ async def test_questions_of_two_tabs_do_not_follow_each_other(chats, streams, st
     assert roles == ["system", "user", "assistant", "user"]
 
 
-async def test_row_that_is_not_a_conversation_is_hidden_from_strangers(chats, run):
+async def test_invalid_row_is_hidden_from_other_users(chats, run):
     await chats.turn("one")
     run("UPDATE {} SET data = '[]'")
     assert await chats.json("GET", "/conversations/s", user="bob") == NO_CONVERSATION
@@ -625,14 +625,14 @@ async def test_invalid_id_in_a_path(chats):
     assert (status, response.headers["Allow"]) == (405, "GET, PATCH, DELETE")
 
 
-async def test_delete_stops_the_running_answer_and_nothing_comes_back(chats, streams, store, caplog):
+async def test_delete_during_an_answer_stops_it_and_deletes_all(chats, streams, store, caplog):
     caplog.set_level(logging.ERROR, "aibind_postgres")
     await chats.turn("one")
     response = await chats.send("POST", "/stream", {"prompt": "wait", "sessionId": "s"})
     id = response.headers["X-Stream-Id"]
     assert await chats.json("DELETE", "/conversations/s") == (200, {"ok": True})
     chats.proceed.set()
-    sent = b"".join([part async for part in response.body])  # ends: the stream was stopped, and is gone
+    sent = b"".join([part async for part in response.body])  # ends, since the stream was stopped and deleted
     assert not [event for event in EventParser().feed(sent) if event.event == "error"]
     assert await AsyncDurableStream.shutdown(streams, 20)
     assert await store.get_info("s") is None

@@ -1,4 +1,4 @@
-"""The chat over HTTP in each framework, on two worker processes, so that either may answer a request."""
+"""The chat over HTTP in each framework, with two worker processes that share the requests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from urllib.parse import quote, urlencode
 
 import pytest
 from support import webapps
-from support.chatapps import MAX_READERS, MAX_RUNNING, REFUSED
+from support.chat_contract_apps import MAX_READERS, MAX_RUNNING, REFUSED
 from support.concurrency import until
 from support.webapps import Client, events
 
@@ -26,7 +26,7 @@ DONE = ServerSentEvent("", "done")
 
 @pytest.fixture(scope="module", params=REFUSED)
 def client(request, web_database):
-    with webapps.running(request.param, web_database, "chatapps") as client:
+    with webapps.running(request.param, web_database, "chat_contract_apps") as client:
         yield client
 
 
@@ -35,7 +35,7 @@ def path_of(id: str) -> str:
 
 
 class User:
-    """A user's browser. Without a name, nobody's."""
+    """A browser of a user, or without a name a browser without a user."""
 
     def __init__(self, client: Client, name: str | None) -> None:
         self.client = client
@@ -452,7 +452,7 @@ def test_limit_of_readers(ann, bob, store, id):
             assert len(readers) >= MAX_READERS
             response.close()
     assert ann.call("GET", f"/stream/resume?id={stream_id}")[0] == 429
-    # A refused question is not asked.
+    # A refused question is not stored.
     assert ann.call("POST", "/stream", {"prompt": "x", "sessionId": id})[0] == 429
     assert ann.call("GET", path_of(id))[0] == 404
     assert [info.id for info in store.list(owner=ann.name)] == [stream_id]

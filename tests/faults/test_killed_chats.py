@@ -1,4 +1,4 @@
-"""Web processes and a worker process are killed under many chats: nothing that was acknowledged is lost or doubled."""
+"""Kills of web processes and of a worker process during many chats lose and duplicate no acknowledged data."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ CHATS = 20
 TABS = 5  # second tabs
 SEED = 11
 
-PROMISED = 2.0  # seconds after the lease, or after the time of contact, in which a reader learns the end
-TOLERATED = 30.0  # the same on a machine that is overloaded
+PROMISED = 2.0  # seconds after the lease, or after the time of contact, until a reader receives the end
+TOLERATED = 30.0  # the same on an overloaded machine
 
 
 class Stream(NamedTuple):
@@ -86,10 +86,10 @@ def check_readings(readings: list[Reading], streams: dict[str, Stream]) -> None:
             assert stream.error == reading.error
 
 
-def lateness(readings: list[Reading], streams: dict[str, Stream], contact: float) -> list[float]:
-    """Return the seconds in which each reader has learned that a lease has expired.
+def delays_of_ends(readings: list[Reading], streams: dict[str, Stream], contact: float) -> list[float]:
+    """Return the seconds from the expiry of a lease until each reader received the end of the stream, sorted.
 
-    They count from the end of the lease, or, if this is later, from `contact` seconds after the reader has connected.
+    They count from `contact` seconds after the reader has connected if that is later.
     """
     return sorted(
         reading.ended_at - max(stream.lease_until, reading.connected_at + contact)
@@ -107,8 +107,8 @@ def print_figures(users: list[User], readings: list[Reading], streams: dict[str,
     print(f"streams: {dict(Counter(stream.state for stream in streams.values()))}")
     stored = sum(len(stream.texts) for stream in streams.values())
     print(f"tokens: {stored} stored, {sum(len(reading.texts) for reading in readings)} received")
-    after_lease = lateness(readings, streams, -math.inf)
-    print(f"readers who have learned that a lease has expired: {len(late)}")
+    after_lease = delays_of_ends(readings, streams, -math.inf)
+    print(f"readers that received the end after an expired lease: {len(late)}")
     print(f"seconds after the lease: {distribution(after_lease)}")
     print(f"seconds after the lease and the time of contact: {distribution(late)}")
     print(f"after more than {PROMISED:g} seconds: {sum(seconds > PROMISED for seconds in late)}")
@@ -159,7 +159,7 @@ def check_conversation(document: dict[str, Any], user: User, streams: dict[str, 
 
 
 def show_left_questions(document: dict[str, Any], user: User, streams: dict[str, Stream]) -> None:
-    """Show each question that the user has left and that has no answer. Check that the page shows its text then."""
+    """Open each question that the user left before its answer was stored. Check that it has an answer then."""
     ids = {node["metadata"].get("streamId"): id for id, node in document["nodes"].items()}
     for asked in user.asked:
         stream = streams[asked.stream_id]
@@ -208,7 +208,7 @@ def test_killed_processes_lose_no_question_and_no_token(disposable_server, tmp_p
         opened = {user.session_id: user.open_conversation()["history"] for user in users}
         streams, conversations = stored_streams(dsn), stored_conversations(dsn)
         readings = [reading for browser in browsers for reading in browser.readings]
-        late = lateness(readings, streams, _leases.CONTACT)
+        late = delays_of_ends(readings, streams, _leases.CONTACT)
         print(f"kills: {dict(killer.kills)}; resumes: {sum(browser.resumes for browser in browsers)}")
         print_figures(users, readings, streams, late)
         for user in users:

@@ -1,4 +1,4 @@
-"""The chat of `tests/faults/_async/chats.py` in web frameworks. The folder of its flavour is in the module path."""
+"""The chat of `tests/faults/_async/chats.py` as a web application. The module path has the folder of one flavour."""
 
 from __future__ import annotations
 

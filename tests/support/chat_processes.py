@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 
-from support.chat_users import FLOWING, HANG, Browser
+from support.chat_users import HANG, PRODUCING_PERIOD, Browser
 
 FAULTS = Path(__file__).parents[1] / "faults"
 
@@ -117,7 +117,7 @@ class Killer:
         for browser in self._browsers:
             browser.join(2 * HANG)
         self.check()
-        assert not any(browser.is_alive() for browser in self._browsers), "readers have not learned an end"
+        assert not any(browser.is_alive() for browser in self._browsers), "some readers have not received the end"
 
     def check(self) -> None:
         """Raise the first error of a browser."""
@@ -134,9 +134,9 @@ class Killer:
         return found
 
     def _busy(self, kind: str) -> int | None:
-        """Return a process of a kind which is producing at least two answers."""
-        since = time.monotonic() - FLOWING
-        answers = Counter(pid for pid, at in (browser.flow for browser in self._browsers) if at > since)
+        """Return the PID of a process of a kind that is producing at least two answers, or None."""
+        since = time.monotonic() - PRODUCING_PERIOD
+        answers = Counter(pid for pid, at in (browser.last_token for browser in self._browsers) if at > since)
         busy = {pid for pid, count in answers.items() if count >= 2 and Path(f"/proc/{pid}").exists()}
         pids = sorted(pid for pid in busy - self._killed if self._processes.kind_of(pid) == kind)
         return self._random.choice(pids) if pids else None

@@ -1,4 +1,4 @@
-"""Users of a chat: each asks question after question over HTTP, and follows and resumes the answers like a browser."""
+"""Simulated users of a chat. Each asks questions over HTTP, and follows and resumes the answers as a browser does."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from support.webapps import JSON, events
 
 LEASE = 3.0  # seconds, of the chat's streams
 HANG = 90  # seconds without a response or an event after which a client counts as hanging
-FLOWING = 0.5  # seconds since the last token for which an answer counts as being produced
+PRODUCING_PERIOD = 0.5  # seconds since the last token for which an answer counts as being produced
 
 LOST = (OSError, HTTPException)  # raised if the process at the other end is killed
 
 
 def token(stream_id: str, number: int, pid: int) -> str:
-    """Return the text of a token, which nobody else produces."""
+    """Return the text of a token, which is unique."""
     return f"{number}:{stream_id}:{pid} "
 
 
@@ -34,13 +34,13 @@ def producer_of(stream_id: str, number: int, text: str) -> int | None:
 
 
 @dataclass
-class Asked:
-    """A question of which the user has received the response header.
+class AskedQuestion:
+    """A question for which the user has received the response header.
 
     Attributes:
         prompt: The question.
         stream_id: The id of the stream that answers it.
-        left: Whether the user has asked the next question before the end of the answer.
+        left: Whether the user stopped reading before the end of the answer.
     """
 
     prompt: str
@@ -49,7 +49,7 @@ class Asked:
 
 
 class LeftError(Exception):
-    """The user does not wait for the end of an answer."""
+    """The user has stopped reading before the end of an answer."""
 
 
 @dataclass
@@ -60,7 +60,7 @@ class Reading:
         stream_id: The id of the stream.
         texts: The tokens, from the first on.
         connected_at: The time of the last response header.
-        ended_at: The time at which the reader has learned the end. None if it has left before.
+        ended_at: The time at which the reader received the end. None if it stopped before.
         error: The error text of the stream, if any.
     """
 
@@ -80,7 +80,7 @@ class Browser(threading.Thread):
         self.readings: list[Reading] = []
         self.resumes = 0
         self.error: BaseException | None = None
-        self.flow: tuple[int, float] = (0, 0.0)  # the producer of the last token, and the time at which it came
+        self.last_token: tuple[int, float] = (0, 0.0)  # the producer of the last token, and the time at which it came
         self._port = port
         self._user = user
         self._random = random.Random(seed)
@@ -130,10 +130,10 @@ class Browser(threading.Thread):
             stream_id: The id of the stream.
             response: An event stream from its beginning. Default: None, which resumes it.
             reload: The probability after each token that the user reloads the page.
-            leave: The probability after each token that the user leaves.
+            leave: The probability after each token that the user stops reading.
 
         Raises:
-            LeftError: The user has left.
+            LeftError: The user has stopped reading.
         """
         reading = Reading(stream_id)
         self.readings.append(reading)
@@ -167,7 +167,7 @@ class Browser(threading.Thread):
                     number = len(reading.texts) + 1
                     assert event.id == f"{number}", f"{event} is not event {number} of {reading.stream_id}"
                     reading.texts.append(event.data)
-                    self.flow = (producer_of(reading.stream_id, number, event.data) or 0, time.monotonic())
+                    self.last_token = (producer_of(reading.stream_id, number, event.data) or 0, time.monotonic())
                     if self._random.random() < reload:
                         return False
                     if self._random.random() < leave:
@@ -199,7 +199,7 @@ class User(Browser):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.asked: list[Asked] = []
+        self.asked: list[AskedQuestion] = []
         self.unanswered_requests: set[str] = set()  # prompts without a response header
         self._has_last_answer = False
 
@@ -216,7 +216,7 @@ class User(Browser):
         """Ask, and follow the answer. Return whether the user has received its end."""
         uses_worker = self._random.random() < 0.4
         if uses_worker:
-            self.open_conversation()  # saves the answer to the question before
+            self.open_conversation()  # saves the abandoned answer to the previous question
         try:
             path = "/ask" if uses_worker else "/__aibind__/stream"
             response = self.request("POST", path, {"prompt": prompt, "sessionId": self.session_id})
@@ -227,7 +227,7 @@ class User(Browser):
         if response.status not in (200, 202):
             raise AssertionError(f"{prompt}: {response.status} {response.read().decode(errors='replace')}")
         stream_id = response.headers["X-Stream-Id"]
-        asked = Asked(prompt, stream_id)
+        asked = AskedQuestion(prompt, stream_id)
         self.asked.append(asked)
         if uses_worker:
             response.close()
@@ -241,11 +241,11 @@ class User(Browser):
         page = self.open_conversation()
         assert page is not None, f"{self.session_id} is lost"
         questions = [node["metadata"].get("streamId") for node in page["history"]["nodes"].values()]
-        assert questions.count(stream_id) == 1, f"the question of {stream_id} is lost or doubled in {self.session_id}"
+        assert questions.count(stream_id) == 1, f"{stream_id} has {questions.count(stream_id)} questions"
 
 
 class SecondTab(Browser):
-    """Another tab of a user, which finds the running answers by the conversation, and follows them."""
+    """Another tab of a user. It finds the running answers through the conversation, and follows them."""
 
     def use(self) -> None:
         while not self._finished.is_set():

@@ -1,4 +1,4 @@
-"""The turns of a chat as pure functions: where questions and answers go, and what the model gets."""
+"""The pure functions for the turns of a chat: positions of questions and answers, and messages for the model."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_turns_follow_each_other():
 
 
 @pytest.mark.parametrize(("status", "state"), [(STOPPED, "stopped"), (ERROR, "error"), (None, "deleted")])
-def test_incomplete_answer_has_the_state_and_stays_in_the_path(status, state):
+def test_incomplete_answer_has_its_state_and_is_on_the_path(status, state):
     chat = ChatHistory()
     question = turn(chat, "one", "1", status)
     assert chat.tree.get(question.stream_id).metadata == {"state": state}
@@ -104,7 +104,7 @@ def test_parent_id_makes_a_branch():
     assert contents(chat) == ["one", "1", "instead", "3"]
     turn(chat, "new", "4", position=Position(None, True))
     assert contents(chat) == ["new", "4"]
-    # A question never follows a question, but its answer.
+    # A question follows the answer to its parent, not the parent itself.
     turn(chat, "after two", "5", position=Position(second.id, True))
     assert contents(chat) == ["one", "1", "two", "2", "after two", "5"]
 
@@ -133,7 +133,7 @@ def test_failed_regeneration_keeps_the_earlier_answer(text):
     again = ask(chat, "", Position(regenerate=True), "again")
     assert answer(chat, again, text, ERROR) is True
     assert contents(chat) == before
-    # The next question follows the earlier answer, also if nobody has noticed the failure.
+    # The next question follows the earlier answer, also before the failure is recorded.
     ask(chat, "", Position(regenerate=True), "lost")
     turn(chat, "three", "3")
     assert contents(chat) == [*before, "three", "3"]
@@ -203,7 +203,7 @@ def test_unanswered_questions():
     assert [each.stream_id for each in unanswered(chat)] == [f"more {number}" for number in range(10, 30)]
 
 
-def test_model_gets_whole_turns_and_all_system_messages():
+def test_model_messages_begin_with_a_user_and_include_all_system_messages():
     path = [system("summary"), user("1"), model("2"), user("3"), system("note"), model("4"), user("5")]
     assert model_messages(path, None) == path
     assert model_messages(path, 4) == path
@@ -226,8 +226,8 @@ TURNS = st.lists(
 
 
 @given(TURNS, st.one_of(st.none(), st.integers(1, 5)))
-def test_every_history_alternates(turns, max_messages):
-    """Whatever ends without an answer: the model gets a user's and its own messages in turn, and none is blank."""
+def test_roles_alternate_after_any_turns(turns, max_messages):
+    """The roles of the messages for the model alternate, and none is blank, for turns with any outcome."""
     chat, pending = ChatHistory(), []
     for number, (kind, text, status, choice, ends) in enumerate(turns):
         nodes = list(chat.tree.serialize()["nodes"])

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class AsyncAccess:
     """Decides which requests of one handler may use which streams and conversations.
 
-    The error for a stream or conversation of another user is that of a missing one.
+    A stream or conversation of another user gets the same error as a missing one.
     """
 
     def __init__(
@@ -37,18 +37,18 @@ class AsyncAccess:
 
     @property
     def has_owners(self) -> bool:
-        """Whether requests have owners."""
+        """Whether streams and conversations have owners."""
         return self._owner is not None
 
     async def user(self, request: WebRequest) -> str | None:
-        """Return the user of a request, or None: the request has no user, or the handler has no `owner`."""
+        """Return the user of a request. None if it has no user, or if the handler has no `owner`."""
         if self._owner is None:
             return None
         user = await async_call_or_await(self._owner, request)
         return None if user is None else arguments.identifier(user, "the result of owner")
 
     def require_user(self, user: str | None) -> None:
-        """Raise `WebError` (401) if a request without a user wants to use a conversation."""
+        """Raise `WebError` (401) if a request for a conversation has no user."""
         if user is None:
             raise WebError(401, "a conversation needs a user")
 
@@ -72,11 +72,11 @@ class AsyncAccess:
         await self._check_authorized(request, Resource("stream", stream_id, owner, info.session_id))
 
     async def check_session(self, request: WebRequest, user: str | None, session_id: str) -> bool:
-        """Do the same as `check_conversation` for a conversation that has not been loaded.
+        """Look up a conversation, and check it as `check_conversation` does.
 
         Returns:
-            Whether a new stream may belong to it. If it is not stored, another user may become its owner, and thereby
-            get access to its streams.
+            Whether a new stream may belong to it. False if it is not stored and there are owners: another user could
+            become its owner, and would then have access to the stream.
         """
         info = None
         with map_client_errors():
@@ -99,8 +99,8 @@ class AsyncAccess:
             owner: Its owner.
 
         Raises:
-            WebError: 401: the request has no user. 403: `authorize` refuses it. 404: the conversation belongs to
-                another user, or to nobody.
+            WebError: 401: the request has no user. 403: `authorize` refuses it. 404: the conversation has another
+                owner, or none.
         """
         if self._owner is not None and self._conversations is not None:
             self.require_user(user)
@@ -111,7 +111,7 @@ class AsyncAccess:
     async def _find_stream(self, stream_id: str) -> StreamInfo:
         with map_client_errors():
             info = await self._store.get_info(stream_id)
-            # A standby may lag behind: the page is read again for a while.
+            # A standby may lag behind: `page` retries.
             if info is None and await self._store._pages.page(stream_id, 0, 1) is not None:
                 info = await self._store.get_info(stream_id)
         if info is None:

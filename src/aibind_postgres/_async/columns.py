@@ -1,4 +1,4 @@
-"""The columns of the tables of a store, which show the applied migrations."""
+"""The columns of the tables of a store. They show which migrations are applied."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 
 class Columns(NamedTuple):
-    """The columns of a table; none if the table does not exist.
+    """The columns of one table, or no columns if the table does not exist.
 
     Attributes:
         names: The names of the columns.
-        is_readable: Whether the user of the database may read the table.
-        found_at: The time of the first look-up that found exactly these columns, by `monotonic`.
+        is_readable: Whether the role of the connection may read the table.
+        found_at: The value of `monotonic()` at the first look-up that found these columns.
     """
 
     names: frozenset[str]
@@ -40,15 +40,15 @@ class AsyncQuery(Protocol):
 class AsyncColumnCatalog:
     """Looks up the columns of all tables of a store in the catalog, once for the store.
 
-    Features that need a migration ask it first: a statement that names a missing column would abort a transaction of
-    the caller.
+    Features that need a migration check the columns first: a statement with a missing column would abort a transaction
+    of the caller.
     """
 
     def __init__(self, database: AsyncDatabase, tables: Sequence[Table]) -> None:
         self._database = database
         self._tables = tables
         self._known: dict[Table, Columns] = {}
-        self._looking = AsyncLock()
+        self._look_up_lock = AsyncLock()
 
     async def of(self, table: Table, query: AsyncQuery | None = None, *, again: bool = False) -> Columns:
         """Return the columns of a table of the store, as of the last look-up.
@@ -60,13 +60,13 @@ class AsyncColumnCatalog:
         """
         if again or table not in self._known:
             self._database.check_owner()
-            async with self._looking:  # the first calls of a store may be many at once
+            async with self._look_up_lock:  # the first calls of a store may be many at once
                 if again or table not in self._known:
                     await self._look_up(query or self._database.query)
         return self._known[table]
 
     async def require(self, table: Table, names: Collection[str], feature: str, migration: str) -> Columns:
-        """Return the columns of a table. Look them up again if one is missing: it may have been added since.
+        """Return the columns of a table. If one is missing, look them up again, since it may have been added.
 
         Args:
             table: The table.

@@ -30,7 +30,7 @@ TOO_LARGE = "delete it, or start another conversation"
 
 
 class AsyncConversationRoutes:
-    """The responses of one handler about its conversations."""
+    """The routes of one handler for its conversations."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class AsyncConversationRoutes:
         user = await self._access.user(request)
         chat = await self._load(request, user, session_id)
         info = await self._find(user, session_id)
-        if info.active_stream_id is None and unanswered(chat):  # the answer may have been saved between the two
+        if info.active_stream_id is None and unanswered(chat):  # the answer may have been saved between the two reads
             chat = await self._load(request, user, session_id)
         document = chat.tree._document
         size = len(chat) * NODE_CHARACTERS
@@ -121,9 +121,9 @@ class AsyncConversationRoutes:
         return json_response({"ok": True})
 
     async def _streams(self, user: str | None, session_id: str) -> Sequence[StreamInfo]:
-        """Return the streams of a conversation that a request may delete. Without migration 0004, they are not known.
+        """Return the streams of a conversation that the user may delete. Without migration 0004, return none.
 
-        They may belong to another user if they have outlived an earlier conversation with this id.
+        Streams of an earlier conversation with this id may still exist, and belong to another user.
         """
         await self._store._schema.look_up()
         if not self._store._schema.has_leases:
@@ -138,12 +138,12 @@ class AsyncConversationRoutes:
         return chat
 
     async def _check(self, request: WebRequest, user: str | None, session_id: str) -> None:
-        """Check that a request may use a conversation which exists."""
+        """Check that a conversation exists and that a request may use it."""
         await self._access.check_session(request, user, session_id)
         await self._find(user, session_id)
 
     async def _find(self, user: str | None, session_id: str) -> ConversationInfo:
-        """Return the entry of a conversation, which another user may have created again since it was checked."""
+        """Return the entry of a conversation. Check the owner: another user may have created it again since."""
         with map_client_errors():
             info = await self._conversations.get_info(session_id)
         if info is None or (self._access.has_owners and info.owner != user):

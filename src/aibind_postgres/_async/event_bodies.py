@@ -20,9 +20,9 @@ CHECKS_PER_TIMEOUT = 4  # of the watchdog
 class EventBody:
     """The state of one body.
 
-    The server requests an event from the body, sends it, and requests the next one. Only the holder of `turn` uses
-    `events`. The body holds it while it waits for an event. The watchdog takes it and keeps it if the server has
-    requested no event for `send_timeout` seconds.
+    The server requests an event from the body, sends it, and requests the next one. Only the holder of `lock` uses
+    `events`. The body holds the lock while it waits for an event. If the server has requested no event for
+    `send_timeout` seconds, the watchdog acquires the lock and keeps it.
     """
 
     def __init__(
@@ -36,18 +36,18 @@ class EventBody:
         self.reader = reader
         self.events: AsyncIterator[bytes] | None = events
         self.disconnect = disconnect
-        self.turn = Mutex()  # acquired without waiting
+        self.lock = Mutex()  # acquired without waiting
         self.disconnected = AsyncEvent()  # set once the watchdog has disconnected the client
         self.newest = b""  # the last event that was passed to the server
         self._checked = self.newest, monotonic()  # `newest` at the last check, and when it was first seen
 
-    def is_stalled(self, send_timeout: float) -> bool:
-        """Return True if the server has been sending one event for `send_timeout` seconds. Then take the turn."""
+    def lock_if_stalled(self, send_timeout: float) -> bool:
+        """If the server has been sending one event for `send_timeout` seconds, acquire the lock. Return True if so."""
         checked, since = self._checked
         if self.newest is not checked:
             self._checked = self.newest, monotonic()
             return False
-        return monotonic() - since >= send_timeout and self.turn.acquire(False)
+        return monotonic() - since >= send_timeout and self.lock.acquire(False)
 
 
 class AsyncEventBodies:
@@ -57,7 +57,7 @@ class AsyncEventBodies:
         self._max_readers = max_readers
         self._send_timeout = send_timeout
         self._mutex = Mutex()
-        self._open: dict[tuple[str, str], set[EventBody]] = {}  # by what the limit applies to
+        self._open: dict[tuple[str, str], set[EventBody]] = {}  # by the subject of the limit
         self._ended: deque[EventBody] = deque()
         self._watchdog: AsyncWorker | None = None
 
@@ -74,10 +74,11 @@ class AsyncEventBodies:
 
         Args:
             stream_id: The id of the stream.
-            user: The user who reads, or None.
+            user: The user of the request, or None.
             events: The encoded events.
             disconnect: Called after `events` was closed because the client does not read. Default: None.
-            checked: Whether `check` was called before. Simultaneous requests may then exceed the maximum.
+            checked: Whether `check` was called before. Then the maximum is not checked again, and simultaneous requests
+                may exceed it. Default: False.
 
         Raises:
             WebError: 429: the user, or the stream if there is no user, has the maximum number of readers.
@@ -97,7 +98,7 @@ class AsyncEventBodies:
         return iterator
 
     def check(self, stream_id: str, user: str | None) -> None:
-        """Raise `WebError` as `open` does."""
+        """Raise `WebError` (429) if `open` would."""
         with self._mutex:
             self._remove_ended()
             self._refuse_at_maximum(_reader(stream_id, user))
@@ -107,7 +108,7 @@ class AsyncEventBodies:
             raise WebError(429, f"the {reader[0]} has the maximum of {self._max_readers} readers: try again later")
 
     async def _iterate(self, body: EventBody, events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-        acquire, release = body.turn.acquire, body.turn.release
+        acquire, release = body.lock.acquire, body.lock.release
         try:
             if acquire(False):
                 async for body.newest in events:
@@ -117,11 +118,11 @@ class AsyncEventBodies:
                         break
                 else:
                     return
-            await body.disconnected.wait()  # else the watchdog could disconnect the next request of the connection
+            await body.disconnected.wait()  # otherwise, the watchdog could disconnect the connection's next request
         except StreamNotFoundError:  # the status line has been sent; a client that resumes gets 404
             logger.info("stream %r was deleted while a client read it", body.stream_id)
         finally:
-            acquire(False)  # the watchdog must not disconnect the next request of the connection
+            acquire(False)  # the watchdog must not disconnect the connection's next request
             body.events = None  # this frame has the only other reference
             self._ended.append(body)
 
@@ -137,7 +138,7 @@ class AsyncEventBodies:
                     return
                 bodies = [body for readers in self._open.values() for body in readers]
             for body in bodies:
-                if body.is_stalled(self._send_timeout):
+                if body.lock_if_stalled(self._send_timeout):
                     await self._close(body)
 
     async def _close(self, body: EventBody) -> None:

@@ -65,26 +65,27 @@ CONVERSATION = "/conversations/{id}"
 class AsyncStreamHandler:
     """Handles the requests of chat pages and of aibind's browser client.
 
-    Answers of `/stream`, `/structured` and `/chat` are durable streams: after a reload or a lost connection, any worker
-    resumes them. `/complete` and `/title` send the output of `generate` as plain text while it is produced. The other
-    routes respond with JSON.
+    Answers of `/stream`, `/structured` and `/chat` are durable streams: any process can resume them after a reload or a
+    lost connection. `/complete` and `/title` send the output of `generate` as plain text while it is produced. The
+    other routes respond with JSON.
 
     With `conversations`, `/stream` continues the conversation of the request's session id, and there are routes to
     list, show, change and delete conversations:
 
     - The question is saved before the stream begins, with the id of the stream. The first question creates the
-      conversation, for its owner. A question without an answer, since its turn failed, becomes an alternative to the
-      next one, so that two questions never follow each other.
-    - The answer is saved before the stream is done. If the stream ends in another state, the text produced so far is
-      saved afterwards, if there is any, with the state in its metadata. If the process died, the next request that
-      loads the conversation saves it, within a day.
+      conversation, for its owner. If a turn fails without an answer, its question becomes an alternative to the next
+      one, so that two questions never follow each other.
+    - The answer is saved before the stream is done. If the stream ends in another state, its text is saved afterwards,
+      with the state in the metadata. A stream without a text adds no answer.
+    - If the process dies, the next request that loads the conversation saves the text of the stream. With migration
+      0004, the stream is kept for at least a day for this purpose.
     - If the conversation is deleted during a turn, the answer is not saved.
 
     Args:
         generate: Called with a `Generation`. Returns a source: an iterable of `str` and `StreamEvent`, such as a
             generator. The source may yield a `usage` event. The call and the source may raise `WebError`, or an
-            exception with which the framework refuses requests. If the source of a stream raises it, the status line
-            has been sent, so the stream ends in state error.
+            exception with which the framework refuses requests. If the source of a stream raises one, the status line
+            has already been sent, so the stream ends in state error.
         store: The stream store.
         conversations: The conversation store. One of `owner`, `authorize` and `public` is then required, since clients
             choose the ids of sessions. Default: None, which saves no conversations.
@@ -95,16 +96,16 @@ class AsyncStreamHandler:
             its id. Needs migration 0004. Default: None: streams and conversations have no owners.
         authorize: Called with the request and a `Resource`, before the handler uses a stream or a conversation with an
             id that a client has sent. A false result rejects the request with status 403. It may raise the same
-            exceptions as `generate`. Default: None, which gives access to anyone with the id; stream ids are
-            unguessable.
+            exceptions as `generate`. Default: None: `owner` alone decides, and without `owner`, anyone with the id has
+            access. Generated stream ids are unguessable.
         public: Whether anyone who knows the id of a conversation may use it. Default: False.
         prefix: The path prefix of all routes. It must be empty or begin with a slash. Default: `/__aibind__`.
         allowed_origins: The origins of other sites whose pages may send requests, such as `https://example.com`.
             Requests from pages of other origins get status 403. The responses contain no CORS headers: add them with
             middleware of the framework. Default: none, so pages must have the origin of the server.
-        max_messages: The maximum number of stored messages that `/stream` puts before the prompt. The first one is the
-            user's. System messages, such as the summary of `/compact`, do not count and are always included. Default:
-            None, which is all.
+        max_messages: The maximum number of stored messages that `/stream` puts before the prompt. They begin with a
+            message of the user. System messages, such as the summary of `/compact`, do not count and are always
+            included. Default: None, which is no limit.
         compact: Called instead of `generate` to summarise a conversation. Default: `generate`.
         max_body: The maximum size of a request body in bytes. The browser sends the attachments of a conversation with
             each request, in base64, which adds a third to their size. Default: 10,000,000.
@@ -114,10 +115,11 @@ class AsyncStreamHandler:
             routes read no conversation larger than `max_conversation` and `max_body` together: `/compact` refuses it,
             and an answer that would have to be merged into it is not saved. Default: 10,000,000.
         max_running: The maximum number of streams of one user that are produced at the same time, in all processes.
-            Others get status 429. Requests that several processes receive at the same instant can exceed it. Plain
-            text, summaries and requests without a user do not count. Needs `owner`. Default: None, which is no limit.
+            Further requests get status 429. Requests that several processes receive at the same instant can exceed it.
+            Plain text, summaries and requests without a user do not count. Needs `owner`. Default: None, which is no
+            limit.
         max_readers: The maximum number of clients that read at the same time through this handler, in this process: for
-            one user, or for one stream if the request has no user. Others get status 429. Default: 1000.
+            one user, or for one stream if the request has no user. Further readers get status 429. Default: 1000.
         heartbeat: Seconds, or a timedelta, without an event after which a response sends a comment. Default: 15.
         send_timeout: Seconds, or a timedelta, after which a body that is streamed ends because the client does not
             read. The check may take a quarter longer. The client can resume an event stream. Default: 60.
@@ -125,9 +127,9 @@ class AsyncStreamHandler:
             which shows a generic text.
 
     Raises:
-        ValueError: `conversations` is given without `owner`, `authorize` or `public`, `max_running` without `owner`;
-            `prefix` is not empty and does not begin with a slash, `allowed_origins` contains a text that is not an
-            origin, or a number is out of range.
+        ValueError: `conversations` is given without `owner`, `authorize` or `public`. `max_running` is given without
+            `owner`. `prefix` is not empty and does not begin with a slash. `allowed_origins` contains a text that is
+            not an origin. A number is out of range.
         TypeError: `heartbeat` or `send_timeout` is neither a number nor a timedelta.
     """
 
@@ -158,8 +160,8 @@ class AsyncStreamHandler:
             raise ValueError(f"prefix must be empty or begin with a slash, not {prefix!r}")
         if conversations is not None and owner is None and authorize is None and not public:
             raise ValueError(
-                "clients choose the ids of conversations: say with owner or authorize who may use them, or with "
-                "public=True that everyone may"
+                "conversations needs owner, authorize or public=True: clients choose the ids of conversations, so they "
+                "are not secret"
             )
         if max_running is not None:
             arguments.integer(max_running, "max_running", minimum=1)
@@ -314,7 +316,7 @@ class AsyncStreamHandler:
         return self._event_stream(stream, request, generation.owner, checked=True)
 
     async def _stream_details(self, session_id: str | None, owner: str | None) -> dict[str, Any]:
-        """Return the session and the owner of a new stream, if they can be stored, or have to be."""
+        """Return the session and the owner of a new stream, or nothing if it has none or they cannot be stored."""
         if session_id is None and owner is None:
             return {}
         await self._store._schema.look_up()

@@ -1,4 +1,4 @@
-"""Leases: give them to the streams that this process writes, renew them, and end streams whose leases have expired."""
+"""Leases: give and renew those of the streams that this process writes, and end streams with expired leases."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ RESTART_PAUSE = 1.0  # seconds after which a worker that was cancelled is replac
 class AsyncLeases:
     """The leases of one store.
 
-    A worker renews the leases of all writers with one statement. Writers that need different settings of their threads,
-    such as tenants, get one statement for each of these.
+    A worker renews the leases of all writers with one statement. If writers depend on settings of their threads, such
+    as the tenant, it sends one statement for each setting.
 
     Args:
         database: The database of the store.
         schema: The statements of the store.
-        lease: Milliseconds from a renewal to the end of a lease.
+        lease: Milliseconds from a renewal to the expiry of a lease.
         ttl: Milliseconds for which an ended stream is kept.
     """
 
@@ -76,8 +76,8 @@ class AsyncLeases:
             async_after_cancellation(self._worker, self._ensure_worker, RESTART_PAUSE)
 
     async def take(self, stream_id: str, renewed: bool) -> Sequence[Row]:
-        """Give a stream a lease for its new writer, or none if it will not be renewed. Return the status, if any."""
-        # The migration may have been applied while this process ran, and another process may have given a lease.
+        """Give a stream a lease for its new writer, or remove it if it will not be `renewed`. Return the status row."""
+        # The migration may have been applied since the last look-up, and another process may have given a lease.
         statements = await self._schema.look_up(again=True)
         statement = statements.status
         if self._schema.has_leases:
@@ -85,7 +85,7 @@ class AsyncLeases:
         return await self._database.query(statement, [stream_id])
 
     async def end_expired(self, stream_ids: Sequence[str], query: AsyncQuery | None = None) -> list[str]:
-        """End those of the streams that have an expired lease, and return their ids.
+        """End the given streams whose lease has expired, and return their ids.
 
         Args:
             stream_ids: The ids of the streams.
@@ -96,10 +96,10 @@ class AsyncLeases:
         return [stream_id for (stream_id,) in rows]
 
     async def end_if_expired(self, stream_ids: Sequence[str]) -> list[str]:
-        """End those streams whose leases have expired, and return their ids.
+        """End the given streams with an expired lease, if this process may, and return their ids.
 
-        If that fails, such as for a role without the privilege, leave them to other processes. In a transaction of the
-        caller, leave them without an attempt: a failure would abort the transaction.
+        Return none after an error, such as for a role without the privilege: other processes end the streams. In a
+        transaction of the caller, do not try, since an error would abort the transaction.
         """
         if self._database.client.in_transaction() or not self._database.contact.is_steady(monotonic()):
             return []
@@ -113,18 +113,18 @@ class AsyncLeases:
             return []
 
     async def end_all_expired(self) -> AsyncIterator[list[str]]:
-        """End all streams whose leases have expired, and yield the ids that each statement has ended."""
+        """End all streams with an expired lease. Yield the ids after each statement."""
         last = ""
         while self._schema.has_leases:
             rows = await self._database.query(self._schema.statements.expired, [last, MAX_ROWS])
             if not rows:
                 return
-            await self._reach_steadily()
+            await self._wait_for_contact()
             last = rows[-1][0]
             if ended := await self.end_expired([stream_id for (stream_id,) in rows]):
                 yield ended
 
-    async def _reach_steadily(self) -> None:
+    async def _wait_for_contact(self) -> None:
         """Wait until expired leases cannot be due to an outage of the server."""
         while not self._database.contact.is_steady(monotonic()):
             await self._database.sleep(1.0)
@@ -162,9 +162,9 @@ class AsyncLeases:
                     apply_settings()
                     renew_leases = self._schema.statements.renew_leases
                     await self._database.query(renew_leases, [json_array(stream_ids)], self._timeout)
-                except Exception as error:  # the others are renewed all the same
+                except Exception as error:  # the other leases are still renewed
                     failed = True
                     logger.debug("the leases could not be renewed: %s", type(error).__name__)
-            # After a failure, the renewal is the first thing when the server is reachable again.
+            # After a failure, retry soon: leases must be renewed shortly after the end of an outage.
             pause = RETRY_PAUSE if failed else self._interval - (monotonic() - started)
             pause = min(max(0.0, pause), self._interval)

@@ -1,4 +1,4 @@
-"""The limit of answers that one user may have at the same time."""
+"""The limit of answers that are produced for one user at the same time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class AsyncRunningAnswers:
-    """The running answers of each user. The store counts those that have begun."""
+    """The running answers of each user. This object counts those that are starting, the store the others."""
 
     def __init__(self, store: AsyncPostgresStreamStore, maximum: int | None) -> None:
         self._store = store
@@ -24,7 +24,7 @@ class AsyncRunningAnswers:
 
     @asynccontextmanager
     async def reserved(self, user: str | None, stream_id: str) -> AsyncIterator[None]:
-        """Return a context manager in which a user may start an answer. Raise `WebError` (429) at the maximum."""
+        """Return a context manager in which to start an answer. Raise `WebError` (429) if the user has the maximum."""
         if self._maximum is None or user is None:
             yield
             return

@@ -55,7 +55,7 @@ class AsyncSender:
         operations: The operations of the store.
         database: The database of the store.
         has_worker: Whether a background worker sends the chunks. If False, the calls of the writer send them.
-        release_lease: Called after an error, since nothing more is written.
+        release_lease: Called after an error: no more chunks are sent.
         on_end: Called after an error in state OPEN, or None.
     """
 
@@ -84,7 +84,7 @@ class AsyncSender:
         self._error: Exception | None = None  # raised by calls in state CLOSED
         self._may_have_ended = False
         self._end_text: str | None = None  # error text to end the stream with
-        # The value of `monotonic()` at which to end the stream, and the error text for it. The time may change.
+        # Returns the value of `monotonic()` at which to end the stream, and the error text. The time may change.
         self.time_limit: Callable[[], tuple[float, str]] | None = None
 
     def open(self) -> bool:
@@ -103,7 +103,7 @@ class AsyncSender:
         return state is WriterState.READY
 
     def start(self) -> None:
-        """Start the worker, if there is to be one."""
+        """Start the worker, if the writer has one."""
         with self._mutex:
             self._ensure_worker()
 
@@ -202,7 +202,7 @@ class AsyncSender:
         if self._worker is not None and self._worker.is_alive():
             return
         if self._send_lock is None and self.state is not WriterState.CLOSED:
-            # `on_end` and the client get the context variables of the caller, on which its session may depend.
+            # The client's session may depend on the context variables of the caller. `on_end` gets them, too.
             work = partial(self._work, self._database.client.capture_settings())
             self._worker = async_spawn(work, "aibind_postgres-writer", inherit=True)
             self._due.set()
@@ -220,9 +220,9 @@ class AsyncSender:
             await self._database.client.release_thread()
 
     def _seconds_left(self) -> float | None:
-        """Return the seconds until the next check of the time limit; None without one.
+        """Return the seconds until the next check of the time limit, or None without a limit.
 
-        Request the end of the stream if the time has come.
+        If the limit is reached, request the end of the stream.
         """
         if self.time_limit is None:
             return None
@@ -230,7 +230,7 @@ class AsyncSender:
         left = at - monotonic()
         if left <= 0:
             self.request_end(text)
-        return min(max(0.0, left), WORKER_CHECK_INTERVAL)  # the time may come nearer
+        return min(max(0.0, left), WORKER_CHECK_INTERVAL)  # the limit may become shorter
 
     async def _wait_for(self, progress: AsyncEvent) -> None:
         """Wait for progress of the worker. Without a worker, send the buffered chunks in this call."""
@@ -275,7 +275,7 @@ class AsyncSender:
             with self._mutex:
                 was_open = self.state is WriterState.OPEN
                 self._close(error)
-            self._release_lease()  # nothing more is written, although the block may last
+            self._release_lease()  # no more chunks are sent, even if the block goes on
             if was_open and self._on_end is not None:
                 await async_call_or_await(self._on_end, error)
 

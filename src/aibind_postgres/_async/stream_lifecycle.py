@@ -26,7 +26,7 @@ ABANDONED_AFTER = 600.0  # seconds, the default of `fail_abandoned`
 class AsyncStreamLifecycle(AsyncStreamReads):
     """The base class of the stream store with the methods that create, end and delete. The store sets the attributes.
 
-    It contains the methods that read, since the streams of an owner are listed before they are deleted.
+    It inherits the methods that read, since `delete_owner` lists the streams of an owner.
     """
 
     _ttl: int
@@ -132,13 +132,13 @@ class AsyncStreamLifecycle(AsyncStreamReads):
     async def _create(self, stream_id: str, statement: str, params: Sequence[object]) -> bool:
         [(created,)] = await self._deleter.bounded(statement, [stream_id, *params])
         if created:
-            self._notifier.wake([stream_id])  # readers of a deleted stream with this id
+            self._notifier.wake([stream_id])  # a deleted stream with this id may still have readers
         elif ended := await self._leases.end_if_expired([stream_id]):
             await self._notifier.changed(ended)
         return bool(created)
 
     async def _states(self, stream_ids: Sequence[str]) -> dict[str, StreamState]:
-        """Return the states of those streams that exist. End those of dead producers, as a waiting reader does."""
+        """Return the states of the given streams that exist. End abandoned ones, as a waiting reader does."""
         statements = await self._schema.look_up()
         rows = await self._database.query(statements.poll, [json_array(stream_ids)])
         states: dict[str, StreamState] = {row[0]: row[1] for row in rows}
@@ -241,8 +241,8 @@ class AsyncStreamLifecycle(AsyncStreamReads):
         """Delete the streams of an owner, in any state, as `delete` does.
 
         Every stream that exists when the call begins is deleted. If the call is interrupted, repeat it, and call
-        `cleanup`. In an application with conversations, use `delete_owner` of the conversation store, which also
-        deletes those, and their streams.
+        `cleanup`. In an application with conversations, call `delete_owner` of the conversation store, which deletes
+        the conversations and their streams as well.
 
         Args:
             owner: The owner, as given to `create`.
@@ -281,12 +281,13 @@ class AsyncStreamLifecycle(AsyncStreamReads):
         These are the streams with an expired lease, and the streams without a lease that have got no chunk for
         `older_than` seconds.
 
-        If there are expired leases, the call may take 8 seconds, to find out whether the server has just been
-        unreachable: then the producers could not renew them. It may take 20 seconds if this store has just failed to
-        reach the server. Streams without a lease are those of the TypeScript package and of plain appends, and all
-        streams before migration 0004. Nothing is known of the last activity before migration 0002. Streams without any
-        activity since then are ended by a store object that has first called this method at least `older_than` seconds
-        ago, and found the migration.
+        - Before it ends a stream with an expired lease, the call waits until the store has reached the server for 8
+          seconds without interruption, or for 20 seconds if the store has just failed to reach it. After an outage,
+          living producers renew their leases in this time.
+        - Streams without a lease are those of the TypeScript package and of plain appends, and all streams before
+          migration 0004.
+        - The time of chunks before migration 0002 is unknown. A stream without a newer chunk is ended by a store object
+          that has known the migration for `older_than` seconds, counted from its first call of this method.
 
         Args:
             older_than: Seconds, or a timedelta, since the last chunk, or since the creation of a stream without chunks.
@@ -308,7 +309,7 @@ class AsyncStreamLifecycle(AsyncStreamReads):
         return stream_ids
 
     async def _fail_abandoned_steps(self, idle_seconds: float) -> AsyncIterator[list[str]]:
-        """End the abandoned streams, and yield the ids that each statement has ended."""
+        """End the abandoned streams. Yield the ids after each statement."""
         found_at = 0.0
         for table in self._tables:
             columns = await self._columns.require(table, ["created_at"], "fail_abandoned", "0002")

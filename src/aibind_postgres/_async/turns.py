@@ -33,7 +33,7 @@ class Turn:
         user: The user of the request, or None.
         session_id: The id of the conversation.
         prompt: The text of the question.
-        position: Where the client wants it to be.
+        position: The position of the question.
         chat: The conversation with the question.
         question: The question.
     """
@@ -63,9 +63,9 @@ class AsyncTurns:
     Args:
         store: The stream store.
         conversations: The conversation store.
-        access: The access of requests.
-        max_conversation: The maximum size in bytes of a conversation that is continued.
-        max_read: The maximum size in bytes of a conversation that is read.
+        access: Decides which requests may use which conversations.
+        max_conversation: The maximum size in bytes of a conversation to which a turn is added.
+        max_read: The maximum size in bytes of any conversation that is loaded.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class AsyncTurns:
     async def load(
         self, request: WebRequest, user: str | None, session_id: str, max_bytes: int, hint: str
     ) -> ChatHistory[Any]:
-        """Return a conversation that a request may use. Save the texts of answers that were broken off.
+        """Return a conversation that a request may use. Save its abandoned answers.
 
         Raises:
             WebError: The statuses of `check_conversation`. 400: the id is invalid. 413: the conversation has more than
@@ -100,14 +100,16 @@ class AsyncTurns:
         except ConversationOfAnotherOwnerError:
             raise conversation_not_found() from None
         except ConversationTooLargeError:
-            await self._access.check_session(request, user, session_id)  # before telling that it exists
+            await self._access.check_session(request, user, session_id)  # only its owner may learn that it exists
             raise WebError(413, f"the conversation has more than {max_bytes} bytes: {hint}") from None
         owner = None if chat._origin is None else chat._origin.owner
         await self._access.check_conversation(request, user, session_id, exists(chat), owner)
-        return await self._with_broken_answers(session_id, user, chat)
+        return await self._save_abandoned_answers(session_id, user, chat)
 
-    async def _with_broken_answers(self, session_id: str, user: str | None, chat: ChatHistory[Any]) -> ChatHistory[Any]:
-        """Add and save the answers of streams that have ended, as their processes have not. Return the conversation."""
+    async def _save_abandoned_answers(
+        self, session_id: str, user: str | None, chat: ChatHistory[Any]
+    ) -> ChatHistory[Any]:
+        """Add and save the texts of ended streams that their processes have not saved. Return the conversation."""
         questions = [question for question in unanswered(chat) if _is_valid(question.stream_id)]
         if not questions:
             return chat
@@ -153,8 +155,8 @@ class AsyncTurns:
         """Save a turn's question. The first turn creates the conversation.
 
         Raises:
-            WebError: 404: the conversation was deleted since it was loaded. 413: it became too large. After another
-                request has created the conversation, also the statuses of `begin`.
+            WebError: 404: the conversation was deleted since it was loaded. 413: it became too large. If another
+                request has changed the conversation meanwhile, also the statuses of `begin`.
         """
         while True:
             owner = None if exists(turn.chat) else turn.user
@@ -165,7 +167,7 @@ class AsyncTurns:
             except ConversationTooLargeError as error:
                 raise WebError(413, f"the conversation has more than {error.max_bytes} bytes") from None
             except ConversationConflictError:
-                # Ask again: another user may have created the conversation, or another question may come first now.
+                # Check again: another user may have created the conversation, or another question may be its end.
                 turn.chat = await self._load_to_continue(turn.request, turn.user, turn.session_id)
                 turn.question = ask(turn.chat, turn.prompt, turn.position, turn.question.stream_id)
                 continue
@@ -174,7 +176,7 @@ class AsyncTurns:
             return
 
     async def save_answer_of(self, turn: Turn, text: str, status: StreamStatus | None) -> None:
-        """Save the answer of a turn: `on_finish` of its stream."""
+        """Save the answer of a turn. Called as `on_finish` of its stream."""
         await self.save_answer(turn.session_id, turn.chat, turn.question, text, status)
 
     async def save_answer(
@@ -191,7 +193,7 @@ class AsyncTurns:
 
         Args:
             session_id: The id of the conversation.
-            chat: The conversation with the question, as it was last known.
+            chat: The last known version of the conversation, with the question.
             question: The question.
             text: The text of the stream.
             status: The final status of the stream. None if it was deleted.
@@ -208,7 +210,7 @@ class AsyncTurns:
 
 
 def _is_valid(stream_id: str) -> bool:
-    """Return whether a text of a stored conversation can be the id of a stream."""
+    """Return True if a text from a stored conversation can be the id of a stream."""
     try:
         arguments.identifier(stream_id)
     except InvalidDataError:
@@ -217,7 +219,7 @@ def _is_valid(stream_id: str) -> bool:
 
 
 def exists(chat: ChatHistory[Any]) -> bool:
-    """Return whether a history that was loaded or saved is stored."""
+    """Return whether a loaded or saved history is stored."""
     return chat._origin is not None and chat._origin.base is not None
 
 

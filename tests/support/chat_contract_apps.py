@@ -1,7 +1,7 @@
-"""A handler of chats with owners in web frameworks, for the servers of `webapps`.
+"""The applications of `test_chat_contract`: a handler with owners in each web framework, for the servers of `webapps`.
 
-The header `User` names the user. In the process with the PID in the header `Not-In`, requests get status 421, so that a
-client can repeat them until another process answers.
+The header `User` names the user. The process with the PID in the header `Not-In` responds with status 421, so that a
+client can repeat the request until another process answers.
 """
 
 from __future__ import annotations
