@@ -4,8 +4,7 @@ pip install 'aibind-postgres[binary,cli,fastapi]' uvicorn
 export TOKENS='{"SHA-256 of a token, in hexadecimal digits": "user"}' DATABASE_URL=postgresql://…
 aibind-postgres migrate && uvicorn --app-dir examples --workers 2 fastapi_list:app
 
-GET /__aibind__/conversations lists the conversations. Each entry has the id of its running answer,
-to be read with /stream/resume.
+GET /__aibind__/conversations lists the conversations, each with the id of its running answer, for /stream/resume.
 """
 
 import asyncio
@@ -39,8 +38,9 @@ async def current_user(request: Request, sent: Annotated[HTTPAuthorizationCreden
 
 async def generate(generation: Generation) -> AsyncIterator[str]:
     # When the generator runs, the question is saved, so the conversation exists.
-    if generation.kind == "stream" and generation.session_id and len(generation.messages) == 1:
-        await conversations.describe(generation.session_id, title=generation.prompt[:60])
+    info = await conversations.get_info(generation.session_id) if generation.session_id else None
+    if generation.kind == "stream" and info is not None and info.title is None:
+        await conversations.describe(info.session_id, title=generation.prompt[:60])
     for word in f"{generation.owner}, you asked: {generation.prompt}".split():  # replace this with your model
         yield f"{word} "
         await asyncio.sleep(0.1)

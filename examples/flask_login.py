@@ -34,8 +34,9 @@ def current_user(_: object) -> str:
 
 def generate(generation: Generation) -> Iterator[str]:
     # When the generator runs, the question is saved, so the conversation exists.
-    if generation.kind == "stream" and generation.session_id and len(generation.messages) == 1:
-        conversations.describe(generation.session_id, title=generation.prompt[:60])
+    info = conversations.get_info(generation.session_id) if generation.session_id else None
+    if generation.kind == "stream" and info is not None and info.title is None:
+        conversations.describe(info.session_id, title=generation.prompt[:60])
     for word in f"{generation.owner}, you asked: {generation.prompt}".split():  # replace this with your model
         yield f"{word} "
         time.sleep(0.1)

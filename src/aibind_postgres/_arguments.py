@@ -139,3 +139,9 @@ def seconds(value: float | timedelta, name: str, *, allow_zero: bool = False) ->
 def milliseconds(value: float | timedelta, name: str) -> int:
     """Return a duration in milliseconds, at least 1. Arguments and errors are those of `seconds`."""
     return max(1, round(seconds(value, name) * 1000))
+
+
+def instance(value: object, kind: type, name: str) -> None:
+    """Raise `TypeError` if a value is not an instance of a class."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be of type {kind.__name__}, not {type(value).__name__}")

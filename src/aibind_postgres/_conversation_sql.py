@@ -73,7 +73,10 @@ UPDATES = """,
            title = CASE WHEN {is_new} THEN NULL ELSE c.title END,
            metadata = CASE WHEN {is_new} THEN NULL ELSE c.metadata END,
            created_at = CASE WHEN {is_new} THEN excluded.created_at ELSE c.created_at END,
-           updated_at = excluded.updated_at"""
+           updated_at = {updated_at}"""
+
+# A save that is no new turn keeps the position in lists.
+UPDATED_AT_OF_SAVE = "CASE WHEN $9::boolean AND NOT ({is_new}) THEN c.updated_at ELSE excluded.updated_at END"
 
 TOUCH = """
 UPDATE {conversations} SET expires_at = {now} + $2::bigint
@@ -185,6 +188,12 @@ class ConversationStatements:
     """
 
     def __init__(self, conversations: Table, has_0004: bool = False, status: Table | None = None) -> None:
+
+        def updates(is_new: str, updated_at: str) -> str:
+            if not has_0004:
+                return ""
+            return UPDATES.format(is_new=is_new, updated_at=updated_at.format(is_new=is_new))
+
         stream_id = "NULL::text" if status is None else "active.id"
         values = {
             "conversations": conversations.quoted,
@@ -200,10 +209,8 @@ class ConversationStatements:
             "columns": COLUMNS if has_0004 else "",
             "values_of_save": VALUES.format(owner="$7") if has_0004 else "",
             "values_of_overwrite": VALUES.format(owner="$4") if has_0004 else "",
-            "updates_of_save": UPDATES.format(is_new="$4::text IS NULL") if has_0004 else "",
-            "updates_of_overwrite": (
-                UPDATES.format(is_new="c.expires_at <= excluded.expires_at - $3::bigint") if has_0004 else ""
-            ),
+            "updates_of_save": updates("$4::text IS NULL", UPDATED_AT_OF_SAVE),
+            "updates_of_overwrite": updates("c.expires_at <= excluded.expires_at - $3::bigint", "excluded.updated_at"),
             "created": CREATED if has_0004 else "",
             "owner": ", owner" if has_0004 else "",
             "of_owner": "AND ($3::text IS NULL OR owner = $3::text)" if has_0004 else "",

@@ -593,6 +593,20 @@ async def test_invalid_change_is_refused(chats, store, body):
     assert await store.get_info("s") == before
 
 
+async def test_page_that_only_shows_does_not_reorder_the_list(chats, streams, store, abandoned):
+    await chats.turn("one", "newer")
+    before = await store.get_info("s")
+    assert await chats.history() == ["one", "one:1", "two", "partial text"]
+    leaf = (await store.load("s")).node_ids[1]
+    assert (await chats.json("PATCH", "/conversations/s", {"activeLeafId": leaf}))[0] == 200
+    assert await chats.history() == ["one", "one:1"]
+    assert (await store.get_info("s"))[:6] == before[:6]
+    listed = (await chats.json("GET", "/conversations"))[1]["conversations"]
+    assert [each["id"] for each in listed] == ["newer", "s"]
+    await chats.turn("three")
+    assert (await store.get_info("s")).updated_at > before.updated_at
+
+
 async def test_title_is_limited(chats):
     await chats.turn("one")
     assert (await chats.json("PATCH", "/conversations/s", {"title": "ü" * 1000}))[0] == 200

@@ -383,6 +383,13 @@ async def test_invalid_option_raises(api, option):
         api.with_options(**option)
 
 
+async def test_store_of_another_kind_raises(api):
+    with pytest.raises(TypeError, match="store must be of type"):
+        AsyncStreamHandler(api.generate, store=api.conversations)
+    with pytest.raises(TypeError, match="conversations must be of type"):
+        AsyncStreamHandler(api.generate, store=api.store, conversations=api.store, public=True)
+
+
 @pytest.mark.parametrize(
     ("id", "header"), [("demo:1 ~", "demo:1 ~"), ("ключ", "%D0%BA%D0%BB%D1%8E%D1%87"), ("a\nb", "a%0Ab")]
 )

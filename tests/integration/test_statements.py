@@ -67,7 +67,7 @@ STREAM_PLANS = {
 ACTIVE_STREAM = ["aibind_stream_status_running_idx", "(session_id = c.session_id"]
 CONVERSATION_PLANS = {
     "load": (["7", 1000, "o"], ["(session_id = '7'"]),
-    "save": (["7", "{}", 1000, None, 1000, False, "o", "2026-01-01"], ["(session_id = '7'"]),
+    "save": (["7", "{}", 1000, None, 1000, False, "o", "2026-01-01", True], ["(session_id = '7'"]),
     "touch": (["7", 1000], ["(session_id = '7'"]),
     "describe": (["7", True, "t", False, None, True, "o"], ["(session_id = '7'"]),
     "delete": (["7"], ["(session_id = '7'"]),

@@ -88,6 +88,7 @@ class AsyncConversationHistories:
         *,
         owner: str | None = None,
         recreate: bool = True,
+        keep_position: bool = False,
     ) -> bool:
         """Save a conversation. Raise `ConversationTooLargeError` instead of a merge with more than `max_bytes`.
 
@@ -100,6 +101,8 @@ class AsyncConversationHistories:
             recreate: Whether to create the conversation again if it has been deleted since this store loaded or saved
                 `chat`; True by default. If False, an expired conversation does not count as deleted until it is cleaned
                 up, so that a long turn keeps its conversation.
+            keep_position: Whether the conversation keeps its position in lists; False by default. Not used by
+                `"overwrite"`.
 
         Returns:
             False if nothing was saved because the conversation has been deleted.
@@ -124,8 +127,9 @@ class AsyncConversationHistories:
             stored, created = sent, _time_of_creation(times)
         else:
             only_existing = not recreate and origin.base is not None
+            details = [person, origin.created if only_existing else None, keep_position] if statements.has_0004 else []
             found = await self._save_version(
-                statements, chat, origin, sent, on_conflict, max_bytes, person, only_existing
+                statements, chat, origin, sent, on_conflict, max_bytes, only_existing, details
             )
             if found is None:
                 return False
@@ -146,8 +150,8 @@ class AsyncConversationHistories:
         sent: Version,
         on_conflict: OnConflict,
         max_bytes: int,
-        owner: str | None,
         only_existing: bool,
+        details: Sequence[object],
     ) -> tuple[Version, str | None] | None:
         """Store `sent`, or its merge with the stored document.
 
@@ -155,7 +159,6 @@ class AsyncConversationHistories:
             The version that was stored, and when the row was created. None if `only_existing` is true, and the row of
             `origin` no longer exists.
         """
-        details = [owner, origin.created if only_existing else None] if statements.has_0004 else []
         own = {*origin.digests, sent.digest}
         version, expected = sent, origin.digests[-1]
         while True:

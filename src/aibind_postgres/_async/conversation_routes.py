@@ -100,7 +100,10 @@ class AsyncConversationRoutes:
     async def _save_leaf(self, session_id: str, chat: ChatHistory[Any], leaf_id: str) -> None:
         chat.tree.set_active_leaf(leaf_id)
         try:
-            if not await self._conversations._save(session_id, chat, "merge", self._max_read, recreate=False):
+            saved = await self._conversations._save(
+                session_id, chat, "merge", self._max_read, recreate=False, keep_position=True
+            )
+            if not saved:
                 raise conversation_not_found()
         except ConversationTooLargeError as error:
             raise WebError(413, f"the conversation has more than {error.max_bytes} bytes: {TOO_LARGE}") from None

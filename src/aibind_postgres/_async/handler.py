@@ -130,7 +130,8 @@ class AsyncStreamHandler:
         ValueError: `conversations` is given without `owner`, `authorize` or `public`. `max_running` is given without
             `owner`. `prefix` is not empty and does not begin with a slash. `allowed_origins` contains a text that is
             not an origin. A number is out of range.
-        TypeError: `heartbeat` or `send_timeout` is neither a number nor a timedelta.
+        TypeError: A store is not of the flavour of the handler, or `heartbeat` or `send_timeout` is neither a number
+            nor a timedelta.
     """
 
     def __init__(
@@ -158,6 +159,9 @@ class AsyncStreamHandler:
         self.prefix = prefix.rstrip("/")
         if self.prefix and not self.prefix.startswith("/"):
             raise ValueError(f"prefix must be empty or begin with a slash, not {prefix!r}")
+        arguments.instance(store, AsyncPostgresStreamStore, "store")
+        if conversations is not None:
+            arguments.instance(conversations, AsyncPostgresConversationStore, "conversations")
         if conversations is not None and owner is None and authorize is None and not public:
             raise ValueError(
                 "conversations needs owner, authorize or public=True: clients choose the ids of conversations, so they "

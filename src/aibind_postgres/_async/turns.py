@@ -129,7 +129,7 @@ class AsyncTurns:
                 continue
             status = StreamStatus(info.state, info.error, info.total_chunks)
             try:
-                chat = await self.save_answer(session_id, chat, question, text, status)
+                chat = await self._save_answer(session_id, chat, question, text, status, is_late=True)
             except Exception as error:  # such as on a read-only server: the answer is shown, and saved later
                 if not self._conversations._database.client.is_unavailable(error):
                     raise
@@ -177,19 +177,19 @@ class AsyncTurns:
 
     async def save_answer_of(self, turn: Turn, text: str, status: StreamStatus | None) -> None:
         """Save the answer of a turn. Called as `on_finish` of its stream."""
-        await self.save_answer(turn.session_id, turn.chat, turn.question, text, status)
+        await self._save_answer(turn.session_id, turn.chat, turn.question, text, status)
 
-    async def save_answer(
+    async def _save_answer(
         self,
         session_id: str,
         chat: ChatHistory[Any],
         question: Question,
         text: str,
         status: StreamStatus | None,
+        *,
+        is_late: bool = False,
     ) -> ChatHistory[Any]:
         """Add an answer to a stored conversation, unless it was deleted, and return the conversation.
-
-        If the connection is lost, retry as the stream store does.
 
         Args:
             session_id: The id of the conversation.
@@ -197,11 +197,15 @@ class AsyncTurns:
             question: The question.
             text: The text of the stream.
             status: The final status of the stream. None if it was deleted.
+            is_late: Whether another process has produced the answer. The conversation then keeps its position in lists,
+                and nothing is repeated. By default, the save is repeated as the stream store does if the connection is
+                lost.
         """
         while answer(chat, question, text, status):
             save = partial(self._conversations._save, session_id, chat, "raise", self._max_read, recreate=False)
             try:
-                if not await self._store._database.retry(save):
+                saved = await (save(keep_position=True) if is_late else self._store._database.retry(save))
+                if not saved:
                     logger.info("conversation %r was deleted during a turn: the answer is not saved", session_id)
                 break
             except ConversationConflictError as conflict:
