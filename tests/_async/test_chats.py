@@ -12,6 +12,7 @@ from support.concurrency import async_gather
 from aibind_postgres import (
     AsyncDurableStream,
     AsyncPostgresConversationStore,
+    AsyncPostgresStreamStore,
     AsyncStreamHandler,
     Resource,
     StreamEvent,
@@ -425,11 +426,14 @@ async def test_answers_of_other_streams_are_not_added(chats, store):
     assert len(await store.load("s")) == 5
 
 
-async def test_read_only_server_shows_a_broken_answer(chats, streams, dsn, table, tables, broken):
+async def test_read_only_server_shows_a_broken_answer(chats, dsn, table, tables, broken):
     read_only = f"{dsn} options='-c default_transaction_read_only=on'"
     options = {"table": table, "status_table": tables["status_table"]}
-    async with AsyncPostgresConversationStore(read_only, **options) as standby:
-        assert await Chats(streams, standby).history() == ["one", "one:1", "two", "partial text"]
+    async with (
+        AsyncPostgresStreamStore(dsn, **tables, retry_for=0.1) as impatient,
+        AsyncPostgresConversationStore(read_only, **options) as standby,
+    ):
+        assert await Chats(impatient, standby).history() == ["one", "one:1", "two", "partial text"]
     assert await chats.history() == ["one", "one:1", "two", "partial text"]
 
 
