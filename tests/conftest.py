@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import runpy
 import signal
 import uuid
@@ -15,10 +16,12 @@ from psycopg.conninfo import conninfo_to_dict
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Generate the sync flavour again if it is outdated. This must come before the package is imported.
-converter = runpy.run_path(str(ROOT / "scripts" / "unasync.py"))
-if converter["outdated"]():
-    converter["convert"]()
+# Generate the sync flavour again if it is outdated. This must come before the package is imported. The processes of
+# pytest-xdist start after it, and the check takes seconds.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    converter = runpy.run_path(str(ROOT / "scripts" / "unasync.py"))
+    if converter["outdated"]():
+        converter["convert"]()
 
 from support import servers  # noqa: E402  # after the conversion
 

@@ -92,7 +92,7 @@ async def test_thousand_readers_share_few_connections(client, store, web_databas
         assert received == expected
 
 
-TOTAL = 64 * 1024 * 1024  # characters
+TOTAL = 48 * 1024 * 1024  # characters
 
 
 SIZES = {"small": 2048, "large": 65536}
@@ -100,7 +100,7 @@ SIZES = {"small": 2048, "large": 65536}
 
 @pytest.fixture(scope="module")
 def long_streams(web_database):
-    """The ids and chunks of streams of 64 MiB each, by the size of their chunks."""
+    """The ids and chunks of streams of 48 MiB each, by the size of their chunks."""
     streams = {}
     with PostgresStreamStore(web_database) as store:
         for size in SIZES.values():

@@ -27,13 +27,10 @@ from aibind_postgres.cli.writing import NotTextError, decode, split
 
 COMMAND = [sys.executable, "-W", "error", "-m", "aibind_postgres.cli"]
 
-TEXTS = {
-    "empty": "",
-    "one line": "one line\n",
-    "line ends": "\r\nDOS\r\n\r\nold Mac\rnew\n\n\rno final newline",
-    "white space": "  leading\t\ttabs\x0b\x0c and \u2003wide\u2028separators\u2029\u0085 and behind  ",
-    "characters": "e\u0301 👩‍👩‍👧 \U0010ffff \x01\x1b[31m\x7f \ufeff \ud7ff\\n\\u0041 %s $1 {} '\"",
-}
+LINES = "\r\nDOS\r\n\r\nold Mac\rnew\n\n\rthe end\none line\n"
+WHITE_SPACE = "  leading\t\ttabs\x0b\x0c and \u2003wide\u2028separators\u2029\u0085 and behind  "
+CHARACTERS = "e\u0301 👩‍👩‍👧 \U0010ffff \x01\x1b[31m\x7f \ufeff \ud7ff\\n\\u0041 %s $1 {} '\""
+TEXTS = {"empty": "", "line ends": LINES, "characters": f"{WHITE_SPACE}{CHARACTERS}\n\rno final newline{WHITE_SPACE}"}
 
 
 def environment(dsn: str | None, **extra: str) -> dict[str, str]:

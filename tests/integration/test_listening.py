@@ -13,7 +13,7 @@ from aibind_postgres import AsyncPostgresStreamStore, PostgresStreamStore, _subs
 LISTENER = "aibind_postgres-listener"  # the name of its task
 
 
-def test_garbage_collection_while_subscriptions_change(dsn, tables, monkeypatch):
+def test_garbage_collection_while_subscriptions_change(request, dsn, tables, monkeypatch):
     class CollectingLock:
         """Collects garbage each time it is acquired, as Python may do."""
 
@@ -36,6 +36,8 @@ def test_garbage_collection_while_subscriptions_change(dsn, tables, monkeypatch)
 
     monkeypatch.setattr(_subscriptions, "Lock", CollectingLock)
     monkeypatch.setattr(_subscriptions.Subscriptions, "unsubscribe", record)
+    gc.freeze()  # the many objects of the test process are not the store's, and would take most of the time
+    request.addfinalizer(gc.unfreeze)
     store = PostgresStreamStore(dsn, **tables)  # closed only on success, since a deadlock would also block `close`
     id = store.create()
     store.append_many(id, ["a", "b"])

@@ -48,6 +48,10 @@ def test_server() -> Iterator[str]:
             yield container.get_connection_url()
     else:
         with embedded.server() as dsn:
+            # Its tests crash no machine, and databases are created twice as fast without waiting for the disk.
+            with psycopg.connect(dsn, autocommit=True) as admin:
+                admin.execute("ALTER SYSTEM SET fsync = off")
+                admin.execute("SELECT pg_reload_conf()")
             yield dsn
 
 
@@ -83,7 +87,7 @@ class Server:
             self.port = probe.getsockname()[1]
         self.dsn = f"postgresql://postgres@127.0.0.1:{self.port}/postgres"
         if primary is None:
-            self._run("initdb", "--auth=trust", "--encoding=utf8", "--username=postgres")
+            self._run("initdb", "--auth=trust", "--encoding=utf8", "--username=postgres", "--no-sync")
         else:
             self._run("pg_basebackup", "--write-recovery-conf", "--checkpoint=fast", f"--dbname={primary.dsn}")
         with (self._data / "postgresql.conf").open("a") as config:
