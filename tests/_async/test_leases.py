@@ -270,15 +270,19 @@ async def test_acquire_in_a_transaction_of_the_caller_ends_no_other_stream(store
     assert await status_of(store, id) == EXPIRED
 
 
-async def test_writer_finds_a_migration_that_came_after_its_store(store, reader, run_sql, tables):
+async def test_writer_finds_a_migration_that_came_after_its_store(store, reader, dsn, run_sql, tables):
     id = await store.create(lease=60)
-    old = AsyncPostgresStreamStore(store._database.client, **tables, lease=LEASE)
-    old._schema.is_known = True  # as if it had looked before the migration
-    async with old.writer(id):
-        assert [info.lease_until is not None async for info in reader.list()] == [True]
-        with pytest.raises(TimeoutError):
-            await reader.wait(id, SEVERAL_LEASES)
-        assert old._schema.has_leases
+    status = tables["status_table"].as_string()
+    async with AsyncPostgresStreamStore(dsn, **tables, lease=LEASE) as old:
+        run_sql(f"ALTER TABLE {status} RENAME lease_until TO later")
+        await old._schema.look_up()
+        run_sql(f"ALTER TABLE {status} RENAME later TO lease_until")
+        assert not old._schema.has_leases
+        async with old.writer(id):
+            assert [info.lease_until is not None async for info in reader.list()] == [True]
+            with pytest.raises(TimeoutError):
+                await reader.wait(id, SEVERAL_LEASES)
+            assert old._schema.has_leases
 
 
 async def test_failure_of_one_group_does_not_keep_others_from_renewals(store, reader):
