@@ -72,6 +72,13 @@ def package(session: nox.Session) -> None:
 
 
 @nox.session
+def smoke(session: nox.Session) -> None:
+    """Run each benchmark for an instant."""
+    session.install(".[dev]")
+    session.run("pytest", "tests/benchmarks", *session.posargs)
+
+
+@nox.session
 def browser(session: nox.Session) -> None:
     """Test the chat in Chromium."""
     session.install(".[dev]")

@@ -20,6 +20,8 @@ WORKS = [
     *(f"append, {count} threads" for count in (2, 8, 32, 100)),
     "append, 500 asyncio tasks",
     "append, 32 stores",
+    "append, with migration 0004",
+    "leases of",
     "append_many",
     "chats",
     "chunk to a reader in another process, 200/s",
