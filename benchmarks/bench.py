@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import NamedTuple, TypeVar
 import psycopg
 from psycopg.conninfo import make_conninfo
 
+from .loops import TOTAL_WARM_UP, alternate
 from .measure import Figures, Missing, Results, run_interleaved
 from .peers import Redis
 from .tables import Tables
@@ -66,6 +67,16 @@ class Bench:
         self, variants: dict[str, Callable[[], Figures] | Missing], rounds: int | None = None
     ) -> dict[str, Results]:
         return run_interleaved(rounds or self.size.rounds, variants, self.step)
+
+    def alternate(self, operations: Mapping[str, Callable[[], object]]) -> dict[str, Results]:
+        """Run operations in turn. A disturbance affects all of them, so small differences are seen."""
+        alternate(operations, TOTAL_WARM_UP)
+        results = {name: Results() for name in operations}
+        for number in range(self.size.rounds):
+            self.step(f"round {number + 1} of {self.size.rounds}")
+            for name, figures in alternate(operations, round(self.size.seconds * 500)).items():
+                results[name].add(figures)
+        return results
 
 
 def with_peer(peer: Peer | Missing, run: Callable[[Peer], Figures]) -> Callable[[], Figures] | Missing:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -54,6 +54,17 @@ async def async_repeat(
     clock = Clock()
     clock.start()
     return clock.figures([await async_durations(operation, seconds)], units)
+
+
+def alternate(operations: Mapping[str, Callable[[], object]], each: int) -> dict[str, Figures]:
+    """Run operations in turn, each of them `each` times. Return the latencies of each."""
+    found: dict[str, list[float]] = {name: [] for name in operations}
+    for _ in range(each):
+        for name, operation in operations.items():
+            before = time.perf_counter()
+            operation()
+            found[name].append(time.perf_counter() - before)
+    return {name: latencies(values) for name, values in found.items()}
 
 
 def run_threads(streams: Sequence[str], seconds: float, append: Callable[[str, str], object]) -> Figures:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from functools import partial
 
 from aibind_postgres._sql import json_array
@@ -12,7 +11,7 @@ from .bench import Bench, with_peer
 from .driver import async_prepared_append, cursor_append, prepared_append
 from .import_cost import STATEMENTS, measure
 from .loops import repeat, run_tasks, run_threads
-from .measure import TOKEN, Figures, Results, Row, at_least, at_most, compare, latencies
+from .measure import TOKEN, Figures, Row, at_least, at_most, compare
 from .peers import NpmDesign, Redis, add_entry, pgbench
 from .tables import TTL, Tables
 
@@ -157,24 +156,11 @@ def ten_million(bench: Bench) -> list[Row]:
     bench.step(f"storing {stored:,} chunks")
     fill(full, stored)
     with full.store() as full_store, empty.store() as empty_store:
-        appends = {"full": full_store.append, "empty": empty_store.append}
-        streams = {"full": full_store.create(), "empty": empty_store.create()}
-
-        def alternate(appends_each: int) -> dict[str, Figures]:
-            durations: dict[str, list[float]] = {"full": [], "empty": []}
-            for _ in range(appends_each):
-                for name, append in appends.items():
-                    before = time.perf_counter()
-                    append(streams[name], TOKEN)
-                    durations[name].append(time.perf_counter() - before)
-            return {name: latencies(values) for name, values in durations.items()}
-
-        alternate(100)
-        results = {"full": Results(), "empty": Results()}
-        for number in range(bench.size.rounds):
-            bench.step(f"round {number + 1} of {bench.size.rounds}")
-            for name, figures in alternate(round(bench.size.seconds * 500)).items():
-                results[name].add(figures)
+        appends = {
+            name: partial(store.append, store.create(), TOKEN)
+            for name, store in (("full", full_store), ("empty", empty_store))
+        }
+        results = bench.alternate(appends)
     work = f"append, {stored:,} chunks stored, p50"
     return [compare(work, "p50", results["full"], "empty tables", results["empty"], at_most(1.3))]
 
