@@ -193,8 +193,10 @@ async def test_one_connection_for_successive_calls(dsn, tables):
     with psycopg.connect(dsn, autocommit=True) as admin:
 
         def sessions():
-            query = "SELECT pid FROM pg_stat_activity WHERE application_name = 'successive'"
-            return admin.execute(query).fetchall()
+            activity = (
+                "SELECT pid FROM pg_stat_activity WHERE datname = current_database()"  # the other flavour has its own
+            )
+            return admin.execute(f"{activity} AND application_name = 'successive'").fetchall()
 
         async with AsyncPostgresStreamStore(ours, **tables, notify=False) as store:
             id = await store.create()
@@ -213,7 +215,8 @@ async def test_returned_connection_serves_a_waiting_call(dsn, tables):
     """The store keeps no connection while a call waits for one of the pool."""
     ours = make_conninfo(dsn, application_name="waiting")
     lock = psycopg.sql.SQL("SELECT FROM {} WHERE id = ANY (%s) FOR UPDATE").format(tables["status_table"])
-    blocked = "SELECT FROM pg_stat_activity WHERE application_name = 'waiting' AND wait_event_type = 'Lock'"
+    activity = "SELECT FROM pg_stat_activity WHERE datname = current_database()"
+    blocked = f"{activity} AND application_name = 'waiting' AND wait_event_type = 'Lock'"
     async with AsyncPostgresStreamStore(ours, **tables, notify=False) as store:
         first, *others = [await store.create() for _ in range(10)]
         with psycopg.connect(dsn) as one, psycopg.connect(dsn) as nine, psycopg.connect(dsn, autocommit=True) as admin:

@@ -16,7 +16,10 @@ from support.sessions import TERMINATE
 
 from aibind_postgres import AsyncPostgresStreamStore
 
-NAMES = "SELECT application_name, query LIKE 'LISTEN%%' FROM pg_stat_activity WHERE application_name LIKE 'token %%'"
+NAMES = """
+SELECT application_name, query LIKE 'LISTEN%%' FROM pg_stat_activity
+ WHERE datname = current_database() AND application_name LIKE 'token %%'
+"""
 
 
 async def collect(store, id):

@@ -44,7 +44,9 @@ async def test_unanswered_statement_raises(dsn, tables, blocked):
 
 async def test_abandoned_statements_do_not_occupy_the_servers_connections(dsn, tables, blocked):
     id, _ = blocked
-    sessions = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'abandoned'"
+    sessions = (
+        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'abandoned'"
+    )
     ours = make_conninfo(dsn, application_name="abandoned")
     async with AsyncPostgresStreamStore(ours, timeout=0.1, **tables) as store:
 

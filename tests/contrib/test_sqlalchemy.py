@@ -107,7 +107,10 @@ async def test_notifications_wake_readers_in_tasks(async_engine, async_theirs, t
 
 
 # Names each connection, as an event that sets a new password.
-NAMED = "SELECT application_name, query LIKE 'LISTEN%' FROM pg_stat_activity WHERE application_name LIKE 'token %'"
+NAMED = """
+SELECT application_name, query LIKE 'LISTEN%' FROM pg_stat_activity
+ WHERE datname = current_database() AND application_name LIKE 'token %'
+"""
 
 
 def test_listen_connection_is_opened_by_the_engine(engine, theirs, tables, dsn):
