@@ -8,6 +8,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from random import Random
 
 from .measure import TOKEN, Figures, latencies
 
@@ -57,10 +58,16 @@ async def async_repeat(
 
 
 def alternate(operations: Mapping[str, Callable[[], object]], each: int) -> dict[str, Figures]:
-    """Run operations in turn, each of them `each` times. Return the latencies of each."""
+    """Run operations in turn, each of them `each` times. Return the latencies of each.
+
+    The order is random, since an operation may be faster or slower after a certain other one.
+    """
     found: dict[str, list[float]] = {name: [] for name in operations}
+    random, names = Random(each), list(operations)
     for _ in range(each):
-        for name, operation in operations.items():
+        random.shuffle(names)
+        for name in names:
+            operation = operations[name]
             before = time.perf_counter()
             operation()
             found[name].append(time.perf_counter() - before)
