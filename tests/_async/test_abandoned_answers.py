@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import timedelta
 from time import monotonic
 
 import pytest
@@ -78,6 +79,15 @@ async def test_abandoned_answer_is_saved_when_the_conversation_is_shown(store, c
     await steady_contact(store)
     assert (await show(handler))["stream"] == ("half an ans", {"state": "error"})
     assert await store.get_status("stream") == ("error", _leases.EXPIRED_TEXT, 1)
+
+
+async def test_abandoned_answer_is_kept_for_a_day(store, conversations, handler):
+    await ask_in_another_process(store, conversations, 0.01)
+    await store.create("without a conversation", lease=0.01)
+    await steady_contact(store)
+    assert set(await store.fail_abandoned()) == {"stream", "without a conversation"}
+    times = [(await store.get_info(id)).expires_at for id in ("stream", "without a conversation")]
+    assert timedelta(hours=23) < times[0] - times[1] < timedelta(hours=25)
 
 
 async def test_abandoned_answer_precedes_the_next_question(store, conversations, handler, generations):

@@ -8,10 +8,12 @@ from functools import partial
 
 import pytest
 from support.concurrency import async_gather
+from support.recording import AsyncRecordingClient
 
 from aibind_postgres import (
     AsyncDurableStream,
     AsyncPostgresConversationStore,
+    AsyncPostgresStreamStore,
     AsyncStreamHandler,
     Resource,
     StreamEvent,
@@ -199,6 +201,31 @@ async def test_simultaneous_first_questions_of_two_users_are_not_mixed(chats, st
     assert all(text.startswith(owner) for text in questions)
 
 
+async def test_running_answer_of_another_user_is_not_shown(chats, streams, store):
+    """A stream may outlive the conversation with whose id it was created."""
+    await chats.turn("one")
+    await streams.create("of another user", session_id="s", owner="bob")
+    assert (await chats.json("GET", "/conversations/s"))[1]["activeStreamId"] is None
+    await streams.create("of nobody", session_id="s")
+    assert (await chats.json("GET", "/conversations/s"))[1]["activeStreamId"] == "of nobody"
+    assert (await store.get_info("s")).active_stream_id == "of nobody"
+
+
+@pytest.mark.parametrize(("method", "body"), [("GET", None), ("PATCH", {"title": "mine"}), ("DELETE", None)])
+async def test_conversation_that_another_user_creates_again_is_not_shown(streams, store, method, body):
+    async def recreate(request, resource):
+        """Run between the check of the owner and the use of the conversation."""
+        await store.delete("s")
+        async with store.edit("s", owner="bob") as chat:
+            chat.append({"role": "user", "content": "secret"})
+        return True
+
+    await Chats(streams, store).turn("one")
+    chats = Chats(streams, store, authorize=recreate)
+    assert await chats.json(method, "/conversations/s", body) == NO_CONVERSATION
+    assert (await store.get_info("s"))[:3] == ("s", "bob", None)
+
+
 async def test_authorize_gets_the_resource(chats, streams, store):
     id = await chats.turn("one")
     await streams.create("other", session_id="s")
@@ -309,6 +336,15 @@ async def test_refused_question_is_not_stored(streams, store):
     chats.handler._generate = refuse
     assert await chats.json("POST", "/stream", {"prompt": "hi", "sessionId": "s"}) == (402, {"error": "no money left"})
     assert await store.get_info("s") is None
+
+
+async def test_stream_of_a_failed_turn_is_not_read_again(dsn, tables, store):
+    async with AsyncRecordingClient(dsn) as client, AsyncPostgresStreamStore(client, **tables) as streams:
+        chats = Chats(streams, store)
+        id = await chats.turn("fail")
+        client.statements.clear()
+        assert await chats.history() == ["fail"]
+        assert [statement for statement in client.statements if id in statement.params] == []
 
 
 async def test_failed_turn_is_an_alternative_to_the_next_one(chats):

@@ -50,7 +50,7 @@ ASYNC_LAYERS = [
     {"stream_writer", "stream_reads"},
     {"stream_lifecycle"},
     {"stream_store", "conversation_store"},
-    {"producing", "housekeeping"},
+    {"producing", "housekeeping", "event_stream"},
     {"durable_stream", "event_bodies", "plain_text", "responses"},
     {"access", "running_answers"},
     {"turns"},

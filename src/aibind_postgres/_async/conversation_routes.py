@@ -65,8 +65,9 @@ class AsyncConversationRoutes:
         user = await self._access.user(request)
         chat = await self._load(request, user, session_id)
         info = await self._find(user, session_id)
-        if info.active_stream_id is None and unanswered(chat):  # the answer may have been saved between the two reads
-            chat = await self._load(request, user, session_id)
+        leaf_id = chat.tree.active_leaf_id
+        if info.active_stream_id is None and any(question.id == leaf_id for question in unanswered(chat)):
+            chat = await self._load(request, user, session_id)  # its answer may have been saved between the two reads
         document = chat.tree._document
         size = len(chat) * NODE_CHARACTERS
         return await async_run_large(size, json_response, {**conversation_fields(info), "history": document})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
@@ -12,19 +12,16 @@ from typing import Any
 
 from .. import _arguments as arguments
 from .._concurrency import async_is_source, async_shielded
-from .._followed_stream import Ended
 from .._lifecycle import require_active
 from ..errors import StreamNotFoundError, copy_error
 from ..history import new_id
-from ..models import StreamEvent, StreamStatus, event_of
-from ..sse import MESSAGE, ServerSentEvent, comment, encode
+from ..models import StreamEvent, StreamStatus
 from .database import AsyncAttempt
-from .following import AsyncFollower, Heartbeat
+from .event_stream import encoded_events, id_event
+from .following import AsyncFollower
 from .producing import AsyncProducer, end_producer, shutdown
 from .source import close_source
 from .stream_store import AsyncPostgresStreamStore
-
-MAX_EVENTS_IN_CRLF = 100  # between CR and LF: a resumed reader does not search further back for the CR
 
 
 class AsyncDurableStream:
@@ -125,24 +122,40 @@ class AsyncDurableStream:
             RuntimeError: No thread can start. The stream ends in state error, the source is closed, and `on_finish` is
                 called.
         """
-        limits = idle_timeout, timeout
-        details = {"session_id": session_id, "owner": owner, "metadata": metadata, "ttl": ttl}
-        return await cls._start(store, source, id, on_finish, expose_errors, context, limits, details)
+        return await cls._start(
+            store,
+            source,
+            id=id,
+            on_finish=on_finish,
+            expose_errors=expose_errors,
+            context=context,
+            idle_timeout=idle_timeout,
+            timeout=timeout,
+            session_id=session_id,
+            owner=owner,
+            metadata=metadata,
+            ttl=ttl,
+        )
 
     @classmethod
     async def _start(
         cls,
         store: AsyncPostgresStreamStore,
         source: AsyncIterable[str | StreamEvent],
-        id: str | None,
+        *,
+        id: str | None = None,
         on_finish: Callable[[str, StreamStatus | None], Any] | None,
         expose_errors: bool,
         context: Callable[[], AbstractAsyncContextManager[object]],
-        limits: tuple[float | timedelta | None, float | timedelta | None],
-        details: Mapping[str, Any],
-        before: AsyncAttempt[object] | None = None,
+        idle_timeout: float | timedelta | None = None,
+        timeout: float | timedelta | None = None,
+        before_source: AsyncAttempt[object] | None = None,
+        **details: Any,
     ) -> AsyncDurableStream:
-        """Do the same as `start`. Call `before` when the stream exists. If it raises, delete the stream."""
+        """Do the same as `start`. When the stream exists, call `before_source`. If it raises, delete the stream.
+
+        `details` are the arguments of `create`.
+        """
         _check_source(source)
         streams: list[AsyncDurableStream] = []
 
@@ -150,13 +163,13 @@ class AsyncDurableStream:
             store._close_hooks.add(_end_producers)
             try:
                 stream_id = new_id() if id is None else arguments.identifier(id)
-                encode(_id_event(stream_id))
-                durations = _seconds(limits[0], "idle_timeout"), _seconds(limits[1], "timeout")
-                producer = AsyncProducer(store, stream_id, source, on_finish, expose_errors, context, *durations)
+                id_event(stream_id)  # raises if an event cannot contain the id
+                limits = _seconds(idle_timeout, "idle_timeout"), _seconds(timeout, "timeout")
+                producer = AsyncProducer(store, stream_id, source, on_finish, expose_errors, context, *limits)
                 await store._create_leased(stream_id, **details)
-                if before is not None:
+                if before_source is not None:
                     try:
-                        await before()
+                        await before_source()
                     except BaseException:
                         await store.delete(stream_id)
                         raise
@@ -309,45 +322,9 @@ class AsyncDurableStream:
         cursor = self._after_seq
         if after_seq is not None:
             cursor = arguments.integer(after_seq, "after_seq", minimum=0)
-        return self._sse(cursor, arguments.seconds(heartbeat, "heartbeat"))
-
-    async def _sse(self, after_seq: int, heartbeat: float) -> AsyncIterator[bytes]:
-        if self._producer is not None and after_seq == 0:
-            yield encode(_id_event(self.id))
-        # Each event would turn its part of a CRLF into a line break, so the LF is left out.
-        after_cr = None if after_seq else False  # whether the text before ends with a CR; None: it has not been read
-        with self._following(after_seq) as follower:
-            while not isinstance(step := await follower.next(idle_timeout=heartbeat), Ended):
-                if isinstance(step, Heartbeat):
-                    yield comment("ping")
-                    continue
-                for chunk in step.chunks:
-                    event, data = event_of(chunk.data)
-                    if event == MESSAGE and data:
-                        starts_with_lf = data[0] == "\n"
-                        if starts_with_lf and after_cr is None:
-                            after_cr = await self._ends_with_cr(chunk.seq - 1)
-                        in_crlf = starts_with_lf and after_cr
-                        after_cr = data[-1] == "\r"
-                        if in_crlf:
-                            data = data[1:]
-                    yield _chunk_event(chunk.seq, event, data)
-        status = step.status
-        if status.state == "error":
-            yield encode(ServerSentEvent(status.error or "", "error"))
-        elif status.state == "stopped":
-            yield encode(ServerSentEvent("", "stopped"))
-        yield encode(ServerSentEvent("", "done"))
-
-    async def _ends_with_cr(self, seq: int) -> bool:
-        """Return whether the text up to chunk `seq` ends with a CR. Named events are not part of the text."""
-        for number in range(seq, max(0, seq - MAX_EVENTS_IN_CRLF), -1):
-            page = await self._store._pages.page(self.id, number - 1, 1)
-            for chunk in page.chunks if page is not None else ():
-                event, data = event_of(chunk.data)
-                if event == MESSAGE and data:
-                    return data[-1] == "\r"
-        return False
+        pause = arguments.seconds(heartbeat, "heartbeat")
+        has_id = self._producer is not None and cursor == 0
+        return encoded_events(self._following(cursor), self._store._pages, self.id, cursor, pause, has_id=has_id)
 
     @contextmanager
     def _following(self, cursor: float) -> Iterator[AsyncFollower]:
@@ -415,16 +392,3 @@ def _seconds(value: float | timedelta | None, name: str) -> float:
 async def _end_producers(store: AsyncPostgresStreamStore) -> None:
     """End the producers of a store that is being closed."""
     await shutdown(store, 0.0)
-
-
-def _id_event(stream_id: str) -> ServerSentEvent:
-    # A numeric event id would look like the sequence number of a chunk, and a client would resume after it.
-    return ServerSentEvent(stream_id, "stream-id", None if stream_id.isdigit() else stream_id)
-
-
-def _chunk_event(seq: int, event: str, data: str) -> bytes:
-    encoded = encode(ServerSentEvent(data, event, str(seq)))
-    # aibind's client ignores the ids of the named events that it handles, so it would receive the event again on
-    # resuming. It takes the id of an unknown event. By the standard, a block without data sets the id and dispatches
-    # nothing. Without a name, aibind's `Race` would take the block for an empty text, and elect the model.
-    return encoded if event == MESSAGE else encoded + b"event: cursor\nid: %d\n\n" % seq

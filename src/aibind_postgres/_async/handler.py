@@ -98,9 +98,9 @@ class AsyncStreamHandler:
             id that a client has sent. A false result rejects the request with status 403. It may raise the same
             exceptions as `generate`. Default: None: `owner` alone decides, and without `owner`, anyone with the id has
             access. Generated stream ids are unguessable.
-        public: Whether anyone who knows the id of a conversation may use it. Default: False.
+        public: Whether the id of a conversation is sufficient to use it. Default: False.
         prefix: The path prefix of all routes. It must be empty or begin with a slash. Default: `/__aibind__`.
-        allowed_origins: The origins of other sites whose pages may send requests, such as `https://example.com`.
+        allowed_origins: Other origins from which pages may send requests, such as `https://example.com`.
             Requests from pages of other origins get status 403. The responses contain no CORS headers: add them with
             middleware of the framework. Default: none, so pages must have the origin of the server.
         max_messages: The maximum number of stored messages that `/stream` puts before the prompt. They begin with a
@@ -309,13 +309,12 @@ class AsyncStreamHandler:
                 stream = await AsyncDurableStream._start(
                     self._store,
                     source,
-                    generation.stream_id,
-                    save_answer,
-                    self._expose_errors,
-                    request.context,
-                    (None, None),
-                    details,
-                    save_question,
+                    id=generation.stream_id,
+                    on_finish=save_answer,
+                    expose_errors=self._expose_errors,
+                    context=request.context,
+                    before_source=save_question,
+                    **details,
                 )
         return self._event_stream(stream, request, generation.owner, checked=True)
 

@@ -20,7 +20,7 @@ class AsyncRunningAnswers:
         self._store = store
         self._maximum = maximum
         self._mutex = Mutex()
-        self._starting: dict[str, list[str]] = {}  # stream ids by user, from the check to the start
+        self._starting: dict[str, tuple[str, ...]] = {}  # stream ids by user, from the check to the start
 
     @asynccontextmanager
     async def reserved(self, user: str | None, stream_id: str) -> AsyncIterator[None]:
@@ -29,14 +29,14 @@ class AsyncRunningAnswers:
             yield
             return
         with self._mutex:
-            earlier = self._starting.get(user, [])
-            self._starting[user] = [*earlier, stream_id]
+            earlier = self._starting.get(user, ())
+            self._starting[user] = (*earlier, stream_id)
         try:
             if len({*earlier, *await self._store._running(user, self._maximum)}) >= self._maximum:
                 raise WebError(429, f"at most {self._maximum} answers are produced at the same time: wait for one")
             yield
         finally:
             with self._mutex:
-                self._starting[user].remove(stream_id)
+                self._starting[user] = tuple(each for each in self._starting[user] if each != stream_id)
                 if not self._starting[user]:
                     del self._starting[user]

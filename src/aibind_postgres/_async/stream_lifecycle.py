@@ -14,7 +14,7 @@ from .._sql import json_array
 from .._subscriptions import wake_all
 from .._tables import Table
 from ..errors import StreamExistsError, StreamNotFoundError
-from ..models import CleanupResult, StreamState
+from ..models import CleanupResult, StreamState, StreamStatus
 from .columns import AsyncColumnCatalog
 from .deleting import AsyncDeleter
 from .leasing import AsyncLeases
@@ -137,16 +137,19 @@ class AsyncStreamLifecycle(AsyncStreamReads):
             await self._notifier.changed(ended)
         return bool(created)
 
-    async def _states(self, stream_ids: Sequence[str]) -> dict[str, StreamState]:
-        """Return the states of the given streams that exist. End abandoned ones, as a waiting reader does."""
+    async def _ended(self, stream_ids: Sequence[str]) -> dict[str, StreamStatus]:
+        """Return the statuses, without error texts, of the given streams that have ended. End abandoned ones before."""
         statements = await self._schema.look_up()
         rows = await self._database.query(statements.poll, [json_array(stream_ids)])
-        states: dict[str, StreamState] = {row[0]: row[1] for row in rows}
         expired = [row[0] for row in rows if row[3]]
-        if expired and (ended := await self._leases.end_if_expired(expired)):
-            await self._notifier.changed(ended)
-            states.update(dict.fromkeys(ended, "error"))
-        return states
+        abandoned = await self._leases.end_if_expired(expired) if expired else []
+        if abandoned:
+            await self._notifier.changed(abandoned)
+        ended: dict[str, StreamStatus] = {}
+        for stream_id, state, total_chunks, _ in rows:
+            if stream_id in abandoned or state != "active":
+                ended[stream_id] = StreamStatus("error" if stream_id in abandoned else state, None, total_chunks)
+        return ended
 
     async def stop(self, id: str) -> bool:
         """End a stream in state stopped, for example on a user's request.

@@ -11,12 +11,12 @@ from .._concurrency import async_run_large
 from .._document import NODE_CHARACTERS
 from .._turns import Position, Question, answer, ask, model_messages, unanswered
 from ..errors import ConversationConflictError, InvalidDataError, StreamNotFoundError, WebError
-from ..models import StreamStatus
 from .conversation_histories import ConversationOfAnotherOwnerError, ConversationTooLargeError
 from .responses import conversation_not_found, map_client_errors
 
 if TYPE_CHECKING:
     from ..history import ChatHistory
+    from ..models import StreamStatus
     from ..web import WebRequest
     from .access import AsyncAccess
     from .conversation_store import AsyncPostgresConversationStore
@@ -113,27 +113,34 @@ class AsyncTurns:
         questions = [question for question in unanswered(chat) if _is_valid(question.stream_id)]
         if not questions:
             return chat
-        states = await self._store._states([question.stream_id for question in questions])
+        ended = await self._store._ended([question.stream_id for question in questions])
         for question in questions:
-            state = states.get(question.stream_id)
-            if state is None or state == "active":
+            status = ended.get(question.stream_id)
+            if status is None:
                 continue
-            info = await self._store.get_info(question.stream_id)
-            # Other code may have stored the id of another stream.
-            if info is None or info.session_id not in (None, session_id) or info.owner not in (None, user):
+            text: str | None = ""
+            if status.total_chunks:
+                text = await self._read_text(question.stream_id, session_id, user)
+            if text is None:
                 continue
-            events = self._store.events(question.stream_id, follow=False)
-            try:
-                text = "".join([event.data async for event in events if event.event == "message"])
-            except StreamNotFoundError:  # deleted meanwhile
-                continue
-            status = StreamStatus(info.state, info.error, info.total_chunks)
             try:
                 chat = await self._save_answer(session_id, chat, question, text, status, is_late=True)
             except Exception as error:  # such as on a read-only server: the answer is shown, and saved later
                 if not self._conversations._database.client.is_unavailable(error):
                     raise
         return chat
+
+    async def _read_text(self, stream_id: str, session_id: str, user: str | None) -> str | None:
+        """Return the text of an ended stream. Return None if it was deleted, or is not one of this conversation."""
+        info = await self._store.get_info(stream_id)
+        # Other code may have stored the id of another stream in the conversation.
+        if info is None or info.session_id not in (None, session_id) or info.owner not in (None, user):
+            return None
+        events = self._store.events(stream_id, follow=False)
+        try:
+            return "".join([event.data async for event in events if event.event == "message"])
+        except StreamNotFoundError:
+            return None
 
     async def begin(
         self, request: WebRequest, user: str | None, session_id: str, prompt: str, position: Position, stream_id: str
