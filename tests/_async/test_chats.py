@@ -201,6 +201,27 @@ async def test_simultaneous_first_questions_of_two_users_are_not_mixed(chats, st
     assert all(text.startswith(owner) for text in questions)
 
 
+async def test_document_is_not_read_for_other_users(streams, chats, dsn, table, tables):
+    await chats.turn("one")
+    options = {"table": table, "status_table": tables["status_table"]}
+    async with AsyncRecordingClient(dsn) as client, AsyncPostgresConversationStore(client, **options) as store:
+        assert await Chats(streams, store).json("GET", "/conversations/s", user="bob") == NO_CONVERSATION
+        [loaded] = [statement.rows for statement in client.statements if "octet_length" in statement.sql]
+        assert loaded[0][0] is None
+
+
+async def test_stream_of_a_session_without_a_conversation_stays_with_its_user(chats, streams):
+    body = {"messages": [{"role": "user", "content": "wait"}], "sessionId": "s"}
+    id = (await chats.send("POST", "/chat", body, "bob")).headers["X-Stream-Id"]
+    await streams.wait(await chats.ask("one"))
+    assert (await chats.json("GET", "/conversations/s"))[1]["activeStreamId"] is None
+    assert await chats.json("POST", "/stream/stop", {"id": id}) == NO_STREAM
+    assert await chats.json("DELETE", "/conversations/s") == (200, {"ok": True})
+    assert (await streams.get_info(id)).state == "active"
+    assert await chats.json("POST", "/stream/stop", {"id": id}, "bob") == (200, {"ok": True})
+    chats.proceed.set()
+
+
 async def test_running_answer_of_another_user_is_not_shown(chats, streams, store):
     """A stream may outlive the conversation with whose id it was created."""
     await chats.turn("one")

@@ -71,20 +71,14 @@ class AsyncAccess:
             raise stream_not_found()
         await self._check_authorized(request, Resource("stream", stream_id, owner, info.session_id))
 
-    async def check_session(self, request: WebRequest, user: str | None, session_id: str) -> bool:
-        """Look up a conversation, and check it as `check_conversation` does.
-
-        Returns:
-            Whether a new stream may belong to it. False if it is not stored and there are owners: another user could
-            become its owner, and would then have access to the stream.
-        """
+    async def check_session(self, request: WebRequest, user: str | None, session_id: str) -> None:
+        """Look up a conversation, and check it as `check_conversation` does."""
         info = None
         with map_client_errors():
             arguments.identifier(session_id, "a session id")
             if self._conversations is not None and not (self._owner is None and self._authorize is None):
                 info = await self._conversations.get_info(session_id)
         await self.check_conversation(request, user, session_id, info is not None, info and info.owner)
-        return info is not None or self._owner is None or self._conversations is None
 
     async def check_conversation(
         self, request: WebRequest, user: str | None, session_id: str, exists: bool, owner: str | None

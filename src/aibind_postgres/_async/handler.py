@@ -275,7 +275,7 @@ class AsyncStreamHandler:
     async def _stream(self, kind: Kind, request: WebRequest) -> AsyncWebResponse:
         generation = (await self._parse(kind, request))._replace(stream_id=new_id())
         position = parse_position(generation.body) if kind == "stream" else Position()
-        turn, session_id = None, generation.session_id
+        turn = None
         if self._turns is not None and generation.session_id is not None and kind == "stream":
             turn = await self._turns.begin(
                 request,
@@ -290,13 +290,13 @@ class AsyncStreamHandler:
             generation = generation._replace(messages=messages, prompt=prompt if isinstance(prompt, str) else "")
         elif position.is_given or position.regenerate:
             raise WebError(400, "parentId and regenerate need a stored conversation: send its sessionId")
-        elif not await self._check_session(generation):
-            session_id = None
+        else:
+            await self._check_session(generation)
         self._bodies.check(str(generation.stream_id), generation.owner)  # a refused request must not start an answer
         async with self._running.reserved(generation.owner, str(generation.stream_id)):
             source = await async_call_or_await(self._generate, generation)
             try:
-                details = await self._stream_details(session_id, generation.owner)
+                details = await self._stream_details(generation)
             except BaseException:
                 await close_source(source)
                 raise
@@ -318,14 +318,13 @@ class AsyncStreamHandler:
                 )
         return self._event_stream(stream, request, generation.owner, checked=True)
 
-    async def _stream_details(self, session_id: str | None, owner: str | None) -> dict[str, Any]:
+    async def _stream_details(self, generation: Generation) -> dict[str, Any]:
         """Return the session and the owner of a new stream, or nothing if it has none or they cannot be stored."""
-        if session_id is None and owner is None:
+        details = {"session_id": generation.session_id, "owner": generation.owner}
+        if details == {"session_id": None, "owner": None}:
             return {}
         await self._store._schema.look_up()
-        if not (self._access.has_owners or self._store._schema.has_leases):
-            return {}
-        return {"session_id": session_id, "owner": owner}
+        return details if self._access.has_owners or self._store._schema.has_leases else {}
 
     async def _resume(self, request: WebRequest) -> AsyncWebResponse:
         stream_id = request.query.get("id")
@@ -399,8 +398,6 @@ class AsyncStreamHandler:
             raise WebError(413, f"the prompt must be at most {self._max_prompt} bytes long in UTF-8")
         return generation._replace(owner=await self._access.user(request))
 
-    async def _check_session(self, generation: Generation) -> bool:
-        """Check the session of a request, if it has one. Return whether a new stream may belong to it."""
-        if generation.session_id is None:
-            return False
-        return await self._access.check_session(generation.request, generation.owner, generation.session_id)
+    async def _check_session(self, generation: Generation) -> None:
+        if generation.session_id is not None:
+            await self._access.check_session(generation.request, generation.owner, generation.session_id)
