@@ -223,7 +223,7 @@ async def test_stream_of_a_session_without_a_conversation_stays_with_its_user(ch
 
 
 async def test_running_answer_of_another_user_is_not_shown(chats, streams, store):
-    """A stream may outlive the conversation with whose id it was created."""
+    """A stream may exist longer than its conversation."""
     await chats.turn("one")
     await streams.create("of another user", session_id="s", owner="bob")
     assert (await chats.json("GET", "/conversations/s"))[1]["activeStreamId"] is None
@@ -431,7 +431,7 @@ async def test_abandoned_answer_on_another_branch_is_saved(chats, store, abandon
     assert (await store.load("s")).tree.path_to(abandoned).messages[-1]["content"] == "partial text"
 
 
-async def test_abandoned_answer_whose_stream_was_deleted(chats, streams, abandoned):
+async def test_abandoned_answer_of_a_deleted_stream(chats, streams, abandoned):
     await streams.delete(abandoned)
     assert await chats.history() == ["one", "one:1", "two"]
     await chats.turn("three")
@@ -527,7 +527,7 @@ async def test_source_is_checked_before_the_question_is_saved(streams, store):
     assert await store.get_info("s") is None
 
 
-async def test_stream_whose_question_cannot_be_saved_is_deleted(chats, streams, store):
+async def test_stream_of_an_unsaved_question_is_deleted(chats, streams, store):
     await chats.turn("one")
     generate = chats.handler._generate
 
