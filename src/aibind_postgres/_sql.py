@@ -54,8 +54,8 @@ STATUS_ROW = "-greatest(total_chunks, 0) AS seq, state || coalesce(chr(10) || er
 RENEWAL = f"greatest({NOW} + {{lease}} - lease_until, 0)"
 
 # The columns of migration 0004 in CREATE. $6 is the ttl of this stream, or NULL for the ttl of each store.
-DETAIL_COLUMNS = ", session_id, owner, metadata, ttl_ms, lease_until"
-DETAIL_VALUES = f", $3::text, $4::text, $5::text::jsonb, $6::bigint, {NOW} + $7::bigint"
+DETAIL_COLUMNS = ", session_id, owner, metadata, ttl_ms, lease_until, wire"
+DETAIL_VALUES = f", $3::text, $4::text, $5::text::jsonb, $6::bigint, {NOW} + $7::bigint, $8::text"
 
 # Chunks left over from an earlier stream with this id would occupy sequence numbers of the new one. They are deleted up
 # to number $3, or all of them if it is NULL. If more remain, a tombstone makes `cleanup` delete them, or an append that
@@ -351,7 +351,7 @@ class StreamStatements:
         self.create = fill(CREATE, ttl="$2", limit="$3")
         if lease is not None:
             details = {"detail_columns": DETAIL_COLUMNS, "detail_values": DETAIL_VALUES}
-            self.create_with_details = fill(CREATE, ttl="$2", limit="$8", **details)
+            self.create_with_details = fill(CREATE, ttl="$2", limit="$9", **details)
             self.active = fill(ACTIVE)
             self.running = fill(RUNNING)
             self.list_of_session = fill(LIST, scope=OF_SESSION.format(4, 5))

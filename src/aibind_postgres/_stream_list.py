@@ -17,7 +17,7 @@ INFO = (
 )
 
 # The columns of migration 0004. JSON comes as text: drivers differ in what they make of it.
-DETAILS = ", session_id, owner, metadata::text, ttl_ms, lease_until"
+DETAILS = ", session_id, owner, metadata::text, ttl_ms, lease_until, wire"
 
 # Conditions on the session and the owner, with the numbers of their parameters.
 OF_SESSION = "AND session_id = ${0}::text AND (${1}::text IS NULL OR owner = ${1}::text)"
@@ -71,13 +71,14 @@ def stream_info(row: Sequence[Any]) -> StreamInfo:
     """Return the entry of a row of these statements."""
     stream_id, state, error, total_chunks, expires_at, created_at, *details = row
     info = StreamInfo(stream_id, state, error, total_chunks, from_epoch_ms(expires_at), created_at)
-    if len(details) < 5:  # without migration 0004
+    if len(details) < 6:  # without migration 0004
         return info
-    session_id, owner, metadata, ttl, lease_until, *_ = details
+    session_id, owner, metadata, ttl, lease_until, wire, *_ = details
     return info._replace(
         session_id=session_id,
         owner=owner,
         metadata=None if metadata is None else json.loads(metadata),
         ttl=None if ttl is None else timedelta(milliseconds=ttl),
         lease_until=None if lease_until is None else from_epoch_ms(lease_until),
+        wire=wire,
     )

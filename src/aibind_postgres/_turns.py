@@ -12,8 +12,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .errors import WebError
+from .wire.aibind import WIRE
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ._message_tree import MessageTree, TreeNode
     from .history import ChatHistory
     from .models import StreamStatus
@@ -52,14 +55,14 @@ class Question(NamedTuple):
     stream_id: str
 
 
-def ask(chat: ChatHistory[Any], prompt: str, position: Position, stream_id: str) -> Question:
+def ask(chat: ChatHistory[Any], stream_id: str, *, prompt: str, position: Position) -> Question:
     """Add a question to a conversation, or select a stored one to regenerate. It becomes the end of the current path.
 
     Args:
         chat: The conversation.
+        stream_id: The id of the stream that will answer the question.
         prompt: The text of the question. Not used to regenerate.
         position: The position of the question, or the question to regenerate.
-        stream_id: The id of the stream that will answer it.
 
     Raises:
         WebError: 400: `parent_id` is not the id of a message. To regenerate, it must be the id of a question.
@@ -69,17 +72,22 @@ def ask(chat: ChatHistory[Any], prompt: str, position: Position, stream_id: str)
     if position.is_given and parent_id is not None and parent_id not in tree:
         raise WebError(400, "parentId is not the id of a message of this conversation")
     if not position.regenerate:
-        return _add_question(tree, parent_id, {"role": "user", "content": prompt}, stream_id)
+        return add_question(tree, parent_id, {"role": "user", "content": prompt}, stream_id)
     while not position.is_given and parent_id is not None and not _is_question(tree._snapshot(parent_id)):
         parent_id = tree._snapshot(parent_id).parent_id
     if parent_id is None or not _is_question(tree._snapshot(parent_id)):
         raise WebError(400, "there is no question to answer again: parentId must be the id of a message of the user")
-    tree.set_active_leaf(parent_id)
-    tree._set_metadata(parent_id, STREAM_ID, stream_id)
-    return Question(parent_id, tree._snapshot(parent_id).message, stream_id)
+    return ask_again(tree, parent_id, stream_id)
 
 
-def _add_question(tree: MessageTree[Any], parent_id: str | None, message: Any, stream_id: str) -> Question:
+def ask_again(tree: MessageTree[Any], question_id: str, stream_id: str) -> Question:
+    """Select a stored question for another answer. It becomes the end of the current path."""
+    tree.set_active_leaf(question_id)
+    tree._set_metadata(question_id, STREAM_ID, stream_id)
+    return Question(question_id, tree._snapshot(question_id).message, stream_id)
+
+
+def add_question(tree: MessageTree[Any], parent_id: str | None, message: Any, stream_id: str) -> Question:
     """Add a question below a message, and make it the end of the current path.
 
     Many models refuse two questions in a row, and blank answers. If `parent_id` is a question, the new question follows
@@ -110,7 +118,12 @@ def model_messages(path: list[Any], max_messages: int | None) -> list[Any]:
     return [*kept, question]
 
 
-def answer(chat: ChatHistory[Any], question: Question, text: str, status: StreamStatus | None) -> bool:
+def text_answer(question: Question, chunks: Sequence[str]) -> Any:
+    """Return the message with the text of a stream, for `AsyncTurns`."""
+    return {"role": "assistant", "content": WIRE.text(chunks)}
+
+
+def answer(chat: ChatHistory[Any], question: Question, message: Any, status: StreamStatus | None) -> bool:
     """Add an answer to its question. If the question is the end of the current path, the answer becomes the end.
 
     If another stream is regenerating the answer, the current path still ends with the question. If the question was
@@ -119,12 +132,12 @@ def answer(chat: ChatHistory[Any], question: Question, text: str, status: Stream
     Args:
         chat: The conversation.
         question: The question.
-        text: The text of the stream.
+        message: The message with the answer.
         status: The final status of the stream. None if it was deleted.
 
     Returns:
-        Whether the conversation has changed. If the last stream of a question ended without a text and not as done,
-        the current path returns to an earlier answer, if there is one.
+        Whether the conversation has changed. If the last stream of a question ended with a blank answer and not as
+        done, the current path returns to an earlier answer, if there is one.
     """
     tree = chat.tree
     state = "deleted" if status is None else status.state
@@ -132,16 +145,15 @@ def answer(chat: ChatHistory[Any], question: Question, text: str, status: Stream
         state = "error"
     if question.stream_id in tree:
         return False
-    if state != "done" and not text.strip():
+    if state != "done" and is_blank(message):
         earlier = _answers(tree, question.id) if tree.active_leaf_id == question.id else []
         if not earlier or tree._snapshot(question.id).metadata.get(STREAM_ID) != question.stream_id:
             return False
         tree.set_active_leaf(tree._first_leaf(earlier[-1]))
         return True
     if question.id not in tree:
-        question = _add_question(tree, tree.active_leaf_id, question.message, question.stream_id)
+        question = add_question(tree, tree.active_leaf_id, question.message, question.stream_id)
     metadata = {} if state == "done" else {STATE: state}
-    message = {"role": "assistant", "content": text}
     tree._add_node(question.id, message, metadata, node_id=question.stream_id)
     newest = tree._snapshot(question.id).metadata.get(STREAM_ID)
     if tree.active_leaf_id == question.id and newest in (question.stream_id, None):
@@ -157,7 +169,7 @@ def unanswered(chat: ChatHistory[Any]) -> list[Question]:
     questions = []
     for node_id, node in chat.tree._nodes.items():
         stream_id = node.get("metadata", {}).get(STREAM_ID)
-        if isinstance(stream_id, str) and stream_id not in chat.tree and _role(node.get("message")) == "user":
+        if isinstance(stream_id, str) and stream_id not in chat.tree:
             questions.append(Question(node_id, node["message"], stream_id))
     return questions[-MAX_UNANSWERED:]
 
@@ -181,7 +193,14 @@ def _cannot_precede_question(node: TreeNode[Any]) -> bool:
     """Return True for a question of a `StreamHandler`, and for a blank answer."""
     if _is_question(node):
         return STREAM_ID in node.metadata
-    if _role(node.message) != "assistant":
+    return is_blank(node.message)
+
+
+def is_blank(message: Any) -> bool:
+    """Return True for an answer that has neither a text nor another part. Some models refuse it in later turns."""
+    if _role(message) != "assistant":
         return False
-    content = node.message.get("content")
+    content, parts = message.get("content"), message.get("parts")
+    if isinstance(parts, list):
+        return all(part == {"type": "step-start"} for part in parts)
     return isinstance(content, str) and not content.strip()

@@ -147,6 +147,7 @@ class StreamInfo(NamedTuple):
         metadata: Data of the application, a JSON value, or None.
         ttl: The time for which the stream is kept after its end, or None for the ttl of the store.
         lease_until: The time at which the lease of the producer ends, unless it is renewed. None without a lease.
+        wire: The name of the wire format in which a `DurableStream` writes the stream. None for `aibind`.
     """
 
     id: str
@@ -160,6 +161,7 @@ class StreamInfo(NamedTuple):
     metadata: Any = None
     ttl: timedelta | None = None
     lease_until: datetime | None = None
+    wire: str | None = None
 
 
 class CleanupResult(NamedTuple):

@@ -324,7 +324,6 @@ def browsers(store: PostgresStreamStore, conversations: PostgresConversationStor
     assert_type([stream.stop(), DurableStream.shutdown(store, timeout=5)], list[bool])
     DurableStream.start(store, ["text"], context=nullcontext)
     DurableStream.start(store, ["text"], context=async_context)  # type: ignore[arg-type]
-    DurableStream.start(store, [7])  # type: ignore[list-item]
 
     def generate(generation: Generation) -> Iterator[str]:
         assert_type([generation.stream_id, generation.session_id, generation.model], list[str | None])

@@ -14,7 +14,7 @@ PACKAGE = Path(aibind_postgres.__file__).parent
 LAYERS = [
     {"errors", "_concurrency"},
     {"_conninfo", "_sqlstate", "_statement_runner", "_workarounds", "models", "history", "sse", "web"}
-    | {"_document", "_merging", "_message_tree", "_turns"},
+    | {"_document", "_merging", "_message_tree", "_turns", "wire"},
     {
         "_arguments",
         "_conversation_sql",
@@ -55,6 +55,7 @@ ASYNC_LAYERS = [
     {"access", "running_answers"},
     {"turns"},
     {"conversation_routes"},
+    {"web_handler"},
     {"handler"},
 ]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
@@ -11,13 +11,14 @@ from time import monotonic
 from typing import Any
 
 from .. import _arguments as arguments
-from .._concurrency import async_is_source, async_shielded
+from .._concurrency import async_call_or_await, async_is_source, async_shielded
 from .._lifecycle import require_active
 from ..errors import StreamNotFoundError, copy_error
 from ..history import new_id
-from ..models import StreamEvent, StreamStatus
+from ..models import StreamStatus
+from ..wire import Wire, WireName, find_wire
 from .database import AsyncAttempt
-from .event_stream import encoded_events, id_event
+from .event_stream import encoded_events
 from .following import AsyncFollower
 from .producing import AsyncProducer, end_producer, shutdown
 from .source import close_source
@@ -31,9 +32,15 @@ class AsyncDurableStream:
     """
 
     def __init__(
-        self, store: AsyncPostgresStreamStore, id: str, producer: AsyncProducer | None = None, after_seq: int = 0
+        self,
+        store: AsyncPostgresStreamStore,
+        id: str,
+        wire: Wire,
+        producer: AsyncProducer | None = None,
+        after_seq: int = 0,
     ) -> None:
         self.id = id
+        self._wire = wire
         self._store = store
         self._producer = producer
         self._after_seq = after_seq
@@ -46,9 +53,10 @@ class AsyncDurableStream:
     async def start(
         cls,
         store: AsyncPostgresStreamStore,
-        source: AsyncIterable[str | StreamEvent],
+        source: AsyncIterable[Any],
         *,
         id: str | None = None,
+        wire: WireName = "aibind",
         on_finish: Callable[[str, StreamStatus | None], Any] | None = None,
         expose_errors: bool = False,
         context: Callable[[], AbstractAsyncContextManager[object]] = nullcontext,
@@ -61,8 +69,9 @@ class AsyncDurableStream:
     ) -> AsyncDurableStream:
         """Create a stream, copy a source into it in the background, and return at once.
 
-        Output of a model is safe here: a `str` of the source arrives as text, whatever characters it contains. Only a
-        `StreamEvent` arrives as a named event.
+        The wire format determines the items of the source, and what clients receive. With the default, output of a
+        model is safe: a `str` of the source arrives as text, whatever characters it contains. Only a `StreamEvent`
+        arrives as a named event.
 
         The end of a stream depends on its source:
 
@@ -82,9 +91,18 @@ class AsyncDurableStream:
 
         Args:
             store: The store.
-            source: An iterable of `str` and `StreamEvent`, such as a generator. For an asynchronous store, an
+            source: An iterable of items of the wire format, such as a generator. For an asynchronous store, an
                 asynchronous iterable.
             id: The stream id. Default: a new, unguessable id.
+            wire: The wire format. It is stored with the stream, which needs migration 0004 unless it is the default.
+
+                - `aibind`: for aibind's browser client, and for `EventSource`. The items are `str` and `StreamEvent`.
+                - `ai_sdk`: for `useChat` of the AI SDK. The items are those of `wire.ai_sdk`.
+                - `ag_ui`: for clients of AG-UI. The items are those of `wire.ag_ui`.
+                - `sse`: an event stream that another library has encoded, as `str` or `bytes`, split anywhere. Its
+                  frames are sent unchanged.
+
+                Default: `aibind`.
             on_finish: Called once, with the produced text and the final status. Default: no callback.
 
                 - If the source ends, the call comes before the stream is done, so readers wait for it. The status
@@ -126,7 +144,8 @@ class AsyncDurableStream:
             store,
             source,
             id=id,
-            on_finish=on_finish,
+            wire=find_wire(wire),
+            on_finish=on_finish and partial(_call_with_text, on_finish, find_wire(wire)),
             expose_errors=expose_errors,
             context=context,
             idle_timeout=idle_timeout,
@@ -141,10 +160,11 @@ class AsyncDurableStream:
     async def _start(
         cls,
         store: AsyncPostgresStreamStore,
-        source: AsyncIterable[str | StreamEvent],
+        source: AsyncIterable[Any],
         *,
         id: str | None = None,
-        on_finish: Callable[[str, StreamStatus | None], Any] | None,
+        wire: Wire,
+        on_finish: Callable[[Sequence[str], StreamStatus | None], Any] | None,
         expose_errors: bool,
         context: Callable[[], AbstractAsyncContextManager[object]],
         idle_timeout: float | timedelta | None = None,
@@ -154,7 +174,7 @@ class AsyncDurableStream:
     ) -> AsyncDurableStream:
         """Do the same as `start`. When the stream exists, call `before_source`. If it raises, delete the stream.
 
-        `details` are the arguments of `create`.
+        `on_finish` gets the chunks instead of the text. `details` are the arguments of `create`.
         """
         _check_source(source)
         streams: list[AsyncDurableStream] = []
@@ -163,10 +183,10 @@ class AsyncDurableStream:
             store._close_hooks.add(_end_producers)
             try:
                 stream_id = new_id() if id is None else arguments.identifier(id)
-                id_event(stream_id)  # raises if an event cannot contain the id
+                encoder = wire.chunks(stream_id)
                 limits = _seconds(idle_timeout, "idle_timeout"), _seconds(timeout, "timeout")
-                producer = AsyncProducer(store, stream_id, source, on_finish, expose_errors, context, *limits)
-                await store._create_leased(stream_id, **details)
+                producer = AsyncProducer(store, stream_id, source, encoder, on_finish, expose_errors, context, *limits)
+                await store._create_leased(stream_id, wire=wire.name, **details)
                 if before_source is not None:
                     try:
                         await before_source()
@@ -177,7 +197,7 @@ class AsyncDurableStream:
                 await close_source(source)
                 raise
             await producer.start(is_new=True)
-            streams.append(cls(store, stream_id, producer))
+            streams.append(cls(store, stream_id, wire, producer))
 
         await async_shielded(begin)
         return streams[0]
@@ -187,7 +207,7 @@ class AsyncDurableStream:
         cls,
         store: AsyncPostgresStreamStore,
         id: str,
-        source: AsyncIterable[str | StreamEvent],
+        source: AsyncIterable[Any],
         *,
         on_finish: Callable[[str, StreamStatus | None], Any] | None = None,
         expose_errors: bool = False,
@@ -207,7 +227,8 @@ class AsyncDurableStream:
         Args:
             store: The store.
             id: The id of an active stream, which no other producer writes.
-            source: As for `start`, like the following arguments.
+            source: As for `start`, like the following arguments. Its items are those of the wire format that the
+                stream was created with.
             on_finish: See `start`.
             expose_errors: See `start`.
             context: See `start`.
@@ -230,8 +251,12 @@ class AsyncDurableStream:
         store._close_hooks.add(_end_producers)
         try:
             limits = _seconds(idle_timeout, "idle_timeout"), _seconds(timeout, "timeout")
-            producer = AsyncProducer(store, id, source, on_finish, expose_errors, context, *limits)
-            require_active(id, await store.get_status(id))
+            info = await store.get_info(id)
+            status = None if info is None else StreamStatus(info.state, info.error, info.total_chunks)
+            require_active(id, status)
+            wire = find_wire(None if info is None else info.wire)
+            finish = on_finish and partial(_call_with_text, on_finish, wire)
+            producer = AsyncProducer(store, id, source, wire.chunks(id), finish, expose_errors, context, *limits)
         except BaseException:
             await close_source(source)
             raise
@@ -265,9 +290,12 @@ class AsyncDurableStream:
         """
         cursor = arguments.integer(after_seq, "after_seq", minimum=0)
         # A standby may lag behind: the page is read again for a while.
-        if await store.get_status(id) is None and await store._pages.page(id, 0, 1) is None:
+        info = await store.get_info(id)
+        if info is None and await store._pages.page(id, 0, 1) is not None:
+            info = await store.get_info(id)
+        if info is None:
             raise StreamNotFoundError(id)
-        return cls(store, id, after_seq=cursor)
+        return cls(store, id, find_wire(info.wire), after_seq=cursor)
 
     @classmethod
     async def shutdown(cls, store: AsyncPostgresStreamStore, timeout: float | timedelta = 5.0) -> bool:
@@ -295,7 +323,7 @@ class AsyncDurableStream:
         The data of the events without a name are the text. A CR or CRLF arrives as LF, also if the CRLF spans two
         chunks.
 
-        The events are, in this order:
+        With the wire format `aibind`, the events are, in this order:
 
         1. `stream-id`, if `start` returned this object and the stream is read from the beginning.
         2. One event for each chunk, named or unnamed. Its id is the sequence number of the chunk. A chunk that contains
@@ -323,8 +351,14 @@ class AsyncDurableStream:
         if after_seq is not None:
             cursor = arguments.integer(after_seq, "after_seq", minimum=0)
         pause = arguments.seconds(heartbeat, "heartbeat")
-        has_id = self._producer is not None and cursor == 0
-        return encoded_events(self._following(cursor), self._store._pages, self.id, cursor, pause, has_id=has_id)
+        frames = self._wire.frames(self.id, cursor)
+        is_new = self._producer is not None and cursor == 0
+        return encoded_events(self._following(cursor), self._store._pages, self.id, frames, pause, is_new=is_new)
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """The headers of a response with `sse`, by the wire format. Always contain `Content-Type`."""
+        return self._wire.headers
 
     @contextmanager
     def _following(self, cursor: float) -> Iterator[AsyncFollower]:
@@ -387,6 +421,15 @@ def _check_source(source: object) -> None:
 
 def _seconds(value: float | timedelta | None, name: str) -> float:
     return math.inf if value is None else arguments.seconds(value, name)
+
+
+async def _call_with_text(
+    on_finish: Callable[[str, StreamStatus | None], Any],
+    wire: Wire,
+    chunks: Sequence[str],
+    status: StreamStatus | None,
+) -> None:
+    await async_call_or_await(on_finish, wire.text(chunks), status)
 
 
 async def _end_producers(store: AsyncPostgresStreamStore) -> None:

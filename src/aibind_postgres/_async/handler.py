@@ -2,67 +2,48 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from datetime import timedelta
 from functools import partial
 from typing import Any
-from urllib.parse import quote
 
 from .. import _arguments as arguments
 from .._concurrency import async_call_or_await, async_run_large
-from .._sqlstate import server_reason
-from .._turns import Position
+from .._turns import Position, ask, text_answer
 from ..errors import ConversationConflictError, WebError
 from ..history import new_id
 from ..web import (
     Generation,
     Kind,
-    QueryParameters,
     Resource,
     WebRequest,
     count_tokens_saved,
-    is_cross_site,
-    is_json,
     parse_body,
     parse_generation,
-    parse_origins,
     parse_position,
     parse_resume_cursor,
     required_text,
 )
-from .access import AsyncAccess
+from ..wire.aibind import WIRE
 from .conversation_histories import ConversationTooLargeError
 from .conversation_routes import AsyncConversationRoutes
 from .conversation_store import AsyncPostgresConversationStore
 from .durable_stream import AsyncDurableStream
-from .event_bodies import AsyncEventBodies
 from .plain_text import AsyncPlainTextBody
 from .responses import AsyncWebResponse, json_response, map_client_errors
-from .running_answers import AsyncRunningAnswers
-from .source import close_source, collect
+from .source import collect
 from .stream_store import AsyncPostgresStreamStore
 from .turns import AsyncTurns, exists, path_messages
+from .web_handler import AsyncWebHandler
 
-logger = logging.getLogger("aibind_postgres")
-
-EVENT_STREAM = {
-    "Content-Type": "text/event-stream",
-    # A compressing proxy would hold events back until it has enough to compress.
-    "Cache-Control": "no-cache, no-store, no-transform",
-    "X-Accel-Buffering": "no",  # keeps nginx from buffering events
-    "Access-Control-Expose-Headers": "X-Stream-Id",
-}
 PLAIN_TEXT = {
     "Content-Type": "text/plain; charset=utf-8",
     "Cache-Control": "no-store, no-transform",
     "X-Accel-Buffering": "no",
 }
-RETRY_AFTER = {"Retry-After": "5"}  # seconds
-CONVERSATION = "/conversations/{id}"
 
 
-class AsyncStreamHandler:
+class AsyncStreamHandler(AsyncWebHandler):
     """Handles the requests of chat pages and of aibind's browser client.
 
     Answers of `/stream`, `/structured` and `/chat` are durable streams: any process can resume them after a reload or a
@@ -126,6 +107,8 @@ class AsyncStreamHandler:
         expose_errors: Whether clients see the text of an exception that the source of a stream raises. Default: False,
             which shows a generic text.
 
+    A refused request gets the JSON object `{"error": text}`.
+
     Raises:
         ValueError: `conversations` is given without `owner`, `authorize` or `public`. `max_running` is given without
             `owner`. `prefix` is not empty and does not begin with a slash. `allowed_origins` contains a text that is
@@ -156,41 +139,30 @@ class AsyncStreamHandler:
         send_timeout: float | timedelta = 60.0,
         expose_errors: bool = False,
     ) -> None:
-        self.prefix = prefix.rstrip("/")
-        if self.prefix and not self.prefix.startswith("/"):
-            raise ValueError(f"prefix must be empty or begin with a slash, not {prefix!r}")
-        arguments.instance(store, AsyncPostgresStreamStore, "store")
-        if conversations is not None:
-            arguments.instance(conversations, AsyncPostgresConversationStore, "conversations")
-        if conversations is not None and owner is None and authorize is None and not public:
-            raise ValueError(
-                "conversations needs owner, authorize or public=True: clients choose the ids of conversations, so they "
-                "are not secret"
-            )
-        if max_running is not None:
-            arguments.integer(max_running, "max_running", minimum=1)
-            if owner is None:
-                raise ValueError("max_running limits the answers of one owner, so it needs owner")
+        super().__init__(
+            generate,
+            store,
+            conversations,
+            owner,
+            authorize,
+            public,
+            prefix,
+            allowed_origins,
+            max_body,
+            max_running,
+            max_readers,
+            heartbeat,
+            send_timeout,
+            expose_errors,
+        )
         if max_messages is not None:
             arguments.integer(max_messages, "max_messages", minimum=1)
-        self.max_body = arguments.integer(max_body, "max_body", minimum=0)
         self._max_prompt = arguments.integer(max_prompt, "max_prompt", minimum=1)
         max_continued = arguments.integer(max_conversation, "max_conversation", minimum=1)
         self._max_read = max_continued + self.max_body  # of a stored conversation, to summarise it or to add a turn
-        self._generate = generate
         self._compact = compact or generate
-        self._store = store
-        self._conversations = conversations
-        self._access = AsyncAccess(store, conversations, owner, authorize)
-        self._allowed_origins = parse_origins(allowed_origins)
         self._max_messages = max_messages
-        self._running = AsyncRunningAnswers(store, max_running)
-        self._heartbeat = arguments.seconds(heartbeat, "heartbeat")
-        self._expose_errors = expose_errors
-        self._send_timeout = arguments.seconds(send_timeout, "send_timeout")
-        self._bodies = AsyncEventBodies(arguments.integer(max_readers, "max_readers", minimum=1), self._send_timeout)
-        # By path and method. The id of a conversation is an additional argument.
-        self._routes: dict[str, dict[str, Callable[..., Any]]] = {
+        self._routes = {
             "/stream": {"POST": partial(self._stream, "stream")},
             "/structured": {"POST": partial(self._stream, "structured")},
             "/chat": {"POST": partial(self._stream, "chat")},
@@ -204,73 +176,13 @@ class AsyncStreamHandler:
             self._routes[f"{path}/compact"] = {"POST": self._compact_conversation}
         self._turns: AsyncTurns | None = None
         if conversations is not None:
-            self._turns = AsyncTurns(store, conversations, self._access, max_continued, self._max_read)
+            self._turns = AsyncTurns(store, conversations, self._access, text_answer, max_continued, self._max_read)
             routes = AsyncConversationRoutes(store, conversations, self._access, self._turns, self._max_read)
             self._routes["/conversations"] = {"GET": routes.list}
-            self._routes[CONVERSATION] = {"GET": routes.show, "PATCH": routes.change, "DELETE": routes.delete}
+            self._routes["/conversations/{id}"] = {"GET": routes.show, "PATCH": routes.change, "DELETE": routes.delete}
 
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__} at {self.prefix!r}, {self._store!r}>"
-
-    async def handle(self, request: WebRequest) -> AsyncWebResponse:
-        """Handle one request.
-
-        Args:
-            request: The request. Its path includes `prefix`.
-
-        Returns:
-            The response. For a `WebError`, it has the status of the error. If the database is unavailable, it has
-            status 503 and the header `Retry-After`. Any other exception is logged, and the status is 500. In all three
-            cases the body is the JSON object `{"error": text}`.
-
-        Raises:
-            Exception: `generate`, `owner` or `authorize` has raised one of `request.refusals`.
-        """
-        methods, ids = self._find_route(request.path)
-        try:
-            if not methods:
-                raise WebError(404, "not found")
-            respond = methods.get(request.method)
-            if respond is None:
-                allowed = ", ".join(methods)
-                return json_response({"error": f"use {allowed}"}, 405, {"Allow": allowed})
-            if is_cross_site(request.headers, self._allowed_origins):
-                raise WebError(403, "requests from pages of other origins are refused, except from allowed_origins")
-            if request.method in ("POST", "PATCH") and not is_json(request.headers):
-                raise WebError(415, "the Content-Type of the body must be application/json")
-            if len(request.body) > self.max_body:
-                raise WebError(413, f"the body must be at most {self.max_body} bytes long")
-            if isinstance(request.query, QueryParameters) and request.query.problem is not None:
-                raise WebError(400, request.query.problem)
-            response: AsyncWebResponse = await respond(request, *ids)
-        except WebError as error:
-            return json_response({"error": error.text or "refused"}, error.status)
-        except request.refusals:
-            raise
-        except Exception as error:
-            if self._is_unavailable(error):
-                reason = server_reason(error) or type(error).__name__
-                logger.error(
-                    "%s %s failed, since the database is unavailable: %s", request.method, request.path, reason
-                )
-                return json_response({"error": "the database is unavailable: try again later"}, 503, RETRY_AFTER)
-            logger.exception("%s %s failed", request.method, request.path)
-            return json_response({"error": "internal server error"}, 500)
-        return response
-
-    def _is_unavailable(self, error: Exception) -> bool:
-        stores = (self._store, self._conversations)
-        return any(store._database.client.is_unavailable(error) for store in stores if store is not None)
-
-    def _find_route(self, path: str) -> tuple[dict[str, Callable[..., Any]], list[str]]:
-        """Return the methods of a path, and the ids in it."""
-        if not path.startswith(self.prefix):
-            return {}, []
-        route = path.removeprefix(self.prefix)
-        session_id = route.removeprefix("/conversations/")
-        if session_id not in ("", route):
-            return self._routes.get(CONVERSATION, {}), [session_id]
-        return self._routes.get(route, {}), []
+    def _error(self, text: str, status: int, headers: Mapping[str, str] | None = None) -> AsyncWebResponse:
+        return json_response({"error": text}, status, headers)
 
     async def _stream(self, kind: Kind, request: WebRequest) -> AsyncWebResponse:
         generation = (await self._parse(kind, request))._replace(stream_id=new_id())
@@ -281,8 +193,7 @@ class AsyncStreamHandler:
                 request,
                 generation.owner,
                 generation.session_id,
-                generation.prompt,
-                position,
+                partial(ask, prompt=generation.prompt, position=position),
                 str(generation.stream_id),
             )
             messages = await self._turns.messages(turn, self._max_messages)
@@ -292,39 +203,12 @@ class AsyncStreamHandler:
             raise WebError(400, "parentId and regenerate need a stored conversation: send its sessionId")
         else:
             await self._check_session(generation)
-        self._bodies.check(str(generation.stream_id), generation.owner)  # a refused request must not start an answer
-        async with self._running.reserved(generation.owner, str(generation.stream_id)):
-            source = await async_call_or_await(self._generate, generation)
-            try:
-                details = await self._stream_details(generation)
-            except BaseException:
-                await close_source(source)
-                raise
-            save_question = save_answer = None
-            if self._turns is not None and turn is not None:
-                # The stream exists before the question names it, and a deletion after the question was saved stops it.
-                save_question = partial(self._turns.save_question, turn)
-                save_answer = partial(self._turns.save_answer_of, turn)
-            with map_client_errors():
-                stream = await AsyncDurableStream._start(
-                    self._store,
-                    source,
-                    id=generation.stream_id,
-                    on_finish=save_answer,
-                    expose_errors=self._expose_errors,
-                    context=request.context,
-                    before_source=save_question,
-                    **details,
-                )
-        return self._event_stream(stream, request, generation.owner, checked=True)
-
-    async def _stream_details(self, generation: Generation) -> dict[str, Any]:
-        """Return the session and the owner of a new stream, or nothing if it has none or they cannot be stored."""
-        details = {"session_id": generation.session_id, "owner": generation.owner}
-        if details == {"session_id": None, "owner": None}:
-            return {}
-        await self._store._schema.look_up()
-        return details if self._access.has_owners or self._store._schema.has_leases else {}
+        save_question = save_answer = None
+        if self._turns is not None and turn is not None:
+            # The stream exists before the question names it, and a deletion after the question was saved stops it.
+            save_question = partial(self._turns.save_question, turn)
+            save_answer = partial(self._turns.save_answer_of, turn)
+        return await self._start(generation, WIRE, on_finish=save_answer, before_source=save_question)
 
     async def _resume(self, request: WebRequest) -> AsyncWebResponse:
         stream_id = request.query.get("id")
@@ -336,15 +220,6 @@ class AsyncStreamHandler:
         with map_client_errors():
             stream = await AsyncDurableStream.resume(self._store, stream_id, after_seq)
         return self._event_stream(stream, request, user)
-
-    def _event_stream(
-        self, stream: AsyncDurableStream, request: WebRequest, user: str | None, *, checked: bool = False
-    ) -> AsyncWebResponse:
-        events = stream.sse(heartbeat=self._heartbeat)
-        body = self._bodies.open(stream.id, user, events, request.disconnect, checked=checked)
-        # A header contains ASCII only. Ids that this handler creates need no quoting.
-        header_id = stream.id if stream.id.isascii() and stream.id.isprintable() else quote(stream.id)
-        return AsyncWebResponse(200, {**EVENT_STREAM, "X-Stream-Id": header_id}, body)
 
     async def _stop(self, request: WebRequest) -> AsyncWebResponse:
         body = await async_run_large(len(request.body), parse_body, request)

@@ -7,7 +7,7 @@ from contextlib import AbstractAsyncContextManager
 
 from .._concurrency import AsyncEvent, AsyncWorker, Mutex, async_spawn
 from ..models import StreamEvent, chunk_text
-from .producing import GENERIC_ERROR
+from ..wire import INTERRUPTED
 from .source import AsyncSource
 
 
@@ -93,7 +93,7 @@ class AsyncPlainTextBody:
 
     async def _run(self) -> None:
         is_stalled = False
-        error: Exception | None = RuntimeError(GENERIC_ERROR)  # if the worker is cancelled
+        error: Exception | None = RuntimeError(INTERRUPTED)  # if the worker is cancelled
         try:
             async with self._context():
                 try:

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import AsyncIterable, AsyncIterator, Callable
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from time import monotonic
@@ -24,15 +24,14 @@ from .._concurrency import (
 from .._lifecycle import EndReason, Phase
 from .._subscriptions import wake_all
 from ..errors import AibindError, StreamNotActiveError, StreamNotFoundError, WebError
-from ..models import StreamEvent, StreamStatus, chunk_text
+from ..models import StreamStatus
+from ..wire import INTERRUPTED, ChunkEncoder
 from .source import AsyncSource
 
 if TYPE_CHECKING:
     from .stream_store import AsyncPostgresStreamStore
 
 logger = logging.getLogger("aibind_postgres")
-
-GENERIC_ERROR = "the answer was interrupted"  # shown to clients when the source raises
 
 SHUTDOWN_GRACE = 2.0  # seconds to wait for producers after `shutdown` has requested their end
 
@@ -52,8 +51,9 @@ class AsyncProducer:
         self,
         store: AsyncPostgresStreamStore,
         stream_id: str,
-        source: AsyncIterable[str | StreamEvent],
-        on_finish: Callable[[str, StreamStatus | None], Any] | None,
+        source: AsyncIterable[Any],
+        encoder: ChunkEncoder,
+        on_finish: Callable[[Sequence[str], StreamStatus | None], Any] | None,
         expose_errors: bool,
         context: Callable[[], AbstractAsyncContextManager[object]],
         idle_timeout: float = math.inf,
@@ -67,7 +67,9 @@ class AsyncProducer:
         self._on_finish = on_finish
         self._expose_errors = expose_errors
         self._context = context
-        self._texts: list[str] = []  # the argument of `on_finish`
+        self._encoder = encoder
+        self._is_storing = False  # whether an error is one of the store, not of the source
+        self._chunks: list[str] = []  # the argument of `on_finish`
         self._idle_timeout = idle_timeout
         self._timeout = timeout
         self._began_at = self._item_at = math.inf  # when the source was asked first, and last; not while it is stored
@@ -125,7 +127,7 @@ class AsyncProducer:
         with self._mutex:
             self._requested = reason
             worker = self._worker
-        self._sender.request_end(GENERIC_ERROR)
+        self._sender.request_end(INTERRUPTED)
         if worker is None or not worker.is_alive():
             await self._end_without_worker()
 
@@ -251,44 +253,49 @@ class AsyncProducer:
             last = await self._writer.flush()
             # `on_finish` comes first, so that readers that see the end of the stream find its results.
             if not await self.end(EndReason.SOURCE_FINISHED, StreamStatus("done", None, last)):
-                raise ProducerError(GENERIC_ERROR)  # prevents state done
+                raise ProducerError(INTERRUPTED)  # prevents state done
         except (ProducerError, StreamNotActiveError, StreamNotFoundError):
             raise
         except Exception as error:
             if not self._ended_by_writer:
                 logger.error("the producer of stream %r failed: %s", self.stream_id, error)
-            raise ProducerError(GENERIC_ERROR) from error
+            raise ProducerError(INTERRUPTED) from error
         except BaseException as interruption:
-            raise ProducerInterrupted(GENERIC_ERROR) from interruption
+            raise ProducerInterrupted(INTERRUPTED) from interruption
 
     async def _copy_source(self) -> None:
-        storing = False
         try:
             async with self._entered_context():
                 if self._reason is not None:  # the producer was ended while it entered the context
-                    raise ProducerError(GENERIC_ERROR)
+                    raise ProducerError(INTERRUPTED)
                 try:
                     self._began_at = self._item_at = monotonic()
                     async for item in self._source.items:
                         self._item_at = math.inf
-                        text = arguments.storable_text(chunk_text(item), "a chunk")
-                        storing = True
-                        await self._sender.put(text)
-                        storing = False
+                        await self._put(self._encoder.encode(item))
                         self._item_at = monotonic()
-                        if self._on_finish is not None and isinstance(item, str):
-                            self._texts.append(item)
+                    self._item_at = math.inf
+                    await self._put(self._encoder.finish())
                 finally:
                     self._began_at = self._item_at = math.inf  # what remains is not the time of the source
                     await self._source.close()
         except WebError as web_error:
-            raise ProducerError(web_error.text or GENERIC_ERROR) from None
+            raise ProducerError(web_error.text or INTERRUPTED) from None
         except Exception as error:
-            if storing or self._reason is not None:
+            if self._is_storing or self._reason is not None:
                 raise
             logger.exception("the source of stream %r failed", self.stream_id)
             error_text = str(error) or type(error).__name__
-            raise ProducerError(error_text if self._expose_errors else GENERIC_ERROR) from error
+            raise ProducerError(error_text if self._expose_errors else INTERRUPTED) from error
+
+    async def _put(self, chunks: Sequence[str]) -> None:
+        for chunk in chunks:
+            arguments.storable_text(chunk, "a chunk")
+            self._is_storing = True
+            await self._sender.put(chunk)
+            self._is_storing = False
+            if self._on_finish is not None:
+                self._chunks.append(chunk)
 
     @asynccontextmanager
     async def _entered_context(self) -> AsyncIterator[None]:
@@ -308,11 +315,11 @@ class AsyncProducer:
             if self._on_finish is not None:
                 status = status or await self._final_status()
                 async with self._entered_context():
-                    await async_call_or_await(self._on_finish, "".join(self._texts), status)
+                    await async_call_or_await(self._on_finish, self._chunks, status)
         except Exception:
             logger.exception("on_finish of stream %r failed", self.stream_id)
         finally:
-            self._texts.clear()
+            self._chunks = []
 
     async def _final_status(self) -> StreamStatus | None:
         try:
@@ -355,7 +362,7 @@ async def shutdown_all() -> None:
 async def fail_stream(store: AsyncPostgresStreamStore, stream_id: str) -> None:
     """End a stream in state error, without its writer. Log an error."""
     try:
-        await store.fail(stream_id, GENERIC_ERROR)
+        await store.fail(stream_id, INTERRUPTED)
     except StreamNotFoundError:
         pass
     except Exception as error:

@@ -15,6 +15,7 @@ from .._subscriptions import wake_all
 from .._tables import Table
 from ..errors import StreamExistsError, StreamNotFoundError
 from ..models import CleanupResult, StreamState, StreamStatus
+from ..wire import WireName, find_wire
 from .columns import AsyncColumnCatalog
 from .deleting import AsyncDeleter
 from .leasing import AsyncLeases
@@ -45,6 +46,7 @@ class AsyncStreamLifecycle(AsyncStreamReads):
         metadata: Any = None,
         ttl: float | timedelta | None = None,
         lease: float | timedelta | None = None,
+        wire: WireName = "aibind",
     ) -> str:
         """Create a stream. If several callers use one id at the same time, one of them succeeds.
 
@@ -58,20 +60,22 @@ class AsyncStreamLifecycle(AsyncStreamReads):
             ttl: Seconds, or a timedelta, for which this stream is kept after its end. Default: the ttl of the store.
             lease: Seconds, or a timedelta, within which a producer must have begun to write the stream. Otherwise it
                 ends in state error, such as after the loss of a job. Default: no limit.
+            wire: The wire format in which `DurableStream.produce` will write the stream. Default: `aibind`.
 
         Returns:
             The stream id.
 
         Raises:
             StreamExistsError: A stream with this id exists, in any state.
-            InvalidDataError: The session id or the owner is not a valid id, or `metadata` is not a JSON value.
+            InvalidDataError: The session id or the owner is not a valid id, `metadata` is not a JSON value, or there is
+                no such wire format.
             ValueError: `ttl` or `lease` is not more than zero, or above 1e9 seconds.
             TypeError: `ttl` or `lease` is neither a number nor a timedelta.
             SchemaError: Migration 0004 is missing, and an argument needs it.
         """
         stream_id = new_id() if id is None else id
-        details = {"session_id": session_id, "owner": owner, "metadata": metadata, "ttl": ttl, "lease": lease}
-        if not await self.acquire(stream_id, **details):
+        details: dict[str, Any] = {"session_id": session_id, "owner": owner, "metadata": metadata, "ttl": ttl}
+        if not await self.acquire(stream_id, lease=lease, wire=wire, **details):
             raise StreamExistsError(stream_id)
         return stream_id
 
@@ -84,6 +88,7 @@ class AsyncStreamLifecycle(AsyncStreamReads):
         metadata: Any = None,
         ttl: float | timedelta | None = None,
         lease: float | timedelta | None = None,
+        wire: WireName = "aibind",
     ) -> bool:
         """Create a stream unless a stream with this id exists.
 
@@ -94,6 +99,7 @@ class AsyncStreamLifecycle(AsyncStreamReads):
             metadata: See `create`.
             ttl: See `create`.
             lease: See `create`.
+            wire: See `create`.
 
         Returns:
             True if this call created the stream: the caller should write it. False if the stream exists: the caller
@@ -110,10 +116,13 @@ class AsyncStreamLifecycle(AsyncStreamReads):
             arguments.storable_json(metadata, "metadata"),
             own_ttl,
             None if lease is None else arguments.milliseconds(lease, "lease"),
+            None if wire == "aibind" else find_wire(wire).name,
         ]
         if details == [None] * len(details):
             return await self._create(stream_id, self._schema.statements.create, [self._ttl])
-        statements = await self._schema.require_0004("a session id, an owner, metadata, a ttl or a lease of a stream")
+        statements = await self._schema.require_0004(
+            "a session id, an owner, metadata, a ttl, a lease or a wire format of a stream"
+        )
         return await self._create(stream_id, statements.create_with_details, [own_ttl or self._ttl, *details])
 
     async def _create_leased(
@@ -123,11 +132,13 @@ class AsyncStreamLifecycle(AsyncStreamReads):
         owner: str | None = None,
         metadata: Any = None,
         ttl: float | timedelta | None = None,
+        wire: WireName = "aibind",
     ) -> None:
         """Create a stream for a producer in this process, which renews its lease."""
         await self._schema.look_up()
         lease = self._lease / 1000 if self._schema.has_leases else None
-        await self.create(stream_id, session_id=session_id, owner=owner, metadata=metadata, ttl=ttl, lease=lease)
+        details: dict[str, Any] = {"session_id": session_id, "owner": owner, "metadata": metadata, "ttl": ttl}
+        await self.create(stream_id, lease=lease, wire=wire, **details)
 
     async def _create(self, stream_id: str, statement: str, params: Sequence[object]) -> bool:
         [(created,)] = await self._deleter.bounded(statement, [stream_id, *params])

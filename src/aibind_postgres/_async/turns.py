@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .. import _arguments as arguments
 from .._concurrency import async_run_large
 from .._document import NODE_CHARACTERS
-from .._turns import Position, Question, answer, ask, model_messages, unanswered
+from .._turns import Question, answer, model_messages, unanswered
 from ..errors import ConversationConflictError, InvalidDataError, StreamNotFoundError, WebError
+from ..history import ChatHistory
 from .conversation_histories import ConversationOfAnotherOwnerError, ConversationTooLargeError
 from .responses import conversation_not_found, map_client_errors
 
 if TYPE_CHECKING:
-    from ..history import ChatHistory
     from ..models import StreamStatus
     from ..web import WebRequest
     from .access import AsyncAccess
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger("aibind_postgres")
 
 
+# Adds a question to a conversation, for the stream with an id. May raise `WebError`.
+Ask = Callable[[ChatHistory[Any], str], Question]
+
+
 class Turn:
     """One turn in progress.
 
@@ -32,8 +37,7 @@ class Turn:
         request: The request.
         user: The user of the request, or None.
         session_id: The id of the conversation.
-        prompt: The text of the question.
-        position: The position of the question.
+        ask: Adds the question to a conversation.
         chat: The conversation with the question.
         question: The question.
     """
@@ -43,16 +47,14 @@ class Turn:
         request: WebRequest,
         user: str | None,
         session_id: str,
-        prompt: str,
-        position: Position,
+        ask: Ask,
         chat: ChatHistory[Any],
         question: Question,
     ) -> None:
         self.request = request
         self.user = user
         self.session_id = session_id
-        self.prompt = prompt
-        self.position = position
+        self.ask = ask
         self.chat = chat
         self.question = question
 
@@ -64,8 +66,10 @@ class AsyncTurns:
         store: The stream store.
         conversations: The conversation store.
         access: Decides which requests may use which conversations.
+        compose: Returns the message with the answer to a question from the chunks of its stream.
         max_conversation: The maximum size in bytes of a conversation to which a turn is added.
         max_read: The maximum size in bytes of any conversation that is loaded.
+        is_exclusive: Whether a conversation may have only one active stream. Needs migration 0004. Default: False.
     """
 
     def __init__(
@@ -73,12 +77,17 @@ class AsyncTurns:
         store: AsyncPostgresStreamStore,
         conversations: AsyncPostgresConversationStore,
         access: AsyncAccess,
+        compose: Callable[[Question, Sequence[str]], Any],
         max_conversation: int,
         max_read: int,
+        *,
+        is_exclusive: bool = False,
     ) -> None:
         self._store = store
         self._conversations = conversations
         self._access = access
+        self._compose = compose
+        self._is_exclusive = is_exclusive
         self._max_conversation = max_conversation
         self._max_read = max_read
 
@@ -118,41 +127,48 @@ class AsyncTurns:
             status = ended.get(question.stream_id)
             if status is None:
                 continue
-            text: str | None = ""
+            chunks: list[str] | None = []
             if status.total_chunks:
-                text = await self._read_text(question.stream_id, session_id, user)
-            if text is None:
+                chunks = await self._read_chunks(question.stream_id, session_id, user)
+            if chunks is None:
                 continue
             try:
-                chat = await self._save_answer(session_id, chat, question, text, status, is_late=True)
+                chat = await self._save_answer(session_id, chat, question, chunks, status, is_late=True)
             except Exception as error:  # such as on a read-only server: the answer is shown, and saved later
                 if not self._conversations._database.client.is_unavailable(error):
                     raise
         return chat
 
-    async def _read_text(self, stream_id: str, session_id: str, user: str | None) -> str | None:
-        """Return the text of an ended stream. Return None if it was deleted, or is not one of this conversation."""
+    async def _read_chunks(self, stream_id: str, session_id: str, user: str | None) -> list[str] | None:
+        """Return the chunks of an ended stream. Return None if it was deleted, or is not one of this conversation."""
         info = await self._store.get_info(stream_id)
         # Other code may have stored the id of another stream in the conversation.
         if info is None or info.session_id not in (None, session_id) or info.owner not in (None, user):
             return None
-        events = self._store.events(stream_id, follow=False)
         try:
-            return "".join([event.data async for event in events if event.event == "message"])
+            return [chunk.data async for chunk in self._store.read_from(stream_id, follow=False)]
         except StreamNotFoundError:
             return None
 
-    async def begin(
-        self, request: WebRequest, user: str | None, session_id: str, prompt: str, position: Position, stream_id: str
-    ) -> Turn:
-        """Load a conversation and add a question, without saving it. Raise `WebError` as `load` and `ask` do."""
-        chat = await self._load_to_continue(request, user, session_id)
-        question = ask(chat, prompt, position, stream_id)
-        return Turn(request, user, session_id, prompt, position, chat, question)
+    async def begin(self, request: WebRequest, user: str | None, session_id: str, ask: Ask, stream_id: str) -> Turn:
+        """Load a conversation and add a question, without saving it.
 
-    async def _load_to_continue(self, request: WebRequest, user: str | None, session_id: str) -> ChatHistory[Any]:
+        Raises:
+            WebError: The statuses of `load` and of `ask`. 409: the conversation may have only one active stream, and
+                has another one.
+        """
         hint = "summarise it with /compact, or start another conversation"
-        return await self.load(request, user, session_id, self._max_conversation, hint)
+        chat = await self.load(request, user, session_id, self._max_conversation, hint)
+        if self._is_exclusive:  # after loading: whoever saves a question first has created its stream before
+            await self.refuse_second(session_id, stream_id)
+        return Turn(request, user, session_id, ask, chat, ask(chat, stream_id))
+
+    async def refuse_second(self, session_id: str, stream_id: str) -> None:
+        """Raise `WebError` (409) if a conversation has an active stream with another id than `stream_id`."""
+        infos = self._store.list(state="active", session_id=session_id)
+        others = [info.id async for info in infos if info.id != stream_id]
+        if others and len(await self._store._ended(others)) < len(others):
+            raise WebError(409, "an answer of this conversation is being written: wait for its end, or stop it")
 
     async def messages(self, turn: Turn, max_messages: int | None) -> list[Any]:
         """Return the messages for the model."""
@@ -175,23 +191,24 @@ class AsyncTurns:
                 raise WebError(413, f"the conversation has more than {error.max_bytes} bytes") from None
             except ConversationConflictError:
                 # Check again: another user may have created the conversation, or another question may be its end.
-                turn.chat = await self._load_to_continue(turn.request, turn.user, turn.session_id)
-                turn.question = ask(turn.chat, turn.prompt, turn.position, turn.question.stream_id)
+                again = await self.begin(turn.request, turn.user, turn.session_id, turn.ask, turn.question.stream_id)
+                turn.chat, turn.question = again.chat, again.question
                 continue
             if not saved:
                 raise conversation_not_found()
             return
 
-    async def save_answer_of(self, turn: Turn, text: str, status: StreamStatus | None) -> None:
+    async def save_answer_of(self, turn: Turn, chunks: Sequence[str], status: StreamStatus | None) -> None:
         """Save the answer of a turn. Called as `on_finish` of its stream."""
-        await self._save_answer(turn.session_id, turn.chat, turn.question, text, status)
+        stored = chunks if status is None else chunks[: status.total_chunks]  # what readers have got
+        await self._save_answer(turn.session_id, turn.chat, turn.question, stored, status)
 
     async def _save_answer(
         self,
         session_id: str,
         chat: ChatHistory[Any],
         question: Question,
-        text: str,
+        chunks: Sequence[str],
         status: StreamStatus | None,
         *,
         is_late: bool = False,
@@ -202,13 +219,14 @@ class AsyncTurns:
             session_id: The id of the conversation.
             chat: The last known version of the conversation, with the question.
             question: The question.
-            text: The text of the stream.
+            chunks: The chunks of the stream.
             status: The final status of the stream. None if it was deleted.
             is_late: Whether another process has produced the answer. The conversation then keeps its position in lists,
                 and nothing is repeated. By default, the save is repeated as the stream store does if the connection is
                 lost.
         """
-        while answer(chat, question, text, status):
+        message = await async_run_large(sum(map(len, chunks)), self._compose, question, chunks)
+        while answer(chat, question, message, status):
             save = partial(self._conversations._save, session_id, chat, "raise", self._max_read, recreate=False)
             try:
                 saved = await (save(keep_position=True) if is_late else self._store._database.retry(save))
