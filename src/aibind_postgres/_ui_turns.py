@@ -231,6 +231,8 @@ def ui_messages(path: list[Any], node_ids: list[str]) -> list[dict[str, Any]]:
             text = message.get("content")
             parts = [{"type": "text", "text": text}] if isinstance(text, str) else []
             message = {"id": node_id, "role": message["role"], "parts": parts}
+        elif not isinstance(message.get("id"), str):
+            message = {**message, "id": node_id}
         if messages and messages[-1]["id"] == message["id"]:
             messages.pop()
         messages.append(message)

@@ -255,7 +255,8 @@ class AiSdkChunks:
     def finish(self) -> Sequence[str]:
         chunks: list[dict[str, Any]] = []
         if not self._is_finished:
-            chunks = [*self._begin(), *self._end_parts(), *self._end_step(), {"type": "finish", "finishReason": "stop"}]
+            chunks = [*self._begin(with_step=not self._is_started), *self._end_parts(), *self._end_step()]
+            chunks.append({"type": "finish", "finishReason": "stop"})
         return [_dump(chunk) for chunk in chunks]
 
     def _own_text(self, kind: str, text: str) -> list[str]:
@@ -295,7 +296,7 @@ class AiSdkChunks:
                 yield metadata(chunk["messageMetadata"])
             return
         if kind in ("finish", "abort"):
-            yield from (*self._begin(), *self._end_parts(), *self._end_step())
+            yield from (*self._begin(with_step=not self._is_started), *self._end_parts(), *self._end_step())
             self._is_finished = True
             if chunk.get("finishReason", "other") not in _FINISH_REASONS:
                 chunk["finishReason"] = "other"
@@ -309,7 +310,7 @@ class AiSdkChunks:
             yield from self._end_step()
             return
         else:
-            yield from self._begin()
+            yield from self._begin(with_step=not kind.startswith(("data-", "message-metadata")))
             if not kind.startswith(_BESIDE_TEXT):
                 yield from self._end_own()
             self._follow_part(kind, chunk)
