@@ -58,6 +58,8 @@ def handler(plain: str) -> object:
 
 
 EXAMPLES = {
+    "AgUiHandler": lambda: handler("AgUiHandler"),
+    "AsyncAgUiHandler": lambda: handler("AsyncAgUiHandler"),
     "AsyncDurableStream": lambda: public.AsyncDurableStream(public.AsyncPostgresStreamStore(DSN), "stream"),
     "AsyncHousekeeper": lambda: public.AsyncHousekeeper(public.AsyncPostgresStreamStore(DSN)),
     "AsyncPostgresConversationStore": lambda: public.AsyncPostgresConversationStore(DSN),
