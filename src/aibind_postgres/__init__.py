@@ -36,8 +36,10 @@ from .web import Generation, Resource, WebRequest
 
 __all__ = [
     "AgUiHandler",
+    "AiSdkHandler",
     "AibindError",
     "AsyncAgUiHandler",
+    "AsyncAiSdkHandler",
     "AsyncDurableStream",
     "AsyncHousekeeper",
     "AsyncPostgresClient",
@@ -93,6 +95,7 @@ __all__ = [
 # together take most of the time of the import.
 _MODULES = {
     "AgUiHandler": "ag_ui_handler",
+    "AiSdkHandler": "ai_sdk_handler",
     "DurableStream": "durable_stream",
     "Housekeeper": "housekeeping",
     "PostgresClient": "client",
@@ -105,6 +108,7 @@ _MODULES = {
 
 if TYPE_CHECKING:
     from ._async.ag_ui_handler import AsyncAgUiHandler
+    from ._async.ai_sdk_handler import AsyncAiSdkHandler
     from ._async.client import AsyncPostgresClient
     from ._async.conversation_store import AsyncPostgresConversationStore
     from ._async.durable_stream import AsyncDurableStream
@@ -114,6 +118,7 @@ if TYPE_CHECKING:
     from ._async.stream_store import AsyncPostgresStreamStore
     from ._async.stream_writer import AsyncStreamWriter
     from ._sync.ag_ui_handler import AgUiHandler
+    from ._sync.ai_sdk_handler import AiSdkHandler
     from ._sync.client import PostgresClient
     from ._sync.conversation_store import PostgresConversationStore
     from ._sync.durable_stream import DurableStream
