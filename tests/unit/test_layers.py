@@ -56,7 +56,7 @@ ASYNC_LAYERS = [
     {"turns"},
     {"conversation_routes"},
     {"web_handler"},
-    {"handler", "ai_sdk_handler"},
+    {"handler", "ag_ui_handler", "ai_sdk_handler"},
 ]
 
 # In the same layer, but never imported by each other.
