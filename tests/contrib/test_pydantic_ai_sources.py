@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import pytest
 
 pydantic_ai = pytest.importorskip("pydantic_ai")
 
-from ag_ui.core import EventType, RunAgentInput, UserMessage  # noqa: E402  # after the check
+from ag_ui.core import RunAgentInput, UserMessage  # noqa: E402  # after the check
 from pydantic_ai import Agent, CancellationToken  # noqa: E402
 from pydantic_ai.exceptions import RunCancelled  # noqa: E402
 from pydantic_ai.models.function import DeltaThinkingPart, DeltaToolCall, FunctionModel  # noqa: E402
@@ -19,10 +19,16 @@ from pydantic_ai.models.test import TestModel  # noqa: E402
 from pydantic_ai.ui.ag_ui import AGUIAdapter  # noqa: E402
 from pydantic_ai.ui.vercel_ai import VercelAIAdapter  # noqa: E402
 
-from aibind_postgres import AsyncDurableStream, AsyncPostgresStreamStore  # noqa: E402
+from aibind_postgres import (  # noqa: E402
+    AsyncAiSdkHandler,
+    AsyncDurableStream,
+    AsyncPostgresConversationStore,
+    AsyncPostgresStreamStore,
+    Generation,
+    WebRequest,
+)
 from aibind_postgres.models import StreamStatus  # noqa: E402
 from aibind_postgres.sources.pydantic_ai import ag_ui, vercel_ai  # noqa: E402
-from aibind_postgres.sse import EventParser  # noqa: E402
 
 TIMEOUT = 60
 
@@ -34,7 +40,7 @@ async def store(dsn, tables):
 
 
 class Recorder:
-    """Counts what happens to a model and its run."""
+    """Records the end of a model's stream and of its run."""
 
     def __init__(self) -> None:
         self.token = CancellationToken()
@@ -51,9 +57,11 @@ async def recorder():
     return Recorder()
 
 
-def adapter_of(agent: Any) -> VercelAIAdapter:
-    message = {"id": "m", "role": "user", "parts": [{"type": "text", "text": "Hi"}]}
-    body = {"trigger": "submit-message", "id": "chat", "messages": [message]}
+QUESTION = {"id": "m", "role": "user", "parts": [{"type": "text", "text": "Hi"}]}
+
+
+def adapter_of(agent: Any, messages: Sequence[Any] = (QUESTION,)) -> VercelAIAdapter:
+    body = {"trigger": "submit-message", "id": "chat", "messages": list(messages)}
     run_input = VercelAIAdapter.build_run_input(json.dumps(body).encode())
     return VercelAIAdapter(agent=agent, run_input=run_input, sdk_version=6)
 
@@ -66,9 +74,11 @@ def ag_ui_adapter_of(agent: Any) -> AGUIAdapter:
     return AGUIAdapter(agent=agent, run_input=run_input)
 
 
-def run(agent: Any, recorder: Recorder, *, encoded: bool = False) -> AsyncIterator[Any]:
+def run(
+    agent: Any, recorder: Recorder, messages: Sequence[Any] = (QUESTION,), *, encoded: bool = False
+) -> AsyncIterator[Any]:
     """Return the source of a run."""
-    adapter = adapter_of(agent)
+    adapter = adapter_of(agent, messages)
     events = adapter.run_stream(cancellation_token=recorder.token, on_cancel=recorder.on_cancel)
     return vercel_ai(adapter.encode_stream(events) if encoded else events, recorder.token)
 
@@ -252,31 +262,55 @@ async def test_error_of_on_cancel_is_logged(recorder, caplog):
     assert str(record.exc_info[1]) == "no database"
 
 
-async def test_ag_ui_events(recorder):
+@pytest.mark.parametrize("encoded", [False, True], ids=["events", "strings"])
+async def test_ag_ui(store, recorder, encoded):
     adapter = ag_ui_adapter_of(weather_agent(TestModel()))
-    source = ag_ui(adapter.run_stream(cancellation_token=recorder.token), recorder.token)
-    types = [event.type async for event in source]
-    assert (types[0], types[-1]) == (EventType.RUN_STARTED, EventType.RUN_FINISHED)
-    assert EventType.TOOL_CALL_RESULT in types
-
-
-async def test_ag_ui_strings(store, recorder):
-    adapter = ag_ui_adapter_of(weather_agent(TestModel()))
-    events = adapter.encode_stream(adapter.run_stream(cancellation_token=recorder.token))
-    stream = await AsyncDurableStream.start(store, ag_ui(events, recorder.token), wire="sse")
-    sent = b"".join([frame async for frame in stream.sse()])
-    types = [json.loads(event.data)["type"] for event in EventParser().feed(sent)]
+    events = adapter.run_stream(cancellation_token=recorder.token)
+    source = ag_ui(adapter.encode_stream(events) if encoded else events, recorder.token)
+    stream = await AsyncDurableStream.start(store, source, wire="ag_ui")
+    assert (await stream.wait(TIMEOUT)).state == "done"
+    types = [chunk["type"] for chunk in await chunks_of(store, stream.id)]
     assert (types[0], types[-1]) == ("RUN_STARTED", "RUN_FINISHED")
+    assert "TOOL_CALL_RESULT" in types
 
 
 async def test_stop_cancels_a_run_of_ag_ui(store, recorder):
     adapter = ag_ui_adapter_of(Agent(waiting_model(recorder, asyncio.Event())))
     events = adapter.run_stream(cancellation_token=recorder.token, on_cancel=recorder.on_cancel)
-    stream = await AsyncDurableStream.start(store, ag_ui(adapter.encode_stream(events), recorder.token), wire="sse")
+    stream = await AsyncDurableStream.start(store, ag_ui(events, recorder.token), wire="ag_ui")
     async for event in stream.sse():
         if b"Half" in event:
             await stream.stop()
     await until(lambda: recorder.cancelled)
+
+
+async def test_handler_for_usechat(store, conversations, recorder, dsn):
+    """The model gets the stored messages, and the chat gets the messages of the run."""
+    received = []
+
+    async def answer(messages: Any, info: Any) -> AsyncIterator[str]:
+        received.append([part.content for message in messages for part in message.parts])
+        yield f"Answer {len(received)}"
+
+    def generate(generation: Generation) -> AsyncIterator[Any]:
+        return run(Agent(FunctionModel(stream_function=answer)), Recorder(), generation.ui_messages)
+
+    async def ask(id: str, text: str) -> None:
+        message = {"id": id, "role": "user", "parts": [{"type": "text", "text": text}]}
+        body = json.dumps({"id": "chat", "messages": [message], "trigger": "submit-message"}).encode()
+        headers = {"content-type": "application/json"}
+        response = await handler.handle(WebRequest("POST", "/api/chat", {}, headers, body))
+        async for _ in response.body:
+            pass
+
+    async with AsyncPostgresConversationStore(dsn, table=conversations) as chats:
+        handler = AsyncAiSdkHandler(generate, store=store, conversations=chats, public=True)
+        await ask("1", "One")
+        await ask("2", "Two")
+        response = await handler.handle(WebRequest("GET", "/api/chat/chat", {}, {}, b""))
+    assert received == [["One"], ["One", "Answer 1", "Two"]]
+    parts = [part for message in json.loads(response.body)["messages"] for part in message["parts"]]
+    assert [part["text"] for part in parts if part["type"] == "text"] == ["One", "Answer 1", "Two", "Answer 2"]
 
 
 async def until(condition: Callable[[], object]) -> None:

@@ -373,7 +373,7 @@ def test_modules_import_no_library() -> None:
     assert done.stdout == "[]\n"
 
 
-# The imports of each script of the page, and what the server sends.
+# The imports of each script of the page, and the events of the server.
 SCRIPTS = {
     "openai import chat_completions": [completion(content="Hello"), completion("stop")],
     "openai import responses": recorded(text_delta("Hello")),

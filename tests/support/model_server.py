@@ -17,7 +17,7 @@ class ModelServer:
     Attributes:
         url: The `base_url` of a client.
         events: The JSON objects to send.
-        then: What follows them: the end, a lost connection, or the last event again and again.
+        then: After them, end the response, lose the connection, or repeat the last event without end.
         disconnected: Set when a client has left during `repeat`.
     """
 

@@ -1,4 +1,4 @@
-"""Common to the sources: reading a stream in either flavour, and tool calls whose inputs arrive in pieces."""
+"""Reads a stream in either flavour, and collects the inputs of tool calls from their pieces. Common to the sources."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ async def close_async(stream: object) -> None:
 
 
 class ToolCalls:
-    """The tool calls of a stream whose inputs are not complete. Each one has a key, such as its index."""
+    """The tool calls of a stream with incomplete inputs. Each one has a key, such as its index."""
 
     def __init__(self) -> None:
         self._open: dict[Any, _ToolCall] = {}

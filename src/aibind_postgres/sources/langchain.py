@@ -23,7 +23,7 @@ def messages(stream: AsyncIterable[Any] | Iterable[Any]) -> AsyncIterator[Item] 
     step.
 
     Args:
-        stream: What `astream` or `stream` of a model returns, or of a graph with `stream_mode="messages"`.
+        stream: The result of `astream` or `stream` of a model, or of a graph with `stream_mode="messages"`.
 
     Returns:
         A generator of items of the wire format `ai_sdk`, asynchronous for `astream`. Closing it closes the stream. It

@@ -22,7 +22,7 @@ def chat_completions(stream: AsyncIterable[Any] | Iterable[Any]) -> AsyncIterato
     Text and refusals become text. Reasoning and tool calls are converted too. Only the first choice is read.
 
     Args:
-        stream: What `client.chat.completions.create(..., stream=True)` returns: a `Stream` or an `AsyncStream`.
+        stream: The result of `client.chat.completions.create(..., stream=True)`, a `Stream` or an `AsyncStream`.
 
     Returns:
         A generator of items of the wire format `ai_sdk`, asynchronous for an `AsyncStream`. Closing it closes the
@@ -42,7 +42,7 @@ def responses(stream: AsyncIterable[Any] | Iterable[Any]) -> AsyncIterator[Item]
     Calls of OpenAI's own tools are left out.
 
     Args:
-        stream: What `client.responses.create(..., stream=True)` returns: a `Stream` or an `AsyncStream`.
+        stream: The result of `client.responses.create(..., stream=True)`, a `Stream` or an `AsyncStream`.
 
     Returns:
         A generator of items of the wire format `ai_sdk`, asynchronous for an `AsyncStream`. Closing it closes the

@@ -28,7 +28,7 @@ def vercel_ai(events: AsyncIterable[Any], token: Token) -> AsyncGenerator[Frames
     A client that leaves does not cancel the run. Stopping the stream does, by closing the source.
 
     Args:
-        events: What `run_stream` of the adapter returns, or `encode_stream` of the adapter for it.
+        events: The result of the adapter's `run_stream`, or of its `encode_stream` for it.
         token: The `CancellationToken` that was passed to `run_stream`. Closing the source cancels it, and waits until
             the run has ended and `on_cancel` has returned.
 
