@@ -59,8 +59,6 @@ class _ChatCompletion:
         for choice in event.choices:
             if choice.index == 0:
                 yield from self._delta(choice.delta)
-                if choice.finish_reason:
-                    yield from self._calls.close_all()
 
     def _delta(self, delta: Any) -> Iterator[Item]:
         # Not in OpenAI's API. DeepSeek and vLLM use the first name, OpenRouter and newer vLLM the second.
