@@ -161,6 +161,13 @@ def test_langgraph_messages_that_are_not_streamed(flavour):
     assert produced.of("tool-input-available") == [WEATHER_INPUT]
     assert [chunk["input"] for chunk in produced.of("tool-input-error")] == ["{"]
     assert [chunk["output"] for chunk in produced.of("tool-output-available")] == ["sunny"]
+    assert produced.status.state == "done"
+
+
+def test_langgraph_message_without_a_last_piece(flavour):
+    items = [*CALLS, ToolMessage("sunny", tool_call_id="call_a")]
+    produced = flavour.produce(langchain.messages(flavour.iterate(items)))
+    assert produced.types[-4:-2] == ["tool-input-available", "tool-output-available"]
 
 
 def test_langgraph_parallel_nodes(flavour):

@@ -249,6 +249,15 @@ async def test_error_of_the_model_ends_the_stream(store, recorder):
     assert chunks[-1]["type"] == "text-end"
 
 
+async def test_error_of_the_events_ends_the_stream(store, recorder):
+    async def events() -> AsyncIterator[str]:
+        yield 'data: {"type":"start"}\n\n'
+        raise ValueError("broken")
+
+    stream = await AsyncDurableStream.start(store, vercel_ai(events(), recorder.token), wire="ai_sdk")
+    assert (await stream.wait(TIMEOUT)).state == "error"
+
+
 async def test_error_of_on_cancel_is_logged(recorder, caplog):
     async def on_cancel(cancelled: RunCancelled) -> None:
         raise ValueError("no database")
