@@ -32,7 +32,7 @@ LAYERS = [
     }
     | {"_followed_stream", "_lifecycle", "_subscriptions", "_tables", "_write_buffer"},
     {"_async", "_sync"},
-    {"schema", "adapters", "embedded"},
+    {"schema", "adapters", "embedded", "sources"},
     {"__init__"},
     {"contrib", "cli"},
 ]
