@@ -59,6 +59,8 @@ def handler(plain: str) -> object:
 
 
 EXAMPLES = {
+    "AgUiHandler": lambda: handler("AgUiHandler"),
+    "AsyncAgUiHandler": lambda: handler("AsyncAgUiHandler"),
     "AsyncDurableStream": lambda: public.AsyncDurableStream(
         public.AsyncPostgresStreamStore(DSN), "stream", find_wire(None)
     ),

@@ -12,7 +12,8 @@ from .. import _arguments as arguments
 from .._concurrency import async_run_large
 from .._document import NODE_CHARACTERS
 from .._turns import STREAM_ID, Question, model_messages
-from .._ui_message import assemble, message_chunks
+from .._ui_message import assemble
+from .._ui_message_chunks import message_chunks
 from .._ui_turns import UiRequest, ask_ui, parse_ui_request, text_messages, ui_messages, ui_text
 from ..errors import StreamNotFoundError, WebError
 from ..history import ChatHistory, new_id
