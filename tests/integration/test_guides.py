@@ -1,4 +1,7 @@
-"""The applications in docs/usechat.md and docs/migration.md work over HTTP, each on two servers with one database."""
+"""The applications in docs/usechat.md and docs/migration.md work over HTTP, each on two servers with one database.
+
+The code for pages in docs/usechat.md runs in Node, with the published clients.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from support import npm
 from support.applications import Browser, serving
 
 from aibind_postgres import PostgresConversationStore, PostgresStreamStore, StreamStatus
@@ -49,10 +53,10 @@ MODEL = ASYNC_MODEL.replace("async def", "def").replace("import asyncio", "impor
 MODEL = MODEL.replace("await asyncio.sleep", "time.sleep")
 
 
-def blocks(page: str, heading: str) -> list[str]:
-    """Return the Python blocks of a section of a page."""
+def blocks(page: str, heading: str, languages: str = "python") -> list[str]:
+    """Return the blocks of code in a section of a page."""
     section = (DOCS / page).read_text("utf-8").partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
-    return re.findall(r"^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+    return re.findall(rf"^ *```(?:{languages})\n(.*?)^ *```", section, re.MULTILINE | re.DOTALL)
 
 
 def write(folder: Path, *programs: str, model: str = "") -> None:
@@ -168,6 +172,105 @@ def test_approval_in_use_chat(is_approved: bool, database: str, tmp_path: Path) 
         assert second[0]["messageId"] == first[0]["messageId"]
         output = [chunk.get("output") for chunk in second if chunk["type"].startswith("tool-output")]
         assert output == [5 if is_approved else None]
+
+
+# `useChat` itself needs a browser. Its class `Chat` has its requests and its state.
+PAGE = """
+import { Chat as ChatState } from "@ai-sdk/react";
+import { DefaultChatTransport } from "ai";
+import { unlinkSync, writeFileSync } from "node:fs";
+
+const [base, proceed] = process.argv.slice(2);
+const fetchUrl = globalThis.fetch;
+globalThis.fetch = (url, init) => fetchUrl(new URL(url, base), init);
+
+function useChat({ resume, ...options }) {
+  const chat = new ChatState(options);
+  chat.setMessages = (change) => (chat.messages = change(chat.messages));
+  return chat;
+}
+
+const texts = ({ messages }) => messages.map(({ parts }) => parts.map((part) => part.text ?? "").join(""));
+
+async function until(condition) {
+  while (!(await condition())) await new Promise((resolve) => setTimeout(resolve, 20));
+}
+
+LOAD
+
+function chatWithStop(id) {
+  STOP
+  return stop;
+}
+
+function mount(id, stored) {
+  RACE
+  return chat;
+}
+
+const lastOnly = () =>
+  LAST_ONLY
+
+const id = "a chat/1";
+const result = {};
+const first = useChat({ id, messages: (await load(id)).messages });
+const answered = first.sendMessage({ text: "wait" });
+await until(() => texts(first)[1]);
+const stored = await load(id);
+
+const second = useChat({ id, messages: stored.messages });
+await second.sendMessage({ text: "next" });
+result.refused = [second.status, second.error.message];
+writeFileSync(proceed, "");
+await answered;
+
+const late = mount(id, stored);
+await late.resumeStream();
+await until(() => texts(late)[1]);
+result.late = [late.status, texts(late)];
+
+await second.sendMessage();
+result.again = [second.status, texts(await load(id))];
+
+unlinkSync(proceed);
+const third = useChat({ id: "another", transport: lastOnly() });
+const stopped = third.sendMessage({ text: "wait" });
+await until(() => texts(third)[1]);
+await chatWithStop("another")();
+await stopped;
+result.stopped = [third.status, texts(await load("another"))];
+
+await third.sendMessage({ text: "edited", messageId: third.messages[0].id });
+await third.regenerate();
+result.edited = [third.status, texts(third), texts(await load("another"))];
+console.log(JSON.stringify(result));
+"""
+
+
+@pytest.mark.parametrize("version", [5, 6, 7])
+def test_code_of_pages(version: int, database: str, tmp_path: Path) -> None:
+    load, stop, race = blocks("usechat.md", "The page", "jsx?")
+    [last_only] = blocks("usechat.md", "Limits", "jsx?")
+    script = tmp_path / "page.mjs"
+    parts = {"LAST_ONLY": last_only, "LOAD": load, "STOP": stop, "RACE": race}
+    page = PAGE
+    for name, part in parts.items():
+        page = page.replace(name, part)
+    script.write_text(page, "utf-8")
+    application, _ = blocks("migration.md", "From resumable-stream and Redis")
+    application = application.replace("public=True", f"public=True, sdk_version={version}")
+    write(tmp_path, application, model=ASYNC_MODEL)
+    with serving(UVICORN.format(folder=tmp_path), database) as url:
+        result = json.loads(npm.run_node(f"ai{version}", script, "", url, str(tmp_path / "proceed")))
+    answers = ["wait", "Answer to wait — ü\n", "next", "Answer to next — ü\n"]
+    refusal = "an answer of this conversation is being written: wait for its end, or stop it"
+    assert result == {
+        "refused": ["error", refusal],
+        "late": ["ready", answers[:2]],
+        "again": ["ready", answers],
+        "stopped": ["ready", ["wait", "Answer to "]],
+        "edited": ["ready", *[["edited", "Answer to edited — ü\n"]] * 2],
+    }
 
 
 # From resumable-stream
