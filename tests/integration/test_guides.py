@@ -243,6 +243,29 @@ result.stopped = [third.status, texts(await load("another"))];
 await third.sendMessage({ text: "edited", messageId: third.messages[0].id });
 await third.regenerate();
 result.edited = [third.status, texts(third), texts(await load("another"))];
+
+let isCut = true;
+const lost = useChat({ id: "lost", transport: new DefaultChatTransport({ fetch: async (...request) => {
+  const response = await fetch(...request);
+  if (!isCut) return response;
+  const cut = new TransformStream({
+    transform(part, controller) {
+      controller.enqueue(part);
+      // after the page has shown the text
+      if (new TextDecoder().decode(part).includes("Answer to "))
+        return until(() => texts(lost)[1]).then(() => controller.error(new TypeError("network error")));
+    },
+  });
+  return new Response(response.body.pipeThrough(cut), response);
+} }) });
+await lost.sendMessage({ text: "wait" });
+result.lost = [lost.status, texts(lost)];
+isCut = false;
+const resumed = lost.resumeStream();
+await until(() => lost.status === "streaming");
+writeFileSync(proceed, "");
+await resumed;
+result.resumed = [lost.status, texts(lost)];
 console.log(JSON.stringify(result));
 """
 
@@ -263,12 +286,17 @@ def test_code_of_pages(version: int, database: str, tmp_path: Path) -> None:
     with serving(UVICORN.format(folder=tmp_path), database) as url:
         result = json.loads(npm.run_node(f"ai{version}", script, "", url, str(tmp_path / "proceed")))
     answers = ["wait", "Answer to wait — ü\n", "next", "Answer to next — ü\n"]
+    if version == 5:  # it appends the replay
+        assert "Answer to Answer to wait" in result.pop("resumed")[1][1]
+    else:
+        assert result.pop("resumed") == ["ready", answers[:2]]
     refusal = "an answer of this conversation is being written: wait for its end, or stop it"
     assert result == {
         "refused": ["error", refusal],
         "late": ["ready", answers[:2]],
         "again": ["ready", answers],
         "stopped": ["ready", ["wait", "Answer to "]],
+        "lost": ["error", ["wait", "Answer to "]],
         "edited": ["ready", *[["edited", "Answer to edited — ü\n"]] * 2],
     }
 
