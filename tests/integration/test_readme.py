@@ -20,6 +20,8 @@ import pytest
 import aibind_postgres
 from aibind_postgres import (
     AibindError,
+    AiSdkHandler,
+    AsyncAiSdkHandler,
     AsyncPostgresConversationStore,
     AsyncPostgresStreamStore,
     AsyncStreamHandler,
@@ -192,10 +194,18 @@ def test_store_options_and_defaults_are_documented(store: type) -> None:
         assert re.search(row, DOCS["docs/operations.md"], re.MULTILINE), option
 
 
-@pytest.mark.parametrize("handler", [StreamHandler, AsyncStreamHandler])
-def test_handler_options_are_documented(handler: type) -> None:
+@pytest.mark.parametrize(
+    ("handler", "page"),
+    [
+        (StreamHandler, "docs/http.md"),
+        (AsyncStreamHandler, "docs/http.md"),
+        (AiSdkHandler, "docs/usechat.md"),
+        (AsyncAiSdkHandler, "docs/usechat.md"),
+    ],
+)
+def test_handler_options_are_documented(handler: type, page: str) -> None:
     for option in list(inspect.signature(handler).parameters)[1:]:
-        assert f"\n| `{option}` |" in DOCS["docs/http.md"], option
+        assert f"\n| `{option}` |" in DOCS[page], option
 
 
 def test_errors_are_documented() -> None:
