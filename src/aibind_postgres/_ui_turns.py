@@ -27,6 +27,7 @@ MAX_REPLACEMENT = 10_000  # characters
 
 SUBMIT, REGENERATE = "submit-message", "regenerate-message"
 
+UNKNOWN = "messageId is not the id of a message of this chat"
 CONTINUED = "the chat has continued after this answer: load it again"
 
 # The required fields of each type of part that a user's message may have, all of them texts.
@@ -88,13 +89,15 @@ def parse_ui_request(request: WebRequest) -> UiRequest:
         raise WebError(400, "id, the id of the chat, is required")
     if chat_id in (".", ".."):  # a browser removes them from the path of a later request
         raise WebError(400, f"{chat_id!r} cannot be the id of a chat")
-    if chat_id.endswith(("/stream", "/stop")):
-        raise WebError(400, "the id of a chat cannot end with /stream or /stop, as the paths of its routes do")
+    if chat_id.startswith("/") or chat_id.endswith(("/stream", "/stop")):  # other routes would answer
+        raise WebError(400, "the id of a chat cannot begin with a slash, and not end with /stream or /stop")
     trigger = SUBMIT if body.get("trigger") is None else body["trigger"]
     if trigger not in (SUBMIT, REGENERATE):
         raise WebError(400, f"trigger must be {SUBMIT} or {REGENERATE}")
     is_repetition = trigger == REGENERATE
-    messages = [body["message"]] if "message" in body else body.get("messages", [] if is_repetition else None)
+    messages = body.get("messages", [] if is_repetition else None)
+    if body.get("message") is not None:
+        messages = [body["message"]]
     if not isinstance(messages, list) or not (messages or is_repetition):
         raise WebError(400, "message or messages is required")
     for message in messages:
@@ -165,7 +168,9 @@ def ask_ui(chat: ChatHistory[Any], stream_id: str, *, request: UiRequest) -> Que
     message = request.messages[-1]
     if not request.is_repetition and request.message_id not in (None, message["id"]):
         named_id = _find(tree, str(request.message_id))
-        if named_id is not None and _role(tree._snapshot(named_id).message) == "assistant":
+        if named_id is None:
+            raise WebError(400, UNKNOWN)
+        if _role(tree._snapshot(named_id).message) == "assistant":
             raise WebError(409, CONTINUED)  # results of tools for an earlier answer
     known_id = _find(tree, message["id"])
     if message["role"] == "assistant":
@@ -195,7 +200,7 @@ def _question_to_repeat(tree: MessageTree[Any], request: UiRequest) -> str | Non
         if request.messages and _role(request.messages[-1]) == "user":
             return None
         if wanted:
-            raise WebError(400, "messageId is not the id of a message of this chat")
+            raise WebError(400, UNKNOWN)
         node_id = tree.active_leaf_id
     while node_id is not None and _role(tree._snapshot(node_id).message) != "user":
         node_id = tree._snapshot(node_id).parent_id

@@ -112,8 +112,9 @@ class Generation(NamedTuple):
     Attributes:
         kind: The route that was called. `run` for an `AgUiHandler`.
         prompt: The `prompt` or `input` field, or the content of the last message. Empty for `compact`.
-        messages: The messages of the conversation, each with `role` and `content`. The last one is `prompt`. For
-            `compact`, these are the messages to summarise. For an `AgUiHandler`, these are the messages of AG-UI.
+        messages: The messages of the conversation, each with `role` and `content`. The last one is `prompt`,
+            unless the answer continues a message of an `AiSdkHandler`. For `compact`, these are the messages to
+            summarise. For an `AgUiHandler`, these are the messages of AG-UI.
         system: The system prompt, if the client sent one.
         model: The name of a model, if the client sent one.
         session_id: The id of the conversation, if the client sent one.

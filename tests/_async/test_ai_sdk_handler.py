@@ -420,6 +420,15 @@ async def test_stop(page):
     assert await page.refusal("POST", "/c/stop") == success  # nothing runs
 
 
+async def test_stop_before_the_chat_is_stored(page):
+    """A process may have died between the creation of the stream and the save of the question."""
+    await page.streams.create("orphan", session_id="c", owner="ann", wire="ai_sdk", lease=60)
+    assert await page.refusal("POST", "/c/stop", {}, "bob") == MISSING
+    assert (await page.refusal("POST", "", {"id": "c", "message": user_message("q", "hi")}))[0] == 409
+    assert await page.refusal("POST", "/c/stop", {}) == (200, b'{"success": true}')
+    await page.turn(user_message("q", "hi"))
+
+
 async def test_deleted_answer(page):
     response = await page.post(user_message("q", "wait"))
     body = response.body
@@ -893,7 +902,9 @@ def posted(**fields):
         posted(id=" "),
         posted(id=7),
         posted(id="."),
+        posted(id="/a"),
         posted(id="a/stop"),
+        posted(messageId="unknown"),
         posted(id="a/stream"),
         posted(messages=[{"role": "user", "parts": [{"type": "data-x", "data": float("inf")}]}]),
         posted(messages=[{"role": "user", "parts": [{"type": "data-x", "data": nested(250)}]}]),

@@ -54,8 +54,10 @@ class AsyncAiSdkHandler(AsyncWebHandler):
     - An edited question and another answer are alternatives: the earlier ones stay in the conversation store.
     - Results and approvals of tools that the page sends continue the last answer.
     - A page that loads during a continued answer gets the earlier parts as well. Without `conversations`, it does not.
-    - A second question gets status 409 while an answer of the chat is written. The page keeps its text. Without
-      `conversations`, two requests at the same instant may both start an answer.
+    - A second question gets status 409 while an answer of the chat is written. The page shows it with an error, and
+      `regenerate()` sends it again. `stop()` of a page only ends its own request: a button to stop also sends the
+      request to stop, before the next question. Without `conversations`, two requests at the same instant may both
+      start an answer.
 
     Args:
         generate: Called with a `Generation`. Returns a source: an iterable of `str`, and of the items of
@@ -260,9 +262,9 @@ class AsyncAiSdkHandler(AsyncWebHandler):
                 `check_session`.
         """
         await self._access.check_session(request, user, chat_id)
-        if self._chats is not None:
-            await self._chats.find(user, chat_id)
         infos = await self._active(user, chat_id)
+        if self._chats is not None and not infos:  # a running answer may belong to a chat that is not stored yet
+            await self._chats.find(user, chat_id)
         if len(infos) > 1 and self._chats is not None:
             infos = _named(infos, await self._chats.load(request, user, chat_id))
         if not infos:

@@ -97,7 +97,8 @@ class AsyncDurableStream:
             wire: The wire format. It is stored with the stream, which needs migration 0004 unless it is the default.
 
                 - `aibind`: for aibind's browser client, and for `EventSource`. The items are `str` and `StreamEvent`.
-                - `ai_sdk`: for `useChat` of the AI SDK. The items are those of `wire.ai_sdk`.
+                - `ai_sdk`: for `useChat` of the AI SDK 7. The items are those of `wire.ai_sdk`. `AiSdkHandler` also
+                  writes for versions 5 and 6.
                 - `ag_ui`: for clients of AG-UI. The items are those of `wire.ag_ui`.
                 - `sse`: an event stream that another library has encoded, as `str` or `bytes`, split anywhere. Its
                   frames are sent unchanged.
@@ -286,7 +287,8 @@ class AsyncDurableStream:
 
         Raises:
             StreamNotFoundError: The stream does not exist.
-            InvalidDataError: The id is invalid, or `after_seq` is not an int of at least 0.
+            InvalidDataError: The id is invalid, `after_seq` is not an int of at least 0, or a newer version of this
+                package has written the stream in a wire format that this one does not have.
         """
         cursor = arguments.integer(after_seq, "after_seq", minimum=0)
         # A standby may lag behind: the page is read again for a while.
@@ -320,10 +322,8 @@ class AsyncDurableStream:
     def sse(self, after_seq: int | None = None, *, heartbeat: float | timedelta = 15.0) -> AsyncIterator[bytes]:
         """Iterate over the stream as encoded Server-Sent Events, until it has ended.
 
-        The data of the events without a name are the text. A CR or CRLF arrives as LF, also if the CRLF spans two
-        chunks.
-
-        With the wire format `aibind`, the events are, in this order:
+        The wire format determines the events. With `aibind`, the data of the events without a name are the text, in
+        which a CR or CRLF arrives as LF, also if the CRLF spans two chunks. The events are, in this order:
 
         1. `stream-id`, if `start` returned this object and the stream is read from the beginning.
         2. One event for each chunk, named or unnamed. Its id is the sequence number of the chunk. A chunk that contains
@@ -338,7 +338,7 @@ class AsyncDurableStream:
                 the connection open. Default: 15. None is sent during retries, while the server is unreachable.
 
         Yields:
-            The bytes of one event or comment.
+            The bytes of one or more events, or of a comment.
 
         Raises:
             StreamNotFoundError: The stream does not exist, or was deleted.

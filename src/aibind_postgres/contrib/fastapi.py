@@ -93,6 +93,7 @@ class _Description(NamedTuple):
     fields: tuple[str, ...] = ()  # of the body
     required: tuple[str, ...] = ()
     parameters: tuple[dict[str, Any], ...] = ()
+    or_nothing: bool = False  # whether the response may be empty, with status 204
 
 
 def _parameter(name: str, place: str = "query") -> dict[str, Any]:
@@ -143,15 +144,25 @@ _DESCRIPTIONS = {
 _PARTS: dict[str, Any] = {"type": "array", "items": {"type": "object"}}
 _UI_MESSAGE = _object(id=_TEXT, role={"enum": ["user", "assistant", "system"]}, parts=_PARTS)
 _UI_MESSAGES = {"type": "array", "items": _UI_MESSAGE}
-_PROPERTIES["trigger"] = {"enum": ["submit-message", "regenerate-message"]}
-_PROPERTIES["messageId"] = _PROPERTIES["activeStreamId"] = _TEXT
-_PROPERTIES["message"] = _UI_MESSAGE
+_UI_PROPERTIES = {
+    "id": _TEXT,
+    "messages": _UI_MESSAGES,
+    "message": _UI_MESSAGE,
+    "trigger": {"enum": ["submit-message", "regenerate-message"]},
+    "messageId": _TEXT,
+    "activeStreamId": _TEXT,
+}
 _CHAT = _json(_object(id=_TEXT, title=_NULLABLE, messages=_UI_MESSAGES, activeStreamId=_NULLABLE))
 _AI_SDK_DESCRIPTIONS = {
     ("POST", ""): _Description(
-        "Start an answer as a UI message stream", _EVENTS, ("id", "message", "trigger", "messageId"), ("id",)
+        "Start an answer as a UI message stream",
+        _EVENTS,
+        ("id", "messages", "message", "trigger", "messageId"),
+        ("id",),
     ),
-    ("GET", "/{id}/stream"): _Description("Replay the running answer, and follow it", _EVENTS, parameters=_ID),
+    ("GET", "/{id}/stream"): _Description(
+        "Replay the running answer, and follow it", _EVENTS, parameters=_ID, or_nothing=True
+    ),
     ("POST", "/{id}/stop"): _Description(
         "Stop the running answer", _json(_object(success={"const": True})), ("activeStreamId",), parameters=_ID
     ),
@@ -161,9 +172,9 @@ _AI_SDK_DESCRIPTIONS = {
 }
 
 # The same for an `AsyncAgUiHandler`.
-_PROPERTIES["threadId"] = _PROPERTIES["runId"] = _TEXT
+_RUN_PROPERTIES = {"threadId": _TEXT, "runId": _TEXT, "messages": _PARTS}
 _AG_UI_DESCRIPTIONS = {
-    ("POST", ""): _Description("Start a run", _EVENTS, ("threadId", "runId"), ("threadId", "runId", "messages")),
+    ("POST", ""): _Description("Start a run", _EVENTS, tuple(_RUN_PROPERTIES), tuple(_RUN_PROPERTIES)),
     ("GET", "/{id}"): _Description("Replay a run, and follow it", _EVENTS, parameters=_ID),
     ("POST", "/{id}/stop"): _Description("Stop a run", _OK, parameters=_ID),
 }
@@ -189,10 +200,11 @@ def router(handler: AsyncWebHandler) -> APIRouter:
         `app.include_router(router(handler), dependencies=[Depends(current_user)])`
     """
     check_flavour(handler)
+    schema = _schema_of(handler)
     result = APIRouter()
     for path, methods in handler._routes.items():
         for method in methods:
-            description = _description(handler, method, path)
+            description = schema.describe(method, path)
             result.add_api_route(
                 (handler.prefix + path.replace("{id}", f"{{id:{ANY_PATH}}}")) or "/",
                 _endpoint(handler, path),
@@ -202,10 +214,11 @@ def router(handler: AsyncWebHandler) -> APIRouter:
                 response_class=Response,
                 responses={
                     200: {"content": description.response},
-                    "4XX": {"description": "Refused", "content": _ERROR},
-                    "5XX": {"description": "Failed", "content": _ERROR},
+                    **({204: {"description": "Nothing"}} if description.or_nothing else {}),
+                    "4XX": {"description": "Refused", "content": schema.error},
+                    "5XX": {"description": "Failed", "content": schema.error},
                 },
-                openapi_extra=_request_schema(description),
+                openapi_extra=_request_schema(description, schema.properties),
             )
     # The handler also responds to other paths and methods below its prefix.
     result.add_api_route(
@@ -218,12 +231,24 @@ def router(handler: AsyncWebHandler) -> APIRouter:
     return result
 
 
-def _description(handler: AsyncWebHandler, method: str, path: str) -> _Description:
+class _Schema(NamedTuple):
+    """The descriptions of one handler's routes, the properties of its bodies, and the content of its errors."""
+
+    descriptions: dict[tuple[str, str], _Description]
+    properties: dict[str, Any]
+    error: dict[str, Any]
+
+    def describe(self, method: str, path: str) -> _Description:
+        found = self.descriptions.get((method, path))
+        return self.descriptions[method, path.rpartition("/")[2]] if found is None else found
+
+
+def _schema_of(handler: AsyncWebHandler) -> _Schema:
     if isinstance(handler, AsyncAiSdkHandler):
-        return _AI_SDK_DESCRIPTIONS[method, path]
+        return _Schema(_AI_SDK_DESCRIPTIONS, _UI_PROPERTIES, _PLAIN)
     if isinstance(handler, AsyncAgUiHandler):
-        return _AG_UI_DESCRIPTIONS[method, path]
-    return _DESCRIPTIONS[method, path.rpartition("/")[2]]
+        return _Schema(_AG_UI_DESCRIPTIONS, _RUN_PROPERTIES, _ERROR)
+    return _Schema(_DESCRIPTIONS, _PROPERTIES, _ERROR)
 
 
 def _endpoint(handler: AsyncWebHandler, path: str = "/{path}") -> Callable[[Request], Awaitable[Response]]:
@@ -233,10 +258,10 @@ def _endpoint(handler: AsyncWebHandler, path: str = "/{path}") -> Callable[[Requ
     return answer
 
 
-def _request_schema(description: _Description) -> dict[str, Any]:
+def _request_schema(description: _Description, all_properties: dict[str, Any]) -> dict[str, Any]:
     schema: dict[str, Any] = {"parameters": list(description.parameters)} if description.parameters else {}
     if description.fields:
-        properties = {name: _PROPERTIES[name] for name in description.fields}
+        properties = {name: all_properties[name] for name in description.fields}
         body: dict[str, Any] = {"type": "object", "properties": properties, "required": list(description.required)}
         if "regenerate" in properties:  # then the prompt is stored
             body["anyOf"] = [{"required": body.pop("required")}, {"required": ["regenerate"]}]

@@ -19,6 +19,29 @@ from ..models import StreamStatus
 from ..sse import ServerSentEvent, encode
 from . import DELETED, EVENT_STREAM, INTERRUPTED, FrameEncoder, WireName
 
+__all__ = [
+    "WIRE",
+    "AiSdkWire",
+    "Frames",
+    "OpenParts",
+    "Reasoning",
+    "SdkVersion",
+    "data",
+    "file",
+    "frames",
+    "metadata",
+    "reasoning",
+    "source_document",
+    "source_url",
+    "step",
+    "tool_approval",
+    "tool_error",
+    "tool_input",
+    "tool_input_delta",
+    "tool_input_start",
+    "tool_output",
+]
+
 SdkVersion = Literal[5, 6, 7]
 
 # What most chunks of a stream begin with. They open and close no part.
