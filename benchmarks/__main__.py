@@ -23,8 +23,10 @@ from .bench import FULL, QUICK, SMOKE, Bench
 from .chats import chats
 from .concurrent_appends import TARGETS, five_hundred_tasks, separate_stores, threads
 from .conversations import conversations
+from .framing import framing
 from .leases import leases
 from .measure import Row
+from .over_http import first_token, http_readers
 from .peers import pgbench_program, redis_server
 from .readers import fan_out, idle
 from .reading import first_chunk, memory, replay
@@ -47,6 +49,9 @@ BENCHMARKS = {
     "fan-out": fan_out,
     "32-stores": separate_stores,
     "conversations": conversations,
+    "framing": framing,
+    "first-token": first_token,
+    "http-readers": http_readers,
     "10-million": ten_million,
     "import": import_benchmark,
 }

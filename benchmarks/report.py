@@ -19,7 +19,17 @@ from rich.table import Table
 from .measure import Row, Target
 
 HEADINGS = ["work", "ours", "peer", "peer's figure", "ratio", "target", "met"]
-PACKAGES = ["aibind-postgres", "psycopg", "psycopg-pool", "redis", "hiredis"]
+PACKAGES = [
+    "aibind-postgres",
+    "psycopg",
+    "psycopg-pool",
+    "redis",
+    "hiredis",
+    "starlette",
+    "uvicorn",
+    "httptools",
+    "uvloop",
+]
 
 PAGE = Path(__file__).parent / "README.md"
 PICTURE = Path(__file__).parent / "results.svg"

@@ -60,6 +60,10 @@ class Tables(NamedTuple):
         return f"{self.schema}.status"
 
     @property
+    def conversations(self) -> str:
+        return f"{self.schema}.conversations"
+
+    @property
     def names(self) -> Names:
         return {"chunks_table": self.chunks, "status_table": self.status}
 
@@ -70,7 +74,7 @@ class Tables(NamedTuple):
 
     def migrate(self, until: str | None = None) -> None:
         """Create the tables. `until` is a text in the migrations before which to stop; by default all are applied."""
-        migrations = schema.render(**self.names, conversations_table=f"{self.schema}.conversations")
+        migrations = schema.render(**self.names, conversations_table=self.conversations)
         with psycopg.connect(self.dsn) as admin:
             admin.execute(f"CREATE SCHEMA {self.schema}")
             admin.execute(migrations if until is None else migrations[: migrations.index(until)])

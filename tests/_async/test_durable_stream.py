@@ -19,6 +19,7 @@ from aibind_postgres import (
     StreamNotFoundError,
     WebError,
 )
+from aibind_postgres._async import event_stream
 from aibind_postgres._concurrency import AsyncEvent
 from aibind_postgres.models import chunk_text, event_of
 from aibind_postgres.sse import EventParser, ServerSentEvent
@@ -60,6 +61,18 @@ async def test_items_arrive_and_reading_resumes_after_any_number(store, other):
     assert await stream.stop() is False
 
 
+async def test_available_chunks_arrive_in_few_pieces(store):
+    """A web server needs more time for each piece of a body than for an event."""
+    texts = [f"{number:0100}" for number in range(1000)]
+    stream = await AsyncDurableStream.start(store, items(texts))
+    await stream.wait(20)
+    sent = [each async for each in stream.sse()]
+    received = EventParser().feed(b"".join(sent))
+    assert [event.data for event in received] == [stream.id, *texts, ""]
+    assert len(sent) < 30
+    assert max(map(len, sent)) < 17_000  # else a slow client has to read much within the time limit
+
+
 HANDLED = ("stream-id", "usage", "partial", "data", "stopped", "error", "done")  # by the clients that resume
 
 
@@ -82,7 +95,8 @@ def aibind_race_texts(sent):
     return [data for event, _, data in aibind_blocks(sent) if not event]
 
 
-async def test_client_that_ignores_ids_of_named_events_gets_each_event_once(store):
+async def test_client_that_ignores_ids_of_named_events_gets_each_event_once(store, monkeypatch):
+    monkeypatch.setattr(event_stream, "MAX_PIECE", 1)  # byte: the connection may be lost after each frame
     usage = StreamEvent("usage", "{}")
     stream = await AsyncDurableStream.start(store, items([usage, "a", usage, usage]))
     sent = [each async for each in stream.sse()]

@@ -338,7 +338,7 @@ class AsyncDurableStream:
                 the connection open. Default: 15. None is sent during retries, while the server is unreachable.
 
         Yields:
-            The bytes of one or more events, or of a comment.
+            The bytes of one comment, or of one or more events.
 
         Raises:
             StreamNotFoundError: The stream does not exist, or was deleted.

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 MAX_LOOK_BACK = 100  # chunks before the first one: a resumed reader does not search further back
 
+# Bytes after which a piece of a body ends. Each piece costs a web server several times as much as the frame of a chunk,
+# so available frames are sent together. The limit gives slow clients enough time for each piece.
+MAX_PIECE = 16_384
+
 
 async def encoded_events(
     following: AbstractContextManager[AsyncFollower],
@@ -29,6 +33,8 @@ async def encoded_events(
     is_new: bool,
 ) -> AsyncIterator[bytes]:
     """Iterate over the frames of a stream until it has ended, as `sse` of `DurableStream` describes.
+
+    The frames of chunks that are available together are joined.
 
     Args:
         following: Follows the stream after the chunks that the client has.
@@ -46,11 +52,19 @@ async def encoded_events(
                 if isinstance(step, Heartbeat):
                     yield comment("ping")
                     continue
+                piece: list[bytes] = []
+                size = 0
                 for chunk in step.chunks:
                     frame = frames.frame(chunk.seq, chunk.data)
                     if frame is None:
                         frame = await _frame_after_look_back(pages, stream_id, frames, chunk)
-                    yield frame
+                    piece.append(frame)
+                    size += len(frame)
+                    if size >= MAX_PIECE:
+                        yield b"".join(piece)
+                        piece, size = [], 0
+                if piece:
+                    yield b"".join(piece)
         end = frames.end(step.status)
     except StreamNotFoundError:
         if end := frames.end(None):
