@@ -1,0 +1,86 @@
+"""A server for the page of `examples/usechat` whose answers depend on the prompt only. Tests run it with uvicorn.
+
+Environment variables: DATABASE_URL, PAGE (the folder of the built page), SDK_VERSION, and LEASE in seconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.staticfiles import StaticFiles
+
+from aibind_postgres import AsyncAiSdkHandler, AsyncPostgresConversationStore, AsyncPostgresStreamStore, Generation
+from aibind_postgres.contrib.fastapi import router
+from aibind_postgres.wire import ai_sdk
+
+
+def count(prompt: str) -> str:
+    """Return the whole answer to the prompt `count NAME WORDS PAUSE`."""
+    _, name, words, _ = prompt.split()
+    return "".join(f"{name}-{number} " for number in range(int(words)))
+
+
+def answer(generation: Generation) -> Iterator[Any]:
+    """Yield the items of an answer, and the pauses in seconds."""
+    last = generation.ui_messages[-1]
+    if last["role"] == "assistant":
+        yield from continue_answer(last)
+    elif generation.prompt.startswith("count"):
+        for word in count(generation.prompt).split():
+            yield f"{word} "
+            yield float(generation.prompt.split()[-1])
+    elif generation.prompt.startswith("delete"):
+        call_id = f"call-{generation.message_id}"
+        yield "I need a permission."
+        yield ai_sdk.tool_input(call_id, "delete", {"file": generation.prompt.split()[1]})
+        yield ai_sdk.tool_approval(call_id, f"approval-{call_id}")
+    elif generation.prompt == "confirm":
+        yield ai_sdk.tool_input(f"call-{generation.message_id}", "confirm", {"question": "Really?"})
+    elif generation.prompt == "fail":
+        yield "half "
+        raise RuntimeError("secret")
+    else:
+        yield f"You asked: {generation.prompt}"
+
+
+def continue_answer(message: dict[str, Any]) -> Iterator[Any]:
+    """Continue after the user has decided on a tool call."""
+    [part] = [part for part in message["parts"] if "toolCallId" in part]
+    if part["state"] == "output-available":
+        yield f"You said {part['output']}."
+    elif part["approval"]["approved"]:
+        yield ai_sdk.tool_output(part["toolCallId"], {"deleted": part["input"]["file"]})
+        yield "It is deleted."
+    else:
+        yield {"type": "tool-output-denied", "toolCallId": part["toolCallId"]}
+        yield "It is kept."
+
+
+async def generate(generation: Generation) -> AsyncIterator[Any]:
+    for item in answer(generation):
+        if isinstance(item, float):
+            await asyncio.sleep(item)
+        else:
+            yield item
+
+
+def fastapi() -> FastAPI:
+    store = AsyncPostgresStreamStore(os.environ["DATABASE_URL"], lease=float(os.environ.get("LEASE", "15")))
+    conversations = AsyncPostgresConversationStore(os.environ["DATABASE_URL"])
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with store, conversations:
+            yield
+
+    version: Any = int(os.environ["SDK_VERSION"])
+    handler = AsyncAiSdkHandler(generate, store=store, conversations=conversations, public=True, sdk_version=version)
+    app = FastAPI(lifespan=lifespan)
+    app.include_router(router(handler))
+    app.mount("/", StaticFiles(directory=os.environ["PAGE"], html=True))
+    return app
