@@ -35,7 +35,9 @@ from .models import (
 from .web import Generation, Resource, WebRequest
 
 __all__ = [
+    "AiSdkHandler",
     "AibindError",
+    "AsyncAiSdkHandler",
     "AsyncDurableStream",
     "AsyncHousekeeper",
     "AsyncPostgresClient",
@@ -90,6 +92,7 @@ __all__ = [
 # The modules of the names that are imported on first use, without the flavour: a program uses one flavour, and both
 # together take most of the time of the import.
 _MODULES = {
+    "AiSdkHandler": "ai_sdk_handler",
     "DurableStream": "durable_stream",
     "Housekeeper": "housekeeping",
     "PostgresClient": "client",
@@ -101,6 +104,7 @@ _MODULES = {
 }
 
 if TYPE_CHECKING:
+    from ._async.ai_sdk_handler import AsyncAiSdkHandler
     from ._async.client import AsyncPostgresClient
     from ._async.conversation_store import AsyncPostgresConversationStore
     from ._async.durable_stream import AsyncDurableStream
@@ -109,6 +113,7 @@ if TYPE_CHECKING:
     from ._async.responses import AsyncWebResponse
     from ._async.stream_store import AsyncPostgresStreamStore
     from ._async.stream_writer import AsyncStreamWriter
+    from ._sync.ai_sdk_handler import AiSdkHandler
     from ._sync.client import PostgresClient
     from ._sync.conversation_store import PostgresConversationStore
     from ._sync.durable_stream import DurableStream

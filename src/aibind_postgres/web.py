@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from datetime import datetime, timezone
 from typing import Any, Literal, NamedTuple
@@ -123,6 +123,9 @@ class Generation(NamedTuple):
         request: The HTTP request.
         stream_id: The id of the stream that stores the answer. None if the answer is plain text or JSON.
         owner: The result of the handler's `owner`, or None.
+        ui_messages: For an `AiSdkHandler`: the messages as UIMessages, with all their parts. If the last one has the
+            role `assistant`, the answer continues it. Default: none.
+        message_id: For an `AiSdkHandler`: the id of the message with the answer. Default: None.
     """
 
     kind: Kind
@@ -136,6 +139,8 @@ class Generation(NamedTuple):
     request: WebRequest
     stream_id: str | None = None
     owner: str | None = None
+    ui_messages: Sequence[dict[str, Any]] = ()
+    message_id: str | None = None
 
     def __repr__(self) -> str:
         """Omit the texts and the values of the request, which may be secret."""

@@ -14,7 +14,7 @@ PACKAGE = Path(aibind_postgres.__file__).parent
 LAYERS = [
     {"errors", "_concurrency"},
     {"_conninfo", "_sqlstate", "_statement_runner", "_workarounds", "models", "history", "sse", "web"}
-    | {"_document", "_merging", "_message_tree", "_turns", "wire"},
+    | {"_document", "_merging", "_message_tree", "_turns", "_ui_turns", "_ui_message", "wire"},
     {
         "_arguments",
         "_conversation_sql",
@@ -56,7 +56,7 @@ ASYNC_LAYERS = [
     {"turns"},
     {"conversation_routes"},
     {"web_handler"},
-    {"handler"},
+    {"handler", "ai_sdk_handler"},
 ]
 
 # In the same layer, but never imported by each other.

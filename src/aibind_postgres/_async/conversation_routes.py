@@ -62,15 +62,21 @@ class AsyncConversationRoutes:
 
     async def show(self, request: WebRequest, session_id: str) -> AsyncWebResponse:
         """Respond with a conversation and its messages."""
-        user = await self._access.user(request)
-        chat = await self._load(request, user, session_id)
-        info = await self._find(user, session_id)
-        leaf_id = chat.tree.active_leaf_id
-        if info.active_stream_id is None and any(question.id == leaf_id for question in unanswered(chat)):
-            chat = await self._load(request, user, session_id)  # its answer may have been saved between the two reads
+        chat, info = await self.load_with_info(request, await self._access.user(request), session_id)
         document = chat.tree._document
         size = len(chat) * NODE_CHARACTERS
         return await async_run_large(size, json_response, {**conversation_fields(info), "history": document})
+
+    async def load_with_info(
+        self, request: WebRequest, user: str | None, session_id: str
+    ) -> tuple[ChatHistory[Any], ConversationInfo]:
+        """Return a conversation and its entry. If no answer is running, the last one is in the conversation."""
+        chat = await self.load(request, user, session_id)
+        info = await self.find(user, session_id)
+        leaf_id = chat.tree.active_leaf_id
+        if info.active_stream_id is None and any(question.id == leaf_id for question in unanswered(chat)):
+            chat = await self.load(request, user, session_id)  # its answer may have been saved between the two reads
+        return chat, info
 
     async def change(self, request: WebRequest, session_id: str) -> AsyncWebResponse:
         """Change the title, or the current path. Respond with the conversation without its messages."""
@@ -87,7 +93,7 @@ class AsyncConversationRoutes:
             raise WebError(400, f"title must have at most {MAX_TITLE} characters")
         user = await self._access.user(request)
         if "activeLeafId" in fields:
-            chat = await self._load(request, user, session_id)
+            chat = await self.load(request, user, session_id)
             if fields["activeLeafId"] not in chat.tree:
                 raise WebError(400, "activeLeafId is not the id of a message of this conversation")
             await self._save_leaf(session_id, chat, fields["activeLeafId"])
@@ -96,7 +102,7 @@ class AsyncConversationRoutes:
         if "title" in fields:
             with map_client_errors():
                 await self._conversations.describe(session_id, title=fields["title"])
-        return json_response(conversation_fields(await self._find(user, session_id)))
+        return json_response(conversation_fields(await self.find(user, session_id)))
 
     async def _save_leaf(self, session_id: str, chat: ChatHistory[Any], leaf_id: str) -> None:
         chat.tree.set_active_leaf(leaf_id)
@@ -135,7 +141,8 @@ class AsyncConversationRoutes:
         infos = [info async for info in self._store.list(session_id=session_id)]
         return [info for info in infos if not self._access.has_owners or info.owner in (None, user)]
 
-    async def _load(self, request: WebRequest, user: str | None, session_id: str) -> ChatHistory[Any]:
+    async def load(self, request: WebRequest, user: str | None, session_id: str) -> ChatHistory[Any]:
+        """Return a conversation that a request may use. Raise `WebError` if it may not, or if there is none."""
         chat = await self._turns.load(request, user, session_id, self._max_read, TOO_LARGE)
         if not exists(chat):
             raise conversation_not_found()
@@ -144,9 +151,9 @@ class AsyncConversationRoutes:
     async def _check(self, request: WebRequest, user: str | None, session_id: str) -> None:
         """Check that a conversation exists and that a request may use it."""
         await self._access.check_session(request, user, session_id)
-        await self._find(user, session_id)
+        await self.find(user, session_id)
 
-    async def _find(self, user: str | None, session_id: str) -> ConversationInfo:
+    async def find(self, user: str | None, session_id: str) -> ConversationInfo:
         """Return the entry of a conversation. Check the owner: another user may have created it again since."""
         with map_client_errors():
             info = await self._conversations.get_info(session_id)

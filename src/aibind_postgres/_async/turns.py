@@ -160,15 +160,8 @@ class AsyncTurns:
         hint = "summarise it with /compact, or start another conversation"
         chat = await self.load(request, user, session_id, self._max_conversation, hint)
         if self._is_exclusive:  # after loading: whoever saves a question first has created its stream before
-            await self.refuse_second(session_id, stream_id)
+            await refuse_second(self._store, session_id, stream_id)
         return Turn(request, user, session_id, ask, chat, ask(chat, stream_id))
-
-    async def refuse_second(self, session_id: str, stream_id: str) -> None:
-        """Raise `WebError` (409) if a conversation has an active stream with another id than `stream_id`."""
-        infos = self._store.list(state="active", session_id=session_id)
-        others = [info.id async for info in infos if info.id != stream_id]
-        if others and len(await self._store._ended(others)) < len(others):
-            raise WebError(409, "an answer of this conversation is being written: wait for its end, or stop it")
 
     async def messages(self, turn: Turn, max_messages: int | None) -> list[Any]:
         """Return the messages for the model."""
@@ -236,6 +229,14 @@ class AsyncTurns:
             except ConversationConflictError as conflict:
                 chat = conflict.theirs
         return chat
+
+
+async def refuse_second(store: AsyncPostgresStreamStore, session_id: str, stream_id: str) -> None:
+    """Raise `WebError` (409) if a conversation has an active stream with another id than `stream_id`."""
+    infos = store.list(state="active", session_id=session_id)
+    others = [info.id async for info in infos if info.id != stream_id]
+    if others and len(await store._ended(others)) < len(others):
+        raise WebError(409, "an answer of this conversation is being written: wait for its end, or stop it")
 
 
 def _is_valid(stream_id: str) -> bool:

@@ -110,7 +110,7 @@ class AsyncWebHandler:
                 return self._error(f"use {allowed}", 405, {"Allow": allowed})
             if is_cross_site(request.headers, self._allowed_origins):
                 raise WebError(403, "requests from pages of other origins are refused, except from allowed_origins")
-            if request.method in ("POST", "PATCH") and not is_json(request.headers):
+            if request.method in ("POST", "PATCH") and request.body and not is_json(request.headers):
                 raise WebError(415, "the Content-Type of the body must be application/json")
             if len(request.body) > self.max_body:
                 raise WebError(413, f"the body must be at most {self.max_body} bytes long")
@@ -144,6 +144,8 @@ class AsyncWebHandler:
         if not path.startswith(self.prefix):
             return {}, []
         route = path.removeprefix(self.prefix)
+        if route == "/":
+            route = ""
         if route in self._routes and "{id}" not in route:
             return self._routes[route], []
         for pattern in sorted(self._routes, key=len, reverse=True):

@@ -17,15 +17,18 @@ from django.http.response import HttpResponseBase
 from django.urls import URLPattern, re_path
 from django.views.decorators.csrf import csrf_exempt
 
-from .. import AsyncStreamHandler, AsyncWebResponse, StreamHandler, WebRequest, WebResponse
+from .._async.responses import AsyncWebResponse
+from .._async.web_handler import AsyncWebHandler
+from .._sync.responses import WebResponse
+from .._sync.web_handler import WebHandler
 from .._workarounds import separate_asgiref_thread
-from ..web import QueryParameters
+from ..web import QueryParameters, WebRequest
 from ._wsgi import disconnect_of
 
 REFUSALS = (BadRequest, Http404, PermissionDenied, SuspiciousOperation)  # for which Django has a status
 
 
-def urlpatterns(handler: StreamHandler | AsyncStreamHandler) -> list[URLPattern]:
+def urlpatterns(handler: WebHandler | AsyncWebHandler) -> list[URLPattern]:
     """Return the URL patterns of a handler. Include them at the root of the URL configuration.
 
     `WebRequest.original` is the Django request.
@@ -38,7 +41,7 @@ def urlpatterns(handler: StreamHandler | AsyncStreamHandler) -> list[URLPattern]
     closed before the response begins, unless `CONN_MAX_AGE` keeps them.
 
     Args:
-        handler: An `AsyncStreamHandler` for a server that uses ASGI, a `StreamHandler` for one that uses WSGI.
+        handler: An asynchronous handler for a server that uses ASGI, a synchronous one for a server that uses WSGI.
 
     Returns:
         The URL patterns, under the handler's prefix. Their views raise `ImproperlyConfigured` if the handler does not
@@ -49,10 +52,10 @@ def urlpatterns(handler: StreamHandler | AsyncStreamHandler) -> list[URLPattern]
 
         urlpatterns = [*aibind.urlpatterns(handler)]
     """
-    if isinstance(handler, AsyncStreamHandler):
+    if isinstance(handler, AsyncWebHandler):
         asynchronous = handler
 
-        async def view(request: HttpRequest, path: str) -> HttpResponseBase:
+        async def view(request: HttpRequest, path: str = "") -> HttpResponseBase:
             _check_server(asynchronous, request)
             response = await asynchronous.handle(_from_django(asynchronous, request, path))
             await sync_to_async(close_old_connections)()
@@ -60,7 +63,7 @@ def urlpatterns(handler: StreamHandler | AsyncStreamHandler) -> list[URLPattern]
     else:
         synchronous = handler
 
-        def view(request: HttpRequest, path: str) -> HttpResponseBase:  # type: ignore[misc]  # one name, two flavours
+        def view(request: HttpRequest, path: str = "") -> HttpResponseBase:  # type: ignore[misc]  # one name, two flavours
             _check_server(synchronous, request)
             response = synchronous.handle(_from_django(synchronous, request, path))
             close_old_connections()
@@ -68,21 +71,24 @@ def urlpatterns(handler: StreamHandler | AsyncStreamHandler) -> list[URLPattern]
 
     for alias in connections:
         non_atomic_requests(using=alias)(view)
-    root = re.escape(f"{handler.prefix}/"[1:])
+    root = re.escape(handler.prefix[1:])
+    slash = "/" if handler.prefix else ""
+    exempt = csrf_exempt(view)
     # The id of a conversation may contain line breaks.
-    return [re_path(f"^{root}(?P<path>(?s:.*))$", csrf_exempt(view), name="aibind")]
+    patterns = [rf"^{root}{slash}(?P<path>(?s:.+))\Z", rf"^{root}/?\Z"]
+    return [re_path(pattern, exempt, name="aibind") for pattern in patterns]
 
 
-def _check_server(handler: StreamHandler | AsyncStreamHandler, request: HttpRequest) -> None:
-    if isinstance(handler, AsyncStreamHandler) != isinstance(request, ASGIRequest):
+def _check_server(handler: WebHandler | AsyncWebHandler, request: HttpRequest) -> None:
+    if isinstance(handler, AsyncWebHandler) != isinstance(request, ASGIRequest):
         # Django would buffer the whole answer (ASGI), or run each request in a new event loop (WSGI).
         raise ImproperlyConfigured(
-            f"{type(handler).__name__} does not match the server: use AsyncStreamHandler under ASGI, StreamHandler "
-            "under WSGI"
+            f"{type(handler).__name__} does not match the server: use an asynchronous handler under ASGI, and a "
+            "synchronous one under WSGI"
         )
 
 
-def _from_django(handler: StreamHandler | AsyncStreamHandler, request: HttpRequest, path: str) -> WebRequest:
+def _from_django(handler: WebHandler | AsyncWebHandler, request: HttpRequest, path: str) -> WebRequest:
     return WebRequest(
         str(request.method),
         f"{handler.prefix}/{path}",
@@ -91,7 +97,7 @@ def _from_django(handler: StreamHandler | AsyncStreamHandler, request: HttpReque
         _read_body(request, handler.max_body + 1),  # one byte more than the handler accepts
         request,
         partial(separate_asgiref_thread, connections.close_all)
-        if isinstance(handler, AsyncStreamHandler)
+        if isinstance(handler, AsyncWebHandler)
         else _close_connections,
         disconnect_of(request.META),
         REFUSALS,

@@ -9,7 +9,8 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from .. import AsyncStreamHandler
+from .._async.ai_sdk_handler import AsyncAiSdkHandler
+from .._async.web_handler import AsyncWebHandler
 from .starlette import ANY_PATH, METHODS, check_flavour, respond
 
 _TEXT: dict[str, Any] = {"type": "string"}
@@ -137,7 +138,29 @@ _DESCRIPTIONS = {
 }
 
 
-def router(handler: AsyncStreamHandler) -> APIRouter:
+# The same for an `AsyncAiSdkHandler`, by method and path.
+_PARTS: dict[str, Any] = {"type": "array", "items": {"type": "object"}}
+_UI_MESSAGE = _object(id=_TEXT, role={"enum": ["user", "assistant", "system"]}, parts=_PARTS)
+_UI_MESSAGES = {"type": "array", "items": _UI_MESSAGE}
+_PROPERTIES["trigger"] = {"enum": ["submit-message", "regenerate-message"]}
+_PROPERTIES["messageId"] = _PROPERTIES["activeStreamId"] = _TEXT
+_PROPERTIES["message"] = _UI_MESSAGE
+_CHAT = _json(_object(id=_TEXT, title=_NULLABLE, messages=_UI_MESSAGES, activeStreamId=_NULLABLE))
+_AI_SDK_DESCRIPTIONS = {
+    ("POST", ""): _Description(
+        "Start an answer as a UI message stream", _EVENTS, ("id", "message", "trigger", "messageId"), ("id",)
+    ),
+    ("GET", "/{id}/stream"): _Description("Replay the running answer, and follow it", _EVENTS, parameters=_ID),
+    ("POST", "/{id}/stop"): _Description(
+        "Stop the running answer", _json(_object(success={"const": True})), ("activeStreamId",), parameters=_ID
+    ),
+    ("GET", ""): _Description("List chats", _LIST, parameters=(_parameter("limit"), _parameter("before"))),
+    ("GET", "/{id}"): _Description("Show a chat", _CHAT, parameters=_ID),
+    ("DELETE", "/{id}"): _Description("Delete a chat", _OK, parameters=_ID),
+}
+
+
+def router(handler: AsyncWebHandler) -> APIRouter:
     """Return a router with the routes of a handler.
 
     Dependencies of `include_router` and of the application run before each route, as they do for other routes. They can
@@ -160,9 +183,9 @@ def router(handler: AsyncStreamHandler) -> APIRouter:
     result = APIRouter()
     for path, methods in handler._routes.items():
         for method in methods:
-            description = _DESCRIPTIONS[method, path.rpartition("/")[2]]
+            description = _description(handler, method, path)
             result.add_api_route(
-                handler.prefix + path.replace("{id}", f"{{id:{ANY_PATH}}}"),
+                (handler.prefix + path.replace("{id}", f"{{id:{ANY_PATH}}}")) or "/",
                 _endpoint(handler, path),
                 methods=[method],
                 name="aibind",
@@ -186,7 +209,13 @@ def router(handler: AsyncStreamHandler) -> APIRouter:
     return result
 
 
-def _endpoint(handler: AsyncStreamHandler, path: str = "/{path}") -> Callable[[Request], Awaitable[Response]]:
+def _description(handler: AsyncWebHandler, method: str, path: str) -> _Description:
+    if isinstance(handler, AsyncAiSdkHandler):
+        return _AI_SDK_DESCRIPTIONS[method, path]
+    return _DESCRIPTIONS[method, path.rpartition("/")[2]]
+
+
+def _endpoint(handler: AsyncWebHandler, path: str = "/{path}") -> Callable[[Request], Awaitable[Response]]:
     async def answer(request: Request) -> Response:
         return await respond(handler, request, path.format_map(request.path_params))
 
@@ -200,5 +229,5 @@ def _request_schema(description: _Description) -> dict[str, Any]:
         body: dict[str, Any] = {"type": "object", "properties": properties, "required": list(description.required)}
         if "regenerate" in properties:  # then the prompt is stored
             body["anyOf"] = [{"required": body.pop("required")}, {"required": ["regenerate"]}]
-        schema["requestBody"] = {"required": True, "content": _json(body)}
+        schema["requestBody"] = {"required": bool(description.required), "content": _json(body)}
     return schema

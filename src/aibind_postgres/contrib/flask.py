@@ -7,8 +7,8 @@ from flask.blueprints import BlueprintSetupState
 from werkzeug.exceptions import HTTPException
 from werkzeug.routing import PathConverter
 
-from .. import StreamHandler, WebRequest
-from ..web import QueryParameters
+from .._sync.web_handler import WebHandler
+from ..web import QueryParameters, WebRequest
 from ._wsgi import disconnect_of
 
 METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]  # the handler responds with 405 to the wrong one
@@ -20,7 +20,7 @@ class _AnyPath(PathConverter):
     regex = "(?s:[^/].*)"
 
 
-def blueprint(handler: StreamHandler) -> Blueprint:
+def blueprint(handler: WebHandler) -> Blueprint:
     """Return a blueprint with the routes of a handler.
 
     `WebRequest.original` is the Flask request. The generator of a durable stream runs in a separate application context
@@ -41,8 +41,8 @@ def blueprint(handler: StreamHandler) -> Blueprint:
     Example:
         `app.register_blueprint(blueprint(handler))`
     """
-    if not isinstance(handler, StreamHandler):
-        raise TypeError(f"Flask takes a StreamHandler, not {type(handler).__name__}")
+    if not isinstance(handler, WebHandler):
+        raise TypeError(f"Flask takes a synchronous handler, not {type(handler).__name__}")
     name = "aibind" if handler.prefix == "/__aibind__" else f"aibind at {handler.prefix.replace('.', ' ')}"
     result = Blueprint(name, __name__, url_prefix=handler.prefix or None)
 
@@ -50,8 +50,9 @@ def blueprint(handler: StreamHandler) -> Blueprint:
     def add_converter(state: BlueprintSetupState) -> None:
         state.app.url_map.converters["aibind_path"] = _AnyPath
 
+    @result.route("" if handler.prefix else "/", methods=METHODS)
     @result.route("/<aibind_path:path>", methods=METHODS)
-    def answer(path: str) -> Response:
+    def answer(path: str = "") -> Response:
         original = request._get_current_object()  # type: ignore[attr-defined]  # the proxy fails in a producer's thread
         response = handler.handle(
             WebRequest(

@@ -8,8 +8,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from .. import AsyncStreamHandler, WebRequest
-from ..web import QueryParameters
+from .._async.web_handler import AsyncWebHandler
+from ..web import QueryParameters, WebRequest
 
 
 class _AnyPath(PathConvertor):
@@ -24,7 +24,7 @@ register_url_convertor(ANY_PATH, _AnyPath())
 METHODS = ["GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE"]  # the handler responds with 405 to the wrong one
 
 
-def routes(handler: AsyncStreamHandler) -> list[Route]:
+def routes(handler: AsyncWebHandler) -> list[Route]:
     """Return the routes of a handler. For FastAPI, `contrib.fastapi` has a router.
 
     `WebRequest.original` is the Starlette request.
@@ -44,18 +44,19 @@ def routes(handler: AsyncStreamHandler) -> list[Route]:
     check_flavour(handler)
 
     async def answer(request: Request) -> Response:
-        return await respond(handler, request, f"/{request.path_params['path']}")
+        return await respond(handler, request, f"/{request.path_params.get('path', '')}")
 
-    return [Route(f"{handler.prefix}/{{path:{ANY_PATH}}}", answer, methods=METHODS, name="aibind")]
+    paths = (handler.prefix or "/", f"{handler.prefix}/{{path:{ANY_PATH}}}")
+    return [Route(path, answer, methods=METHODS, name="aibind") for path in paths]
 
 
-def check_flavour(handler: AsyncStreamHandler) -> None:
+def check_flavour(handler: AsyncWebHandler) -> None:
     """Raise `TypeError` if a handler is synchronous."""
-    if not isinstance(handler, AsyncStreamHandler):
-        raise TypeError(f"Starlette and FastAPI take an AsyncStreamHandler, not {type(handler).__name__}")
+    if not isinstance(handler, AsyncWebHandler):
+        raise TypeError(f"Starlette and FastAPI take an asynchronous handler, not {type(handler).__name__}")
 
 
-async def respond(handler: AsyncStreamHandler, request: Request, path: str) -> Response:
+async def respond(handler: AsyncWebHandler, request: Request, path: str) -> Response:
     """Return the response of a handler to a request for a path below the handler's prefix."""
     body = bytearray()
     try:

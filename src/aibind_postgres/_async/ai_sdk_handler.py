@@ -1,0 +1,288 @@
+"""The HTTP API for `useChat` of the AI SDK, for any web framework."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+from .. import _arguments as arguments
+from .._concurrency import async_run_large
+from .._document import NODE_CHARACTERS
+from .._turns import STREAM_ID, Question, model_messages
+from .._ui_message import assemble, message_chunks
+from .._ui_turns import UiRequest, ask_ui, parse_ui_request, text_messages, ui_messages, ui_text
+from ..errors import StreamNotFoundError, WebError
+from ..history import ChatHistory, new_id
+from ..models import StreamInfo
+from ..web import Generation, Resource, WebRequest, parse_body
+from ..wire.ai_sdk import AiSdkWire, SdkVersion, closing_chunks, parse_chunk
+from .conversation_routes import AsyncConversationRoutes
+from .conversation_store import AsyncPostgresConversationStore
+from .durable_stream import AsyncDurableStream
+from .responses import AsyncWebResponse, json_response, map_client_errors
+from .stream_store import AsyncPostgresStreamStore
+from .turns import AsyncTurns, refuse_second
+from .web_handler import AsyncWebHandler
+
+NOTHING_RUNS = AsyncWebResponse(204, {"Cache-Control": "no-store"}, b"")
+
+
+class AsyncAiSdkHandler(AsyncWebHandler):
+    """Handles the requests of `useChat` of the AI SDK 5, 6 and 7. The page needs no code for it: `resume: true`.
+
+    | route | answer |
+    |---|---|
+    | `POST {prefix}` | the answer as a UI message stream |
+    | `GET {prefix}/{id}/stream` | the whole running answer of a chat, or 204 if there is none |
+    | `POST {prefix}/{id}/stop` | stops the running answer, from any device |
+    | `GET {prefix}/{id}` | `{id, title, messages, activeStreamId}`, for the first render |
+    | `GET {prefix}` | the chats of the user: `{conversations, next}`, with the parameters `limit` and `before` |
+    | `DELETE {prefix}/{id}` | stops the running answer, and deletes the chat with its streams |
+
+    Needs migration 0004. With `conversations`, each chat is stored:
+
+    - The question is saved before the answer begins, the answer before it is done. An answer that was stopped, has
+      failed or whose process has died is saved as far as the clients have got it. The stored message is the one that
+      the page shows.
+    - The stored messages are those that `generate` gets. Of the messages that a page sends, only the last one counts,
+      and a page that shows an older state of the chat changes nothing but its end.
+    - An edited question and another answer are alternatives: the earlier ones stay in the conversation store.
+    - Results and approvals of tools that the page sends continue the last answer.
+    - A second question gets status 409 while an answer of the chat is written. The page keeps its text. Without
+      `conversations`, two requests at the same instant may both start an answer.
+
+    Args:
+        generate: Called with a `Generation`. Returns a source: an iterable of `str`, and of the items of
+            `aibind_postgres.wire.ai_sdk` for reasoning, tools, sources, files and data. The call and the source may
+            raise `WebError`, or an exception with which the framework refuses requests. If the source raises one, the
+            status line has already been sent, so the answer ends with an error.
+        store: The stream store.
+        conversations: The conversation store. One of `owner`, `authorize` and `public` is then required, since clients
+            choose the ids of chats. Default: None: `generate` gets the messages that the client sends.
+        owner: As for `StreamHandler`. A chat of another user is as a missing one: 204 for the running answer, 404
+            otherwise. Default: None.
+        authorize: As for `StreamHandler`. Default: None.
+        public: Whether the id of a chat is sufficient to use it. Default: False.
+        prefix: The path prefix of all routes. Default: `/api/chat`, where `useChat` expects it.
+        sdk_version: The major version of `ai` in the pages: 5, 6 or 7. Chunks that it does not know are left out.
+            Default: 7.
+        allowed_origins: As for `StreamHandler`, like the following arguments. Default: none.
+        max_messages: The maximum number of stored messages before the question. Default: None, which is no limit.
+        max_body: The maximum size of a request body in bytes. A page sends all messages of a chat with each request,
+            unless its transport sends the last one only. Default: 10,000,000.
+        max_conversation: The maximum size in bytes of a stored chat that is continued. Default: 10,000,000.
+        max_running: The maximum number of answers of one user at the same time. Default: None, which is no limit.
+        max_readers: The maximum number of clients of one user, or of one answer without a user. Default: 1000.
+        heartbeat: Seconds, or a timedelta, without a chunk after which a response sends a comment. Default: 15.
+        send_timeout: Seconds, or a timedelta, after which a response ends because the client does not read.
+            Default: 60.
+        expose_errors: Whether clients see the text of an exception that a source raises. Default: False.
+
+    A refused request gets the reason as plain text, which `useChat` shows as the message of its error.
+
+    Raises:
+        ValueError: As for `StreamHandler`, or `sdk_version` is not 5, 6 or 7.
+        TypeError: As for `StreamHandler`.
+
+    Example:
+        `handler = AiSdkHandler(generate, store=store, conversations=conversations, owner=current_user)`
+    """
+
+    def __init__(
+        self,
+        generate: Callable[[Generation], Any],
+        *,
+        store: AsyncPostgresStreamStore,
+        conversations: AsyncPostgresConversationStore | None = None,
+        owner: Callable[[WebRequest], Any] | None = None,
+        authorize: Callable[[WebRequest, Resource], Any] | None = None,
+        public: bool = False,
+        prefix: str = "/api/chat",
+        sdk_version: SdkVersion = 7,
+        allowed_origins: Collection[str] = (),
+        max_messages: int | None = None,
+        max_body: int = 10_000_000,
+        max_conversation: int = 10_000_000,
+        max_running: int | None = None,
+        max_readers: int = 1000,
+        heartbeat: float | timedelta = 15.0,
+        send_timeout: float | timedelta = 60.0,
+        expose_errors: bool = False,
+    ) -> None:
+        super().__init__(
+            generate,
+            store,
+            conversations,
+            owner,
+            authorize,
+            public,
+            prefix,
+            allowed_origins,
+            max_body,
+            max_running,
+            max_readers,
+            heartbeat,
+            send_timeout,
+            expose_errors,
+        )
+        if sdk_version not in (5, 6, 7):
+            raise ValueError(f"sdk_version must be 5, 6 or 7, not {sdk_version!r}")
+        if max_messages is not None:
+            arguments.integer(max_messages, "max_messages", minimum=1)
+        self._sdk_version = sdk_version
+        self._max_messages = max_messages
+        self._routes = {
+            "": {"POST": self._send},
+            "/{id}/stream": {"GET": self._resume},
+            "/{id}/stop": {"POST": self._stop},
+        }
+        self._turns: AsyncTurns | None = None
+        self._chats: AsyncConversationRoutes | None = None
+        if conversations is not None:
+            max_continued = arguments.integer(max_conversation, "max_conversation", minimum=1)
+            max_read = max_continued + self.max_body
+            self._turns = AsyncTurns(
+                store, conversations, self._access, self._compose, max_continued, max_read, is_exclusive=True
+            )
+            self._chats = AsyncConversationRoutes(store, conversations, self._access, self._turns, max_read)
+            self._routes[""]["GET"] = self._chats.list
+            self._routes["/{id}"] = {"GET": self._show, "DELETE": self._chats.delete}
+
+    def _error(self, text: str, status: int, headers: Mapping[str, str] | None = None) -> AsyncWebResponse:
+        all_headers = {"Content-Type": "text/plain; charset=utf-8", "Cache-Control": "no-store", **(headers or {})}
+        return AsyncWebResponse(status, all_headers, text.encode())
+
+    async def _send(self, request: WebRequest) -> AsyncWebResponse:
+        parsed = await async_run_large(len(request.body), parse_ui_request, request)
+        user = await self._access.user(request)
+        stream_id = new_id()
+        save_question = save_answer = None
+        continued: dict[str, Any] | None = None
+        if self._turns is not None:
+            turn = await self._turns.begin(request, user, parsed.chat_id, partial(ask_ui, request=parsed), stream_id)
+            messages = model_messages(await stored_messages(turn.chat), self._max_messages)
+            save_question = partial(self._turns.save_question, turn)
+            save_answer = partial(self._turns.save_answer_of, turn)
+        else:
+            await self._access.check_session(request, user, parsed.chat_id)
+            await refuse_second(self._store, parsed.chat_id, stream_id)
+            messages = await async_run_large(len(request.body), ui_messages, parsed.messages, _ids(parsed))
+        if not messages:
+            raise WebError(400, "messages is required")
+        if messages[-1]["role"] == "assistant":
+            continued = messages[-1]
+        message_id = stream_id if continued is None else continued["id"]
+        body = parsed.body
+        generation = Generation(
+            kind="chat",
+            prompt=ui_text(messages[-1]) if continued is None else "",
+            messages=text_messages(messages),
+            system=None,
+            model=body["model"] if isinstance(body.get("model"), str) else None,
+            session_id=parsed.chat_id,
+            schema=None,
+            body=body,
+            request=request,
+            stream_id=stream_id,
+            owner=user,
+            ui_messages=messages,
+            message_id=message_id,
+        )
+        wire = AiSdkWire(message_id, self._sdk_version, continued)
+        return await self._start(generation, wire, on_finish=save_answer, before_source=save_question)
+
+    def _compose(self, question: Question, chunks: Sequence[str]) -> dict[str, Any]:
+        """Return the message with an answer: the one that the page shows."""
+        parsed = [parse_chunk(chunk) for chunk in chunks]
+        parsed += closing_chunks(parsed)
+        continued = question.message if question.message.get("role") == "assistant" else None
+        return assemble(parsed, continued, message_id=question.stream_id, sdk_version=self._sdk_version)
+
+    async def _resume(self, request: WebRequest, chat_id: str) -> AsyncWebResponse:
+        user = await self._access.user(request)
+        try:
+            info = await self._find_active(request, user, chat_id)
+            if info is None or info.wire != "ai_sdk":
+                return NOTHING_RUNS
+            earlier = await self._earlier_chunks(request, user, chat_id, info.id)
+            with map_client_errors():
+                stream = await AsyncDurableStream.resume(self._store, info.id)
+        except WebError as error:
+            if error.status == 404:
+                return NOTHING_RUNS
+            raise
+        stream._wire = AiSdkWire(earlier=earlier)
+        return self._event_stream(stream, request, user)
+
+    async def _earlier_chunks(
+        self, request: WebRequest, user: str | None, chat_id: str, stream_id: str
+    ) -> list[dict[str, Any]]:
+        """Return the chunks that rebuild the message that a running answer continues, if it continues one.
+
+        Clients of version 6 and later begin a replay with an empty message.
+        """
+        if self._turns is None or self._chats is None or self._sdk_version < 6:
+            return []
+        chat = await self._chats.load(request, user, chat_id)
+        for node in reversed(chat.tree._nodes.values()):
+            message = node.get("message") or {}
+            if node.get("metadata", {}).get(STREAM_ID) == stream_id and message.get("role") == "assistant":
+                return message_chunks(message, sdk_version=self._sdk_version)
+        return []
+
+    async def _stop(self, request: WebRequest, chat_id: str) -> AsyncWebResponse:
+        body = await async_run_large(len(request.body), parse_body, request) if request.body else {}
+        stream_id = body.get("activeStreamId")
+        if stream_id is not None and not isinstance(stream_id, str):
+            raise WebError(400, "activeStreamId must be a string")
+        user = await self._access.user(request)
+        info = await self._find_active(request, user, chat_id)
+        if info is not None and stream_id in (None, info.id):  # not for a later answer than the user wants to stop
+            with suppress(StreamNotFoundError):
+                await self._store.stop(info.id)
+        return json_response({"success": True})
+
+    async def _find_active(self, request: WebRequest, user: str | None, chat_id: str) -> StreamInfo | None:
+        """Return the running answer of a chat.
+
+        Raises:
+            WebError: 404: the chat is unknown, or belongs to another user. The other statuses are those of
+                `check_session`.
+        """
+        await self._access.check_session(request, user, chat_id)
+        if self._chats is not None:
+            await self._chats.find(user, chat_id)
+        with map_client_errors():
+            info = await self._store.active(chat_id)
+        if info is not None:
+            await self._access.check_stream(request, user, info.id)
+        return info
+
+    async def _show(self, request: WebRequest, chat_id: str) -> AsyncWebResponse:
+        """Respond with a chat, for the first render of a page."""
+        assert self._chats is not None
+        chat, info = await self._chats.load_with_info(request, await self._access.user(request), chat_id)
+        answer = {
+            "id": info.session_id,
+            "title": info.title,
+            "messages": await stored_messages(chat),
+            "activeStreamId": info.active_stream_id,
+        }
+        return await async_run_large(len(chat) * NODE_CHARACTERS, json_response, answer)
+
+
+async def stored_messages(chat: ChatHistory[Any]) -> list[dict[str, Any]]:
+    """Return the UIMessages of the current path of a chat."""
+
+    def convert() -> list[dict[str, Any]]:
+        path = chat.tree.active_path
+        return ui_messages(path.messages, path.node_ids)
+
+    return await async_run_large(len(chat) * NODE_CHARACTERS, convert)
+
+
+def _ids(parsed: UiRequest) -> list[str]:
+    return [str(message.get("id") or new_id()) for message in parsed.messages]
