@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -99,19 +100,20 @@ class UseChatPage:
         (buttons.last if last else buttons.first).click()
 
     def wait_for_text(self, text: str) -> None:
-        """Wait until the last message contains a text."""
-        expect(self.page.locator("article").last).to_contain_text(text, timeout=TIMEOUT)
+        """Wait until the last answer contains a text."""
+        expect(self.page.locator("article.assistant").last).to_contain_text(text, timeout=TIMEOUT)
 
     def wait_for_status(self, status: str) -> None:
         expect(self.page.locator("form")).to_have_attribute("data-status", status, timeout=TIMEOUT)
 
     def wait_for_turns(self, *texts: str) -> None:
-        """Wait until the client is ready and shows these messages."""
-        expect(self.page.locator("article")).to_have_count(len(texts), timeout=TIMEOUT)
-        if texts:
-            self.wait_for_text(texts[-1].strip())
+        """Wait until the page shows these messages and the client is ready."""
+        deadline = time.monotonic() + TIMEOUT / 1000
+        while self.turns != list(texts) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert self.turns == list(texts), self.turns
         self.wait_for_status("ready")
-        assert self.turns == list(texts)
+        assert self.turns == list(texts), self.turns
 
     def ask(self, text: str, answer: str) -> None:
         """Send a message, and wait until its answer is complete."""
