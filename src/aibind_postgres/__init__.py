@@ -35,8 +35,10 @@ from .models import (
 from .web import Generation, Resource, WebRequest
 
 __all__ = [
+    "AgUiHandler",
     "AiSdkHandler",
     "AibindError",
+    "AsyncAgUiHandler",
     "AsyncAiSdkHandler",
     "AsyncDurableStream",
     "AsyncHousekeeper",
@@ -92,6 +94,7 @@ __all__ = [
 # The modules of the names that are imported on first use, without the flavour: a program uses one flavour, and both
 # together take most of the time of the import.
 _MODULES = {
+    "AgUiHandler": "ag_ui_handler",
     "AiSdkHandler": "ai_sdk_handler",
     "DurableStream": "durable_stream",
     "Housekeeper": "housekeeping",
@@ -104,6 +107,7 @@ _MODULES = {
 }
 
 if TYPE_CHECKING:
+    from ._async.ag_ui_handler import AsyncAgUiHandler
     from ._async.ai_sdk_handler import AsyncAiSdkHandler
     from ._async.client import AsyncPostgresClient
     from ._async.conversation_store import AsyncPostgresConversationStore
@@ -113,6 +117,7 @@ if TYPE_CHECKING:
     from ._async.responses import AsyncWebResponse
     from ._async.stream_store import AsyncPostgresStreamStore
     from ._async.stream_writer import AsyncStreamWriter
+    from ._sync.ag_ui_handler import AgUiHandler
     from ._sync.ai_sdk_handler import AiSdkHandler
     from ._sync.client import PostgresClient
     from ._sync.conversation_store import PostgresConversationStore

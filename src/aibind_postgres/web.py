@@ -17,7 +17,7 @@ from ._turns import Position
 from .errors import WebError
 from .models import ConversationInfo
 
-Kind = Literal["stream", "structured", "chat", "compact", "complete", "title"]
+Kind = Literal["stream", "structured", "chat", "compact", "complete", "title", "run"]
 
 _DEFAULT_PORTS = {"http": ":80", "https": ":443"}  # browsers leave them out
 
@@ -110,10 +110,10 @@ class Generation(NamedTuple):
     """The argument of `generate`: one parsed request for text from a model.
 
     Attributes:
-        kind: The route that was called.
+        kind: The route that was called. `run` for an `AgUiHandler`.
         prompt: The `prompt` or `input` field, or the content of the last message. Empty for `compact`.
         messages: The messages of the conversation, each with `role` and `content`. The last one is `prompt`. For
-            `compact`, these are the messages to summarise.
+            `compact`, these are the messages to summarise. For an `AgUiHandler`, these are the messages of AG-UI.
         system: The system prompt, if the client sent one.
         model: The name of a model, if the client sent one.
         session_id: The id of the conversation, if the client sent one.
@@ -244,6 +244,43 @@ def parse_generation(kind: Kind, request: WebRequest) -> Generation:
         body=body,
         request=request,
     )
+
+
+def parse_run(request: WebRequest) -> Generation:
+    """Parse a `RunAgentInput` of AG-UI. Raise `WebError` (400) if a required field is missing or has the wrong type."""
+    body = parse_body(request)
+    run_id, thread_id = required_text(body, "runId"), required_text(body, "threadId")
+    if run_id in (".", "..") or run_id.endswith("/stop"):
+        raise WebError(400, "runId must not be '.' or '..', and must not end with '/stop', since it is part of a path")
+    for name in ("messages", "tools", "context", "resume"):
+        items = body.get(name)
+        if not (isinstance(items, list) or (items is None and name != "messages")):
+            raise WebError(400, f"{name} must be a list")
+    messages = body["messages"]
+    for message in messages:
+        if not (isinstance(message, dict) and isinstance(message.get("role"), str)):
+            raise WebError(400, "each message must be an object with a role")
+    return Generation(
+        kind="run",
+        prompt=_text_content(messages[-1]) if messages else "",
+        messages=messages,
+        system=None,
+        model=None,
+        session_id=thread_id,
+        schema=None,
+        body=body,
+        request=request,
+        stream_id=run_id,
+    )
+
+
+def _text_content(message: Mapping[str, Any]) -> str:
+    """Return the text of a message, whose content is a string or a list of parts."""
+    content = message.get("content")
+    if isinstance(content, list):
+        texts = [part.get("text") for part in content if isinstance(part, dict)]
+        return "".join([text for text in texts if isinstance(text, str)])
+    return content if isinstance(content, str) else ""
 
 
 def parse_position(body: Mapping[str, Any]) -> Position:

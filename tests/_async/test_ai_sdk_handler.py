@@ -378,7 +378,7 @@ async def test_stop(page):
 async def test_deleted_answer(page):
     response = await page.post(user_message("q", "wait"))
     body = response.body
-    received = [await anext(body) for _ in range(3)]
+    received = [await body.__anext__() for _ in range(3)]
     await page.streams.delete(response.headers["X-Stream-Id"])
     received += [part async for part in body]
     *_, error, end = [event.data for event in EventParser().feed(b"".join(received))]

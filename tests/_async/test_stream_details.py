@@ -59,7 +59,7 @@ async def test_details_are_stored(store):
 async def test_stream_without_details_has_none(store):
     await store.create("a")
     (info,) = [info async for info in store.list()]
-    assert info[6:] == (None, None, None, None, None)
+    assert info[6:] == (None, None, None, None, None, None)
 
 
 async def test_active_is_the_newest_running_stream_of_the_session(store):

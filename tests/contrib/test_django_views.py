@@ -81,10 +81,10 @@ def test_gzip_middleware_does_not_compress_events(store):
 
 
 def test_server_that_does_not_match_the_handler_is_refused(store):
-    with pytest.raises(ImproperlyConfigured, match="use AsyncStreamHandler under ASGI"):
+    with pytest.raises(ImproperlyConfigured, match="use an asynchronous handler under ASGI"):
         view_of(StreamHandler(generate, store=store))(stream_request(AsyncRequestFactory()), path="stream")
     async_view = view_of(AsyncStreamHandler(generate, store=AsyncPostgresStreamStore("")))
-    with pytest.raises(ImproperlyConfigured, match="StreamHandler under WSGI"):
+    with pytest.raises(ImproperlyConfigured, match="a synchronous one under WSGI"):
         asyncio.run(async_view(stream_request(RequestFactory()), path="stream"))
 
 

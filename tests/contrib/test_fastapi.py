@@ -184,5 +184,5 @@ def test_required_fields_of_the_schema_are_those_of_the_handler():
 
 
 def test_sync_handler_raises():
-    with pytest.raises(TypeError, match="take an AsyncStreamHandler, not StreamHandler"):
+    with pytest.raises(TypeError, match="take an asynchronous handler, not StreamHandler"):
         router(StreamHandler(iter, store=PostgresStreamStore("")))

@@ -120,5 +120,5 @@ def test_application_context_of_source_is_torn_down_at_its_end(app, dsn, tables)
 
 
 def test_async_handler_raises():
-    with pytest.raises(TypeError, match="Flask takes a StreamHandler, not AsyncStreamHandler"):
+    with pytest.raises(TypeError, match="Flask takes a synchronous handler, not AsyncStreamHandler"):
         blueprint(AsyncStreamHandler(generate, store=AsyncPostgresStreamStore("")))

@@ -9,5 +9,5 @@ from aibind_postgres.contrib.starlette import routes
 
 
 def test_sync_handler_raises():
-    with pytest.raises(TypeError, match="take an AsyncStreamHandler, not StreamHandler"):
+    with pytest.raises(TypeError, match="take an asynchronous handler, not StreamHandler"):
         routes(StreamHandler(iter, store=PostgresStreamStore("")))

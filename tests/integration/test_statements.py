@@ -20,7 +20,7 @@ CONVERSATION_STATEMENTS = ConversationStatements(Table(None, CONVERSATIONS_TABLE
 
 STREAM_PLANS = {
     "create": (["7", 1000, 10], ["(id = '7'"]),
-    "create_with_details": (["7", 1000, "s", "o", "{}", 5, 10, 10], ["(id = '7'"]),
+    "create_with_details": (["7", 1000, "s", "o", "{}", 5, 10, "sse", 10], ["(id = '7'"]),
     "append": (["7", "x", None, 1000], ["(id = '7'"]),
     "append_many": (["7", '["x"]', None, 1000], ["(id = '7'"]),
     "skipped": (["7", 3, '["x", "y"]'], ["(id = '7'", "(seq >= '3'"]),

@@ -209,12 +209,12 @@ def refuse_in_starlette() -> None:
     raise HTTPException(REFUSED["starlette"])
 
 
-def starlette() -> Any:
+def starlette(make_handler: MakeHandler = async_handler) -> Any:
     from starlette.applications import Starlette
 
     from aibind_postgres.contrib.starlette import routes
 
-    return Starlette(routes=routes(async_handler(refuse_in_starlette)))
+    return Starlette(routes=routes(make_handler(refuse_in_starlette)))
 
 
 def refuse_in_fastapi() -> None:
@@ -262,10 +262,10 @@ def django_wsgi(make_handler: MakeHandler = handler) -> Any:
     return get_wsgi_application()
 
 
-def django_asgi() -> Any:
+def django_asgi(make_handler: MakeHandler = async_handler) -> Any:
     from django.core.asgi import get_asgi_application
 
-    _configure_django(async_handler(refuse_in_django))
+    _configure_django(make_handler(refuse_in_django))
     return get_asgi_application()
 
 

@@ -14,7 +14,8 @@ PACKAGE = Path(aibind_postgres.__file__).parent
 LAYERS = [
     {"errors", "_concurrency"},
     {"_conninfo", "_sqlstate", "_statement_runner", "_workarounds", "models", "history", "sse", "web"}
-    | {"_document", "_merging", "_message_tree", "_turns", "_ui_turns", "_ui_message", "wire"},
+    | {"_document", "_merging", "_message_tree", "_turns", "wire"}
+    | {"_partial_json", "_ui_message", "_ui_turns", "_ui_message_chunks", "_ui_message_tools"},
     {
         "_arguments",
         "_conversation_sql",
@@ -56,7 +57,7 @@ ASYNC_LAYERS = [
     {"turns"},
     {"conversation_routes"},
     {"web_handler"},
-    {"handler", "ai_sdk_handler"},
+    {"handler", "ag_ui_handler", "ai_sdk_handler"},
 ]
 
 # In the same layer, but never imported by each other.

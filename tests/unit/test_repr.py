@@ -9,6 +9,7 @@ import pytest
 
 import aibind_postgres as public
 from aibind_postgres.sse import EventParser
+from aibind_postgres.wire import find_wire
 
 DSN = "postgresql://user:pass-of-dsn@localhost/db"
 REQUEST = public.WebRequest(
@@ -58,7 +59,11 @@ def handler(plain: str) -> object:
 
 
 EXAMPLES = {
-    "AsyncDurableStream": lambda: public.AsyncDurableStream(public.AsyncPostgresStreamStore(DSN), "stream"),
+    "AgUiHandler": lambda: handler("AgUiHandler"),
+    "AsyncAgUiHandler": lambda: handler("AsyncAgUiHandler"),
+    "AsyncDurableStream": lambda: public.AsyncDurableStream(
+        public.AsyncPostgresStreamStore(DSN), "stream", find_wire(None)
+    ),
     "AsyncHousekeeper": lambda: public.AsyncHousekeeper(public.AsyncPostgresStreamStore(DSN)),
     "AsyncPostgresConversationStore": lambda: public.AsyncPostgresConversationStore(DSN),
     "AsyncPostgresStreamStore": lambda: public.AsyncPostgresStreamStore(DSN),
@@ -66,7 +71,7 @@ EXAMPLES = {
     "AsyncStreamHandler": lambda: handler("AsyncStreamHandler"),
     "AsyncWebResponse": lambda: public.AsyncWebResponse(200, {"set-cookie": "secret-cookie"}, b"secret-body"),
     "ChatHistory": history,
-    "DurableStream": lambda: public.DurableStream(public.PostgresStreamStore(DSN), "stream"),
+    "DurableStream": lambda: public.DurableStream(public.PostgresStreamStore(DSN), "stream", find_wire(None)),
     "Housekeeper": lambda: public.Housekeeper(None, public.PostgresConversationStore(DSN)),
     "StreamWriter": lambda: public.PostgresStreamStore(DSN).writer("stream"),
     "Generation": lambda: public.Generation(
@@ -75,6 +80,8 @@ EXAMPLES = {
     "MessageTree": lambda: history().tree,
     "PostgresConversationStore": lambda: public.PostgresConversationStore(DSN),
     "PostgresStreamStore": lambda: public.PostgresStreamStore(DSN),
+    "AiSdkHandler": lambda: handler("AiSdkHandler"),
+    "AsyncAiSdkHandler": lambda: handler("AsyncAiSdkHandler"),
     "StreamHandler": lambda: handler("StreamHandler"),
     "WebRequest": lambda: REQUEST,
     "WebResponse": lambda: public.WebResponse(200, {"set-cookie": "secret-cookie"}, b"secret-body"),

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aibind_postgres import ChatHistory, StreamStatus, WebError
-from aibind_postgres._turns import Position, Question, answer, ask, model_messages, unanswered
+from aibind_postgres import ChatHistory, StreamStatus, WebError, _turns
+from aibind_postgres._turns import Position, Question, model_messages, text_answer, unanswered
+from aibind_postgres.models import chunk_text
 
 DONE, STOPPED, ERROR = StreamStatus("done", None, 1), StreamStatus("stopped", None, 1), StreamStatus("error", "x", 1)
 FOLLOW = Position()
@@ -23,6 +24,14 @@ def model(text):
 
 def system(text):
     return {"role": "system", "content": text}
+
+
+def ask(chat, prompt, position, stream_id):
+    return _turns.ask(chat, stream_id, prompt=prompt, position=position)
+
+
+def answer(chat, question, text, status):
+    return _turns.answer(chat, question, text_answer(question, [chunk_text(text)]), status)
 
 
 def turn(chat, prompt, text="answer", status=DONE, position=FOLLOW):

@@ -61,7 +61,7 @@ class AsyncAccess:
         """
         if self._owner is None and self._authorize is None:
             return
-        info = await self._find_stream(stream_id)
+        info = await self.find_stream(stream_id)
         owner = info.owner
         if owner is None and self._conversations is not None and info.session_id is not None:
             conversation = await self._conversations.get_info(info.session_id)
@@ -102,7 +102,8 @@ class AsyncAccess:
                 raise conversation_not_found()
         await self._check_authorized(request, Resource("conversation", session_id, owner, session_id))
 
-    async def _find_stream(self, stream_id: str) -> StreamInfo:
+    async def find_stream(self, stream_id: str) -> StreamInfo:
+        """Return what is stored of a stream. Raise `WebError`: 400: the id is invalid. 404: there is no such stream."""
         with map_client_errors():
             info = await self._store.get_info(stream_id)
             # A standby may lag behind: `page` retries.

@@ -12,11 +12,12 @@ from .. import _arguments as arguments
 from .._concurrency import async_run_large
 from .._document import NODE_CHARACTERS
 from .._turns import STREAM_ID, Question, model_messages
-from .._ui_message import assemble, message_chunks
+from .._ui_message import assemble
+from .._ui_message_chunks import message_chunks
 from .._ui_turns import UiRequest, ask_ui, parse_ui_request, text_messages, ui_messages, ui_text
 from ..errors import StreamNotFoundError, WebError
 from ..history import ChatHistory, new_id
-from ..models import StreamInfo
+from ..models import StreamInfo, StreamStatus
 from ..web import Generation, Resource, WebRequest, parse_body
 from ..wire.ai_sdk import AiSdkWire, SdkVersion, closing_chunks, parse_chunk
 from .conversation_routes import AsyncConversationRoutes
@@ -24,7 +25,7 @@ from .conversation_store import AsyncPostgresConversationStore
 from .durable_stream import AsyncDurableStream
 from .responses import AsyncWebResponse, json_response, map_client_errors
 from .stream_store import AsyncPostgresStreamStore
-from .turns import AsyncTurns, refuse_second
+from .turns import AsyncTurns, Turn, refuse_second
 from .web_handler import AsyncWebHandler
 
 NOTHING_RUNS = AsyncWebResponse(204, {"Cache-Control": "no-store"}, b"")
@@ -165,7 +166,7 @@ class AsyncAiSdkHandler(AsyncWebHandler):
             turn = await self._turns.begin(request, user, parsed.chat_id, partial(ask_ui, request=parsed), stream_id)
             messages = model_messages(await stored_messages(turn.chat), self._max_messages)
             save_question = partial(self._turns.save_question, turn)
-            save_answer = partial(self._turns.save_answer_of, turn)
+            save_answer = partial(self._save_answer, self._turns, turn)
         else:
             await self._access.check_session(request, user, parsed.chat_id)
             await refuse_second(self._store, parsed.chat_id, stream_id)
@@ -193,6 +194,13 @@ class AsyncAiSdkHandler(AsyncWebHandler):
         )
         wire = AiSdkWire(message_id, self._sdk_version, continued)
         return await self._start(generation, wire, on_finish=save_answer, before_source=save_question)
+
+    async def _save_answer(
+        self, turns: AsyncTurns, turn: Turn, chunks: Sequence[str], status: StreamStatus | None
+    ) -> None:
+        if status is not None and status.state != "active":
+            chunks = chunks[: status.total_chunks]  # the last ones were not stored: no page has got them
+        await turns.save_answer_of(turn, chunks, status)
 
     def _compose(self, question: Question, chunks: Sequence[str]) -> dict[str, Any]:
         """Return the message with an answer: the one that the page shows."""

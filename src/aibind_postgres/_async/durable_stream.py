@@ -13,7 +13,7 @@ from typing import Any
 from .. import _arguments as arguments
 from .._concurrency import async_call_or_await, async_is_source, async_shielded
 from .._lifecycle import require_active
-from ..errors import StreamNotFoundError, copy_error
+from ..errors import InvalidDataError, StreamNotFoundError, copy_error
 from ..history import new_id
 from ..models import StreamStatus
 from ..wire import Wire, WireName, find_wire
@@ -144,7 +144,7 @@ class AsyncDurableStream:
             store,
             source,
             id=id,
-            wire=find_wire(wire),
+            wire=await _find_wire(wire, source),
             on_finish=on_finish and partial(_call_with_text, on_finish, find_wire(wire)),
             expose_errors=expose_errors,
             context=context,
@@ -421,6 +421,15 @@ def _check_source(source: object) -> None:
 
 def _seconds(value: float | timedelta | None, name: str) -> float:
     return math.inf if value is None else arguments.seconds(value, name)
+
+
+async def _find_wire(name: WireName, source: object) -> Wire:
+    """Return the wire format of a new stream. If there is none with this name, close the source and raise."""
+    try:
+        return find_wire(name)
+    except InvalidDataError:
+        await close_source(source)
+        raise
 
 
 async def _call_with_text(

@@ -193,8 +193,7 @@ class AsyncTurns:
 
     async def save_answer_of(self, turn: Turn, chunks: Sequence[str], status: StreamStatus | None) -> None:
         """Save the answer of a turn. Called as `on_finish` of its stream."""
-        stored = chunks if status is None else chunks[: status.total_chunks]  # what readers have got
-        await self._save_answer(turn.session_id, turn.chat, turn.question, stored, status)
+        await self._save_answer(turn.session_id, turn.chat, turn.question, chunks, status)
 
     async def _save_answer(
         self,

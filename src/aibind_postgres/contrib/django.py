@@ -72,11 +72,10 @@ def urlpatterns(handler: WebHandler | AsyncWebHandler) -> list[URLPattern]:
     for alias in connections:
         non_atomic_requests(using=alias)(view)
     root = re.escape(handler.prefix[1:])
-    slash = "/" if handler.prefix else ""
-    exempt = csrf_exempt(view)
     # The id of a conversation may contain line breaks.
-    patterns = [rf"^{root}{slash}(?P<path>(?s:.+))\Z", rf"^{root}/?\Z"]
-    return [re_path(pattern, exempt, name="aibind") for pattern in patterns]
+    path = "(?P<path>(?s:.*))"
+    pattern = rf"^{root}(?:/{path})?\Z" if root else rf"^{path}\Z"
+    return [re_path(pattern, csrf_exempt(view), name="aibind")]
 
 
 def _check_server(handler: WebHandler | AsyncWebHandler, request: HttpRequest) -> None:

@@ -9,6 +9,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from .._async.ag_ui_handler import AsyncAgUiHandler
 from .._async.ai_sdk_handler import AsyncAiSdkHandler
 from .._async.web_handler import AsyncWebHandler
 from .starlette import ANY_PATH, METHODS, check_flavour, respond
@@ -159,6 +160,14 @@ _AI_SDK_DESCRIPTIONS = {
     ("DELETE", "/{id}"): _Description("Delete a chat", _OK, parameters=_ID),
 }
 
+# The same for an `AsyncAgUiHandler`.
+_PROPERTIES["threadId"] = _PROPERTIES["runId"] = _TEXT
+_AG_UI_DESCRIPTIONS = {
+    ("POST", ""): _Description("Start a run", _EVENTS, ("threadId", "runId"), ("threadId", "runId", "messages")),
+    ("GET", "/{id}"): _Description("Replay a run, and follow it", _EVENTS, parameters=_ID),
+    ("POST", "/{id}/stop"): _Description("Stop a run", _OK, parameters=_ID),
+}
+
 
 def router(handler: AsyncWebHandler) -> APIRouter:
     """Return a router with the routes of a handler.
@@ -212,6 +221,8 @@ def router(handler: AsyncWebHandler) -> APIRouter:
 def _description(handler: AsyncWebHandler, method: str, path: str) -> _Description:
     if isinstance(handler, AsyncAiSdkHandler):
         return _AI_SDK_DESCRIPTIONS[method, path]
+    if isinstance(handler, AsyncAgUiHandler):
+        return _AG_UI_DESCRIPTIONS[method, path]
     return _DESCRIPTIONS[method, path.rpartition("/")[2]]
 
 

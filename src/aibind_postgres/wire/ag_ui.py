@@ -1,0 +1,284 @@
+"""The wire format of AG-UI 1.0: the items of a source are the events of a run, and each event is one chunk. Pure."""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NoReturn
+
+from ..errors import InvalidDataError
+from ..models import StreamStatus
+from ..sse import EventParser, ServerSentEvent, encode
+from . import DELETED, EVENT_STREAM, INTERRUPTED, FrameEncoder, WireName
+
+PROTOCOL_VERSION = "1.0"
+
+STOPPED = "the run was stopped"
+CANCELLED = "cancelled"
+
+# By event type: the event that closes what it opens, and the field with the id. The THINKING events, which have no ids,
+# are those of older versions. The published client accepts them.
+OPENING = {
+    "TEXT_MESSAGE_START": ("TEXT_MESSAGE_END", "messageId"),
+    "TOOL_CALL_START": ("TOOL_CALL_END", "toolCallId"),
+    "REASONING_START": ("REASONING_END", "messageId"),
+    "REASONING_MESSAGE_START": ("REASONING_MESSAGE_END", "messageId"),
+    "STEP_STARTED": ("STEP_FINISHED", "stepName"),
+    "SUBAGENT_STARTED": ("SUBAGENT_FINISHED", "subagentRunId"),
+    "THINKING_START": ("THINKING_END", None),
+    "THINKING_TEXT_MESSAGE_START": ("THINKING_TEXT_MESSAGE_END", None),
+}
+CLOSING = {end: (end, field) for end, field in OPENING.values()} | {
+    "SUBAGENT_ERROR": ("SUBAGENT_FINISHED", "subagentRunId")
+}
+ENDS = ("RUN_FINISHED", "RUN_ERROR")
+TEXTS = ("TEXT_MESSAGE_CONTENT", "TEXT_MESSAGE_CHUNK")
+
+_PREFIX = '{"type":"'  # of every chunk that this module encodes, so that its type is found without parsing it
+
+
+class AgUiWire:
+    """The items are events of AG-UI, in any of these forms:
+
+    - an object of `ag_ui.core` 1.0 or later
+    - a `dict` with the keys of the protocol, such as `{"type": "TEXT_MESSAGE_START", "messageId": "m"}`
+    - `str` or `bytes`: events that another library has encoded, such as `AGUIAdapter.encode_stream` of pydantic-ai. The
+      items may split them anywhere.
+
+    The encoder adds RUN_STARTED at the beginning and RUN_FINISHED at the end, unless the source has sent its own.
+
+    Args:
+        thread_id: The thread id for the events that the encoder adds. Default: the stream id, which is also the run id.
+    """
+
+    name: WireName = "ag_ui"
+    headers: Mapping[str, str] = EVENT_STREAM
+
+    def __init__(self, thread_id: str | None = None) -> None:
+        self._thread_id = thread_id
+
+    def chunks(self, stream_id: str) -> AgUiChunks:
+        return AgUiChunks(self._run(stream_id))
+
+    def frames(self, stream_id: str, after_seq: int) -> AgUiFrames:
+        return AgUiFrames(self._run(stream_id), after_seq)
+
+    def text(self, chunks: Iterable[str]) -> str:
+        deltas = [_fields(chunk).get("delta") for chunk in chunks if event_type(chunk) in TEXTS]
+        return "".join([delta for delta in deltas if isinstance(delta, str)])
+
+    def _run(self, stream_id: str) -> Run:
+        return Run(self._thread_id or stream_id, stream_id)
+
+
+class Run:
+    """The state of a run after some of its events: whether it has started and ended, and what is open in it.
+
+    It parses only events that open or close something. They are short, and most events are deltas.
+    """
+
+    def __init__(self, thread_id: str, run_id: str) -> None:
+        self.is_started = False
+        self.end: str | None = None  # the type of the event that has ended the run
+        self._ids = {"threadId": thread_id, "runId": run_id}
+        self._start = ""  # the last RUN_STARTED, which may contain a long history
+        self._open: dict[tuple[Any, ...], dict[str, Any]] = {}  # the events that close the open parts
+
+    def follow(self, chunk: str) -> None:
+        """Take the next event."""
+        kind = event_type(chunk)
+        if kind in OPENING:
+            self._change(_fields(chunk), *OPENING[kind], is_open=True)
+        elif kind in CLOSING:
+            self._change(_fields(chunk), *CLOSING[kind], is_open=False)
+        elif kind == "RUN_STARTED":  # a stream may contain several runs
+            self.is_started, self.end, self._start = True, None, chunk
+            self._open.clear()
+        elif kind in ENDS:
+            self.end = kind
+
+    def start(self) -> str:
+        """Return RUN_STARTED."""
+        return encode_event({"type": "RUN_STARTED", **self._ids, "protocolVersion": PROTOCOL_VERSION})
+
+    def finish(self, *, cancelled: bool = False) -> list[str]:
+        """Return the events that close the open parts, the last one first, and RUN_FINISHED."""
+        events: list[dict[str, Any]] = []
+        for closing in reversed(self._open.values()):
+            if cancelled and closing["type"] == "SUBAGENT_FINISHED":
+                closing = {**closing, "type": "SUBAGENT_ERROR", "message": STOPPED, "code": CANCELLED}
+            events.append(closing)
+        ids = self._ids
+        if self._start:
+            start = _fields(self._start)
+            ids = {name: start.get(name, value) for name, value in ids.items()}
+        outcome = {"outcome": {"type": CANCELLED}} if cancelled else {}
+        return [encode_event(event) for event in (*events, {"type": "RUN_FINISHED", **ids, **outcome})]
+
+    def _change(self, event: Mapping[str, Any], end: str, field: str | None, *, is_open: bool) -> None:
+        ids = {} if field is None else {field: event.get(field)}
+        if "subagentRunId" in event:
+            ids["subagentRunId"] = event["subagentRunId"]
+        if not all(isinstance(value, str) for value in ids.values()):
+            return  # invalid: the client refuses it
+        # The names of steps are unique within one agent.
+        key = end, ids.get(field or ""), ids.get("subagentRunId") if end == "STEP_FINISHED" else None
+        if is_open:
+            self._open[key] = {"type": end, **ids}
+        else:
+            self._open.pop(key, None)
+
+
+class AgUiChunks:
+    """Encodes each event as one chunk: a JSON object that begins with the type."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._decoder = codecs.getincrementaldecoder("utf-8")("strict")
+        self._parser = EventParser()
+        self._is_between = True  # whether the encoded text so far ends with a complete event
+
+    def encode(self, item: Any) -> Sequence[str]:
+        if isinstance(item, (str, bytes)):
+            return self._add([normalise_event(data) for data in self._parse(item)])
+        if isinstance(item, Mapping):
+            return self._add([encode_event(item)])
+        dump = getattr(item, "model_dump_json", None)
+        if dump is None:
+            raise InvalidDataError(f"an item must be an event of AG-UI, a dict, str or bytes, not {_type_name(item)}")
+        # Without `exclude_none`, which would also remove the null that a JSON Patch assigns. `ag_ui.core` itself leaves
+        # out the optional fields that are not set.
+        chunk: str = dump(by_alias=True)
+        return self._add([chunk if chunk.startswith(_PREFIX) else normalise_event(chunk)])
+
+    def finish(self) -> Sequence[str]:
+        self._decode(b"", final=True)
+        rest = [] if self._is_between else [event.data for event in self._parser.feed(b"\n\n")]
+        chunks = self._add([normalise_event(data) for data in rest])
+        if not self._run.is_started:
+            chunks += self._add([self._run.start()])
+        return chunks if self._run.end else chunks + self._run.finish()
+
+    def _add(self, events: list[str]) -> list[str]:
+        if events and not self._run.is_started and event_type(events[0]) != "RUN_STARTED":
+            events = [self._run.start(), *events]
+        for event in events:
+            self._run.follow(event)
+        return events
+
+    def _parse(self, item: str | bytes) -> list[str]:
+        """Return the data of the events that the item completes."""
+        text = item if isinstance(item, str) else self._decode(item)
+        if self._is_between and text.startswith("data: ") and text.endswith("\n\n"):  # usually, an item is one event
+            data = text[6:-2]
+            if "\n" not in data and "\r" not in data:
+                return [data]
+        if text:
+            self._is_between = text.endswith(("\n\n", "\r\n\r\n"))
+        try:
+            return [event.data for event in self._parser.feed(text.encode())]
+        except UnicodeEncodeError:
+            raise InvalidDataError("an encoded event contains a lone surrogate, which is not a character") from None
+
+    def _decode(self, received: bytes, *, final: bool = False) -> str:
+        try:
+            return self._decoder.decode(received, final)
+        except UnicodeDecodeError as error:
+            raise InvalidDataError(f"the event stream is not UTF-8: {error.reason}") from None
+
+
+class AgUiFrames(FrameEncoder):
+    """Encodes each chunk as one frame. A run that has not ended gets an end by the state of the stream:
+
+    - stopped: the events that close the open parts, and RUN_FINISHED with the outcome `cancelled`.
+    - error, also of an abandoned stream: RUN_ERROR with the text.
+    - deleted: RUN_ERROR.
+
+    An end that comes before the first event begins with RUN_STARTED.
+    """
+
+    def __init__(self, run: Run, after_seq: int) -> None:
+        self._run = run
+        self._is_whole = after_seq == 0  # otherwise, the state of the run is unknown
+
+    def frame(self, seq: int, chunk: str) -> bytes:
+        self._run.follow(chunk)
+        return _frame(chunk)
+
+    def end(self, status: StreamStatus | None) -> bytes:
+        events: list[str] = []
+        if status is None:
+            events = [] if self._run.end else [_error(DELETED)]
+        elif status.state == "error":  # may follow RUN_FINISHED, such as if saving the answer failed
+            events = [] if self._run.end == "RUN_ERROR" else [_error(status.error or INTERRUPTED)]
+        elif status.state == "stopped" and not self._run.end:
+            # The client accepts RUN_ERROR with open parts.
+            events = self._run.finish(cancelled=True) if self._is_whole else [_error(STOPPED, CANCELLED)]
+        if events and self._is_whole and not self._run.is_started:
+            events = [self._run.start(), *events]
+        return b"".join(map(_frame, events))
+
+
+def event_type(chunk: str) -> str | None:
+    """Return the type of an encoded event. None if the chunk is not an event."""
+    if chunk.startswith(_PREFIX):
+        return chunk[len(_PREFIX) : chunk.find('"', len(_PREFIX))]
+    kind = _fields(chunk).get("type")  # written with `append`
+    return kind if isinstance(kind, str) else None
+
+
+def normalise_event(data: str) -> str:
+    """Return an event that another library has encoded as a chunk. Raise `InvalidDataError` if it is not an event."""
+    try:
+        event = json.loads(data, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError):
+        raise InvalidDataError(f"an event must be a JSON object, not {data[:100]!r}") from None
+    if data.startswith(_PREFIX) and "\n" not in data:
+        return data
+    return encode_event(event)
+
+
+def encode_event(event: Any) -> str:
+    """Encode an event as a chunk. Raise `InvalidDataError` if it has no type, or is not a JSON object."""
+    kind = event.get("type") if isinstance(event, Mapping) else None
+    if not isinstance(kind, str) or not kind:
+        raise InvalidDataError(f"an event of AG-UI must be an object with a type, not {_type_name(event)} without one")
+    ordered = {"type": kind, **event}
+    try:
+        chunk = json.dumps(ordered, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidDataError(f"an event of AG-UI must be a JSON object: {error}") from None
+    try:
+        chunk.encode()
+    except UnicodeEncodeError:  # a lone surrogate, as in a text that a model has split within a character
+        return json.dumps(ordered, allow_nan=False, separators=(",", ":"))
+    return chunk
+
+
+def _fields(chunk: str) -> dict[str, Any]:
+    """Return the fields of a chunk. Empty if it is not an event, as may be if `append` has written it."""
+    try:
+        event = json.loads(chunk)
+    except (ValueError, RecursionError):
+        return {}
+    return event if isinstance(event, dict) else {}
+
+
+def _error(text: str, code: str | None = None) -> str:
+    return encode_event({"type": "RUN_ERROR", "message": text} | ({} if code is None else {"code": code}))
+
+
+def _frame(chunk: str) -> bytes:
+    return encode(ServerSentEvent(chunk))
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _type_name(value: object) -> str:
+    return type(value).__name__
+
+
+WIRE = AgUiWire()
