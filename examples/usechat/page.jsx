@@ -25,9 +25,16 @@ const isDecided = (chat) =>
 
 const textOf = ({ parts }) => parts.map((part) => (part.type === "text" ? part.text : "")).join("");
 
-function Chat({ id, stored }) {
-  const chat = useChat({ id, messages: stored, resume: true, sendAutomaticallyWhen: isDecided });
-  const [prompt, setPrompt] = useState("");
+function Chat({ id, stored, draft, reopen }) {
+  const chat = useChat({
+    id,
+    messages: stored,
+    resume: true,
+    sendAutomaticallyWhen: isDecided,
+    // Without this, versions 5 and 6 would append the replay to the text that they have.
+    onFinish: ({ isDisconnect, messages }) => isDisconnect && reopen(messages),
+  });
+  const [prompt, setPrompt] = useState(draft);
   const [editedId, setEditedId] = useState();
   const isBusy = chat.status === "submitted" || chat.status === "streaming";
 
@@ -42,12 +49,6 @@ function Chat({ id, stored }) {
   function edit(message) {
     setPrompt(textOf(message));
     setEditedId(message.id);
-  }
-
-  // The answer may have ended in the meantime: then it is stored, and there is nothing to resume.
-  async function reconnect() {
-    chat.setMessages((await load(id)).messages);
-    await chat.resumeStream();
   }
 
   return (
@@ -67,7 +68,7 @@ function Chat({ id, stored }) {
         ))}
         {chat.error && (
           <p role="alert">
-            {chat.error.message} <button onClick={reconnect}>Reconnect</button>
+            {chat.error.message} <button onClick={() => reopen(chat.messages)}>Reload</button>
           </p>
         )}
       </main>
@@ -105,15 +106,27 @@ function App() {
   const [chat, setChat] = useState();
   const [error, setError] = useState();
 
-  useEffect(() => {
-    function open() {
-      if (location.hash.length < 2) history.replaceState(null, "", `#${crypto.randomUUID()}`);
-      const id = decodeURIComponent(location.hash.slice(1));
-      load(id).then(({ messages }) => setChat({ id, messages }), setError);
+  // Show the chat of the URL as it is stored, and follow its running answer.
+  async function open(shown = []) {
+    if (location.hash.length < 2) history.replaceState(null, "", `#${crypto.randomUUID()}`);
+    const id = decodeURIComponent(location.hash.slice(1));
+    try {
+      const { messages } = await load(id);
+      const question = shown.findLast(({ role }) => role === "user");
+      const isLost = question && !messages.some((message) => message.id === question.id);
+      setChat({ opened: crypto.randomUUID(), id, stored: messages, draft: isLost ? textOf(question) : "" });
+      setError(undefined);
+    } catch (error) {
+      setError(error);
+      setTimeout(open, 1000, shown);
     }
-    open();
-    addEventListener("hashchange", open);
-    return () => removeEventListener("hashchange", open);
+  }
+
+  useEffect(() => {
+    const openNew = () => open();
+    openNew();
+    addEventListener("hashchange", openNew);
+    return () => removeEventListener("hashchange", openNew);
   }, []);
 
   return (
@@ -123,7 +136,7 @@ function App() {
         <a href="#">New chat</a>
       </header>
       {error && <p role="alert">{error.message}</p>}
-      {chat && <Chat key={chat.id} id={chat.id} stored={chat.messages} />}
+      {chat && <Chat key={chat.opened} {...chat} reopen={open} />}
     </>
   );
 }

@@ -11,7 +11,7 @@ from support import servers, usechat
 from support.browser import CHROMIUM
 from support.proxy import Proxy
 from support.usechat import TIMEOUT, UseChatPage
-from support.usechat_apps import count
+from support.usechat_apps import SAID, count
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 
@@ -214,17 +214,21 @@ def test_tool_call_of_the_page(url, open_chat):
     chat.page.get_by_text("Really?").wait_for(timeout=TIMEOUT)
     chat.wait_for_status("ready")
     chat.press("Yes")
+    for word in ("said-5 ", "said-20 "):  # a reload shows the tool call, and what follows it
+        chat.wait_for_text(word)
+        assert count(SAID).startswith(chat.answer)
+        assert chat.page.locator(".tool").all_inner_texts() == ['confirm: "yes"']
+        chat.page.reload()
     for _ in range(2):
-        chat.wait_for_turns("confirm", "You said yes.")
+        chat.wait_for_turns("confirm", count(SAID))
         assert chat.page.locator(".tool").all_inner_texts() == ['confirm: "yes"']
         chat.page.reload()
 
 
-@pytest.mark.parametrize("reconnect", ["button", "visible"])
-def test_lost_connection_is_resumed(url, open_chat, reconnect):
+def test_lost_connection_is_resumed(url, open_chat):
     proxy = Proxy(f"host=127.0.0.1 port={url.rpartition(':')[2]}")
     try:
-        prompt = "count network 60 0.05"
+        prompt = "count network 80 0.05"
         chat = open_chat(f"http://127.0.0.1:{proxy.port}")
         chat.send(prompt)
         chat.wait_for_text("network-5 ")
@@ -235,11 +239,27 @@ def test_lost_connection_is_resumed(url, open_chat, reconnect):
         assert "network-5 " in kept
         assert count(prompt).startswith(kept)
         proxy.heal()
-        if reconnect == "button":
-            chat.press("Reconnect")
-        else:  # useChat resumes by itself when the user looks at the page again
-            chat.page.evaluate("() => document.dispatchEvent(new Event('visibilitychange'))")
+        chat.wait_for_text("network-30 ")
+        proxy.cut()
         chat.wait_for_turns(prompt, count(prompt))
+    finally:
+        proxy.close()
+
+
+def test_message_that_is_not_sent_is_kept(url, open_chat):
+    proxy = Proxy(f"host=127.0.0.1 port={url.rpartition(':')[2]}")
+    try:
+        chat = open_chat(f"http://127.0.0.1:{proxy.port}")
+        proxy.refuse()
+        proxy.cut()
+        chat.send("Hello?")
+        chat.wait_for_status("error")
+        assert chat.turns == ["Hello?"]
+        proxy.heal()
+        expect(chat.page.locator("input")).to_have_value("Hello?", timeout=TIMEOUT)
+        chat.wait_for_turns()
+        chat.press("Send")
+        chat.wait_for_turns("Hello?", "You asked: Hello?")
     finally:
         proxy.close()
 

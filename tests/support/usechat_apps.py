@@ -18,6 +18,8 @@ from aibind_postgres import AsyncAiSdkHandler, AsyncPostgresConversationStore, A
 from aibind_postgres.contrib.fastapi import router
 from aibind_postgres.wire import ai_sdk
 
+SAID = "count said 40 0.05"  # the answer after the tool call of the page
+
 
 def count(prompt: str) -> str:
     """Return the whole answer to the prompt `count NAME WORDS PAUSE`."""
@@ -52,7 +54,9 @@ def continue_answer(message: dict[str, Any]) -> Iterator[Any]:
     """Continue after the user has decided on a tool call."""
     [part] = [part for part in message["parts"] if "toolCallId" in part]
     if part["state"] == "output-available":
-        yield f"You said {part['output']}."
+        for word in count(SAID).split():
+            yield f"{word} "
+            yield 0.05
     elif part["approval"]["approved"]:
         yield ai_sdk.tool_output(part["toolCallId"], {"deleted": part["input"]["file"]})
         yield "It is deleted."
