@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import random
 import time
+from urllib.request import urlopen
 
 import pytest
 from playwright.sync_api import expect
 from support import servers, usechat
 from support.browser import CHROMIUM
+from support.concurrency import until
 from support.proxy import Proxy
 from support.usechat import TIMEOUT, UseChatPage
 from support.usechat_apps import SAID, count
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 
-ANSWERS, TABS, RELOADS = 20, 4, 10  # each tab shows one answer at a time
+ANSWERS, TABS, RELOADS = 20, 2, 10  # each tab shows one answer at a time
 
 
 @pytest.fixture(scope="module")
@@ -190,8 +193,8 @@ def test_tool_call_with_approval(packages, url, open_chat, decision):
     if packages == "ai5":
         pytest.skip("the AI SDK 5 has no approvals")
     chat = open_chat(url)
-    chat.send("delete report.txt")
-    allow = chat.page.get_by_text('Allow delete {"file":"report.txt"}?')
+    chat.send("Delete report.txt")
+    allow = chat.page.get_by_text('Allow deleteFile {"file":"report.txt"}?')
     allow.wait_for(timeout=TIMEOUT)
     if decision == "Yes":  # also in a page that has loaded the call from the server
         chat.page.reload()
@@ -199,11 +202,11 @@ def test_tool_call_with_approval(packages, url, open_chat, decision):
     chat.wait_for_status("ready")
     chat.press(decision)
     result, text = {
-        "Yes": ('delete: {"deleted":"report.txt"}', "It is deleted."),
-        "No": ("delete: output-denied", "It is kept."),
+        "Yes": ('deleteFile: {"deleted":"report.txt"}', "It is deleted."),
+        "No": ("deleteFile: output-denied", "I have kept it."),
     }[decision]
     for _ in range(2):
-        chat.wait_for_turns("delete report.txt", f"I need a permission.{text}")
+        chat.wait_for_turns("Delete report.txt", f"I need your permission. {text}")
         assert chat.page.locator(".tool").all_inner_texts() == [result]
         chat.page.reload()
 
@@ -285,20 +288,37 @@ def test_killed_worker(pages, chats, open_chat):
         second.ask("Next?", "You asked: Next?")
 
 
-def test_no_text_is_lost_or_doubled_by_reloads(pages, chats, open_chat):
-    moments = random.Random(time.time_ns())
+def test_answer_that_ends_during_a_page_load(url, open_chat):
+    """It ends after the page has got the messages, and before `useChat` asks for the running answer."""
+    prompt = "count late 20 0.05"
+    chat = open_chat(url)
+    chat.send(prompt)
+    chat.wait_for_text("late-2 ")
+
+    def wait_for_end(route):
+        until(lambda: json.load(urlopen(f"{url}/api/chat/{chat.id}", timeout=20))["activeStreamId"] is None)
+        route.continue_()
+
+    chat.page.route("**/stream", wait_for_end)
+    chat.page.reload()
+    chat.wait_for_turns(prompt, count(prompt))
+
+
+def test_no_text_is_lost_or_doubled_by_reloads(pages, chats, open_chat, long):
+    seed = time.time_ns()
+    print(f"the seed of the moments is {seed}")
+    moments = random.Random(seed)
     with usechat.application("ai7", pages("ai7"), chats) as url:
-        for first in range(0, ANSWERS, TABS):
-            prompts = [f"count tab{number} 120 0.05" for number in range(first, first + TABS)]
-            tabs = [open_chat(url) for _ in prompts]
-            for tab, prompt in zip(tabs, prompts, strict=True):
+        for first in range(0, ANSWERS if long else TABS, TABS):
+            tabs = {f"count tab{number} 120 0.05": open_chat(url) for number in range(first, first + TABS)}
+            for prompt, tab in tabs.items():
                 tab.send(prompt)
                 tab.wait_for_text(prompt.split()[1])
             for _ in range(RELOADS):
-                for tab, prompt in zip(tabs, prompts, strict=True):
-                    time.sleep(moments.uniform(0, 0.1))
+                for prompt, tab in tabs.items():
+                    time.sleep(moments.uniform(0, 0.2))
                     assert count(prompt).startswith(tab.answer)
                     tab.page.reload(wait_until="commit")
-            for tab, prompt in zip(tabs, prompts, strict=True):
+            for prompt, tab in tabs.items():
                 tab.wait_for_turns(prompt, count(prompt))
                 tab.page.close()

@@ -81,6 +81,11 @@ class UseChatPage:
         return self.page.url
 
     @property
+    def id(self) -> str:
+        """The id of the chat."""
+        return self.page.url.partition("#")[2]
+
+    @property
     def turns(self) -> list[str]:
         """The texts of the visible messages."""
         return list(self.page.eval_on_selector_all("article", "articles => articles.map(TEXT)".replace("TEXT", TEXT)))

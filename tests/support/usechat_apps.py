@@ -18,6 +18,12 @@ from aibind_postgres import AsyncAiSdkHandler, AsyncPostgresConversationStore, A
 from aibind_postgres.contrib.fastapi import router
 from aibind_postgres.wire import ai_sdk
 
+SURVIVAL = "What survives a reload?"  # the question of the screenshot
+SURVIVAL_ANSWER = (
+    "Everything. Each part of this answer is a row in PostgreSQL before you see it.\n\n"
+    "Reload the page, open it in a second tab, or lose the network: useChat asks for the running answer, and gets it "
+    "from its first word. Stop ends it in every tab."
+)
 SAID = "count said 40 0.05"  # the answer after the tool call of the page
 
 
@@ -36,16 +42,20 @@ def answer(generation: Generation) -> Iterator[Any]:
         for word in count(generation.prompt).split():
             yield f"{word} "
             yield float(generation.prompt.split()[-1])
-    elif generation.prompt.startswith("delete"):
+    elif generation.prompt.startswith("Delete"):
         call_id = f"call-{generation.message_id}"
-        yield "I need a permission."
-        yield ai_sdk.tool_input(call_id, "delete", {"file": generation.prompt.split()[1]})
+        yield "I need your permission. "
+        yield ai_sdk.tool_input(call_id, "deleteFile", {"file": generation.prompt.split()[1]})
         yield ai_sdk.tool_approval(call_id, f"approval-{call_id}")
     elif generation.prompt == "confirm":
         yield ai_sdk.tool_input(f"call-{generation.message_id}", "confirm", {"question": "Really?"})
     elif generation.prompt == "fail":
         yield "half "
         raise RuntimeError("secret")
+    elif generation.prompt == SURVIVAL:
+        for word in SURVIVAL_ANSWER.split(" "):
+            yield f"{word} "
+            yield 0.05
     else:
         yield f"You asked: {generation.prompt}"
 
@@ -62,7 +72,7 @@ def continue_answer(message: dict[str, Any]) -> Iterator[Any]:
         yield "It is deleted."
     else:
         yield {"type": "tool-output-denied", "toolCallId": part["toolCallId"]}
-        yield "It is kept."
+        yield "I have kept it."
 
 
 async def generate(generation: Generation) -> AsyncIterator[Any]:
