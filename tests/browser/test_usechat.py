@@ -249,6 +249,41 @@ def test_lost_connection_is_resumed(url, open_chat):
         proxy.close()
 
 
+def test_lost_connection_is_resumed_without_code_of_the_page(tmp_path, chats, open_chat):
+    """Version 7 resumes by itself when the user looks at the page again."""
+    page = usechat.build("ai7", tmp_path / "page", leave_out="onFinish:")
+    prompt = "count alone 60 0.05"
+    with usechat.application("ai7", page, chats) as url:
+        proxy = Proxy(f"host=127.0.0.1 port={url.rpartition(':')[2]}")
+        try:
+            chat = open_chat(f"http://127.0.0.1:{proxy.port}")
+            chat.send(prompt)
+            chat.wait_for_text("alone-5 ")
+            proxy.cut()
+            chat.wait_for_status("error")
+            chat.page.evaluate("() => document.dispatchEvent(new Event('visibilitychange'))")
+            chat.wait_for_turns(prompt, count(prompt))
+        finally:
+            proxy.close()
+
+
+def test_question_during_an_answer_is_refused_and_kept(url, open_chat):
+    prompt = "count busy 60 0.05"
+    chat = open_chat(url)
+    second = open_chat(chat.url)
+    chat.send(prompt)
+    chat.wait_for_text("busy-2 ")
+    second.send("Too early?")
+    second.wait_for_status("error")
+    assert second.page.get_by_role("alert").is_visible()
+    second.press("Reload")
+    for tab in (chat, second):
+        tab.wait_for_turns(prompt, count(prompt))
+    assert second.page.input_value("input") == "Too early?"
+    second.press("Send")
+    second.wait_for_turns(prompt, count(prompt), "Too early?", "You asked: Too early?")
+
+
 def test_message_that_is_not_sent_is_kept(url, open_chat):
     proxy = Proxy(f"host=127.0.0.1 port={url.rpartition(':')[2]}")
     try:

@@ -25,11 +25,17 @@ SERVERS = {
 }
 
 
-def build(packages: str, folder: Path) -> Path:
-    """Copy the example into a new folder and build its page with its own command. Skip the test without Node."""
+def build(packages: str, folder: Path, *, leave_out: str | None = None) -> Path:
+    """Copy the example into a new folder and build its page with its own command. Skip the test without Node.
+
+    Lines of the page that contain `leave_out` are left out.
+    """
     modules = npm.install(packages) / "node_modules"
     shutil.copytree(EXAMPLES / "usechat", folder, ignore=shutil.ignore_patterns("node_modules", "dist", "__pycache__"))
     (folder / "node_modules").symlink_to(modules)
+    if leave_out is not None:
+        lines = (folder / "page.jsx").read_text("utf-8").splitlines(keepends=True)
+        (folder / "page.jsx").write_text("".join([line for line in lines if leave_out not in line]), "utf-8")
     done = subprocess.run(["npm", "run", "build"], cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return folder
