@@ -217,7 +217,7 @@ def test_tool_call_of_the_page(url, open_chat):
     chat.page.get_by_text("Really?").wait_for(timeout=TIMEOUT)
     chat.wait_for_status("ready")
     chat.press("Yes")
-    for word in ("said-5 ", "said-20 "):  # a reload shows the tool call, and what follows it
+    for word in ("said-5 ", "said-20 "):  # a replay includes the tool call
         chat.wait_for_text(word)
         assert count(SAID).startswith(chat.answer)
         assert chat.page.locator(".tool").all_inner_texts() == ['confirm: "yes"']

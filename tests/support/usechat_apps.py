@@ -1,4 +1,4 @@
-"""A server for the page of `examples/usechat` whose answers depend on the prompt only. Tests run it with uvicorn.
+"""A server for the page of `examples/usechat`, with fixed answers. Tests run it with uvicorn.
 
 Environment variables: DATABASE_URL, PAGE (the folder of the built page), SDK_VERSION, and LEASE in seconds.
 """
