@@ -21,8 +21,8 @@ _LITERALS = {"t": "true", "f": "false", "n": "null"}
 _PLAIN = re.compile(r'[^"\\]*')
 _UNICODE_ESCAPE = re.compile(r"u(?:[^0-9A-Fa-f]*[0-9A-Fa-f]){4}")
 _NUMBER = re.compile(r"[-0-9.eE]*")
-_KEY = re.compile(r'"[^"]*("?)')  # an escaped quote also ends a key
-_KEY_OR_BRACE = re.compile(r'"[^"]*("?)|\}')
+_KEY = re.compile(r'"[^"]*"?')  # an escaped quote also ends a key
+_KEY_OR_BRACE = re.compile(r'"[^"]*"?|\}')
 _IN_ARRAY_START = re.compile(r'["tfn{\[\]0-9-]')
 _VALUE_START = re.compile(r'["tfn{\[0-9-]')
 
@@ -83,7 +83,7 @@ def _repair(text: str, sdk_version: int) -> str:
             break
         if state in (_FIRST_KEY, _NEXT_KEY):
             start = (_KEY_OR_BRACE if state == _FIRST_KEY else _KEY).search(text, position)
-            if not start or start[1] == "":
+            if not start:
                 break
             position = start.end()
             if start[0] == "}":

@@ -100,8 +100,9 @@ def message_chunks(message: dict[str, Any], sdk_version: int = 7) -> list[Chunk]
     """Return the chunks from which a client rebuilds a UIMessage, from `start` on and without `finish`.
 
     They come before the chunks of a stream that continues the message, if a client reads the stream from its beginning.
-    They rebuild each message that a client has built from chunks. Other states may have no chunks in the major version.
-    They are left out, or replaced by the closest state:
+    They rebuild each message that a client has built from the chunks of a regular answer: the calls have an input, then
+    perhaps an approval, then perhaps a result. Other states may have no chunks in the major version. They are left out,
+    or replaced by the closest state:
 
     - Before 7, no chunk has the user's response to an approval. A call with a response loses its approval, and in state
       `approval-responded` it becomes `input-available`. The client would else ask the user again.
@@ -210,7 +211,7 @@ def _call_chunks(part: dict[str, Any], sdk_version: int) -> Iterator[Chunk]:
 
     approval = list(_approval_chunks(part, sdk_version))
     is_pending = state in ("approval-requested", "approval-responded")
-    if not is_pending:
+    if has_result or state == "output-denied":
         yield from approval
     result = {**call, "providerMetadata": part.get("resultProviderMetadata")}
     error = {**result, "errorText": part.get("errorText")}

@@ -13,8 +13,9 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ._turns import STREAM_ID, Question, add_question, ask_again
-from .errors import WebError
+from ._document import MAX_DEPTH, copy_json
+from ._turns import STATE, STREAM_ID, Question, add_question, ask_again
+from .errors import InvalidDataError, WebError
 from .history import new_id
 from .web import WebRequest, parse_body
 
@@ -22,7 +23,11 @@ if TYPE_CHECKING:
     from ._message_tree import MessageTree
     from .history import ChatHistory
 
+MAX_REPLACEMENT = 10_000  # characters
+
 SUBMIT, REGENERATE = "submit-message", "regenerate-message"
+
+CONTINUED = "the chat has continued after this answer: load it again"
 
 # The required fields of each type of part that a user's message may have, all of them texts.
 _USER_PARTS: dict[str, tuple[str, ...]] = {"text": ("text",), "file": ("mediaType", "url")}
@@ -43,7 +48,12 @@ _ASSISTANT_PARTS = {
 _RESULTS = {
     ("input-available", "output-available"): ("state", "output"),
     ("input-available", "output-error"): ("state", "errorText"),
-    ("approval-requested", "approval-responded"): ("state",),
+    ("approval-requested", "approval-responded"): ("state", "approval"),
+    # The page asks the user, and runs the tool itself.
+    ("approval-requested", "output-available"): ("state", "output", "approval"),
+    ("approval-requested", "output-error"): ("state", "errorText", "approval"),
+    ("approval-responded", "output-available"): ("state", "output"),
+    ("approval-responded", "output-error"): ("state", "errorText"),
 }
 
 
@@ -78,6 +88,8 @@ def parse_ui_request(request: WebRequest) -> UiRequest:
         raise WebError(400, "id, the id of the chat, is required")
     if chat_id in (".", ".."):  # a browser removes them from the path of a later request
         raise WebError(400, f"{chat_id!r} cannot be the id of a chat")
+    if chat_id.endswith(("/stream", "/stop")):
+        raise WebError(400, "the id of a chat cannot end with /stream or /stop, as the paths of its routes do")
     trigger = SUBMIT if body.get("trigger") is None else body["trigger"]
     if trigger not in (SUBMIT, REGENERATE):
         raise WebError(400, f"trigger must be {SUBMIT} or {REGENERATE}")
@@ -88,8 +100,10 @@ def parse_ui_request(request: WebRequest) -> UiRequest:
     for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("parts"), list):
             raise WebError(400, "each message must be a UIMessage: an object with id, role and parts")
-    if messages and not is_repetition:
-        messages[-1] = _checked_message(messages[-1])
+    while is_repetition and messages and messages[-1].get("role") == "assistant":
+        messages = messages[:-1]  # the answer to replace
+    if messages:
+        messages = [*messages[:-1], _checked_message(messages[-1])]
     return UiRequest(chat_id, messages, is_repetition, _text(body, "messageId"), body)
 
 
@@ -142,13 +156,17 @@ def ask_ui(chat: ChatHistory[Any], stream_id: str, *, request: UiRequest) -> Que
     - A known assistant message brings results of tools: a copy with the results follows it, and is continued.
 
     Raises:
-        WebError: 400: a message id is unknown. 409: results of tools have come for a message that is no longer the
-            last one.
+        WebError: 400: a message id is unknown. 409: results of tools have come for an answer that has been continued,
+            or is no longer the last message.
     """
     tree = chat.tree
-    if request.is_repetition:
-        return ask_again(tree, _question_to_repeat(tree, request), stream_id)
+    if request.is_repetition and (question_id := _question_to_repeat(tree, request)) is not None:
+        return ask_again(tree, question_id, stream_id)
     message = request.messages[-1]
+    if not request.is_repetition and request.message_id not in (None, message["id"]):
+        named_id = _find(tree, str(request.message_id))
+        if named_id is not None and _role(tree._snapshot(named_id).message) == "assistant":
+            raise WebError(409, CONTINUED)  # results of tools for an earlier answer
     known_id = _find(tree, message["id"])
     if message["role"] == "assistant":
         if known_id is None:
@@ -164,13 +182,18 @@ def ask_ui(chat: ChatHistory[Any], stream_id: str, *, request: UiRequest) -> Que
     return add_question(tree, node.parent_id, message, stream_id)
 
 
-def _question_to_repeat(tree: MessageTree[Any], request: UiRequest) -> str:
-    """Return the id of the node whose answer a request wants again."""
+def _question_to_repeat(tree: MessageTree[Any], request: UiRequest) -> str | None:
+    """Return the id of the node whose answer a request wants again. None if the request brings a new question.
+
+    A page repeats a question that was refused, such as during another answer, in the same way as a stored one.
+    """
     # The page does not send the id of an answer that has failed before it was stored, but its question.
     wanted = [request.message_id] if request.message_id is not None else []
     wanted += [message["id"] for message in request.messages[-1:] if isinstance(message.get("id"), str)]
     node_id = next((found for each in wanted if (found := _find(tree, each)) is not None), None)
     if node_id is None:
+        if request.messages and _role(request.messages[-1]) == "user":
+            return None
         if wanted:
             raise WebError(400, "messageId is not the id of a message of this chat")
         node_id = tree.active_leaf_id
@@ -193,8 +216,13 @@ def _find(tree: MessageTree[Any], message_id: str) -> str | None:
 
 def _continue(tree: MessageTree[Any], node_id: str, sent: dict[str, Any], stream_id: str) -> Question:
     if node_id != tree.active_leaf_id:
-        raise WebError(409, "the chat has continued after this answer: load it again")
-    message = with_tool_results(tree._snapshot(node_id).message, sent)
+        raise WebError(409, CONTINUED)
+    stored = tree._snapshot(node_id).message
+    if len(stored.get("parts", [])) > len(sent["parts"]):  # another page has sent its results, and got the answer
+        raise WebError(409, CONTINUED)
+    message = with_tool_results(stored, sent)
+    if message == stored and not {STATE, STREAM_ID} & tree._snapshot(node_id).metadata.keys():
+        raise WebError(409, "there is nothing to continue: the last answer is complete")
     copy_id = tree._add_node(node_id, message, {STREAM_ID: stream_id})
     return Question(tree.set_active_leaf(copy_id), message, stream_id)
 
@@ -209,16 +237,55 @@ def with_tool_results(stored: dict[str, Any], sent: Mapping[str, Any]) -> dict[s
     for part in stored.get("parts", []):
         result = calls.get(part.get("toolCallId"), {})
         fields = _RESULTS.get((part.get("state"), str(result.get("state"))), ())
-        if fields and not (fields[-1] != "state" and part.get("providerExecuted")):
-            part = {**part, **{field: result.get(field) for field in fields}}
-            if fields == ("state",):
-                decision = result.get("approval")
-                if not isinstance(decision, Mapping) or not isinstance(decision.get("approved"), bool):
-                    raise WebError(400, "the approval of a tool call needs approved, true or false")
-                reason = {"reason": decision["reason"]} if isinstance(decision.get("reason"), str) else {}
-                part["approval"] = {**part.get("approval", {}), "approved": decision["approved"], **reason}
+        is_approval = result.get("state") == "approval-responded"
+        if fields and (is_approval or not part.get("providerExecuted")):
+            if not set(fields) <= result.keys() or not isinstance(result.get("errorText", ""), str):
+                raise WebError(400, "the result of a tool call needs output, or errorText as a string")
+            approval = _approval(part, result, is_approval) if "approval" in fields else {}
+            part = {**part, **{field: result[field] for field in fields}, **approval}
         parts.append(part)
     return {**stored, "parts": parts}
+
+
+def _approval(part: Mapping[str, Any], result: Mapping[str, Any], may_refuse: bool) -> dict[str, Any]:
+    """Return the approval of a tool call with the decision of the user. A call with a result must be approved."""
+    decision = result["approval"]
+    approved = decision.get("approved") if isinstance(decision, Mapping) else None
+    if not isinstance(approved, bool) or not (approved or may_refuse):
+        raise WebError(400, "the approval of a tool call needs approved, true or false; with a result, true")
+    reason = {"reason": decision["reason"]} if isinstance(decision.get("reason"), str) else {}
+    return {"approval": {**part.get("approval", {}), "approved": approved, **reason}}
+
+
+def storable_message(message: dict[str, Any]) -> dict[str, Any]:
+    """Return a message that can be stored. Values that are nested too deeply are replaced by their JSON text.
+
+    Such a value may come from a model: a partial input of a tool that consists of brackets.
+    """
+    try:
+        copy_json(message)
+    except InvalidDataError:
+        return {field: _storable(value, MAX_DEPTH - 4) for field, value in message.items()}
+    return message
+
+
+def _storable(value: Any, depth: int) -> Any:
+    """Return a field of a message. In the list of parts, replace single fields of the parts."""
+    if isinstance(value, list):
+        return [
+            {field: _storable_field(each, depth) for field, each in part.items()} if isinstance(part, dict) else part
+            for part in value
+        ]
+    return _storable_field(value, depth)
+
+
+def _storable_field(value: Any, depth: int) -> Any:
+    if isinstance(value, str):  # joins the halves of characters, and replaces those that stay alone
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    try:
+        return copy_json(value, depth)
+    except InvalidDataError:
+        return repr(value)[:MAX_REPLACEMENT]
 
 
 def ui_messages(path: list[Any], node_ids: list[str]) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from datetime import datetime, timezone
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, NoReturn
 from urllib.parse import parse_qsl
 
 from ._turns import Position
@@ -124,7 +124,8 @@ class Generation(NamedTuple):
         stream_id: The id of the stream that stores the answer. None if the answer is plain text or JSON.
         owner: The result of the handler's `owner`, or None.
         ui_messages: For an `AiSdkHandler`: the messages as UIMessages, with all their parts. If the last one has the
-            role `assistant`, the answer continues it. Default: none.
+            role `assistant`, the answer continues it. `messages` has the texts only, and no answer without a text: use
+            this attribute with tools. Default: none.
         message_id: For an `AiSdkHandler`: the id of the message with the answer. Default: None.
     """
 
@@ -200,12 +201,17 @@ def parse_body(request: WebRequest) -> dict[str, Any]:
     if _has_many_values(request.body):
         raise WebError(413, f"the body must have at most {MAX_VALUES} values")
     try:
-        body = json.loads(request.body.decode())  # from bytes, `loads` would also accept UTF-16 and UTF-32
+        # From bytes, `loads` would also accept UTF-16 and UTF-32.
+        body = json.loads(request.body.decode(), parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
         raise WebError(400, "the body is not JSON in UTF-8") from None
     if not isinstance(body, dict):
         raise WebError(400, "the body must be a JSON object")
     return body
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
 
 
 def _has_many_values(body: bytes) -> bool:

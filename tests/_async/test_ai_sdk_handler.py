@@ -6,6 +6,7 @@ import json
 from functools import partial
 
 import pytest
+from _async.sources import items
 from support.concurrency import async_gather
 
 from aibind_postgres import (
@@ -13,6 +14,7 @@ from aibind_postgres import (
     AsyncDurableStream,
     AsyncPostgresConversationStore,
     AsyncPostgresStreamStore,
+    AsyncStreamHandler,
     WebError,
     WebRequest,
 )
@@ -35,6 +37,13 @@ def texts(messages):
         (message["role"], "".join(part["text"] for part in message["parts"] if part["type"] == "text"))
         for message in messages
     ]
+
+
+def nested(levels):
+    value = []
+    for _ in range(levels - 1):
+        value = [value]
+    return value
 
 
 class Page:
@@ -256,7 +265,7 @@ async def test_start_of_another_library(page):
         "messageId": page.generations[0].stream_id,
         "messageMetadata": {"a": 1},
     }
-    assert chunks[-1]["finishReason"] == "other"
+    assert chunks[-1]["finishReason"] == "interrupted"
 
 
 @pytest.mark.parametrize(
@@ -289,6 +298,12 @@ async def test_types_that_the_client_does_not_know(streams, store, sdk_version, 
         {"type": "tool-output-available", "toolCallId": "unknown", "output": 1},
         {"type": "data-x", "data": float("nan")},
         {"type": "data-x", "data": object()},
+        {"type": "data-x", "data": nested(250)},
+        {"type": "data-x"},
+        {"type": "data-x", "data": 1, "id": 7},
+        {"type": "file", "url": "data:,", "mediaType": "text/plain", "providerMetadata": "x"},
+        {"type": "tool-approval-response", "approvalId": "unknown", "approved": True},
+        {"type": "tool-input-delta", "toolCallId": "unknown", "inputTextDelta": "{"},
         ai_sdk.frames("data: {no json}\n\n"),
     ],
 )
@@ -303,9 +318,39 @@ async def test_invalid_items_end_the_answer(page, item, caplog):
     assert texts((await page.show())["messages"])[-1] == ("assistant", "text")
 
 
-@pytest.mark.parametrize("error", [WebError(429, "busy"), {"type": "error", "errorText": "busy"}])
-async def test_error_of_the_source(page, error):
-    page.answer = ["te", "xt", error]
+@pytest.mark.parametrize("expose_errors", [True, False])
+async def test_error_chunk_of_a_library(streams, store, expose_errors, caplog):
+    page = Page(streams, store, expose_errors=expose_errors)
+    page.answer = ["text", {"type": "error", "errorText": "password"}]
+    chunks = await page.turn(user_message("q", "hi"))
+    assert chunks[-1]["errorText"] == ("password" if expose_errors else "the answer was interrupted")
+    assert "password" in caplog.text
+
+
+async def test_texts_that_are_split_within_a_character(page):
+    page.answer = ["\ud83d", "\ude00", ai_sdk.data("x", ["\ud83d"])]
+    response = await page.post(user_message("q", "hi"))
+    body = b"".join([part async for part in response.body])
+    assert rb'"delta":"\ud83d"' in body
+    assert await AsyncDurableStream.shutdown(page.streams, 20)
+    assert texts((await page.show())["messages"])[-1] == ("assistant", "\U0001f600")
+
+
+async def test_frames_without_the_last_empty_line(page):
+    page.answer = [
+        ai_sdk.frames('data: {"type":"text-start","id":"x"}\n\ndata: {"type":"text-delta","id":"x","delta":"all"}')
+    ]
+    await page.turn(user_message("q", "hi"))
+    assert texts((await page.show())["messages"])[-1] == ("assistant", "all")
+
+
+async def test_run_that_a_library_has_aborted(page):
+    page.answer = ["text", {"type": "abort"}, {"type": "finish-step"}, ai_sdk.frames("data: [DONE]\n\n")]
+    assert kinds(await page.turn(user_message("q", "hi")))[-3:] == ["text-end", "finish-step", "abort"]
+
+
+async def test_error_of_the_source(page):
+    page.answer = ["te", "xt", WebError(429, "busy")]
     response = await page.post(user_message("q", "hi"))
     assert (await read(response))[-2:] == [
         {"type": "text-end", "id": "text-1"},
@@ -466,6 +511,10 @@ async def test_result_of_a_tool_in_the_page(page):
     question, answer = (await page.show())["messages"]
     page.answer = None
     changed = with_output({**answer, "parts": [*answer["parts"], {"type": "text", "text": "forged"}]}, "12:00")
+    for result in ({"state": "output-available"}, {"state": "output-error", "errorText": {}}):
+        call = {"type": "tool-time", "toolCallId": "call", **result}
+        sent = {**answer, "parts": [*answer["parts"][:-1], call]}
+        assert (await page.refusal("POST", "", {"id": "c", "messages": [question, sent]}))[0] == 400
     chunks = await page.turn(question, changed)
     assert chunks[0] == {"type": "start", "messageId": answer["id"]}
     (generation,) = page.generations[1:]
@@ -480,10 +529,10 @@ async def test_result_of_a_tool_in_the_page(page):
         {"type": "text", "text": ":2", "state": "done"},
     ]
     # A second result for the same call, such as from another tab, changes nothing.
-    await page.turn(question, with_output(shown, "13:00"))
-    assert (
-        page.generations[-1].ui_messages[-1]["parts"][: len(answer["parts"])] == with_output(answer, "12:00")["parts"]
-    )
+    body = {"id": "c", "messages": [question, with_output(shown, "13:00")]}
+    refusal = (409, b"there is nothing to continue: the last answer is complete")
+    assert await page.refusal("POST", "", body) == refusal
+    assert (await page.show())["messages"] == [question, shown]
 
 
 @pytest.mark.parametrize("sdk_version", [5, 6, 7])
@@ -508,12 +557,9 @@ async def test_replay_of_a_continued_answer(streams, store, sdk_version):
     replayed = await read(second)
     assert replayed[-len(continued) :] == continued
     earlier = kinds(replayed[: -len(continued)])
-    if sdk_version == 5:
-        assert earlier == []  # its client continues the message that the page has loaded
-    else:
-        assert earlier[0] == "start"
-        assert "text-delta" in earlier
-        assert "tool-output-available" in earlier
+    assert earlier[0] == "start"
+    assert "text-delta" in earlier
+    assert "tool-output-available" in earlier
 
 
 async def test_approval(page):
@@ -533,6 +579,30 @@ async def test_approval(page):
     assert texts([shown]) == [("assistant", "Done.")]
 
 
+async def test_tool_that_the_page_runs_after_the_approval(page):
+    page.answer = [ai_sdk.tool_input("call", "time", {}), ai_sdk.tool_approval("call", "approval")]
+    await page.turn(user_message("q", "what time?"))
+    question, answer = (await page.show())["messages"]
+    approval = {"id": "approval", "approved": True}
+    refused = with_output(answer, "12:00")
+    refused["parts"][-1]["approval"] = {**approval, "approved": False}
+    assert (await page.refusal("POST", "", {"id": "c", "messages": [question, refused]}))[0] == 400
+    sent = with_output(answer, "12:00")
+    sent["parts"][-1]["approval"] = approval
+    page.answer = ["noon"]
+    await page.turn(question, sent)
+    assert page.generations[-1].ui_messages[-1] == sent
+
+
+async def test_continuing_after_a_failure(page):
+    page.answer = ["one ", WebError(500, "busy")]
+    await page.turn(user_message("q", "count"))
+    question, answer = (await page.show())["messages"]
+    page.answer = ["two"]
+    await page.turn(question, answer)
+    assert texts((await page.show())["messages"]) == [("user", "count"), ("assistant", "one two")]
+
+
 async def test_results_for_an_older_answer(page):
     page.answer = [ai_sdk.tool_input("call", "time", {})]
     await page.turn(user_message("q1", "what time?"))
@@ -541,6 +611,71 @@ async def test_results_for_an_older_answer(page):
     await page.turn(user_message("q2", "never mind"))
     body = {"id": "c", "messages": [question, with_output(answer, "12:00")]}
     assert await page.refusal("POST", "", body) == (409, b"the chat has continued after this answer: load it again")
+
+
+async def test_results_for_an_answer_that_another_page_has_continued(page):
+    page.answer = [ai_sdk.tool_input("call", "time", {})]
+    await page.turn(user_message("q", "what time?"))
+    question, answer = (await page.show())["messages"]
+    page.answer = ["noon"]
+    await page.turn(question, with_output(answer, "12:00"))
+    before = await page.show()
+    body = {"id": "c", "messages": [question, with_output(answer, "12:00")]}
+    assert await page.refusal("POST", "", body) == (409, b"the chat has continued after this answer: load it again")
+    assert await page.show() == before
+
+
+async def test_approval_of_an_earlier_answer(page):
+    page.answer = [ai_sdk.tool_input("call", "pay", {}), ai_sdk.tool_approval("call", "approval")]
+    await page.turn(user_message("q1", "pay"))
+    page.answer = None
+    await page.turn(user_message("q2", "never mind"))
+    before = await page.show()
+    body = {"id": "c", "messages": before["messages"], "messageId": before["messages"][1]["id"]}
+    assert await page.refusal("POST", "", body) == (409, b"the chat has continued after this answer: load it again")
+    assert await page.show() == before
+
+
+async def test_partial_input_that_is_nested_too_deeply(page):
+    """A model may stammer. The page shows all of it, and the chat stays usable."""
+    page.answer = [ai_sdk.tool_input_start("call", "time"), ai_sdk.tool_input_delta("call", "[" * 300), "text"]
+    await page.turn(user_message("q1", "hi"))
+    assert texts((await page.show())["messages"])[-1] == ("assistant", "text")
+    page.answer = None
+    await page.turn(user_message("q2", "two"))
+    assert len((await page.show())["messages"]) == 4
+
+
+async def test_answer_that_cannot_be_saved_does_not_block_the_chat(page, monkeypatch, caplog):
+    monkeypatch.setattr(page.handler._turns, "_compose", lambda question, chunks: {"deep": nested(300)})
+    await page.turn(user_message("q1", "one"))
+    assert [message["id"] for message in (await page.show())["messages"]] == ["q1"]
+    assert "cannot be saved" in caplog.text
+    monkeypatch.undo()
+    assert texts((await page.show())["messages"]) == [("user", "one"), ("assistant", "one:1")]
+
+
+@pytest.mark.parametrize("sdk_version", [5, 6, 7])
+async def test_part_that_is_open_at_the_end_of_a_step(streams, store, sdk_version):
+    """The clients of 5 and 6 close all parts at the end of a step."""
+    page = Page(streams, store, sdk_version=sdk_version)
+    page.answer = [{"type": "text-start", "id": "x"}, ai_sdk.step(), "own"]
+    sent = kinds(await page.turn(user_message("q", "hi")))
+    assert sent.index("text-end") < sent.index("finish-step") if sdk_version < 7 else sent[-4:-2] == ["text-end"] * 2
+
+
+async def test_reset_of_a_step(page):
+    page.answer = [
+        "dropped",
+        ai_sdk.tool_input("call", "time", {}),
+        {"type": "text-start", "id": "x"},
+        {"type": "reset-step"},
+        "kept",
+        ai_sdk.tool_output("call", 1),
+    ]
+    chunks = await page.turn(user_message("q", "hi"))
+    assert kinds(chunks)[-2:] == ["text-end", "error"]  # the call was dropped as well
+    assert texts((await page.show())["messages"])[-1] == ("assistant", "kept")
 
 
 # Access and simultaneous requests
@@ -598,6 +733,129 @@ async def test_simultaneous_questions(page, is_new):
     assert [info async for info in page.streams.list(state="active")] == []
 
 
+async def test_question_beside_a_stop(page, monkeypatch):
+    """A page sends stop and the next question at once. The question then follows the answer that was stopped."""
+    await page.post(user_message("q1", "wait"))
+    load = page.handler._turns.load
+    stopped = []
+
+    async def load_and_stop(*arguments):
+        chat = await load(*arguments)
+        if not stopped:
+            stopped.append(True)
+            await page.request("POST", "/c/stop", {})
+            assert await AsyncDurableStream.shutdown(page.streams, 20)
+        return chat
+
+    monkeypatch.setattr(page.handler._turns, "load", load_and_stop)
+    await page.turn(user_message("q2", "two"))
+    assert [message["content"] for message in page.generations[-1].messages] == ["wait", "wait:", "two"]
+
+
+async def test_chat_that_changes_before_the_question_is_saved(page):
+    await page.turn(user_message("q1", "one"))
+
+    async def generate(generation):
+        chat = await page.store.load("c")
+        chat.append({"role": "user", "content": "by other code"})
+        await page.store.save("c", chat)
+        return items([])
+
+    before = page.handler._generate
+    page.handler._generate = generate
+    refusal = (409, b"the conversation has changed: load it again")
+    assert await page.refusal("POST", "", {"id": "c", "message": user_message("q2", "two")}) == refusal
+    assert [info async for info in page.streams.list(state="active")] == []
+    page.handler._generate = before
+    await page.turn(user_message("q2", "two"))
+
+
+async def test_question_that_changes_before_a_repetition_is_saved(page):
+    await page.turn(user_message("q1", "one"))
+
+    async def generate(generation):
+        chat = await page.store.load("c")
+        chat.append(user_message("q2", "by other code"))
+        await page.store.save("c", chat)
+        return items([])
+
+    page.handler._generate = generate
+    refusal = (409, b"the conversation has changed: load it again")
+    assert await page.refusal("POST", "", {"id": "c", "trigger": "regenerate-message"}) == refusal
+
+
+async def test_users_with_the_same_id_of_a_chat_without_conversations(streams):
+    """Without stored chats, an id belongs to nobody: two users may have the same one."""
+    page = Page(streams, None)
+    first = await page.post(user_message("q", "wait"))
+    success = (200, b'{"success": true}')
+    assert await page.refusal("GET", "/c/stream", user="bob") == NOTHING
+    for id in ("c", "unknown"):
+        assert await page.refusal("POST", f"/{id}/stop", {}, "bob") == success
+    second = await page.post(user_message("q", "wait"), user="bob")
+    replay = await page.request("GET", "/c/stream")
+    assert await page.refusal("POST", "/c/stop", {}, "bob") == success
+    page.proceed.set()
+    assert kinds(await read(second))[-1] == "abort"
+    assert await read(replay) == await read(first)
+
+
+async def test_conversation_of_two_handlers(page, streams, store):
+    """An answer that another handler has not saved is left to that handler: its chunks have another wire format."""
+    handler = AsyncStreamHandler(page.generate, store=streams, conversations=store, owner=lambda request: "ann")
+    body = json.dumps({"prompt": "hi", "sessionId": "c"}).encode()
+    response = await handler.handle(WebRequest("POST", "/__aibind__/stream", {}, JSON, body))
+    assert await page.refusal("GET", "/c/stream") == NOTHING
+    async for _ in response.body:
+        pass
+    assert await AsyncDurableStream.shutdown(streams, 20)
+    await page.turn(user_message("q", "two"))
+    assert texts((await page.show())["messages"]) == [
+        ("user", "hi"),
+        ("assistant", "hi:1"),
+        ("user", "two"),
+        ("assistant", "two:3"),
+    ]
+
+
+async def test_stream_of_a_request_that_may_be_refused_is_not_the_running_answer(page):
+    await page.turn(user_message("q", "hi"))
+    first = await page.post(user_message("q2", "wait"))
+    await page.streams.create("refused", session_id="c", owner="ann", wire="ai_sdk")
+    id = first.headers["X-Stream-Id"]
+    assert (await page.show())["activeStreamId"] == id
+    assert (await page.request("GET", "/c/stream")).headers["X-Stream-Id"] == id
+    assert await page.refusal("POST", "/c/stop", {}) == (200, b'{"success": true}')
+    assert (await page.streams.get_status("refused")).state == "active"
+    assert (await page.streams.get_status(id)).state == "stopped"
+    # If the other answer has ended meanwhile, a page that follows it sees nothing of it.
+    response = await page.request("GET", "/c/stream")
+    assert response.headers["X-Stream-Id"] == "refused"
+    await page.streams.delete("refused")
+    assert [event.data for event in EventParser().feed(b"".join([part async for part in response.body]))] == ["[DONE]"]
+    page.proceed.set()
+
+
+async def test_question_that_was_refused_is_repeated(page):
+    """The button of a page to try again calls regenerate(), with the question as the last message."""
+    await page.turn(user_message("q1", "one"))
+    await page.turn(user_message("q1", "one"), user_message("q2", "two"), trigger="regenerate-message")
+    assert [text for _, text in texts((await page.show())["messages"])] == ["one", "one:1", "two", "two:3"]
+    await page.turn(user_message("q", "hi"), id="new", trigger="regenerate-message")
+    assert texts((await page.show("new"))["messages"]) == [("user", "hi"), ("assistant", "hi:1")]
+
+
+async def test_replay_of_a_large_chat(streams, store):
+    page = Page(streams, store, max_conversation=3000, max_body=1000)
+    first = await page.post(user_message("q1", "wait"))
+    chat = await store.load("c")
+    chat.tree.add_root(user_message("large", "x" * 10_000))
+    await store.save("c", chat)
+    replay = await page.request("GET", "/c/stream")
+    page.proceed.set()
+    assert await read(replay) == await read(first)
+
+
 async def test_without_conversations(streams):
     page = Page(streams, None, owner=None)
     chunks = await page.turn(user_message("q1", "one"), {"role": "assistant", "parts": []}, user_message("q2", "two"))
@@ -635,6 +893,13 @@ def posted(**fields):
         posted(id=" "),
         posted(id=7),
         posted(id="."),
+        posted(id="a/stop"),
+        posted(id="a/stream"),
+        posted(messages=[{"role": "user", "parts": [{"type": "data-x", "data": float("inf")}]}]),
+        posted(messages=[{"role": "user", "parts": [{"type": "data-x", "data": nested(250)}]}]),
+        posted(messages=[{"role": "user", "parts": [{"type": "text", "text": "hi"}], "metadata": nested(250)}]),
+        posted(trigger="regenerate-message", messages=[{"role": "user", "parts": ["hi"]}]),
+        posted(trigger="regenerate-message", messages=[{"role": "assistant", "parts": [5]}]),
         posted(id=".."),
         posted(id="x" * 1025),
         posted(id="a\0b"),
@@ -657,7 +922,7 @@ def posted(**fields):
         posted(messages=[{"id": "a", "role": "user", "parts": [{"type": "text", "text": "\ud800"}]}]),
         posted(message="hi"),
         posted(trigger="regenerate-message", messages=[]),
-        posted(trigger="regenerate-message", messageId="unknown"),
+        posted(trigger="regenerate-message", messageId="unknown", messages=[]),
     ],
 )
 async def test_invalid_bodies(page, body):
@@ -666,6 +931,20 @@ async def test_invalid_bodies(page, body):
     assert text
     assert page.generations == []
     assert [info async for info in page.streams.list()] == []
+
+
+async def test_infinite_number_of_a_float(page):
+    body = b'{"id": "c", "messages": [{"role": "user", "parts": [{"type": "data-x", "data": 1e999}]}]}'
+    headers = {**JSON, "user": "ann"}
+    assert (await page.handler.handle(WebRequest("POST", "/api/chat", {}, headers, body))).status == 400
+
+
+async def test_too_large_chat(streams, store):
+    page = Page(streams, store, max_conversation=1000)
+    await page.turn(user_message("q1", "x" * 1000))
+    status, text = await page.refusal("POST", "", {"id": "c", "message": user_message("q2", "two")})
+    assert status == 413
+    assert text.endswith(b"delete it, or start another conversation")
 
 
 async def test_large_bodies(page):

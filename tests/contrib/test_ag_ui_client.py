@@ -107,7 +107,7 @@ def test_error(web):
 
 
 def test_run_continues_without_its_client(web):
-    first, second, _ = play(web, "leave", f"slowly {SENTENCE}")
+    first, second, _ = play(web, "leave", f"slower {SENTENCE}")
     assert "RUN_FINISHED" not in types(first)
     assert types(second) == ["RUN_STARTED", *TEXT, "RUN_FINISHED"]
     assert text_of(second) == f"{SENTENCE} "

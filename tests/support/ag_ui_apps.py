@@ -20,7 +20,7 @@ from aibind_postgres import (
 )
 from support import webapps
 
-PAUSE = 0.05  # seconds between the words of a slow answer
+PAUSES = {"slowly": 0.05, "slower": 0.5}  # seconds after each word
 
 
 def script(generation: Generation) -> list[Any]:
@@ -30,7 +30,7 @@ def script(generation: Generation) -> list[Any]:
     text: list[Any] = [core.TextMessageStartEvent(message_id=message_id)]
     for word in rest.split():
         text.append(core.TextMessageContentEvent(message_id=message_id, delta=f"{word} "))
-        text.append(PAUSE if command == "slowly" else 0)
+        text.append(PAUSES.get(command, 0))
     if command == "fail":
         return [*text, 0.2, RuntimeError("password=secret")]
     if command == "fail-first":
@@ -114,7 +114,7 @@ def agent() -> Any:
             yield {1: DeltaToolCall(json_args='"up"}')}
             return
         for word in ("The ", "sky ", "is ", "blue"):
-            await asyncio.sleep(PAUSE)
+            await asyncio.sleep(PAUSES["slowly"])
             yield word
         if "for ever" in str(messages[0]):
             await asyncio.sleep(60)
@@ -134,7 +134,7 @@ def pydantic_ai_source(generation: Generation, *, encode: bool) -> AsyncIterator
     run_input = AGUIAdapter.build_run_input(generation.request.body)
     adapter: Any = AGUIAdapter(agent=agent(), run_input=run_input, ag_ui_version="1.0")
     events: AsyncIterator[Any] = adapter.run_stream()
-    return adapter.encode_stream(events) if encode else events  # type: ignore[no-any-return]
+    return adapter.encode_stream(events) if encode else events
 
 
 def handler(refuse: webapps.Refuse) -> AgUiHandler:

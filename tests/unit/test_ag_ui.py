@@ -179,8 +179,13 @@ def test_invalid_items(item: object) -> None:
 
 
 def test_truncated_bytes() -> None:
-    with pytest.raises(InvalidDataError):
-        stored([b"data: {}" + b"\xc3"])
+    with pytest.raises(InvalidDataError, match="UTF-8"):
+        stored([b'data: {"type":"CUSTOM"}\n\n\xc3'])
+
+
+def test_event_of_two_lines_that_looks_like_two_events() -> None:
+    custom = {"type": "CUSTOM", "name": "n", "value": 1}
+    assert produced(['data: {"type":"CUSTOM","name":"n",\n', 'data: "value":1}\n\n']) == [START, custom, FINISH]
 
 
 # Each open part, and the event that closes it.

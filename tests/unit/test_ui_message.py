@@ -249,6 +249,14 @@ def test_deeply_nested_input():
     assert "input" not in part
 
 
+def test_rebuilt_call_with_an_input_too_deep_for_json():
+    value = []
+    for _ in range(200_000):
+        value = [value]
+    part = {**CALL_PART, "state": "output-error", "input": value, "errorText": "no"}
+    assert message_chunks({"id": "m", "parts": [part]}) == [START]
+
+
 def test_rebuilt_call_with_a_result_is_not_available_to_the_client_again():
     message = assemble([START, STEP, CALL, {"type": "tool-output-available", "toolCallId": "c", "output": 1}])
     chunks = message_chunks(message)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from aibind_postgres import InvalidDataError, StreamStatus
 from aibind_postgres.sse import EventParser
 from aibind_postgres.wire import NAMES, ai_sdk, find_wire
-from aibind_postgres.wire.ai_sdk import AiSdkWire, closing_chunks
+from aibind_postgres.wire.ai_sdk import AiSdkWire, OpenParts
 from aibind_postgres.wire.sse import SseChunks
 
 DONE = StreamStatus("done", None, 3)
@@ -204,7 +204,10 @@ def test_answer_that_ends_anywhere_has_no_open_part(items, data):
     received = sent(AiSdkWire(), chunks[:number], STOPPED)
     *parsed, end = [event.data for event in EventParser().feed(received)]
     assert end == "[DONE]"
-    assert closing_chunks([json.loads(chunk) for chunk in parsed]) == []
+    parts = OpenParts()
+    for chunk in parsed:
+        parts.follow(chunk)
+    assert parts.closing_chunks() == []
     assert json.loads(parsed[-1]) == {"type": "abort"}
 
 
@@ -212,7 +215,9 @@ def test_nothing_follows_the_end():
     encoder = AiSdkWire("m").chunks("s")
     encoder.encode({"type": "finish"})
     assert encoder.finish() == []
-    for item in ("text", ai_sdk.reasoning("x"), ai_sdk.step(), {"type": "finish"}):
+    for item in ({"type": "finish-step"}, {"type": "finish"}, {"type": "abort"}, ai_sdk.frames("data: [DONE]\n\n")):
+        assert encoder.encode(item) == []
+    for item in ("text", ai_sdk.reasoning("x"), ai_sdk.step(), ai_sdk.data("x", 1)):
         with pytest.raises(InvalidDataError, match="after the end"):
             encoder.encode(item)
 

@@ -11,16 +11,17 @@ from typing import Any
 from .. import _arguments as arguments
 from .._concurrency import async_run_large
 from .._document import NODE_CHARACTERS
-from .._turns import STREAM_ID, Question, model_messages
+from .._turns import Question, model_messages, unanswered
+from .._ui_encoder import parse_chunk
 from .._ui_message import assemble
 from .._ui_message_chunks import message_chunks
-from .._ui_turns import UiRequest, ask_ui, parse_ui_request, text_messages, ui_messages, ui_text
+from .._ui_turns import UiRequest, ask_ui, parse_ui_request, storable_message, text_messages, ui_messages, ui_text
 from ..errors import StreamNotFoundError, WebError
 from ..history import ChatHistory, new_id
 from ..models import StreamInfo, StreamStatus
 from ..web import Generation, Resource, WebRequest, parse_body
-from ..wire.ai_sdk import AiSdkWire, SdkVersion, closing_chunks, parse_chunk
-from .conversation_routes import AsyncConversationRoutes
+from ..wire.ai_sdk import AiSdkWire, OpenParts, SdkVersion
+from .conversation_routes import TOO_LARGE, AsyncConversationRoutes
 from .conversation_store import AsyncPostgresConversationStore
 from .durable_stream import AsyncDurableStream
 from .responses import AsyncWebResponse, json_response, map_client_errors
@@ -52,14 +53,17 @@ class AsyncAiSdkHandler(AsyncWebHandler):
       and a page that shows an older state of the chat changes nothing but its end.
     - An edited question and another answer are alternatives: the earlier ones stay in the conversation store.
     - Results and approvals of tools that the page sends continue the last answer.
+    - A page that loads during a continued answer gets the earlier parts as well. Without `conversations`, it does not.
     - A second question gets status 409 while an answer of the chat is written. The page keeps its text. Without
       `conversations`, two requests at the same instant may both start an answer.
 
     Args:
         generate: Called with a `Generation`. Returns a source: an iterable of `str`, and of the items of
-            `aibind_postgres.wire.ai_sdk` for reasoning, tools, sources, files and data. The call and the source may
-            raise `WebError`, or an exception with which the framework refuses requests. If the source raises one, the
-            status line has already been sent, so the answer ends with an error.
+            `aibind_postgres.wire.ai_sdk` for reasoning, tools, sources, files and data. The call should return at once,
+            such as a generator does: until then, the question is not stored, and other pages do not see it. The call
+            and the source may raise `WebError`, or an exception with which the framework refuses requests. If the
+            source raises one, the status line has already been sent, so the answer ends with an error. An `error` chunk
+            counts as an exception with its text.
         store: The stream store.
         conversations: The conversation store. One of `owner`, `authorize` and `public` is then required, since clients
             choose the ids of chats. Default: None: `generate` gets the messages that the client sends.
@@ -146,7 +150,15 @@ class AsyncAiSdkHandler(AsyncWebHandler):
             max_continued = arguments.integer(max_conversation, "max_conversation", minimum=1)
             max_read = max_continued + self.max_body
             self._turns = AsyncTurns(
-                store, conversations, self._access, self._compose, max_continued, max_read, is_exclusive=True
+                store,
+                conversations,
+                self._access,
+                self._compose,
+                max_continued,
+                max_read,
+                wire="ai_sdk",
+                hint=TOO_LARGE,
+                is_exclusive=True,
             )
             self._chats = AsyncConversationRoutes(store, conversations, self._access, self._turns, max_read)
             self._routes[""]["GET"] = self._chats.list
@@ -169,7 +181,7 @@ class AsyncAiSdkHandler(AsyncWebHandler):
             save_answer = partial(self._save_answer, self._turns, turn)
         else:
             await self._access.check_session(request, user, parsed.chat_id)
-            await refuse_second(self._store, parsed.chat_id, stream_id)
+            await refuse_second(self._store, parsed.chat_id, stream_id, user)
             messages = await async_run_large(len(request.body), ui_messages, parsed.messages, _ids(parsed))
         if not messages:
             raise WebError(400, "messages is required")
@@ -204,16 +216,19 @@ class AsyncAiSdkHandler(AsyncWebHandler):
 
     def _compose(self, question: Question, chunks: Sequence[str]) -> dict[str, Any]:
         """Return the message with an answer: the one that the page shows."""
-        parsed = [parse_chunk(chunk) for chunk in chunks]
-        parsed += closing_chunks(parsed)
+        parts = OpenParts()
+        for chunk in chunks:
+            parts.follow(chunk)
+        parsed = [*map(parse_chunk, chunks), *parts.closing_chunks()]
         continued = question.message if question.message.get("role") == "assistant" else None
-        return assemble(parsed, continued, message_id=question.stream_id, sdk_version=self._sdk_version)
+        message = assemble(parsed, continued, message_id=question.stream_id, sdk_version=self._sdk_version)
+        return storable_message(message)
 
     async def _resume(self, request: WebRequest, chat_id: str) -> AsyncWebResponse:
         user = await self._access.user(request)
         try:
             info = await self._find_active(request, user, chat_id)
-            if info is None or info.wire != "ai_sdk":
+            if info is None:
                 return NOTHING_RUNS
             earlier = await self._earlier_chunks(request, user, chat_id, info.id)
             with map_client_errors():
@@ -224,22 +239,6 @@ class AsyncAiSdkHandler(AsyncWebHandler):
             raise
         stream._wire = AiSdkWire(earlier=earlier)
         return self._event_stream(stream, request, user)
-
-    async def _earlier_chunks(
-        self, request: WebRequest, user: str | None, chat_id: str, stream_id: str
-    ) -> list[dict[str, Any]]:
-        """Return the chunks that rebuild the message that a running answer continues, if it continues one.
-
-        Clients of version 6 and later begin a replay with an empty message.
-        """
-        if self._turns is None or self._chats is None or self._sdk_version < 6:
-            return []
-        chat = await self._chats.load(request, user, chat_id)
-        for node in reversed(chat.tree._nodes.values()):
-            message = node.get("message") or {}
-            if node.get("metadata", {}).get(STREAM_ID) == stream_id and message.get("role") == "assistant":
-                return message_chunks(message, sdk_version=self._sdk_version)
-        return []
 
     async def _stop(self, request: WebRequest, chat_id: str) -> AsyncWebResponse:
         body = await async_run_large(len(request.body), parse_body, request) if request.body else {}
@@ -254,7 +253,7 @@ class AsyncAiSdkHandler(AsyncWebHandler):
         return json_response({"success": True})
 
     async def _find_active(self, request: WebRequest, user: str | None, chat_id: str) -> StreamInfo | None:
-        """Return the running answer of a chat.
+        """Return the running answer of a chat: the one of this user.
 
         Raises:
             WebError: 404: the chat is unknown, or belongs to another user. The other statuses are those of
@@ -263,21 +262,59 @@ class AsyncAiSdkHandler(AsyncWebHandler):
         await self._access.check_session(request, user, chat_id)
         if self._chats is not None:
             await self._chats.find(user, chat_id)
+        infos = await self._active(user, chat_id)
+        if len(infos) > 1 and self._chats is not None:
+            infos = _named(infos, await self._chats.load(request, user, chat_id))
+        if not infos:
+            return None
+        await self._access.check_stream(request, user, infos[-1].id)
+        return infos[-1]
+
+    async def _active(self, user: str | None, chat_id: str) -> list[StreamInfo]:
+        """Return the active streams of a chat and a user, the newest one last.
+
+        There are several if requests were sent at the same instant. One of them has saved its question, and the others
+        will be refused.
+        """
         with map_client_errors():
-            info = await self._store.active(chat_id)
-        if info is not None:
-            await self._access.check_stream(request, user, info.id)
-        return info
+            infos = [info async for info in self._store.list(state="active", session_id=chat_id, owner=user)]
+        return sorted([info for info in infos if info.wire == "ai_sdk"], key=_created_at)
+
+    async def _earlier_chunks(
+        self, request: WebRequest, user: str | None, chat_id: str, stream_id: str
+    ) -> list[dict[str, Any]]:
+        """Return the chunks that rebuild the message that a running answer continues, if it continues one.
+
+        A client begins a replay with an empty message.
+        """
+        if self._chats is None:
+            return []
+        page = await self._store._pages.page(stream_id, 0, 1)
+        for chunk in page.chunks if page is not None else ():
+            if parse_chunk(chunk.data).get("messageId") == stream_id:
+                return []  # a new message: the chat, which may be long, is not needed
+        try:
+            chat = await self._chats.load(request, user, chat_id)
+        except WebError as error:
+            if error.status == 413:
+                return []
+            raise
+        for question in unanswered(chat):
+            if question.stream_id == stream_id and question.message.get("role") == "assistant":
+                return message_chunks(question.message, sdk_version=self._sdk_version)
+        return []
 
     async def _show(self, request: WebRequest, chat_id: str) -> AsyncWebResponse:
         """Respond with a chat, for the first render of a page."""
         assert self._chats is not None
-        chat, info = await self._chats.load_with_info(request, await self._access.user(request), chat_id)
+        user = await self._access.user(request)
+        chat, info = await self._chats.load_with_info(request, user, chat_id)
+        active = _named(await self._active(user, chat_id), chat)
         answer = {
             "id": info.session_id,
             "title": info.title,
             "messages": await stored_messages(chat),
-            "activeStreamId": info.active_stream_id,
+            "activeStreamId": active[-1].id if active else None,
         }
         return await async_run_large(len(chat) * NODE_CHARACTERS, json_response, answer)
 
@@ -290,6 +327,16 @@ async def stored_messages(chat: ChatHistory[Any]) -> list[dict[str, Any]]:
         return ui_messages(path.messages, path.node_ids)
 
     return await async_run_large(len(chat) * NODE_CHARACTERS, convert)
+
+
+def _named(infos: list[StreamInfo], chat: ChatHistory[Any]) -> list[StreamInfo]:
+    """Return the streams that answer a stored question of a chat."""
+    named = {question.stream_id for question in unanswered(chat)}
+    return [info for info in infos if info.id in named]
+
+
+def _created_at(info: StreamInfo) -> float:
+    return 0.0 if info.created_at is None else info.created_at.timestamp()
 
 
 def _ids(parsed: UiRequest) -> list[str]:

@@ -19,6 +19,7 @@ from .responses import conversation_not_found, map_client_errors
 if TYPE_CHECKING:
     from ..models import StreamStatus
     from ..web import WebRequest
+    from ..wire import WireName
     from .access import AsyncAccess
     from .conversation_store import AsyncPostgresConversationStore
     from .stream_store import AsyncPostgresStreamStore
@@ -40,6 +41,7 @@ class Turn:
         ask: Adds the question to a conversation.
         chat: The conversation with the question.
         question: The question.
+        is_new: Whether the question was not stored before.
     """
 
     def __init__(
@@ -50,7 +52,10 @@ class Turn:
         ask: Ask,
         chat: ChatHistory[Any],
         question: Question,
+        *,
+        is_new: bool,
     ) -> None:
+        self.is_new = is_new
         self.request = request
         self.user = user
         self.session_id = session_id
@@ -69,6 +74,8 @@ class AsyncTurns:
         compose: Returns the message with the answer to a question from the chunks of its stream.
         max_conversation: The maximum size in bytes of a conversation to which a turn is added.
         max_read: The maximum size in bytes of any conversation that is loaded.
+        wire: The stored wire format of the streams that answer. Default: None, which stands for `aibind`.
+        hint: What a user can do about a conversation that is too large. Default: summarise it.
         is_exclusive: Whether a conversation may have only one active stream. Needs migration 0004. Default: False.
     """
 
@@ -81,6 +88,8 @@ class AsyncTurns:
         max_conversation: int,
         max_read: int,
         *,
+        wire: WireName | None = None,
+        hint: str = "summarise it with /compact, or start another conversation",
         is_exclusive: bool = False,
     ) -> None:
         self._store = store
@@ -88,6 +97,8 @@ class AsyncTurns:
         self._access = access
         self._compose = compose
         self._is_exclusive = is_exclusive
+        self._wire = wire
+        self._hint = hint
         self._max_conversation = max_conversation
         self._max_read = max_read
 
@@ -135,7 +146,9 @@ class AsyncTurns:
             try:
                 chat = await self._save_answer(session_id, chat, question, chunks, status, is_late=True)
             except Exception as error:  # such as on a read-only server: the answer is shown, and saved later
-                if not self._conversations._database.client.is_unavailable(error):
+                if isinstance(error, (InvalidDataError, ConversationTooLargeError)):
+                    logger.warning("the answer of stream %r cannot be saved: %s", question.stream_id, error)
+                elif not self._conversations._database.client.is_unavailable(error):
                     raise
         return chat
 
@@ -144,6 +157,8 @@ class AsyncTurns:
         info = await self._store.get_info(stream_id)
         # Other code may have stored the id of another stream in the conversation.
         if info is None or info.session_id not in (None, session_id) or info.owner not in (None, user):
+            return None
+        if info.wire != self._wire:  # another handler saves it
             return None
         try:
             return [chunk.data async for chunk in self._store.read_from(stream_id, follow=False)]
@@ -157,11 +172,16 @@ class AsyncTurns:
             WebError: The statuses of `load` and of `ask`. 409: the conversation may have only one active stream, and
                 has another one.
         """
-        hint = "summarise it with /compact, or start another conversation"
-        chat = await self.load(request, user, session_id, self._max_conversation, hint)
+        chat = await self.load(request, user, session_id, self._max_conversation, self._hint)
         if self._is_exclusive:  # after loading: whoever saves a question first has created its stream before
-            await refuse_second(self._store, session_id, stream_id)
-        return Turn(request, user, session_id, ask, chat, ask(chat, stream_id))
+            is_answered = not unanswered(chat)
+            await refuse_second(self._store, session_id, stream_id, user)
+            if not is_answered:  # the answer may have ended and been saved between the two
+                chat = await self.load(request, user, session_id, self._max_conversation, self._hint)
+        size = len(chat)
+        with map_client_errors():
+            question = ask(chat, stream_id)
+        return Turn(request, user, session_id, ask, chat, question, is_new=len(chat) > size)
 
     async def messages(self, turn: Turn, max_messages: int | None) -> list[Any]:
         """Return the messages for the model."""
@@ -185,6 +205,10 @@ class AsyncTurns:
             except ConversationConflictError:
                 # Check again: another user may have created the conversation, or another question may be its end.
                 again = await self.begin(turn.request, turn.user, turn.session_id, turn.ask, turn.question.stream_id)
+                # The source may already have been made for the earlier question and the messages before it.
+                is_other = not turn.is_new and again.question.id != turn.question.id
+                if is_other or (self._is_exclusive and again.chat.node_ids[:-1] != turn.chat.node_ids[:-1]):
+                    raise WebError(409, "the conversation has changed: load it again") from None
                 turn.chat, turn.question = again.chat, again.question
                 continue
             if not saved:
@@ -230,9 +254,12 @@ class AsyncTurns:
         return chat
 
 
-async def refuse_second(store: AsyncPostgresStreamStore, session_id: str, stream_id: str) -> None:
-    """Raise `WebError` (409) if a conversation has an active stream with another id than `stream_id`."""
-    infos = store.list(state="active", session_id=session_id)
+async def refuse_second(store: AsyncPostgresStreamStore, session_id: str, stream_id: str, user: str | None) -> None:
+    """Raise `WebError` (409) if a conversation has an active stream with another id than `stream_id`.
+
+    With `user`, only streams of this user count: another user may use the same id, or have used it before.
+    """
+    infos = store.list(state="active", session_id=session_id, owner=user)
     others = [info.id async for info in infos if info.id != stream_id]
     if others and len(await store._ended(others)) < len(others):
         raise WebError(409, "an answer of this conversation is being written: wait for its end, or stop it")

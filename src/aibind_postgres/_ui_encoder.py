@@ -1,0 +1,275 @@
+"""The encoder of UI message streams: the items of a source become chunks that the clients of the AI SDK accept. Pure.
+
+Follows the readers of npm `ai` 5.0.277, 6.0.326 and 7.0.173. A client rejects the whole answer if it gets a chunk that
+its major version does not know, or that belongs to no open part or known tool call. So the encoder refuses it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from ._document import MAX_DEPTH, copy_json
+from ._ui_message_chunks import is_known, is_valid
+from .errors import InvalidDataError
+from .sse import EventParser, ServerSentEvent
+
+NEWEST_VERSION = 7
+
+# The field with a value of any type, also None, that a chunk must have.
+_VALUE = {
+    "tool-input-available": "input",
+    "tool-input-error": "input",
+    "tool-output-available": "output",
+    "message-metadata": "messageMetadata",
+}
+
+_FINISH_REASONS = {"stop", "length", "content-filter", "tool-calls", "error", "other"}  # of all versions
+
+# Chunks of these types arrive while a text of this module is open, and do not end it.
+_BESIDE_TEXT = ("data-", "message-metadata", "source-", "file")
+
+LEVELS_OF_MESSAGE = 10  # of nesting around a value of a chunk, more than any message has
+
+
+# Chunks that may follow the end of an answer, and mean nothing there.
+_END = ("start", "finish-step", "finish", "abort")
+
+
+class SourceError(Exception):
+    """The source has sent an error chunk. It counts as an exception of the source with this text."""
+
+
+class Reasoning(NamedTuple):
+    """A text of a model's reasoning."""
+
+    text: str
+
+
+class Frames(NamedTuple):
+    """A piece of an encoded event stream."""
+
+    text: str
+
+
+class UiChunkEncoder:
+    """Encodes the items of one answer. The chunks are complete: only their end in another state than done is not."""
+
+    def __init__(self, message_id: str, sdk_version: int, message: Mapping[str, Any] | None = None) -> None:
+        self._message_id = message_id
+        self._sdk_version = sdk_version
+        self._parser = EventParser()
+        self._is_started = self._is_finished = self._is_in_step = False
+        self._own: tuple[str, str] | None = None  # the kind and the id of the open part of `str` or `Reasoning`
+        self._prefix = ""  # of its deltas
+        self._parts = 0
+        self._open: dict[tuple[str, str], None] = {}  # the kinds and ids of all open parts
+        parts = [] if message is None else message.get("parts", [])
+        known = [part for part in parts if isinstance(part, Mapping)]
+        self._calls = {call for part in known if isinstance(call := part.get("toolCallId"), str)}
+        self._streamed: set[str] = set()  # the calls whose input arrives in deltas
+        self._of_step: set[str] = set()  # the calls of this step
+        self._approvals: dict[str, str] = {}  # the calls by the ids of their approvals
+        for part in known:
+            approval = part.get("approval")
+            if isinstance(approval, Mapping) and isinstance(approval.get("id"), str):
+                self._approvals[approval["id"]] = str(part.get("toolCallId"))
+
+    def encode(self, item: Any) -> Sequence[str]:
+        if isinstance(item, str):
+            return self._own_text("text", item)
+        if isinstance(item, Reasoning):
+            return self._own_text("reasoning", item.text)
+        if isinstance(item, dict):
+            return [dump_chunk(chunk) for chunk in self._foreign(item)]
+        if isinstance(item, Frames):
+            events = self._parser.feed(item.text.encode())
+            return [dump_chunk(chunk) for event in events for chunk in self._of_event(event)]
+        raise InvalidDataError(
+            f"an item must be a str, a dict, or made by a function of wire.ai_sdk, not {type(item).__name__}"
+        )
+
+    def finish(self) -> Sequence[str]:
+        chunks = [chunk for event in self._parser.feed(b"\n\n") for chunk in self._of_event(event)]
+        if not self._is_finished:
+            chunks += [*self._begin(with_step=not self._is_started), *self._end_parts(), *self._end_step()]
+            chunks.append({"type": "finish", "finishReason": "stop"})
+        return [dump_chunk(chunk) for chunk in chunks]
+
+    def _of_event(self, event: ServerSentEvent) -> Iterator[dict[str, Any]]:
+        if event.data != "[DONE]":
+            yield from self._foreign(parse_chunk(event.data))
+
+    def _own_text(self, kind: str, text: str) -> list[str]:
+        if not text:
+            return []
+        chunks = []
+        if self._own is None or self._own[0] != kind:
+            self._check_unfinished(kind)
+            chunks = [dump_chunk(chunk) for chunk in (*self._begin(), *self._end_own())]
+            self._own = (kind, self._new_part_id(kind))
+            self._open[self._own] = None
+            self._prefix = f'{{"type":"{kind}-delta","id":"{self._own[1]}","delta":'
+            chunks.append(dump_chunk({"type": f"{kind}-start", "id": self._own[1]}))
+        chunks.append(f"{self._prefix}{_json(text)}}}")
+        return chunks
+
+    def _new_part_id(self, kind: str) -> str:
+        while True:
+            self._parts += 1
+            if (kind, f"{kind}-{self._parts}") not in self._open:
+                return f"{kind}-{self._parts}"
+
+    def _foreign(self, item: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """Yield the chunks for a chunk of the source."""
+        chunk = _checked(item)
+        kind = chunk["type"]
+        if kind == "error":
+            raise SourceError(chunk["errorText"])
+        if self._is_finished and kind in _END:  # pydantic-ai ends the step of an aborted run
+            return
+        self._check_unfinished(kind)
+        if kind != "abort" and not is_known(kind, self._sdk_version):
+            return
+        if kind == "start":
+            if not self._is_started:
+                self._is_started = True
+                yield {**chunk, "messageId": self._message_id}
+            elif "messageMetadata" in chunk:
+                yield {"type": "message-metadata", "messageMetadata": chunk["messageMetadata"]}
+            return
+        if kind in ("finish", "abort"):
+            yield from (*self._begin(with_step=not self._is_started), *self._end_parts(), *self._end_step())
+            self._is_finished = True
+            reasons = _FINISH_REASONS | ({"interrupted"} if self._sdk_version >= 7 else set())
+            if chunk.get("finishReason", "other") not in reasons:
+                chunk["finishReason"] = "other"
+            yield chunk
+            return
+        if kind == "start-step":
+            yield from (*self._begin(with_step=False), *self._end_own(), *self._end_step())
+            self._is_in_step = True
+        elif kind == "finish-step":
+            yield from self._end_own()
+            yield from self._end_step()
+            return
+        else:
+            yield from self._begin(with_step=not kind.startswith(("data-", "message-metadata")))
+            if kind == "reset-step":
+                self._own = None
+            elif not kind.startswith(_BESIDE_TEXT):
+                yield from self._end_own()
+            self._follow_part(kind, chunk)
+        yield chunk
+
+    def _follow_part(self, kind: str, chunk: Mapping[str, Any]) -> None:
+        """Keep track of the open parts and tool calls. Raise `InvalidDataError` for a chunk that belongs to none."""
+        part, _, event = kind.rpartition("-")
+        if part in ("text", "reasoning") and event in ("start", "delta", "end"):
+            if event == "start":
+                self._open[part, chunk["id"]] = None
+            elif (part, chunk["id"]) not in self._open:
+                raise InvalidDataError(f"{kind} of a part {chunk['id']!r} that is not open")
+            elif event == "end":
+                del self._open[part, chunk["id"]]
+        elif kind in ("tool-input-start", "tool-input-available", "tool-input-error"):
+            self._calls.add(chunk["toolCallId"])
+            self._of_step.add(chunk["toolCallId"])
+            if kind == "tool-input-start":
+                self._streamed.add(chunk["toolCallId"])
+        elif kind == "tool-input-delta":
+            self._check_call(kind, chunk["toolCallId"], self._streamed)
+        elif kind == "tool-approval-response":
+            self._check_call(kind, self._approvals.get(chunk["approvalId"], ""), self._calls)
+        elif kind.startswith(("tool-output-", "tool-approval-")):
+            self._check_call(kind, chunk["toolCallId"], self._calls)
+            if kind == "tool-approval-request":
+                self._approvals[chunk["approvalId"]] = chunk["toolCallId"]
+        elif kind == "reset-step":  # the client drops the parts of the step
+            self._open.clear()
+            self._calls -= self._of_step
+            self._streamed -= self._of_step
+
+    def _check_call(self, kind: str, call_id: str, calls: set[str]) -> None:
+        if call_id not in calls:
+            raise InvalidDataError(f"{kind} of an unknown tool call {call_id!r}")
+
+    def _begin(self, *, with_step: bool = True) -> Iterator[dict[str, Any]]:
+        if not self._is_started:
+            self._is_started = True
+            yield {"type": "start", "messageId": self._message_id}
+        if with_step and not self._is_in_step:
+            # Without steps, `sendAutomaticallyWhen` of a page would take the tool results of the last step for new.
+            self._is_in_step = True
+            yield {"type": "start-step"}
+
+    def _end_own(self) -> Iterator[dict[str, Any]]:
+        if self._own is not None:
+            kind, part_id = self._own
+            self._own = None
+            self._open.pop((kind, part_id), None)
+            yield {"type": f"{kind}-end", "id": part_id}
+
+    def _end_parts(self) -> Iterator[dict[str, Any]]:
+        yield from self._end_own()
+        for kind, part_id in self._open:
+            yield {"type": f"{kind}-end", "id": part_id}
+        self._open.clear()
+
+    def _end_step(self) -> Iterator[dict[str, Any]]:
+        if self._is_in_step:
+            if self._sdk_version < 7:  # these clients close all parts at the end of a step
+                yield from self._end_parts()
+            self._is_in_step = False
+            self._of_step.clear()
+            yield {"type": "finish-step"}
+
+    def _check_unfinished(self, kind: str) -> None:
+        if self._is_finished:
+            raise InvalidDataError(f"{kind} after the end of the answer")
+
+
+def parse_chunk(text: str) -> dict[str, Any]:
+    """Return the chunk of a JSON text. A text that is not a JSON object gives an empty dict."""
+    try:
+        chunk = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return chunk if isinstance(chunk, dict) else {}
+
+
+def _checked(item: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a chunk without optional fields that are None. Raise `InvalidDataError` if a client would reject it."""
+    kind = item.get("type")
+    if not isinstance(kind, str):
+        raise InvalidDataError(f"a chunk needs a type: {str(item)[:100]}")
+    if kind != "abort" and not is_known(kind, NEWEST_VERSION):
+        raise InvalidDataError(f"unknown type of a chunk: {kind[:100]!r}")
+    value = "data" if kind.startswith("data-") else _VALUE.get(kind)
+    chunk = {field: each for field, each in item.items() if each is not None or field == value}
+    is_complete = value is None or value in chunk
+    if kind == "error":
+        is_complete = isinstance(chunk.get("errorText"), str)
+    if not is_complete or (kind != "abort" and not is_valid(chunk)):
+        raise InvalidDataError(f"a chunk of type {kind} lacks a field, or has one of a wrong type: {', '.join(chunk)}")
+    if not kind.endswith("-delta"):
+        # The message with the chunk is stored as well, in which the value is a few levels deeper.
+        copy_json(chunk, MAX_DEPTH - LEVELS_OF_MESSAGE)
+    return chunk
+
+
+def dump_chunk(chunk: Mapping[str, Any]) -> str:
+    try:
+        return _json(chunk)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidDataError(f"a chunk of type {chunk['type']} is not JSON: {error}") from None
+
+
+def _json(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a character: a model may split its texts there, and clients join them
+        return json.dumps(value, separators=(",", ":"))
+    return text
