@@ -80,9 +80,9 @@ def smoke(session: nox.Session) -> None:
 
 @nox.session
 def browser(session: nox.Session) -> None:
-    """Test the chat in Chromium."""
+    """Test the chat, and `useChat` of the AI SDK, in Chromium. The latter needs Node.js with npm."""
     session.install(".[dev]")
-    session.run("pytest", "tests/browser", *session.posargs)
+    session.run("pytest", "tests/browser", "--long", "--timeout=300", *session.posargs)
 
 
 @nox.session
@@ -110,7 +110,7 @@ def soak(session: nox.Session) -> None:
 
 @nox.session
 def screenshots(session: nox.Session) -> None:
-    """Take the screenshots of the chat in docs/images. Needs Chromium."""
+    """Take the screenshots in docs/images. Needs Chromium, and Node.js with npm."""
     session.install(".[dev]", "pillow")
     session.run("python", "-m", "support.screenshots", env={"PYTHONPATH": "tests"})
 

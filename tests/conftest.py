@@ -46,6 +46,16 @@ TABLE_NAMES = {
 }
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="repeat each fault as often as docs/guarantees.md states")
+
+
+@pytest.fixture
+def long(request: pytest.FixtureRequest) -> bool:
+    """True for the long run of the tests that repeat something."""
+    return bool(request.config.getoption("--long"))
+
+
 @pytest.fixture(scope="session")
 def server() -> Iterator[str]:
     """The connection string of a server, as a user that may create databases."""

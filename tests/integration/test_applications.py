@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ PASSWORDS = {"ann": "apple", "bob": "banana"}
 LONG = "word " * 30  # its answer takes some seconds
 
 APPLICATIONS = ["flask_login.py", "fastapi_list.py", "django_login.py", "worker.py", "replay_stream.py"]
+USECHAT = ["usechat/fastapi_app.py", "usechat/flask_app.py", "usechat/django_app.py"]  # run by tests/browser
 TABLES = {"aibind_stream_chunks", "aibind_stream_status", "aibind_conversations"}
 
 
@@ -186,3 +188,11 @@ def test_applications_are_short(name: str) -> None:
     lines = (EXAMPLES / name).read_text("utf-8").splitlines()
     assert len(lines) <= 60
     assert max(map(len, lines)) <= 120
+
+
+@pytest.mark.parametrize("name", USECHAT)
+def test_applications_for_usechat_need_few_lines_of_their_own(name: str) -> None:
+    """All other lines are those of the framework, of the model and of the page."""
+    _, _, code = (EXAMPLES / name).read_text("utf-8").partition('"""\n\n')
+    own = r"^.*(?:aibind|AiSdk|store|conversations|blueprint\(|router\(|chat_patterns\().*$"
+    assert 5 < len(re.findall(own, code, re.MULTILINE)) <= 7

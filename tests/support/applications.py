@@ -31,6 +31,13 @@ def environment_of(dsn: str, **variables: str) -> dict[str, str]:
 @contextmanager
 def serving(command: str, dsn: str, **variables: str) -> Iterator[str]:
     """Run a server and yield its address. Its command contains `{port}`. Leaving the block ends the server."""
+    with serving_process(command, dsn, **variables) as (url, _):
+        yield url
+
+
+@contextmanager
+def serving_process(command: str, dsn: str, **variables: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """Run a server as `serving` does. Yield its address and its process, which may be killed."""
     with closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -46,7 +53,7 @@ def serving(command: str, dsn: str, **variables: str) -> Iterator[str]:
         )
         try:
             _wait_until_ready(port, process, log.fileno())
-            yield f"http://127.0.0.1:{port}"
+            yield f"http://127.0.0.1:{port}", process
         finally:
             process.terminate()
             try:

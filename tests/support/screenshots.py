@@ -1,21 +1,23 @@
-"""Take the screenshots of the chat in docs/images, on a new server: `nox -s screenshots`."""
+"""Take the screenshots of the chat and of `examples/usechat` in docs/images: `nox -s screenshots`."""
 
 from __future__ import annotations
 
 import io
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image
-from playwright.sync_api import Browser
+from playwright.sync_api import Browser, Page
 
-from aibind_postgres import embedded
+from aibind_postgres import embedded, schema
 
+from . import usechat, usechat_apps
 from .browser import ChatPage, Demo, chromium
 
 FOLDER = Path(__file__).parents[2] / "docs" / "images"
-DESKTOP, TALL, PHONE = (1200, 760), (1200, 1060), (360, 740)  # in CSS pixels
+DESKTOP, TALL, SMALL, PHONE = (1200, 760), (1200, 1060), (760, 620), (360, 740)  # in CSS pixels
 COLOURS = 128  # of the PNG's palette; the page has few
 SURVIVAL, CODE, BRANCHES, MARKDOWN = (
     "What survives a reload or a crash?",
@@ -43,10 +45,10 @@ def tab(browser: Browser, url: str, size: tuple[int, int], scheme: str = "light"
     context.close()
 
 
-def save(chat: ChatPage, name: str) -> None:
+def save(page: Page, name: str) -> None:
     """Save the visible part of the page as a PNG with a palette."""
-    chat.page.mouse.move(0, 0)
-    image = Image.open(io.BytesIO(chat.page.screenshot())).convert("RGB")
+    page.mouse.move(0, 0)
+    image = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
     image.quantize(COLOURS, dither=Image.Dither.NONE).save(FOLDER / f"{name}.png", optimize=True)
 
 
@@ -67,13 +69,13 @@ def take(browser: Browser, fast: Demo, slow: Demo) -> None:
         chat.page.locator("#welcome").wait_for()
         chat.send(SURVIVAL)
         chat.wait_for_answer("Disconnect from the network.")
-        save(chat, "desktop")
+        save(chat.page, "desktop")
     with tab(browser, fast.url, DESKTOP, "dark") as chat:
         ask_all(chat, MARKDOWN, BRANCHES, SURVIVAL, CODE)
-        save(chat, "dark")
+        save(chat.page, "dark")
     with tab(browser, fast.url, DESKTOP) as chat:
         ask_all(chat, MARKDOWN)
-        save(chat, "markdown")
+        save(chat.page, "markdown")
     with tab(browser, fast.url, TALL) as chat:
         ask_all(chat, CODE, "How do trees work?", BRANCHES)
         chat.press("Edit")
@@ -83,12 +85,32 @@ def take(browser: Browser, fast: Demo, slow: Demo) -> None:
         chat.press("Try again")
         chat.page.locator(".assistant footer", has_text="2 / 2").wait_for()
         chat.wait_until_idle()
-        save(chat, "branches")
+        save(chat.page, "branches")
     for scheme in ("light", "dark"):
         with tab(browser, fast.url, PHONE, scheme) as chat:
             if scheme == "dark":
                 chat.ask(CODE)
-            save(chat, f"phone-{scheme}")
+            save(chat.page, f"phone-{scheme}")
+
+
+def take_usechat(browser: Browser, dsn: str) -> None:
+    """Take the screenshot of the example for the AI SDK, with a tool call, while an answer is being written."""
+    schema.migrate(dsn)
+    with tempfile.TemporaryDirectory() as folder:
+        page = usechat.build("ai7", Path(folder, "page"))
+        context = browser.new_context(viewport={"width": SMALL[0], "height": SMALL[1]}, device_scale_factor=2)
+        with usechat.application("ai7", page, dsn) as url:
+            chat = usechat.UseChatPage(context, url)
+            chat.send("Delete report.txt")
+            chat.wait_for_text("Allow")
+            chat.wait_for_status("ready")
+            chat.press("Yes")
+            chat.wait_for_text("It is deleted.")
+            chat.wait_for_status("ready")
+            chat.send(usechat_apps.SURVIVAL)
+            chat.wait_for_text("open it in a second")
+            save(chat.page, "usechat")
+        context.close()
 
 
 def main() -> None:
@@ -100,6 +122,7 @@ def main() -> None:
         chromium() as browser,
     ):
         take(browser, fast, slow)
+        take_usechat(browser, dsn)
 
 
 if __name__ == "__main__":
