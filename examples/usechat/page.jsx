@@ -25,11 +25,19 @@ const isDecided = (chat) =>
 
 const textOf = ({ parts }) => parts.map((part) => (part.type === "text" ? part.text : "")).join("");
 
-function Chat({ id, stored, draft, reopen }) {
+function Chat({ id, stored, isAnswering, draft, reopen }) {
+  const transport = new ai.DefaultChatTransport({
+    fetch: async (...request) => {
+      const response = await fetch(...request);
+      if (response.status === 204 && isAnswering) reopen(); // the answer has ended in the meantime: it is stored now
+      return response;
+    },
+  });
   const chat = useChat({
     id,
     messages: stored,
     resume: true,
+    transport,
     sendAutomaticallyWhen: isDecided,
     // Without this, versions 5 and 6 would append the replay to the text that they have.
     onFinish: ({ isDisconnect, messages }) => isDisconnect && reopen(messages),
@@ -111,10 +119,11 @@ function App() {
     if (location.hash.length < 2) history.replaceState(null, "", `#${crypto.randomUUID()}`);
     const id = decodeURIComponent(location.hash.slice(1));
     try {
-      const { messages } = await load(id);
+      const { messages, activeStreamId } = await load(id);
       const question = shown.findLast(({ role }) => role === "user");
       const isLost = question && !messages.some((message) => message.id === question.id);
-      setChat({ opened: crypto.randomUUID(), id, stored: messages, draft: isLost ? textOf(question) : "" });
+      const draft = isLost ? textOf(question) : "";
+      setChat({ opened: crypto.randomUUID(), id, stored: messages, isAnswering: Boolean(activeStreamId), draft });
       setError(undefined);
     } catch (error) {
       setError(error);

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from support import servers
+from support import servers, usechat
 from support.browser import FRAMEWORKS, ChatPage, Demo, chromium
+from support.usechat import UseChatPage
 
 from aibind_postgres import PostgresConversationStore
 
@@ -64,3 +65,37 @@ def stored(web_database):
             return [message["content"] for message in store.load(chat.session_id).messages]
 
     return stored
+
+
+@pytest.fixture(scope="module")
+def chats(server, template):
+    """A database with the whole schema."""
+    with servers.own_database(server, template) as dsn:
+        yield dsn
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    """Return the folder of the page that is built with the packages of a version."""
+    folder = tmp_path_factory.mktemp("usechat")
+    built = {}
+
+    def page(packages):
+        if packages not in built:
+            built[packages] = usechat.build(packages, folder / packages)
+        return built[packages]
+
+    return page
+
+
+@pytest.fixture
+def open_chat(context):
+    """Open a tab. The scripts of all tabs must end without an error."""
+    opened = []
+
+    def open_chat(url):
+        opened.append(UseChatPage(context, url))
+        return opened[-1]
+
+    yield open_chat
+    assert [chat.errors for chat in opened] == [[]] * len(opened)

@@ -104,7 +104,7 @@ class UseChatPage:
 
     def send(self, text: str) -> None:
         self.page.fill("input", text)
-        self.page.locator("form button").click()
+        self.press("Send")  # waits while version 5 asks for a running answer
 
     def press(self, label: str, *, last: bool = True) -> None:
         buttons = self.page.get_by_role("button", name=label, exact=True)
