@@ -238,14 +238,15 @@ async def test_interrupted_wait_cancels_the_run(recorder):
     await until(is_cancelled.is_set)
 
 
-async def test_error_of_the_model_ends_the_stream(store, recorder):
+async def test_error_of_the_model_ends_the_stream(store, recorder, caplog):
     async def answer(messages: Any, info: Any) -> AsyncIterator[str]:
         yield "Half"
         raise ValueError("too busy")
 
     chunks, status = await produced(store, run(Agent(FunctionModel(stream_function=answer)), recorder))
     assert text_of(chunks) == "Half"
-    assert (status.state, status.error) == ("error", "too busy")
+    assert (status.state, status.error) == ("error", "the answer was interrupted")
+    assert "too busy" in caplog.text
     assert chunks[-1]["type"] == "text-end"
 
 

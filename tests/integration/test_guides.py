@@ -165,7 +165,7 @@ def test_approval_in_use_chat(is_approved: bool, database: str, tmp_path: Path) 
         assert "tool-approval-request" in [chunk["type"] for chunk in first]
         call = {"type": "tool-pay", "toolCallId": "call-1", "state": "approval-responded", "input": {"sum": 5}}
         call["approval"] = {"id": "approval-1", "approved": is_approved}
-        message = {"id": first[0]["messageId"], "role": "assistant", "parts": [call]}
+        message = {"id": first[0]["messageId"], "role": "assistant", "parts": [{"type": "step-start"}, call]}
         body = {**question("Pay!"), "messages": [user_message("q1", "Pay!"), message]}
         second = chunks_of(browser.open("POST", "/api/chat", body))
         assert delta_of(second) == ("Paid." if is_approved else "Not paid.")
