@@ -40,12 +40,12 @@ def framing(bench: Bench) -> list[Row]:
 
 def frame_answer(wire: Wire) -> Callable[[], None]:
     """Return the work for one reader of an answer: the frame of each stored chunk."""
-    encoder = wire.chunks("answer")
+    encoder = wire.chunk_encoder("answer")
     encoder.encode(TEXT)  # begins the message and its text
     [chunk] = encoder.encode(TEXT)
 
     def frame() -> None:
-        frames = wire.frames("answer", 0)
+        frames = wire.frame_encoder("answer", 0)
         for seq in range(1, CHUNKS + 1):
             frames.frame(seq, chunk)
 
@@ -56,7 +56,7 @@ def encode_and_frame_answer(wire: Wire) -> Callable[[], None]:
     """Return the work for the producer and one reader of an answer."""
 
     def encode_and_frame() -> None:
-        encoder, frames = wire.chunks("answer"), wire.frames("answer", 0)
+        encoder, frames = wire.chunk_encoder("answer"), wire.frame_encoder("answer", 0)
         seq = 0
         for _ in range(CHUNKS):
             for chunk in encoder.encode(TEXT):

@@ -11,6 +11,7 @@ from math import isfinite
 from typing import Any, NamedTuple, TypeAlias
 
 from ._concurrency import LARGE
+from ._json import reject_constant
 from .errors import InvalidDataError, InvalidHistoryError
 
 Document: TypeAlias = dict[str, Any]
@@ -138,7 +139,7 @@ def parse_document(text: str) -> Document:
     """
     try:
         text.encode()
-        data = json.loads(text, parse_constant=_reject_constant, object_hook=_let_threads_run)
+        data = json.loads(text, parse_constant=reject_constant, object_hook=_let_threads_run)
     except (ValueError, RecursionError, AttributeError):
         # `from None`: the original errors contain the text of the conversation.
         raise InvalidHistoryError("it is not JSON, or is nested too deeply") from None
@@ -220,7 +221,3 @@ def _is_id_list(value: Any) -> bool:
 def _let_threads_run(value: Any) -> Any:
     # The parser holds the GIL, except while it calls Python code.
     return value
-
-
-def _reject_constant(constant: str) -> Any:
-    raise ValueError(f"JSON has no {constant}")

@@ -15,6 +15,8 @@ import math
 import re
 from typing import Any
 
+from ._json import reject_constant
+
 ABSENT: Any = object()  # JavaScript's undefined
 
 _LITERALS = {"t": "true", "f": "false", "n": "null"}
@@ -41,7 +43,7 @@ def parse_partial_json(text: str, sdk_version: int = 7) -> Any:
 def _parse(text: str) -> Any:
     try:
         return json.loads(
-            text, object_hook=_checked, parse_int=_integer, parse_float=_float, parse_constant=_refuse_constant
+            text, object_hook=_checked, parse_int=_integer, parse_float=_float, parse_constant=reject_constant
         )
     except (ValueError, RecursionError):
         return ABSENT
@@ -63,10 +65,6 @@ def _integer(digits: str) -> int | float | None:
 def _float(digits: str) -> float | None:
     value = float(digits)
     return value if math.isfinite(value) else None  # JSON has no infinity
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
 
 
 def _repair(text: str, sdk_version: int) -> str:

@@ -1,6 +1,6 @@
 """The turns of a chat: add questions and answers to a conversation, and select the messages for the model. Pure.
 
-A question and an answer of a `StreamHandler` are messages with these metadata:
+The handlers store these metadata with a question and an answer:
 
 - `streamId` of a question: the id of the last stream that was started to answer it. The message with the answer gets
   the same id, so that several processes store it only once.
@@ -190,7 +190,7 @@ def _answers(tree: MessageTree[Any], question_id: str) -> list[str]:
 
 
 def _cannot_precede_question(node: TreeNode[Any]) -> bool:
-    """Return True for a question of a `StreamHandler`, and for a blank answer."""
+    """Return True for a question that a handler has stored, and for a blank answer."""
     if _is_question(node):
         return STREAM_ID in node.metadata
     return is_blank(node.message)

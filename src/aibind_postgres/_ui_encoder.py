@@ -6,18 +6,18 @@ its major version does not know, or that belongs to no open part or known tool c
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ._document import MAX_DEPTH, copy_json
+from ._json import compact_json, parse_object
 from ._ui_message_chunks import is_known, is_valid
 from .errors import InvalidDataError
 from .sse import EventParser, ServerSentEvent
 
 NEWEST_VERSION = 7
 
-# The field with a value of any type, also None, that a chunk must have.
+# By type of chunk: the required field whose value may have any type, also None.
 _VALUE = {
     "tool-input-available": "input",
     "tool-input-error": "input",
@@ -27,14 +27,13 @@ _VALUE = {
 
 _FINISH_REASONS = {"stop", "length", "content-filter", "tool-calls", "error", "other"}  # of all versions
 
-# Chunks of these types arrive while a text of this module is open, and do not end it.
-_BESIDE_TEXT = ("data-", "message-metadata", "source-", "file")
+# Chunks of these types do not end the part of the preceding `str` or `Reasoning` items.
+_KEEPS_TEXT_OPEN = ("data-", "message-metadata", "source-", "file")
 
-LEVELS_OF_MESSAGE = 10  # of nesting around a value of a chunk, more than any message has
+MESSAGE_DEPTH = 10  # levels of nesting that a stored message adds around a value of a chunk, at most
 
-
-# Chunks that may follow the end of an answer, and mean nothing there.
-_END = ("start", "finish-step", "finish", "abort")
+# Ignored after the end of an answer.
+_IGNORED_AFTER_END = ("start", "finish-step", "finish", "abort")
 
 
 class SourceError(Exception):
@@ -47,21 +46,21 @@ class Reasoning(NamedTuple):
     text: str
 
 
-class Frames(NamedTuple):
+class Encoded(NamedTuple):
     """A piece of an encoded event stream."""
 
     text: str
 
 
 class UiChunkEncoder:
-    """Encodes the items of one answer. The chunks are complete: only their end in another state than done is not."""
+    """Encodes the items of one answer. Without `finish`, `AiSdkFrameEncoder` closes the open parts for each client."""
 
     def __init__(self, message_id: str, sdk_version: int, message: Mapping[str, Any] | None = None) -> None:
         self._message_id = message_id
         self._sdk_version = sdk_version
         self._parser = EventParser()
         self._is_started = self._is_finished = self._is_in_step = False
-        self._own: tuple[str, str] | None = None  # the kind and the id of the open part of `str` or `Reasoning`
+        self._text_part: tuple[str, str] | None = None  # the kind and the id of the open part of `str` or `Reasoning`
         self._prefix = ""  # of its deltas
         self._parts = 0
         self._open: dict[tuple[str, str], None] = {}  # the kinds and ids of all open parts
@@ -69,7 +68,7 @@ class UiChunkEncoder:
         known = [part for part in parts if isinstance(part, Mapping)]
         self._calls = {call for part in known if isinstance(call := part.get("toolCallId"), str)}
         self._streamed: set[str] = set()  # the calls whose input arrives in deltas
-        self._of_step: set[str] = set()  # the calls of this step
+        self._step_calls: set[str] = set()  # the calls of this step
         self._approvals: dict[str, str] = {}  # the calls by the ids of their approvals
         for part in known:
             approval = part.get("approval")
@@ -78,41 +77,41 @@ class UiChunkEncoder:
 
     def encode(self, item: Any) -> Sequence[str]:
         if isinstance(item, str):
-            return self._own_text("text", item)
+            return self._text_chunks("text", item)
         if isinstance(item, Reasoning):
-            return self._own_text("reasoning", item.text)
+            return self._text_chunks("reasoning", item.text)
         if isinstance(item, dict):
-            return [dump_chunk(chunk) for chunk in self._foreign(item)]
-        if isinstance(item, Frames):
+            return [dump_chunk(chunk) for chunk in self._source_chunks(item)]
+        if isinstance(item, Encoded):
             events = self._parser.feed(item.text.encode())
-            return [dump_chunk(chunk) for event in events for chunk in self._of_event(event)]
+            return [dump_chunk(chunk) for event in events for chunk in self._event_chunks(event)]
         raise InvalidDataError(
             f"an item must be a str, a dict, or made by a function of wire.ai_sdk, not {type(item).__name__}"
         )
 
     def finish(self) -> Sequence[str]:
-        chunks = [chunk for event in self._parser.feed(b"\n\n") for chunk in self._of_event(event)]
+        chunks = [chunk for event in self._parser.feed(b"\n\n") for chunk in self._event_chunks(event)]
         if not self._is_finished:
             chunks += [*self._begin(with_step=not self._is_started), *self._end_parts(), *self._end_step()]
             chunks.append({"type": "finish", "finishReason": "stop"})
         return [dump_chunk(chunk) for chunk in chunks]
 
-    def _of_event(self, event: ServerSentEvent) -> Iterator[dict[str, Any]]:
+    def _event_chunks(self, event: ServerSentEvent) -> Iterator[dict[str, Any]]:
         if event.data != "[DONE]":
-            yield from self._foreign(parse_chunk(event.data))
+            yield from self._source_chunks(parse_object(event.data))
 
-    def _own_text(self, kind: str, text: str) -> list[str]:
+    def _text_chunks(self, kind: str, text: str) -> list[str]:
         if not text:
             return []
         chunks = []
-        if self._own is None or self._own[0] != kind:
+        if self._text_part is None or self._text_part[0] != kind:
             self._check_unfinished(kind)
-            chunks = [dump_chunk(chunk) for chunk in (*self._begin(), *self._end_own())]
-            self._own = (kind, self._new_part_id(kind))
-            self._open[self._own] = None
-            self._prefix = f'{{"type":"{kind}-delta","id":"{self._own[1]}","delta":'
-            chunks.append(dump_chunk({"type": f"{kind}-start", "id": self._own[1]}))
-        chunks.append(f"{self._prefix}{_json(text)}}}")
+            chunks = [dump_chunk(chunk) for chunk in (*self._begin(), *self._end_text_part())]
+            self._text_part = (kind, self._new_part_id(kind))
+            self._open[self._text_part] = None
+            self._prefix = f'{{"type":"{kind}-delta","id":"{self._text_part[1]}","delta":'
+            chunks.append(dump_chunk({"type": f"{kind}-start", "id": self._text_part[1]}))
+        chunks.append(f"{self._prefix}{compact_json(text)}}}")
         return chunks
 
     def _new_part_id(self, kind: str) -> str:
@@ -121,16 +120,16 @@ class UiChunkEncoder:
             if (kind, f"{kind}-{self._parts}") not in self._open:
                 return f"{kind}-{self._parts}"
 
-    def _foreign(self, item: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    def _source_chunks(self, item: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """Yield the chunks for a chunk of the source."""
         chunk = _checked(item)
         kind = chunk["type"]
         if kind == "error":
             raise SourceError(chunk["errorText"])
-        if self._is_finished and kind in _END:  # pydantic-ai ends the step of an aborted run
+        if self._is_finished and kind in _IGNORED_AFTER_END:  # pydantic-ai ends the step of an aborted run
             return
         self._check_unfinished(kind)
-        if kind != "abort" and not is_known(kind, self._sdk_version):
+        if not is_known(kind, self._sdk_version):
             return
         if kind == "start":
             if not self._is_started:
@@ -148,22 +147,22 @@ class UiChunkEncoder:
             yield chunk
             return
         if kind == "start-step":
-            yield from (*self._begin(with_step=False), *self._end_own(), *self._end_step())
+            yield from (*self._begin(with_step=False), *self._end_text_part(), *self._end_step())
             self._is_in_step = True
         elif kind == "finish-step":
-            yield from self._end_own()
+            yield from self._end_text_part()
             yield from self._end_step()
             return
         else:
             yield from self._begin(with_step=not kind.startswith(("data-", "message-metadata")))
             if kind == "reset-step":
-                self._own = None
-            elif not kind.startswith(_BESIDE_TEXT):
-                yield from self._end_own()
-            self._follow_part(kind, chunk)
+                self._text_part = None
+            elif not kind.startswith(_KEEPS_TEXT_OPEN):
+                yield from self._end_text_part()
+            self._track_part(kind, chunk)
         yield chunk
 
-    def _follow_part(self, kind: str, chunk: Mapping[str, Any]) -> None:
+    def _track_part(self, kind: str, chunk: Mapping[str, Any]) -> None:
         """Keep track of the open parts and tool calls. Raise `InvalidDataError` for a chunk that belongs to none."""
         part, _, event = kind.rpartition("-")
         if part in ("text", "reasoning") and event in ("start", "delta", "end"):
@@ -175,7 +174,7 @@ class UiChunkEncoder:
                 del self._open[part, chunk["id"]]
         elif kind in ("tool-input-start", "tool-input-available", "tool-input-error"):
             self._calls.add(chunk["toolCallId"])
-            self._of_step.add(chunk["toolCallId"])
+            self._step_calls.add(chunk["toolCallId"])
             if kind == "tool-input-start":
                 self._streamed.add(chunk["toolCallId"])
         elif kind == "tool-input-delta":
@@ -188,8 +187,8 @@ class UiChunkEncoder:
                 self._approvals[chunk["approvalId"]] = chunk["toolCallId"]
         elif kind == "reset-step":  # the client drops the parts of the step
             self._open.clear()
-            self._calls -= self._of_step
-            self._streamed -= self._of_step
+            self._calls -= self._step_calls
+            self._streamed -= self._step_calls
 
     def _check_call(self, kind: str, call_id: str, calls: set[str]) -> None:
         if call_id not in calls:
@@ -204,15 +203,15 @@ class UiChunkEncoder:
             self._is_in_step = True
             yield {"type": "start-step"}
 
-    def _end_own(self) -> Iterator[dict[str, Any]]:
-        if self._own is not None:
-            kind, part_id = self._own
-            self._own = None
+    def _end_text_part(self) -> Iterator[dict[str, Any]]:
+        if self._text_part is not None:
+            kind, part_id = self._text_part
+            self._text_part = None
             self._open.pop((kind, part_id), None)
             yield {"type": f"{kind}-end", "id": part_id}
 
     def _end_parts(self) -> Iterator[dict[str, Any]]:
-        yield from self._end_own()
+        yield from self._end_text_part()
         for kind, part_id in self._open:
             yield {"type": f"{kind}-end", "id": part_id}
         self._open.clear()
@@ -222,7 +221,7 @@ class UiChunkEncoder:
             if self._sdk_version < 7:  # these clients close all parts at the end of a step
                 yield from self._end_parts()
             self._is_in_step = False
-            self._of_step.clear()
+            self._step_calls.clear()
             yield {"type": "finish-step"}
 
     def _check_unfinished(self, kind: str) -> None:
@@ -230,46 +229,25 @@ class UiChunkEncoder:
             raise InvalidDataError(f"{kind} after the end of the answer")
 
 
-def parse_chunk(text: str) -> dict[str, Any]:
-    """Return the chunk of a JSON text. A text that is not a JSON object gives an empty dict."""
-    try:
-        chunk = json.loads(text)
-    except (ValueError, RecursionError):
-        return {}
-    return chunk if isinstance(chunk, dict) else {}
-
-
 def _checked(item: Mapping[str, Any]) -> dict[str, Any]:
     """Return a chunk without optional fields that are None. Raise `InvalidDataError` if a client would reject it."""
     kind = item.get("type")
     if not isinstance(kind, str):
         raise InvalidDataError(f"a chunk needs a type: {str(item)[:100]}")
-    if kind != "abort" and not is_known(kind, NEWEST_VERSION):
+    if not is_known(kind, NEWEST_VERSION):
         raise InvalidDataError(f"unknown type of a chunk: {kind[:100]!r}")
     value = "data" if kind.startswith("data-") else _VALUE.get(kind)
     chunk = {field: each for field, each in item.items() if each is not None or field == value}
-    is_complete = value is None or value in chunk
-    if kind == "error":
-        is_complete = isinstance(chunk.get("errorText"), str)
-    if not is_complete or (kind != "abort" and not is_valid(chunk)):
+    if (value is not None and value not in chunk) or not is_valid(chunk):
         raise InvalidDataError(f"a chunk of type {kind} lacks a field, or has one of a wrong type: {', '.join(chunk)}")
     if not kind.endswith("-delta"):
-        # The message with the chunk is stored as well, in which the value is a few levels deeper.
-        copy_json(chunk, MAX_DEPTH - LEVELS_OF_MESSAGE)
+        # In the stored message, the value is a few levels deeper.
+        copy_json(chunk, MAX_DEPTH - MESSAGE_DEPTH)
     return chunk
 
 
 def dump_chunk(chunk: Mapping[str, Any]) -> str:
     try:
-        return _json(chunk)
+        return compact_json(chunk)
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidDataError(f"a chunk of type {chunk['type']} is not JSON: {error}") from None
-
-
-def _json(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # half of a character: a model may split its texts there, and clients join them
-        return json.dumps(value, separators=(",", ":"))
-    return text

@@ -64,14 +64,14 @@ class UiRequest(NamedTuple):
     Attributes:
         chat_id: The id of the chat.
         messages: The UIMessages that the client has sent. The last one is the new one.
-        is_repetition: Whether the client wants another answer to a stored question.
+        is_regeneration: Whether the client wants another answer to a stored question.
         message_id: The id of the message to answer again, or None.
         body: The whole JSON object.
     """
 
     chat_id: str
     messages: list[dict[str, Any]]
-    is_repetition: bool
+    is_regeneration: bool
     message_id: str | None
     body: Mapping[str, Any]
 
@@ -94,20 +94,20 @@ def parse_ui_request(request: WebRequest) -> UiRequest:
     trigger = SUBMIT if body.get("trigger") is None else body["trigger"]
     if trigger not in (SUBMIT, REGENERATE):
         raise WebError(400, f"trigger must be {SUBMIT} or {REGENERATE}")
-    is_repetition = trigger == REGENERATE
-    messages = body.get("messages", [] if is_repetition else None)
+    is_regeneration = trigger == REGENERATE
+    messages = body.get("messages", [] if is_regeneration else None)
     if body.get("message") is not None:
         messages = [body["message"]]
-    if not isinstance(messages, list) or not (messages or is_repetition):
+    if not isinstance(messages, list) or not (messages or is_regeneration):
         raise WebError(400, "message or messages is required")
     for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("parts"), list):
             raise WebError(400, "each message must be a UIMessage: an object with id, role and parts")
-    while is_repetition and messages and messages[-1].get("role") == "assistant":
+    while is_regeneration and messages and messages[-1].get("role") == "assistant":
         messages = messages[:-1]  # the answer to replace
     if messages:
         messages = [*messages[:-1], _checked_message(messages[-1])]
-    return UiRequest(chat_id, messages, is_repetition, _text(body, "messageId"), body)
+    return UiRequest(chat_id, messages, is_regeneration, _text(body, "messageId"), body)
 
 
 def _text(body: Mapping[str, Any], name: str) -> str | None:
@@ -163,10 +163,10 @@ def ask_ui(chat: ChatHistory[Any], stream_id: str, *, request: UiRequest) -> Que
             or is no longer the last message.
     """
     tree = chat.tree
-    if request.is_repetition and (question_id := _question_to_repeat(tree, request)) is not None:
+    if request.is_regeneration and (question_id := _question_to_regenerate(tree, request)) is not None:
         return ask_again(tree, question_id, stream_id)
     message = request.messages[-1]
-    if not request.is_repetition and request.message_id not in (None, message["id"]):
+    if not request.is_regeneration and request.message_id not in (None, message["id"]):
         named_id = _find(tree, str(request.message_id))
         if named_id is None:
             raise WebError(400, UNKNOWN)
@@ -187,7 +187,7 @@ def ask_ui(chat: ChatHistory[Any], stream_id: str, *, request: UiRequest) -> Que
     return add_question(tree, node.parent_id, message, stream_id)
 
 
-def _question_to_repeat(tree: MessageTree[Any], request: UiRequest) -> str | None:
+def _question_to_regenerate(tree: MessageTree[Any], request: UiRequest) -> str | None:
     """Return the id of the node whose answer a request wants again. None if the request brings a new question.
 
     A page repeats a question that was refused, such as during another answer, in the same way as a stored one.

@@ -10,9 +10,10 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from datetime import datetime, timezone
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple
 from urllib.parse import parse_qsl
 
+from ._json import reject_constant
 from ._turns import Position
 from .errors import WebError
 from .models import ConversationInfo
@@ -203,16 +204,12 @@ def parse_body(request: WebRequest) -> dict[str, Any]:
         raise WebError(413, f"the body must have at most {MAX_VALUES} values")
     try:
         # From bytes, `loads` would also accept UTF-16 and UTF-32.
-        body = json.loads(request.body.decode(), parse_constant=_refuse_constant)
+        body = json.loads(request.body.decode(), parse_constant=reject_constant)
     except (ValueError, RecursionError):
         raise WebError(400, "the body is not JSON in UTF-8") from None
     if not isinstance(body, dict):
         raise WebError(400, "the body must be a JSON object")
     return body
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
 
 
 def _has_many_values(body: bytes) -> bool:

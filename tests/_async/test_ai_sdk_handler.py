@@ -204,8 +204,8 @@ async def test_all_items(page):
         ai_sdk.tool_input("call", "search", {"q": 1}),
         ai_sdk.tool_output("call", None),
         ai_sdk.step(),
-        ai_sdk.frames('data: {"type":"text-start","id":"x"}\n\ndata: {"type":"text-delta","id":"x",'),
-        ai_sdk.frames('"delta":"frame"}\n\ndata: [DONE]\n\n'),
+        ai_sdk.encoded('data: {"type":"text-start","id":"x"}\n\ndata: {"type":"text-delta","id":"x",'),
+        ai_sdk.encoded('"delta":"frame"}\n\ndata: [DONE]\n\n'),
         ai_sdk.source_url("https://example.com", title=None, id="s"),
         ai_sdk.metadata({"tokens": 7}),
     ]
@@ -304,7 +304,7 @@ async def test_types_that_the_client_does_not_know(streams, store, sdk_version, 
         {"type": "file", "url": "data:,", "mediaType": "text/plain", "providerMetadata": "x"},
         {"type": "tool-approval-response", "approvalId": "unknown", "approved": True},
         {"type": "tool-input-delta", "toolCallId": "unknown", "inputTextDelta": "{"},
-        ai_sdk.frames("data: {no json}\n\n"),
+        ai_sdk.encoded("data: {no json}\n\n"),
     ],
 )
 async def test_invalid_items_end_the_answer(page, item, caplog):
@@ -338,14 +338,14 @@ async def test_texts_that_are_split_within_a_character(page):
 
 async def test_frames_without_the_last_empty_line(page):
     page.answer = [
-        ai_sdk.frames('data: {"type":"text-start","id":"x"}\n\ndata: {"type":"text-delta","id":"x","delta":"all"}')
+        ai_sdk.encoded('data: {"type":"text-start","id":"x"}\n\ndata: {"type":"text-delta","id":"x","delta":"all"}')
     ]
     await page.turn(user_message("q", "hi"))
     assert texts((await page.show())["messages"])[-1] == ("assistant", "all")
 
 
 async def test_run_that_a_library_has_aborted(page):
-    page.answer = ["text", {"type": "abort"}, {"type": "finish-step"}, ai_sdk.frames("data: [DONE]\n\n")]
+    page.answer = ["text", {"type": "abort"}, {"type": "finish-step"}, ai_sdk.encoded("data: [DONE]\n\n")]
     assert kinds(await page.turn(user_message("q", "hi")))[-3:] == ["text-end", "finish-step", "abort"]
 
 

@@ -11,7 +11,7 @@ from typing_extensions import assert_type
 
 from aibind_postgres import AsyncDurableStream, AsyncPostgresStreamStore, DurableStream, PostgresStreamStore
 from aibind_postgres.sources import langchain, openai, pydantic_ai
-from aibind_postgres.wire.ai_sdk import Frames, Reasoning
+from aibind_postgres.wire.ai_sdk import Encoded, Reasoning
 
 Item = str | Reasoning | dict[str, Any]
 
@@ -37,6 +37,6 @@ async def async_sources(
     assert_type(openai.responses(await client.responses.create(model="m", input="", stream=True)), AsyncIterator[Item])
     assert_type(langchain.messages(model.astream("")), AsyncIterator[Item])
     async for frames in pydantic_ai.vercel_ai(events, Token()):
-        assert_type(frames, Frames)
+        assert_type(frames, Encoded)
     await AsyncDurableStream.start(store, pydantic_ai.ag_ui(events, Token()), wire="ag_ui")
     pydantic_ai.vercel_ai(events)  # type: ignore[call-arg]

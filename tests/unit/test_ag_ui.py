@@ -28,7 +28,7 @@ def encoded(events: list[dict[str, Any]]) -> str:
 
 
 def stored(items: list[Any]) -> list[str]:
-    encoder = AgUiWire("t").chunks("r")
+    encoder = AgUiWire("t").chunk_encoder("r")
     chunks = [chunk for item in items for chunk in encoder.encode(item)]
     return [*chunks, *encoder.finish()]
 
@@ -46,7 +46,7 @@ def received(frames: bytes) -> list[dict[str, Any]]:
 
 def end_after(events: list[dict[str, Any]], status: StreamStatus | None, after_seq: int = 0) -> list[dict[str, Any]]:
     """Return the events that a client gets after those of the stream."""
-    frames = AgUiWire("t").frames("r", after_seq)
+    frames = AgUiWire("t").frame_encoder("r", after_seq)
     for seq, event in enumerate(events[after_seq:], after_seq + 1):
         assert received(frames.frame(seq, json.dumps(event, separators=(",", ":")))) == [event]
     return received(frames.end(status))
@@ -61,7 +61,7 @@ def test_name_and_headers() -> None:
 def test_run_is_started_and_finished() -> None:
     assert produced([OPEN, DELTA, CLOSE]) == [START, OPEN, DELTA, CLOSE, FINISH]
     assert produced([]) == [START, FINISH]
-    assert [json.loads(chunk)["threadId"] for chunk in WIRE.chunks("r").finish()] == ["r", "r"]
+    assert [json.loads(chunk)["threadId"] for chunk in WIRE.chunk_encoder("r").finish()] == ["r", "r"]
 
 
 def test_events_of_the_source_are_not_repeated() -> None:
@@ -272,7 +272,7 @@ def test_end_for_a_client_that_began_later() -> None:
 
 def test_chunks_of_other_writers() -> None:
     """Chunks that `append` has written need not be events."""
-    frames = AgUiWire("t").frames("r", 0)
+    frames = AgUiWire("t").frame_encoder("r", 0)
     assert frames.frame(1, "a\n\nb") == b"data: a\ndata: \ndata: b\n\n"
     for chunk in (
         '{"type":"TEXT_MESSAGE_START",',
@@ -287,7 +287,7 @@ def test_chunks_of_other_writers() -> None:
 
 def test_deltas_are_not_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
     chunks = stored([OPEN, DELTA, CLOSE])
-    frames = AgUiWire("t").frames("r", 0)
+    frames = AgUiWire("t").frame_encoder("r", 0)
     parsed: list[str] = []
     loads = json.loads
     monkeypatch.setattr(json, "loads", lambda text: parsed.append(text) or loads(text))

@@ -13,6 +13,7 @@ PACKAGE = Path(aibind_postgres.__file__).parent
 # From the bottom up, by the first part of a module's name. A module may import lower layers and its own.
 LAYERS = [
     {"errors", "_concurrency"},
+    {"_json"},
     {"_conninfo", "_sqlstate", "_statement_runner", "_workarounds", "models", "history", "sse", "web"}
     | {"_document", "_merging", "_message_tree", "_turns", "wire"}
     | {"_partial_json", "_ui_encoder", "_ui_message", "_ui_turns", "_ui_message_chunks", "_ui_message_tools"},

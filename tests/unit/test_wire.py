@@ -12,7 +12,7 @@ from aibind_postgres import InvalidDataError, StreamStatus
 from aibind_postgres.sse import EventParser
 from aibind_postgres.wire import NAMES, ai_sdk, find_wire
 from aibind_postgres.wire.ai_sdk import AiSdkWire, OpenParts
-from aibind_postgres.wire.sse import SseChunks
+from aibind_postgres.wire.sse import SseChunkEncoder
 
 DONE = StreamStatus("done", None, 3)
 STOPPED = StreamStatus("stopped", None, 3)
@@ -35,13 +35,13 @@ AVAILABLE = [name for name in NAMES if name in ITEMS]
 
 def encoded(wire, items, stream_id="s"):
     """Return the chunks of a complete answer."""
-    encoder = wire.chunks(stream_id)
+    encoder = wire.chunk_encoder(stream_id)
     return [*(chunk for item in items for chunk in encoder.encode(item)), *encoder.finish()]
 
 
 def sent(wire, chunks, status, after_seq=0, stream_id="s"):
     """Return the bytes that a client gets after the chunks that it has."""
-    frames = wire.frames(stream_id, after_seq)
+    frames = wire.frame_encoder(stream_id, after_seq)
     parts = [frames.frame(seq, chunk) for seq, chunk in enumerate(chunks, 1) if seq > after_seq]
     return b"".join([*(part or b"" for part in parts), frames.end(status)])
 
@@ -91,7 +91,7 @@ def test_every_end_after_any_number_of_chunks(name):
 @pytest.mark.parametrize("item", [None, 7, object(), ["x"]])
 def test_invalid_items_raise(name, item):
     with pytest.raises(InvalidDataError):
-        find_wire(name).chunks("s").encode(item)
+        find_wire(name).chunk_encoder("s").encode(item)
 
 
 @pytest.mark.parametrize("name", ["", "AI_SDK", "os", "../sse", "__init__", "sse\n"])
@@ -125,8 +125,8 @@ def test_frames_of_an_event_stream():
 
 def test_event_stream_that_is_not_utf_8():
     with pytest.raises(InvalidDataError, match="UTF-8"):
-        SseChunks().encode(b"data: \xff\n\n")
-    encoder = SseChunks()
+        SseChunkEncoder().encode(b"data: \xff\n\n")
+    encoder = SseChunkEncoder()
     encoder.encode("data: é".encode()[:-1])
     with pytest.raises(InvalidDataError, match="UTF-8"):
         encoder.finish()
@@ -206,16 +206,16 @@ def test_answer_that_ends_anywhere_has_no_open_part(items, data):
     assert end == "[DONE]"
     parts = OpenParts()
     for chunk in parsed:
-        parts.follow(chunk)
+        parts.apply(chunk)
     assert parts.closing_chunks() == []
     assert json.loads(parsed[-1]) == {"type": "abort"}
 
 
 def test_nothing_follows_the_end():
-    encoder = AiSdkWire("m").chunks("s")
+    encoder = AiSdkWire("m").chunk_encoder("s")
     encoder.encode({"type": "finish"})
     assert encoder.finish() == []
-    for item in ({"type": "finish-step"}, {"type": "finish"}, {"type": "abort"}, ai_sdk.frames("data: [DONE]\n\n")):
+    for item in ({"type": "finish-step"}, {"type": "finish"}, {"type": "abort"}, ai_sdk.encoded("data: [DONE]\n\n")):
         assert encoder.encode(item) == []
     for item in ("text", ai_sdk.reasoning("x"), ai_sdk.step(), ai_sdk.data("x", 1)):
         with pytest.raises(InvalidDataError, match="after the end"):

@@ -6,13 +6,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 from .. import _arguments as arguments
 from .._concurrency import async_run_large
 from .._document import NODE_CHARACTERS
+from .._json import parse_object
 from .._turns import Question, model_messages, unanswered
-from .._ui_encoder import parse_chunk
 from .._ui_message import assemble
 from .._ui_message_chunks import message_chunks
 from .._ui_turns import UiRequest, ask_ui, parse_ui_request, storable_message, text_messages, ui_messages, ui_text
@@ -26,14 +26,16 @@ from .conversation_store import AsyncPostgresConversationStore
 from .durable_stream import AsyncDurableStream
 from .responses import AsyncWebResponse, json_response, map_client_errors
 from .stream_store import AsyncPostgresStreamStore
-from .turns import AsyncTurns, Turn, refuse_second
+from .turns import AsyncTurns, Turn, check_no_other_stream
 from .web_handler import AsyncWebHandler
 
 NOTHING_RUNS = AsyncWebResponse(204, {"Cache-Control": "no-store"}, b"")
 
 
 class AsyncAiSdkHandler(AsyncWebHandler):
-    """Handles the requests of `useChat` of the AI SDK 5, 6 and 7. The page needs no code for it: `resume: true`.
+    """Handles the requests of `useChat` of the AI SDK 5, 6 and 7, sent by its default transport.
+
+    The page loads the chat with `GET {prefix}/{id}`, and passes the messages and `resume: true` to `useChat`.
 
     | route | answer |
     |---|---|
@@ -49,15 +51,15 @@ class AsyncAiSdkHandler(AsyncWebHandler):
     - The question is saved before the answer begins, the answer before it is done. An answer that was stopped, has
       failed or whose process has died is saved as far as the clients have got it. The stored message is the one that
       the page shows.
-    - The stored messages are those that `generate` gets. Of the messages that a page sends, only the last one counts,
-      and a page that shows an older state of the chat changes nothing but its end.
+    - `generate` gets the stored messages. Of the messages that a page sends, only the last one is used. It is added to
+      the end of the stored chat, also if the page shows an older state.
     - An edited question and another answer are alternatives: the earlier ones stay in the conversation store.
     - Results and approvals of tools that the page sends continue the last answer.
     - A page that loads during a continued answer gets the earlier parts as well. Without `conversations`, it does not.
-    - A second question gets status 409 while an answer of the chat is written. The page shows it with an error, and
-      `regenerate()` sends it again. `stop()` of a page only ends its own request: a button to stop also sends the
-      request to stop, before the next question. Without `conversations`, two requests at the same instant may both
-      start an answer.
+    - While an answer is running, a second question gets status 409. The page shows the question and an error. To send
+      the question again, the page calls `sendMessage()` without arguments.
+    - `stop()` of a page only disconnects it. A Stop button sends `POST {prefix}/{id}/stop`.
+    - Without `conversations`, two requests at the same instant may both start an answer.
 
     Args:
         generate: Called with a `Generation`. Returns a source: an iterable of `str`, and of the items of
@@ -69,8 +71,8 @@ class AsyncAiSdkHandler(AsyncWebHandler):
         store: The stream store.
         conversations: The conversation store. One of `owner`, `authorize` and `public` is then required, since clients
             choose the ids of chats. Default: None: `generate` gets the messages that the client sends.
-        owner: As for `StreamHandler`. A chat of another user is as a missing one: 204 for the running answer, 404
-            otherwise. Default: None.
+        owner: As for `StreamHandler`. A chat of another user gets the responses of a missing chat: 204 for the running
+            answer, 404 otherwise. Default: None.
         authorize: As for `StreamHandler`. Default: None.
         public: Whether the id of a chat is sufficient to use it. Default: False.
         prefix: The path prefix of all routes. Default: `/api/chat`, where `useChat` expects it.
@@ -121,21 +123,21 @@ class AsyncAiSdkHandler(AsyncWebHandler):
     ) -> None:
         super().__init__(
             generate,
-            store,
-            conversations,
-            owner,
-            authorize,
-            public,
-            prefix,
-            allowed_origins,
-            max_body,
-            max_running,
-            max_readers,
-            heartbeat,
-            send_timeout,
-            expose_errors,
+            store=store,
+            conversations=conversations,
+            owner=owner,
+            authorize=authorize,
+            public=public,
+            prefix=prefix,
+            allowed_origins=allowed_origins,
+            max_body=max_body,
+            max_running=max_running,
+            max_readers=max_readers,
+            heartbeat=heartbeat,
+            send_timeout=send_timeout,
+            expose_errors=expose_errors,
         )
-        if sdk_version not in (5, 6, 7):
+        if sdk_version not in get_args(SdkVersion):
             raise ValueError(f"sdk_version must be 5, 6 or 7, not {sdk_version!r}")
         if max_messages is not None:
             arguments.integer(max_messages, "max_messages", minimum=1)
@@ -183,7 +185,7 @@ class AsyncAiSdkHandler(AsyncWebHandler):
             save_answer = partial(self._save_answer, self._turns, turn)
         else:
             await self._access.check_session(request, user, parsed.chat_id)
-            await refuse_second(self._store, parsed.chat_id, stream_id, user)
+            await check_no_other_stream(self._store, parsed.chat_id, stream_id, user)
             messages = await async_run_large(len(request.body), ui_messages, parsed.messages, _ids(parsed))
         if not messages:
             raise WebError(400, "messages is required")
@@ -214,14 +216,14 @@ class AsyncAiSdkHandler(AsyncWebHandler):
     ) -> None:
         if status is not None and status.state != "active":
             chunks = chunks[: status.total_chunks]  # the last ones were not stored: no page has got them
-        await turns.save_answer_of(turn, chunks, status)
+        await turns.save_answer(turn, chunks, status)
 
     def _compose(self, question: Question, chunks: Sequence[str]) -> dict[str, Any]:
         """Return the message with an answer: the one that the page shows."""
         parts = OpenParts()
         for chunk in chunks:
-            parts.follow(chunk)
-        parsed = [*map(parse_chunk, chunks), *parts.closing_chunks()]
+            parts.apply(chunk)
+        parsed = [*map(parse_object, chunks), *parts.closing_chunks()]
         continued = question.message if question.message.get("role") == "assistant" else None
         message = assemble(parsed, continued, message_id=question.stream_id, sdk_version=self._sdk_version)
         return storable_message(message)
@@ -266,7 +268,7 @@ class AsyncAiSdkHandler(AsyncWebHandler):
         if self._chats is not None and not infos:  # a running answer may belong to a chat that is not stored yet
             await self._chats.find(user, chat_id)
         if len(infos) > 1 and self._chats is not None:
-            infos = _named(infos, await self._chats.load(request, user, chat_id))
+            infos = _with_stored_question(infos, await self._chats.load(request, user, chat_id))
         if not infos:
             return None
         await self._access.check_stream(request, user, infos[-1].id)
@@ -293,7 +295,7 @@ class AsyncAiSdkHandler(AsyncWebHandler):
             return []
         page = await self._store._pages.page(stream_id, 0, 1)
         for chunk in page.chunks if page is not None else ():
-            if parse_chunk(chunk.data).get("messageId") == stream_id:
+            if parse_object(chunk.data).get("messageId") == stream_id:
                 return []  # a new message: the chat, which may be long, is not needed
         try:
             chat = await self._chats.load(request, user, chat_id)
@@ -311,7 +313,7 @@ class AsyncAiSdkHandler(AsyncWebHandler):
         assert self._chats is not None
         user = await self._access.user(request)
         chat, info = await self._chats.load_with_info(request, user, chat_id)
-        active = _named(await self._active(user, chat_id), chat)
+        active = _with_stored_question(await self._active(user, chat_id), chat)
         answer = {
             "id": info.session_id,
             "title": info.title,
@@ -331,7 +333,7 @@ async def stored_messages(chat: ChatHistory[Any]) -> list[dict[str, Any]]:
     return await async_run_large(len(chat) * NODE_CHARACTERS, convert)
 
 
-def _named(infos: list[StreamInfo], chat: ChatHistory[Any]) -> list[StreamInfo]:
+def _with_stored_question(infos: list[StreamInfo], chat: ChatHistory[Any]) -> list[StreamInfo]:
     """Return the streams that answer a stored question of a chat."""
     named = {question.stream_id for question in unanswered(chat)}
     return [info for info in infos if info.id in named]

@@ -184,7 +184,7 @@ class AsyncDurableStream:
             store._close_hooks.add(_end_producers)
             try:
                 stream_id = new_id() if id is None else arguments.identifier(id)
-                encoder = wire.chunks(stream_id)
+                encoder = wire.chunk_encoder(stream_id)
                 limits = _seconds(idle_timeout, "idle_timeout"), _seconds(timeout, "timeout")
                 producer = AsyncProducer(store, stream_id, source, encoder, on_finish, expose_errors, context, *limits)
                 await store._create_leased(stream_id, wire=wire.name, **details)
@@ -257,7 +257,7 @@ class AsyncDurableStream:
             require_active(id, status)
             wire = find_wire(None if info is None else info.wire)
             finish = on_finish and partial(_call_with_text, on_finish, wire)
-            producer = AsyncProducer(store, id, source, wire.chunks(id), finish, expose_errors, context, *limits)
+            producer = AsyncProducer(store, id, source, wire.chunk_encoder(id), finish, expose_errors, context, *limits)
         except BaseException:
             await close_source(source)
             raise
@@ -351,7 +351,7 @@ class AsyncDurableStream:
         if after_seq is not None:
             cursor = arguments.integer(after_seq, "after_seq", minimum=0)
         pause = arguments.seconds(heartbeat, "heartbeat")
-        frames = self._wire.frames(self.id, cursor)
+        frames = self._wire.frame_encoder(self.id, cursor)
         is_new = self._producer is not None and cursor == 0
         return encoded_events(self._following(cursor), self._store._pages, self.id, frames, pause, is_new=is_new)
 

@@ -141,19 +141,19 @@ class AsyncStreamHandler(AsyncWebHandler):
     ) -> None:
         super().__init__(
             generate,
-            store,
-            conversations,
-            owner,
-            authorize,
-            public,
-            prefix,
-            allowed_origins,
-            max_body,
-            max_running,
-            max_readers,
-            heartbeat,
-            send_timeout,
-            expose_errors,
+            store=store,
+            conversations=conversations,
+            owner=owner,
+            authorize=authorize,
+            public=public,
+            prefix=prefix,
+            allowed_origins=allowed_origins,
+            max_body=max_body,
+            max_running=max_running,
+            max_readers=max_readers,
+            heartbeat=heartbeat,
+            send_timeout=send_timeout,
+            expose_errors=expose_errors,
         )
         if max_messages is not None:
             arguments.integer(max_messages, "max_messages", minimum=1)
@@ -207,7 +207,7 @@ class AsyncStreamHandler(AsyncWebHandler):
         if self._turns is not None and turn is not None:
             # The stream exists before the question names it, and a deletion after the question was saved stops it.
             save_question = partial(self._turns.save_question, turn)
-            save_answer = partial(self._turns.save_answer_of, turn)
+            save_answer = partial(self._turns.save_answer, turn)
         return await self._start(generation, WIRE, on_finish=save_answer, before_source=save_question)
 
     async def _resume(self, request: WebRequest) -> AsyncWebResponse:

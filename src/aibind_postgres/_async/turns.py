@@ -173,9 +173,9 @@ class AsyncTurns:
                 has another one.
         """
         chat = await self.load(request, user, session_id, self._max_conversation, self._hint)
-        if self._is_exclusive:  # after loading: whoever saves a question first has created its stream before
+        if self._is_exclusive:  # after loading: each request creates its stream before it saves its question
             is_answered = not unanswered(chat)
-            await refuse_second(self._store, session_id, stream_id, user)
+            await check_no_other_stream(self._store, session_id, stream_id, user)
             if not is_answered:  # the answer may have ended and been saved between the two
                 chat = await self.load(request, user, session_id, self._max_conversation, self._hint)
         size = len(chat)
@@ -215,7 +215,7 @@ class AsyncTurns:
                 raise conversation_not_found()
             return
 
-    async def save_answer_of(self, turn: Turn, chunks: Sequence[str], status: StreamStatus | None) -> None:
+    async def save_answer(self, turn: Turn, chunks: Sequence[str], status: StreamStatus | None) -> None:
         """Save the answer of a turn. Called as `on_finish` of its stream."""
         await self._save_answer(turn.session_id, turn.chat, turn.question, chunks, status)
 
@@ -254,7 +254,9 @@ class AsyncTurns:
         return chat
 
 
-async def refuse_second(store: AsyncPostgresStreamStore, session_id: str, stream_id: str, user: str | None) -> None:
+async def check_no_other_stream(
+    store: AsyncPostgresStreamStore, session_id: str, stream_id: str, user: str | None
+) -> None:
     """Raise `WebError` (409) if a conversation has an active stream with another id than `stream_id`.
 
     With `user`, only streams of this user count: another user may use the same id, or have used it before.

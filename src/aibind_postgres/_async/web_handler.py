@@ -1,4 +1,4 @@
-"""What all handlers have in common: routes, refusals, the responses for errors, and the start of answers."""
+"""The base class of the handlers: routing, refusals, responses for errors, and the start of answers."""
 
 from __future__ import annotations
 
@@ -41,11 +41,12 @@ class AsyncWebHandler:
     def __init__(
         self,
         generate: Callable[[Any], Any],
+        *,
         store: AsyncPostgresStreamStore,
-        conversations: AsyncPostgresConversationStore | None,
+        conversations: AsyncPostgresConversationStore | None = None,
         owner: Callable[[WebRequest], Any] | None,
         authorize: Callable[[WebRequest, Resource], Any] | None,
-        public: bool,
+        public: bool = False,
         prefix: str,
         allowed_origins: Collection[str],
         max_body: int,

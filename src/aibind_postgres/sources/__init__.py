@@ -1,4 +1,4 @@
-"""Sources for streams with the wire format `ai_sdk`, from the streams of model libraries. One module for each library.
+"""Convert the streams of model libraries into sources of the wire formats `ai_sdk` and `ag_ui`.
 
-The modules import no library: they read the objects that the caller's library yields.
+The modules do not import the libraries. They read the objects that the library of the caller yields.
 """

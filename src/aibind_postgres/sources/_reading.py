@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Genera
 from contextlib import suppress
 from typing import Any, Protocol
 
+from .._json import reject_constant
 from ..history import new_id
 from ..wire.ai_sdk import Reasoning, tool_input, tool_input_delta, tool_input_start
 
@@ -72,7 +73,7 @@ async def close_async(stream: object) -> None:
             await closing
 
 
-class ToolCalls:
+class OpenCalls:
     """The tool calls of a stream with incomplete inputs. Each one has a key, such as its index."""
 
     def __init__(self) -> None:
@@ -125,7 +126,7 @@ class _ToolCall:
 def complete_input(call_id: str, name: str, text: str) -> Item:
     """Return the item for a complete input, a JSON text. An empty text is an input without arguments."""
     try:
-        return tool_input(call_id, name, json.loads(text, parse_constant=_refuse) if text else {})
+        return tool_input(call_id, name, json.loads(text, parse_constant=reject_constant) if text else {})
     except (ValueError, RecursionError):
         return {
             "type": "tool-input-error",
@@ -134,7 +135,3 @@ def complete_input(call_id: str, name: str, text: str) -> Item:
             "input": text,
             "errorText": "the input is not JSON",
         }
-
-
-def _refuse(constant: str) -> Any:
-    raise ValueError(f"{constant} is not JSON")

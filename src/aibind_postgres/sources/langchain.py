@@ -7,7 +7,7 @@ from typing import Any, overload
 
 from ..errors import InvalidDataError
 from ..wire.ai_sdk import reasoning, step, tool_error, tool_input, tool_output
-from ._reading import Item, ToolCalls, complete_input, read
+from ._reading import Item, OpenCalls, complete_input, read
 
 __all__ = ["messages"]
 
@@ -34,7 +34,7 @@ def messages(stream: AsyncIterable[Any] | Iterable[Any]) -> AsyncIterator[Item] 
 
 class _Messages:
     def __init__(self) -> None:
-        self._calls: dict[str | None, ToolCalls] = {}  # by the ids of the messages, which parallel nodes write
+        self._calls: dict[str | None, OpenCalls] = {}  # by the ids of the messages, which parallel nodes write
         self._call_ids: set[str | None] = set()
         self._follows_result = False
 
@@ -60,7 +60,7 @@ class _Messages:
                 yield reasoning(block.get("reasoning") or "")
 
     def _pieces(self, message: Any) -> Iterator[Item]:
-        calls = self._calls.setdefault(message.id, ToolCalls())
+        calls = self._calls.setdefault(message.id, OpenCalls())
         for call in message.tool_call_chunks:
             self._call_ids.add(call["id"])
             yield from calls.add(call["index"], call["id"], call["name"], call["args"])

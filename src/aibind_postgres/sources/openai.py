@@ -7,7 +7,7 @@ from typing import Any, overload
 
 from ..errors import AibindError
 from ..wire.ai_sdk import file, reasoning, source_document, source_url, tool_input
-from ._reading import Item, ToolCalls, read
+from ._reading import Item, OpenCalls, read
 
 __all__ = ["chat_completions", "responses"]
 
@@ -53,7 +53,7 @@ def responses(stream: AsyncIterable[Any] | Iterable[Any]) -> AsyncIterator[Item]
 
 class _ChatCompletion:
     def __init__(self) -> None:
-        self._calls = ToolCalls()
+        self._calls = OpenCalls()
 
     def items(self, event: Any) -> Iterator[Item]:
         for choice in event.choices:
@@ -77,7 +77,7 @@ class _ChatCompletion:
 
 class _Response:
     def __init__(self) -> None:
-        self._calls = ToolCalls()
+        self._calls = OpenCalls()
         self._sources: set[str] = set()
 
     def items(self, event: Any) -> Iterator[Item]:

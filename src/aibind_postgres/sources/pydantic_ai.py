@@ -7,7 +7,7 @@ import logging
 from collections.abc import AsyncGenerator, AsyncIterable, Callable
 from typing import Any, Protocol
 
-from ..wire.ai_sdk import Frames, frames
+from ..wire.ai_sdk import Encoded, encoded
 
 __all__ = ["ag_ui", "vercel_ai"]
 
@@ -22,7 +22,7 @@ class Token(Protocol):
     def cancel(self) -> None: ...
 
 
-def vercel_ai(events: AsyncIterable[Any], token: Token) -> AsyncGenerator[Frames, None]:
+def vercel_ai(events: AsyncIterable[Any], token: Token) -> AsyncGenerator[Encoded, None]:
     """Convert a run of a `VercelAIAdapter`, for a stream with the wire format `ai_sdk`.
 
     A client that leaves does not cancel the run. Stopping the stream does, by closing the source.
@@ -35,7 +35,7 @@ def vercel_ai(events: AsyncIterable[Any], token: Token) -> AsyncGenerator[Frames
     Returns:
         A generator of items of the wire format `ai_sdk`.
     """
-    return _read_run(events, token, _frames)
+    return _read_run(events, token, _encoded)
 
 
 def ag_ui(events: AsyncIterable[Any], token: Token) -> AsyncGenerator[Any, None]:
@@ -83,9 +83,9 @@ async def _read_run(
                 logger.error("a cancelled run of pydantic-ai raised", exc_info=error)
 
 
-def _frames(event: Any) -> Frames:
+def _encoded(event: Any) -> Encoded:
     # Version 5 of the client ignores the fields that it does not know.
-    return frames(event if isinstance(event, str) else f"data: {event.encode(sdk_version=7)}\n\n")
+    return encoded(event if isinstance(event, str) else f"data: {event.encode(sdk_version=7)}\n\n")
 
 
 def _unchanged(event: Any) -> Any:

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 from ..errors import InvalidDataError
 from ..models import StreamStatus
 
 WireName = Literal["aibind", "ai_sdk", "ag_ui", "sse"]
 
-NAMES = ("aibind", "ai_sdk", "ag_ui", "sse")
+NAMES: tuple[WireName, ...] = get_args(WireName)
 
 # Common to all event streams.
 EVENT_STREAM = {
@@ -50,14 +50,17 @@ class FrameEncoder:
         return b""
 
     def frame(self, seq: int, chunk: str) -> bytes | None:
-        """Return the bytes for a chunk. None if they depend on the chunk before it, which `look_back` needs first."""
+        """Return the bytes for a chunk. None if they depend on earlier chunks: call `look_back` first, then repeat."""
         raise NotImplementedError
 
     def look_back(self, chunk: str | None) -> bool:
-        """Take the chunks before the first one, from the last to the first. None stands for no earlier chunk.
+        """Read one chunk from before the first one. Called for the newest of them first, until the result is True.
+
+        Args:
+            chunk: The chunk. None ends the search: there is no earlier chunk, or too many did not suffice.
 
         Returns:
-            Whether `frame` needs no more of them.
+            Whether `frame` can now encode its chunk.
         """
         return True
 
@@ -84,10 +87,10 @@ class Wire(Protocol):
     @property
     def headers(self) -> Mapping[str, str]: ...
 
-    def chunks(self, stream_id: str) -> ChunkEncoder:
+    def chunk_encoder(self, stream_id: str) -> ChunkEncoder:
         """Return the encoder for a new stream. Raise `InvalidDataError` if the format cannot represent its id."""
 
-    def frames(self, stream_id: str, after_seq: int) -> FrameEncoder:
+    def frame_encoder(self, stream_id: str, after_seq: int) -> FrameEncoder:
         """Return the encoder for a client that has the chunks up to `after_seq`."""
 
     def text(self, chunks: Iterable[str]) -> str:

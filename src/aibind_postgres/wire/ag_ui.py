@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import codecs
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
+from .._json import Utf8Decoder, compact_json, parse_object, reject_constant
 from ..errors import InvalidDataError
 from ..models import StreamStatus
 from ..sse import EventParser, ServerSentEvent, encode
@@ -58,21 +58,21 @@ class AgUiWire:
     def __init__(self, thread_id: str | None = None) -> None:
         self._thread_id = thread_id
 
-    def chunks(self, stream_id: str) -> AgUiChunks:
-        return AgUiChunks(self._run(stream_id))
+    def chunk_encoder(self, stream_id: str) -> AgUiChunkEncoder:
+        return AgUiChunkEncoder(self._run(stream_id))
 
-    def frames(self, stream_id: str, after_seq: int) -> AgUiFrames:
-        return AgUiFrames(self._run(stream_id), after_seq)
+    def frame_encoder(self, stream_id: str, after_seq: int) -> AgUiFrameEncoder:
+        return AgUiFrameEncoder(self._run(stream_id), after_seq)
 
     def text(self, chunks: Iterable[str]) -> str:
-        deltas = [_fields(chunk).get("delta") for chunk in chunks if event_type(chunk) in TEXTS]
+        deltas = [parse_object(chunk).get("delta") for chunk in chunks if event_type(chunk) in TEXTS]
         return "".join([delta for delta in deltas if isinstance(delta, str)])
 
-    def _run(self, stream_id: str) -> Run:
-        return Run(self._thread_id or stream_id, stream_id)
+    def _run(self, stream_id: str) -> RunState:
+        return RunState(self._thread_id or stream_id, stream_id)
 
 
-class Run:
+class RunState:
     """The state of a run after some of its events: whether it has started and ended, and what is open in it.
 
     It parses only events that open or close something. They are short, and most events are deltas.
@@ -85,13 +85,13 @@ class Run:
         self._start = ""  # the last RUN_STARTED, which may contain a long history
         self._open: dict[tuple[Any, ...], dict[str, Any]] = {}  # the events that close the open parts
 
-    def follow(self, chunk: str) -> None:
-        """Take the next event."""
+    def apply(self, chunk: str) -> None:
+        """Update the state by the next event."""
         kind = event_type(chunk)
         if kind in OPENING:
-            self._change(_fields(chunk), *OPENING[kind], is_open=True)
+            self._change(parse_object(chunk), *OPENING[kind], is_open=True)
         elif kind in CLOSING:
-            self._change(_fields(chunk), *CLOSING[kind], is_open=False)
+            self._change(parse_object(chunk), *CLOSING[kind], is_open=False)
         elif kind == "RUN_STARTED":  # a stream may contain several runs
             self.is_started, self.end, self._start = True, None, chunk
             self._open.clear()
@@ -111,7 +111,7 @@ class Run:
             events.append(closing)
         ids = self._ids
         if self._start:
-            start = _fields(self._start)
+            start = parse_object(self._start)
             ids = {name: start.get(name, value) for name, value in ids.items()}
         outcome = {"outcome": {"type": CANCELLED}} if cancelled else {}
         return [encode_event(event) for event in (*events, {"type": "RUN_FINISHED", **ids, **outcome})]
@@ -130,12 +130,12 @@ class Run:
             self._open.pop(key, None)
 
 
-class AgUiChunks:
+class AgUiChunkEncoder:
     """Encodes each event as one chunk: a JSON object that begins with the type."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: RunState) -> None:
         self._run = run
-        self._decoder = codecs.getincrementaldecoder("utf-8")("strict")
+        self._decoder = Utf8Decoder()
         self._parser = EventParser()
         self._is_between = True  # whether the encoded text so far ends with a complete event
 
@@ -153,7 +153,7 @@ class AgUiChunks:
         return self._add([chunk if chunk.startswith(_PREFIX) else normalise_event(chunk)])
 
     def finish(self) -> Sequence[str]:
-        self._decode(b"", final=True)
+        self._decoder.decode(b"", final=True)
         rest = [] if self._is_between else [event.data for event in self._parser.feed(b"\n\n")]
         chunks = self._add([normalise_event(data) for data in rest])
         if not self._run.is_started:
@@ -164,12 +164,12 @@ class AgUiChunks:
         if events and not self._run.is_started and event_type(events[0]) != "RUN_STARTED":
             events = [self._run.start(), *events]
         for event in events:
-            self._run.follow(event)
+            self._run.apply(event)
         return events
 
     def _parse(self, item: str | bytes) -> list[str]:
         """Return the data of the events that the item completes."""
-        text = item if isinstance(item, str) else self._decode(item)
+        text = item if isinstance(item, str) else self._decoder.decode(item)
         if self._is_between and text.startswith("data: ") and text.endswith("\n\n"):  # usually, an item is one event
             data = text[6:-2]
             if "\n" not in data and "\r" not in data:
@@ -181,29 +181,25 @@ class AgUiChunks:
         except UnicodeEncodeError:
             raise InvalidDataError("an encoded event contains a lone surrogate, which is not a character") from None
 
-    def _decode(self, received: bytes, *, final: bool = False) -> str:
-        try:
-            return self._decoder.decode(received, final)
-        except UnicodeDecodeError as error:
-            raise InvalidDataError(f"the event stream is not UTF-8: {error.reason}") from None
 
+class AgUiFrameEncoder(FrameEncoder):
+    """Encodes each chunk as one frame, and adds an end according to the state of the stream:
 
-class AgUiFrames(FrameEncoder):
-    """Encodes each chunk as one frame. A run that has not ended gets an end by the state of the stream:
-
-    - stopped: the events that close the open parts, and RUN_FINISHED with the outcome `cancelled`.
-    - error, also of an abandoned stream: RUN_ERROR with the text.
+    - stopped: the events that close the open parts, and RUN_FINISHED with the outcome `cancelled`. A client that has
+      resumed after a chunk gets RUN_ERROR with the code `cancelled`, since its open parts are unknown.
+    - error, also of an abandoned stream: RUN_ERROR with the text, even after RUN_FINISHED.
     - deleted: RUN_ERROR.
 
-    An end that comes before the first event begins with RUN_STARTED.
+    A run that has ended before it was stopped or deleted gets no other end. If there is no event, RUN_STARTED precedes
+    the end.
     """
 
-    def __init__(self, run: Run, after_seq: int) -> None:
+    def __init__(self, run: RunState, after_seq: int) -> None:
         self._run = run
         self._is_whole = after_seq == 0  # otherwise, the state of the run is unknown
 
     def frame(self, seq: int, chunk: str) -> bytes:
-        self._run.follow(chunk)
+        self._run.apply(chunk)
         return _frame(chunk)
 
     def end(self, status: StreamStatus | None) -> bytes:
@@ -224,14 +220,14 @@ def event_type(chunk: str) -> str | None:
     """Return the type of an encoded event. None if the chunk is not an event."""
     if chunk.startswith(_PREFIX):
         return chunk[len(_PREFIX) : chunk.find('"', len(_PREFIX))]
-    kind = _fields(chunk).get("type")  # written with `append`
+    kind = parse_object(chunk).get("type")  # written with `append`
     return kind if isinstance(kind, str) else None
 
 
 def normalise_event(data: str) -> str:
     """Return an event that another library has encoded as a chunk. Raise `InvalidDataError` if it is not an event."""
     try:
-        event = json.loads(data, parse_constant=_refuse_constant)
+        event = json.loads(data, parse_constant=reject_constant)
     except (ValueError, RecursionError):
         raise InvalidDataError(f"an event must be a JSON object, not {data[:100]!r}") from None
     if data.startswith(_PREFIX) and "\n" not in data:
@@ -246,23 +242,9 @@ def encode_event(event: Any) -> str:
         raise InvalidDataError(f"an event of AG-UI must be an object with a type, not {_type_name(event)} without one")
     ordered = {"type": kind, **event}
     try:
-        chunk = json.dumps(ordered, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        return compact_json(ordered)
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidDataError(f"an event of AG-UI must be a JSON object: {error}") from None
-    try:
-        chunk.encode()
-    except UnicodeEncodeError:  # a lone surrogate, as in a text that a model has split within a character
-        return json.dumps(ordered, allow_nan=False, separators=(",", ":"))
-    return chunk
-
-
-def _fields(chunk: str) -> dict[str, Any]:
-    """Return the fields of a chunk. Empty if it is not an event, as may be if `append` has written it."""
-    try:
-        event = json.loads(chunk)
-    except (ValueError, RecursionError):
-        return {}
-    return event if isinstance(event, dict) else {}
 
 
 def _error(text: str, code: str | None = None) -> str:
@@ -271,10 +253,6 @@ def _error(text: str, code: str | None = None) -> str:
 
 def _frame(chunk: str) -> bytes:
     return encode(ServerSentEvent(chunk))
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
 
 
 def _type_name(value: object) -> str:

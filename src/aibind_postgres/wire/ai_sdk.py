@@ -5,7 +5,7 @@ The items of a source are:
 - `str`: text of the model. The encoder opens and closes the text part.
 - `reasoning(text)`: the same for reasoning.
 - A `dict`: one chunk, such as the other functions of this module return. Optional fields that are None are left out.
-- `frames(text)`: chunks that another library has encoded as an event stream.
+- `encoded(text)`: chunks that another library has encoded as an event stream.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from .._ui_encoder import Frames, Reasoning, UiChunkEncoder, dump_chunk, parse_chunk
+from .._json import parse_object
+from .._ui_encoder import Encoded, Reasoning, UiChunkEncoder, dump_chunk
 from ..history import new_id
 from ..models import StreamStatus
 from ..sse import ServerSentEvent, encode
@@ -22,13 +23,13 @@ from . import DELETED, EVENT_STREAM, INTERRUPTED, FrameEncoder, WireName
 __all__ = [
     "WIRE",
     "AiSdkWire",
-    "Frames",
+    "Encoded",
     "OpenParts",
     "Reasoning",
     "SdkVersion",
     "data",
+    "encoded",
     "file",
-    "frames",
     "metadata",
     "reasoning",
     "source_document",
@@ -44,7 +45,7 @@ __all__ = [
 
 SdkVersion = Literal[5, 6, 7]
 
-# What most chunks of a stream begin with. They open and close no part.
+# The beginnings of most chunks. Chunks with these types neither open nor close a part.
 _DELTAS = ('{"type":"text-delta"', '{"type":"reasoning-delta"', '{"type":"tool-input-delta"')
 _CHANGES = ('"text-start"', '"text-end"', '"reasoning-start"', '"reasoning-end"', '"reset-step"')
 
@@ -54,9 +55,9 @@ def reasoning(text: str) -> Reasoning:
     return Reasoning(text)
 
 
-def frames(text: str) -> Frames:
+def encoded(text: str) -> Encoded:
     """Return an item for a piece of an event stream that another library has encoded. It may be split anywhere."""
-    return Frames(text)
+    return Encoded(text)
 
 
 def step() -> dict[str, Any]:
@@ -101,7 +102,7 @@ def tool_error(call_id: str, text: str) -> dict[str, Any]:
 
 
 def tool_approval(call_id: str, approval_id: str) -> dict[str, Any]:
-    """Return an item that asks the user to approve a tool call. Needs version 6."""
+    """Return an item that asks the user to approve a tool call. Clients of version 5 do not get it."""
     return {"type": "tool-approval-request", "toolCallId": call_id, "approvalId": approval_id}
 
 
@@ -170,18 +171,18 @@ class AiSdkWire:
         self._message = message
         self._earlier = earlier
 
-    def chunks(self, stream_id: str) -> UiChunkEncoder:
+    def chunk_encoder(self, stream_id: str) -> UiChunkEncoder:
         return UiChunkEncoder(self._message_id or stream_id, self._sdk_version, self._message)
 
-    def frames(self, stream_id: str, after_seq: int) -> AiSdkFrames:
-        return AiSdkFrames(self._earlier)
+    def frame_encoder(self, stream_id: str, after_seq: int) -> AiSdkFrameEncoder:
+        return AiSdkFrameEncoder(self._earlier)
 
     def text(self, chunks: Iterable[str]) -> str:
-        deltas = (parse_chunk(chunk) for chunk in chunks if '"text-delta"' in chunk)
+        deltas = (parse_object(chunk) for chunk in chunks if '"text-delta"' in chunk)
         return "".join([str(delta["delta"]) for delta in deltas if delta.get("type") == "text-delta"])
 
 
-class AiSdkFrames(FrameEncoder):
+class AiSdkFrameEncoder(FrameEncoder):
     """Sends each chunk as one event, and the end as `abort` or `error`, and `[DONE]`."""
 
     def __init__(self, earlier: Sequence[dict[str, Any]] = ()) -> None:
@@ -191,7 +192,7 @@ class AiSdkFrames(FrameEncoder):
 
     def frame(self, seq: int, chunk: str) -> bytes:
         self._is_empty = False
-        self._parts.follow(chunk)
+        self._parts.apply(chunk)
         if self._earlier:
             before = b"".join([_frame(dump_chunk(each)) for each in self._earlier])
             self._earlier = ()
@@ -218,11 +219,11 @@ class OpenParts:
     def __init__(self) -> None:
         self._open: dict[tuple[str, str], None] = {}
 
-    def follow(self, text: str) -> None:
-        """Take the next chunk. Only one that may open or close a part is parsed."""
+    def apply(self, text: str) -> None:
+        """Update the state by the next chunk. Only one that may open or close a part is parsed."""
         if text.startswith(_DELTAS) or not any(kind in text for kind in _CHANGES):
             return
-        chunk = parse_chunk(text)
+        chunk = parse_object(text)
         part, _, event = str(chunk.get("type")).rpartition("-")
         if part in ("text", "reasoning"):
             if event == "start":

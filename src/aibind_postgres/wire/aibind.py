@@ -16,19 +16,19 @@ class AibindWire:
     name: WireName = "aibind"
     headers: Mapping[str, str] = EVENT_STREAM
 
-    def chunks(self, stream_id: str) -> AibindChunks:
+    def chunk_encoder(self, stream_id: str) -> AibindChunkEncoder:
         id_event(stream_id)  # raises if an event cannot contain the id
-        return AibindChunks()
+        return AibindChunkEncoder()
 
-    def frames(self, stream_id: str, after_seq: int) -> AibindFrames:
-        return AibindFrames(stream_id, after_seq)
+    def frame_encoder(self, stream_id: str, after_seq: int) -> AibindFrameEncoder:
+        return AibindFrameEncoder(stream_id, after_seq)
 
     def text(self, chunks: Iterable[str]) -> str:
         events = map(event_of, chunks)
         return "".join([data for event, data in events if event == MESSAGE])
 
 
-class AibindChunks:
+class AibindChunkEncoder:
     """Encodes each item as one chunk."""
 
     def encode(self, item: Any) -> Sequence[str]:
@@ -38,7 +38,7 @@ class AibindChunks:
         return ()
 
 
-class AibindFrames(FrameEncoder):
+class AibindFrameEncoder(FrameEncoder):
     """Encodes each chunk as one event, and the end as `error` or `stopped`, and `done`."""
 
     def __init__(self, stream_id: str, after_seq: int) -> None:
