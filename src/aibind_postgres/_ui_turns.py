@@ -1,7 +1,7 @@
 """Requests of the AI SDK's clients, and the turns of a chat of UI messages. Pure.
 
-A stored message is a UIMessage, whose `id` is the id on the page. The id of its node is another one: the alternatives
-of an edited message have the same id on the page. An answer that continues an assistant message, after the page has
+A stored message is a UIMessage. Its `id` is the id on the page. Alternatives of an edited message share it, so nodes
+have other ids. An answer that continues an assistant message, after the page has
 sent the result of a tool, follows that message and has its id; the page shows the last of them.
 
 Facts of the protocol: npm `ai` 5.0.277, 6.0.326 and 7.0.173.
