@@ -16,7 +16,7 @@ POSTGRES = ["14", "15", "16", "17", "18"]
 SYSTEM_SERVERS = {version: Path(f"/usr/lib/postgresql/{version}/bin/initdb") for version in ("14", "15", "17")}
 
 nox.needs_version = ">=2025.2.9"
-nox.options.sessions = ["lint", "types", f"tests-{HERE}(postgres='18')", "package"]
+nox.options.sessions = ["lint", "types", f"tests-{HERE}(postgres='18')", "package", "processes"]
 nox.options.error_on_missing_interpreters = False
 nox.options.reuse_existing_virtualenvs = True
 
@@ -76,6 +76,13 @@ def smoke(session: nox.Session) -> None:
     """Run each benchmark for an instant."""
     session.install(".[dev]")
     session.run("pytest", "tests/benchmarks", *session.posargs)
+
+
+@nox.session
+def processes(session: nox.Session) -> None:
+    """Test programs: web servers, workers, the command line, examples, and the published clients in Node.js."""
+    session.install(".[dev]")
+    session.run("pytest", "tests/processes", *session.posargs)
 
 
 @nox.session

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from ._document import MAX_DEPTH, copy_json
 from ._json import compact_json, parse_object
-from ._ui_message_chunks import is_known, is_valid
+from ._ui_message_chunks import invalid_field, is_known
 from .errors import InvalidDataError
 from .sse import EventParser, ServerSentEvent
 
@@ -59,6 +59,7 @@ class UiChunkEncoder:
         self._message_id = message_id
         self._sdk_version = sdk_version
         self._parser = EventParser()
+        self._has_encoded = self._has_events = False  # whether there was encoded text, and an event in it
         self._is_started = self._is_finished = self._is_in_step = False
         self._text_part: tuple[str, str] | None = None  # the kind and the id of the open part of `str` or `Reasoning`
         self._prefix = ""  # of its deltas
@@ -84,13 +85,18 @@ class UiChunkEncoder:
             return [dump_chunk(chunk) for chunk in self._source_chunks(item)]
         if isinstance(item, Encoded):
             events = self._parser.feed(item.text.encode())
+            self._has_encoded = self._has_encoded or bool(item.text.strip())
+            self._has_events = self._has_events or bool(events)
             return [dump_chunk(chunk) for event in events for chunk in self._event_chunks(event)]
         raise InvalidDataError(
             f"an item must be a str, a dict, or made by a function of wire.ai_sdk, not {type(item).__name__}"
         )
 
     def finish(self) -> Sequence[str]:
-        chunks = [chunk for event in self._parser.feed(b"\n\n") for chunk in self._event_chunks(event)]
+        events = self._parser.feed(b"\n\n")
+        if self._has_encoded and not (self._has_events or events):
+            raise InvalidDataError("the items of encoded() contain no event: they must be an event stream, not texts")
+        chunks = [chunk for event in events for chunk in self._event_chunks(event)]
         if not self._is_finished:
             chunks += [*self._begin(with_step=not self._is_started), *self._end_parts(), *self._end_step()]
             chunks.append({"type": "finish", "finishReason": "stop"})
@@ -238,8 +244,9 @@ def _checked(item: Mapping[str, Any]) -> dict[str, Any]:
         raise InvalidDataError(f"unknown type of a chunk: {kind[:100]!r}")
     value = "data" if kind.startswith("data-") else _VALUE.get(kind)
     chunk = {field: each for field, each in item.items() if each is not None or field == value}
-    if (value is not None and value not in chunk) or not is_valid(chunk):
-        raise InvalidDataError(f"a chunk of type {kind} lacks a field, or has one of a wrong type: {', '.join(chunk)}")
+    invalid = value if value is not None and value not in chunk else invalid_field(chunk)
+    if invalid is not None:
+        raise InvalidDataError(f"the field {invalid} of a chunk of type {kind} is missing, or has a wrong type")
     if not kind.endswith("-delta"):
         # In the stored message, the value is a few levels deeper.
         copy_json(chunk, MAX_DEPTH - MESSAGE_DEPTH)

@@ -89,12 +89,20 @@ def is_known(type: str, sdk_version: int) -> bool:
 
 def is_valid(chunk: Chunk) -> bool:
     """Return whether the fields of a chunk have the types that the reader relies on. None counts as missing."""
+    return invalid_field(chunk) is None
+
+
+def invalid_field(chunk: Chunk) -> str | None:
+    """Return the name of a field that is missing, or has a type that the reader does not expect. None if all are valid.
+
+    A field with the value None counts as missing.
+    """
     fields = _DATA_FIELDS if chunk["type"].startswith("data-") else _PARSED_FIELDS[chunk["type"]]
     for name, type, required in fields:
         value = chunk.get(name)
         if required if value is None else not isinstance(value, type):
-            return False
-    return True
+            return name
+    return None
 
 
 def message_chunks(message: dict[str, Any], sdk_version: int = 7) -> list[Chunk]:

@@ -102,7 +102,7 @@ def parse_ui_request(request: WebRequest) -> UiRequest:
         raise WebError(400, "message or messages is required")
     for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("parts"), list):
-            raise WebError(400, "each message must be a UIMessage: an object with id, role and parts")
+            raise WebError(400, "each message must be a UIMessage: an object with role and parts")
     while is_regeneration and messages and messages[-1].get("role") == "assistant":
         messages = messages[:-1]  # the answer to replace
     if messages:

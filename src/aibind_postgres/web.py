@@ -155,6 +155,8 @@ class Generation(NamedTuple):
 
 def parse_origins(origins: Collection[str]) -> frozenset[str]:
     """Return origins in the form in which browsers send them. Raise `ValueError` for a text that is not an origin."""
+    if isinstance(origins, str):
+        raise ValueError(f"allowed_origins must be a list of origins, not the text {origins!r}")
     for origin in origins:
         if not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*://[^/?#@*\s]+", origin):
             raise ValueError(f"allowed_origins must contain origins such as 'https://example.com', not {origin!r}")

@@ -1,12 +1,10 @@
-"""Fixtures: a second store on a connection string, and for the tests of web frameworks each server in turn."""
+"""Fixtures: a second store on a connection string, and Django's settings."""
 
 from __future__ import annotations
 
 import pytest
 from contrib import contract
 from psycopg.conninfo import make_conninfo
-from support import servers, webapps
-from support.webapps import SERVERS
 
 from aibind_postgres import AsyncPostgresStreamStore, PostgresStreamStore
 
@@ -21,25 +19,6 @@ def theirs(dsn, tables):
 @pytest.fixture
 async def async_theirs(dsn, tables):
     async with AsyncPostgresStreamStore(make_conninfo(dsn, application_name="stays"), **tables) as store:
-        yield store
-
-
-@pytest.fixture(scope="module")
-def web_database(server, template):
-    with servers.own_database(server, template) as dsn:
-        yield dsn
-
-
-@pytest.fixture(scope="module", params=SERVERS)
-def client(request, web_database):
-    with webapps.running(request.param, web_database) as client:
-        yield client
-
-
-@pytest.fixture
-def store(web_database):
-    """A store on the database of the servers, in the process of the tests."""
-    with PostgresStreamStore(make_conninfo(web_database, application_name="test")) as store:
         yield store
 
 

@@ -1,6 +1,6 @@
 """UIMessages from chunks and back: each chunk type, and malformed input.
 
-`tests/integration/test_ui_message_reader.py` compares many more streams with the published reader.
+`tests/processes/test_ui_message_reader.py` compares many more streams with the published reader.
 """
 
 from __future__ import annotations

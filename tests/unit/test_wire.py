@@ -222,6 +222,16 @@ def test_nothing_follows_the_end():
             encoder.encode(item)
 
 
+@pytest.mark.parametrize(
+    ("wire", "item"), [(AiSdkWire("m"), ai_sdk.encoded("plain text")), (find_wire("ag_ui"), "plain text")]
+)
+def test_texts_in_place_of_events_are_refused(wire, item):
+    encoder = wire.chunk_encoder("s")
+    assert list(encoder.encode(item)) == []
+    with pytest.raises(InvalidDataError, match="no event"):
+        encoder.finish()
+
+
 def test_chunk_of_another_writer_may_have_line_breaks():
     received = sent(AiSdkWire(), ['{"type":\n"start"}'], DONE)
     first, _ = EventParser().feed(received)

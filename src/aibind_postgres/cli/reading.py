@@ -14,6 +14,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from .._tables import CHUNKS_TABLE, STATUS_TABLE
 from ..errors import StreamNotFoundError
 from ..models import StoredEvent, event_of
+from ..wire import Wire, find_wire
 from .target import DONE, FAILED, INTERRUPTED, Target, print_message
 
 if TYPE_CHECKING:
@@ -50,23 +51,30 @@ class _DeferredInterrupt:
             raise KeyboardInterrupt
 
 
-def render(seq: int, data: str, output_format: OutputFormat) -> str:
-    """Return the output for a chunk. For a named event it is empty in the format `text`."""
+def render(seq: int, data: str, output_format: OutputFormat, wire: Wire) -> str:
+    """Return the output for a chunk. For an event without a text it is empty in the format `text`."""
     if output_format == "raw":
         return data
-    stored = StoredEvent(seq, *event_of(data))
     if output_format == "events":
-        return json.dumps(stored._asdict(), ensure_ascii=False) + "\n"
-    return stored.data if stored.event == "message" else ""
+        return json.dumps(StoredEvent(seq, *event_of(data))._asdict(), ensure_ascii=False) + "\n"
+    return wire.text([data])
+
+
+def _wire_of(store: PostgresStreamStore, stream_id: str) -> Wire:
+    info = store.get_info(stream_id)
+    if info is None:
+        raise StreamNotFoundError(stream_id)
+    return find_wire(info.wire)
 
 
 def tail(store: PostgresStreamStore, stream_id: str, after: int, output_format: OutputFormat, target: Target) -> int:
     """Print chunks as they arrive. Return the exit code for the final state of the stream."""
+    wire = _wire_of(store, stream_id)
     deferred_interrupt = _DeferredInterrupt()
     last = ""
     try:
         for seq, data in store.read_from(stream_id, after):
-            output = render(seq, data, output_format)
+            output = render(seq, data, output_format, wire)
             with deferred_interrupt:
                 sys.stdout.buffer.write(output.encode())
                 sys.stdout.buffer.flush()
@@ -83,13 +91,14 @@ def replay(
     store: PostgresStreamStore, stream_id: str, after: int, output_format: OutputFormat, speed: float | None
 ) -> int:
     """Print the stored chunks, without pauses if `speed` is None. Return the exit code for the state of the stream."""
+    wire = _wire_of(store, stream_id)
     last = ""
     if speed is None:
         chunks = store.read_from(stream_id, after, follow=False)
     else:
         chunks = store.replay(stream_id, after, speed=speed)
     for seq, data in chunks:
-        output = render(seq, data, output_format)
+        output = render(seq, data, output_format, wire)
         sys.stdout.buffer.write(output.encode())
         if speed is not None:
             sys.stdout.buffer.flush()

@@ -137,11 +137,15 @@ class AgUiChunkEncoder:
         self._run = run
         self._decoder = Utf8Decoder()
         self._parser = EventParser()
+        self._has_text = self._has_events = False  # whether there was encoded text, and an event in it
         self._is_between = True  # whether the encoded text so far ends with a complete event
 
     def encode(self, item: Any) -> Sequence[str]:
         if isinstance(item, (str, bytes)):
-            return self._add([normalise_event(data) for data in self._parse(item)])
+            found = self._parse(item)
+            self._has_text = self._has_text or bool(item.strip())
+            self._has_events = self._has_events or bool(found)
+            return self._add([normalise_event(data) for data in found])
         if isinstance(item, Mapping):
             return self._add([encode_event(item)])
         dump = getattr(item, "model_dump_json", None)
@@ -155,6 +159,8 @@ class AgUiChunkEncoder:
     def finish(self) -> Sequence[str]:
         self._decoder.decode(b"", final=True)
         rest = [] if self._is_between else [event.data for event in self._parser.feed(b"\n\n")]
+        if self._has_text and not (self._has_events or rest):
+            raise InvalidDataError("the str items contain no event: they must be encoded events of AG-UI, not texts")
         chunks = self._add([normalise_event(data) for data in rest])
         if not self._run.is_started:
             chunks += self._add([self._run.start()])

@@ -288,6 +288,13 @@ def test_output_formats(database: str, store: PostgresStreamStore, option: str) 
         assert (done.stdout.decode(), done.stderr, done.returncode) == (FORMATS[option], b"", 0)
 
 
+@pytest.mark.parametrize("command", ["tail", "replay"])
+def test_text_of_a_stream_for_use_chat(database: str, store: PostgresStreamStore, command: str) -> None:
+    stream = DurableStream.start(store, ["Hel", {"type": "data-x", "data": 1}, "lo"], wire="ai_sdk")
+    stream.wait(30)
+    assert run(command, stream.id, dsn=database).stdout == b"Hello"
+
+
 def test_command_to_resume_keeps_the_output_format(database: str, store: PostgresStreamStore) -> None:
     store.create("x")
     store.append_many("x", ["\x01a", "usage\x01{}"])
