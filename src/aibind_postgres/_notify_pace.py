@@ -12,14 +12,15 @@ REST_PER_DELAY = 60  # times the delay of a send, since a server or process that
 MAX_REST = 0.1  # seconds
 MAX_REST_UNDELAYED = 0.01  # seconds
 SENDS = 3  # with two, one rest in some hundred chunks was long although no writer was delayed
+VARIATION = 0.001  # seconds by which sends differ although no writer is delayed
 WINDOW = 200  # sends after which the fastest one is forgotten
 
 
 class NotifyPace:
     """The rests of one notifier.
 
-    The delay of a send is its duration beyond twice that of the fastest recent send. Of `SENDS` successive delays the
-    shortest one counts, so that the pauses of a busy machine have no effect.
+    The delay of a send is its duration beyond twice that of the fastest recent send, and beyond `VARIATION`. Of `SENDS`
+    successive delays the shortest one counts, so that the pauses of a busy machine have no effect.
     """
 
     def __init__(self) -> None:
@@ -41,6 +42,7 @@ class NotifyPace:
         self._durations.append(duration)
         delay = 0.0
         if len(self._durations) == SENDS:
-            delay = min(self._durations) - 2 * min(self._fastest, self._fastest_before)
+            fastest = min(self._fastest, self._fastest_before)
+            delay = min(self._durations) - max(2 * fastest, fastest + VARIATION)
         undelayed = min(REST_PER_CHANGE * changes**2, MAX_REST_UNDELAYED)
         return min(max(undelayed, REST_PER_DELAY * delay), MAX_REST)

@@ -11,7 +11,7 @@ from time import monotonic
 from typing import Any
 
 from .. import _arguments as arguments
-from .._concurrency import async_call_or_await, async_is_source, async_shielded
+from .._concurrency import async_call_or_await, async_shielded
 from .._lifecycle import require_active
 from ..errors import InvalidDataError, StreamNotFoundError, copy_error
 from ..history import new_id
@@ -20,8 +20,8 @@ from ..wire import Wire, WireName, find_wire
 from .database import AsyncAttempt
 from .event_stream import encoded_events
 from .following import AsyncFollower
-from .producing import AsyncProducer, end_producer, shutdown
-from .source import close_source
+from .producing import AsyncProducer, end_producer, end_producers, limit, shutdown
+from .source import check_source, close_source
 from .stream_store import AsyncPostgresStreamStore
 
 
@@ -177,15 +177,15 @@ class AsyncDurableStream:
 
         `on_finish` gets the chunks instead of the text. `details` are the arguments of `create`.
         """
-        _check_source(source)
+        check_source(source)
         streams: list[AsyncDurableStream] = []
 
         async def begin() -> None:
-            store._close_hooks.add(_end_producers)
+            store._close_hooks.add(end_producers)
             try:
                 stream_id = new_id() if id is None else arguments.identifier(id)
                 encoder = wire.chunk_encoder(stream_id)
-                limits = _seconds(idle_timeout, "idle_timeout"), _seconds(timeout, "timeout")
+                limits = limit(idle_timeout, "idle_timeout"), limit(timeout, "timeout")
                 producer = AsyncProducer(store, stream_id, source, encoder, on_finish, expose_errors, context, *limits)
                 await store._create_leased(stream_id, wire=wire.name, **details)
                 if before_source is not None:
@@ -248,10 +248,10 @@ class AsyncDurableStream:
             RuntimeError: No thread can start. The stream ends in state error, the source is closed, and `on_finish` is
                 called.
         """
-        _check_source(source)
-        store._close_hooks.add(_end_producers)
+        check_source(source)
+        store._close_hooks.add(end_producers)
         try:
-            limits = _seconds(idle_timeout, "idle_timeout"), _seconds(timeout, "timeout")
+            limits = limit(idle_timeout, "idle_timeout"), limit(timeout, "timeout")
             info = await store.get_info(id)
             status = None if info is None else StreamStatus(info.state, info.error, info.total_chunks)
             require_active(id, status)
@@ -412,17 +412,6 @@ class AsyncDurableStream:
         return status
 
 
-def _check_source(source: object) -> None:
-    if not async_is_source(source):
-        raise TypeError(
-            f"the source must be an iterable, and asynchronous for an asynchronous store, not {type(source).__name__}"
-        )
-
-
-def _seconds(value: float | timedelta | None, name: str) -> float:
-    return math.inf if value is None else arguments.seconds(value, name)
-
-
 async def _find_wire(name: WireName, source: object) -> Wire:
     """Return the wire format of a new stream. If there is none with this name, close the source and raise."""
     try:
@@ -439,8 +428,3 @@ async def _call_with_text(
     status: StreamStatus | None,
 ) -> None:
     await async_call_or_await(on_finish, wire.text(chunks), status)
-
-
-async def _end_producers(store: AsyncPostgresStreamStore) -> None:
-    """End the producers of a store that is being closed."""
-    await shutdown(store, 0.0)

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from datetime import timedelta
 from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -344,6 +345,16 @@ async def shutdown(store: AsyncPostgresStreamStore, timeout: float, reason: EndR
     for producer in running:
         await producer.finished.wait(max(0.0, deadline - monotonic()))
     return not running
+
+
+async def end_producers(store: AsyncPostgresStreamStore) -> None:
+    """End the producers of a store that is being closed."""
+    await shutdown(store, 0.0)
+
+
+def limit(value: float | timedelta | None, name: str) -> float:
+    """Return a time limit in seconds. None stands for no limit."""
+    return math.inf if value is None else arguments.seconds(value, name)
 
 
 async def end_producer(producer: AsyncProducer) -> None:

@@ -6,7 +6,7 @@ import inspect
 import logging
 from collections.abc import AsyncIterable
 
-from .._concurrency import AsyncWorker, Mutex, async_call_or_await, async_interrupt
+from .._concurrency import AsyncWorker, Mutex, async_call_or_await, async_interrupt, async_is_source
 from .._lifecycle import SourceState
 from ..models import StreamEvent
 
@@ -48,6 +48,14 @@ class AsyncSource:
             self._state = SourceState.CLOSED if closed or released else SourceState.OPEN
         if released and not closed:
             await close_source(self.items)
+
+
+def check_source(source: object) -> None:
+    """Raise `TypeError` if an object cannot be the source of a stream of this flavour."""
+    if not async_is_source(source):
+        raise TypeError(
+            f"the source must be an iterable, and asynchronous for an asynchronous store, not {type(source).__name__}"
+        )
 
 
 async def close_source(source: object) -> None:
