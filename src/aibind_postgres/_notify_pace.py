@@ -19,8 +19,9 @@ WINDOW = 200  # sends after which the fastest one is forgotten
 class NotifyPace:
     """The rests of one notifier.
 
-    The delay of a send is its duration beyond twice that of the fastest recent send, and beyond `VARIATION`. Of `SENDS`
-    successive delays the shortest one counts, so that the pauses of a busy machine have no effect.
+    The delay of a send is its duration beyond twice that of the fastest recent send. It counts if the send took over
+    `VARIATION` longer than the fastest one. Of `SENDS` successive sends the shortest one counts, so that the pauses of
+    a busy machine have no effect.
     """
 
     def __init__(self) -> None:
@@ -42,7 +43,8 @@ class NotifyPace:
         self._durations.append(duration)
         delay = 0.0
         if len(self._durations) == SENDS:
-            fastest = min(self._fastest, self._fastest_before)
-            delay = min(self._durations) - max(2 * fastest, fastest + VARIATION)
+            fastest, shortest = min(self._fastest, self._fastest_before), min(self._durations)
+            if shortest > fastest + VARIATION:
+                delay = shortest - 2 * fastest
         undelayed = min(REST_PER_CHANGE * changes**2, MAX_REST_UNDELAYED)
         return min(max(undelayed, REST_PER_DELAY * delay), MAX_REST)
