@@ -6,7 +6,7 @@ import json
 import logging
 
 import pytest
-from support.concurrency import async_gather
+from support.concurrency import async_gather, async_until, async_workers
 
 from aibind_postgres import (
     AsyncAgUiHandler,
@@ -105,8 +105,11 @@ async def store(dsn, tables):
 
 
 @pytest.fixture
-def runs(store):
-    return Runs(store)
+async def runs(store):
+    runs = Runs(store)
+    yield runs
+    runs.proceed.set()  # a source that waits in a thread outlives its stream
+    await async_until(lambda: "aibind_postgres-producer" not in async_workers())
 
 
 async def test_run(runs, store):

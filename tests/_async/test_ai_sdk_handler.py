@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 from _async.sources import items
-from support.concurrency import async_gather
+from support.concurrency import async_gather, async_until, async_workers
 
 from aibind_postgres import (
     AsyncAiSdkHandler,
@@ -46,6 +46,9 @@ def nested(levels):
     return value
 
 
+PROCEED = []  # the events of this test's pages
+
+
 class Page:
     """A handler and the requests of pages to it. The answer to a question that begins with "wait" waits for a test."""
 
@@ -54,6 +57,7 @@ class Page:
         self.store = store
         self.generations = []
         self.proceed = AsyncEvent()
+        PROCEED.append(self.proceed)
         self.answer = None  # replaces the items of an answer
         options = {"owner": lambda request: request.headers.get("user"), **options}
         self.handler = AsyncAiSdkHandler(self.generate, store=streams, conversations=store, **options)
@@ -114,6 +118,15 @@ async def read(response):
 
 def kinds(chunks):
     return [chunk["type"] for chunk in chunks]
+
+
+@pytest.fixture
+async def streams(dsn, tables):
+    async with AsyncPostgresStreamStore(dsn, **tables) as streams:
+        yield streams
+    while PROCEED:  # a source that waits in a thread outlives its stream
+        PROCEED.pop().set()
+    await async_until(lambda: "aibind_postgres-producer" not in async_workers())
 
 
 @pytest.fixture

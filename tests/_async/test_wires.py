@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from _async.sources import FinishRecorder, items
 from psycopg import sql
-from support.concurrency import async_gather
+from support.concurrency import async_gather, async_until, async_workers
 
 from aibind_postgres import (
     AsyncDurableStream,
@@ -23,6 +23,7 @@ FRAMES = [b"event: x\ndata: 1\n", b"\n: comm", b"ent\n\nda", b"ta: \xc3\xa9\r\n\
 async def store(dsn, tables):
     async with AsyncPostgresStreamStore(dsn, **tables) as store:
         yield store
+    await async_until(lambda: "aibind_postgres-producer" not in async_workers())
 
 
 async def body(stream, after_seq=None):

@@ -79,7 +79,7 @@ def test_text_that_is_not_an_origin_raises(origin: str) -> None:
 
 
 def test_single_text_in_place_of_a_collection_raises() -> None:
-    with pytest.raises(ValueError, match="not 'h'"):
+    with pytest.raises(ValueError, match="not the text"):
         parse_origins("https://example.com")
 
 
