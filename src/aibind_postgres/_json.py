@@ -1,12 +1,9 @@
-"""JSON texts: compact, strict, and for clients that may get them in parts. Pure."""
+"""Compact and strict JSON. Pure."""
 
 from __future__ import annotations
 
-import codecs
 import json
 from typing import Any, NoReturn
-
-from .errors import InvalidDataError
 
 
 def reject_constant(name: str) -> NoReturn:
@@ -34,17 +31,3 @@ def parse_object(text: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
-
-
-class Utf8Decoder:
-    """Decodes a text in UTF-8 that arrives in pieces, which may split characters."""
-
-    def __init__(self) -> None:
-        self._decoder = codecs.getincrementaldecoder("utf-8")("strict")
-
-    def decode(self, received: bytes, *, final: bool = False) -> str:
-        """Return the text that a piece completes. Raise `InvalidDataError` if it is not UTF-8."""
-        try:
-            return self._decoder.decode(received, final)
-        except UnicodeDecodeError as error:
-            raise InvalidDataError(f"the event stream is not UTF-8: {error.reason}") from None

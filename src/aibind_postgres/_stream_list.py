@@ -58,12 +58,12 @@ SELECT id FROM {status}
  LIMIT $2::bigint
 """
 
-# The newest active stream of a session.
+# The newest active streams of a session: those of owner $4, which may be NULL, or of all owners.
 ACTIVE = """
 SELECT {info}{details} FROM {status} AS t
- WHERE session_id = $1::text AND state = 'active'
+ WHERE session_id = $1::text AND state = 'active' AND (NOT $3::boolean OR owner IS NOT DISTINCT FROM $4::text)
  ORDER BY created_at DESC
- LIMIT 1
+ LIMIT $2::bigint
 """
 
 

@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ._document import MAX_DEPTH, copy_json
+from ._encoded_events import EncodedEvents
 from ._json import compact_json, parse_object
 from ._ui_message_chunks import invalid_field, is_known
 from .errors import InvalidDataError
-from .sse import EventParser, ServerSentEvent
 
 NEWEST_VERSION = 7
 
@@ -58,8 +58,7 @@ class UiChunkEncoder:
     def __init__(self, message_id: str, sdk_version: int, message: Mapping[str, Any] | None = None) -> None:
         self._message_id = message_id
         self._sdk_version = sdk_version
-        self._parser = EventParser()
-        self._has_encoded = self._has_events = False  # whether there was encoded text, and an event in it
+        self._encoded = EncodedEvents()
         self._is_started = self._is_finished = self._is_in_step = False
         self._text_part: tuple[str, str] | None = None  # the kind and the id of the open part of `str` or `Reasoning`
         self._prefix = ""  # of its deltas
@@ -84,27 +83,22 @@ class UiChunkEncoder:
         if isinstance(item, dict):
             return [dump_chunk(chunk) for chunk in self._source_chunks(item)]
         if isinstance(item, Encoded):
-            events = self._parser.feed(item.text.encode())
-            self._has_encoded = self._has_encoded or bool(item.text.strip())
-            self._has_events = self._has_events or bool(events)
-            return [dump_chunk(chunk) for event in events for chunk in self._event_chunks(event)]
+            return [dump_chunk(chunk) for chunk in self._event_chunks(self._encoded.feed(item.text))]
         raise InvalidDataError(
             f"an item must be a str, a dict, or made by a function of wire.ai_sdk, not {type(item).__name__}"
         )
 
     def finish(self) -> Sequence[str]:
-        events = self._parser.feed(b"\n\n")
-        if self._has_encoded and not (self._has_events or events):
-            raise InvalidDataError("the items of encoded() contain no event: they must be an event stream, not texts")
-        chunks = [chunk for event in events for chunk in self._event_chunks(event)]
+        chunks = [*self._event_chunks(self._encoded.finish())]
         if not self._is_finished:
             chunks += [*self._begin(with_step=not self._is_started), *self._end_parts(), *self._end_step()]
             chunks.append({"type": "finish", "finishReason": "stop"})
         return [dump_chunk(chunk) for chunk in chunks]
 
-    def _event_chunks(self, event: ServerSentEvent) -> Iterator[dict[str, Any]]:
-        if event.data != "[DONE]":
-            yield from self._source_chunks(parse_object(event.data))
+    def _event_chunks(self, events: Sequence[str]) -> Iterator[dict[str, Any]]:
+        for data in events:
+            if data != "[DONE]":
+                yield from self._source_chunks(parse_object(data))
 
     def _text_chunks(self, kind: str, text: str) -> list[str]:
         if not text:

@@ -1,8 +1,8 @@
 """Requests of the AI SDK's clients, and the turns of a chat of UI messages. Pure.
 
 A stored message is a UIMessage. Its `id` is the id on the page. Alternatives of an edited message share it, so nodes
-have other ids. An answer that continues an assistant message, after the page has
-sent the result of a tool, follows that message and has its id; the page shows the last of them.
+have other ids. After the page has sent the result of a tool, the answer continues an assistant message: it follows that
+message and has its id, and the page shows the last of them.
 
 Facts of the protocol: npm `ai` 5.0.277, 6.0.326 and 7.0.173.
 """
@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ._document import MAX_DEPTH, copy_json
+from ._json import compact_json
 from ._turns import STATE, STREAM_ID, Question, add_question, ask_again
 from .errors import InvalidDataError, WebError
 from .history import new_id
@@ -103,8 +104,9 @@ def parse_ui_request(request: WebRequest) -> UiRequest:
     for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("parts"), list):
             raise WebError(400, "each message must be a UIMessage: an object with role and parts")
-    while is_regeneration and messages and messages[-1].get("role") == "assistant":
-        messages = messages[:-1]  # the answer to replace
+    if is_regeneration:  # the last message may be the answer to replace
+        questions = [index for index, message in enumerate(messages) if message.get("role") != "assistant"]
+        messages = messages[: questions[-1] + 1] if questions else []
     if messages:
         messages = [*messages[:-1], _checked_message(messages[-1])]
     return UiRequest(chat_id, messages, is_regeneration, _text(body, "messageId"), body)
@@ -263,7 +265,8 @@ def _approval(part: Mapping[str, Any], result: Mapping[str, Any], may_refuse: bo
 
 
 def storable_message(message: dict[str, Any]) -> dict[str, Any]:
-    """Return a message that can be stored. Values that are nested too deeply are replaced by their JSON text.
+    """Return a message that can be stored. Values that are nested too deeply are replaced by their JSON text,
+    and halves of characters are joined or replaced.
 
     Such a value may come from a model: a partial input of a tool that consists of brackets.
     """
@@ -290,7 +293,7 @@ def _storable_field(value: Any, depth: int) -> Any:
     try:
         return copy_json(value, depth)
     except InvalidDataError:
-        return repr(value)[:MAX_REPLACEMENT]
+        return compact_json(value)[:MAX_REPLACEMENT]
 
 
 def ui_messages(path: list[Any], node_ids: list[str]) -> list[dict[str, Any]]:

@@ -822,6 +822,19 @@ async def test_users_with_the_same_id_of_a_chat_without_conversations(streams):
     assert await read(replay) == await read(first)
 
 
+async def test_visitors_without_a_user(streams):
+    """With owners, a request without a user neither sees nor hinders the answers of users."""
+    page = Page(streams, None)
+    first = await page.post(user_message("q", "wait"))
+    assert await page.refusal("GET", "/c/stream", user=None) == NOTHING
+    assert await page.refusal("POST", "/c/stop", {}, None) == (200, b'{"success": true}')
+    second = await page.post(user_message("q", "wait"), user=None)
+    assert (await page.request("GET", "/c/stream", user=None)).headers["X-Stream-Id"] == second.headers["X-Stream-Id"]
+    assert (await page.request("GET", "/c/stream")).headers["X-Stream-Id"] == first.headers["X-Stream-Id"]
+    page.proceed.set()
+    assert kinds(await read(first))[-1] == kinds(await read(second))[-1] == "finish"
+
+
 async def test_conversation_of_two_handlers(page, streams, store):
     """An answer that another handler has not saved is left to that handler: its chunks have another wire format."""
     handler = AsyncStreamHandler(page.generate, store=streams, conversations=store, owner=lambda request: "ann")
@@ -955,6 +968,23 @@ async def test_invalid_bodies(page, body):
     assert text
     assert page.generations == []
     assert [info async for info in page.streams.list()] == []
+
+
+@pytest.mark.parametrize("levels", [190, 250, 500, 900, 990, 2000])
+@pytest.mark.parametrize("with_conversations", [True, False])
+async def test_any_depth(streams, store, levels, with_conversations):
+    page = Page(streams, store if with_conversations else None)
+    text = '{"id": "c", "message": {"role": "user", "parts": [{"type": "data-x", "data": DEEP}]}}'
+    body = text.replace("DEEP", "[" * levels + "]" * levels).encode()
+    response = await page.handler.handle(WebRequest("POST", "/api/chat", {}, {**JSON, "user": "ann"}, body))
+    assert response.status in ((200, 400) if levels == 190 or not with_conversations else (400,)), response.body
+
+
+async def test_regeneration_with_many_answers_at_the_end(page):
+    messages = [user_message("q", "hi"), *[{"role": "assistant", "parts": []}] * 20_000]
+    body = {"id": "c", "trigger": "regenerate-message", "messages": messages}
+    assert (await page.request("POST", "", body)).status == 200
+    assert page.generations[0].prompt == "hi"
 
 
 async def test_infinite_number_of_a_float(page):

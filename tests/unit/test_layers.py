@@ -16,7 +16,15 @@ LAYERS = [
     {"_json"},
     {"_conninfo", "_sqlstate", "_statement_runner", "_workarounds", "models", "history", "sse", "web"}
     | {"_document", "_merging", "_message_tree", "_turns", "wire"}
-    | {"_partial_json", "_ui_encoder", "_ui_message", "_ui_turns", "_ui_message_chunks", "_ui_message_tools"},
+    | {
+        "_encoded_events",
+        "_partial_json",
+        "_ui_encoder",
+        "_ui_message",
+        "_ui_turns",
+        "_ui_message_chunks",
+        "_ui_message_tools",
+    },
     {
         "_arguments",
         "_conversation_sql",

@@ -59,9 +59,11 @@ class AsyncAccess:
             WebError: 400: the id is invalid. 403: `authorize` refuses the request. 404: the stream does not exist, or
                 belongs to another user.
         """
-        if self._owner is None and self._authorize is None:
-            return
-        info = await self.find_stream(stream_id)
+        if self._owner is not None or self._authorize is not None:
+            await self.check_found_stream(request, user, await self.find_stream(stream_id))
+
+    async def check_found_stream(self, request: WebRequest, user: str | None, info: StreamInfo) -> None:
+        """Do the same for the entry of a stream, which exists."""
         owner = info.owner
         if owner is None and self._conversations is not None and info.session_id is not None:
             conversation = await self._conversations.get_info(info.session_id)
@@ -69,7 +71,7 @@ class AsyncAccess:
         # Without an owner, only its id protects a stream.
         if self._owner is not None and owner not in (None, user):
             raise stream_not_found()
-        await self._check_authorized(request, Resource("stream", stream_id, owner, info.session_id))
+        await self._check_authorized(request, Resource("stream", info.id, owner, info.session_id))
 
     async def check_session(self, request: WebRequest, user: str | None, session_id: str) -> None:
         """Look up a conversation, and check it as `check_conversation` does."""
@@ -103,7 +105,7 @@ class AsyncAccess:
         await self._check_authorized(request, Resource("conversation", session_id, owner, session_id))
 
     async def find_stream(self, stream_id: str) -> StreamInfo:
-        """Return what is stored of a stream. Raise `WebError`: 400: the id is invalid. 404: there is no such stream."""
+        """Return the entry of a stream. Raise `WebError`: 400: the id is invalid. 404: there is no such stream."""
         with map_client_errors():
             info = await self._store.get_info(stream_id)
             # A standby may lag behind: `page` retries.

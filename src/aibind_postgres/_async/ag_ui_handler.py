@@ -30,11 +30,11 @@ class AsyncAgUiHandler(AsyncWebHandler):
 
     The id is the `runId`, which the client chooses. It is also the id of the stream, and the `threadId` is its session
     id. A POST with the id of an existing run of the user starts no second run: it responds with the events of the
-    existing one, also if its input differs. So a client can repeat a request whose response it has lost. Of two such
-    requests at the same instant, both may call `generate`, but only one source is read.
+    existing one, also if its input differs. So a client can repeat a request if it has not received the response. Of
+    two such requests at the same instant, both may call `generate`, but only one source is read.
 
-    A run that has been stopped ends with RUN_FINISHED and the outcome `cancelled`, a run that has failed or whose
-    process has died with RUN_ERROR.
+    A stopped run ends with RUN_FINISHED and the outcome `cancelled`. A run ends with RUN_ERROR if its source fails or
+    its process dies.
 
     Needs migration 0004. Without it, a POST gets status 500, and a `SchemaError` is logged.
 
@@ -102,8 +102,8 @@ class AsyncAgUiHandler(AsyncWebHandler):
         )
         self._routes = {
             "": {"POST": self._run},
-            "/{id}": {"GET": self._replay},
             "/{id}/stop": {"POST": self._stop},
+            "/{id}": {"GET": self._replay},
         }
 
     def _error(self, text: str, status: int, headers: Mapping[str, str] | None = None) -> AsyncWebResponse:
@@ -146,5 +146,5 @@ class AsyncAgUiHandler(AsyncWebHandler):
         info = await self._access.find_stream(run_id)
         if info.wire != "ag_ui":  # a stream of another handler
             raise stream_not_found()
-        await self._access.check_stream(request, user, run_id)
+        await self._access.check_found_stream(request, user, info)
         return info.session_id

@@ -24,9 +24,9 @@ from ..wire.ai_sdk import AiSdkWire, OpenParts, SdkVersion
 from .conversation_routes import TOO_LARGE, AsyncConversationRoutes
 from .conversation_store import AsyncPostgresConversationStore
 from .durable_stream import AsyncDurableStream
-from .responses import AsyncWebResponse, json_response, map_client_errors
+from .responses import AsyncWebResponse, json_response
 from .stream_store import AsyncPostgresStreamStore
-from .turns import AsyncTurns, Turn, check_no_other_stream
+from .turns import MAX_ACTIVE, AsyncTurns, Turn, check_no_other_stream
 from .web_handler import AsyncWebHandler
 
 NOTHING_RUNS = AsyncWebResponse(204, {"Cache-Control": "no-store"}, b"")
@@ -185,7 +185,7 @@ class AsyncAiSdkHandler(AsyncWebHandler):
             save_answer = partial(self._save_answer, self._turns, turn)
         else:
             await self._access.check_session(request, user, parsed.chat_id)
-            await check_no_other_stream(self._store, parsed.chat_id, stream_id, user)
+            await check_no_other_stream(self._store, parsed.chat_id, stream_id, self._access.has_owners, user)
             messages = await async_run_large(len(request.body), ui_messages, parsed.messages, _ids(parsed))
         if not messages:
             raise WebError(400, "messages is required")
@@ -235,13 +235,11 @@ class AsyncAiSdkHandler(AsyncWebHandler):
             if info is None:
                 return NOTHING_RUNS
             earlier = await self._earlier_chunks(request, user, chat_id, info.id)
-            with map_client_errors():
-                stream = await AsyncDurableStream.resume(self._store, info.id)
         except WebError as error:
             if error.status == 404:
                 return NOTHING_RUNS
             raise
-        stream._wire = AiSdkWire(earlier=earlier)
+        stream = AsyncDurableStream(self._store, info.id, AiSdkWire(earlier=earlier))
         return self._event_stream(stream, request, user)
 
     async def _stop(self, request: WebRequest, chat_id: str) -> AsyncWebResponse:
@@ -271,18 +269,17 @@ class AsyncAiSdkHandler(AsyncWebHandler):
             infos = _with_stored_question(infos, await self._chats.load(request, user, chat_id))
         if not infos:
             return None
-        await self._access.check_stream(request, user, infos[-1].id)
-        return infos[-1]
+        await self._access.check_found_stream(request, user, infos[0])
+        return infos[0]
 
     async def _active(self, user: str | None, chat_id: str) -> list[StreamInfo]:
-        """Return the active streams of a chat and a user, the newest one last.
+        """Return the active streams of a chat and a user, the newest one first.
 
         There are several if requests were sent at the same instant. One of them has saved its question, and the others
         will be refused.
         """
-        with map_client_errors():
-            infos = [info async for info in self._store.list(state="active", session_id=chat_id, owner=user)]
-        return sorted([info for info in infos if info.wire == "ai_sdk"], key=_created_at)
+        infos = await self._store._active(chat_id, MAX_ACTIVE, of_owner=self._access.has_owners, owner=user)
+        return [info for info in infos if info.wire == "ai_sdk"]
 
     async def _earlier_chunks(
         self, request: WebRequest, user: str | None, chat_id: str, stream_id: str
@@ -313,12 +310,14 @@ class AsyncAiSdkHandler(AsyncWebHandler):
         assert self._chats is not None
         user = await self._access.user(request)
         chat, info = await self._chats.load_with_info(request, user, chat_id)
-        active = _with_stored_question(await self._active(user, chat_id), chat)
+        active: list[StreamInfo] = []
+        if info.active_stream_id is not None:  # it may be the stream of a request that will be refused
+            active = _with_stored_question(await self._active(user, chat_id), chat)
         answer = {
             "id": info.session_id,
             "title": info.title,
             "messages": await stored_messages(chat),
-            "activeStreamId": active[-1].id if active else None,
+            "activeStreamId": active[0].id if active else None,
         }
         return await async_run_large(len(chat) * NODE_CHARACTERS, json_response, answer)
 
@@ -337,10 +336,6 @@ def _with_stored_question(infos: list[StreamInfo], chat: ChatHistory[Any]) -> li
     """Return the streams that answer a stored question of a chat."""
     named = {question.stream_id for question in unanswered(chat)}
     return [info for info in infos if info.id in named]
-
-
-def _created_at(info: StreamInfo) -> float:
-    return 0.0 if info.created_at is None else info.created_at.timestamp()
 
 
 def _ids(parsed: UiRequest) -> list[str]:

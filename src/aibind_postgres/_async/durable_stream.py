@@ -69,9 +69,9 @@ class AsyncDurableStream:
     ) -> AsyncDurableStream:
         """Create a stream, copy a source into it in the background, and return at once.
 
-        The wire format determines the items of the source, and what clients receive. With the default, output of a
-        model is safe: a `str` of the source arrives as text, whatever characters it contains. Only a `StreamEvent`
-        arrives as a named event.
+        The items of the source, and the bytes that clients receive, depend on the wire format. With the default, output
+        of a model is safe: a `str` of the source arrives as text, with any characters. Only a `StreamEvent` arrives as
+        a named event.
 
         The end of a stream depends on its source:
 
@@ -141,12 +141,13 @@ class AsyncDurableStream:
             RuntimeError: No thread can start. The stream ends in state error, the source is closed, and `on_finish` is
                 called.
         """
+        found = await _find_wire(wire, source)
         return await cls._start(
             store,
             source,
             id=id,
-            wire=await _find_wire(wire, source),
-            on_finish=on_finish and partial(_call_with_text, on_finish, find_wire(wire)),
+            wire=found,
+            on_finish=on_finish and partial(_call_with_text, on_finish, found),
             expose_errors=expose_errors,
             context=context,
             idle_timeout=idle_timeout,
@@ -253,9 +254,10 @@ class AsyncDurableStream:
         try:
             limits = limit(idle_timeout, "idle_timeout"), limit(timeout, "timeout")
             info = await store.get_info(id)
-            status = None if info is None else StreamStatus(info.state, info.error, info.total_chunks)
-            require_active(id, status)
-            wire = find_wire(None if info is None else info.wire)
+            if info is None:
+                raise StreamNotFoundError(id)
+            require_active(id, StreamStatus(info.state, info.error, info.total_chunks))
+            wire = find_wire(info.wire)
             finish = on_finish and partial(_call_with_text, on_finish, wire)
             producer = AsyncProducer(store, id, source, wire.chunk_encoder(id), finish, expose_errors, context, *limits)
         except BaseException:
@@ -357,7 +359,7 @@ class AsyncDurableStream:
 
     @property
     def headers(self) -> Mapping[str, str]:
-        """The headers of a response with `sse`, by the wire format. Always contain `Content-Type`."""
+        """The headers of a response with `sse`, which depend on the wire format. `Content-Type` is one of them."""
         return self._wire.headers
 
     @contextmanager

@@ -221,10 +221,16 @@ class AsyncStreamReads:
             InvalidDataError: The session id is not a valid id.
             SchemaError: Migration 0004 is missing.
         """
-        key = arguments.identifier(session_id, "a session id")
+        found = await self._active(arguments.identifier(session_id, "a session id"), 1)
+        return found[0] if found else None
+
+    async def _active(
+        self, session_id: str, limit: int, *, of_owner: bool = False, owner: str | None = None
+    ) -> builtins.list[StreamInfo]:
+        """Return the newest active streams of a session, with `of_owner` only those of `owner`, which may be None."""
         statements = await self._schema.require_0004("a look-up by session")
-        rows = await self._database.query(statements.active, [key])
-        return stream_info(rows[0]) if rows else None
+        rows = await self._database.query(statements.active, [session_id, limit, of_owner, owner])
+        return [stream_info(row) for row in rows]
 
     def list(
         self,

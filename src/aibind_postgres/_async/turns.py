@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("aibind_postgres")
 
 
+MAX_ACTIVE = 10  # active streams of one conversation that are looked at, the newest ones
+
 # Adds a question to a conversation, for the stream with an id. May raise `WebError`.
 Ask = Callable[[ChatHistory[Any], str], Question]
 
@@ -175,7 +177,7 @@ class AsyncTurns:
         chat = await self.load(request, user, session_id, self._max_conversation, self._hint)
         if self._is_exclusive:  # after loading: each request creates its stream before it saves its question
             is_answered = not unanswered(chat)
-            await check_no_other_stream(self._store, session_id, stream_id, user)
+            await check_no_other_stream(self._store, session_id, stream_id, self._access.has_owners, user)
             if not is_answered:  # the answer may have ended and been saved between the two
                 chat = await self.load(request, user, session_id, self._max_conversation, self._hint)
         size = len(chat)
@@ -255,14 +257,14 @@ class AsyncTurns:
 
 
 async def check_no_other_stream(
-    store: AsyncPostgresStreamStore, session_id: str, stream_id: str, user: str | None
+    store: AsyncPostgresStreamStore, session_id: str, stream_id: str, has_owners: bool, user: str | None
 ) -> None:
     """Raise `WebError` (409) if a conversation has an active stream with another id than `stream_id`.
 
-    With `user`, only streams of this user count: another user may use the same id, or have used it before.
+    If streams have owners, only those of this user count: another user may use the same id, or have used it before.
     """
-    infos = store.list(state="active", session_id=session_id, owner=user)
-    others = [info.id async for info in infos if info.id != stream_id]
+    infos = await store._active(session_id, MAX_ACTIVE, of_owner=has_owners, owner=user)
+    others = [info.id for info in infos if info.id != stream_id]
     if others and len(await store._ended(others)) < len(others):
         raise WebError(409, "an answer of this conversation is being written: wait for its end, or stop it")
 

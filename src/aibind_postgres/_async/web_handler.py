@@ -82,7 +82,7 @@ class AsyncWebHandler:
         self._expose_errors = expose_errors
         self._send_timeout = arguments.seconds(send_timeout, "send_timeout")
         self._bodies = AsyncEventBodies(arguments.integer(max_readers, "max_readers", minimum=1), self._send_timeout)
-        # By path and method. A path may contain `{id}`, which is an additional argument.
+        # By path and method. A path may contain `{id}`, which is an additional argument. The first match counts.
         self._routes: dict[str, dict[str, Callable[..., Any]]] = {}
 
     def __repr__(self) -> str:
@@ -149,7 +149,7 @@ class AsyncWebHandler:
             route = ""
         if route in self._routes and "{id}" not in route:
             return self._routes[route], []
-        for pattern in sorted(self._routes, key=len, reverse=True):
+        for pattern in self._routes:
             begin, is_pattern, end = pattern.partition("{id}")
             if is_pattern and route.startswith(begin) and route.endswith(end) and len(route) > len(begin) + len(end):
                 return self._routes[pattern], [route[len(begin) : len(route) - len(end)]]

@@ -6,10 +6,11 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from .._json import Utf8Decoder, compact_json, parse_object, reject_constant
+from .._encoded_events import EncodedEvents
+from .._json import compact_json, parse_object, reject_constant
 from ..errors import InvalidDataError
 from ..models import StreamStatus
-from ..sse import EventParser, ServerSentEvent, encode
+from ..sse import ServerSentEvent, encode
 from . import DELETED, EVENT_STREAM, INTERRUPTED, FrameEncoder, WireName
 
 PROTOCOL_VERSION = "1.0"
@@ -135,17 +136,11 @@ class AgUiChunkEncoder:
 
     def __init__(self, run: RunState) -> None:
         self._run = run
-        self._decoder = Utf8Decoder()
-        self._parser = EventParser()
-        self._has_text = self._has_events = False  # whether there was encoded text, and an event in it
-        self._is_between = True  # whether the encoded text so far ends with a complete event
+        self._encoded = EncodedEvents()
 
     def encode(self, item: Any) -> Sequence[str]:
         if isinstance(item, (str, bytes)):
-            found = self._parse(item)
-            self._has_text = self._has_text or bool(item.strip())
-            self._has_events = self._has_events or bool(found)
-            return self._add([normalise_event(data) for data in found])
+            return self._add([normalise_event(data) for data in self._encoded.feed(item)])
         if isinstance(item, Mapping):
             return self._add([encode_event(item)])
         dump = getattr(item, "model_dump_json", None)
@@ -157,11 +152,7 @@ class AgUiChunkEncoder:
         return self._add([chunk if chunk.startswith(_PREFIX) else normalise_event(chunk)])
 
     def finish(self) -> Sequence[str]:
-        self._decoder.decode(b"", final=True)
-        rest = [] if self._is_between else [event.data for event in self._parser.feed(b"\n\n")]
-        if self._has_text and not (self._has_events or rest):
-            raise InvalidDataError("the str items contain no event: they must be encoded events of AG-UI, not texts")
-        chunks = self._add([normalise_event(data) for data in rest])
+        chunks = self._add([normalise_event(data) for data in self._encoded.finish()])
         if not self._run.is_started:
             chunks += self._add([self._run.start()])
         return chunks if self._run.end else chunks + self._run.finish()
@@ -172,20 +163,6 @@ class AgUiChunkEncoder:
         for event in events:
             self._run.apply(event)
         return events
-
-    def _parse(self, item: str | bytes) -> list[str]:
-        """Return the data of the events that the item completes."""
-        text = item if isinstance(item, str) else self._decoder.decode(item)
-        if self._is_between and text.startswith("data: ") and text.endswith("\n\n"):  # usually, an item is one event
-            data = text[6:-2]
-            if "\n" not in data and "\r" not in data:
-                return [data]
-        if text:
-            self._is_between = text.endswith(("\n\n", "\r\n\r\n"))
-        try:
-            return [event.data for event in self._parser.feed(text.encode())]
-        except UnicodeEncodeError:
-            raise InvalidDataError("an encoded event contains a lone surrogate, which is not a character") from None
 
 
 class AgUiFrameEncoder(FrameEncoder):

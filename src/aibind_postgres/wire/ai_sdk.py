@@ -200,13 +200,16 @@ class AiSdkFrameEncoder(FrameEncoder):
         return _frame(chunk)
 
     def end(self, status: StreamStatus | None) -> bytes:
-        end = [] if status is not None and status.state == "done" else self._parts.closing_chunks()
-        if status is None and not self._is_empty:  # otherwise, the stream of a request that was refused
-            end.append({"type": "error", "errorText": DELETED})
-        elif status is not None and status.state == "error":
-            end.append({"type": "error", "errorText": status.error or INTERRUPTED})
-        elif status is not None and status.state == "stopped":
-            end.append({"type": "abort"})
+        end = []
+        if status is None:
+            if not self._is_empty:  # otherwise, the stream of a request that was refused
+                end = [{"type": "error", "errorText": DELETED}]
+        elif status.state == "error":
+            end = [{"type": "error", "errorText": status.error or INTERRUPTED}]
+        elif status.state == "stopped":
+            end = [{"type": "abort"}]
+        if end:
+            end = [*self._parts.closing_chunks(), *end]
         return b"".join([_frame(dump_chunk(chunk)) for chunk in end]) + b"data: [DONE]\n\n"
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from .._json import Utf8Decoder
+from .._encoded_events import Utf8Decoder
 from ..errors import InvalidDataError
 from ..models import StreamStatus
 from ..sse import ServerSentEvent, encode
