@@ -15,12 +15,15 @@ from aibind_postgres import (
     AsyncPostgresConversationStore,
     AsyncPostgresStreamStore,
     AsyncStreamHandler,
+    StreamStatus,
     WebError,
     WebRequest,
 )
 from aibind_postgres._concurrency import AsyncEvent
+from aibind_postgres._ui_turns import UiRequest, ask_ui
 from aibind_postgres.sse import EventParser
 from aibind_postgres.wire import ai_sdk
+from aibind_postgres.wire.ai_sdk import AiSdkWire
 
 JSON = {"content-type": "application/json"}
 MISSING = (404, b"conversation not found: it was never created, was deleted, or has expired")
@@ -45,6 +48,8 @@ def nested(levels):
         value = [value]
     return value
 
+
+REQUEST = UiRequest("c", [user_message("q", "hi")], False, None, {})
 
 PROCEED = []  # the events of this test's pages
 
@@ -433,6 +438,16 @@ async def test_stop(page):
     assert await page.refusal("POST", "/c/stop") == success  # nothing runs
 
 
+async def test_chunks_that_were_not_stored_are_not_saved(page):
+    """The source runs on for a moment after a stop. The stored message is the one that the pages have got."""
+    turns = page.handler._turns
+    turn = await turns.begin(WebRequest("POST", "", {}, {}, b""), "ann", "c", partial(ask_ui, request=REQUEST), "s")
+    await turns.save_question(turn)
+    chunks = AiSdkWire("s").chunk_encoder("s").encode("stored") + AiSdkWire("s").chunk_encoder("s").encode("not stored")
+    await page.handler._save_answer(turns, turn, chunks, StreamStatus("stopped", None, len(chunks) // 2))
+    assert texts((await page.show())["messages"]) == [("user", "hi"), ("assistant", "stored")]
+
+
 async def test_stop_before_the_chat_is_stored(page):
     """A process may have died between the creation of the stream and the save of the question."""
     await page.streams.create("orphan", session_id="c", owner="ann", wire="ai_sdk", lease=60)
@@ -445,10 +460,12 @@ async def test_stop_before_the_chat_is_stored(page):
 async def test_deleted_answer(page):
     response = await page.post(user_message("q", "wait"))
     body = response.body
-    received = [await body.__anext__() for _ in range(3)]
+    received = b""
+    while b"wait:" not in received:
+        received += await body.__anext__()
     await page.streams.delete(response.headers["X-Stream-Id"])
-    received += [part async for part in body]
-    *_, error, end = [event.data for event in EventParser().feed(b"".join(received))]
+    received += b"".join([part async for part in body])
+    *_, error, end = [event.data for event in EventParser().feed(received)]
     assert json.loads(error) == {"type": "error", "errorText": "the answer was deleted"}
     assert end == "[DONE]"
     page.proceed.set()
@@ -881,13 +898,25 @@ async def test_question_that_was_refused_is_repeated(page):
 
 
 async def test_replay_of_a_large_chat(streams, store):
+    """A continued answer begins with parts of the chat. If the chat is too large to read, they are left out."""
     page = Page(streams, store, max_conversation=3000, max_body=1000)
-    first = await page.post(user_message("q1", "wait"))
+    page.answer = [ai_sdk.tool_input("call", "time", {})]
+    await page.turn(user_message("q1", "what time?"))
+    question, answer = (await page.show())["messages"]
+    gate = AsyncEvent()
+    PROCEED.append(gate)
+
+    async def generate(generation):
+        yield "noon"
+        await gate.wait(30)
+
+    page.handler._generate = generate
+    first = await page.post(question, with_output(answer, "12:00"))
     chat = await store.load("c")
     chat.tree.add_root(user_message("large", "x" * 10_000))
     await store.save("c", chat)
     replay = await page.request("GET", "/c/stream")
-    page.proceed.set()
+    gate.set()
     assert await read(replay) == await read(first)
 
 
@@ -983,7 +1012,7 @@ async def test_any_depth(streams, store, levels, with_conversations):
 async def test_regeneration_with_many_answers_at_the_end(page):
     messages = [user_message("q", "hi"), *[{"role": "assistant", "parts": []}] * 20_000]
     body = {"id": "c", "trigger": "regenerate-message", "messages": messages}
-    assert (await page.request("POST", "", body)).status == 200
+    await read(await page.request("POST", "", body))
     assert page.generations[0].prompt == "hi"
 
 
