@@ -87,11 +87,10 @@ def main(
             with database(found) as tables:
                 run = run_fleet(tables, size, duration, SETTLE, show, series)
             runs.append(run)
-            print(f"\r\033[K{run}", flush=True)
-        with psycopg.connect(found) as connection:
-            postgres = connection.info.parameter_status("server_version") or ""
-    if json is not None:
-        json.write_text(as_json(runs, postgres), "utf-8")
+            show("")
+            print(run, flush=True)
+            if json is not None:
+                json.write_text(as_json(runs, found), "utf-8")
 
 
 def show(text: str) -> None:
@@ -100,9 +99,11 @@ def show(text: str) -> None:
         print(f"\r\033[K{text}", end="", flush=True)
 
 
-def as_json(runs: list[Run], postgres: str) -> str:
+def as_json(runs: list[Run], dsn: str) -> str:
     from .report import environment  # not in the processes of the fleet
 
+    with psycopg.connect(dsn) as connection:
+        postgres = connection.info.parameter_status("server_version") or ""
     about: dict[str, Any] = environment(postgres, "not used")
     return dumps({**about, "runs": [asdict(run) for run in runs]}, indent=1) + "\n"
 

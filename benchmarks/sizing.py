@@ -63,18 +63,22 @@ class Sizing(NamedTuple):
 
 
 def costs(runs: Sequence[Run]) -> Costs:
-    """Return the costs that explain the processor times of the fleets that kept up and were notified."""
+    """Return the costs that explain the processor times of the fleets that kept up and were notified.
+
+    The cost of a notification for a process is measured directly, by the process that follows none of the streams.
+    """
     runs = [run for run in runs if run.reached >= KEPT_UP and run.size.notify]
     if not runs:
         raise ValueError("no fleet has kept up: run smaller ones")
-    processes = shares([(run.tokens, run.received, run.processor) for run in runs])
+    notification = max(runs, key=lambda run: run.rate(run.idle_received)).idle_cost
+    token, _ = shares([(run.tokens, 0.0, max(0.0, run.processor - run.received * notification)) for run in runs])
     servers = [run.server_processor for run in runs if run.server_processor is not None]
     server: tuple[float | None, float | None] = (None, None)
     if len(servers) == len(runs):
         server = shares([(run.tokens, run.received, used) for run, used in zip(runs, servers, strict=True)])
     longest = max(runs, key=lambda run: run.tokens)
     memory = max(run.memory for run in runs)
-    return Costs(*processes, *server, longest.per_token(longest.disk), longest.per_token(longest.wal), memory)
+    return Costs(token, notification, *server, longest.per_token(longest.disk), longest.per_token(longest.wal), memory)
 
 
 def shares(rows: Iterable[tuple[float, float, float]]) -> tuple[float, float]:
@@ -82,7 +86,9 @@ def shares(rows: Iterable[tuple[float, float, float]]) -> tuple[float, float]:
 
     Minimizes the squares of the relative errors, so that small fleets count as much as large ones.
     """
-    relative = [(x / z, y / z) for x, y, z in rows]
+    relative = [(x / z, y / z) for x, y, z in rows if z]
+    if not relative:
+        return 0.0, 0.0
     xx, xy, yy = (sum(row[i] * row[j] for row in relative) for i, j in ((0, 0), (0, 1), (1, 1)))
     x, y = (sum(row[i] for row in relative) for i in (0, 1))
     determinant = xx * yy - xy * xy
@@ -208,8 +214,8 @@ def filled(page: str, parts: dict[str, str]) -> str:
     return page
 
 
-def main(results: Path) -> None:
-    """Write the tables of a fleet's figures to docs/scale.md."""
+def main(results: Path, page: Path = PAGE) -> None:
+    """Write the tables of the figures of fleets to docs/scale.md, or to another page."""
     about = json.loads(results.read_text("utf-8"))
     runs = [from_json(run) for run in about["runs"]]
     found = costs(runs)
@@ -219,7 +225,7 @@ def main(results: Path) -> None:
         "costs": table_of_costs(found),
         "sizes": table_of_sizes(found),
     }
-    PAGE.write_text(filled(PAGE.read_text("utf-8"), parts), "utf-8")
+    page.write_text(filled(page.read_text("utf-8"), parts), "utf-8")
 
 
 if __name__ == "__main__":
