@@ -10,6 +10,7 @@ PROCESSES, STREAMS, READERS, RATE = 64, 2_000, 4_000, 30.0  # of the largest fle
 CONNECTIONS = 11  # of one store at most: ten of its pool, and the one that listens
 SPARE = 20  # connections of a server for its administrator and for other programs
 MEMORY = 128  # MiB for one process with its connections, of the half of the memory that a fleet may use
+KEPT_UP = 0.97  # the share of the wanted tokens with which a fleet keeps up
 TOKENS_PER_CORE = 750  # in one second, with two readers of each token, and the server on the same machine
 
 

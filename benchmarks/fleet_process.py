@@ -1,4 +1,4 @@
-"""One process of a fleet: it writes its streams, reads streams of any process, and counts what that costs."""
+"""One process of a fleet: it writes its streams, reads streams of any process, and counts its own costs."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Content(NamedTuple):
 
 @dataclass
 class Report:
-    """What one process has done, during the measurement unless stated otherwise."""
+    """The figures of one process, of the time of the measurement unless stated otherwise."""
 
     seconds: float = 0.0
     processor: float = 0.0  # seconds of processor time

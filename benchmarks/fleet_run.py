@@ -110,7 +110,7 @@ def parts(tables: Tables, size: Size, streams: Sequence[str]) -> Iterator[Part]:
 
 
 def receive(pipe: Pipe, timeout: float) -> Any:
-    """Return what a process of the fleet sends. Raise `RuntimeError` if it has failed or sends nothing."""
+    """Return the next message of a process of the fleet. Raise `RuntimeError` if it has failed or sends nothing."""
     if not pipe.poll(timeout):
         raise RuntimeError(f"a process of the fleet has sent nothing for {timeout:.0f} s")
     try:

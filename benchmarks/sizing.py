@@ -13,11 +13,10 @@ import typer
 
 from aibind_postgres._notify_pace import MAX_REST, MAX_REST_UNDELAYED, MAX_TRAFFIC
 
-from .fleet_figures import CONNECTIONS, RATE, Run, from_json
+from .fleet_figures import CONNECTIONS, KEPT_UP, RATE, Run, from_json
 
 PAGE = Path(__file__).parents[1] / "docs" / "scale.md"
 
-KEPT_UP = 0.97  # the share of the wanted tokens with which a fleet keeps up
 PROCESS_LOAD = 0.5  # of a core; the rest is for the application and for peaks
 ARCHIVED = 10  # bytes of an archived token with its time, at most
 SIZES = (100, 500, 2_000, 5_000, 20_000, 60_000)  # tokens/s
