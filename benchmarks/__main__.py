@@ -23,6 +23,7 @@ from .bench import FULL, QUICK, SMOKE, Bench
 from .chats import chats
 from .concurrent_appends import TARGETS, five_hundred_tasks, separate_stores, threads
 from .conversations import conversations
+from .fleet import fleet
 from .framing import framing
 from .leases import leases
 from .measure import Row
@@ -47,6 +48,7 @@ BENCHMARKS = {
     "memory": memory,
     "idle-readers": idle,
     "fan-out": fan_out,
+    "fleet": fleet,
     "32-stores": separate_stores,
     "conversations": conversations,
     "framing": framing,

@@ -35,8 +35,8 @@ class Tables(NamedTuple):
     def store(self, *, notify: bool = True) -> PostgresStreamStore:
         return PostgresStreamStore(self.dsn, **self.names, notify=notify)
 
-    def async_store(self) -> AsyncPostgresStreamStore:
-        return AsyncPostgresStreamStore(self.dsn, **self.names)
+    def async_store(self, *, notify: bool = True) -> AsyncPostgresStreamStore:
+        return AsyncPostgresStreamStore(self.dsn, **self.names, notify=notify)
 
     def connect(self) -> psycopg.Connection[Any]:
         return psycopg.connect(self.dsn, autocommit=True, cursor_factory=psycopg.RawCursor)

@@ -31,6 +31,7 @@ WORKS = [
     "memory",
     "idle readers",
     "readers of one stream",
+    "fleet of",
     "frame a chunk",
     "first token of useChat over HTTP",
     "answers over HTTP, 30 tokens/s each",
