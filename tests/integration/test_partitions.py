@@ -141,13 +141,13 @@ def test_invalid_numbers_are_rejected(empty_database):
 
 @pytest.fixture(params=[False, True], ids=["not analyzed", "analyzed"])
 def partitioned(request, empty_database):
-    """A connection to a database with 5,000 streams in 8 partitions, a tenth of them active."""
+    """A connection to a database with 5,000 streams in 8 partitions, 1 % of them active."""
     schema.migrate(empty_database, partitions=8)
     with psycopg.connect(empty_database, autocommit=True, cursor_factory=psycopg.RawCursor) as connection:
         connection.execute(
             "INSERT INTO aibind_stream_status (id, state, total_chunks, expires_at, session_id, owner, lease_until) "
-            "SELECT i::text, CASE WHEN i % 10 = 7 THEN 'active' ELSE 'done' END, 20, 9e15 + i, 's' || i, 'o' || i, "
-            "CASE WHEN i % 20 = 7 THEN 0 END FROM generate_series(1, 5000) i"
+            "SELECT i::text, CASE WHEN i % 100 = 7 THEN 'active' ELSE 'done' END, 20, 9e15 + i, 's' || i, 'o' || i, "
+            "CASE WHEN i % 200 = 7 THEN 0 END FROM generate_series(1, 5000) i"
         )
         connection.execute(
             "INSERT INTO aibind_stream_chunks (id, seq, data) "
@@ -199,9 +199,9 @@ def test_bulk_statements_read_chunks_of_their_streams_only(partitioned):
     chunks = {leaf_of(partitioned, CHUNKS_TABLE, id) for id in ("18", "28")}
     read = leaves_read(partitioned, STREAM_STATEMENTS.cleanup, [10, 100])
     assert {leaf for leaf in read if leaf.startswith(CHUNKS_TABLE)} == chunks
-    partitioned.execute("UPDATE aibind_stream_chunks SET created_at = now() - interval '1 hour' WHERE id = '1017'")
-    read = leaves_read(partitioned, STREAM_STATEMENTS.fail_abandoned, [1000, 1000, "x", "1011", 1, False])
-    assert {leaf for leaf in read if leaf.startswith(CHUNKS_TABLE)} == {leaf_of(partitioned, CHUNKS_TABLE, "1017")}
+    partitioned.execute("UPDATE aibind_stream_chunks SET created_at = now() - interval '1 hour' WHERE id = '1107'")
+    read = leaves_read(partitioned, STREAM_STATEMENTS.fail_abandoned, [1000, 1000, "x", "1007", 1, False])
+    assert {leaf for leaf in read if leaf.startswith(CHUNKS_TABLE)} == {leaf_of(partitioned, CHUNKS_TABLE, "1107")}
 
 
 def leaf_of(connection, table, id):
