@@ -200,7 +200,7 @@ def test_bulk_statements_read_chunks_of_their_streams_only(partitioned):
     read = leaves_read(partitioned, STREAM_STATEMENTS.cleanup, [10, 100])
     assert {leaf for leaf in read if leaf.startswith(CHUNKS_TABLE)} == chunks
     partitioned.execute("UPDATE aibind_stream_chunks SET created_at = now() - interval '1 hour' WHERE id = '1107'")
-    read = leaves_read(partitioned, STREAM_STATEMENTS.fail_abandoned, [1000, 1000, "x", "1007", 1, False])
+    read = leaves_read(partitioned, STREAM_STATEMENTS.fail_abandoned, [1000, 1000, "x", "107", 1, False])
     assert {leaf for leaf in read if leaf.startswith(CHUNKS_TABLE)} == {leaf_of(partitioned, CHUNKS_TABLE, "1107")}
 
 
