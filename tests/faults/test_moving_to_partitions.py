@@ -57,14 +57,15 @@ class Load:
 
     def start(self) -> None:
         for part in (*[self._write] * 6, *[self._read] * 3, self._write_again, self._write_as_typescript, self._clean):
-            self._threads.append(threading.Thread(target=self._run, args=(part,)))
+            self._threads.append(threading.Thread(target=self._run, args=(part,), daemon=True))
             self._threads[-1].start()
 
     def stop(self) -> None:
         self._is_over.set()
         for thread in self._threads:
-            thread.join()
+            thread.join(60 if not self._errors else 1)  # the reader of a lost stream waits for ever
         assert self._errors == []
+        assert not any(thread.is_alive() for thread in self._threads)
 
     def _run(self, part: Callable[[PostgresStreamStore], None]) -> None:
         try:
