@@ -45,7 +45,8 @@ SELECT state, error, greatest(total_chunks, 0) FROM {status} WHERE id = $1::text
 """
 
 # Renews the leases of the streams in the JSON array $1. A row that another transaction has locked is skipped: in most
-# cases, that transaction appends to the stream, and thereby renews its lease.
+# cases, that transaction appends to the stream, and thereby renews its lease. The state of locked rows is not checked
+# again: the planner might then read the active streams of all partitions.
 RENEW_LEASES = """
 WITH locked AS MATERIALIZED (
     SELECT s.id
@@ -54,7 +55,7 @@ WITH locked AS MATERIALIZED (
 )
 UPDATE {status} AS s SET lease_until = {now} + {lease}
   FROM (SELECT unnest(ARRAY(SELECT id FROM locked)) {few}) AS held (id)
- WHERE s.id = held.id AND s.state = 'active' {and_commit_setting}
+ WHERE s.id = held.id {and_commit_setting}
 """
 
 # The shortest ttl of an abandoned answer in milliseconds. Within it, a request can save the answer in its conversation.
@@ -75,7 +76,7 @@ WITH locked AS MATERIALIZED (
        SET state = 'error', error = $2::text,
            expires_at = {now} + greatest({ttl_of_3}, CASE WHEN s.session_id IS NULL THEN 0 ELSE {kept}::bigint END)
       FROM (SELECT unnest(ARRAY(SELECT id FROM locked)) {few}) AS expired (id)
-     WHERE s.id = expired.id AND s.state = 'active'
+     WHERE s.id = expired.id
     RETURNING s.id
 )
 SELECT id FROM ended {commit_setting}

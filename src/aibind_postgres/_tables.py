@@ -98,6 +98,12 @@ def quote(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
+def literal(text: str) -> str:
+    """Return `text` as an SQL literal, under all settings."""
+    backslashes_doubled = text.replace("\\", "\\\\")
+    return "E'" + backslashes_doubled.replace("'", "''") + "'"
+
+
 def _check_part(part: str) -> None:
     if not part:
         raise ValueError("a table name or schema name must not be empty")

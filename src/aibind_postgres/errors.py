@@ -163,7 +163,7 @@ class InvalidDataError(AibindError, ValueError):
 
 
 class SchemaError(AibindError):
-    """A table or a column is missing. The error text contains its name, and the command that creates it."""
+    """A table or a column is missing, or `migrate` finds a table with other partitions. The text names the remedy."""
 
 
 class ForkedError(AibindError):

@@ -6,6 +6,9 @@ All migrations are idempotent, so applied migrations are not recorded.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from importlib import resources
 from pathlib import Path
 
@@ -13,8 +16,11 @@ from psycopg.sql import Identifier
 
 from ._async.psycopg_clients import AsyncClientLike
 from ._async.psycopg_clients import as_client as as_async_client
+from ._partitions import PARTITIONS_DIFFER, check_partitions, fill_names, is_partitioned, unused_tag
+from ._sqlstate import server_reason, sqlstate
 from ._sync.psycopg_clients import ClientLike, as_client
-from ._tables import CHUNKS_TABLE, CONVERSATIONS_TABLE, STATUS_TABLE, Table, parse_distinct, quote
+from ._tables import CHUNKS_TABLE, CONVERSATIONS_TABLE, STATUS_TABLE, Table, literal, parse_distinct, quote
+from .errors import SchemaError
 
 _PACKAGED = resources.files(__package__) / "sql"  # also in a zip file; in a checkout, the folder is at the top level
 SQL_FOLDER = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[2] / "sql"
@@ -47,6 +53,7 @@ def render(
     status_table: str | Identifier = STATUS_TABLE,
     conversations_table: str | Identifier = CONVERSATIONS_TABLE,
     notify_trigger: bool = False,
+    partitions: int | None = None,
 ) -> str:
     """Return the SQL that creates or updates the schema, for tools such as psql, Alembic, Django and Flyway.
 
@@ -56,19 +63,24 @@ def render(
         conversations_table: The name of the conversations table; `aibind_conversations` by default.
         notify_trigger: Whether to add a trigger that notifies readers when other software writes, such as the
             TypeScript package; False by default.
+        partitions: The number of partitions by hash of the id that the chunks table and the status table get, from 1 to
+            1,024. It cannot change later. By default, the tables are created without partitions, and existing tables
+            keep those that they have.
 
     Returns:
-        The SQL text.
+        The SQL text. It raises an error, and changes nothing else, if the tables exist with another number of
+        partitions, or without.
 
     Raises:
-        ValueError: A table name is invalid, or two names are the same.
-        TypeError: A table name is neither a str nor an `Identifier`.
+        ValueError: A table name is invalid, two names are the same, or `partitions` is out of range.
+        TypeError: A table name is neither a str nor an `Identifier`, or `partitions` is not an int.
         FileNotFoundError: The package has no SQL files, such as in a program that was frozen without them.
 
     Example:
         >>> sql = render(status_table="chat.status", chunks_table="chat.chunks")
     """
-    return _render(parse_distinct(chunks_table, status_table, conversations_table), notify_trigger)
+    tables = parse_distinct(chunks_table, status_table, conversations_table)
+    return _render(tables, notify_trigger, partitions)
 
 
 def migrate(
@@ -78,6 +90,7 @@ def migrate(
     status_table: str | Identifier = STATUS_TABLE,
     conversations_table: str | Identifier = CONVERSATIONS_TABLE,
     notify_trigger: bool = False,
+    partitions: int | None = None,
 ) -> None:
     """Create or update the schema in one transaction. Safe to repeat, and to run in several processes at once.
 
@@ -90,18 +103,21 @@ def migrate(
         status_table: As for `render`.
         conversations_table: As for `render`.
         notify_trigger: As for `render`.
+        partitions: As for `render`.
 
     Raises:
-        ValueError: A table name is invalid, or two names are the same.
-        TypeError: A table name is neither a str nor an `Identifier`.
+        SchemaError: The tables exist with another number of partitions, or without.
+        ValueError: A table name is invalid, two names are the same, or `partitions` is out of range.
+        TypeError: A table name is neither a str nor an `Identifier`, or `partitions` is not an int.
         FileNotFoundError: As for `render`.
 
     Example:
         >>> migrate("postgresql://localhost/app")  # doctest: +SKIP
     """
     tables = parse_distinct(chunks_table, status_table, conversations_table)
-    with as_client(client) as opened:
-        opened.query(_as_one_statement(tables, notify_trigger), ())
+    statement = _as_one_statement(tables, notify_trigger, partitions)
+    with _schema_errors(), as_client(client) as opened:
+        opened.query(statement, ())
 
 
 async def async_migrate(
@@ -111,6 +127,7 @@ async def async_migrate(
     status_table: str | Identifier = STATUS_TABLE,
     conversations_table: str | Identifier = CONVERSATIONS_TABLE,
     notify_trigger: bool = False,
+    partitions: int | None = None,
 ) -> None:
     """Create or update the schema, as `migrate` does, with an asynchronous client.
 
@@ -120,18 +137,33 @@ async def async_migrate(
         status_table: As for `render`.
         conversations_table: As for `render`.
         notify_trigger: As for `render`.
+        partitions: As for `render`.
 
     Raises:
-        ValueError: A table name is invalid, or two names are the same.
-        TypeError: A table name is neither a str nor an `Identifier`.
+        SchemaError: The tables exist with another number of partitions, or without.
+        ValueError: A table name is invalid, two names are the same, or `partitions` is out of range.
+        TypeError: A table name is neither a str nor an `Identifier`, or `partitions` is not an int.
         FileNotFoundError: As for `render`.
     """
     tables = parse_distinct(chunks_table, status_table, conversations_table)
-    async with as_async_client(client) as opened:
-        await opened.query(_as_one_statement(tables, notify_trigger), ())
+    statement = _as_one_statement(tables, notify_trigger, partitions)
+    with _schema_errors():
+        async with as_async_client(client) as opened:
+            await opened.query(statement, ())
 
 
-def _render(tables: list[Table], notify_trigger: bool) -> str:
+@contextmanager
+def _schema_errors() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if sqlstate(error) == PARTITIONS_DIFFER:
+            raise SchemaError(server_reason(error) or str(error)) from error
+        raise
+
+
+def _render(tables: list[Table], notify_trigger: bool, partitions: int | None) -> str:
+    check_partitions(partitions, tables)
     by_default_name = dict(zip((CHUNKS_TABLE, STATUS_TABLE, CONVERSATIONS_TABLE), tables, strict=True))
 
     def replace_name(match: re.Match[str]) -> str:
@@ -142,7 +174,8 @@ def _render(tables: list[Table], notify_trigger: bool) -> str:
         return _render_name(by_default_name[match["table"]], match["suffix"], match["call"])
 
     files = [*_MIGRATIONS, *(_NOTIFY_TRIGGER if notify_trigger else ())]
-    return "\n".join(_NAMES.sub(replace_name, _read(name)) for name in files)
+    fill_others = partial(_NAMES.sub, replace_name)
+    return "\n".join(fill_names(_read(name), by_default_name, partitions, fill_others) for name in files)
 
 
 def _read(name: str) -> str:
@@ -162,7 +195,7 @@ def _render_name(table: Table, suffix: str | None, call: str | None) -> str:
     return table.qualify(table.derive(suffix)) + call if call else quote(table.derive(suffix))
 
 
-def _as_one_statement(tables: list[Table], notify_trigger: bool) -> str:
+def _as_one_statement(tables: list[Table], notify_trigger: bool, partitions: int | None) -> str:
     # One statement is one transaction with every driver and pooler. The lock serializes concurrent migrations, since
     # CREATE TABLE IF NOT EXISTS can fail if two of them create the same table. PostgreSQL checks the permissions of a
     # statement also if it has nothing to do.
@@ -170,19 +203,17 @@ def _as_one_statement(tables: list[Table], notify_trigger: bool) -> str:
 BEGIN
 PERFORM pg_advisory_xact_lock(hashtext('aibind_postgres.schema.migrate'));
 BEGIN
-{_render(tables, notify_trigger)}
+{_render(tables, notify_trigger, partitions)}
 EXCEPTION WHEN insufficient_privilege OR read_only_sql_transaction THEN
-  IF ({_applied(tables, notify_trigger)}) IS NOT TRUE THEN RAISE; END IF;
+  IF ({_applied(tables, notify_trigger, partitions)}) IS NOT TRUE THEN RAISE; END IF;
 END;
 END
 """
-    tag = "$migrate$"
-    while tag in script:
-        tag = f"{tag[:-1]}_$"
+    tag = unused_tag("$migrate$", script)
     return f"DO {tag}{script}{tag}"
 
 
-def _applied(tables: list[Table], notify_trigger: bool) -> str:
+def _applied(tables: list[Table], notify_trigger: bool, partitions: int | None) -> str:
     """Return the condition that all migrations have run."""
     chunks, status, conversations = tables
     names = {
@@ -194,9 +225,7 @@ def _applied(tables: list[Table], notify_trigger: bool) -> str:
         "trigger": status.derive("_notify_trigger"),
     }
     conditions = _MIGRATIONS | (_NOTIFY_TRIGGER if notify_trigger else {})
-    return " AND ".join(conditions.values()).format_map({key: _literal(name) for key, name in names.items()})
-
-
-def _literal(text: str) -> str:
-    backslashes_doubled = text.replace("\\", "\\\\")
-    return "E'" + backslashes_doubled.replace("'", "''") + "'"
+    applied = " AND ".join(conditions.values()).format_map({key: literal(name) for key, name in names.items()})
+    if partitions is None:
+        return applied
+    return " AND ".join([applied, *(is_partitioned(table, partitions) for table in (chunks, status))])

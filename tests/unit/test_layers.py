@@ -34,6 +34,7 @@ LAYERS = [
         "_notifications",
         "_notify_pace",
         "_pages",
+        "_partitions",
         "_poll_pace",
         "_sql",
         "_stream_list",
