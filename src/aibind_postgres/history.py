@@ -45,7 +45,7 @@ class ChatHistory(Generic[M]):
     Messages, ids, copies, errors and thread safety are those of `MessageTree`.
 
     Args:
-        generate_id: Returns the ids of new messages; random UUIDs by default. The ids must be unique among all writers
+        generate_id: Returns the ids of new messages; UUIDs of version 7 by default. The ids must be unique among all writers
             of the conversation.
 
     Attributes:
