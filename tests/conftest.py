@@ -67,7 +67,7 @@ def server() -> Iterator[str]:
 def template(server: str) -> Iterator[str]:
     """The name of a template database with the whole schema."""
     with servers.own_database(server, "template0") as dsn:
-        schema.migrate(dsn)
+        schema.migrate(dsn, partitions=servers.PARTITIONS)
         yield str(conninfo_to_dict(dsn)["dbname"])
 
 
@@ -134,7 +134,8 @@ def tables(
         "chunks_table": psycopg.sql.Identifier(schema_name, chunks),
         "status_table": psycopg.sql.Identifier(schema_name, status),
     }
-    run_sql(schema.render(**names, conversations_table=psycopg.sql.Identifier(schema_name, conversations)))
+    others = {"conversations_table": psycopg.sql.Identifier(schema_name, conversations)}
+    run_sql(schema.render(**names, **others, partitions=servers.PARTITIONS))
     return names
 
 

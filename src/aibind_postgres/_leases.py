@@ -54,7 +54,7 @@ WITH locked AS MATERIALIZED (
 )
 UPDATE {status} AS s SET lease_until = {now} + {lease}
   FROM (SELECT unnest(ARRAY(SELECT id FROM locked)) {few}) AS held (id)
- WHERE s.id = held.id AND s.state = 'active' {and_commit_setting}
+ WHERE s.id = held.id {and_commit_setting}
 """
 
 # The shortest ttl of an abandoned answer in milliseconds. Within it, a request can save the answer in its conversation.
@@ -75,7 +75,7 @@ WITH locked AS MATERIALIZED (
        SET state = 'error', error = $2::text,
            expires_at = {now} + greatest({ttl_of_3}, CASE WHEN s.session_id IS NULL THEN 0 ELSE {kept}::bigint END)
       FROM (SELECT unnest(ARRAY(SELECT id FROM locked)) {few}) AS expired (id)
-     WHERE s.id = expired.id AND s.state = 'active'
+     WHERE s.id = expired.id
     RETURNING s.id
 )
 SELECT id FROM ended {commit_setting}

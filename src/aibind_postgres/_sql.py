@@ -264,7 +264,7 @@ WITH page AS MATERIALIZED (
     UPDATE {status} AS s
        SET state = 'error', error = $3::text, expires_at = {now} + {ttl_of_1}
       FROM (SELECT unnest(ARRAY(SELECT id FROM locked)) {few}) AS abandoned (id)
-     WHERE s.id = abandoned.id AND s.state = 'active'
+     WHERE s.id = abandoned.id
     RETURNING s.id
 )
 SELECT last, ended.id FROM (SELECT max(id) FROM page) AS page (last) LEFT JOIN ended ON true {commit_setting}

@@ -17,5 +17,5 @@ from aibind_postgres import schema
 def disposable_server() -> Iterator[servers.Server]:
     """A server with the whole schema, which the test may stop, kill and restart."""
     with servers.own_server() as server:
-        schema.migrate(server.dsn)
+        schema.migrate(server.dsn, partitions=servers.PARTITIONS)
         yield server

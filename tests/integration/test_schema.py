@@ -92,7 +92,7 @@ def objects(admin):
         SELECT tgname, pg_get_triggerdef(oid) FROM pg_trigger WHERE NOT tgisinternal
         UNION ALL
         SELECT proname, prosrc FROM pg_proc WHERE pronamespace IN ('public'::regnamespace, 'my'::regnamespace)
-        ORDER BY 1""").fetchall()
+        ORDER BY 1, 2""").fetchall()
 
 
 @pytest.mark.parametrize("names", NAMES.values(), ids=NAMES)

@@ -1,14 +1,11 @@
-"""The plans of the statements: every access uses an index and the partitions of its streams. The times they store."""
+"""The plans of the statements: every access uses an index. The times they store."""
 
 from __future__ import annotations
-
-import json
 
 import psycopg
 import pytest
 from support.volatility import IMMUTABLE
 
-from aibind_postgres import PostgresStreamStore, StreamNotFoundError
 from aibind_postgres._conversation_sql import ConversationStatements
 from aibind_postgres._sql import StreamStatements
 from aibind_postgres._tables import CHUNKS_TABLE, CONVERSATIONS_TABLE, STATUS_TABLE, Table
@@ -170,102 +167,6 @@ def row_counts(node):
         node["Actual Rows"] * node["Actual Loops"],
         *[n for child in node.get("Plans", []) for n in row_counts(child)],
     ]
-
-
-# Two tables as of the migrations, in four partitions each.
-PARTITIONED_TABLES = """
-CREATE TABLE aibind_stream_chunks (
-    id text, seq integer, data text NOT NULL, created_at timestamptz DEFAULT clock_timestamp(), PRIMARY KEY (id, seq)
-) PARTITION BY HASH (id);
-CREATE TABLE aibind_stream_status (
-    id text PRIMARY KEY, state text NOT NULL DEFAULT 'active', error text, total_chunks integer NOT NULL DEFAULT 0,
-    expires_at bigint NOT NULL, created_at timestamptz DEFAULT clock_timestamp(),
-    session_id text, owner text, metadata jsonb, ttl_ms bigint, lease_until bigint, wire text
-) PARTITION BY HASH (id);
-CREATE INDEX ON aibind_stream_status (expires_at) WHERE state <> 'active';
-CREATE INDEX ON aibind_stream_status (id) WHERE state = 'active';
-"""
-
-
-@pytest.fixture
-def partitioned(empty_database):
-    with psycopg.connect(empty_database, autocommit=True, cursor_factory=psycopg.RawCursor) as connection:
-        connection.execute(PARTITIONED_TABLES)
-        for table in (CHUNKS_TABLE, STATUS_TABLE):
-            for remainder in range(4):
-                connection.execute(
-                    f"CREATE TABLE {table}_{remainder} PARTITION OF {table} "
-                    f"FOR VALUES WITH (MODULUS 4, REMAINDER {remainder})"
-                )
-        yield connection
-
-
-def test_store_with_partitioned_tables(partitioned, empty_database):
-    ids = [str(number) for number in range(20)]
-    with PostgresStreamStore(empty_database) as store:
-        for id in ids:
-            assert store.create(id) == id
-            assert store.append(id, "1", expected_seq=1) == 1
-            assert store.append_many(id, ["2", "3"]) == 3
-        items = json.dumps([{"id": id, "texts": ["4", "5"], "expected": 4} for id in [*ids, "missing"]])
-        appended = partitioned.execute(STREAM_STATEMENTS.append_batch, [items, 1000]).fetchall()
-        assert sorted(appended) == sorted((id, 3) for id in ids)
-        assert partitioned.execute(STREAM_STATEMENTS.append_batch, [items, 1000]).fetchall() == []
-        polled = partitioned.execute(STREAM_STATEMENTS.poll, [json.dumps([*ids, "missing"])]).fetchall()
-        assert sorted(polled) == sorted((id, "active", 5, None) for id in ids)
-        reads = json.dumps([{"index": int(id), "id": id, "after": 2, "limit": 100} for id in ids])
-        rows = partitioned.execute(STREAM_STATEMENTS.read_batch, [reads]).fetchall()
-        assert rows == [row for i in range(20) for row in [(i, -5, "active"), (i, 3, "3"), (i, 4, "4"), (i, 5, "5")]]
-        for id in ids:
-            assert [chunk.data for chunk in store.read_from(id, follow=False)] == ["1", "2", "3", "4", "5"]
-            assert [chunk.seq for chunk in store.replay(id, speed=1e6)] == [1, 2, 3, 4, 5]
-        assert [store.stop("0"), store.complete("1"), store.fail("2", "why"), store.delete("3")] == [True] * 4
-        with pytest.raises(StreamNotFoundError):
-            store.append("3", "late")
-        assert sorted(store.fail_abandoned(0)) == sorted(ids[4:])
-        states = {info.id: info.state for info in store.list()}
-        assert states == {"0": "stopped", "1": "done", **dict.fromkeys(("2", *ids[4:]), "error")}
-        partitioned.execute("UPDATE aibind_stream_status SET expires_at = 1 WHERE id <> '0'")
-        assert store.cleanup() == (18, 90)
-        assert [info.id for info in store.list()] == ["0"]
-
-
-@pytest.mark.parametrize("analyzed", [False, True])
-def test_partitions_of_other_streams_are_not_read(partitioned, analyzed):
-    partitioned.execute(
-        "INSERT INTO aibind_stream_status (id, state, total_chunks, expires_at) "
-        "SELECT i::text, CASE WHEN i % 10 = 0 THEN 'active' ELSE 'done' END, 20, 1000 + i "
-        "FROM generate_series(1, 5000) i"
-    )
-    partitioned.execute(
-        "INSERT INTO aibind_stream_chunks (id, seq, data) "
-        "SELECT i::text, s, 'token' FROM generate_series(1, 5000) i, generate_series(1, 20) s"
-    )
-    if analyzed:
-        partitioned.execute("ANALYZE")
-    for name, (params, number_of_tables) in {
-        "append": (["10", "x", None, 1000], 1),
-        "append_batch": (['[{"id": "10", "texts": ["x"]}]', 1000], 1),
-        "read_batch": (['[{"index": 0, "id": "10", "after": 5, "limit": 100}]'], 2),
-        "poll": (['["10"]'], 1),
-        "cleanup": ([1, 100], 2),
-        "fail_abandoned": ([1000, 0, "x", "", 1, True], 2),
-    }.items():
-        statement = f"EXPLAIN (ANALYZE, FORMAT JSON) {getattr(STREAM_STATEMENTS, name)}"
-        [([plan],)] = partitioned.execute(statement, params).fetchall()
-        scans = [node for node in executed_nodes(plan["Plan"]) if "Scan" in node["Node Type"]]
-        # These two search for streams in all partitions, by the time of their expiry or in the order of their ids.
-        if name in ("cleanup", "fail_abandoned"):
-            scans = [node for node in scans if "(expires_at <=" not in str(node) and "(id >" not in str(node)]
-        scanned = {node["Relation Name"] for node in scans if "Relation Name" in node}
-        assert len(scanned) == number_of_tables, (name, scanned)
-        assert "Seq Scan" not in {node["Node Type"] for node in scans}, name
-
-
-def executed_nodes(node):
-    """Return a plan node and its descendants, without those that were not executed."""
-    descendants = [found for child in node.get("Plans", []) for found in executed_nodes(child)]
-    return [node, *descendants] if node["Actual Loops"] else descendants
 
 
 def test_functions_of_the_list_are_immutable(dsn):

@@ -17,6 +17,7 @@ from typing import Annotated
 import typer
 
 from .. import schema
+from .._partitions import MAX_PARTITIONS
 from .._sync.stream_store import PostgresStreamStore
 from .._tables import CHUNKS_TABLE, CONVERSATIONS_TABLE, STATUS_TABLE
 from . import demo as demonstration
@@ -55,6 +56,16 @@ NotifyTrigger = Annotated[
         "--notify-trigger",
         help="Add a trigger that notifies readers of appends by writers that do not notify, such as the TypeScript "
         "package.",
+    ),
+]
+Partitions = Annotated[
+    int | None,
+    typer.Option(
+        "--partitions",
+        metavar="N",
+        help=f"Number of partitions by hash, from 1 to {MAX_PARTITIONS}, of new tables of chunks and of stream states. "
+        "Default: none. Existing tables keep theirs.",
+        show_default=False,
     ),
 ]
 Raw = Annotated[bool, typer.Option("--raw", help="Print the stored chunks unchanged, with the names of events.")]
@@ -164,6 +175,7 @@ def print_schema(
     status_table: StatusTable = STATUS_TABLE,
     conversations_table: ConversationsTable = CONVERSATIONS_TABLE,
     notify_trigger: NotifyTrigger = False,
+    partitions: Partitions = None,
 ) -> None:
     """Print the SQL that creates or upgrades the tables."""
     with report_errors():
@@ -172,6 +184,7 @@ def print_schema(
             status_table=status_table,
             conversations_table=conversations_table,
             notify_trigger=notify_trigger,
+            partitions=partitions,
         )
         sys.stdout.buffer.write(sql.encode())
         sys.stdout.flush()
@@ -184,6 +197,7 @@ def migrate(
     status_table: StatusTable = STATUS_TABLE,
     conversations_table: ConversationsTable = CONVERSATIONS_TABLE,
     notify_trigger: NotifyTrigger = False,
+    partitions: Partitions = None,
 ) -> None:
     """Create or upgrade the tables. Does nothing if they are up to date."""
     with database(Target(dsn, chunks_table, status_table)) as url:
@@ -193,6 +207,7 @@ def migrate(
             status_table=status_table,
             conversations_table=conversations_table,
             notify_trigger=notify_trigger,
+            partitions=partitions,
         )
         trigger = ", and the notify trigger," if notify_trigger else ""
         print(f"The tables {chunks_table}, {status_table} and {conversations_table}{trigger} are up to date.")

@@ -13,7 +13,7 @@ from aibind_postgres import AsyncPostgresStreamStore, schema
 @pytest.fixture(scope="module")
 def server_dsn():
     with servers.own_server() as server:
-        schema.migrate(server.dsn)
+        schema.migrate(server.dsn, partitions=servers.PARTITIONS)
         yield server.dsn
 
 
