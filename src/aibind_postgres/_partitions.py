@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, TypeAlias
 
 from ._tables import CHUNKS_TABLE, STATUS_TABLE, Table, literal
+from ._time_partitions import default_partitions, time_leaves
+
+# The argument of the functions that render migrations: a number of partitions by hash, or partitions by time.
+PartitionsLike: TypeAlias = int | Literal["time"] | None
 
 MAX_PARTITIONS = 1024
 
@@ -77,27 +82,38 @@ def check_partitions(partitions: object, tables: Sequence[Table]) -> None:
 
     Raises:
         ValueError: It is below 1 or above 1,024, or a partition would have the name of a table.
-        TypeError: It is neither an int nor None.
+        TypeError: It is neither an int, nor "time", nor None.
     """
     if partitions is None:
         return
+    if partitions == "time":
+        _check_names(tables, default_partitions)
+        return
     if not isinstance(partitions, int) or isinstance(partitions, bool):
-        raise TypeError(f"partitions must be an int or None, not {type(partitions).__name__}")
+        raise TypeError(f"partitions must be an int, 'time' or None, not {type(partitions).__name__}")
     if not 1 <= partitions <= MAX_PARTITIONS:
         raise ValueError(f"partitions must be from 1 to {MAX_PARTITIONS}, not {partitions}")
+    number = partitions
+    _check_names(tables, lambda table: leaves(table, number))
+
+
+def _check_names(tables: Sequence[Table], leaves_of: Callable[[Table], Sequence[Table]]) -> None:
     for table in tables[:2]:
-        for leaf in leaves(table, partitions):
+        for leaf in leaves_of(table):
             if leaf in tables:
                 raise ValueError(f"the table name {leaf.quoted} is that of a partition of {table.quoted}")
 
 
-def fill_names(sql: str, tables: Mapping[str, Table], partitions: int | None, fill_others: Callable[[str], str]) -> str:
+def fill_names(
+    sql: str, tables: Mapping[str, Table], partitions: PartitionsLike, fill_others: Callable[[str], str]
+) -> str:
     """Return a migration for given tables.
 
     Args:
         sql: The migration, with the default table names.
         tables: The tables by their default names.
-        partitions: The number of hash partitions that the migration creates, or None for tables without partitions.
+        partitions: The number of hash partitions that the migration creates, "time" for partitions by time, or None
+            for tables without partitions.
         fill_others: Fills the names into the statements that are the same for partitioned tables.
     """
     pieces, end = [], 0
@@ -108,6 +124,8 @@ def fill_names(sql: str, tables: Mapping[str, Table], partitions: int | None, fi
             pieces += [_storage_options(tables[match["stored"]], match["options"])]
         elif partitions is None:
             pieces += [fill_others(match[0])]
+        elif partitions == "time":
+            pieces += [_create_by_time(tables[match["created"]], match["columns"])]
         else:
             table = tables[match["created"]]
             create = f"CREATE TABLE IF NOT EXISTS {table.quoted} {match['columns']} PARTITION BY HASH (id);"
@@ -120,8 +138,10 @@ def leaves(table: Table, partitions: int) -> list[Table]:
     return [table._replace(name=table.derive(f"_p{number}")) for number in range(partitions)]
 
 
-def is_partitioned(table: Table, partitions: int) -> str:
-    """Return the SQL condition that a table has this number of partitions."""
+def is_partitioned(table: Table, partitions: int | Literal["time"]) -> str:
+    """Return the SQL condition that a table has this number of partitions, or the DEFAULT partition of those by time."""
+    if partitions == "time":
+        return f"to_regclass({literal(default_partitions(table)[-1].quoted)}) IS NOT NULL"
     return f"(SELECT count(*) FROM pg_inherits WHERE inhparent = to_regclass({literal(table.quoted)})) = {partitions}"
 
 
@@ -130,6 +150,13 @@ def unused_tag(tag: str, text: str) -> str:
     while tag in text:
         tag = f"{tag[:-1]}_$"
     return tag
+
+
+def _create_by_time(table: Table, columns: str) -> str:
+    columns = re.sub(r"^(  id +TEXT)\b", r'\1 COLLATE "C"', columns, flags=re.MULTILINE)
+    create = f"CREATE TABLE IF NOT EXISTS {table.quoted} {columns} PARTITION BY RANGE (id);"
+    tag = unused_tag("$partitions$", literal(table.quoted))
+    return f"{create}\n\n{time_leaves(table, tag, PARTITIONS_DIFFER, REMEDY)}"
 
 
 def _hash_leaves(table: Table, partitions: int) -> str:

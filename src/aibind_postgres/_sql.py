@@ -16,7 +16,16 @@ import json
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, get_args
 
-from ._deletion import CLEANUP, DELETE, DELETE_LEFTOVERS, SWEEP, TOMBSTONE, TOMBSTONES
+from ._deletion import (
+    CLEANUP,
+    DELETE,
+    DELETE_LEFTOVERS,
+    DUE_IN_PARTITIONS,
+    OUTSIDE_PARTITIONS,
+    SWEEP,
+    TOMBSTONE,
+    TOMBSTONES,
+)
 from ._housekeeping import DUE, LOCK, TAKE_TURN
 from ._leases import DROP_LEASE, END_EXPIRED, EXPIRED, MIN_ANSWER_TTL, RENEW_LEASES, TAKE_LEASE
 from ._pages import BATCH_BYTES, PAGE_BYTES
@@ -32,6 +41,7 @@ from ._stream_list import (
     OF_SESSION,
     RUNNING,
 )
+from ._time_partition_sql import SURVIVING
 from .models import SynchronousCommit
 
 if TYPE_CHECKING:
@@ -382,7 +392,10 @@ class StreamStatements:
         self.delete_leftovers = fill(DELETE_LEFTOVERS)
         self.list = fill(LIST)
         self.list_by_time = fill(LIST_BY_TIME)
-        self.cleanup = fill(CLEANUP)
+        self.cleanup = fill(CLEANUP, limit="$2", due=NOW, scope="")
+        due = DUE_IN_PARTITIONS.format(now=NOW)
+        self.cleanup_of_partitions = fill(CLEANUP, limit="$5", due=due, scope=OUTSIDE_PARTITIONS)
+        self.surviving = fill(SURVIVING)
         self.fail_abandoned = fill(FAIL_ABANDONED)
         self.take_turn = fill(TAKE_TURN)
 

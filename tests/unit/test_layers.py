@@ -39,6 +39,8 @@ LAYERS = [
         "_sql",
         "_stream_list",
         "_stream_tail",
+        "_time_partition_sql",
+        "_time_partitions",
     }
     | {"_followed_stream", "_lifecycle", "_subscriptions", "_tables", "_write_buffer"},
     {"_async", "_sync"},
@@ -58,7 +60,7 @@ ASYNC_LAYERS = [
     {"appending", "leasing", "conversation_histories"},
     {"listening"},
     {"following"},
-    {"stream_writer", "stream_reads"},
+    {"stream_writer", "stream_reads", "time_partitions"},
     {"stream_lifecycle"},
     {"stream_store", "conversation_store"},
     {"producing", "housekeeping", "event_stream"},

@@ -69,11 +69,26 @@ class AsyncDeleter:
 
     async def cleanup_steps(self) -> AsyncIterator[CleanupResult]:
         """Clean up as `cleanup` does, and yield the result of each statement."""
+        async for step in self.expired_steps(self._sql.cleanup, []):
+            yield step
+        async for step in self.tombstone_steps():
+            yield step
+
+    async def expired_steps(self, statement: str, params: Sequence[object]) -> AsyncIterator[CleanupResult]:
+        """Delete expired streams, and yield the result of each statement.
+
+        Args:
+            statement: A statement that cleans up.
+            params: Its parameters, without the limits of its size.
+        """
         limit = MAX_ROWS
         while limit:
-            [(found, streams, chunks)] = await self.bounded(self._sql.cleanup, [limit])
+            [(found, streams, chunks)] = await self.bounded(statement, [limit, *params])
             yield CleanupResult(streams, chunks)
             limit = next_limit(limit, found, streams)
+
+    async def tombstone_steps(self) -> AsyncIterator[CleanupResult]:
+        """Finish deletions that were interrupted, and yield the result of each statement."""
         for tombstone, stream_id in await self._database.query(self._sql.tombstones, []):
             async for chunks in self._sweep_steps(stream_id, tombstone):
                 yield CleanupResult(0, chunks)

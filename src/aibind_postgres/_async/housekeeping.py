@@ -21,6 +21,7 @@ from .conversation_store import AsyncPostgresConversationStore
 from .database import AsyncDatabase
 from .stream_lifecycle import ABANDONED_AFTER
 from .stream_store import AsyncPostgresStreamStore
+from .time_partitions import AsyncTimePartitions
 
 logger = logging.getLogger("aibind_postgres")
 
@@ -252,11 +253,12 @@ def _duty_of_streams(store: AsyncPostgresStreamStore) -> AsyncDuty:
         async for stream_ids in store._fail_abandoned_steps(ABANDONED_AFTER):
             yield {"abandoned streams ended": len(stream_ids)}
 
-    async def cleanup() -> AsyncIterator[Mapping[str, int]]:
-        async for streams, chunks in store._deleter.cleanup_steps():
-            yield {"streams deleted": streams, "chunks deleted": chunks}
-
-    calls = {"fail_abandoned": fail_abandoned, "cleanup": cleanup}
+    partitions = AsyncTimePartitions(store._database, store._schema, store._deleter, store._tables)
+    calls = {
+        "fail_abandoned": fail_abandoned,
+        "the change of partitions": partitions.partition_steps,
+        "cleanup": partitions.cleanup_steps,
+    }
     return AsyncDuty(store._database, store._tables[0], store._schema.statements.take_turn, calls)
 
 
