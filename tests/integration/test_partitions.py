@@ -141,17 +141,17 @@ def test_invalid_numbers_are_rejected(empty_database):
 
 @pytest.fixture(params=[False, True], ids=["not analyzed", "analyzed"])
 def partitioned(request, empty_database):
-    """A connection to a database with 5,000 streams in 8 partitions, 1 % of them active."""
-    schema.migrate(empty_database, partitions=8)
+    """A connection to a database with 3,000 streams in 16 partitions, a tenth of them active."""
+    schema.migrate(empty_database, partitions=16)
     with psycopg.connect(empty_database, autocommit=True, cursor_factory=psycopg.RawCursor) as connection:
         connection.execute(
             "INSERT INTO aibind_stream_status (id, state, total_chunks, expires_at, session_id, owner, lease_until) "
-            "SELECT i::text, CASE WHEN i % 100 = 7 THEN 'active' ELSE 'done' END, 20, 9e15 + i, 's' || i, 'o' || i, "
-            "CASE WHEN i % 200 = 7 THEN 0 END FROM generate_series(1, 5000) i"
+            "SELECT i::text, CASE WHEN i % 10 = 7 THEN 'active' ELSE 'done' END, 20, 9e15 + i, 's' || i, 'o' || i, "
+            "CASE WHEN i % 20 = 7 THEN 0 END FROM generate_series(1, 3000) i"
         )
         connection.execute(
             "INSERT INTO aibind_stream_chunks (id, seq, data) "
-            "SELECT i::text, s, 'token' FROM generate_series(1, 5000) i, generate_series(1, 20) s"
+            "SELECT i::text, s, 'token' FROM generate_series(1, 3000) i, generate_series(1, 4) s"
         )
         connection.execute(
             "INSERT INTO aibind_conversations (session_id, data, expires_at, owner) "
@@ -184,14 +184,14 @@ def test_partitions_of_other_streams_are_not_read(partitioned, mode):
         ids = [id for id in ("7", "8", "t", "m") if f'"{id}"' in json.dumps(params).replace('\\"', '"')]
         wanted = {leaf for leaves in expected.values() for id, leaf in leaves.items() if id in ids}
         if name in SEARCHES:
-            assert len(read) == 8, name
+            assert len(read) == 16, name
             assert not any(leaf.startswith(CHUNKS_TABLE) for leaf in read), name
         else:
             assert read, name
             assert read <= wanted, (name, read, wanted)
     for name, (params, _) in CONVERSATION_PLANS.items():
         read = leaves_read(partitioned, getattr(CONVERSATION_STATEMENTS, name), params)
-        assert len(read) == (8 if name in CONVERSATION_SEARCHES else 0), name
+        assert len(read) == (16 if name in CONVERSATION_SEARCHES else 0), name
 
 
 def test_bulk_statements_read_chunks_of_their_streams_only(partitioned):
@@ -200,14 +200,14 @@ def test_bulk_statements_read_chunks_of_their_streams_only(partitioned):
     read = leaves_read(partitioned, STREAM_STATEMENTS.cleanup, [10, 100])
     assert {leaf for leaf in read if leaf.startswith(CHUNKS_TABLE)} == chunks
     partitioned.execute("UPDATE aibind_stream_chunks SET created_at = now() - interval '1 hour' WHERE id = '1107'")
-    read = leaves_read(partitioned, STREAM_STATEMENTS.fail_abandoned, [1000, 1000, "x", "1007", 1, False])
+    read = leaves_read(partitioned, STREAM_STATEMENTS.fail_abandoned, [1000, 1000, "x", "1097", 1, False])
     assert {leaf for leaf in read if leaf.startswith(CHUNKS_TABLE)} == {leaf_of(partitioned, CHUNKS_TABLE, "1107")}
 
 
 def leaf_of(connection, table, id):
     """Return the leaf that stores a stream."""
     [(remainder,)] = connection.execute(
-        "SELECT i FROM generate_series(0, 7) i WHERE satisfies_hash_partition($1::regclass, 8, i, $2::text)",
+        "SELECT i FROM generate_series(0, 15) i WHERE satisfies_hash_partition($1::regclass, 16, i, $2::text)",
         [table, id],
     ).fetchall()
     return f"{table}_p{remainder}"
