@@ -71,10 +71,10 @@ WITH leftovers AS (
 SELECT (SELECT count(*) FROM leftovers) {commit_setting}
 """
 
-# Deletes expired streams with at most {limit} chunks together. Keeps tombstones and the housekeeping marker. The size of
-# a stream is its highest sequence number. A larger one is replaced by a tombstone; if {limit} is NULL, one stream of any size
-# is deleted without a tombstone. SKIP LOCKED skips rows that another process is cleaning up. The ids are passed as
-# arrays, of which the planner expects few rows, rather than as many as $1: it might scan all chunks for these.
+# Deletes expired streams with at most {limit} chunks together. Keeps tombstones and the housekeeping marker. The size
+# of a stream is its highest sequence number. A larger one is replaced by a tombstone; if {limit} is NULL, one stream of
+# any size is deleted without a tombstone. SKIP LOCKED skips rows that another process is cleaning up. The ids are
+# passed as arrays, of which the planner expects few rows instead of $1: it might scan all chunks for those.
 CLEANUP = """
 WITH expired AS MATERIALIZED (
     SELECT id, expires_at FROM {status}
@@ -91,7 +91,9 @@ WITH expired AS MATERIALIZED (
     SELECT id, size FROM summed WHERE sum <= {limit}::bigint OR sum = size
 ), chunks AS (
     DELETE FROM {chunks} AS c
-     USING (SELECT unnest(ARRAY(SELECT id FROM chosen WHERE size <= coalesce({limit}::bigint, size))) {few}) AS emptied (id)
+     USING (
+               SELECT unnest(ARRAY(SELECT id FROM chosen WHERE size <= coalesce({limit}::bigint, size))) {few}
+           ) AS emptied (id)
      WHERE c.id = emptied.id
     RETURNING 1
 ), streams AS (
@@ -108,7 +110,7 @@ SELECT (SELECT count(*) FROM expired) AS found, (SELECT count(*) FROM streams) A
 {commit_setting}
 """
 
-# CLEANUP of streams that expired $2 milliseconds ago, without those with ids from $3 to $4. Their partitions are dropped.
+# CLEANUP of streams that expired $2 milliseconds ago, except those with ids from $3 to $4.
 DUE_IN_PARTITIONS = "{now} - $2::bigint"
 OUTSIDE_PARTITIONS = " AND (id < $3::text OR id >= $4::text)"
 

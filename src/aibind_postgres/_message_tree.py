@@ -74,8 +74,8 @@ class MessageTree(Generic[M]):
     `InvalidDataError` for values that JSON cannot represent.
 
     Args:
-        generate_id: Returns the ids of new nodes; UUIDs of version 7 by default. The ids must be unique among all writers of
-            the conversation.
+        generate_id: Returns the ids of new nodes; UUIDs of version 7 by default. The ids must be unique among all
+            writers of the conversation.
 
     Example:
         >>> tree = MessageTree(generate_id=iter("abc").__next__)

@@ -139,7 +139,7 @@ def leaves(table: Table, partitions: int) -> list[Table]:
 
 
 def is_partitioned(table: Table, partitions: int | Literal["time"]) -> str:
-    """Return the SQL condition that a table has this number of partitions, or the DEFAULT partition of those by time."""
+    """Return the SQL condition that a table has this number of partitions, or DEFAULT of partitions by time."""
     if partitions == "time":
         return f"to_regclass({literal(default_partitions(table)[-1].quoted)}) IS NOT NULL"
     return f"(SELECT count(*) FROM pg_inherits WHERE inhparent = to_regclass({literal(table.quoted)})) = {partitions}"

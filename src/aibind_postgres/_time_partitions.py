@@ -114,12 +114,12 @@ def bounds(day: date) -> tuple[str, str]:
 
 
 def partition(table: Table, day: date) -> Table:
-    """Return the partition of a table for a day. Its name ends with the day, such as in `aibind_stream_chunks_20261130`."""
+    """Return the partition of a table for a day, whose name ends with the day: `aibind_stream_chunks_20261130`."""
     return table._replace(name=table.derive(f"_{day:%Y%m%d}"))
 
 
 def default_partitions(table: Table) -> tuple[Table, Table, Table]:
-    """Return the DEFAULT partition of a table, and its two partitions: for ids that begin with a time, and for others."""
+    """Return the DEFAULT partition of a table, and its partitions: for ids that begin with a time, and for others."""
     default, dated, other = (table.derive(suffix) for suffix in ("_default", "_default_time", "_default_other"))
     return table._replace(name=default), table._replace(name=dated), table._replace(name=other)
 
