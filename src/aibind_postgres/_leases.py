@@ -45,7 +45,8 @@ SELECT state, error, greatest(total_chunks, 0) FROM {status} WHERE id = $1::text
 """
 
 # Renews the leases of the streams in the JSON array $1. A row that another transaction has locked is skipped: in most
-# cases, that transaction appends to the stream, and thereby renews its lease.
+# cases, that transaction appends to the stream, and thereby renews its lease. The state of locked rows is not checked
+# again: the planner might then read the active streams of all partitions.
 RENEW_LEASES = """
 WITH locked AS MATERIALIZED (
     SELECT s.id

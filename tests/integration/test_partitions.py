@@ -199,9 +199,9 @@ def test_bulk_statements_read_chunks_of_their_streams_only(partitioned):
     chunks = {leaf_of(partitioned, CHUNKS_TABLE, id) for id in ("18", "28")}
     read = leaves_read(partitioned, STREAM_STATEMENTS.cleanup, [10, 100])
     assert {leaf for leaf in read if leaf.startswith(CHUNKS_TABLE)} == chunks
-    partitioned.execute("UPDATE aibind_stream_chunks SET created_at = now() - interval '1 hour' WHERE id = '1107'")
-    read = leaves_read(partitioned, STREAM_STATEMENTS.fail_abandoned, [1000, 1000, "x", "1097", 1, False])
-    assert {leaf for leaf in read if leaf.startswith(CHUNKS_TABLE)} == {leaf_of(partitioned, CHUNKS_TABLE, "1107")}
+    partitioned.execute("UPDATE aibind_stream_chunks SET created_at = now() - interval '1 hour' WHERE id = '1117'")
+    read = leaves_read(partitioned, STREAM_STATEMENTS.fail_abandoned, [1000, 1000, "x", "1107", 1, False])
+    assert {leaf for leaf in read if leaf.startswith(CHUNKS_TABLE)} == {leaf_of(partitioned, CHUNKS_TABLE, "1117")}
 
 
 def leaf_of(connection, table, id):

@@ -385,6 +385,17 @@ def test_schema_and_migrate_create_the_same_tables(empty_database: str, database
     assert columns[0] == columns[1] != []
 
 
+def test_migrate_with_partitions(empty_database: str) -> None:
+    printed = run("schema", "--partitions", "4")
+    assert printed.stdout.decode() == schema.render(partitions=4)
+    assert run("migrate", "--partitions", "4", dsn=empty_database).returncode == 0
+    assert run("migrate", dsn=empty_database).returncode == 0
+    other = run("migrate", "--partitions", "8", dsn=empty_database)
+    assert other.returncode == 1
+    assert b"aibind-postgres: the table aibind_stream_chunks has 4 hash partitions, not 8" in other.stderr
+    assert run("migrate", "--partitions", "0", dsn=empty_database).returncode == 2
+
+
 def test_tables_are_not_created_without_migrate(empty_database: str) -> None:
     done = run("write", "x", stdin=b"x", dsn=empty_database)
     assert done.returncode == 1

@@ -83,7 +83,7 @@ def clients(connection: psycopg.Connection[DictRow], engine: Engine) -> None:
     own: PostgresClient = Driver()
     for client in ("", pool, connection, own, Driver(), wrap_sqlalchemy(engine), wrap_django("other")):
         PostgresStreamStore(client)
-        schema.migrate(client, chunks_table="chunks", notify_trigger=True)
+        schema.migrate(client, chunks_table="chunks", notify_trigger=True, partitions=8)
     assert_type(wrap_sqlalchemy(engine), PostgresClient)
     PostgresStreamStore(AsyncDriver())  # type: ignore[arg-type]
     PostgresStreamStore(wrap_asyncpg(None))  # type: ignore[arg-type]
@@ -103,7 +103,7 @@ async def async_clients(
     AsyncPostgresStreamStore(wrap_sqlalchemy(engine))
     assert_type(wrap_sqlalchemy(engine), AsyncPostgresClient)
     AsyncPostgresStreamStore(Driver())  # type: ignore[arg-type]
-    await schema.async_migrate(pool, status_table=Identifier("schema", "status"))
+    await schema.async_migrate(pool, status_table=Identifier("schema", "status"), partitions=None)
 
 
 def streams(since: datetime) -> None:
