@@ -14,7 +14,7 @@ from psycopg.sql import Identifier
 from ._async.psycopg_clients import AsyncClientLike
 from ._async.psycopg_clients import as_client as as_async_client
 from ._sync.psycopg_clients import ClientLike, as_client
-from ._tables import CHUNKS_TABLE, CONVERSATIONS_TABLE, STATUS_TABLE, Table, parse_distinct, quote
+from ._tables import ARCHIVE_SUFFIX, CHUNKS_TABLE, CONVERSATIONS_TABLE, STATUS_TABLE, Table, parse_distinct, quote
 
 _PACKAGED = resources.files(__package__) / "sql"  # also in a zip file; in a checkout, the folder is at the top level
 SQL_FOLDER = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[2] / "sql"
@@ -26,6 +26,7 @@ _MIGRATIONS = {
     "AND attname = 'created_at' AND atthasdef)",
     "0003_conversations.sql": "to_regclass({expiry_index}) IS NOT NULL",
     "0004_chats.sql": "to_regclass({time_index}) IS NOT NULL",
+    "0005_archive.sql": "to_regclass({archive}) IS NOT NULL",
 }
 _NOTIFY_TRIGGER = {
     "optional/notify_trigger.sql": "EXISTS (SELECT FROM pg_trigger WHERE tgrelid = to_regclass({status}) "
@@ -158,6 +159,8 @@ def _read(name: str) -> str:
 def _render_name(table: Table, suffix: str | None, call: str | None) -> str:
     if suffix is None:
         return table.quoted + (call or "")
+    if suffix == ARCHIVE_SUFFIX:
+        return table.archive.quoted
     # CREATE INDEX and CREATE TRIGGER use the schema of the table, and reject a qualified name. Functions need one.
     return table.qualify(table.derive(suffix)) + call if call else quote(table.derive(suffix))
 
@@ -191,6 +194,7 @@ def _applied(tables: list[Table], notify_trigger: bool) -> str:
         "conversations": conversations.quoted,
         "expiry_index": conversations.qualify(conversations.derive("_expires_at_idx")),
         "time_index": conversations.qualify(conversations.derive("_updated_at_idx")),
+        "archive": chunks.archive.quoted,
         "trigger": status.derive("_notify_trigger"),
     }
     conditions = _MIGRATIONS | (_NOTIFY_TRIGGER if notify_trigger else {})
