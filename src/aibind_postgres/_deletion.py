@@ -22,7 +22,7 @@ WITH deleted AS (
     INSERT INTO {status} (id, state, error, total_chunks, expires_at)
     SELECT {tombstone_of_1}
      WHERE $2::bigint IS NOT NULL
-       AND ((SELECT total_chunks FROM deleted) > (SELECT count(*) FROM emptied)
+       AND ((SELECT total_chunks FROM deleted) > (SELECT count(*) FROM emptied){plus_archived}
             OR EXISTS (SELECT FROM {chunks} WHERE id = $1::text AND seq > $2::bigint))
     RETURNING id
 )
@@ -84,7 +84,9 @@ WITH expired AS MATERIALIZED (
        FOR UPDATE SKIP LOCKED
 ), sized AS MATERIALIZED (
     SELECT id, expires_at, size
-      FROM expired, LATERAL (SELECT coalesce(max(seq), 0) FROM {chunks} WHERE id = expired.id) AS c (size)
+      FROM expired, LATERAL (
+               SELECT coalesce(max(seq), 0){plus_pages} FROM {chunks} WHERE id = expired.id
+           ) AS c (size)
 ), summed AS MATERIALIZED (
     SELECT id, size, sum(size) OVER (ORDER BY expires_at, id ROWS UNBOUNDED PRECEDING) AS sum FROM sized
 ), chosen AS MATERIALIZED (
@@ -106,7 +108,7 @@ WITH expired AS MATERIALIZED (
     SELECT {tombstone_of_id} FROM chosen WHERE size > {limit}::bigint
 )
 SELECT (SELECT count(*) FROM expired) AS found, (SELECT count(*) FROM streams) AS streams,
-       (SELECT count(*) FROM chunks) AS chunks
+       (SELECT count(*) FROM chunks){plus_archived_of_chosen} AS chunks
 {commit_setting}
 """
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, TypeAlias
 
-from ._tables import CHUNKS_TABLE, STATUS_TABLE, Table, literal
+from ._tables import ARCHIVE_SUFFIX, CHUNKS_TABLE, STATUS_TABLE, Table, literal
 from ._time_partitions import default_partitions, time_leaves
 
 # The argument of the functions that render migrations: a number of partitions by hash, or partitions by time.
@@ -22,7 +22,8 @@ REMEDY = "or move its streams to partitioned tables, as docs/partitions.md descr
 # The statements of a migration that differ for partitioned tables, with the default names: the creation of a table, and
 # storage options, which PostgreSQL refuses for a partitioned table.
 _STATEMENTS = re.compile(
-    rf"^CREATE TABLE IF NOT EXISTS (?P<created>{CHUNKS_TABLE}|{STATUS_TABLE}) (?P<columns>\(\n.*?\n\));$"
+    rf"^CREATE TABLE IF NOT EXISTS (?P<created>{CHUNKS_TABLE}(?:{ARCHIVE_SUFFIX})?|{STATUS_TABLE}) "
+    r"(?P<columns>\(\n.*?\n\));$"
     rf"|^ALTER TABLE (?P<stored>{CHUNKS_TABLE}|{STATUS_TABLE}) SET (?P<options>\([^)]*\));$",
     re.MULTILINE | re.DOTALL,
 )
@@ -122,10 +123,10 @@ def fill_names(
         end = match.end()
         if match["stored"]:
             pieces += [_storage_options(tables[match["stored"]], match["options"])]
-        elif partitions is None:
-            pieces += [fill_others(match[0])]
         elif partitions == "time":
-            pieces += [_create_by_time(tables[match["created"]], match["columns"])]
+            pieces += [_create_by_time(tables, match["created"], match["columns"])]
+        elif partitions is None or match["created"] not in tables:
+            pieces += [fill_others(match[0])]
         else:
             table = tables[match["created"]]
             create = f"CREATE TABLE IF NOT EXISTS {table.quoted} {match['columns']} PARTITION BY HASH (id);"
@@ -152,11 +153,16 @@ def unused_tag(tag: str, text: str) -> str:
     return tag
 
 
-def _create_by_time(table: Table, columns: str) -> str:
+def _create_by_time(tables: Mapping[str, Table], name: str, columns: str) -> str:
+    status, chunks = tables[STATUS_TABLE], tables[CHUNKS_TABLE]
+    table = tables.get(name, chunks.archive)
     columns = re.sub(r"^(  id +TEXT)\b", r'\1 COLLATE "C"', columns, flags=re.MULTILINE)
+    # The leaves of the archive get its foreign key: that of the table would be checked whenever a partition is dropped.
+    columns = re.sub(r" REFERENCES .*?(?=,$)", "", columns, flags=re.MULTILINE)
     create = f"CREATE TABLE IF NOT EXISTS {table.quoted} {columns} PARTITION BY RANGE (id);"
     tag = unused_tag("$partitions$", literal(table.quoted))
-    return f"{create}\n\n{time_leaves(table, tag, PARTITIONS_DIFFER, REMEDY)}"
+    leaves = time_leaves(table, status if table == chunks.archive else None, tag, PARTITIONS_DIFFER, REMEDY)
+    return f"{create}\n\n{leaves}"
 
 
 def _hash_leaves(table: Table, partitions: int) -> str:

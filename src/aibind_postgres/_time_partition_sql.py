@@ -7,16 +7,18 @@ moved rows. A process that dies during a step leaves nothing to repair.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import date, timedelta
+from datetime import date
 
 from ._partitions import unused_tag
 from ._tables import Table, literal
 from ._time_partitions import (
     FIRST_LOCK_TIMEOUT,
+    FOREIGN_KEY,
     LOCK_TIMEOUT,
     MAX_MOVED_CHUNKS,
+    MAX_MOVED_PAGES,
     MAX_MOVED_STREAMS,
-    bound,
+    bounds,
     default_partitions,
     partition,
 )
@@ -36,26 +38,13 @@ _IS_SMALL = """\
 WITH kept AS MATERIALIZED (
 {survivors}
 )
-SELECT (SELECT count(*) FROM kept) <= {max_streams}
+SELECT (SELECT count(*) FROM kept) <= {limit}"""
+
+# Chunks above total_chunks are left over from another stream. The planner must reach each stream by the index.
+_OF_STREAM = "SELECT {columns} FROM {table} WHERE id = kept.id AND {number} <= kept.total_chunks"
+_AND_IS_SMALL = """
        AND (SELECT count(*)
-              FROM (SELECT FROM kept, LATERAL (
-                        SELECT FROM {chunks} WHERE id = kept.id AND seq <= kept.total_chunks LIMIT {max_chunks} + 1
-                    ) AS moved
-                     LIMIT {max_chunks} + 1) AS moved) <= {max_chunks} AS is_small"""
-
-
-def _survivors(columns: str, table: str, now: str, range: str = "", limit: str = "") -> str:
-    return _SURVIVORS.format(columns=columns, table=table, now=now, range=range, limit=limit)
-
-
-def _is_small(status: str, chunks: str, now: str, range: str = "") -> str:
-    survivors = _survivors("id, total_chunks", status, now, range, f" LIMIT {MAX_MOVED_STREAMS} + 1")
-    limits = {"max_streams": str(MAX_MOVED_STREAMS), "max_chunks": str(MAX_MOVED_CHUNKS)}
-    return _IS_SMALL.format(survivors=survivors, chunks=chunks, **limits)
-
-
-# The same for the streams with ids from $1 to $2.
-SURVIVING = "\n" + _is_small("{status}", "{chunks}", "{now}", "id >= $1::text AND id < $2::text AND ")
+              FROM (SELECT FROM kept, LATERAL ({rows} LIMIT {limit} + 1) AS rows LIMIT {limit} + 1) AS rows) <= {limit}"""
 
 # With another isolation level, the snapshot is older than the locks, and rows would be lost. Row security must not hide
 # rows either: an error is better.
@@ -98,7 +87,7 @@ BEGIN
     END LOOP;
     IF {has_strays} THEN
 {lock}{moved}    END IF;
-{attached}  END IF;
+{attached}{key}  END IF;
 END"""
 
 _STRAYS = "SELECT FROM {table} WHERE id >= '{first}' AND id < '{end}'"
@@ -112,32 +101,33 @@ _IS_ATTACHED = (
     "EXISTS (SELECT FROM pg_inherits WHERE inhparent = {table}::regclass AND inhrelid = to_regclass({partition}))"
 )
 
-# Chunks above total_chunks are left over from another stream. The planner must reach each stream by the index.
-_MOVE_CHUNKS = """\
+_MOVE = """\
   WITH kept AS MATERIALIZED (
 {survivors}
   )
   INSERT INTO {table} ({columns})
-  SELECT moved.* FROM kept, LATERAL (
-    SELECT {columns} FROM {partition} WHERE id = kept.id AND seq <= kept.total_chunks OFFSET 0
-  ) AS moved;
+  SELECT moved.* FROM kept, LATERAL ({rows} OFFSET 0) AS moved;
 """
+
+# The tables after the status table: the column that numbers their chunks, and how many rows may be moved.
+_NUMBERS = ("seq", "first_seq")
+_LIMITS = (MAX_MOVED_CHUNKS, MAX_MOVED_PAGES)
 
 
 def create_partitions(tables: Sequence[Table], day: date, *, in_use: bool) -> str:
     """Return the PL/pgSQL block that creates the partitions of a day, unless one of them exists.
 
     Args:
-        tables: The status table and the chunks table.
+        tables: The status table, the chunks table and, with migration 0005, the archive table.
         day: The day.
         in_use: Whether to do nothing if more rows would have to be moved than other statements may wait for.
     """
-    first, end = bound(day), bound(day + timedelta(days=1))
+    first, end = bounds(day)
     made = [(table, partition(table, day)) for table in tables]
     conditions = [f"to_regclass({literal(leaf.quoted)}) IS NULL" for _, leaf in made]
     strays = [_STRAYS.format(table=table.quoted, first=first, end=end) for table in tables]
     if in_use:
-        limits = zip(strays, (MAX_MOVED_STREAMS, MAX_MOVED_CHUNKS), strict=True)
+        limits = zip(strays, (MAX_MOVED_STREAMS, *_LIMITS), strict=False)
         conditions += [
             f"(SELECT count(*) FROM ({select} LIMIT {limit + 1}) AS stray) <= {limit}" for select, limit in limits
         ]
@@ -163,6 +153,10 @@ def create_partitions(tables: Sequence[Table], day: date, *, in_use: bool) -> st
             f"    ALTER TABLE {table.quoted} ATTACH PARTITION {leaf.quoted} FOR VALUES FROM ('{first}') TO ('{end}');\n"
             for table, leaf in made
         ),
+        key="".join(
+            f"    ALTER TABLE {leaf.quoted} ADD {FOREIGN_KEY.format(table=made[0][1].quoted)};\n"
+            for _, leaf in made[2:]
+        ),
     )
 
 
@@ -177,36 +171,58 @@ def drop_statement(tables: Sequence[Table], day: date, columns: Sequence[Sequenc
     It does nothing if a partition is missing, or if there are too many survivors.
 
     Args:
-        tables: The status table and the chunks table.
+        tables: The status table, the chunks table and, with migration 0005, the archive table.
         day: The day.
         columns: The columns of each table, quoted.
     """
-    status, chunks = tables
-    leaves = [partition(table, day) for table in tables]
-    status_leaf, chunks_leaf = leaves
+    status, *others = tables
+    status_leaf, *other_leaves = leaves = [partition(table, day) for table in tables]
+    status_columns, *other_columns = (", ".join(names) for names in columns)
     attached = [
         _IS_ATTACHED.format(table=literal(table.quoted), partition=literal(leaf.quoted))
         for table, leaf in zip(tables, leaves, strict=True)
     ]
-    names, chunk_names = (", ".join(of_table) for of_table in columns)
-    move_chunks = _MOVE_CHUNKS.format(
-        survivors=_survivors("id, total_chunks", status_leaf.quoted, NOW),
-        table=chunks.quoted,
-        columns=chunk_names,
-        partition=chunks_leaf.quoted,
-    )
+    moves = [
+        _MOVE.format(
+            survivors=_survivors("id, total_chunks", status_leaf),
+            table=table.quoted,
+            columns=names,
+            rows=_OF_STREAM.format(columns=names, table=leaf.quoted, number=number),
+        )
+        for table, leaf, names, number in zip(others, other_leaves, other_columns, _NUMBERS, strict=False)
+    ]
     steps = [
         f"  IF NOT ({' AND '.join(attached)}) THEN RETURN; END IF;\n",
-        f"  IF NOT (\n{_is_small(status_leaf.quoted, chunks_leaf.quoted, NOW)}\n  ) THEN RETURN; END IF;\n",
+        f"  IF NOT (\n{_is_small(leaves)}\n  ) THEN RETURN; END IF;\n",
         *(
             f"  ALTER TABLE {table.quoted} DETACH PARTITION {leaf.quoted};\n"
             for table, leaf in zip(tables, leaves, strict=True)
         ),
-        f"  INSERT INTO {status.quoted} ({names})\n{_survivors(names, status_leaf.quoted, NOW)};\n",
-        move_chunks,
+        f"  INSERT INTO {status.quoted} ({status_columns})\n{_survivors(status_columns, status_leaf)};\n",
+        *moves,
         f"  DROP TABLE {', '.join(leaf.quoted for leaf in reversed(leaves))};\n",
     ]
     return _as_statement(_begin(tables) + _lock(tables, in_use=True) + "".join(steps))
+
+
+def may_drop_statement(tables: Sequence[Table], day: date) -> str:
+    """Return the query whether so few streams of a day must be kept that `drop_statement` drops its partitions."""
+    first, end = bounds(day)
+    return _is_small(tables, f"id >= '{first}' AND id < '{end}' AND ")
+
+
+def _survivors(columns: str, table: Table, range: str = "", limit: str = "") -> str:
+    return _SURVIVORS.format(columns=columns, table=table.quoted, now=NOW, range=range, limit=limit)
+
+
+def _is_small(tables: Sequence[Table], range: str = "") -> str:
+    status, *others = tables
+    survivors = _survivors("id, total_chunks", status, range, f" LIMIT {MAX_MOVED_STREAMS} + 1")
+    parts = [
+        _AND_IS_SMALL.format(rows=_OF_STREAM.format(columns="", table=table.quoted, number=number), limit=limit)
+        for table, number, limit in zip(others, _NUMBERS, _LIMITS, strict=False)
+    ]
+    return "".join([_IS_SMALL.format(survivors=survivors, limit=MAX_MOVED_STREAMS), *parts])
 
 
 def _begin(tables: Sequence[Table]) -> str:

@@ -40,7 +40,7 @@ DELAY = timedelta(hours=1)
 MAX_WAIT = timedelta(days=3)
 
 # What a statement moves at most, under a lock that stops all others: it takes up to 20 ms.
-MAX_MOVED_STREAMS, MAX_MOVED_CHUNKS = 100, 2000
+MAX_MOVED_STREAMS, MAX_MOVED_CHUNKS, MAX_MOVED_PAGES = 100, 2000, 50
 
 # Size up to which the part of DEFAULT for ids with a time is scanned under a lock: it takes up to 20 ms.
 MAX_SCANNED = 8 << 20  # bytes
@@ -79,9 +79,13 @@ END
 
 CREATE TABLE IF NOT EXISTS {default} PARTITION OF {table} DEFAULT PARTITION BY RANGE (id);
 
-CREATE TABLE IF NOT EXISTS {dated} PARTITION OF {default} FOR VALUES FROM ('{first}') TO ('{end}');
+CREATE TABLE IF NOT EXISTS {dated} PARTITION OF {default}{key} FOR VALUES FROM ('{first}') TO ('{end}');
 
-CREATE TABLE IF NOT EXISTS {other} PARTITION OF {default} (CHECK (id < '{first}' OR id >= '{end}')) DEFAULT;"""
+CREATE TABLE IF NOT EXISTS {other} PARTITION OF {default} (CHECK (id < '{first}' OR id >= '{end}'){other_key})
+DEFAULT;"""
+
+# Of the archive: the row of the stream is in the partition of the same range.
+FOREIGN_KEY = "FOREIGN KEY (id) REFERENCES {table} (id) ON DELETE CASCADE"
 
 
 class Partitions(NamedTuple):
@@ -171,17 +175,25 @@ def is_quickly_scanned(tables: Iterable[Partitions]) -> bool:
     return sum(table.default_bytes for table in tables) <= MAX_SCANNED
 
 
-def time_leaves(table: Table, tag: str, code: str, remedy: str) -> str:
+def time_leaves(table: Table, referenced: Table | None, tag: str, code: str, remedy: str) -> str:
     """Return the statements that check a table, and create its DEFAULT partition.
 
     Args:
         table: A table that exists.
+        referenced: The status table if this is the archive, else None.
         tag: A dollar quote that does not occur in its name.
         code: The SQLSTATE of the error if it is not partitioned by time.
         remedy: The end of the text of this error.
     """
     default, dated, other = default_partitions(table)
+    key = other_key = ""
+    if referenced is not None:
+        _, dated_status, other_status = default_partitions(referenced)
+        key = f" ({FOREIGN_KEY.format(table=dated_status.quoted)})"
+        other_key = f", {FOREIGN_KEY.format(table=other_status.quoted)}"
     return _LEAVES.format(
+        key=key,
+        other_key=other_key,
         tag=tag,
         literal=literal(table.quoted),
         table=table.quoted,

@@ -21,7 +21,16 @@ from ._async.psycopg_clients import as_client as as_async_client
 from ._partitions import PARTITIONS_DIFFER, PartitionsLike, check_partitions, fill_names, is_partitioned, unused_tag
 from ._sqlstate import server_reason, sqlstate
 from ._sync.psycopg_clients import ClientLike, as_client
-from ._tables import CHUNKS_TABLE, CONVERSATIONS_TABLE, STATUS_TABLE, Table, literal, parse_distinct, quote
+from ._tables import (
+    ARCHIVE_SUFFIX,
+    CHUNKS_TABLE,
+    CONVERSATIONS_TABLE,
+    STATUS_TABLE,
+    Table,
+    literal,
+    parse_distinct,
+    quote,
+)
 from ._time_partition_sql import create_partitions
 from ._time_partitions import days_ahead
 from .errors import SchemaError
@@ -36,6 +45,7 @@ _MIGRATIONS = {
     "AND attname = 'created_at' AND atthasdef)",
     "0003_conversations.sql": "to_regclass({expiry_index}) IS NOT NULL",
     "0004_chats.sql": "to_regclass({time_index}) IS NOT NULL",
+    "0005_archive.sql": "to_regclass({archive}) IS NOT NULL",
 }
 _NOTIFY_TRIGGER = {
     "optional/notify_trigger.sql": "EXISTS (SELECT FROM pg_trigger WHERE tgrelid = to_regclass({status}) "
@@ -199,6 +209,8 @@ def _read(name: str) -> str:
 def _render_name(table: Table, suffix: str | None, call: str | None) -> str:
     if suffix is None:
         return table.quoted + (call or "")
+    if suffix == ARCHIVE_SUFFIX:
+        return table.archive.quoted
     # CREATE INDEX and CREATE TRIGGER use the schema of the table, and reject a qualified name. Functions need one.
     return table.qualify(table.derive(suffix)) + call if call else quote(table.derive(suffix))
 
@@ -229,7 +241,7 @@ def _first_days(tables: list[Table]) -> str:
     """
     chunks, status, _ = tables
     days = days_ahead(datetime.now(timezone.utc).date())
-    return "\n".join(f"{create_partitions((status, chunks), day, in_use=False)};" for day in days)
+    return "\n".join(f"{create_partitions((status, chunks, chunks.archive), day, in_use=False)};" for day in days)
 
 
 def _applied(tables: list[Table], notify_trigger: bool, partitions: PartitionsLike) -> str:
@@ -241,6 +253,7 @@ def _applied(tables: list[Table], notify_trigger: bool, partitions: PartitionsLi
         "conversations": conversations.quoted,
         "expiry_index": conversations.qualify(conversations.derive("_expires_at_idx")),
         "time_index": conversations.qualify(conversations.derive("_updated_at_idx")),
+        "archive": chunks.archive.quoted,
         "trigger": status.derive("_notify_trigger"),
     }
     conditions = _MIGRATIONS | (_NOTIFY_TRIGGER if notify_trigger else {})

@@ -23,6 +23,7 @@ from aibind_postgres._time_partitions import MAX_MOVED_CHUNKS, MAX_MOVED_STREAMS
 HOUR = 3600  # seconds
 TODAY = datetime.now(timezone.utc).date()
 PAST = TODAY - timedelta(days=3)
+TABLES = ("status", "chunks", "chunks_archive")
 LONG_AGO = 1  # milliseconds since the epoch
 AN_HOUR_AGO = "(extract(epoch FROM now()) * 1000)::bigint - 3600000"
 IN_AN_HOUR = "(extract(epoch FROM now()) * 1000)::bigint + 3600000"
@@ -43,9 +44,8 @@ def tables(run_sql, schema_name):
     """The stream tables, with partitions for today, the next two days, and a day in the past."""
     names = {f"{kind}_table": sql.Identifier(schema_name, kind) for kind in ("chunks", "status", "conversations")}
     run_sql(schema.render(**names, partitions="time"))
-    status, chunks = Table(schema_name, "status"), Table(schema_name, "chunks")
     for day in (PAST, *(TODAY + timedelta(days=number) for number in range(3))):
-        run_sql(create_statement((status, chunks), day))
+        run_sql(create_statement([Table(schema_name, table) for table in TABLES], day))
     return {"chunks_table": names["chunks_table"], "status_table": names["status_table"]}
 
 
@@ -53,7 +53,7 @@ def tables(run_sql, schema_name):
 async def run(dsn, tables, schema_name):
     """Return a function that runs a statement with the names of the tables and returns its rows."""
     names = {"chunks": tables["chunks_table"], "status": tables["status_table"], "schema": sql.Identifier(schema_name)}
-    names |= {f"{kind}_oid": sql.SQL(f"'\"{schema_name}\".{kind}'::regclass") for kind in ("chunks", "status")}
+    names |= {f"{kind}_oid": sql.SQL(f"'\"{schema_name}\".{kind}'::regclass") for kind in TABLES}
     names |= {"schema_oid": sql.SQL(f"'\"{schema_name}\"'::regnamespace")}
     async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as connection:
 
@@ -118,9 +118,8 @@ def named(*wanted):
 
 
 async def drop_partitions(run, day):
-    await run(
-        "DROP TABLE {status_day}, {chunks_day}", status_day=f"status_{day:%Y%m%d}", chunks_day=f"chunks_{day:%Y%m%d}"
-    )
+    for table in reversed(TABLES):
+        await run("DROP TABLE {leaf}", leaf=f"{table}_{day:%Y%m%d}")
 
 
 AHEAD = named(*(TODAY + timedelta(days=number) for number in range(3)))
@@ -157,7 +156,7 @@ async def test_partition_of_expired_streams_is_dropped(run, client, store, caplo
     await add(run, id_of(PAST, "c"), "stopped", chunks=0)
     assert await days(run) == named(PAST) + AHEAD
     await take_turn(run, client, store)
-    assert await days(run) == await days(run, "chunks") == AHEAD
+    assert await days(run) == await days(run, "chunks") == await days(run, "chunks_archive") == AHEAD
     assert await run("SELECT id FROM {status}") == [(MARKER,)]
     assert await run("SELECT id FROM {chunks}") == []
     assert messages(caplog, logging.INFO)[0].endswith(": partitions dropped: 1")
@@ -190,6 +189,37 @@ async def test_survivors_move_to_the_default_partition(run, client, store):
     await take_turn(run, client, store)  # cleanup of the DEFAULT partition does not wait
     assert await run("SELECT id FROM {status}") == [(MARKER,)]
     assert await run("SELECT id FROM {chunks}") == []
+
+
+async def test_archived_streams(run, client, store):
+    kept, other = id_of(PAST, "kept"), "other"
+    for id in (kept, other, id_of(PAST, "gone")):
+        await store.create(id)
+        await store.append_many(id, ["a", "b", "c"])
+        await store.complete(id)
+    assert await store.archive(older_than=0) == (3, 9)
+    assert await run("SELECT seq FROM {chunks}") == []
+    await run(f"UPDATE {{status}} SET expires_at = {LONG_AGO} WHERE id LIKE '%gone'")
+    await take_turn(run, client, store)
+    assert await days(run) == await days(run, "chunks_archive") == AHEAD
+    leaves = dict(await run("SELECT id, tableoid::regclass::text FROM {schema}.chunks_archive"))
+    assert leaves.keys() == {kept, other}
+    assert leaves[kept].endswith(".chunks_archive_default_time")
+    for id in (kept, other):
+        assert await texts(store, id) == ["a", "b", "c"]
+    assert await store.delete(kept) is True
+    assert await run("SELECT id FROM {schema}.chunks_archive") == [(other,)]
+    early = id_of(TODAY + timedelta(days=1), "early")
+    await drop_partitions(run, TODAY + timedelta(days=1))
+    await store.create(early)
+    await store.append(early, "a")
+    await store.complete(early)
+    assert await store.archive(older_than=0) == (1, 1)
+    await take_turn(run, client, store)
+    assert await leaf_of(run, early) == f"status_{TODAY + timedelta(days=1):%Y%m%d}"
+    assert await texts(store, early) == ["a"]
+    assert await store.delete(early) is True
+    assert await run("SELECT id FROM {schema}.chunks_archive") == [(other,)]
 
 
 async def test_partly_deleted_streams_are_dropped(run, client, store):
@@ -339,7 +369,7 @@ async def test_readers_and_writers_see_no_gap(run, client, store, dsn, tables, s
             nonlocal ended
             for day in past:
                 if day != PAST:
-                    run_sql(create_statement((Table(schema_name, "status"), Table(schema_name, "chunks")), day))
+                    run_sql(create_statement([Table(schema_name, table) for table in TABLES], day))
             for id in ids:
                 await store.create(id)
             started.append(True)

@@ -26,6 +26,7 @@ LAYERS = [
         "_ui_message_tools",
     },
     {
+        "_archive",
         "_arguments",
         "_conversation_sql",
         "_deletion",
@@ -56,7 +57,7 @@ ASYNC_LAYERS = [
     {"psycopg_clients"},
     {"database"},
     {"combining", "columns", "sending"},
-    {"deleting", "reading", "notifying", "stream_schema", "conversation_schema"},
+    {"archiving", "deleting", "reading", "notifying", "stream_schema", "conversation_schema"},
     {"appending", "leasing", "conversation_histories"},
     {"listening"},
     {"following"},

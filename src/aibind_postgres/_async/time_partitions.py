@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Mapping, Sequence
-from datetime import date
+from collections.abc import AsyncIterator, Mapping
 from random import uniform
 from typing import TYPE_CHECKING
 
 from .._sqlstate import CHECK_VIOLATION, is_transient, sqlstate
-from .._time_partition_sql import create_statement, drop_statement
+from .._time_partition_sql import create_statement, drop_statement, may_drop_statement
 from .._time_partitions import (
     ATTEMPTS,
     MAX_WAIT,
     PARTITIONS,
     Partitions,
-    bounds,
     is_quickly_scanned,
     missing_days,
     parse_partitions,
@@ -51,7 +49,8 @@ class AsyncTimePartitions:
         self._database = database
         self._schema = schema
         self._deleter = deleter
-        self._tables = tables
+        status, chunks = tables
+        self._tables = (status, chunks, chunks.archive)
         self._warnings: set[str] = set()
 
     async def partition_steps(self) -> AsyncIterator[Counts]:
@@ -63,30 +62,30 @@ class AsyncTimePartitions:
         before = await self._look_up()
         if not before:
             return
+        tables = list(before)
         if not _may_change(before):
             self._warn(
-                "this role may not create and drop the partitions of %s, so expired streams are deleted row by row. "
-                "Give the housekeeper a store whose role owns the tables, and may create tables in their schema",
-                self._tables[0].quoted,
+                "this role may not create and drop partitions, so expired streams are deleted row by row. Give the "
+                "housekeeper a store whose role owns the tables, and may create tables in their schema"
             )
             return
-        columns = [table.columns for table in before]
-        for day in past_days(before):
-            if await self._may_drop(day):
-                async for step in self._attempts(drop_statement(self._tables, day, columns)):
+        columns = [partitions.columns for partitions in before.values()]
+        for day in past_days(before.values()):
+            [(may_drop,)] = await self._database.query(may_drop_statement(tables, day), [])
+            if may_drop:
+                async for step in self._attempts(drop_statement(tables, day, columns)):
                     yield step
         now = await self._look_up()
-        if missing := missing_days(now):
-            if is_quickly_scanned(now):
+        if missing := missing_days(now.values()):
+            if is_quickly_scanned(now.values()):
                 for day in missing:
-                    async for step in self._attempts(create_statement(self._tables, day)):
+                    async for step in self._attempts(create_statement(tables, day)):
                         yield step
             else:
                 self._warn(
-                    "the partitions of the next days of %s are not created, since other statements would wait for it: "
+                    "the partitions of the next days are not created, since statements of others would have to wait: "
                     "there are many streams whose days have no partitions. Call migrate with partitions='time' at a "
-                    "quiet time",
-                    self._tables[0].quoted,
+                    "quiet time"
                 )
         after = await self._look_up()
         yield {"partitions dropped": _lost(before, after), "partitions created": _lost(after, before)}
@@ -97,29 +96,25 @@ class AsyncTimePartitions:
         If the partitions are dropped with their streams, only those streams are deleted for which this is too late, and
         those in the DEFAULT partition.
         """
+        statements = await self._schema.look_up()
         partitions = await self._look_up()
         if partitions and _may_change(partitions):
-            statement = self._schema.statements.cleanup_of_partitions
             wait = round(MAX_WAIT.total_seconds() * 1000)
-            searches = [(statement, [0, *span(partitions)]), (statement, [wait, "", ""])]
+            statement = statements.cleanup_of_partitions
+            searches = [(statement, [0, *span(partitions.values())]), (statement, [wait, "", ""])]
         else:
-            searches = [(self._schema.statements.cleanup, [])]
+            searches = [(statements.cleanup, [])]
         for statement, params in searches:
             async for streams, chunks in self._deleter.expired_steps(statement, params):
                 yield {"streams deleted": streams, "chunks deleted": chunks}
         async for streams, chunks in self._deleter.tombstone_steps():
             yield {"streams deleted": streams, "chunks deleted": chunks}
 
-    async def _look_up(self) -> list[Partitions]:
-        """Return the partitions of the tables, or an empty list if they are not partitioned by time."""
+    async def _look_up(self) -> dict[Table, Partitions]:
+        """Return the partitions of the tables that are partitioned by time. Empty if those of streams are not."""
         rows = {row[0]: row for row in await self._database.query(PARTITIONS, [wanted(self._tables)])}
-        found = [parse_partitions(rows[table.quoted], table) for table in self._tables if table.quoted in rows]
-        return found if len(found) == len(self._tables) else []
-
-    async def _may_drop(self, day: date) -> bool:
-        """Return True if so few streams of a day must be kept that the partition can be dropped."""
-        [(is_small,)] = await self._database.query(self._schema.statements.surviving, [*bounds(day)])
-        return bool(is_small)
+        found = {table: parse_partitions(rows[table.quoted], table) for table in self._tables if table.quoted in rows}
+        return found if found.keys() >= set(self._tables[:2]) else {}
 
     async def _attempts(self, statement: str) -> AsyncIterator[Counts]:
         """Run a statement that gives up soon if it must wait for others. Yield after each attempt."""
@@ -142,16 +137,17 @@ class AsyncTimePartitions:
             self._tables[0].quoted,
         )
 
-    def _warn(self, text: str, *arguments: object) -> None:
+    def _warn(self, text: str) -> None:
         if text not in self._warnings:
             self._warnings.add(text)
-            logger.warning("housekeeping of time partitions: " + text, *arguments)
+            logger.warning("housekeeping of %s: %s", self._tables[0].quoted, text)
 
 
-def _may_change(tables: Sequence[Partitions]) -> bool:
-    return all(table.may_change for table in tables)
+def _may_change(tables: Mapping[Table, Partitions]) -> bool:
+    return all(partitions.may_change for partitions in tables.values())
 
 
-def _lost(before: Sequence[Partitions], after: Sequence[Partitions]) -> int:
+def _lost(before: Mapping[Table, Partitions], after: Mapping[Table, Partitions]) -> int:
     """Return the number of days that have a partition before, but not after."""
-    return len(before[0].days - after[0].days) if after else 0
+    days_before, days_after = ({day for table in tables.values() for day in table.days} for tables in (before, after))
+    return len(days_before - days_after)
