@@ -44,7 +44,7 @@ SELECT (SELECT count(*) FROM kept) <= {limit}"""
 _OF_STREAM = "SELECT {columns} FROM {table} WHERE id = kept.id AND {number} <= kept.total_chunks"
 _AND_IS_SMALL = """
        AND (SELECT count(*)
-              FROM (SELECT FROM kept, LATERAL ({rows} LIMIT {limit} + 1) AS rows LIMIT {limit} + 1) AS rows) <= {limit}"""
+              FROM (SELECT FROM kept, LATERAL ({rows} LIMIT {limit} + 1) AS a LIMIT {limit} + 1) AS b) <= {limit}"""
 
 # With another isolation level, the snapshot is older than the locks, and rows would be lost. Row security must not hide
 # rows either: an error is better.

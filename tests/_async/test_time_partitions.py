@@ -449,7 +449,7 @@ async def test_role_that_may_not_change_the_tables(run, dsn, tables, schema_name
         assert await days(run) == named(PAST) + AHEAD
         assert await run(f"SELECT id FROM {{status}} WHERE id <> '{MARKER}'") == [(id_of(PAST, "b"),)]
         [warning] = messages(caplog)
-        assert "may not create and drop the partitions" in warning
+        assert "this role may not create and drop partitions" in warning
         assert "whose role owns the tables" in warning
     finally:
         await run(f"DROP OWNED BY {role}; DROP ROLE {role}")
