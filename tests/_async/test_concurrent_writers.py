@@ -150,10 +150,12 @@ async def test_appends_are_heap_only_updates(dsn, tables, details):
                 await store.append(id, str(number))
     table = tables["status_table"].as_string(None)
     async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as admin:
-        statement = "SELECT n_tup_upd, n_tup_hot_upd FROM pg_stat_user_tables WHERE relid = %s::regclass"
+        statement = """
+            SELECT sum(n_tup_upd)::integer, sum(n_tup_hot_upd)::integer FROM pg_stat_user_tables
+             WHERE relid = %(table)s::regclass OR relid IN (SELECT relid FROM pg_partition_tree(%(table)s))"""
         updates = 0
         while updates < 2000:  # a session reports its statistics with a delay
-            updates, hot = await (await admin.execute(statement, [table])).fetchone()
+            updates, hot = await (await admin.execute(statement, {"table": table})).fetchone()
             await async_sleep(0.01)
     assert updates == 2000
     assert hot >= 0.95 * updates

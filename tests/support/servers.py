@@ -32,7 +32,7 @@ from aibind_postgres import embedded
 
 EMBEDDED_VERSIONS = ("16", "18")
 
-# With the variable, the tables of most tests have this number of hash partitions.
+# With the variable, the fixtures create tables with this number of hash partitions.
 PARTITIONS = int(os.environ["AIBIND_TEST_PARTITIONS"]) if "AIBIND_TEST_PARTITIONS" in os.environ else None
 
 
