@@ -36,6 +36,7 @@ WORKS = [
     "answers over HTTP, 30 tokens/s each",
     "save",
     "chunks stored",
+    "drop a day of",
     "import",
 ]
 

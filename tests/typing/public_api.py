@@ -104,6 +104,8 @@ async def async_clients(
     assert_type(wrap_sqlalchemy(engine), AsyncPostgresClient)
     AsyncPostgresStreamStore(Driver())  # type: ignore[arg-type]
     await schema.async_migrate(pool, status_table=Identifier("schema", "status"), partitions=None)
+    await schema.async_migrate(pool, partitions="time")
+    await schema.async_migrate(pool, partitions="day")  # type: ignore[arg-type]
 
 
 def streams(since: datetime) -> None:
