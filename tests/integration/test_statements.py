@@ -55,6 +55,7 @@ STREAM_PLANS = {
         ["(id = wanted.id)", "(seq > wanted.after)"],
     ),
     "cleanup": ([10, 10], ["(expires_at <= ", "(id = emptied.id", "(id = ended.id"]),
+    "cleanup_of_partitions": ([10, 1000, "7", "8", 10], ["(expires_at <= ", "(id = emptied.id", "(id = ended.id"]),
     "fail_abandoned": (
         [1000, 1000, "x", "", 10, False],
         ["aibind_stream_status_active_idx", "(seq <= page", "(id = silent.id", "(id = abandoned.id"],
