@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import datetime, timedelta, timezone
+from datetime import date, datetime, timedelta, timezone
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ from aibind_postgres._tables import Table
 from aibind_postgres._time_partition_sql import create_statement
 from aibind_postgres._time_partitions import bound
 
-from .measure import TOKEN, Figures, Row, at_most, quantile
+from .measure import TOKEN, Figures, Row, at_most, compare, quantile
 from .tables import Tables
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 LENGTH = 1_000  # chunks of each stream
 KEPT = 10  # of the streams
 KEPT_LENGTH = 100  # chunks of each stream that is kept
+MONTH = 32  # days that have partitions
 WRITERS, PAUSE = 4, 0.02  # 200 appends per second at most
 
 FILL = """
@@ -53,6 +54,15 @@ def time_partitions(bench: Bench) -> list[Row]:
         bench.size.long_rounds,
     )
     dropped, deleted = found["drop"].figures, found["rows"].figures
+    for number in range(MONTH):
+        create_day(day, number)
+    with day.store() as store, rows.store() as plain:
+        appends = bench.alternate(
+            {
+                "partitions": partial(store.append, store.create(), TOKEN),
+                "plain": partial(plain.append, plain.create(), TOKEN),
+            }
+        )
     work, peer = f"{bench.size.memory:,} expired chunks", "cleanup by rows"
     return [
         Row(f"drop a day of {work}", "ms", dropped["milliseconds"], peer, deleted["milliseconds"]),
@@ -63,16 +73,18 @@ def time_partitions(bench: Bench) -> list[Row]:
         Row(f"longest append beside {work}", "ms", dropped["longest"], peer, deleted["longest"]),
         Row(f"longest append beside {work}", "ms", dropped["longest"], target=at_most(50)),
         Row(f"median append beside {work}", "ms", dropped["p50"], peer, deleted["p50"]),
+        compare(
+            "append, partitions of a month, p50", "p50", appends["partitions"], "without partitions", appends["plain"]
+        ),
     ]
 
 
 def measure(bench: Bench, tables: Tables, delete: Callable[[PostgresStreamStore], object]) -> Figures:
-    """Fill the tables, delete what has expired, and measure the time, the WAL, the space and the appends beside it."""
-    day = (datetime.now(timezone.utc) - timedelta(days=2)).date()
+    """Fill the tables, delete the expired streams, and measure the time, WAL, space, and the appends beside it."""
+    day = days_ago(2)
+    if delete is drop:
+        create_day(tables, 2)
     with tables.connect() as admin, tables.store() as store:
-        if delete is drop:
-            status, chunks = (Table.parse(name) for name in (tables.status, tables.chunks))
-            admin.execute(create_statement([status, chunks, chunks.archive], day))
         for state, streams, length in (
             ("done", bench.size.memory // LENGTH, LENGTH),
             ("active", KEPT, KEPT_LENGTH),
@@ -102,6 +114,17 @@ def measure(bench: Bench, tables: Tables, delete: Callable[[PostgresStreamStore]
         for table in (tables.status, tables.chunks):
             admin.execute(f"TRUNCATE {table} CASCADE")
     return figures
+
+
+def days_ago(number: int) -> date:
+    return (datetime.now(timezone.utc) - timedelta(days=number)).date()
+
+
+def create_day(tables: Tables, number: int) -> None:
+    """Create the partitions of a day in the past."""
+    status, chunks = (Table.parse(name) for name in (tables.status, tables.chunks))
+    with tables.connect() as admin:
+        admin.execute(create_statement([status, chunks, chunks.archive], days_ago(number)))
 
 
 def drop(store: PostgresStreamStore) -> None:

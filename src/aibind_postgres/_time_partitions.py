@@ -39,7 +39,7 @@ DELAY = timedelta(hours=1)
 # the first one, if they are kept for the same time. After that, it is deleted by itself.
 MAX_WAIT = timedelta(days=3)
 
-# What a statement moves at most, under a lock that stops all others: it takes up to 20 ms.
+# The most that a statement moves, under a lock that stops all others: it takes up to 20 ms.
 MAX_MOVED_STREAMS, MAX_MOVED_CHUNKS, MAX_MOVED_PAGES = 100, 2000, 50
 
 # Size up to which the part of DEFAULT for ids with a time is scanned under a lock: it takes up to 20 ms.

@@ -1,4 +1,4 @@
-"""Tables with partitions by time: their housekeeping, and what readers and writers see of it."""
+"""Tables with partitions by time: their housekeeping, and the readers and writers beside it."""
 
 from __future__ import annotations
 

@@ -33,10 +33,11 @@ class AsyncHousekeeper:
     """Cleans up in the background: a context manager around the time in which the application serves.
 
     Once per period, one of the processes with a housekeeper on these tables calls `fail_abandoned`, with its default,
-    and `cleanup` of the stream store, and `cleanup` of the conversation store. With `archive_after`, it also calls
-    `archive` of the stream store. The first turn is taken at once, unless
-    another process took one within the last period. If processes have different periods, the shortest one applies. If
-    the process dies during its turn, another one does the rest in the next period.
+    and `cleanup` of the stream store, and `cleanup` of the conversation store. If the tables of streams are partitioned
+    by time, it creates the partitions of the next days, and drops those of days whose streams have expired, instead of
+    deleting their rows. With `archive_after`, it also calls `archive` of the stream store. The first turn is taken at
+    once, unless another process took one within the last period. If processes have different periods, the shortest one
+    applies. If the process dies during its turn, another one does the rest in the next period.
 
     The numbers of ended and deleted rows are logged at level INFO. Nothing is raised in the background: failures are
     logged as warnings, and tried again in the next period.
