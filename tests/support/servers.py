@@ -84,7 +84,7 @@ class Server:
     """A server for one test, which may stop, kill and restart it. With `primary`, it is a standby of that server."""
 
     def __init__(self, programs: Path, folder: Path, primary: Server | None = None) -> None:
-        self._bin = programs
+        self.programs = programs
         self.folder = folder  # owned by the user that the server runs as
         self._data = folder / "data"
         self._log = folder / "log"
@@ -101,7 +101,7 @@ class Server:
             config.write("max_connections=200\n")
 
     def has(self, program: str) -> bool:
-        return (self._bin / program).exists()
+        return (self.programs / program).exists()
 
     @property
     def is_running(self) -> bool:
@@ -130,7 +130,7 @@ class Server:
             time.sleep(0.01)
 
     def _run(self, program: str, *arguments: str) -> None:
-        command = [str(self._bin / program), "-D", str(self._data), *arguments]
+        command = [str(self.programs / program), "-D", str(self._data), *arguments]
         credentials: dict[str, Any] = {}
         if os.geteuid() == 0:  # PostgreSQL refuses to run as root
             user = _unprivileged_user()
