@@ -14,7 +14,7 @@ from aibind_postgres._sql import StreamStatements
 from aibind_postgres._tables import CHUNKS_TABLE, CONVERSATIONS_TABLE, STATUS_TABLE, Table
 
 SEED_STATEMENTS = StreamStatements(Table(None, CHUNKS_TABLE), Table(None, STATUS_TABLE))
-STREAM_STATEMENTS = StreamStatements(Table(None, CHUNKS_TABLE), Table(None, STATUS_TABLE), lease=15_000)
+STREAM_STATEMENTS = StreamStatements(Table(None, CHUNKS_TABLE), Table(None, STATUS_TABLE), lease=15_000, archive=True)
 SEED_CONVERSATION_STATEMENTS = ConversationStatements(Table(None, CONVERSATIONS_TABLE))
 CONVERSATION_STATEMENTS = ConversationStatements(Table(None, CONVERSATIONS_TABLE), True, Table(None, STATUS_TABLE))
 
@@ -61,6 +61,13 @@ STREAM_PLANS = {
         [1000, 1000, "x", "", 10, False],
         ["aibind_stream_status_active_idx", "(seq <= page", "(id = silent.id", "(id = abandoned.id"],
     ),
+    "archive": (
+        [1000, 100],
+        ["aibind_stream_status_archivable_idx", "(seq = s.total_chunks", "(id = locked.id", "(id = t.id", "(id = f.id"],
+    ),
+    "unarchive": (["7"], ["(id = '7'", "(first_seq >= "]),
+    "read_archived": (["7", 3, 2000], ["(id = '7'", "(seq > '3'", "(first_seq >= "]),
+    "read_archived_timed": (["7", 3, 2000], ["(id = '7'", "(seq > '3'", "(first_seq >= "]),
     "take_turn": (["m", 1000, STATUS_TABLE], ["(id = 'm'"]),
 }
 
@@ -108,6 +115,11 @@ def connection(database):
             "SELECT i::text, repeat('data', 100), CASE WHEN i % 10 = 0 THEN i ELSE 9e15 + i END, 'o' || i % 100 "
             "FROM generate_series(1, 5000) i"
         )
+        connection.execute(
+            "INSERT INTO aibind_stream_chunks_archive (id, first_seq, last_seq, texts) "
+            "SELECT i::text, p * 100 + 1000, p * 100 + 1099, '[]' "
+            "FROM generate_series(1, 5000) i, generate_series(1, 5) p"
+        )
         connection.execute("ANALYZE")
         yield connection
 
@@ -152,6 +164,22 @@ def test_page_of_a_long_stream_reads_one_page(connection, name):
         assert max(row_counts(plan["Plan"])) == 101
 
 
+def test_archiving_of_a_long_stream_reads_one_batch(connection):
+    connection.execute(
+        "INSERT INTO aibind_stream_status (id, state, total_chunks, expires_at, created_at) "
+        "VALUES ('long', 'done', 20000, 0, '2000-01-01')"
+    )
+    connection.execute(
+        "INSERT INTO aibind_stream_chunks (id, seq, data, created_at) "
+        "SELECT 'long', i, 'token', '2000-01-01' FROM generate_series(1, 20000) i"
+    )
+    statement = f"EXPLAIN (ANALYZE, FORMAT JSON) {STREAM_STATEMENTS.archive}"
+    for setting in ("on", "off"):  # both plans that the planner may choose
+        connection.execute(f"SET enable_bitmapscan = {setting}")
+        [([plan],)] = connection.execute(statement, [10**9, 100]).fetchall()
+        assert max(row_counts(plan["Plan"])) == 101
+
+
 def test_last_chunk_of_a_long_stream_is_found_by_the_index(connection):
     connection.execute("INSERT INTO aibind_stream_status VALUES ('long', 'active', NULL, 20000, 0)")
     connection.execute(
@@ -172,7 +200,7 @@ def row_counts(node):
     ]
 
 
-# Two tables as of the migrations, in four partitions each.
+# Three tables as of the migrations, in four partitions each.
 PARTITIONED_TABLES = """
 CREATE TABLE aibind_stream_chunks (
     id text, seq integer, data text NOT NULL, created_at timestamptz DEFAULT clock_timestamp(), PRIMARY KEY (id, seq)
@@ -180,10 +208,16 @@ CREATE TABLE aibind_stream_chunks (
 CREATE TABLE aibind_stream_status (
     id text PRIMARY KEY, state text NOT NULL DEFAULT 'active', error text, total_chunks integer NOT NULL DEFAULT 0,
     expires_at bigint NOT NULL, created_at timestamptz DEFAULT clock_timestamp(),
-    session_id text, owner text, metadata jsonb, ttl_ms bigint, lease_until bigint, wire text
+    session_id text, owner text, metadata jsonb, ttl_ms bigint, lease_until bigint, wire text, archived_at timestamptz
+) PARTITION BY HASH (id);
+CREATE TABLE aibind_stream_chunks_archive (
+    id text NOT NULL REFERENCES aibind_stream_status (id) ON DELETE CASCADE,
+    first_seq bigint, last_seq bigint, texts text NOT NULL, times text, PRIMARY KEY (id, first_seq)
 ) PARTITION BY HASH (id);
 CREATE INDEX ON aibind_stream_status (expires_at) WHERE state <> 'active';
 CREATE INDEX ON aibind_stream_status (id) WHERE state = 'active';
+CREATE INDEX ON aibind_stream_status (coalesce(created_at, '-infinity'))
+WHERE state <> 'active' AND state <> 'deleted' AND archived_at IS NULL;
 """
 
 
@@ -191,7 +225,7 @@ CREATE INDEX ON aibind_stream_status (id) WHERE state = 'active';
 def partitioned(empty_database):
     with psycopg.connect(empty_database, autocommit=True, cursor_factory=psycopg.RawCursor) as connection:
         connection.execute(PARTITIONED_TABLES)
-        for table in (CHUNKS_TABLE, STATUS_TABLE):
+        for table in (CHUNKS_TABLE, STATUS_TABLE, Table(None, CHUNKS_TABLE).archive.name):
             for remainder in range(4):
                 connection.execute(
                     f"CREATE TABLE {table}_{remainder} PARTITION OF {table} "
@@ -225,6 +259,10 @@ def test_store_with_partitioned_tables(partitioned, empty_database):
         assert sorted(store.fail_abandoned(0)) == sorted(ids[4:])
         states = {info.id: info.state for info in store.list()}
         assert states == {"0": "stopped", "1": "done", **dict.fromkeys(("2", *ids[4:]), "error")}
+        assert store.archive(0) == (19, 95)
+        assert store.unarchive("1") == 5
+        for id in ("0", "1"):
+            assert [chunk.data for chunk in store.read_from(id)] == ["1", "2", "3", "4", "5"]
         partitioned.execute("UPDATE aibind_stream_status SET expires_at = 1 WHERE id <> '0'")
         assert store.cleanup() == (18, 90)
         assert [info.id for info in store.list()] == ["0"]
@@ -241,6 +279,10 @@ def test_partitions_of_other_streams_are_not_read(partitioned, analyzed):
         "INSERT INTO aibind_stream_chunks (id, seq, data) "
         "SELECT i::text, s, 'token' FROM generate_series(1, 5000) i, generate_series(1, 20) s"
     )
+    partitioned.execute(
+        "INSERT INTO aibind_stream_chunks_archive (id, first_seq, last_seq, texts) "
+        "SELECT i::text, p, p, '[]' FROM generate_series(4000, 5000) i, generate_series(1, 20) p"
+    )
     if analyzed:
         partitioned.execute("ANALYZE")
     for name, (params, number_of_tables) in {
@@ -248,15 +290,19 @@ def test_partitions_of_other_streams_are_not_read(partitioned, analyzed):
         "append_batch": (['[{"id": "10", "texts": ["x"]}]', 1000], 1),
         "read_batch": (['[{"index": 0, "id": "10", "after": 5, "limit": 100}]'], 2),
         "poll": (['["10"]'], 1),
-        "cleanup": ([1, 100], 2),
+        "cleanup": ([1, 100], 3),
+        "archive": ([0, 10], 2),
+        "read_archived": (["10", 0, 100], 3),
         "fail_abandoned": ([1000, 0, "x", "", 1, True], 2),
     }.items():
         statement = f"EXPLAIN (ANALYZE, FORMAT JSON) {getattr(STREAM_STATEMENTS, name)}"
         [([plan],)] = partitioned.execute(statement, params).fetchall()
         scans = [node for node in executed_nodes(plan["Plan"]) if "Scan" in node["Node Type"]]
-        # These two search for streams in all partitions, by the time of their expiry or in the order of their ids.
-        if name in ("cleanup", "fail_abandoned"):
-            scans = [node for node in scans if "(expires_at <=" not in str(node) and "(id >" not in str(node)]
+        # These search for streams in all partitions, by the time of their expiry or creation, or in the order of their
+        # ids. `archive` compares the last chunk of the oldest stream of each partition.
+        if name in ("cleanup", "fail_abandoned", "archive"):
+            searches = ("(expires_at <=", "(id >", "(COALESCE(created_at", "(seq = s")
+            scans = [node for node in scans if not any(search in str(node) for search in searches)]
         scanned = {node["Relation Name"] for node in scans if "Relation Name" in node}
         assert len(scanned) == number_of_tables, (name, scanned)
         assert "Seq Scan" not in {node["Node Type"] for node in scans}, name
