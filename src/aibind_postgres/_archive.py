@@ -22,10 +22,13 @@ MOVED_BYTES = 8_000_000  # the largest size of the chunks that one statement mov
 BATCH_STREAMS = 100  # locked by one statement at most
 RESTORED_PAGES = 10  # moved back by one statement
 
+MICROSECONDS = 1_000_000  # in a second; an int, since float times may be rounded twice
+
 # Moves chunks of the streams without a chunk in the last $1 milliseconds: at most $2 chunks, the oldest streams first,
 # each from its start. `counted` needs no sort of its input, so its LIMIT ends the scan of `locked`, and no more streams
-# are locked than are needed. The chunks of a stream are a range of numbers after its last page: a LIMIT may be planned
-# as a sort of all its chunks. A stream without a chunk to move has one row.
+# are locked than are needed. The chunks of a stream are a range of numbers after its last page, since a LIMIT may be
+# planned as a sort of all its chunks. The range has one more than are moved, which the window reads ahead. A stream
+# without a chunk to move has one row.
 ARCHIVE = """
 WITH locked AS MATERIALIZED (
     SELECT id, total_chunks
@@ -47,7 +50,7 @@ WITH locked AS MATERIALIZED (
                 WHERE id = locked.id AND seq > p.moved AND seq <= total_chunks AND {is_moved}
            ) AS next LEFT JOIN LATERAL (
                SELECT seq, octet_length(data) AS size FROM {chunks}
-                WHERE id = locked.id AND seq >= next.first AND seq < next.first + $2::bigint AND seq <= total_chunks
+                WHERE id = locked.id AND seq >= next.first AND seq <= next.first + $2::bigint AND seq <= total_chunks
                   AND {is_moved}
                 ORDER BY seq
            ) AS c ON true
@@ -124,7 +127,9 @@ WITH locked AS MATERIALIZED (
       FROM numbered
 ), restored AS (
     INSERT INTO {chunks} (id, seq, data, created_at)
-    SELECT $1::text, seq, data, timestamptz 'epoch' + time * interval '1 microsecond' FROM timed
+    SELECT $1::text, seq, data,
+           timestamptz 'epoch' + time / 1000000 * interval '1 second' + time % 1000000 * interval '1 microsecond'
+      FROM timed
     RETURNING 1
 ), kept_out AS (
     UPDATE {status} SET archived_at = '-infinity'
@@ -262,10 +267,10 @@ def seconds_of(times: str | None, count: int) -> Iterable[float | None]:
         return [None] * count
     differences: list[int | None] = json.loads(times)
     if None not in differences:
-        return [time / 1e6 for time in accumulate(differences)]
+        return [time / MICROSECONDS for time in accumulate(differences)]
     found: list[float | None] = []
     time: int | None = None
     for difference in differences:
         time = None if difference is None else (time or 0) + difference
-        found.append(None if time is None else time / 1e6)
+        found.append(None if time is None else time / MICROSECONDS)
     return found
