@@ -55,6 +55,27 @@ def tests(session: nox.Session, postgres: str) -> None:
     session.run("pytest", *session.posargs, env={"AIBIND_TEST_POSTGRES": postgres, "AIBIND_TEST_DSN": None})
 
 
+@nox.session(name="time-partitions")
+@nox.parametrize("postgres", ["15", "18"])
+def time_partitions(session: nox.Session, postgres: str) -> None:
+    """Run the tests of both flavours on tables with partitions by time."""
+    program = SYSTEM_SERVERS.get(postgres)
+    if program is not None and not program.exists():
+        session.skip(f"PostgreSQL {postgres} is not installed: {program} is missing")
+    session.install(".[dev]")
+    env = {"AIBIND_TEST_PARTITIONS": "time", "AIBIND_TEST_POSTGRES": postgres, "AIBIND_TEST_DSN": None}
+    session.run("pytest", "tests/_async", "tests/_sync", *session.posargs, env=env)
+
+
+@nox.session(name="time-partitions-short")
+def time_partitions_short(session: nox.Session) -> None:
+    """Run the most important of them."""
+    session.install(".[dev]")
+    names = ("stream_store", "deletion", "live_reading", "housekeeping", "archiving", "leases")
+    files = [f"tests/{flavour}/test_{name}.py" for flavour in ("_async", "_sync") for name in names]
+    session.run("pytest", *files, *session.posargs, env={"AIBIND_TEST_PARTITIONS": "time", "AIBIND_TEST_DSN": None})
+
+
 @nox.session(python=PYTHONS[0])
 def lowest(session: nox.Session) -> None:
     """Run the tests with the lowest version of each dependency that pyproject.toml permits, on the oldest Python."""

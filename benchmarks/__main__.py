@@ -33,6 +33,7 @@ from .readers import fan_out, idle
 from .reading import first_chunk, memory, replay
 from .report import as_json, draw, environment, table
 from .tail import tail
+from .time_partitions import time_partitions
 from .writing import batches, import_benchmark, one_producer, ten_million
 
 BENCHMARKS = {
@@ -55,6 +56,7 @@ BENCHMARKS = {
     "first-token": first_token,
     "http-readers": http_readers,
     "10-million": ten_million,
+    "time-partitions": time_partitions,
     "import": import_benchmark,
 }
 

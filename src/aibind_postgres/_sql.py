@@ -16,10 +16,20 @@ import json
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, get_args
 
-from ._deletion import CLEANUP, DELETE, DELETE_LEFTOVERS, SWEEP, TOMBSTONE, TOMBSTONES
+from ._archive import ARCHIVE, NO_TIMES, READ_ARCHIVED, TIMES, UNARCHIVE, archive_values
+from ._deletion import (
+    CLEANUP,
+    DELETE,
+    DELETE_LEFTOVERS,
+    DUE_IN_PARTITIONS,
+    OUTSIDE_PARTITIONS,
+    SWEEP,
+    TOMBSTONE,
+    TOMBSTONES,
+)
 from ._housekeeping import DUE, LOCK, TAKE_TURN
 from ._leases import DROP_LEASE, END_EXPIRED, EXPIRED, MIN_ANSWER_TTL, RENEW_LEASES, TAKE_LEASE
-from ._pages import BATCH_BYTES, PAGE_BYTES
+from ._pages import BATCH_BYTES, FITS, NEXT, READ, READ_BATCH, READ_TIMED, RUNNING_SIZE, STANDBY_STATUS, STATUS_ROW
 from ._stream_list import (
     ACTIVE,
     DETAILS,
@@ -40,15 +50,9 @@ if TYPE_CHECKING:
 # Unlike now(), statement_timestamp() advances inside a transaction; unlike clock_timestamp(), it can use an index.
 NOW = "(extract(epoch FROM statement_timestamp()) * 1000)::bigint"
 
-# Whether a page of chunks of this size has at most PAGE_BYTES, or consists of this chunk.
-FITS = f"octet_length(data) * {{limit}} <= {PAGE_BYTES} OR {{limit}} = 1"
-RUNNING_SIZE = "sum(octet_length(found.data)) OVER (ORDER BY wanted.index, found.seq ROWS UNBOUNDED PRECEDING)"
-
 # Limits nothing, but the planner does not know that and expects a tenth of the rows: 1 instead of 10 from an array. It
 # then reaches each stream by an index. For more rows, it might prefer a scan of the whole table.
 FEW = "LIMIT (SELECT NULL::bigint)"
-
-STATUS_ROW = "-greatest(total_chunks, 0) AS seq, state || coalesce(chr(10) || error, '') AS data"
 
 # Extends a lease that is shorter than a new one.
 RENEWAL = f"greatest({NOW} + {{lease}} - lease_until, 0)"
@@ -148,66 +152,11 @@ SELECT state, greatest(total_chunks, 0),
           FROM json_array_elements_text($3::text::json) WITH ORDINALITY AS sent (data, ordinal), {chunks} AS stored
          WHERE id = $1::text AND seq >= $2::bigint
            AND seq < least($2::bigint, 1::bigint << 62) + json_array_length($3::text::json) AND seq <= total_chunks
-           AND seq - $2::bigint = sent.ordinal - 1 AND stored.data COLLATE "C" = sent.data)
+           AND seq - $2::bigint = sent.ordinal - 1 AND stored.data COLLATE "C" = sent.data){plus_archived_texts}
   FROM {status} WHERE id = $1::text
 """
 
-# Reads the status and a page of chunks in one snapshot. `_pages.Page` parses the row of the status: the negated number
-# of chunks, and the state, followed by a line break and the error text. Chunks with a number above total_chunks are
-# left over from another stream. A page is a range of sequence numbers, since a LIMIT may be planned as a sort of all
-# later chunks. 2^62 avoids an overflow; no chunk has a higher number. Chunks that are too large for their page come as
-# NULL: a running sum of the sizes would add half to the time of a page of small chunks. The client sorts the rows, in
-# less time than the server.
-READ = """
-SELECT {status_row} FROM {status} WHERE id = $1::text
-UNION ALL
-SELECT seq, CASE WHEN {fits_in_page} THEN data END FROM {chunks}
- WHERE id = $1::text AND seq > $2::bigint
-   AND seq <= least(least($2::bigint, 1::bigint << 62) + $3::bigint,
-                    (SELECT total_chunks FROM {status} WHERE id = $1::text))
-"""
-
-# READ for many streams. $1 is a JSON array of objects with index, id, after and limit. The sizes of all chunks have a
-# common bound.
-READ_BATCH = """
-SELECT wanted.index, found.seq,
-       CASE WHEN found.seq <= 0 OR {running_size} <= {batch_bytes} THEN found.data END
-  FROM json_to_recordset($1::text::json) AS wanted (index integer, id text, after bigint, "limit" bigint),
-       LATERAL (
-           SELECT {status_row} FROM {status} WHERE id = wanted.id
-           UNION ALL
-           SELECT seq, CASE WHEN {fits_in_batch} THEN data END FROM {chunks}
-            WHERE id = wanted.id AND seq > wanted.after
-              AND seq <= least(least(wanted.after, 1::bigint << 62) + wanted."limit",
-                               (SELECT total_chunks FROM {status} WHERE id = wanted.id))
-       ) AS found
- ORDER BY wanted.index, found.seq
-"""
-
-READ_TIMED = """
-SELECT {status_row}, NULL::float8 AS written_at FROM {status} WHERE id = $1::text
-UNION ALL
-SELECT seq, CASE WHEN {fits_in_page} THEN data END,
-       CASE WHEN created_at {in_range} THEN epoch END
-  FROM {chunks}, LATERAL (SELECT extract(epoch FROM created_at)::float8) AS t (epoch)
- WHERE id = $1::text AND seq > $2::bigint
-   AND seq <= least(least($2::bigint, 1::bigint << 62) + $3::bigint,
-                    (SELECT total_chunks FROM {status} WHERE id = $1::text))
-"""
-
-# The next sequence number after an empty page, since total_chunks may be far larger than the number of chunks.
-NEXT = """
-SELECT min(seq) FROM {chunks}
- WHERE id = $1::text AND seq > $2::bigint AND seq <= (SELECT total_chunks FROM {status} WHERE id = $1::text)
-"""
-
 STATUS = "SELECT state, error, greatest(total_chunks, 0) FROM {status} WHERE id = $1::text"
-
-# Whether the server is a standby, and the status of a stream as the first row of READ, or NULL if there is none.
-STANDBY_STATUS = """
-SELECT pg_is_in_recovery(), found.seq, found.data
-  FROM (SELECT) AS one LEFT JOIN (SELECT {status_row} FROM {status} WHERE id = $1::text) AS found ON true
-"""
 
 # The states of the streams for which readers wait, and whether their leases have expired.
 POLL = """
@@ -291,6 +240,7 @@ class StreamStatements:
         synchronous_commit: PostgreSQL's setting of this name for statements that write; the server's by default.
         lease: The lease of a producer in milliseconds, if the status table has the columns of migration 0004. Default:
             None, if it has not.
+        archive: Whether the tables have migration 0005; False by default.
 
     Raises:
         ValueError: `synchronous_commit` is not a value of PostgreSQL's setting.
@@ -303,6 +253,7 @@ class StreamStatements:
         synchronous_commit: SynchronousCommit | None = None,
         *,
         lease: int | None = None,
+        archive: bool = False,
     ) -> None:
         if synchronous_commit not in (None, *get_args(SynchronousCommit)):
             accepted = ", ".join(get_args(SynchronousCommit))
@@ -337,6 +288,7 @@ class StreamStatements:
             "tombstone_of_id": TOMBSTONE.format(id="id"),
             "commit_setting": "" if synchronous_commit is None else f"WHERE {setting}",
             "and_commit_setting": "" if synchronous_commit is None else f"AND {setting}",
+            **archive_values(chunks.archive.quoted if archive else None, FEW),
         }
 
         def ttl_of_stream(ttl: str) -> str:
@@ -363,6 +315,11 @@ class StreamStatements:
             self.renew_leases = fill(RENEW_LEASES)
             self.end_expired = fill(END_EXPIRED)
             self.expired = fill(EXPIRED)
+        if archive:
+            self.archive = fill(ARCHIVE)
+            self.unarchive = fill(UNARCHIVE)
+            self.read_archived = fill(READ_ARCHIVED, **NO_TIMES)
+            self.read_archived_timed = fill(READ_ARCHIVED, **TIMES)
         self.append = fill(APPEND)
         self.append_many = fill(APPEND_MANY)
         self.append_batch = fill(APPEND_BATCH, ttl="$2")
@@ -382,7 +339,9 @@ class StreamStatements:
         self.delete_leftovers = fill(DELETE_LEFTOVERS)
         self.list = fill(LIST)
         self.list_by_time = fill(LIST_BY_TIME)
-        self.cleanup = fill(CLEANUP)
+        self.cleanup = fill(CLEANUP, limit="$2", due=NOW, scope="")
+        due = DUE_IN_PARTITIONS.format(now=NOW)
+        self.cleanup_of_partitions = fill(CLEANUP, limit="$5", due=due, scope=OUTSIDE_PARTITIONS)
         self.fail_abandoned = fill(FAIL_ABANDONED)
         self.take_turn = fill(TAKE_TURN)
 

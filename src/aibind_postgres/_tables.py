@@ -11,6 +11,7 @@ from psycopg.sql import Identifier
 CHUNKS_TABLE = "aibind_stream_chunks"
 STATUS_TABLE = "aibind_stream_status"
 CONVERSATIONS_TABLE = "aibind_conversations"
+ARCHIVE_SUFFIX = "_archive"  # of the name of the chunks table
 
 MAX_NAME_BYTES = 63  # PostgreSQL silently truncates longer names (NAMEDATALEN - 1)
 
@@ -65,6 +66,11 @@ class Table(NamedTuple):
         notification for a table with the same name in another schema is ignored, unless both have a stream of its id.
         """
         return self.name
+
+    @property
+    def archive(self) -> Table:
+        """The archive table for this chunks table."""
+        return self._replace(name=self.derive(ARCHIVE_SUFFIX))
 
     def qualify(self, name: str) -> str:
         """Return `name` as SQL text, qualified with the schema of this table."""

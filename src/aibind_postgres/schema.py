@@ -8,18 +8,31 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime, timezone
 from functools import partial
 from importlib import resources
 from pathlib import Path
+from typing import Literal
 
 from psycopg.sql import Identifier
 
 from ._async.psycopg_clients import AsyncClientLike
 from ._async.psycopg_clients import as_client as as_async_client
-from ._partitions import PARTITIONS_DIFFER, check_partitions, fill_names, is_partitioned, unused_tag
+from ._partitions import PARTITIONS_DIFFER, PartitionsLike, check_partitions, fill_names, is_partitioned, unused_tag
 from ._sqlstate import server_reason, sqlstate
 from ._sync.psycopg_clients import ClientLike, as_client
-from ._tables import CHUNKS_TABLE, CONVERSATIONS_TABLE, STATUS_TABLE, Table, literal, parse_distinct, quote
+from ._tables import (
+    ARCHIVE_SUFFIX,
+    CHUNKS_TABLE,
+    CONVERSATIONS_TABLE,
+    STATUS_TABLE,
+    Table,
+    literal,
+    parse_distinct,
+    quote,
+)
+from ._time_partition_sql import create_partitions
+from ._time_partitions import days_ahead
 from .errors import SchemaError
 
 _PACKAGED = resources.files(__package__) / "sql"  # also in a zip file; in a checkout, the folder is at the top level
@@ -32,6 +45,7 @@ _MIGRATIONS = {
     "AND attname = 'created_at' AND atthasdef)",
     "0003_conversations.sql": "to_regclass({expiry_index}) IS NOT NULL",
     "0004_chats.sql": "to_regclass({time_index}) IS NOT NULL",
+    "0005_archive.sql": "to_regclass({archive}) IS NOT NULL",
 }
 _NOTIFY_TRIGGER = {
     "optional/notify_trigger.sql": "EXISTS (SELECT FROM pg_trigger WHERE tgrelid = to_regclass({status}) "
@@ -53,7 +67,7 @@ def render(
     status_table: str | Identifier = STATUS_TABLE,
     conversations_table: str | Identifier = CONVERSATIONS_TABLE,
     notify_trigger: bool = False,
-    partitions: int | None = None,
+    partitions: int | Literal["time"] | None = None,
 ) -> str:
     """Return the SQL that creates or updates the schema, for tools such as psql, Alembic, Django and Flyway.
 
@@ -64,16 +78,18 @@ def render(
         notify_trigger: Whether to add a trigger that notifies readers when other software writes, such as the
             TypeScript package; False by default.
         partitions: The number of partitions by hash of the id that the chunks table and the status table get, from 1 to
-            1,024. It cannot change later. By default, the tables are created without partitions, and existing tables
-            keep those that they have.
+            1,024. "time" creates partitions by the day of the id, which a housekeeper creates and drops. This cannot
+            change later. By default, the tables are created without partitions, and existing tables keep those that
+            they have.
 
     Returns:
-        The SQL text. It raises an error, and changes nothing else, if the tables exist with another number of
-        partitions, or without.
+        The SQL text. It raises an error, and changes nothing else, if the tables exist with other partitions, or
+        without.
 
     Raises:
         ValueError: A table name is invalid, two names are the same, or `partitions` is out of range.
-        TypeError: A table name is neither a str nor an `Identifier`, or `partitions` is not an int.
+        TypeError: A table name is neither a str nor an `Identifier`, or `partitions` is neither an int nor
+            "time".
         FileNotFoundError: The package has no SQL files, such as in a program that was frozen without them.
 
     Example:
@@ -90,7 +106,7 @@ def migrate(
     status_table: str | Identifier = STATUS_TABLE,
     conversations_table: str | Identifier = CONVERSATIONS_TABLE,
     notify_trigger: bool = False,
-    partitions: int | None = None,
+    partitions: int | Literal["time"] | None = None,
 ) -> None:
     """Create or update the schema in one transaction. Safe to repeat, and to run in several processes at once.
 
@@ -106,9 +122,10 @@ def migrate(
         partitions: As for `render`.
 
     Raises:
-        SchemaError: The tables exist with another number of partitions, or without.
+        SchemaError: The tables exist with other partitions, or without.
         ValueError: A table name is invalid, two names are the same, or `partitions` is out of range.
-        TypeError: A table name is neither a str nor an `Identifier`, or `partitions` is not an int.
+        TypeError: A table name is neither a str nor an `Identifier`, or `partitions` is neither an int nor
+            "time".
         FileNotFoundError: As for `render`.
 
     Example:
@@ -127,7 +144,7 @@ async def async_migrate(
     status_table: str | Identifier = STATUS_TABLE,
     conversations_table: str | Identifier = CONVERSATIONS_TABLE,
     notify_trigger: bool = False,
-    partitions: int | None = None,
+    partitions: int | Literal["time"] | None = None,
 ) -> None:
     """Create or update the schema, as `migrate` does, with an asynchronous client.
 
@@ -140,9 +157,10 @@ async def async_migrate(
         partitions: As for `render`.
 
     Raises:
-        SchemaError: The tables exist with another number of partitions, or without.
+        SchemaError: The tables exist with other partitions, or without.
         ValueError: A table name is invalid, two names are the same, or `partitions` is out of range.
-        TypeError: A table name is neither a str nor an `Identifier`, or `partitions` is not an int.
+        TypeError: A table name is neither a str nor an `Identifier`, or `partitions` is neither an int nor
+            "time".
         FileNotFoundError: As for `render`.
     """
     tables = parse_distinct(chunks_table, status_table, conversations_table)
@@ -162,7 +180,7 @@ def _schema_errors() -> Iterator[None]:
         raise
 
 
-def _render(tables: list[Table], notify_trigger: bool, partitions: int | None) -> str:
+def _render(tables: list[Table], notify_trigger: bool, partitions: PartitionsLike) -> str:
     check_partitions(partitions, tables)
     by_default_name = dict(zip((CHUNKS_TABLE, STATUS_TABLE, CONVERSATIONS_TABLE), tables, strict=True))
 
@@ -191,11 +209,13 @@ def _read(name: str) -> str:
 def _render_name(table: Table, suffix: str | None, call: str | None) -> str:
     if suffix is None:
         return table.quoted + (call or "")
+    if suffix == ARCHIVE_SUFFIX:
+        return table.archive.quoted
     # CREATE INDEX and CREATE TRIGGER use the schema of the table, and reject a qualified name. Functions need one.
     return table.qualify(table.derive(suffix)) + call if call else quote(table.derive(suffix))
 
 
-def _as_one_statement(tables: list[Table], notify_trigger: bool, partitions: int | None) -> str:
+def _as_one_statement(tables: list[Table], notify_trigger: bool, partitions: PartitionsLike) -> str:
     # One statement is one transaction with every driver and pooler. The lock serializes concurrent migrations, since
     # CREATE TABLE IF NOT EXISTS can fail if two of them create the same table. PostgreSQL checks the permissions of a
     # statement also if it has nothing to do.
@@ -204,6 +224,7 @@ BEGIN
 PERFORM pg_advisory_xact_lock(hashtext('aibind_postgres.schema.migrate'));
 BEGIN
 {_render(tables, notify_trigger, partitions)}
+{_first_days(tables) if partitions == "time" else ""}
 EXCEPTION WHEN insufficient_privilege OR read_only_sql_transaction THEN
   IF ({_applied(tables, notify_trigger, partitions)}) IS NOT TRUE THEN RAISE; END IF;
 END;
@@ -213,7 +234,17 @@ END
     return f"DO {tag}{script}{tag}"
 
 
-def _applied(tables: list[Table], notify_trigger: bool, partitions: int | None) -> str:
+def _first_days(tables: list[Table]) -> str:
+    """Return the PL/pgSQL blocks that create the partitions of today and the next days.
+
+    SQL that is stored, such as in Flyway, contains no dates: a housekeeper creates these partitions.
+    """
+    chunks, status, _ = tables
+    days = days_ahead(datetime.now(timezone.utc).date())
+    return "\n".join(f"{create_partitions((status, chunks, chunks.archive), day, in_use=False)};" for day in days)
+
+
+def _applied(tables: list[Table], notify_trigger: bool, partitions: PartitionsLike) -> str:
     """Return the condition that all migrations have run."""
     chunks, status, conversations = tables
     names = {
@@ -222,6 +253,7 @@ def _applied(tables: list[Table], notify_trigger: bool, partitions: int | None) 
         "conversations": conversations.quoted,
         "expiry_index": conversations.qualify(conversations.derive("_expires_at_idx")),
         "time_index": conversations.qualify(conversations.derive("_updated_at_idx")),
+        "archive": chunks.archive.quoted,
         "trigger": status.derive("_notify_trigger"),
     }
     conditions = _MIGRATIONS | (_NOTIFY_TRIGGER if notify_trigger else {})

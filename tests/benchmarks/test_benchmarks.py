@@ -37,6 +37,7 @@ WORKS = [
     "answers over HTTP, 30 tokens/s each",
     "save",
     "chunks stored",
+    "drop a day of",
     "import",
 ]
 

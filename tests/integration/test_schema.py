@@ -45,6 +45,13 @@ COLUMNS = {
     ],
     "conversations": [("session_id", "text", "NO"), ("data", "text", "NO"), ("expires_at", "bigint", "NO")],
 }
+ARCHIVE = [
+    ("id", "text", "NO"),
+    ("first_seq", "bigint", "NO"),
+    ("last_seq", "bigint", "NO"),
+    ("texts", "text", "NO"),
+    ("times", "text", "YES"),
+]
 CREATED_AT = ("created_at", "timestamp with time zone", "YES")
 ADDED = {
     "chunks": [CREATED_AT],
@@ -56,6 +63,7 @@ ADDED = {
         ("ttl_ms", "bigint", "YES"),
         ("lease_until", "bigint", "YES"),
         ("wire", "text", "YES"),
+        ("archived_at", "timestamp with time zone", "YES"),
     ],
     "conversations": [
         ("owner", "text", "YES"),
@@ -99,7 +107,7 @@ def objects(admin):
 def test_migrations_are_idempotent(admin, empty_database, names):
     schema.migrate(empty_database, **names, notify_trigger=True)
     tables, other_objects = columns(admin), objects(admin)
-    assert sorted(tables.values()) == sorted([*COLUMNS[table], *ADDED[table]] for table in COLUMNS)
+    assert sorted(tables.values()) == sorted([ARCHIVE, *([*COLUMNS[table], *ADDED[table]] for table in COLUMNS)])
     schema.migrate(empty_database, **names, notify_trigger=True)
     asyncio.run(schema.async_migrate(empty_database, **names, notify_trigger=True))
     assert (columns(admin), objects(admin)) == (tables, other_objects)
@@ -130,7 +138,7 @@ def test_migrate_applies_the_rendered_sql(admin, empty_database, names):
 def test_concurrent_migrations(admin, empty_database):
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda _: schema.migrate(empty_database, notify_trigger=True), range(8)))
-    assert len(columns(admin)) == 3
+    assert len(columns(admin)) == 4
 
 
 def test_migrations_are_atomic(admin, empty_database):

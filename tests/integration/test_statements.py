@@ -12,7 +12,7 @@ from aibind_postgres._sql import StreamStatements
 from aibind_postgres._tables import CHUNKS_TABLE, CONVERSATIONS_TABLE, STATUS_TABLE, Table
 
 SEED_STATEMENTS = StreamStatements(Table(None, CHUNKS_TABLE), Table(None, STATUS_TABLE))
-STREAM_STATEMENTS = StreamStatements(Table(None, CHUNKS_TABLE), Table(None, STATUS_TABLE), lease=15_000)
+STREAM_STATEMENTS = StreamStatements(Table(None, CHUNKS_TABLE), Table(None, STATUS_TABLE), lease=15_000, archive=True)
 SEED_CONVERSATION_STATEMENTS = ConversationStatements(Table(None, CONVERSATIONS_TABLE))
 CONVERSATION_STATEMENTS = ConversationStatements(Table(None, CONVERSATIONS_TABLE), True, Table(None, STATUS_TABLE))
 
@@ -55,10 +55,18 @@ STREAM_PLANS = {
         ["(id = wanted.id)", "(seq > wanted.after)"],
     ),
     "cleanup": ([10, 10], ["(expires_at <= ", "(id = emptied.id", "(id = ended.id"]),
+    "cleanup_of_partitions": ([10, 1000, "7", "8", 10], ["(expires_at <= ", "(id = emptied.id", "(id = ended.id"]),
     "fail_abandoned": (
         [1000, 1000, "x", "", 10, False],
         ["aibind_stream_status_active_idx", "(seq <= page", "(id = silent.id", "(id = abandoned.id"],
     ),
+    "archive": (
+        [1000, 100],
+        ["aibind_stream_status_archivable_idx", "(seq = s.total_chunks", "(id = locked.id", "(id = t.id", "(id = f.id"],
+    ),
+    "unarchive": (["7"], ["(id = '7'", "(first_seq >= "]),
+    "read_archived": (["7", 3, 2000], ["(id = '7'", "(seq > '3'", "(first_seq >= "]),
+    "read_archived_timed": (["7", 3, 2000], ["(id = '7'", "(seq > '3'", "(first_seq >= "]),
     "take_turn": (["m", 1000, STATUS_TABLE], ["(id = 'm'"]),
 }
 
@@ -106,6 +114,11 @@ def connection(database):
             "SELECT i::text, repeat('data', 100), CASE WHEN i % 10 = 0 THEN i ELSE 9e15 + i END, 'o' || i % 100 "
             "FROM generate_series(1, 5000) i"
         )
+        connection.execute(
+            "INSERT INTO aibind_stream_chunks_archive (id, first_seq, last_seq, texts) "
+            "SELECT i::text, p * 100 + 1000, p * 100 + 1099, '[]' "
+            "FROM generate_series(1, 5000) i, generate_series(1, 5) p"
+        )
         connection.execute("ANALYZE")
         yield connection
 
@@ -151,6 +164,22 @@ def test_page_of_a_long_stream_reads_one_page(connection, name):
     for setting in ("on", "off"):  # both plans that the planner may choose
         connection.execute(f"SET enable_bitmapscan = {setting}")
         [([plan],)] = connection.execute(statement, params).fetchall()
+        assert max(row_counts(plan["Plan"])) == 101
+
+
+def test_archiving_of_a_long_stream_reads_one_batch(connection):
+    connection.execute(
+        "INSERT INTO aibind_stream_status (id, state, total_chunks, expires_at, created_at) "
+        "VALUES ('long', 'done', 20000, 0, '2000-01-01')"
+    )
+    connection.execute(
+        "INSERT INTO aibind_stream_chunks (id, seq, data, created_at) "
+        "SELECT 'long', i, 'token', '2000-01-01' FROM generate_series(1, 20000) i"
+    )
+    statement = f"EXPLAIN (ANALYZE, FORMAT JSON) {STREAM_STATEMENTS.archive}"
+    for setting in ("on", "off"):  # both plans that the planner may choose
+        connection.execute(f"SET enable_bitmapscan = {setting}")
+        [([plan],)] = connection.execute(statement, [10**9, 100]).fetchall()
         assert max(row_counts(plan["Plan"])) == 101
 
 

@@ -28,12 +28,15 @@ import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 
-from aibind_postgres import embedded
+from aibind_postgres import _time_partitions, embedded
 
 EMBEDDED_VERSIONS = ("16", "18")
 
-# With the variable, the fixtures create tables with this number of hash partitions.
-PARTITIONS = int(os.environ["AIBIND_TEST_PARTITIONS"]) if "AIBIND_TEST_PARTITIONS" in os.environ else None
+# With the variable, the fixtures create tables with this number of hash partitions, or with partitions by "time".
+_WANTED = os.environ.get("AIBIND_TEST_PARTITIONS", "")
+PARTITIONS: Any = "time" if _WANTED == "time" else int(_WANTED) if _WANTED else None
+if PARTITIONS == "time":
+    _time_partitions.AHEAD = 1  # saves time: each test has its own tables
 
 
 @contextmanager

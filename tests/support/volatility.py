@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 # Functions that are IMMUTABLE for all types of arguments.
-IMMUTABLE = {"chr", "json_array_length", "max", "octet_length", "sum"}
+IMMUTABLE = {"chr", "json_array_length", "lag", "max", "octet_length", "sum"}
 
 # Words that may precede a parenthesis, but are no functions. greatest and least call comparisons only.
 KEYWORDS = {"and", "any", "array", "as", "case", "coalesce", "conflict", "else", "exists", "from", "greatest", "in"}

@@ -11,7 +11,7 @@ from aibind_postgres._tables import Table
 
 STREAM_TABLES = Table(None, "chunks"), Table(None, "status")
 SEED_STATEMENTS = StreamStatements(*STREAM_TABLES, synchronous_commit="off")
-STREAM_STATEMENTS = StreamStatements(*STREAM_TABLES, synchronous_commit="off", lease=1000)
+STREAM_STATEMENTS = StreamStatements(*STREAM_TABLES, synchronous_commit="off", lease=1000, archive=True)
 SEED_CONVERSATION_STATEMENTS = ConversationStatements(Table(None, "conversations"))
 CONVERSATION_STATEMENTS = ConversationStatements(Table(None, "conversations"), True, Table(None, "status"))
 STATEMENTS = [

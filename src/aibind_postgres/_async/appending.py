@@ -179,9 +179,12 @@ class AsyncAppender:
         stream_id, texts, expected_seq = append
         sent = [] if expected_seq is None else texts
         newest = self._notifier.newest
-        rows = await self._database.query(
-            self._schema.statements.skipped, [stream_id, expected_seq or 1, json_array(sent)]
-        )
+        statement, params = self._schema.statements.skipped, [stream_id, expected_seq or 1, json_array(sent)]
+        rows = await self._database.query(statement, params)
+        # Another process may have archived the stream after the migration of a running store.
+        if rows and rows[0][0] != "active" and rows[0][2] < len(sent) and await self._schema.has_archive():
+            newer = (await self._schema.require_0005("an archived stream")).skipped
+            rows = rows if newer == statement else await self._database.query(newer, params)
         if not rows:
             raise StreamNotFoundError(stream_id)
         [(state, total, stored)] = rows

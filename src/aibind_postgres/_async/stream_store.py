@@ -16,6 +16,7 @@ from .._tables import CHUNKS_TABLE, STATUS_TABLE, parse_distinct
 from .._write_buffer import WriteBuffer
 from ..models import StreamStatus, SynchronousCommit
 from .appending import AsyncAppender
+from .archiving import AsyncArchive
 from .columns import AsyncColumnCatalog
 from .database import AsyncDatabase
 from .deleting import AsyncDeleter
@@ -105,7 +106,7 @@ class AsyncPostgresStreamStore(AsyncStreamLifecycle):
         self._lease = arguments.milliseconds(lease, "lease")
         self._tables = (status, chunks)
         self._database = AsyncDatabase(client, arguments.seconds(retry_for, "retry_for", allow_zero=True), timeout)
-        self._columns = AsyncColumnCatalog(self._database, self._tables)
+        self._columns = AsyncColumnCatalog(self._database, (*self._tables, chunks.archive))
         self._schema = AsyncStreamSchema(self._columns, chunks, status, synchronous_commit, self._lease)
         wrapped_client = self._database.client
         self._subscriptions = Subscriptions(share=not wrapped_client.joins_transactions)
@@ -114,8 +115,9 @@ class AsyncPostgresStreamStore(AsyncStreamLifecycle):
         self._listener = AsyncListener(
             self._database, self._subscriptions, self._notifier, self._schema, self._leases, poll_seconds
         )
-        self._pages = AsyncPageReader(self._database, self._schema.statements)
-        self._deleter = AsyncDeleter(self._database, self._schema.statements)
+        self._archive = AsyncArchive(self._database, self._schema)
+        self._pages = AsyncPageReader(self._database, self._schema, self._archive)
+        self._deleter = AsyncDeleter(self._database, self._schema)
         self._appender = AsyncAppender(self._database, self._schema, self._ttl, self._notifier)
         self._close_hooks: set[Callable[[AsyncPostgresStreamStore], Any]] = set()
 

@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from enum import Enum
 from importlib.metadata import version
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -58,13 +58,24 @@ NotifyTrigger = Annotated[
         "package.",
     ),
 ]
+
+
+def _parse_partitions(value: str) -> int | Literal["time"]:
+    if value == "time":
+        return "time"
+    if not value.isdecimal():
+        raise typer.BadParameter(f"{value!r} is neither a number nor 'time'")
+    return int(value)
+
+
 Partitions = Annotated[
-    int | None,
+    Any,
     typer.Option(
         "--partitions",
-        metavar="N",
-        help=f"Number of partitions by hash, from 1 to {MAX_PARTITIONS}, of new tables of chunks and of stream states. "
-        "Default: none. Existing tables keep theirs.",
+        metavar="N|time",
+        parser=_parse_partitions,
+        help=f"Number of partitions by hash, from 1 to {MAX_PARTITIONS}, of new tables of chunks and of stream states; "
+        "or 'time' for partitions by the day of the id. Default: none. Existing tables keep theirs.",
         show_default=False,
     ),
 ]
