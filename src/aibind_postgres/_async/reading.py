@@ -20,7 +20,9 @@ from .database import RetryableError
 
 if TYPE_CHECKING:
     from .._statement_runner import Row
+    from .columns import AsyncQuery
     from .database import AsyncAttempt, AsyncDatabase
+    from .replica import AsyncReplica
 
 Item = TypeVar("Item")
 
@@ -47,10 +49,17 @@ PageCheck: TypeAlias = Callable[[Page | None], bool]
 
 
 class AsyncPageReader:
-    """Reads chunks of the streams of one store."""
+    """Reads chunks of the streams of one store.
 
-    def __init__(self, database: AsyncDatabase, statements: StreamStatements) -> None:
+    Args:
+        database: The database of the store.
+        statements: The statements of the store.
+        replica: The replica of the store, or None.
+    """
+
+    def __init__(self, database: AsyncDatabase, statements: StreamStatements, replica: AsyncReplica | None) -> None:
         self._database = database
+        self._query_stored: AsyncQuery = (replica or database).query
         self._sql = statements
         self._combiner = AsyncCombiner(
             self._run_alone, self._run_batch, max_items=BATCH_STREAMS, max_size=BATCH_STREAMS
@@ -147,7 +156,7 @@ class AsyncPageReader:
         return page
 
     async def _read_page(self, statement: str, stream_id: str, after: int, limit: int) -> Page | None:
-        page = await self._read(statement, stream_id, after, limit)
+        page = await self._read(statement, stream_id, after, limit, self._query_stored)
         if page is None or page.rows or page.is_last:
             return page
         return await self._skip_gap(stream_id, page)
@@ -176,10 +185,12 @@ class AsyncPageReader:
         [(next_seq,)] = await self._database.query(self._sql.next, [stream_id, page.end])
         return page._replace(end=page.total if next_seq is None else int(next_seq) - 1)
 
-    async def _read(self, statement: str, stream_id: str, after: int, limit: int) -> Page | None:
+    async def _read(
+        self, statement: str, stream_id: str, after: int, limit: int, query: AsyncQuery | None = None
+    ) -> Page | None:
         """Read a page, with a smaller limit if its first chunk is too large for this one."""
         while True:
-            rows = await self._database.query(statement, [stream_id, after, limit])
+            rows = await (query or self._database.query)(statement, [stream_id, after, limit])
             page = Page.parse(sorted(rows, key=itemgetter(0)), after, limit)
             if page is None or page.end > after:
                 return page
