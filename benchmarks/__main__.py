@@ -30,6 +30,7 @@ from .over_http import first_token, http_readers
 from .peers import pgbench_program, redis_server
 from .readers import fan_out, idle
 from .reading import first_chunk, memory, replay
+from .replicas import replicas
 from .report import as_json, draw, environment, table
 from .tail import tail
 from .writing import batches, import_benchmark, one_producer, ten_million
@@ -45,6 +46,7 @@ BENCHMARKS = {
     "replay": replay,
     "first-chunk": first_chunk,
     "memory": memory,
+    "replicas": replicas,
     "idle-readers": idle,
     "fan-out": fan_out,
     "32-stores": separate_stores,

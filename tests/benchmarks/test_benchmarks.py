@@ -29,6 +29,8 @@ WORKS = [
     "replay",
     "first chunk",
     "memory",
+    "with a replica",
+    "hot standby",
     "idle readers",
     "readers of one stream",
     "frame a chunk",
