@@ -351,6 +351,19 @@ async def test_unrelated_server_is_left_alone_after_some_pages(store, copies, ca
     assert "is not a replica of the primary" in warning
 
 
+async def test_lag_that_comes_and_goes_causes_one_warning(store, copies, caplog, long_pauses):
+    caplog.set_level(logging.INFO, "aibind_postgres")
+    for number in range(1, 3):
+        id = await finished(store)
+        for _ in range(11):
+            assert await collect(store.read_from(id)) == TEXTS
+        copies.replicate()
+        end_pause(store)
+        assert await collect(store.read_from(id)) == TEXTS
+        assert caplog.text.count("replica available again") == number
+    assert len(warnings(caplog)) == 1
+
+
 async def test_slow_replica(copies, caplog, monkeypatch):
     monkeypatch.setattr(replica_module, "ANSWER_TIMEOUT", 0.3)
     async with (

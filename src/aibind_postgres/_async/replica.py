@@ -66,6 +66,7 @@ class AsyncReplica:
             statements.read_timed: statements.read_replica_timed,
         }
         self._outages = Outages()
+        self._warned_of_lag = False
 
     async def query(self, statement: str, params: Sequence[Any]) -> Sequence[Row]:
         """Return the rows of a statement that reads a page, from the replica if it has the page.
@@ -112,7 +113,9 @@ class AsyncReplica:
             self._warn(record(started, monotonic()), reason)
             return None
         if found is None:
-            self._warn(self._outages.refused(started, monotonic()), USELESS)
+            begins = self._outages.refused(started, monotonic())
+            self._warn(begins and not self._warned_of_lag, USELESS)  # a lag may come and go
+            self._warned_of_lag = self._warned_of_lag or begins
         elif self._outages.succeeded(started):
             logger.info("replica available again")
         return found
