@@ -101,6 +101,11 @@ class Identity(NamedTuple):
         return not self.is_active and self == other
 
 
+def has_stream(origin: Identity, rows: Sequence[Row]) -> bool:
+    """Return True if the rows of a replica are of the stream that the primary has."""
+    return origin.is_known and bool(rows) and rows[0][0] <= 0 and origin.is_same(Identity.parse(rows[0]))
+
+
 def page_of_replica(origin: Identity, rows: Sequence[Row], after: int, limit: int) -> list[Row] | None:
     """Return the rows of a page as READ returns them on the primary, or None if the replica does not have the page.
 
@@ -110,7 +115,7 @@ def page_of_replica(origin: Identity, rows: Sequence[Row], after: int, limit: in
         after: The sequence number after which the page begins.
         limit: The number of sequence numbers of the page.
     """
-    if not origin.is_known or not rows or rows[0][0] > 0 or not origin.is_same(Identity.parse(rows[0])):
+    if not has_stream(origin, rows):
         return None
     if [row[0] for row in rows[1:]] != list(range(after + 1, min(after + limit, origin.total) + 1)):
         return None

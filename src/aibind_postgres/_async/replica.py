@@ -12,7 +12,7 @@ import psycopg
 from psycopg_pool import AsyncConnectionPool
 
 from .._conninfo import with_defaults
-from .._replica import CREATED_AT, Identity, Outages, page_of_replica
+from .._replica import CREATED_AT, Identity, Outages, has_stream, page_of_replica
 from .._sqlstate import server_reason, sqlstate
 from .psycopg_clients import as_client
 
@@ -101,8 +101,9 @@ class AsyncReplica:
         if not self._outages.may_ask(started):
             return None
         try:
-            rows = await self.client.query(self._statements[statement], params)
-            found = page_of_replica(origin, sorted(rows, key=itemgetter(0)), after, limit)
+            rows = sorted(await self.client.query(self._statements[statement], params), key=itemgetter(0))
+            found = page_of_replica(origin, rows, after, limit)
+            is_copy = has_stream(origin, rows)
         except Exception as error:
             if self._database.closing.is_set():
                 return None
@@ -112,7 +113,7 @@ class AsyncReplica:
             record = self._outages.refused if code.startswith("40") else self._outages.failed
             self._warn(record(started, monotonic()), reason)
             return None
-        if found is None:
+        if not is_copy:
             begins = self._outages.refused(started, monotonic())
             self._warn(begins and not self._warned_of_lag, USELESS)  # a lag may come and go
             self._warned_of_lag = self._warned_of_lag or begins
