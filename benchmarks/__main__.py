@@ -32,6 +32,7 @@ from .over_http import first_token, http_readers
 from .peers import pgbench_program, redis_server
 from .readers import fan_out, idle
 from .reading import first_chunk, memory, replay
+from .replicas import replicas
 from .report import as_json, draw, environment, table
 from .tail import tail
 from .time_partitions import time_partitions
@@ -49,6 +50,7 @@ BENCHMARKS = {
     "archive": archiving,
     "first-chunk": first_chunk,
     "memory": memory,
+    "replicas": replicas,
     "idle-readers": idle,
     "fan-out": fan_out,
     "fleet": fleet,

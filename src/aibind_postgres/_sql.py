@@ -30,6 +30,7 @@ from ._deletion import (
 from ._housekeeping import DUE, LOCK, TAKE_TURN
 from ._leases import DROP_LEASE, END_EXPIRED, EXPIRED, MIN_ANSWER_TTL, RENEW_LEASES, TAKE_LEASE
 from ._pages import BATCH_BYTES, FITS, NEXT, READ, READ_BATCH, READ_TIMED, RUNNING_SIZE, STANDBY_STATUS, STATUS_ROW
+from ._replica import IDENTIFIED_STATUS_ROW, ORIGIN
 from ._stream_list import (
     ACTIVE,
     DETAILS,
@@ -327,6 +328,10 @@ class StreamStatements:
         self.read = fill(READ)
         self.read_batch = fill(READ_BATCH)
         self.read_timed = fill(READ_TIMED)
+        identified = {"status_row": IDENTIFIED_STATUS_ROW.format(chunks=chunks.quoted)}
+        self.origin = fill(ORIGIN, **identified)
+        self.read_replica = fill(READ, **identified)
+        self.read_replica_timed = fill(READ_TIMED, **identified)
         self.next = fill(NEXT)
         self.status = fill(STATUS)
         self.get_info = fill(GET_INFO)

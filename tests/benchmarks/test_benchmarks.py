@@ -32,6 +32,8 @@ WORKS = [
     "append, with migration 0005",
     "first chunk",
     "memory",
+    "with a replica",
+    "hot standby",
     "idle readers",
     "readers of one stream",
     "fleet of",

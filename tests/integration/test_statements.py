@@ -24,6 +24,9 @@ STREAM_PLANS = {
     "skipped": (["7", 3, '["x", "y"]'], ["(id = '7'", "(seq >= '3'"]),
     "read": (["7", 3, 2000], ["(id = '7'", "(seq > '3'"]),
     "read_timed": (["7", 3, 2000], ["(id = '7'", "(seq > '3'"]),
+    "origin": (["7", 3, 2000], ["(id = '7'", "(seq > '3'", "(seq = LEAST("]),
+    "read_replica": (["7", 3, 2000], ["(id = '7'", "(seq > '3'", "(seq = LEAST("]),
+    "read_replica_timed": (["7", 3, 2000], ["(id = '7'", "(seq > '3'", "(seq = LEAST("]),
     "next": (["7", 3], ["(id = '7'", "(seq > '3'"]),
     "status": (["7"], ["(id = '7'"]),
     "get_info": (["7"], ["(id = '7'"]),
@@ -152,7 +155,7 @@ def test_every_statement_has_a_plan_or_a_reason(connection):
     assert SEED_CONVERSATION_PLANS.keys() | {"overwrite"} == vars(SEED_CONVERSATION_STATEMENTS).keys()
 
 
-@pytest.mark.parametrize("name", ["read", "read_timed", "read_batch"])
+@pytest.mark.parametrize("name", ["read", "read_timed", "read_batch", "read_replica"])
 def test_page_of_a_long_stream_reads_one_page(connection, name):
     connection.execute("INSERT INTO aibind_stream_status VALUES ('long', 'active', NULL, 20000, 0)")
     connection.execute(

@@ -104,6 +104,9 @@ async def async_clients(
     AsyncPostgresStreamStore(wrap_sqlalchemy(engine))
     assert_type(wrap_sqlalchemy(engine), AsyncPostgresClient)
     AsyncPostgresStreamStore(Driver())  # type: ignore[arg-type]
+    AsyncPostgresStreamStore(pool, replica="")
+    AsyncPostgresStreamStore("", replica=wrap_sqlalchemy(engine))
+    AsyncPostgresStreamStore("", replica=Driver())  # type: ignore[arg-type]
     await schema.async_migrate(pool, status_table=Identifier("schema", "status"), partitions=None)
     await schema.async_migrate(pool, partitions="time")
     await schema.async_migrate(pool, partitions="day")  # type: ignore[arg-type]

@@ -19,6 +19,7 @@ from .psycopg_clients import as_client
 
 if TYPE_CHECKING:
     from .._statement_runner import Row
+    from .client import AsyncClient
     from .psycopg_clients import AsyncClientLike
 
 Result = TypeVar("Result")
@@ -55,6 +56,11 @@ class AsyncDatabase:
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {self.client!r}, {self.state}>"
+
+    def add_client(self, client: AsyncClient) -> None:
+        """Let `check_owner` also apply to the open connections of another client of the store."""
+        if client.is_connected():
+            self._process = os.getpid()
 
     @property
     def state(self) -> str:

@@ -21,7 +21,9 @@ from .database import RetryableError
 if TYPE_CHECKING:
     from .._statement_runner import Row
     from .archiving import AsyncArchive
+    from .columns import AsyncQuery
     from .database import AsyncAttempt, AsyncDatabase
+    from .replica import AsyncReplica
     from .stream_schema import AsyncStreamSchema
 
 Item = TypeVar("Item")
@@ -49,10 +51,20 @@ PageCheck: TypeAlias = Callable[[Page | None], bool]
 
 
 class AsyncPageReader:
-    """Reads chunks of the streams of one store."""
+    """Reads chunks of the streams of one store.
 
-    def __init__(self, database: AsyncDatabase, schema: AsyncStreamSchema, archive: AsyncArchive) -> None:
+    Args:
+        database: The database of the store.
+        schema: The statements of the store.
+        archive: The archive of the store.
+        replica: The replica of the store, or None.
+    """
+
+    def __init__(
+        self, database: AsyncDatabase, schema: AsyncStreamSchema, archive: AsyncArchive, replica: AsyncReplica | None
+    ) -> None:
         self._database = database
+        self._query_stored: AsyncQuery = (replica or database).query
         self._schema = schema
         self._archive = archive
         self._combiner = AsyncCombiner(
@@ -161,7 +173,7 @@ class AsyncPageReader:
         if archived:
             page = await self._archive.page(stream_id, after, limit, timed=timed)
         else:
-            page = await self._read(stream_id, after, limit, timed=timed)
+            page = await self._read(stream_id, after, limit, timed=timed, query=self._query_stored)
         if page is None or page.rows or page.is_last:
             return page
         return await self._skip_gap(stream_id, page)
@@ -190,10 +202,14 @@ class AsyncPageReader:
         [(next_seq,)] = await self._database.query(self._schema.statements.next, [stream_id, page.end])
         return page._replace(end=page.total if next_seq is None else int(next_seq) - 1)
 
-    async def _read(self, stream_id: str, after: int, limit: int, *, timed: bool = False) -> Page | None:
+    async def _read(
+        self, stream_id: str, after: int, limit: int, *, timed: bool = False, query: AsyncQuery | None = None
+    ) -> Page | None:
         """Read a page. If chunks are missing in it, since they have been archived, read it from the archive."""
         statement = self._schema.statements.read_timed if timed else self._schema.statements.read
-        page = await self._read_chunks(statement, stream_id, after, min(limit, MAX_PAGE_CHUNKS))
+        page = await self._read_chunks(
+            query or self._database.query, statement, stream_id, after, min(limit, MAX_PAGE_CHUNKS)
+        )
         if page is None or not page.lacks_chunks(after) or not await self._schema.has_archive():
             return page
         whole = await self._archive.page(stream_id, after, limit, timed=timed)
@@ -201,10 +217,12 @@ class AsyncPageReader:
             raise StandbyLagError(whole)  # or it is a new stream with this id
         return whole
 
-    async def _read_chunks(self, statement: str, stream_id: str, after: int, limit: int) -> Page | None:
+    async def _read_chunks(
+        self, query: AsyncQuery, statement: str, stream_id: str, after: int, limit: int
+    ) -> Page | None:
         """Read a page from the chunks table, with a smaller limit if its first chunk is too large for this one."""
         while True:
-            rows = await self._database.query(statement, [stream_id, after, limit])
+            rows = await query(statement, [stream_id, after, limit])
             page = Page.parse(sorted(rows, key=itemgetter(0)), after, limit)
             if page is None or page.end > after:
                 return page
