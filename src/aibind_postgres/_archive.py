@@ -318,7 +318,7 @@ def seconds_of(times: str | None, count: int) -> list[float | None]:
     """
     if times is None:
         return [None] * count
-    differences: list[int | None] = json.loads(times)
+    differences = json.loads(times)
     if None not in differences:
         return [time / MICROSECONDS for time in accumulate(differences)]
     found: list[float | None] = []

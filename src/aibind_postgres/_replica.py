@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 MIN_PAUSE, MAX_PAUSE = 1.0, 60.0  # seconds for which an unavailable replica is not asked; the pause doubles each time
 MAX_REFUSED = 10  # pages in a row that cannot be used, after which the replica counts as unavailable
 
-CREATED_AT = "created_at"  # a column of both tables, added by migration 0002
-
 # concat treats NULL as an empty text.
 IDENTIFIED_STATUS_ROW = """-greatest(total_chunks, 0) AS seq,
        concat(extract(epoch FROM created_at), ' ', expires_at, ' ',
@@ -106,21 +104,35 @@ def has_stream(origin: Identity, rows: Sequence[Row]) -> bool:
     return origin.is_known and bool(rows) and rows[0][0] <= 0 and origin.is_same(Identity.parse(rows[0]))
 
 
-def page_of_replica(origin: Identity, rows: Sequence[Row], after: int, limit: int) -> list[Row] | None:
-    """Return the rows of a page as READ returns them on the primary, or None if the replica does not have the page.
+def page_of_replica(
+    origin: Identity, rows: Sequence[Row], after: int, limit: int, *, archived: bool = False
+) -> list[Row] | None:
+    """Return the rows of a page as the primary returns them, or None if the replica does not have the page.
 
     Args:
         origin: The status on the primary.
         rows: The rows of the replica, in the order of the sequence numbers.
         after: The sequence number after which the page begins.
         limit: The number of sequence numbers of the page.
+        archived: Whether the rows are those of READ_ARCHIVED; False by default.
     """
-    if not has_stream(origin, rows):
-        return None
-    if [row[0] for row in rows[1:]] != list(range(after + 1, min(after + limit, origin.total) + 1)):
+    if not has_stream(origin, rows) or not _are_complete(rows[1:], after, min(after + limit, origin.total), archived):
         return None
     added_columns = rows[0][2:]
     return [(*origin.status_row, *added_columns), *rows[1:]]
+
+
+def _are_complete(rows: Sequence[Row], after: int, last: int, archived: bool) -> bool:
+    """Return True if rows are all chunks after number `after` up to number `last`, or up to a text that is left out."""
+    if not archived:
+        return [row[0] for row in rows] == list(range(after + 1, last + 1))
+    for seq, text, last_of_page, *_ in rows:
+        if seq > after + 1:
+            return False
+        if text is None:
+            return True
+        after = max(after, last_of_page or seq)
+    return after >= last
 
 
 class Outages:

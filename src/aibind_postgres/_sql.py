@@ -301,6 +301,7 @@ class StreamStatements:
             ttls = {"ttl_of_1": ttl_of_stream("$1"), "ttl_of_3": ttl_of_stream("$3"), "ttl_of_4": ttl_of_stream("$4")}
             return statement.format_map({**values, **ttls, "expiry": expiry, "renewed_expiry": renewed, **others})
 
+        identified = {"status_row": IDENTIFIED_STATUS_ROW.format(chunks=chunks.quoted)}
         self.create = fill(CREATE, ttl="$2", limit="$3")
         if lease is not None:
             details = {"detail_columns": DETAIL_COLUMNS, "detail_values": DETAIL_VALUES}
@@ -321,6 +322,8 @@ class StreamStatements:
             self.unarchive = fill(UNARCHIVE)
             self.read_archived = fill(READ_ARCHIVED, **NO_TIMES)
             self.read_archived_timed = fill(READ_ARCHIVED, **TIMES)
+            self.read_replica_archived = fill(READ_ARCHIVED, **NO_TIMES, **identified)
+            self.read_replica_archived_timed = fill(READ_ARCHIVED, **TIMES, **identified)
         self.append = fill(APPEND)
         self.append_many = fill(APPEND_MANY)
         self.append_batch = fill(APPEND_BATCH, ttl="$2")
@@ -328,7 +331,6 @@ class StreamStatements:
         self.read = fill(READ)
         self.read_batch = fill(READ_BATCH)
         self.read_timed = fill(READ_TIMED)
-        identified = {"status_row": IDENTIFIED_STATUS_ROW.format(chunks=chunks.quoted)}
         self.origin = fill(ORIGIN, **identified)
         self.read_replica = fill(READ, **identified)
         self.read_replica_timed = fill(READ_TIMED, **identified)
@@ -349,6 +351,14 @@ class StreamStatements:
         self.cleanup_of_partitions = fill(CLEANUP, limit="$5", due=due, scope=OUTSIDE_PARTITIONS)
         self.fail_abandoned = fill(FAIL_ABANDONED)
         self.take_turn = fill(TAKE_TURN)
+
+    def of_replica(self, statement: str) -> str | None:
+        """Return the form for a replica of a statement that reads pages. None if it is not one of these statements."""
+        for name in ("read", "read_timed", "read_archived", "read_archived_timed"):
+            if getattr(self, name, None) == statement:
+                form: str = getattr(self, name.replace("read", "read_replica"))
+                return form
+        return None
 
 
 def rounded_expiry(ttl: str) -> str:

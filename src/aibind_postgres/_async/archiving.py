@@ -11,6 +11,7 @@ from ..models import ArchiveResult
 
 if TYPE_CHECKING:
     from .._pages import Page
+    from .columns import AsyncQuery
     from .database import AsyncDatabase
     from .stream_schema import AsyncStreamSchema
 
@@ -58,15 +59,22 @@ class AsyncArchive:
             is_first = False
             yield chunks
 
-    async def page(self, stream_id: str, after: int, limit: int, *, timed: bool) -> Page | None:
+    async def page(self, query: AsyncQuery, stream_id: str, after: int, limit: int, *, timed: bool) -> Page | None:
         """Return at most `limit` chunks after number `after`, archived or not; None if the stream does not exist.
 
         It ends with a page of the archive, so it may have fewer chunks than `limit` although more follow.
+
+        Args:
+            query: Runs the statement.
+            stream_id: The id of the stream.
+            after: The sequence number.
+            limit: The number of chunks.
+            timed: Whether to read the times of the chunks.
         """
         statements = await self._schema.require_0005("an archived stream")
         statement = statements.read_archived_timed if timed else statements.read_archived
         while True:
-            rows = await self._database.query(statement, [stream_id, after, limit])
+            rows = await query(statement, [stream_id, after, limit])
             page = parse_archived(rows, after, limit)
             if page is None or page.end > after:
                 return page

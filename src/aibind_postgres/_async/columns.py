@@ -65,10 +65,6 @@ class AsyncColumnCatalog:
                     await self._look_up(query or self._database.query)
         return self._known[table]
 
-    async def all_have(self, name: str) -> bool:
-        """Return True if all tables of the store have a column, as of the last look-up."""
-        return all([name in (await self.of(table)).names for table in self._tables])
-
     async def require(self, table: Table, names: Collection[str], feature: str, migration: str) -> Columns:
         """Return the columns of a table. If one is missing, look them up again, since it may have been added.
 

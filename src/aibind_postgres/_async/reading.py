@@ -171,9 +171,9 @@ class AsyncPageReader:
         self, stream_id: str, after: int, limit: int, *, timed: bool = False, archived: bool = False
     ) -> Page | None:
         if archived:
-            page = await self._archive.page(stream_id, after, limit, timed=timed)
+            page = await self._archive.page(self._query_stored, stream_id, after, limit, timed=timed)
         else:
-            page = await self._read(stream_id, after, limit, timed=timed, query=self._query_stored)
+            page = await self._read(self._query_stored, stream_id, after, limit, timed=timed)
         if page is None or page.rows or page.is_last:
             return page
         return await self._skip_gap(stream_id, page)
@@ -203,16 +203,14 @@ class AsyncPageReader:
         return page._replace(end=page.total if next_seq is None else int(next_seq) - 1)
 
     async def _read(
-        self, stream_id: str, after: int, limit: int, *, timed: bool = False, query: AsyncQuery | None = None
+        self, query: AsyncQuery, stream_id: str, after: int, limit: int, *, timed: bool = False
     ) -> Page | None:
         """Read a page. If chunks are missing in it, since they have been archived, read it from the archive."""
         statement = self._schema.statements.read_timed if timed else self._schema.statements.read
-        page = await self._read_chunks(
-            query or self._database.query, statement, stream_id, after, min(limit, MAX_PAGE_CHUNKS)
-        )
+        page = await self._read_chunks(query, statement, stream_id, after, min(limit, MAX_PAGE_CHUNKS))
         if page is None or not page.lacks_chunks(after) or not await self._schema.has_archive():
             return page
-        whole = await self._archive.page(stream_id, after, limit, timed=timed)
+        whole = await self._archive.page(query, stream_id, after, limit, timed=timed)
         if whole is not None and (whole.state == "active" or whole.total < page.total):
             raise StandbyLagError(whole)  # or it is a new stream with this id
         return whole
@@ -230,12 +228,12 @@ class AsyncPageReader:
 
     async def _read_shared(self, read: SharedRead) -> Page | None:
         if self._database.client.joins_transactions:  # its statements must not serve other callers
-            return await self._read(*read)
-        [page] = await self._combiner.call(read) or [await self._read(*read)]
+            return await self._read(self._database.query, *read)
+        [page] = await self._combiner.call(read) or [await self._read(self._database.query, *read)]
         return page
 
     async def _run_alone(self, read: SharedRead) -> Sequence[Page | None]:
-        return [await self._read(*read)]
+        return [await self._read(self._database.query, *read)]
 
     async def _run_batch(self, reads: Sequence[SharedRead]) -> Sequence[Sequence[Page | None]]:
         """Return a list with one page for each read, or an empty list for a read that must run alone.

@@ -12,18 +12,17 @@ import psycopg
 from psycopg_pool import AsyncConnectionPool
 
 from .._conninfo import with_defaults
-from .._replica import CREATED_AT, Identity, Outages, has_stream, page_of_replica
+from .._replica import Identity, Outages, has_stream, page_of_replica
 from .._sqlstate import server_reason, sqlstate
 from .psycopg_clients import as_client
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from .._sql import StreamStatements
     from .._statement_runner import Row
-    from .columns import AsyncColumnCatalog
     from .database import AsyncDatabase
     from .psycopg_clients import AsyncClientLike
+    from .stream_schema import AsyncStreamSchema
 
 logger = logging.getLogger("aibind_postgres")
 
@@ -39,8 +38,7 @@ class AsyncReplica:
     Args:
         client: The client of the replica, as the first argument of a store.
         database: The database of the store.
-        statements: The statements of the store.
-        columns: The columns of the tables of the store.
+        schema: The statements of the store.
         timeout: The time limit of the store for the answer to a statement, in seconds; infinity if there is none.
     """
 
@@ -48,8 +46,7 @@ class AsyncReplica:
         self,
         client: AsyncClientLike,
         database: AsyncDatabase,
-        statements: StreamStatements,
-        columns: AsyncColumnCatalog,
+        schema: AsyncStreamSchema,
         timeout: float,
     ) -> None:
         if isinstance(client, str):
@@ -58,13 +55,7 @@ class AsyncReplica:
         self.client = as_client(client, min(timeout, ANSWER_TIMEOUT) if has_timeout else None)
         database.add_client(self.client)
         self._database = database
-        self._columns = columns
-        self._origin = statements.origin
-        self._read = statements.read
-        self._statements = {
-            statements.read: statements.read_replica,
-            statements.read_timed: statements.read_replica_timed,
-        }
+        self._schema = schema
         self._outages = Outages()
         self._warned_of_lag = False
 
@@ -74,7 +65,7 @@ class AsyncReplica:
         The status is that of the primary before the page was read.
 
         Args:
-            statement: READ or READ_TIMED.
+            statement: READ, READ_TIMED, or READ_ARCHIVED with times or without.
             params: The id of the stream, the sequence number before the page, and the number of sequence numbers.
 
         Raises:
@@ -82,27 +73,33 @@ class AsyncReplica:
         """
         _, after, limit = params
         # The times of migration 0002 identify a stream.
-        if not self._outages.is_over(monotonic()) or not await self._columns.all_have(CREATED_AT):
+        if not self._outages.is_over(monotonic()) or not await self._schema.has_times():
             return await self._database.query(statement, params)
-        rows = sorted(await self._database.query(self._origin, params), key=itemgetter(0))
+        statements = self._schema.statements
+        rows = sorted(await self._database.query(statements.origin, params), key=itemgetter(0))
         if not rows or rows[0][0] > 0:
             return []
         origin = Identity.parse(rows[0])
-        if origin.is_complete(after, limit):
+        archived = statement not in (statements.read, statements.read_timed)
+        if origin.is_complete(after, limit) and not archived:
             page = [(*origin.status_row, None), *rows[1:]]
-            return page if statement != self._read else [row[:2] for row in page]
+            return page if statement != statements.read else [row[:2] for row in page]
         del rows
-        found = await self._query_replica(statement, params, origin) if origin.is_known else None
+        own = statements.of_replica(statement) if origin.is_known else None
+        found = None if own is None else await self._query_replica(own, params, origin, archived)
         return await self._database.query(statement, params) if found is None else found
 
-    async def _query_replica(self, statement: str, params: Sequence[Any], origin: Identity) -> Sequence[Row] | None:
+    async def _query_replica(
+        self, statement: str, params: Sequence[Any], origin: Identity, archived: bool
+    ) -> Sequence[Row] | None:
         _, after, limit = params
         started = monotonic()
         if not self._outages.may_ask(started):
             return None
         try:
-            rows = sorted(await self.client.query(self._statements[statement], params), key=itemgetter(0))
-            found = page_of_replica(origin, rows, after, limit)
+            rows = await self.client.query(statement, params)
+            rows = sorted(rows, key=itemgetter(0))
+            found = page_of_replica(origin, rows, after, limit, archived=archived)
             is_copy = has_stream(origin, rows)
         except Exception as error:
             if self._database.closing.is_set():

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from ..models import SynchronousCommit
     from .columns import AsyncColumnCatalog, AsyncQuery
 
+ADDED_BY_0002 = "created_at"  # a column of the chunks table, which gets its default last
 ADDED_BY_0004 = "lease_until"  # a column of the status table
 ADDED_BY_0005 = "texts"  # a column of the archive table, which is created last
 
@@ -31,6 +32,7 @@ class AsyncStreamSchema:
         lease: int,
     ) -> None:
         self._columns = columns
+        self._chunks = chunks
         self._status = status
         self._archive = chunks.archive
         self._with_0004 = StreamStatements(chunks, status, synchronous_commit, lease=lease)
@@ -56,6 +58,10 @@ class AsyncStreamSchema:
             await self._use_newest(query)
         self.is_known = True
         return self.statements
+
+    async def has_times(self) -> bool:
+        """Return True if migration 0002 is present, as of the last look-up."""
+        return ADDED_BY_0002 in (await self._columns.of(self._chunks)).names
 
     async def require_0004(self, feature: str) -> StreamStatements:
         """Return the statements of migration 0004. It may have been applied since the last look-up.

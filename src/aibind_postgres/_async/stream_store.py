@@ -126,8 +126,7 @@ class AsyncPostgresStreamStore(AsyncStreamLifecycle):
         )
         self._archive = AsyncArchive(self._database, self._schema)
         limit = math.inf if timeout is None else arguments.seconds(timeout, "timeout")
-        reads = self._database, self._schema.statements, self._columns
-        self._replica = None if replica is None else AsyncReplica(replica, *reads, limit)
+        self._replica = None if replica is None else AsyncReplica(replica, self._database, self._schema, limit)
         self._pages = AsyncPageReader(self._database, self._schema, self._archive, self._replica)
         self._deleter = AsyncDeleter(self._database, self._schema)
         self._appender = AsyncAppender(self._database, self._schema, self._ttl, self._notifier)
