@@ -70,6 +70,8 @@ STREAM_PLANS = {
     "unarchive": (["7"], ["(id = '7'", "(first_seq >= "]),
     "read_archived": (["7", 3, 2000], ["(id = '7'", "(seq > '3'", "(first_seq >= "]),
     "read_archived_timed": (["7", 3, 2000], ["(id = '7'", "(seq > '3'", "(first_seq >= "]),
+    "read_replica_archived": (["7", 3, 2000], ["(id = '7'", "(seq > '3'", "(first_seq >= ", "(seq = LEAST("]),
+    "read_replica_archived_timed": (["7", 3, 2000], ["(id = '7'", "(seq > '3'", "(first_seq >= ", "(seq = LEAST("]),
     "take_turn": (["m", 1000, STATUS_TABLE], ["(id = 'm'"]),
 }
 
