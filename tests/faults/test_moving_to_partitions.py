@@ -51,6 +51,7 @@ class Load:
         self._is_over = threading.Event()
         self._threads: list[threading.Thread] = []
         self._errors: list[BaseException] = []
+        self.deleted: list[str] = []
         self.acknowledged: dict[str, list[str]] = {}  # the texts of the streams that exist
         self.read = 0  # chunks
         self.appends: list[tuple[float, float]] = []  # when each began, and its seconds
@@ -133,8 +134,11 @@ class Load:
             self.read += 1
 
     def _clean(self, store: PostgresStreamStore) -> None:
-        """Delete expired streams."""
+        """Delete expired streams, and another one."""
         store.cleanup()
+        id = f"old {5 * len(self.deleted) + 1}"
+        if store.delete(id):
+            self.deleted.append(id)
         time.sleep(0.05)
 
 
@@ -189,4 +193,6 @@ def test_move_under_load(tmp_path: Path, long: bool) -> None:
                 found = admin.execute("SELECT seq, data FROM aibind_stream_chunks WHERE id = %s ORDER BY seq", [id])
                 assert found.fetchall() == [*enumerate(texts, 1)], id
             assert admin.execute(WRONG_STREAMS).fetchall() == []
+            remaining = admin.execute("SELECT id FROM aibind_stream_status WHERE id = ANY(%s)", [load.deleted])
+            assert remaining.fetchall() == []
             assert admin.execute(ORPHANS).fetchone() == (0,)
