@@ -21,6 +21,13 @@ nox.options.error_on_missing_interpreters = False
 nox.options.reuse_existing_virtualenvs = True
 
 
+def skip_without_server(session: nox.Session, postgres: str) -> None:
+    """Skip a session if this version of PostgreSQL is not installed."""
+    program = SYSTEM_SERVERS.get(postgres)
+    if program is not None and not program.exists():
+        session.skip(f"PostgreSQL {postgres} is not installed: {program} is missing")
+
+
 @nox.session
 def sync(session: nox.Session) -> None:
     """Generate the synchronous flavour. `nox -s sync -- --check` only compares."""
@@ -48,9 +55,7 @@ def types(session: nox.Session) -> None:
 @nox.parametrize("postgres", POSTGRES)
 def tests(session: nox.Session, postgres: str) -> None:
     """Run the tests with one version of Python and PostgreSQL."""
-    program = SYSTEM_SERVERS.get(postgres)
-    if program is not None and not program.exists():
-        session.skip(f"PostgreSQL {postgres} is not installed: {program} is missing")
+    skip_without_server(session, postgres)
     session.install(".[dev]")
     session.run("pytest", *session.posargs, env={"AIBIND_TEST_POSTGRES": postgres, "AIBIND_TEST_DSN": None})
 
@@ -59,9 +64,7 @@ def tests(session: nox.Session, postgres: str) -> None:
 @nox.parametrize("postgres", ["15", "18"])
 def time_partitions(session: nox.Session, postgres: str) -> None:
     """Run the tests of both flavours on tables with partitions by time."""
-    program = SYSTEM_SERVERS.get(postgres)
-    if program is not None and not program.exists():
-        session.skip(f"PostgreSQL {postgres} is not installed: {program} is missing")
+    skip_without_server(session, postgres)
     session.install(".[dev]")
     env = {"AIBIND_TEST_PARTITIONS": "time", "AIBIND_TEST_POSTGRES": postgres, "AIBIND_TEST_DSN": None}
     session.run("pytest", "tests/_async", "tests/_sync", *session.posargs, env=env)
@@ -74,6 +77,17 @@ def time_partitions_short(session: nox.Session) -> None:
     names = ("stream_store", "deletion", "live_reading", "housekeeping", "archiving", "leases")
     files = [f"tests/{flavour}/test_{name}.py" for flavour in ("_async", "_sync") for name in names]
     session.run("pytest", *files, *session.posargs, env={"AIBIND_TEST_PARTITIONS": "time", "AIBIND_TEST_DSN": None})
+
+
+@nox.session
+@nox.parametrize("postgres", ["15", "18"])
+def partitions(session: nox.Session, postgres: str) -> None:
+    """Run the tests of the stores, clients and handlers on tables with eight partitions by hash."""
+    skip_without_server(session, postgres)
+    session.install(".[dev]")
+    folders = ["tests/_async", "tests/_sync", "tests/integration", "tests/contrib"]
+    env = {"AIBIND_TEST_POSTGRES": postgres, "AIBIND_TEST_DSN": None, "AIBIND_TEST_PARTITIONS": "8"}
+    session.run("pytest", *folders, *session.posargs, env=env)
 
 
 @nox.session(python=PYTHONS[0])

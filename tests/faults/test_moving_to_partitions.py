@@ -51,12 +51,14 @@ class Load:
         self._is_over = threading.Event()
         self._threads: list[threading.Thread] = []
         self._errors: list[BaseException] = []
+        self.deleted: list[str] = []
         self.acknowledged: dict[str, list[str]] = {}  # the texts of the streams that exist
         self.read = 0  # chunks
         self.appends: list[tuple[float, float]] = []  # when each began, and its seconds
 
     def start(self) -> None:
-        for part in (*[self._write] * 6, *[self._read] * 3, self._write_again, self._write_as_typescript, self._clean):
+        writers = [*[self._write] * 6, *[self._write_again] * 4, self._write_as_typescript]
+        for part in (*writers, *[self._read] * 3, self._clean):
             self._threads.append(threading.Thread(target=self._run, args=(part,), daemon=True))
             self._threads[-1].start()
 
@@ -80,12 +82,12 @@ class Load:
         self._fill(store, store.create(), 80, "")
 
     def _write_again(self, store: PostgresStreamStore) -> None:
-        """Write a stream, delete it before or after its end, and write a shorter one with its id."""
+        """Write a stream, delete it, and write a shorter one with its id."""
         id = store.create(f"again {uuid.uuid4()}")
         self._fill(store, id, 9, "old ")
         del self.acknowledged[id]
         assert store.delete(id)
-        time.sleep(0.2)
+        time.sleep(0.02)
         store.create(id)
         self._fill(store, id, 7, "new ")
 
@@ -132,8 +134,11 @@ class Load:
             self.read += 1
 
     def _clean(self, store: PostgresStreamStore) -> None:
-        """Delete expired streams."""
+        """Delete expired streams, and another one."""
         store.cleanup()
+        id = f"old {5 * len(self.deleted) + 1}"
+        if store.delete(id):
+            self.deleted.append(id)
         time.sleep(0.05)
 
 
@@ -188,4 +193,6 @@ def test_move_under_load(tmp_path: Path, long: bool) -> None:
                 found = admin.execute("SELECT seq, data FROM aibind_stream_chunks WHERE id = %s ORDER BY seq", [id])
                 assert found.fetchall() == [*enumerate(texts, 1)], id
             assert admin.execute(WRONG_STREAMS).fetchall() == []
+            remaining = admin.execute("SELECT id FROM aibind_stream_status WHERE id = ANY(%s)", [load.deleted])
+            assert remaining.fetchall() == []
             assert admin.execute(ORPHANS).fetchone() == (0,)
