@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from aibind_postgres import embedded
 
+from .archiving import archiving
 from .bench import FULL, QUICK, SMOKE, Bench
 from .chats import chats
 from .concurrent_appends import TARGETS, five_hundred_tasks, separate_stores, threads
@@ -44,6 +45,7 @@ BENCHMARKS = {
     "chats": chats,
     "tail": tail,
     "replay": replay,
+    "archive": archiving,
     "first-chunk": first_chunk,
     "memory": memory,
     "idle-readers": idle,

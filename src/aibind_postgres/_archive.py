@@ -7,12 +7,12 @@ the chunks table. Each statement moves chunks or reads both tables, so every sna
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
-from itertools import accumulate
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate, chain
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple, overload
 
-from ._pages import PAGE_BYTES, Page
+from ._pages import LIMIT_DIVISOR, PAGE_BYTES, Page, fitting_limit
 from ._stream_list import IN_RANGE
 
 PAGE_CHUNKS, MAX_PAGE_TEXT = 1000, 100_000  # of one page at most; bytes, not counting its last chunk
@@ -21,6 +21,7 @@ BATCH_CHUNKS = 10_000  # moved by one statement, by default
 MOVED_BYTES = 8_000_000  # the largest size of the chunks that one statement moves; at least one chunk
 BATCH_STREAMS = 100  # locked by one statement at most
 RESTORED_PAGES = 10  # moved back by one statement
+READER_CHUNKS = 10_000  # read by one statement at most; they are expanded page by page
 
 MICROSECONDS = 1_000_000  # in a second; an int, since float times may be rounded twice
 
@@ -223,40 +224,92 @@ def archive_values(archive: str | None, few: str) -> dict[str, str]:
     return {"archive": archive, **values}
 
 
+class _Part(NamedTuple):
+    """Consecutive chunks of a page of the archive, or one chunk of the chunks table.
+
+    Attributes:
+        numbers: The sequence numbers.
+        first: The first sequence number of the page. None for a chunk of the chunks table.
+        text: The JSON array of the page, or the text of the chunk.
+        times: With times: the JSON array of the page or None, and the time of the chunk or None.
+    """
+
+    numbers: range
+    first: int | None
+    text: str
+    times: Sequence[Any]
+
+    def rows(self) -> Iterable[tuple[Any, ...]]:
+        if self.first is None:
+            return [(self.numbers.start, self.text, *self.times[1:])]
+        chosen = slice(self.numbers.start - self.first, self.numbers.stop - self.first)
+        texts = json.loads(self.text)
+        if not self.times:
+            return zip(self.numbers, texts[chosen], strict=True)
+        return zip(self.numbers, texts[chosen], seconds_of(self.times[0], len(texts))[chosen], strict=True)
+
+
+class ArchivedRows(Sequence[tuple[Any, ...]]):
+    """The rows of a page of a reader. Iterating expands one page of the archive at a time, so that memory is small."""
+
+    def __init__(self, parts: Sequence[_Part]) -> None:
+        self._parts = parts
+
+    def __len__(self) -> int:
+        return sum(len(part.numbers) for part in self._parts)
+
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+        return chain.from_iterable(part.rows() for part in self._parts)
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[Any, ...]: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[tuple[Any, ...]]: ...
+    def __getitem__(self, index: int | slice) -> Any:
+        return list(self._parts[-1].rows() if index == -1 else self)[index]
+
+
 def parse_archived(rows: Sequence[tuple[Any, ...]], after: int, limit: int) -> Page | None:
     """Parse the rows of a statement that reads pages and chunks, or return None if the stream does not exist.
 
     The columns are the sequence number, the text, and the last sequence number of a page or NULL; with times also the
     times of a page, and the time of a chunk. The texts of a page are NULL if the page is too large or ends after the
-    range. The page of the reader then ends before it.
+    range; the text of a chunk is NULL if it is too large. The page of the reader then ends before it.
 
     Args:
         rows: The rows, in any order.
         after: The sequence number after which the statement reads.
         limit: The number of sequence numbers that the statement reads.
     """
-    expanded: list[tuple[Any, ...]] = []
-    is_archived = False
-    for seq, text, last, *times in sorted(rows, key=itemgetter(0)):
-        if last is None:
-            expanded.append((seq, text, *times[1:]))
-            continue
-        is_archived = True
-        if text is None:
-            limit = seq - 1 - after
+    status, *found = sorted(rows, key=itemgetter(0)) or [()]
+    page = Page.parse([status[:2]] if status else [], after, limit)
+    if page is None:
+        return None
+    parts: list[_Part] = []
+    characters = chunks = 0
+    end, next_limit = after + limit, None
+    for seq, text, last, *times in found:
+        if text is None and last is None:
+            end, next_limit = parts[-1].numbers[-1] if parts else after, max(1, limit // LIMIT_DIVISOR)
             break
-        first = max(seq, after + 1)
-        texts = json.loads(text)[first - seq : after + limit + 1 - seq]
-        numbers = range(first, first + len(texts))
-        if times:
-            expanded += zip(numbers, texts, seconds_of(times[0], last - seq + 1)[first - seq :], strict=False)
+        if text is None:
+            end = seq - 1
+            break
+        if last is None:
+            parts.append(_Part(range(seq, seq + 1), None, text, times))
         else:
-            expanded += zip(numbers, texts, strict=True)
-    page = Page.parse(expanded, after, limit)
-    return page if page is None else page._replace(is_archived=is_archived)
+            parts.append(_Part(range(max(seq, after + 1), min(last, after + limit) + 1), seq, text, times))
+        characters += len(text)
+        chunks += (last or seq) - seq + 1
+    return page._replace(
+        rows=ArchivedRows(parts),
+        end=end,
+        next_limit=next_limit or fitting_limit(characters, chunks, READER_CHUNKS),
+        is_archived=any(part.first is not None for part in parts),
+    )
 
 
-def seconds_of(times: str | None, count: int) -> Iterable[float | None]:
+def seconds_of(times: str | None, count: int) -> list[float | None]:
     """Return the times of the chunks of a page, in seconds since the epoch; None for an unknown time.
 
     Args:
@@ -265,7 +318,7 @@ def seconds_of(times: str | None, count: int) -> Iterable[float | None]:
     """
     if times is None:
         return [None] * count
-    differences: list[int | None] = json.loads(times)
+    differences = json.loads(times)
     if None not in differences:
         return [time / MICROSECONDS for time in accumulate(differences)]
     found: list[float | None] = []

@@ -170,6 +170,6 @@ def is_missing(page: Page | None) -> bool:
     return page is None
 
 
-def fitting_limit(characters: int, chunks: int) -> int:
+def fitting_limit(characters: int, chunks: int, maximum: int = MAX_PAGE_CHUNKS) -> int:
     """Return the limit of a page of chunks that are as large as these on average."""
-    return max(1, min(MAX_PAGE_CHUNKS, PAGE_CHARACTERS * chunks // characters)) if characters else MAX_PAGE_CHUNKS
+    return max(1, min(maximum, PAGE_CHARACTERS * chunks // characters)) if characters else maximum

@@ -228,7 +228,7 @@ async def test_shared_reads(store):
     kept = await finished(store, ["b"] * 10)
     reads = [partial(store._pages.shared_page, SharedRead(id, 3, 5)) for id in (archived, kept) * 4]
     for page, text in zip(await async_gather(*reads), ("a", "b") * 4, strict=True):
-        assert page.rows == [(seq, text) for seq in range(4, 9)]
+        assert list(page.rows) == [(seq, text) for seq in range(4, 9)]
 
 
 async def test_complete_page_of_an_ended_stream_needs_one_statement(client, tables, store):
@@ -244,8 +244,8 @@ async def test_archived_stream_is_read_in_few_statements(client, tables, store):
     await store.archive(0)
     async with AsyncPostgresStreamStore(client, **tables) as reader:
         await collect(reader.read_from(id, follow=False))
-    # The chunks, the columns of the tables, and pages: 50 chunks, the rest of 2,000, and 2,000 at once.
-    assert len(client.statements) == 2 + 1 + 1 + 4
+    # The chunks, the columns of the tables, 50 archived chunks, and the rest of them.
+    assert len(client.statements) == 4
 
 
 async def test_age_is_that_of_the_last_chunk(store, run):

@@ -28,7 +28,8 @@ def test_missing_stream():
 def test_pages_and_chunks_in_order():
     rows = [(7, "t7", None), page_row(4, 6), DONE, page_row(8, 10), page_row(1, 3)]
     page = parse_archived(rows, 0, 10)
-    assert page.rows == [(seq, f"t{seq}") for seq in range(1, 11)]
+    assert list(page.rows) == [(seq, f"t{seq}") for seq in range(1, 11)]
+    assert (len(page.rows), page.rows[-1], page.rows[3:5]) == (10, (10, "t10"), [(4, "t4"), (5, "t5")])
     assert (page.end, page.is_last, page.is_archived) == (10, True, True)
 
 
@@ -50,13 +51,14 @@ def test_large_chunk_ends_the_page():
     rows = [DONE, page_row(1, 2), (3, None, None), page_row(4, 6)]
     page = parse_archived(rows, 0, 160)
     assert (seqs(page), page.end, page.next_limit) == ([1, 2], 2, 10)
-    page = parse_archived(rows, 2, 160)
+    page = parse_archived([DONE, *rows[2:]], 2, 160)
     assert (seqs(page), page.end, page.next_limit) == ([], 2, 10)
+    assert not page.rows
 
 
 def test_chunks_alone_are_not_archived():
     page = parse_archived([(-2, "error\nwhy", None), (1, "a", None), (2, "b", None)], 0, 10)
-    assert page.rows == [(1, "a"), (2, "b")]
+    assert list(page.rows) == [(1, "a"), (2, "b")]
     assert (page.state, page.error, page.is_archived) == ("error", "why", False)
 
 
@@ -68,7 +70,7 @@ def test_times():
         page_row(6, 7, None, None),
     ]
     page = parse_archived(rows, 1, 9)
-    assert page.rows == [
+    assert list(page.rows) == [
         (2, "t2", 1.75),
         (3, "t3", None),
         (4, "t4", 3.0),

@@ -10,7 +10,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 from .. import _arguments as arguments
-from .._pages import FIRST_PAGE_CHUNKS, Page, as_chunks, as_events, as_timed_chunks, is_missing
+from .._pages import FIRST_PAGE_CHUNKS, MAX_PAGE_CHUNKS, Page, as_chunks, as_events, as_timed_chunks, is_missing
 from .._sql import json_text
 from .._sqlstate import wrote_nothing
 from ..errors import StreamNotFoundError
@@ -193,7 +193,7 @@ class AsyncPageReader:
     async def _read(self, stream_id: str, after: int, limit: int, *, timed: bool = False) -> Page | None:
         """Read a page. If chunks are missing in it, since they have been archived, read it from the archive."""
         statement = self._schema.statements.read_timed if timed else self._schema.statements.read
-        page = await self._read_chunks(statement, stream_id, after, limit)
+        page = await self._read_chunks(statement, stream_id, after, min(limit, MAX_PAGE_CHUNKS))
         if page is None or not page.lacks_chunks(after) or not await self._schema.has_archive():
             return page
         whole = await self._archive.page(stream_id, after, limit, timed=timed)
