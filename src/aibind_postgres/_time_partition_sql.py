@@ -47,13 +47,15 @@ _AND_IS_SMALL = """
               FROM (SELECT FROM kept, LATERAL ({rows} LIMIT {limit} + 1) AS a LIMIT {limit} + 1) AS b) <= {limit}"""
 
 # With another isolation level, the snapshot is older than the locks, and rows would be lost. Row security must not hide
-# rows either: an error is better.
+# rows either: an error is better. Statistics from the time in which all streams were active, or the compilation of a
+# short statement, must not extend the time of the lock.
 _BEGIN = """\
   IF current_setting('transaction_isolation') <> 'read committed' THEN
     RAISE EXCEPTION USING ERRCODE = 'feature_not_supported', MESSAGE =
       'partitions by time need the isolation level read committed: set default_transaction_isolation of this role';
   END IF;
-  PERFORM set_config('row_security', 'off', true), set_config('lock_timeout', '{first}', true);
+  PERFORM set_config('row_security', 'off', true), set_config('lock_timeout', '{first}', true),
+          set_config('enable_seqscan', 'off', true), set_config('jit', 'off', true);
   IF NOT pg_try_advisory_xact_lock(
     hashtext('aibind_postgres.time_partitions'), {status}::regclass::oid::integer
   ) THEN

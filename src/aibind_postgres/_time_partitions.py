@@ -24,8 +24,6 @@ from typing import Any, NamedTuple
 
 from ._tables import Table, literal
 
-TIME = "time"  # the value of `partitions` for partitions by time
-
 # The times that ids are expected to begin with. Of random UUIDs, 1 of 450 falls into this range.
 FIRST_DAY, END_DAY = date(2026, 1, 1), date(2046, 1, 1)
 
@@ -50,18 +48,17 @@ MAX_SCANNED = 8 << 20  # bytes
 FIRST_LOCK_TIMEOUT, LOCK_TIMEOUT = "20ms", "5ms"
 ATTEMPTS = 5  # in each turn of housekeeping
 
-
 # The partitions of the tables in the JSON array $1, if they are partitioned by time.
 PARTITIONS = """
 SELECT wanted.name, (extract(epoch FROM statement_timestamp()) * 1000)::bigint AS now,
        pg_has_role(relowner, 'USAGE') AND has_schema_privilege(relnamespace, 'CREATE') AS may_change,
-       pg_relation_size(to_regclass(wanted.undated)) AS default_bytes,
+       pg_relation_size(to_regclass(wanted.scanned)) AS default_bytes,
        (SELECT json_agg(leaf.relname) FROM pg_inherits JOIN pg_class AS leaf ON leaf.oid = inhrelid
          WHERE inhparent = parent.oid)::text AS partitions,
        (SELECT json_agg(quote_ident(attname) ORDER BY attnum) FROM pg_attribute
          WHERE attrelid = parent.oid AND attnum > 0 AND NOT attisdropped AND attgenerated = '')::text AS columns
-  FROM json_to_recordset($1::text::json) AS wanted (name text, undated text), pg_class AS parent
- WHERE parent.oid = to_regclass(wanted.name) AND parent.relkind = 'p' AND to_regclass(wanted.undated) IS NOT NULL
+  FROM json_to_recordset($1::text::json) AS wanted (name text, scanned text), pg_class AS parent
+ WHERE parent.oid = to_regclass(wanted.name) AND parent.relkind = 'p' AND to_regclass(wanted.scanned) IS NOT NULL
 """
 
 _LEAVES = """\
@@ -130,7 +127,7 @@ def default_partitions(table: Table) -> tuple[Table, Table, Table]:
 
 def wanted(tables: Iterable[Table]) -> str:
     """Return the parameter of PARTITIONS."""
-    return json.dumps([{"name": table.quoted, "undated": default_partitions(table)[1].quoted} for table in tables])
+    return json.dumps([{"name": table.quoted, "scanned": default_partitions(table)[1].quoted} for table in tables])
 
 
 def parse_partitions(row: Sequence[Any], table: Table) -> Partitions:

@@ -16,7 +16,7 @@ from psycopg.conninfo import make_conninfo
 
 from aibind_postgres import PostgresStreamStore, SchemaError, schema
 from aibind_postgres._tables import CHUNKS_TABLE, STATUS_TABLE, Table
-from aibind_postgres._time_partition_sql import create_statement, may_drop_statement
+from aibind_postgres._time_partition_sql import create_statement, drop_statement, may_drop_statement
 from aibind_postgres._time_partitions import AHEAD, bound, days_ahead, default_partitions, partition
 
 TODAY = datetime.now(timezone.utc).date()
@@ -151,6 +151,18 @@ def test_migrate_moves_any_number_of_rows(admin, empty_database):
     for table, count in ((STATUS, 200), (CHUNKS, 6000)):
         [(leaf, found)] = admin.execute(f"SELECT tableoid::regclass::text, count(*) FROM {table.quoted} GROUP BY 1")
         assert (leaf, found) == (partition(table, TODAY).name, count)
+
+
+def test_missing_partitions_are_not_dropped(admin, empty_database):
+    schema.migrate(empty_database, partitions="time")
+    before = objects(admin)
+    yesterday = TODAY - timedelta(days=1)  # another process has dropped it
+    admin.execute(drop_statement(TABLES, yesterday, [["id"]] * 3))
+    admin.execute(f"CREATE TABLE {partition(STATUS, yesterday).quoted} (LIKE aibind_stream_status)")  # of somebody else
+    admin.execute(drop_statement(TABLES, yesterday, [["id"]] * 3))
+    admin.execute(create_statement(TABLES, yesterday))
+    assert admin.execute("SELECT to_regclass($1)::text", [partition(STATUS, yesterday).name]).fetchone() is not None
+    assert objects(admin) == before
 
 
 def test_other_ids_are_not_scanned_when_a_partition_is_attached(admin, empty_database):
