@@ -23,7 +23,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     if converter["outdated"]():
         converter["convert"]()
 
-from support import servers  # noqa: E402  # after the conversion
+from support import citus, servers  # noqa: E402  # after the conversion
 
 from aibind_postgres import schema  # noqa: E402  # after the conversion
 
@@ -61,6 +61,12 @@ def server() -> Iterator[str]:
     """The connection string of a server, as a user that may create databases."""
     with servers.test_server() as dsn:
         yield dsn
+
+
+@pytest.fixture(scope="session")
+def on_citus(server: str) -> bool:
+    """Whether the server is the coordinator of a Citus cluster."""
+    return citus.cluster_of(server) is not None
 
 
 @pytest.fixture(scope="session")
@@ -126,7 +132,7 @@ def schema_name(run_sql: Callable[[str], None]) -> Iterator[str]:
 
 @pytest.fixture
 def tables(
-    request: pytest.FixtureRequest, run_sql: Callable[[str], None], schema_name: str
+    request: pytest.FixtureRequest, run_sql: Callable[[str], None], schema_name: str, on_citus: bool
 ) -> dict[str, psycopg.sql.Identifier]:
     """The stream tables of one test with every migration applied, as keyword arguments of a store."""
     chunks, status, conversations = TABLE_NAMES[getattr(request, "param", "plain")]
@@ -134,16 +140,18 @@ def tables(
         "chunks_table": psycopg.sql.Identifier(schema_name, chunks),
         "status_table": psycopg.sql.Identifier(schema_name, status),
     }
-    run_sql(schema.render(**names, conversations_table=psycopg.sql.Identifier(schema_name, conversations)))
+    run_sql(
+        schema.render(**names, conversations_table=psycopg.sql.Identifier(schema_name, conversations), citus=on_citus)
+    )
     return names
 
 
 @pytest.fixture
 def conversations(
-    request: pytest.FixtureRequest, run_sql: Callable[[str], None], schema_name: str
+    request: pytest.FixtureRequest, run_sql: Callable[[str], None], schema_name: str, on_citus: bool
 ) -> psycopg.sql.Identifier:
     """The conversation table of one test with every migration applied."""
     table = psycopg.sql.Identifier(schema_name, TABLE_NAMES[getattr(request, "param", "plain")][2])
     others = {f"{kind}_table": psycopg.sql.Identifier(schema_name, f"other {kind}") for kind in ("chunks", "status")}
-    run_sql(schema.render(**others, conversations_table=table))
+    run_sql(schema.render(**others, conversations_table=table, citus=on_citus))
     return table

@@ -16,7 +16,17 @@ import json
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, get_args
 
-from ._deletion import CLEANUP, DELETE, DELETE_LEFTOVERS, SWEEP, TOMBSTONE, TOMBSTONES
+from . import _distributed
+from ._deletion import (
+    CLEANUP,
+    DELETE,
+    DELETE_LEFTOVERS,
+    IS_LEFT_OVER,
+    IS_LEFT_OVER_WITHOUT_0002,
+    SWEEP,
+    TOMBSTONE,
+    TOMBSTONES,
+)
 from ._housekeeping import DUE, LOCK, TAKE_TURN
 from ._leases import DROP_LEASE, END_EXPIRED, EXPIRED, MIN_ANSWER_TTL, RENEW_LEASES, TAKE_LEASE
 from ._pages import BATCH_BYTES, PAGE_BYTES
@@ -31,6 +41,8 @@ from ._stream_list import (
     OF_OWNER,
     OF_SESSION,
     RUNNING,
+    TIMED_STATUS,
+    TIMED_STATUS_WITHOUT_0002,
 )
 from .models import SynchronousCommit
 
@@ -270,10 +282,11 @@ WITH page AS MATERIALIZED (
 SELECT last, ended.id FROM (SELECT max(id) FROM page) AS page (last) LEFT JOIN ended ON true {commit_setting}
 """
 
-# The columns of the tables in the JSON array $1, and whether each table may be read. created_at counts only with its
-# default, which the migration sets later: without it, no chunk has a time.
-COLUMNS = """
-SELECT wanted.name, attname::text, has_table_privilege(attrelid, 'SELECT') AS is_readable
+# The columns of the tables in the JSON array $1, whether each table may be read, and whether the server has Citus.
+# created_at counts only with its default, which the migration sets later: without it, no chunk has a time.
+COLUMNS = f"""
+SELECT wanted.name, attname::text, has_table_privilege(attrelid, 'SELECT') AS is_readable,
+       {_distributed.HAS_CITUS} AS has_citus
   FROM json_array_elements_text($1::text::json) AS wanted (name), pg_attribute
  WHERE attrelid = to_regclass(wanted.name) AND attnum > 0 AND NOT attisdropped
    AND (atthasdef OR attname <> 'created_at')
@@ -316,6 +329,9 @@ class StreamStatements:
             "in_range": IN_RANGE,
             "few": FEW,
             "info": INFO.format(in_range=IN_RANGE),
+            "timed_status": (TIMED_STATUS_WITHOUT_0002 if lease is None else TIMED_STATUS).format(status=status.quoted),
+            "is_left_over": IS_LEFT_OVER_WITHOUT_0002 if lease is None else IS_LEFT_OVER,
+            "append_function": status.append_function,
             "details": "" if lease is None else DETAILS,
             "scope": "",
             "detail_columns": "",
@@ -363,6 +379,8 @@ class StreamStatements:
             self.renew_leases = fill(RENEW_LEASES)
             self.end_expired = fill(END_EXPIRED)
             self.expired = fill(EXPIRED)
+            self.append_distributed = fill(_distributed.APPEND)
+            self.end_expired_distributed = fill(_distributed.END_EXPIRED)
         self.append = fill(APPEND)
         self.append_many = fill(APPEND_MANY)
         self.append_batch = fill(APPEND_BATCH, ttl="$2")
@@ -383,7 +401,9 @@ class StreamStatements:
         self.list = fill(LIST)
         self.list_by_time = fill(LIST_BY_TIME)
         self.cleanup = fill(CLEANUP)
+        self.cleanup_distributed = fill(_distributed.CLEANUP)
         self.fail_abandoned = fill(FAIL_ABANDONED)
+        self.fail_abandoned_distributed = fill(_distributed.FAIL_ABANDONED)
         self.take_turn = fill(TAKE_TURN)
 
 

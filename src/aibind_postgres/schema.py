@@ -6,6 +6,7 @@ All migrations are idempotent, so applied migrations are not recorded.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 
@@ -31,13 +32,14 @@ _NOTIFY_TRIGGER = {
     "optional/notify_trigger.sql": "EXISTS (SELECT FROM pg_trigger WHERE tgrelid = to_regclass({status}) "
     "AND tgname = {trigger})"
 }
+_CITUS = {"optional/citus.sql": "to_regproc({append}) IS NOT NULL"}
 
 # Matches the default table names and the names derived from them: indexes, triggers and, with a parenthesis, functions.
-# In single quotes, the name of the status table is the channel. Comments are matched to skip them, since a table name
-# with a line break would end the comment.
+# In single quotes, the name of the status table is the channel, unless its object is looked up. Comments are matched to
+# skip them, since a table name with a line break would end the comment.
 _NAMES = re.compile(
-    rf"--[^\n]*|'(?P<channel>{STATUS_TABLE})'|"
-    rf"\b(?P<table>{CHUNKS_TABLE}|{STATUS_TABLE}|{CONVERSATIONS_TABLE})(?P<suffix>_\w+)?\b(?P<call>\()?"
+    rf"--[^\n]*|'(?P<channel>{STATUS_TABLE})'|(?:\b(?P<lookup>to_reg(?:class|proc)\()')?"
+    rf"\b(?P<table>{CHUNKS_TABLE}|{STATUS_TABLE}|{CONVERSATIONS_TABLE})(?P<suffix>_\w+)?\b(?P<end>[(']?)"
 )
 
 
@@ -47,6 +49,7 @@ def render(
     status_table: str | Identifier = STATUS_TABLE,
     conversations_table: str | Identifier = CONVERSATIONS_TABLE,
     notify_trigger: bool = False,
+    citus: bool = False,
 ) -> str:
     """Return the SQL that creates or updates the schema, for tools such as psql, Alembic, Django and Flyway.
 
@@ -56,19 +59,23 @@ def render(
         conversations_table: The name of the conversations table; `aibind_conversations` by default.
         notify_trigger: Whether to add a trigger that notifies readers when other software writes, such as the
             TypeScript package; False by default.
+        citus: Whether to distribute the tables over the workers of a Citus cluster, on whose coordinator the SQL runs;
+            False by default. The tables are blocked while their rows are copied.
 
     Returns:
         The SQL text.
 
     Raises:
-        ValueError: A table name is invalid, or two names are the same.
+        ValueError: A table name is invalid, two names are the same, or both `notify_trigger` and `citus` are True: the
+            trigger would notify on the workers, where no reader listens.
         TypeError: A table name is neither a str nor an `Identifier`.
         FileNotFoundError: The package has no SQL files, such as in a program that was frozen without them.
 
     Example:
         >>> sql = render(status_table="chat.status", chunks_table="chat.chunks")
     """
-    return _render(parse_distinct(chunks_table, status_table, conversations_table), notify_trigger)
+    tables = parse_distinct(chunks_table, status_table, conversations_table)
+    return _render(tables, _files(notify_trigger, citus))
 
 
 def migrate(
@@ -78,6 +85,7 @@ def migrate(
     status_table: str | Identifier = STATUS_TABLE,
     conversations_table: str | Identifier = CONVERSATIONS_TABLE,
     notify_trigger: bool = False,
+    citus: bool = False,
 ) -> None:
     """Create or update the schema in one transaction. Safe to repeat, and to run in several processes at once.
 
@@ -90,9 +98,10 @@ def migrate(
         status_table: As for `render`.
         conversations_table: As for `render`.
         notify_trigger: As for `render`.
+        citus: As for `render`.
 
     Raises:
-        ValueError: A table name is invalid, or two names are the same.
+        ValueError: As for `render`.
         TypeError: A table name is neither a str nor an `Identifier`.
         FileNotFoundError: As for `render`.
 
@@ -101,7 +110,7 @@ def migrate(
     """
     tables = parse_distinct(chunks_table, status_table, conversations_table)
     with as_client(client) as opened:
-        opened.query(_as_one_statement(tables, notify_trigger), ())
+        opened.query(_as_one_statement(tables, _files(notify_trigger, citus)), ())
 
 
 async def async_migrate(
@@ -111,6 +120,7 @@ async def async_migrate(
     status_table: str | Identifier = STATUS_TABLE,
     conversations_table: str | Identifier = CONVERSATIONS_TABLE,
     notify_trigger: bool = False,
+    citus: bool = False,
 ) -> None:
     """Create or update the schema, as `migrate` does, with an asynchronous client.
 
@@ -120,18 +130,26 @@ async def async_migrate(
         status_table: As for `render`.
         conversations_table: As for `render`.
         notify_trigger: As for `render`.
+        citus: As for `render`.
 
     Raises:
-        ValueError: A table name is invalid, or two names are the same.
+        ValueError: As for `render`.
         TypeError: A table name is neither a str nor an `Identifier`.
         FileNotFoundError: As for `render`.
     """
     tables = parse_distinct(chunks_table, status_table, conversations_table)
     async with as_async_client(client) as opened:
-        await opened.query(_as_one_statement(tables, notify_trigger), ())
+        await opened.query(_as_one_statement(tables, _files(notify_trigger, citus)), ())
 
 
-def _render(tables: list[Table], notify_trigger: bool) -> str:
+def _files(notify_trigger: bool, citus: bool) -> dict[str, str]:
+    """Return the files to run, each with the condition that is true if its last statement has run."""
+    if notify_trigger and citus:
+        raise ValueError("notify_trigger and citus must not both be True: no reader listens on the workers of Citus")
+    return _MIGRATIONS | (_NOTIFY_TRIGGER if notify_trigger else {}) | (_CITUS if citus else {})
+
+
+def _render(tables: list[Table], files: Iterable[str]) -> str:
     by_default_name = dict(zip((CHUNKS_TABLE, STATUS_TABLE, CONVERSATIONS_TABLE), tables, strict=True))
 
     def replace_name(match: re.Match[str]) -> str:
@@ -139,9 +157,8 @@ def _render(tables: list[Table], notify_trigger: bool) -> str:
             return quote(by_default_name[STATUS_TABLE].channel)  # the argument of a trigger may be an identifier
         if match["table"] is None:
             return match[0]
-        return _render_name(by_default_name[match["table"]], match["suffix"], match["call"])
+        return _render_name(by_default_name[match["table"]], match["suffix"] or "", match["lookup"], match["end"])
 
-    files = [*_MIGRATIONS, *(_NOTIFY_TRIGGER if notify_trigger else ())]
     return "\n".join(_NAMES.sub(replace_name, _read(name)) for name in files)
 
 
@@ -155,14 +172,15 @@ def _read(name: str) -> str:
     return file.read_text("utf-8")
 
 
-def _render_name(table: Table, suffix: str | None, call: str | None) -> str:
-    if suffix is None:
-        return table.quoted + (call or "")
+def _render_name(table: Table, suffix: str, lookup: str | None, end: str) -> str:
+    qualified = table.qualify(table.derive(suffix))
+    if lookup:
+        return lookup + _literal(qualified)
     # CREATE INDEX and CREATE TRIGGER use the schema of the table, and reject a qualified name. Functions need one.
-    return table.qualify(table.derive(suffix)) + call if call else quote(table.derive(suffix))
+    return (quote(table.derive(suffix)) if suffix and end != "(" else qualified) + end
 
 
-def _as_one_statement(tables: list[Table], notify_trigger: bool) -> str:
+def _as_one_statement(tables: list[Table], files: dict[str, str]) -> str:
     # One statement is one transaction with every driver and pooler. The lock serializes concurrent migrations, since
     # CREATE TABLE IF NOT EXISTS can fail if two of them create the same table. PostgreSQL checks the permissions of a
     # statement also if it has nothing to do.
@@ -170,9 +188,9 @@ def _as_one_statement(tables: list[Table], notify_trigger: bool) -> str:
 BEGIN
 PERFORM pg_advisory_xact_lock(hashtext('aibind_postgres.schema.migrate'));
 BEGIN
-{_render(tables, notify_trigger)}
+{_render(tables, files)}
 EXCEPTION WHEN insufficient_privilege OR read_only_sql_transaction THEN
-  IF ({_applied(tables, notify_trigger)}) IS NOT TRUE THEN RAISE; END IF;
+  IF ({_applied(tables, files.values())}) IS NOT TRUE THEN RAISE; END IF;
 END;
 END
 """
@@ -182,8 +200,8 @@ END
     return f"DO {tag}{script}{tag}"
 
 
-def _applied(tables: list[Table], notify_trigger: bool) -> str:
-    """Return the condition that all migrations have run."""
+def _applied(tables: list[Table], conditions: Iterable[str]) -> str:
+    """Return the condition that all files have run."""
     chunks, status, conversations = tables
     names = {
         "chunks": chunks.quoted,
@@ -192,9 +210,9 @@ def _applied(tables: list[Table], notify_trigger: bool) -> str:
         "expiry_index": conversations.qualify(conversations.derive("_expires_at_idx")),
         "time_index": conversations.qualify(conversations.derive("_updated_at_idx")),
         "trigger": status.derive("_notify_trigger"),
+        "append": status.qualify(status.derive("_append")),
     }
-    conditions = _MIGRATIONS | (_NOTIFY_TRIGGER if notify_trigger else {})
-    return " AND ".join(conditions.values()).format_map({key: _literal(name) for key, name in names.items()})
+    return " AND ".join(conditions).format_map({key: _literal(name) for key, name in names.items()})
 
 
 def _literal(text: str) -> str:

@@ -108,7 +108,7 @@ def test_migrations_are_idempotent(admin, empty_database, names):
 
 def test_all_sql_files_are_applied():
     names = {file.relative_to(schema.SQL_FOLDER).as_posix() for file in schema.SQL_FOLDER.rglob("*.sql")}
-    assert names == {*schema._MIGRATIONS, *schema._NOTIFY_TRIGGER}
+    assert names == {*schema._MIGRATIONS, *schema._NOTIFY_TRIGGER, *schema._CITUS}
 
 
 def test_first_migration_is_the_schema_of_the_npm_package(admin):

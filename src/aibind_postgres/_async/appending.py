@@ -82,10 +82,11 @@ class AsyncAppender:
         if size < MIN_ALONE:
             size += sum(map(len, texts))
         # A statement in a caller's transaction must not contain the appends of other callers.
+        # If the tables are distributed, each append has a statement of its own, on the server of its stream.
         combined = size < MIN_ALONE and not self._database.client.joins_transactions
         try:
             for _ in range(ATTEMPTS):
-                if combined:
+                if combined and not self._database.is_distributed:
                     last = await self._lanes[hash(stream_id) % LANES].call(append, size)
                 else:
                     last = await self._append_alone(append)
@@ -107,7 +108,9 @@ class AsyncAppender:
     async def _append_alone(self, append: Append) -> int | None:
         """Return the last sequence number, or None if nothing was written."""
         stream_id, texts, expected_seq = append
-        if len(texts) == 1:
+        if self._schema.has_append:
+            statement, data = self._schema.statements.append_distributed, json_array(texts)
+        elif len(texts) == 1:
             statement, data = self._schema.statements.append, texts[0]
         else:
             statement, data = self._schema.statements.append_many, json_array(texts)
@@ -123,7 +126,7 @@ class AsyncAppender:
                 self._schema.statements.delete_leftovers, [stream_id, max(len(texts), MAX_CHUNKS)]
             )
             rows = await self._database.query(statement, params)
-        if not rows:
+        if not rows or rows[0][0] is None:
             return None
         last = int(rows[0][0])
         await self._notifier.appended([(stream_id, last - len(texts), texts)], newest)
@@ -150,7 +153,7 @@ class AsyncAppender:
         try:
             rows = await self._database.query(self._schema.statements.append_batch, [json_text(items), self._ttl])
         except Exception as error:
-            if not wrote_nothing(error):
+            if not self._database.refuses(error) and not wrote_nothing(error):
                 raise
             return lasts
         appended = []

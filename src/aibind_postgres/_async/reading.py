@@ -186,7 +186,8 @@ class AsyncPageReader:
             limit = page.next_limit
 
     async def _read_shared(self, read: SharedRead) -> Page | None:
-        if self._database.client.joins_transactions:  # its statements must not serve other callers
+        # In a transaction of the caller, statements must not serve other callers.
+        if self._database.client.joins_transactions or self._database.is_distributed:
             return await self._read(self._sql.read, *read)
         [page] = await self._combiner.call(read) or [await self._read(self._sql.read, *read)]
         return page
@@ -208,7 +209,7 @@ class AsyncPageReader:
         try:
             rows = await self._database.query(self._sql.read_batch, [json_text(items)])
         except Exception as error:
-            if not wrote_nothing(error):
+            if not self._database.refuses(error) and not wrote_nothing(error):
                 raise
             return [[] for _ in reads]
         found: list[list[Row]] = [[] for _ in reads]
