@@ -69,10 +69,9 @@ WITH leftovers AS (
 )
 SELECT (SELECT count(*) FROM leftovers) {commit_setting}
 """
-IS_LEFT_OVER = "(c.created_at IS NULL OR c.created_at < s.created_at)"
 
-# The same if the columns of migration 0002 may be missing: JSON returns NULL for them.
-IS_LEFT_OVER_WITHOUT_0002 = """(to_jsonb(c) ->> 'created_at' IS NULL
+# created_at of migration 0002 is read through JSON, which returns NULL if the column is missing.
+IS_LEFT_OVER = """(to_jsonb(c) ->> 'created_at' IS NULL
             OR (to_jsonb(c) ->> 'created_at')::timestamptz < (to_jsonb(s) ->> 'created_at')::timestamptz)"""
 
 # Deletes expired streams with at most $2 chunks together. Keeps tombstones and the housekeeping marker. The size of a

@@ -40,6 +40,9 @@ WITH locked AS MATERIALIZED (
 SELECT id FROM ended {commit_setting}
 """
 
+# For DELETE_LEFTOVERS: the columns of migration 0002 exist. Citus refuses functions that depend on a setting.
+IS_LEFT_OVER = "(c.created_at IS NULL OR c.created_at < s.created_at)"
+
 # CLEANUP without a lock. Another process may have deleted a stream meanwhile, and a third one may have created it
 # again, so only the chunks of deleted rows are deleted.
 CLEANUP = """

@@ -22,7 +22,6 @@ from ._deletion import (
     DELETE,
     DELETE_LEFTOVERS,
     IS_LEFT_OVER,
-    IS_LEFT_OVER_WITHOUT_0002,
     SWEEP,
     TOMBSTONE,
     TOMBSTONES,
@@ -330,7 +329,7 @@ class StreamStatements:
             "few": FEW,
             "info": INFO.format(in_range=IN_RANGE),
             "timed_status": (TIMED_STATUS_WITHOUT_0002 if lease is None else TIMED_STATUS).format(status=status.quoted),
-            "is_left_over": IS_LEFT_OVER_WITHOUT_0002 if lease is None else IS_LEFT_OVER,
+            "is_left_over": IS_LEFT_OVER,
             "append_function": status.append_function,
             "details": "" if lease is None else DETAILS,
             "scope": "",
@@ -380,6 +379,7 @@ class StreamStatements:
             self.end_expired = fill(END_EXPIRED)
             self.expired = fill(EXPIRED)
             self.append_distributed = fill(_distributed.APPEND)
+            self.delete_leftovers_distributed = fill(DELETE_LEFTOVERS, is_left_over=_distributed.IS_LEFT_OVER)
             self.end_expired_distributed = fill(_distributed.END_EXPIRED)
         self.append = fill(APPEND)
         self.append_many = fill(APPEND_MANY)

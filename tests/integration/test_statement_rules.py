@@ -32,9 +32,8 @@ WITH_ANOTHER_FORM = {"append_batch", "cleanup", "end_expired", "fail_abandoned",
 WITH_ANOTHER_FORM |= {f"conversation {name}" for name in ("cleanup", "get_info", "list", "list_of_owner")}
 FORMS_FOR_SEVERAL = {f"{name}_distributed" for name in WITH_ANOTHER_FORM} - {"end_expired_distributed"}
 
-# Citus needs all migrations: without 0004, created_at may be missing, and is read through JSON. `renew_leases` has a
-# statement for each stream in its place.
-NOT_FOR_CITUS = {"delete_leftovers without 0004", "renew_leases"}
+# `delete_leftovers_distributed` and, for each stream, `take_lease` are in their place.
+NOT_FOR_CITUS = {"delete_leftovers", "renew_leases"}
 
 
 UPSERT = (
@@ -119,7 +118,7 @@ def inserts_parameter(query):
 
 @pytest.mark.parametrize("name", STATEMENTS)
 def test_citus_accepts_the_functions(analyzer, name):
-    if name not in NOT_FOR_CITUS:
+    if name.removesuffix(" without 0004") not in NOT_FOR_CITUS:
         assert broken_rules(analyzer, STATEMENTS[name]) == []
 
 

@@ -122,15 +122,22 @@ class AsyncAppender:
             # A TypeScript clean-up that died half-way may have left chunks, and a stream of this id was created again.
             if sqlstate(error) != UNIQUE_VIOLATION or self._database.client.in_transaction():
                 raise
-            await self._database.query(
-                self._schema.statements.delete_leftovers, [stream_id, max(len(texts), MAX_CHUNKS)]
-            )
+            await self._delete_leftovers([stream_id, max(len(texts), MAX_CHUNKS)])
             rows = await self._database.query(statement, params)
         if not rows or rows[0][0] is None:
             return None
         last = int(rows[0][0])
         await self._notifier.appended([(stream_id, last - len(texts), texts)], newest)
         return last
+
+    async def _delete_leftovers(self, params: Sequence[object]) -> None:
+        statements = self._schema.statements
+        if self._schema.has_leases:
+            await self._database.query_either(
+                statements.delete_leftovers, statements.delete_leftovers_distributed, params
+            )
+        else:
+            await self._database.query(statements.delete_leftovers, params)
 
     async def _append_batch(self, appends: Sequence[Append]) -> Sequence[int | None]:
         """Return the last sequence number of each append, or None for a skipped one."""
