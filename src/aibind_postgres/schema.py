@@ -42,6 +42,8 @@ _NAMES = re.compile(
     rf"\b(?P<table>{CHUNKS_TABLE}|{STATUS_TABLE}|{CONVERSATIONS_TABLE})(?P<suffix>_\w+)?\b(?P<end>[(']?)"
 )
 
+_TAGS = re.compile(r"\$[a-z]+\$")
+
 
 def render(
     *,
@@ -159,7 +161,18 @@ def _render(tables: list[Table], files: Iterable[str]) -> str:
             return match[0]
         return _render_name(by_default_name[match["table"]], match["suffix"] or "", match["lookup"], match["end"])
 
-    return "\n".join(_NAMES.sub(replace_name, _read(name)) for name in files)
+    return "\n".join(_NAMES.sub(replace_name, _with_free_tags(_read(name), tables)) for name in files)
+
+
+def _with_free_tags(sql: str, tables: list[Table]) -> str:
+    """Rename the tags of dollar quotes that occur in the name of a table, which the quoted text may contain."""
+    names = "".join(table.quoted for table in tables)
+    for tag in set(_TAGS.findall(sql)):
+        free = tag
+        while free in names:
+            free = f"{free[:-1]}_$"
+        sql = sql.replace(tag, free)
+    return sql
 
 
 def _read(name: str) -> str:
