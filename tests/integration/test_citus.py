@@ -26,7 +26,9 @@ NAMES = {
 # The archive of a later migration.
 ARCHIVE = """
 CREATE TABLE aibind_stream_chunks_archive (
-    id text NOT NULL REFERENCES aibind_stream_status (id) ON DELETE CASCADE, first_seq bigint, PRIMARY KEY (id, first_seq)
+    id text NOT NULL REFERENCES aibind_stream_status (id) ON DELETE CASCADE,
+    first_seq bigint,
+    PRIMARY KEY (id, first_seq)
 )
 """
 
@@ -55,9 +57,9 @@ def distributed(admin):
 
 @pytest.mark.parametrize("names", NAMES.values(), ids=NAMES)
 def test_tables_are_distributed_once(admin, empty_database, names):
+    admin.execute(schema.render(**names, citus=True).encode())
     for _ in range(2):
         schema.migrate(empty_database, **names, citus=True)
-        admin.execute(schema.render(**names, citus=True).encode())
     columns, groups = distributed(admin)
     assert sorted(columns.values()) == ["id", "id", "session_id"]
     assert groups == 1
@@ -114,7 +116,7 @@ def test_append_runs_on_the_worker(database):
 
 
 def test_concurrent_appends_leave_no_gap(database):
-    """Six processes, each with its own store, append to eight streams: 1,440 appends."""
+    """Eighteen writers with two stores append to eight streams: 1,440 appends."""
     with PostgresStreamStore(database) as first, PostgresStreamStore(database) as second:
         ids = [first.create() for _ in range(8)]
 
