@@ -151,7 +151,7 @@ def _files(notify_trigger: bool, citus: bool) -> dict[str, str]:
     return _MIGRATIONS | (_NOTIFY_TRIGGER if notify_trigger else {}) | (_CITUS if citus else {})
 
 
-def _render(tables: list[Table], files: Iterable[str]) -> str:
+def _render(tables: list[Table], files: dict[str, str]) -> str:
     by_default_name = dict(zip((CHUNKS_TABLE, STATUS_TABLE, CONVERSATIONS_TABLE), tables, strict=True))
 
     def replace_name(match: re.Match[str]) -> str:
@@ -161,7 +161,10 @@ def _render(tables: list[Table], files: Iterable[str]) -> str:
             return match[0]
         return _render_name(by_default_name[match["table"]], match["suffix"] or "", match["lookup"], match["end"])
 
-    return "\n".join(_NAMES.sub(replace_name, _with_free_tags(_read(name), tables)) for name in files)
+    # In one transaction with other changes of distributed tables, Citus creates no function without this setting.
+    settings = "SET LOCAL citus.multi_shard_modify_mode = 'sequential';\n" if files.keys() & _CITUS.keys() else ""
+    texts = (_NAMES.sub(replace_name, _with_free_tags(_read(name), tables)) for name in files)
+    return settings + "\n".join(texts)
 
 
 def _with_free_tags(sql: str, tables: list[Table]) -> str:
