@@ -11,8 +11,8 @@ several streams is done by a statement for each of them.
 
 from __future__ import annotations
 
-# Whether Citus is installed.
-HAS_CITUS = "to_regclass('pg_catalog.pg_dist_partition') IS NOT NULL"
+# Whether the database has Citus. A subquery runs once for all rows.
+HAS_CITUS = "(SELECT to_regclass('pg_catalog.pg_dist_partition') IS NOT NULL)"
 
 # Those of the given tables that Citus distributes by the values of a column, and whether the function for appends
 # exists. $1 is a JSON array of objects with the names of a table and of its function.

@@ -57,6 +57,10 @@ NotifyTrigger = Annotated[
         "package.",
     ),
 ]
+Citus = Annotated[
+    bool,
+    typer.Option("--citus", help="Distribute the tables over the workers of Citus. The URL is of its coordinator."),
+]
 Raw = Annotated[bool, typer.Option("--raw", help="Print the stored chunks unchanged, with the names of events.")]
 Events = Annotated[
     bool,
@@ -164,6 +168,7 @@ def print_schema(
     status_table: StatusTable = STATUS_TABLE,
     conversations_table: ConversationsTable = CONVERSATIONS_TABLE,
     notify_trigger: NotifyTrigger = False,
+    citus: Citus = False,
 ) -> None:
     """Print the SQL that creates or upgrades the tables."""
     with report_errors():
@@ -172,6 +177,7 @@ def print_schema(
             status_table=status_table,
             conversations_table=conversations_table,
             notify_trigger=notify_trigger,
+            citus=citus,
         )
         sys.stdout.buffer.write(sql.encode())
         sys.stdout.flush()
@@ -184,6 +190,7 @@ def migrate(
     status_table: StatusTable = STATUS_TABLE,
     conversations_table: ConversationsTable = CONVERSATIONS_TABLE,
     notify_trigger: NotifyTrigger = False,
+    citus: Citus = False,
 ) -> None:
     """Create or upgrade the tables. Does nothing if they are up to date."""
     with database(Target(dsn, chunks_table, status_table)) as url:
@@ -193,6 +200,7 @@ def migrate(
             status_table=status_table,
             conversations_table=conversations_table,
             notify_trigger=notify_trigger,
+            citus=citus,
         )
         trigger = ", and the notify trigger," if notify_trigger else ""
         print(f"The tables {chunks_table}, {status_table} and {conversations_table}{trigger} are up to date.")
