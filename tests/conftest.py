@@ -23,7 +23,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     if converter["outdated"]():
         converter["convert"]()
 
-from support import servers  # noqa: E402  # after the conversion
+from support import citus, servers  # noqa: E402  # after the conversion
 
 from aibind_postgres import schema  # noqa: E402  # after the conversion
 
@@ -61,6 +61,12 @@ def server() -> Iterator[str]:
     """The connection string of a server, as a user that may create databases."""
     with servers.test_server() as dsn:
         yield dsn
+
+
+@pytest.fixture(scope="session")
+def on_citus(server: str) -> bool:
+    """Whether the server is the coordinator of a Citus cluster."""
+    return citus.cluster_of(server) is not None
 
 
 @pytest.fixture(scope="session")
@@ -126,7 +132,7 @@ def schema_name(run_sql: Callable[[str], None]) -> Iterator[str]:
 
 @pytest.fixture
 def tables(
-    request: pytest.FixtureRequest, run_sql: Callable[[str], None], schema_name: str, dsn: str
+    request: pytest.FixtureRequest, run_sql: Callable[[str], None], schema_name: str, dsn: str, on_citus: bool
 ) -> dict[str, psycopg.sql.Identifier]:
     """The stream tables of one test with every migration applied, as keyword arguments of a store."""
     chunks, status, conversations = TABLE_NAMES[getattr(request, "param", "plain")]
@@ -135,24 +141,24 @@ def tables(
         "status_table": psycopg.sql.Identifier(schema_name, status),
     }
     others = {"conversations_table": psycopg.sql.Identifier(schema_name, conversations)}
-    create_tables(run_sql, dsn, **names, **others)
+    create_tables(run_sql, dsn, on_citus, **names, **others)
     return names
 
 
 @pytest.fixture
 def conversations(
-    request: pytest.FixtureRequest, run_sql: Callable[[str], None], schema_name: str, dsn: str
+    request: pytest.FixtureRequest, run_sql: Callable[[str], None], schema_name: str, dsn: str, on_citus: bool
 ) -> psycopg.sql.Identifier:
     """The conversation table of one test with every migration applied."""
     table = psycopg.sql.Identifier(schema_name, TABLE_NAMES[getattr(request, "param", "plain")][2])
     others = {f"{kind}_table": psycopg.sql.Identifier(schema_name, f"other {kind}") for kind in ("chunks", "status")}
-    create_tables(run_sql, dsn, **others, conversations_table=table)
+    create_tables(run_sql, dsn, on_citus, **others, conversations_table=table)
     return table
 
 
-def create_tables(run_sql: Callable[[str], None], dsn: str, **names: psycopg.sql.Identifier) -> None:
+def create_tables(run_sql: Callable[[str], None], dsn: str, on_citus: bool, **names: psycopg.sql.Identifier) -> None:
     """Apply every migration, with the partitions that the variable of this test run wants."""
     if servers.PARTITIONS == "time":
         schema.migrate(dsn, **names, partitions="time")  # the SQL of `render` creates no partitions of days
     else:
-        run_sql(schema.render(**names, partitions=servers.PARTITIONS))
+        run_sql(schema.render(**names, partitions=servers.PARTITIONS, citus=on_citus))

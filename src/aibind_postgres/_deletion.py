@@ -64,12 +64,15 @@ WITH leftovers AS (
     DELETE FROM {chunks} AS c USING {status} AS s
      WHERE c.id = $1::text AND s.id = $1::text AND c.seq > greatest(s.total_chunks, 0)
        AND c.seq <= greatest(s.total_chunks, 0) + $2::bigint
-       AND (to_jsonb(c) ->> 'created_at' IS NULL
-            OR (to_jsonb(c) ->> 'created_at')::timestamptz < (to_jsonb(s) ->> 'created_at')::timestamptz)
+       AND {is_left_over}
     RETURNING 1
 )
 SELECT (SELECT count(*) FROM leftovers) {commit_setting}
 """
+
+# created_at of migration 0002 is read through JSON, which returns NULL if the column is missing.
+IS_LEFT_OVER = """(to_jsonb(c) ->> 'created_at' IS NULL
+            OR (to_jsonb(c) ->> 'created_at')::timestamptz < (to_jsonb(s) ->> 'created_at')::timestamptz)"""
 
 # Deletes expired streams with at most {limit} chunks together. Keeps tombstones and the housekeeping marker. The size
 # of a stream is its highest sequence number. A larger one is replaced by a tombstone; if {limit} is NULL, one stream of

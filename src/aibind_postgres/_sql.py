@@ -16,12 +16,14 @@ import json
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, get_args
 
+from . import _distributed
 from ._archive import ARCHIVE, NO_TIMES, READ_ARCHIVED, TIMES, UNARCHIVE, archive_values
 from ._deletion import (
     CLEANUP,
     DELETE,
     DELETE_LEFTOVERS,
     DUE_IN_PARTITIONS,
+    IS_LEFT_OVER,
     OUTSIDE_PARTITIONS,
     SWEEP,
     TOMBSTONE,
@@ -42,6 +44,8 @@ from ._stream_list import (
     OF_OWNER,
     OF_SESSION,
     RUNNING,
+    TIMED_STATUS,
+    TIMED_STATUS_WITHOUT_0002,
 )
 from .models import SynchronousCommit
 
@@ -220,10 +224,11 @@ WITH page AS MATERIALIZED (
 SELECT last, ended.id FROM (SELECT max(id) FROM page) AS page (last) LEFT JOIN ended ON true {commit_setting}
 """
 
-# The columns of the tables in the JSON array $1, and whether each table may be read. created_at counts only with its
-# default, which the migration sets later: without it, no chunk has a time.
-COLUMNS = """
-SELECT wanted.name, attname::text, has_table_privilege(attrelid, 'SELECT') AS is_readable
+# The columns of the tables in the JSON array $1, whether each table may be read, and whether the server has Citus.
+# created_at counts only with its default, which the migration sets later: without it, no chunk has a time.
+COLUMNS = f"""
+SELECT wanted.name, attname::text, has_table_privilege(attrelid, 'SELECT') AS is_readable,
+       {_distributed.HAS_CITUS} AS has_citus
   FROM json_array_elements_text($1::text::json) AS wanted (name), pg_attribute
  WHERE attrelid = to_regclass(wanted.name) AND attnum > 0 AND NOT attisdropped
    AND (atthasdef OR attname <> 'created_at')
@@ -268,6 +273,9 @@ class StreamStatements:
             "in_range": IN_RANGE,
             "few": FEW,
             "info": INFO.format(in_range=IN_RANGE),
+            "timed_status": (TIMED_STATUS_WITHOUT_0002 if lease is None else TIMED_STATUS).format(status=status.quoted),
+            "is_left_over": IS_LEFT_OVER,
+            "append_function": status.append_function,
             "details": "" if lease is None else DETAILS,
             "scope": "",
             "detail_columns": "",
@@ -317,6 +325,9 @@ class StreamStatements:
             self.renew_leases = fill(RENEW_LEASES)
             self.end_expired = fill(END_EXPIRED)
             self.expired = fill(EXPIRED)
+            self.append_distributed = fill(_distributed.APPEND)
+            self.delete_leftovers_distributed = fill(DELETE_LEFTOVERS, is_left_over=_distributed.IS_LEFT_OVER)
+            self.end_expired_distributed = fill(_distributed.END_EXPIRED)
         if archive:
             self.archive = fill(ARCHIVE)
             self.unarchive = fill(UNARCHIVE)
@@ -349,7 +360,9 @@ class StreamStatements:
         self.cleanup = fill(CLEANUP, limit="$2", due=NOW, scope="")
         due = DUE_IN_PARTITIONS.format(now=NOW)
         self.cleanup_of_partitions = fill(CLEANUP, limit="$5", due=due, scope=OUTSIDE_PARTITIONS)
+        self.cleanup_distributed = fill(_distributed.CLEANUP)
         self.fail_abandoned = fill(FAIL_ABANDONED)
+        self.fail_abandoned_distributed = fill(_distributed.FAIL_ABANDONED)
         self.take_turn = fill(TAKE_TURN)
 
     def of_replica(self, statement: str) -> str | None:

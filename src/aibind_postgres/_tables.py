@@ -76,6 +76,11 @@ class Table(NamedTuple):
         """Return `name` as SQL text, qualified with the schema of this table."""
         return quote(name) if self.schema is None else f"{quote(self.schema)}.{quote(name)}"
 
+    @property
+    def append_function(self) -> str:
+        """The function of `sql/optional/citus.sql` for appends, as SQL text, if this is a status table."""
+        return self.qualify(self.derive("_append"))
+
     def derive(self, suffix: str) -> str:
         """Return the table name with a suffix. If it exceeds 63 bytes, a digest replaces the end of the table name."""
         derived = self.name + suffix

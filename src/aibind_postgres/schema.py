@@ -6,7 +6,7 @@ All migrations are idempotent, so applied migrations are not recorded.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from functools import partial
@@ -51,14 +51,17 @@ _NOTIFY_TRIGGER = {
     "optional/notify_trigger.sql": "EXISTS (SELECT FROM pg_trigger WHERE tgrelid = to_regclass({status}) "
     "AND tgname = {trigger})"
 }
+_CITUS = {"optional/citus.sql": "to_regproc({append}) IS NOT NULL"}
 
 # Matches the default table names and the names derived from them: indexes, triggers and, with a parenthesis, functions.
-# In single quotes, the name of the status table is the channel. Comments are matched to skip them, since a table name
-# with a line break would end the comment.
+# In single quotes, the name of the status table is the channel, unless its object is looked up. Comments are matched to
+# skip them, since a table name with a line break would end the comment.
 _NAMES = re.compile(
-    rf"--[^\n]*|'(?P<channel>{STATUS_TABLE})'|"
-    rf"\b(?P<table>{CHUNKS_TABLE}|{STATUS_TABLE}|{CONVERSATIONS_TABLE})(?P<suffix>_\w+)?\b(?P<call>\()?"
+    rf"--[^\n]*|'(?P<channel>{STATUS_TABLE})'|(?:\b(?P<lookup>to_reg(?:class|proc)\()')?"
+    rf"\b(?P<table>{CHUNKS_TABLE}|{STATUS_TABLE}|{CONVERSATIONS_TABLE})(?P<suffix>_\w+)?\b(?P<end>[(']?)"
 )
+
+_TAGS = re.compile(r"\$[a-z]+\$")
 
 
 def render(
@@ -68,6 +71,7 @@ def render(
     conversations_table: str | Identifier = CONVERSATIONS_TABLE,
     notify_trigger: bool = False,
     partitions: int | Literal["time"] | None = None,
+    citus: bool = False,
 ) -> str:
     """Return the SQL that creates or updates the schema, for tools such as psql, Alembic, Django and Flyway.
 
@@ -81,13 +85,16 @@ def render(
             1,024. "time" creates partitions by the day of the id, which a housekeeper creates and drops. This cannot
             change later. By default, the tables are created without partitions, and existing tables keep those that
             they have.
+        citus: Whether to distribute the tables over the workers of a Citus cluster, on whose coordinator the SQL runs;
+            False by default. The tables are blocked while their rows are copied.
 
     Returns:
         The SQL text. It raises an error, and changes nothing else, if the tables exist with other partitions, or
         without.
 
     Raises:
-        ValueError: A table name is invalid, two names are the same, or `partitions` is out of range.
+        ValueError: A table name is invalid, two names are the same, `partitions` is out of range, or both
+            `notify_trigger` and `citus` are True: the trigger would notify on the workers, where no reader listens.
         TypeError: A table name is neither a str nor an `Identifier`, or `partitions` is neither an int nor
             "time".
         FileNotFoundError: The package has no SQL files, such as in a program that was frozen without them.
@@ -96,7 +103,7 @@ def render(
         >>> sql = render(status_table="chat.status", chunks_table="chat.chunks")
     """
     tables = parse_distinct(chunks_table, status_table, conversations_table)
-    return _render(tables, notify_trigger, partitions)
+    return _render(tables, _files(notify_trigger, citus), partitions)
 
 
 def migrate(
@@ -107,6 +114,7 @@ def migrate(
     conversations_table: str | Identifier = CONVERSATIONS_TABLE,
     notify_trigger: bool = False,
     partitions: int | Literal["time"] | None = None,
+    citus: bool = False,
 ) -> None:
     """Create or update the schema in one transaction. Safe to repeat, and to run in several processes at once.
 
@@ -120,19 +128,19 @@ def migrate(
         conversations_table: As for `render`.
         notify_trigger: As for `render`.
         partitions: As for `render`.
+        citus: As for `render`.
 
     Raises:
         SchemaError: The tables exist with other partitions, or without.
-        ValueError: A table name is invalid, two names are the same, or `partitions` is out of range.
-        TypeError: A table name is neither a str nor an `Identifier`, or `partitions` is neither an int nor
-            "time".
+        ValueError: As for `render`.
+        TypeError: As for `render`.
         FileNotFoundError: As for `render`.
 
     Example:
         >>> migrate("postgresql://localhost/app")  # doctest: +SKIP
     """
     tables = parse_distinct(chunks_table, status_table, conversations_table)
-    statement = _as_one_statement(tables, notify_trigger, partitions)
+    statement = _as_one_statement(tables, _files(notify_trigger, citus), partitions)
     with _schema_errors(), as_client(client) as opened:
         opened.query(statement, ())
 
@@ -145,6 +153,7 @@ async def async_migrate(
     conversations_table: str | Identifier = CONVERSATIONS_TABLE,
     notify_trigger: bool = False,
     partitions: int | Literal["time"] | None = None,
+    citus: bool = False,
 ) -> None:
     """Create or update the schema, as `migrate` does, with an asynchronous client.
 
@@ -155,16 +164,16 @@ async def async_migrate(
         conversations_table: As for `render`.
         notify_trigger: As for `render`.
         partitions: As for `render`.
+        citus: As for `render`.
 
     Raises:
         SchemaError: The tables exist with other partitions, or without.
-        ValueError: A table name is invalid, two names are the same, or `partitions` is out of range.
-        TypeError: A table name is neither a str nor an `Identifier`, or `partitions` is neither an int nor
-            "time".
+        ValueError: As for `render`.
+        TypeError: As for `render`.
         FileNotFoundError: As for `render`.
     """
     tables = parse_distinct(chunks_table, status_table, conversations_table)
-    statement = _as_one_statement(tables, notify_trigger, partitions)
+    statement = _as_one_statement(tables, _files(notify_trigger, citus), partitions)
     with _schema_errors():
         async with as_async_client(client) as opened:
             await opened.query(statement, ())
@@ -180,7 +189,14 @@ def _schema_errors() -> Iterator[None]:
         raise
 
 
-def _render(tables: list[Table], notify_trigger: bool, partitions: PartitionsLike) -> str:
+def _files(notify_trigger: bool, citus: bool) -> dict[str, str]:
+    """Return the files to run, each with the condition that is true if its last statement has run."""
+    if notify_trigger and citus:
+        raise ValueError("notify_trigger and citus must not both be True: no reader listens on the workers of Citus")
+    return _MIGRATIONS | (_NOTIFY_TRIGGER if notify_trigger else {}) | (_CITUS if citus else {})
+
+
+def _render(tables: list[Table], files: dict[str, str], partitions: PartitionsLike) -> str:
     check_partitions(partitions, tables)
     by_default_name = dict(zip((CHUNKS_TABLE, STATUS_TABLE, CONVERSATIONS_TABLE), tables, strict=True))
 
@@ -189,11 +205,26 @@ def _render(tables: list[Table], notify_trigger: bool, partitions: PartitionsLik
             return quote(by_default_name[STATUS_TABLE].channel)  # the argument of a trigger may be an identifier
         if match["table"] is None:
             return match[0]
-        return _render_name(by_default_name[match["table"]], match["suffix"], match["call"])
+        return _render_name(by_default_name[match["table"]], match["suffix"] or "", match["lookup"], match["end"])
 
-    files = [*_MIGRATIONS, *(_NOTIFY_TRIGGER if notify_trigger else ())]
+    # In one transaction with other changes of distributed tables, Citus creates no function without this setting.
+    settings = "SET LOCAL citus.multi_shard_modify_mode = 'sequential';\n" if files.keys() & _CITUS.keys() else ""
     fill_others = partial(_NAMES.sub, replace_name)
-    return "\n".join(fill_names(_read(name), by_default_name, partitions, fill_others) for name in files)
+    texts = (
+        fill_names(_with_free_tags(_read(name), tables), by_default_name, partitions, fill_others) for name in files
+    )
+    return settings + "\n".join(texts)
+
+
+def _with_free_tags(sql: str, tables: list[Table]) -> str:
+    """Rename the tags of dollar quotes that occur in the name of a table, which the quoted text may contain."""
+    names = "".join(table.quoted for table in tables)
+    for tag in set(_TAGS.findall(sql)):
+        free = tag
+        while free in names:
+            free = f"{free[:-1]}_$"
+        sql = sql.replace(tag, free)
+    return sql
 
 
 def _read(name: str) -> str:
@@ -206,16 +237,18 @@ def _read(name: str) -> str:
     return file.read_text("utf-8")
 
 
-def _render_name(table: Table, suffix: str | None, call: str | None) -> str:
-    if suffix is None:
-        return table.quoted + (call or "")
+def _render_name(table: Table, suffix: str, lookup: str | None, end: str) -> str:
     if suffix == ARCHIVE_SUFFIX:
-        return table.archive.quoted
+        qualified = table.archive.quoted
+        return lookup + literal(qualified) if lookup else qualified + end
+    qualified = table.qualify(table.derive(suffix))
+    if lookup:
+        return lookup + literal(qualified)
     # CREATE INDEX and CREATE TRIGGER use the schema of the table, and reject a qualified name. Functions need one.
-    return table.qualify(table.derive(suffix)) + call if call else quote(table.derive(suffix))
+    return (quote(table.derive(suffix)) if suffix and end != "(" else qualified) + end
 
 
-def _as_one_statement(tables: list[Table], notify_trigger: bool, partitions: PartitionsLike) -> str:
+def _as_one_statement(tables: list[Table], files: dict[str, str], partitions: PartitionsLike) -> str:
     # One statement is one transaction with every driver and pooler. The lock serializes concurrent migrations, since
     # CREATE TABLE IF NOT EXISTS can fail if two of them create the same table. PostgreSQL checks the permissions of a
     # statement also if it has nothing to do.
@@ -223,10 +256,10 @@ def _as_one_statement(tables: list[Table], notify_trigger: bool, partitions: Par
 BEGIN
 PERFORM pg_advisory_xact_lock(hashtext('aibind_postgres.schema.migrate'));
 BEGIN
-{_render(tables, notify_trigger, partitions)}
+{_render(tables, files, partitions)}
 {_first_days(tables) if partitions == "time" else ""}
 EXCEPTION WHEN insufficient_privilege OR read_only_sql_transaction THEN
-  IF ({_applied(tables, notify_trigger, partitions)}) IS NOT TRUE THEN RAISE; END IF;
+  IF ({_applied(tables, files.values(), partitions)}) IS NOT TRUE THEN RAISE; END IF;
 END;
 END
 """
@@ -244,8 +277,8 @@ def _first_days(tables: list[Table]) -> str:
     return "\n".join(f"{create_partitions((status, chunks, chunks.archive), day, in_use=False)};" for day in days)
 
 
-def _applied(tables: list[Table], notify_trigger: bool, partitions: PartitionsLike) -> str:
-    """Return the condition that all migrations have run."""
+def _applied(tables: list[Table], conditions: Iterable[str], partitions: PartitionsLike) -> str:
+    """Return the condition that all files have run."""
     chunks, status, conversations = tables
     names = {
         "chunks": chunks.quoted,
@@ -255,9 +288,9 @@ def _applied(tables: list[Table], notify_trigger: bool, partitions: PartitionsLi
         "time_index": conversations.qualify(conversations.derive("_updated_at_idx")),
         "archive": chunks.archive.quoted,
         "trigger": status.derive("_notify_trigger"),
+        "append": status.qualify(status.derive("_append")),
     }
-    conditions = _MIGRATIONS | (_NOTIFY_TRIGGER if notify_trigger else {})
-    applied = " AND ".join(conditions.values()).format_map({key: literal(name) for key, name in names.items()})
+    applied = " AND ".join(conditions).format_map({key: literal(name) for key, name in names.items()})
     if partitions is None:
         return applied
     return " AND ".join([applied, *(is_partitioned(table, partitions) for table in (chunks, status))])

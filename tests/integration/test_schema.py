@@ -6,6 +6,7 @@ import asyncio
 import shutil
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import psycopg
 import pytest
@@ -24,7 +25,7 @@ NAMES = {
     },
     "hostile": {
         "chunks_table": Identifier("my", 'a"b\n;DROP TABLE x; --'),
-        "status_table": Identifier("my", "$migrate$ $notify$"),
+        "status_table": Identifier("my", "$migrate$ $notify$ $append$ $distribute$"),
         "conversations_table": Identifier("my", "aibind_stream_chunks.aibind_stream_status"),
     },
     "63 bytes": {
@@ -114,9 +115,26 @@ def test_migrations_are_idempotent(admin, empty_database, names):
     assert all(len(name.encode()) <= 63 for name, _ in other_objects)
 
 
+@pytest.mark.parametrize("names", NAMES.values(), ids=NAMES)
+def test_tables_cannot_be_distributed_without_citus(admin, empty_database, names, on_citus):
+    if on_citus:
+        pytest.skip("the server has Citus")
+    with pytest.raises(psycopg.errors.FeatureNotSupported, match="the extension citus is missing"):
+        schema.migrate(empty_database, **names, citus=True)
+    assert columns(admin) == {}
+    with pytest.raises(psycopg.errors.FeatureNotSupported, match="the extension citus is missing"):
+        admin.execute(schema.render(**names, citus=True).encode())
+
+
+def test_notify_trigger_of_distributed_tables_is_refused(empty_database):
+    for call in (schema.render, partial(schema.migrate, empty_database)):
+        with pytest.raises(ValueError, match="notify_trigger and citus"):
+            call(notify_trigger=True, citus=True)
+
+
 def test_all_sql_files_are_applied():
     names = {file.relative_to(schema.SQL_FOLDER).as_posix() for file in schema.SQL_FOLDER.rglob("*.sql")}
-    assert names == {*schema._MIGRATIONS, *schema._NOTIFY_TRIGGER}
+    assert names == {*schema._MIGRATIONS, *schema._NOTIFY_TRIGGER, *schema._CITUS}
 
 
 def test_first_migration_is_the_schema_of_the_npm_package(admin):

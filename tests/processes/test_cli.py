@@ -401,6 +401,13 @@ def test_migrate_with_partitions(empty_database: str) -> None:
     assert run("schema", "--partitions", "time").stdout.decode() == schema.render(partitions="time")
 
 
+def test_schema_and_migrate_distribute_the_tables(empty_database: str) -> None:
+    assert run("schema", "--citus").stdout.decode() == schema.render(citus=True)
+    refused = run("migrate", "--citus", dsn=empty_database)  # without Citus
+    assert refused.returncode == 1
+    assert b"the extension citus is missing" in refused.stderr
+
+
 def test_tables_are_not_created_without_migrate(empty_database: str) -> None:
     done = run("write", "x", stdin=b"x", dsn=empty_database)
     assert done.returncode == 1

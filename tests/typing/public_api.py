@@ -85,6 +85,7 @@ def clients(connection: psycopg.Connection[DictRow], engine: Engine) -> None:
     for client in ("", pool, connection, own, Driver(), wrap_sqlalchemy(engine), wrap_django("other")):
         PostgresStreamStore(client)
         schema.migrate(client, chunks_table="chunks", notify_trigger=True, partitions=8)
+        schema.migrate(client, citus=True)
     assert_type(wrap_sqlalchemy(engine), PostgresClient)
     PostgresStreamStore(AsyncDriver())  # type: ignore[arg-type]
     PostgresStreamStore(wrap_asyncpg(None))  # type: ignore[arg-type]

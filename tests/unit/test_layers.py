@@ -30,6 +30,7 @@ LAYERS = [
         "_arguments",
         "_conversation_sql",
         "_deletion",
+        "_distributed",
         "_housekeeping",
         "_leases",
         "_notifications",

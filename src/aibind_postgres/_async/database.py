@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 from .. import _arguments as arguments
 from .._concurrency import AsyncEvent, async_running_loop
 from .._leases import Contact
-from .._sqlstate import is_transient, translate
+from .._sqlstate import FEATURE_NOT_SUPPORTED, is_transient, sqlstate, translate
 from ..errors import ForkedError, StoreClosedError
 from .psycopg_clients import as_client
 
@@ -49,6 +49,7 @@ class AsyncDatabase:
         self.closing = AsyncEvent()
         self.contact = Contact()
         self.closed_with: set[AsyncEvent] = set()  # events that are set when the store is closed
+        self.is_distributed = False  # whether statements on several streams run on several servers, as with Citus
         self._retry_for = retry_for
         # The id of the process that owns the connections and workers; None before there are any.
         self._process = os.getpid() if self.client.is_connected() else None
@@ -132,6 +133,22 @@ class AsyncDatabase:
             raise
         self.contact.succeeded(monotonic(), started)
         return rows
+
+    async def query_either(self, statement: str, distributed: str, params: Sequence[object]) -> Sequence[Row]:
+        """Run a statement, or its form for distributed tables if the server refuses the first one."""
+        if not self.is_distributed:
+            try:
+                return await self.query(statement, params)
+            except Exception as error:
+                if not self.refuses(error):
+                    raise
+        return await self.query(distributed, params)
+
+    def refuses(self, error: Exception) -> bool:
+        """Return True if a server refuses a statement on several streams. Remember it, so that none is tried again."""
+        refused = sqlstate(error) == FEATURE_NOT_SUPPORTED and not self.client.in_transaction()
+        self.is_distributed = self.is_distributed or refused
+        return refused
 
     async def retry(self, attempt: AsyncAttempt[Result], deadline: float = math.inf) -> Result:
         """Run `attempt`. Repeat it with growing pauses for up to `retry_for` seconds while its errors are recoverable.

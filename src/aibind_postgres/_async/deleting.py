@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from .._deletion import MAX_CHUNKS, MAX_ROWS, next_limit
@@ -26,17 +27,23 @@ class AsyncDeleter:
         self._database = database
         self._schema = schema
 
-    async def bounded(self, statement: str, params: Sequence[object]) -> Sequence[Row]:
+    async def bounded(self, statement: str, params: Sequence[object], distributed: str | None = None) -> Sequence[Row]:
         """Run a statement whose last parameter is the number of chunks that it may delete.
 
         A policy, constraint or trigger of the application may refuse tombstones. Then the number is unlimited.
+
+        Args:
+            statement: The statement.
+            params: Its parameters, without the last one.
+            distributed: The statement for distributed tables; the same by default.
         """
+        either = partial(self._database.query_either, statement, distributed or statement)
         try:
-            return await self._database.query(statement, [*params, MAX_CHUNKS])
+            return await either([*params, MAX_CHUNKS])
         except Exception as error:
             if not refuses_row(error) or self._database.client.in_transaction():
                 raise
-            return await self._database.query(statement, [*params, None])
+            return await either([*params, None])
 
     async def hide(self, stream_id: str) -> tuple[bool, str | None]:
         """Delete the status row of a stream and its first chunks.
@@ -72,21 +79,24 @@ class AsyncDeleter:
     async def cleanup_steps(self) -> AsyncIterator[CleanupResult]:
         """Clean up as `cleanup` does, and yield the result of each statement."""
         statements = await self._schema.look_up()
-        async for step in self.expired_steps(statements.cleanup, []):
+        async for step in self.expired_steps(statements.cleanup, [], statements.cleanup_distributed):
             yield step
         async for step in self.tombstone_steps():
             yield step
 
-    async def expired_steps(self, statement: str, params: Sequence[object]) -> AsyncIterator[CleanupResult]:
+    async def expired_steps(
+        self, statement: str, params: Sequence[object], distributed: str | None = None
+    ) -> AsyncIterator[CleanupResult]:
         """Delete expired streams, and yield the result of each statement.
 
         Args:
             statement: A statement that cleans up.
             params: Its parameters, without the limits of its size.
+            distributed: The statement for distributed tables; the same by default.
         """
         limit = MAX_ROWS
         while limit:
-            [(found, streams, chunks)] = await self.bounded(statement, [limit, *params])
+            [(found, streams, chunks)] = await self.bounded(statement, [limit, *params], distributed)
             yield CleanupResult(streams, chunks)
             limit = next_limit(limit, found, streams)
 

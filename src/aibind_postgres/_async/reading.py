@@ -227,7 +227,8 @@ class AsyncPageReader:
             limit = page.next_limit
 
     async def _read_shared(self, read: SharedRead) -> Page | None:
-        if self._database.client.joins_transactions:  # its statements must not serve other callers
+        # In a transaction of the caller, statements must not serve other callers.
+        if self._database.client.joins_transactions or self._database.is_distributed:
             return await self._read(self._database.query, *read)
         [page] = await self._combiner.call(read) or [await self._read(self._database.query, *read)]
         return page
@@ -249,7 +250,7 @@ class AsyncPageReader:
         try:
             rows = await self._database.query(self._schema.statements.read_batch, [json_text(items)])
         except Exception as error:
-            if not wrote_nothing(error):
+            if not self._database.refuses(error) and not wrote_nothing(error):
                 raise
             return [[] for _ in reads]
         found: list[list[Row]] = [[] for _ in reads]

@@ -290,6 +290,7 @@ class AsyncStreamLifecycle(AsyncStreamReads):
         Returns:
             The numbers of deleted streams and chunks.
         """
+        await self._schema.look_up()
         return await self._deleter.cleanup()
 
     async def archive(self, older_than: float | timedelta, *, batch_size: int = BATCH_CHUNKS) -> ArchiveResult:
@@ -391,7 +392,10 @@ class AsyncStreamLifecycle(AsyncStreamReads):
         last: str | None = ""
         while last is not None:
             params = [self._ttl, round(idle_seconds * 1000), text, last, MAX_ROWS, ends_untimed]
-            rows = await self._database.query(self._schema.statements.fail_abandoned, params)
+            statements = self._schema.statements
+            rows = await self._database.query_either(
+                statements.fail_abandoned, statements.fail_abandoned_distributed, params
+            )
             last = rows[0][0]
             if ended := [stream_id for _, stream_id in rows if stream_id is not None]:
                 await self._notifier.changed(ended)

@@ -45,6 +45,11 @@ class AsyncStreamSchema:
         """Whether the status table is known to have the columns of migration 0004."""
         return self.statements in (self._with_0004, self._with_0005)
 
+    @property
+    def has_append(self) -> bool:
+        """Whether the tables are distributed, and have the function for appends."""
+        return self._columns.has_append and self.has_leases
+
     async def look_up(self, query: AsyncQuery | None = None, *, again: bool = False) -> StreamStatements:
         """Return the statements for the migrations that are present, as of the first look-up.
 

@@ -105,7 +105,7 @@ class AsyncTimePartitions:
         else:
             searches = [(statements.cleanup, [])]
         for statement, params in searches:
-            async for streams, chunks in self._deleter.expired_steps(statement, params):
+            async for streams, chunks in self._deleter.expired_steps(statement, params, statements.cleanup_distributed):
                 yield {"streams deleted": streams, "chunks deleted": chunks}
         async for streams, chunks in self._deleter.tombstone_steps():
             yield {"streams deleted": streams, "chunks deleted": chunks}

@@ -79,6 +79,10 @@ Partitions = Annotated[
         show_default=False,
     ),
 ]
+Citus = Annotated[
+    bool,
+    typer.Option("--citus", help="Distribute the tables over the workers of Citus. The URL is of its coordinator."),
+]
 Raw = Annotated[bool, typer.Option("--raw", help="Print the stored chunks unchanged, with the names of events.")]
 Events = Annotated[
     bool,
@@ -187,6 +191,7 @@ def print_schema(
     conversations_table: ConversationsTable = CONVERSATIONS_TABLE,
     notify_trigger: NotifyTrigger = False,
     partitions: Partitions = None,
+    citus: Citus = False,
 ) -> None:
     """Print the SQL that creates or upgrades the tables."""
     with report_errors():
@@ -196,6 +201,7 @@ def print_schema(
             conversations_table=conversations_table,
             notify_trigger=notify_trigger,
             partitions=partitions,
+            citus=citus,
         )
         sys.stdout.buffer.write(sql.encode())
         sys.stdout.flush()
@@ -209,6 +215,7 @@ def migrate(
     conversations_table: ConversationsTable = CONVERSATIONS_TABLE,
     notify_trigger: NotifyTrigger = False,
     partitions: Partitions = None,
+    citus: Citus = False,
 ) -> None:
     """Create or upgrade the tables. Does nothing if they are up to date."""
     with database(Target(dsn, chunks_table, status_table)) as url:
@@ -219,6 +226,7 @@ def migrate(
             conversations_table=conversations_table,
             notify_trigger=notify_trigger,
             partitions=partitions,
+            citus=citus,
         )
         trigger = ", and the notify trigger," if notify_trigger else ""
         print(f"The tables {chunks_table}, {status_table} and {conversations_table}{trigger} are up to date.")
