@@ -14,7 +14,7 @@ TABLES = Table(None, CHUNKS_TABLE), Table(None, STATUS_TABLE)
 CONVERSATIONS = Table(None, CONVERSATIONS_TABLE)
 STATEMENTS = {
     **{f"{name} without 0004": sql for name, sql in vars(StreamStatements(*TABLES, "off")).items()},
-    **vars(StreamStatements(*TABLES, "off", lease=1000)),
+    **vars(StreamStatements(*TABLES, "off", lease=1000, archive=True)),
     **{f"conversation {name} without 0004": sql for name, sql in vars(ConversationStatements(CONVERSATIONS)).items()},
     **{
         f"conversation {name}": sql
@@ -28,6 +28,7 @@ del STATEMENTS["append_distributed"]  # calls a function of sql/optional/citus.s
 ON_SEVERAL = {"active", "expired", "poll", "running", "tombstones"}
 ON_SEVERAL |= {f"list{of}{by}" for of in ("", "_of_session", "_of_owner") for by in ("", "_by_time")}
 ON_SEVERAL |= {"conversation ids_of_owner", "conversation list_by_id"}
+ON_SEVERAL |= {"archive", "cleanup_of_partitions"}  # not for distributed tables
 WITH_ANOTHER_FORM = {"append_batch", "cleanup", "end_expired", "fail_abandoned", "read_batch", "renew_leases"}
 WITH_ANOTHER_FORM |= {f"conversation {name}" for name in ("cleanup", "get_info", "list", "list_of_owner")}
 FORMS_FOR_SEVERAL = {f"{name}_distributed" for name in WITH_ANOTHER_FORM} - {"end_expired_distributed"}
