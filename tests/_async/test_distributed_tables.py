@@ -8,6 +8,7 @@ import psycopg
 import pytest
 from _async.sources import HookedClient
 from psycopg_pool import AsyncConnectionPool
+from support.citus import activity
 from support.concurrency import AsyncBackground, async_gather, async_sleep
 
 from aibind_postgres import AsyncPostgresConversationStore, AsyncPostgresStreamStore, ChatHistory, _leases
@@ -75,20 +76,20 @@ async def run(pool, tables, table):
 
 
 @pytest.fixture
-async def change(dsn, tables, table, run):
+async def change(dsn, tables, table, schema_name, run, on_citus):
     """Return a function that makes a change in a transaction, and commits it once a call waits for it."""
     names = {"status": tables["status_table"], "chunks": tables["chunks_table"], "conversations": table}
     waiting = (
-        "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database() "
-        "AND query LIKE '%' || {schema} || '%'"
+        f"SELECT count(*) FROM {activity(on_citus)} WHERE wait_event_type = 'Lock' AND datname = current_database() "
+        "AND query LIKE '%{schema}%'"
     )
-    schema = tables["status_table"].as_string(None).split(".")[0]
+    waiting = waiting.replace("{schema}", schema_name)
 
     async def change(text, call):
         async with await psycopg.AsyncConnection.connect(dsn) as holder:
             await holder.execute(psycopg.sql.SQL(text).format(**names))
             async with AsyncBackground(call) as calling:
-                while (await run(waiting.replace("{schema}", f"'{schema}'")))[0][0] == 0:
+                while (await run(waiting))[0][0] == 0:
                     await async_sleep(0.01)
                 await holder.commit()
                 return await calling.result()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from typing import NamedTuple
@@ -12,6 +12,27 @@ import pytest
 from psycopg.conninfo import make_conninfo
 
 from aibind_postgres import schema
+
+# The tests that are skipped, by the reason.
+IMPOSSIBLE = {
+    "it has no triggers on distributed tables": [
+        "test_clients::test_row_that_cannot_be_updated",
+        "test_combined_appends::test_rejected_batch_raises_only_in_the_append_at_fault",
+        "test_deletion::test_cleanup_deletes_at_most_10_000_chunks_at_once",
+        "test_deletion::test_cleanup_of_conversations_is_bounded_in_bytes",
+        "test_deletion::test_delete_deletes_at_most_10_000_chunks_at_once",
+        "test_deletion::test_recreated_stream_deletes_at_most_10_000_leftover_chunks_at_once",
+        "test_housekeeping::test_refused_marker",
+        "test_housekeeping::test_turns_are_a_period_apart",
+        "test_leases::test_reader_tries_again_after_a_refusal",
+        "test_leases::test_refusal_for_the_moment_is_no_outage",
+        "test_live_reading::test_notifications_contain_no_stream_id",
+        "test_live_reading::test_trigger_notifies_for_foreign_writers",
+        "test_producing::test_error_on_closing_the_source_is_not_exposed",
+        "test_synchronous_commit::test_default_of_the_server",
+        "test_synchronous_commit::test_every_write_uses_the_option",
+    ],
+}
 
 
 class Cluster(NamedTuple):
@@ -40,10 +61,17 @@ def cluster_of(server: str) -> Cluster | None:
     return Cluster(server, nodes)
 
 
-def skip_on_citus(server: str, reason: str) -> None:
-    """Skip a test of a feature that a distributed table cannot have."""
-    if cluster_of(server) is not None:
-        pytest.skip(f"on Citus: {reason}")
+def skip_impossible(items: Iterable[pytest.Item]) -> None:
+    """Skip the tests that a cluster cannot pass."""
+    reasons = {name: reason for reason, names in IMPOSSIBLE.items() for name in names}
+    for item in items:
+        if reason := reasons.get(f"{item.path.stem}::{item.name.split('[')[0]}"):
+            item.add_marker(pytest.mark.skip(reason=f"on Citus: {reason}"))
+
+
+def activity(on_citus: bool) -> str:
+    """Return the view of the sessions, on a cluster those of all nodes."""
+    return "citus_stat_activity" if on_citus else "pg_stat_activity"
 
 
 @contextmanager
