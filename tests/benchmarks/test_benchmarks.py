@@ -88,3 +88,10 @@ def test_unknown_benchmark():
     done = run("--only", "nothing")
     assert done.returncode == 2
     assert "unknown benchmark: nothing" in done.stderr
+
+
+def test_partitions():
+    command = [sys.executable, "-m", "benchmarks.partitions", "--streams", "200", "--rounds", "2"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "largest index of chunks" in done.stdout
