@@ -285,7 +285,7 @@ def test_partitions_of_other_streams_are_not_read(partitioned, analyzed):
     )
     if analyzed:
         partitioned.execute("ANALYZE")
-    for name, (params, number_of_tables) in {
+    expected = {
         "append": (["10", "x", None, 1000], 1),
         "append_batch": (['[{"id": "10", "texts": ["x"]}]', 1000], 1),
         "read_batch": (['[{"index": 0, "id": "10", "after": 5, "limit": 100}]'], 2),
@@ -293,8 +293,10 @@ def test_partitions_of_other_streams_are_not_read(partitioned, analyzed):
         "cleanup": ([1, 100], 3),
         "archive": ([0, 10], 2),
         "read_archived": (["10", 0, 100], 3),
-        "fail_abandoned": ([1000, 0, "x", "", 1, True], 2),
-    }.items():
+    }
+    if analyzed:  # else PostgreSQL 15 expects one active stream, and scans their index in all partitions
+        expected["fail_abandoned"] = ([1000, 0, "x", "", 1, True], 2)
+    for name, (params, number_of_tables) in expected.items():
         statement = f"EXPLAIN (ANALYZE, FORMAT JSON) {getattr(STREAM_STATEMENTS, name)}"
         [([plan],)] = partitioned.execute(statement, params).fetchall()
         scans = [node for node in executed_nodes(plan["Plan"]) if "Scan" in node["Node Type"]]
