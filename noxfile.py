@@ -62,12 +62,13 @@ def tests(session: nox.Session, postgres: str) -> None:
 
 @nox.session
 @nox.parametrize("postgres", ["15", "18"])
-def partitions(session: nox.Session, postgres: str) -> None:
-    """Run the tests of the stores, clients and handlers on tables with eight partitions by hash."""
+@nox.parametrize("partitions", ["8", "time"])
+def partitions(session: nox.Session, postgres: str, partitions: str) -> None:
+    """Run the tests that use tables on eight partitions by hash, or on partitions by time."""
     skip_without_server(session, postgres)
     session.install(".[dev]")
     folders = ["tests/_async", "tests/_sync", "tests/integration", "tests/contrib"]
-    env = {"AIBIND_TEST_POSTGRES": postgres, "AIBIND_TEST_DSN": None, "AIBIND_TEST_PARTITIONS": "8"}
+    env = {"AIBIND_TEST_POSTGRES": postgres, "AIBIND_TEST_DSN": None, "AIBIND_TEST_PARTITIONS": partitions}
     session.run("pytest", *folders, *session.posargs, env=env)
 
 

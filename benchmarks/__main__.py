@@ -19,10 +19,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from aibind_postgres import embedded
 
+from .archiving import archiving
 from .bench import FULL, QUICK, SMOKE, Bench
 from .chats import chats
 from .concurrent_appends import TARGETS, five_hundred_tasks, separate_stores, threads
 from .conversations import conversations
+from .fleet import fleet
 from .framing import framing
 from .leases import leases
 from .measure import Row
@@ -30,8 +32,10 @@ from .over_http import first_token, http_readers
 from .peers import pgbench_program, redis_server
 from .readers import fan_out, idle
 from .reading import first_chunk, memory, replay
+from .replicas import replicas
 from .report import as_json, draw, environment, table
 from .tail import tail
+from .time_partitions import time_partitions
 from .writing import batches, import_benchmark, one_producer, ten_million
 
 BENCHMARKS = {
@@ -43,16 +47,20 @@ BENCHMARKS = {
     "chats": chats,
     "tail": tail,
     "replay": replay,
+    "archive": archiving,
     "first-chunk": first_chunk,
     "memory": memory,
+    "replicas": replicas,
     "idle-readers": idle,
     "fan-out": fan_out,
+    "fleet": fleet,
     "32-stores": separate_stores,
     "conversations": conversations,
     "framing": framing,
     "first-token": first_token,
     "http-readers": http_readers,
     "10-million": ten_million,
+    "time-partitions": time_partitions,
     "import": import_benchmark,
 }
 

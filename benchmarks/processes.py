@@ -1,12 +1,15 @@
-"""Tasks and child processes of the benchmarks."""
+"""Tasks and child processes of the benchmarks, and the memory of a process."""
 
 from __future__ import annotations
 
 import asyncio
+import resource
+import sys
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import get_context
 from multiprocessing.connection import Connection as Pipe
+from pathlib import Path
 from typing import Any
 
 
@@ -37,3 +40,14 @@ def process(target: Callable[..., None], *arguments: Any) -> Iterator[Pipe]:
         if child.is_alive():
             child.kill()
             child.join()
+
+
+def peak_memory() -> float:
+    """Return the peak memory of this process, in MiB."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # On Linux a process inherits ru_maxrss from its parent.
+        [peak] = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
+        return int(peak.split()[1]) / 1024
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used / 2**20 if sys.platform == "darwin" else used / 1024

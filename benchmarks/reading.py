@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import resource
-import sys
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from contextlib import aclosing
 from itertools import cycle
 from multiprocessing.connection import Connection as Pipe
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from .bench import Bench, with_peer
 from .loops import async_repeat, repeat
 from .measure import TOKEN, Figures, Row, at_least, at_most, compare
 from .peers import NpmDesign, Redis, add_entry
-from .processes import process
+from .processes import peak_memory, process
 from .tables import Tables
 
 if TYPE_CHECKING:
@@ -206,14 +203,3 @@ def fetch_all(pipe: Pipe, tables: Tables, stream: str) -> None:
         before = peak_memory()
         connection.execute(everything, [stream], binary=True).fetchall()
         pipe.send(peak_memory() - before)
-
-
-def peak_memory() -> float:
-    """Return the peak memory of this process, in MiB."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        # On Linux a process inherits ru_maxrss from its parent.
-        [peak] = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
-        return int(peak.split()[1]) / 1024
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return used / 2**20 if sys.platform == "darwin" else used / 1024

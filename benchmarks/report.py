@@ -38,7 +38,7 @@ RESULTS = re.compile(r"(?<=<!-- results -->\n).*?(?=<!-- end of results -->)", r
 # Readable on white and on black.
 TEXT, MET, MISSED, NEUTRAL = "#808080", "#3a87c8", "#d2691e", "#9a9a9a"
 
-LESS_IS_BETTER = ("ms", "µs", "MiB", "statements/s")
+LESS_IS_BETTER = ("ms", "µs", "MiB", "bytes", "statements/s")
 
 
 def figure(value: float, unit: str) -> str:

@@ -16,6 +16,7 @@ LEASE = 15_000  # the same
 POOL_SIZE = 10
 RAW = {"autocommit": True, "cursor_factory": psycopg.RawCursor}
 WITHOUT_0004 = "-- For chats:"  # the first words of that migration
+WITHOUT_0005 = "-- For archiving finished streams:"
 ASYNC_RAW = {"autocommit": True, "cursor_factory": psycopg.AsyncRawCursor}
 
 
@@ -35,8 +36,8 @@ class Tables(NamedTuple):
     def store(self, *, notify: bool = True) -> PostgresStreamStore:
         return PostgresStreamStore(self.dsn, **self.names, notify=notify)
 
-    def async_store(self) -> AsyncPostgresStreamStore:
-        return AsyncPostgresStreamStore(self.dsn, **self.names)
+    def async_store(self, *, notify: bool = True) -> AsyncPostgresStreamStore:
+        return AsyncPostgresStreamStore(self.dsn, **self.names, notify=notify)
 
     def connect(self) -> psycopg.Connection[Any]:
         return psycopg.connect(self.dsn, autocommit=True, cursor_factory=psycopg.RawCursor)
@@ -54,6 +55,10 @@ class Tables(NamedTuple):
     @property
     def chunks(self) -> str:
         return f"{self.schema}.chunks"
+
+    @property
+    def archive(self) -> str:
+        return f"{self.schema}.chunks_archive"
 
     @property
     def status(self) -> str:

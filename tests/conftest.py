@@ -23,7 +23,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     if converter["outdated"]():
         converter["convert"]()
 
-from support import servers  # noqa: E402  # after the conversion
+from support import citus, servers  # noqa: E402  # after the conversion
 
 from aibind_postgres import schema  # noqa: E402  # after the conversion
 
@@ -50,6 +50,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="repeat each fault as often as docs/guarantees.md states")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    server = os.environ.get("AIBIND_TEST_DSN")
+    if server is not None and citus.cluster_of(server) is not None:
+        citus.skip_impossible(items)
+
+
 @pytest.fixture
 def long(request: pytest.FixtureRequest) -> bool:
     """True for the long run of the tests that repeat something."""
@@ -61,6 +67,12 @@ def server() -> Iterator[str]:
     """The connection string of a server, as a user that may create databases."""
     with servers.test_server() as dsn:
         yield dsn
+
+
+@pytest.fixture(scope="session")
+def on_citus(server: str) -> bool:
+    """Whether the server is the coordinator of a Citus cluster."""
+    return citus.cluster_of(server) is not None
 
 
 @pytest.fixture(scope="session")
@@ -125,8 +137,23 @@ def schema_name(run_sql: Callable[[str], None]) -> Iterator[str]:
 
 
 @pytest.fixture
+def create_tables(dsn: str, run_sql: Callable[[str], None], on_citus: bool) -> Callable[..., None]:
+    """Create tables with every migration applied, and with the partitions that the variable of this run wants."""
+
+    def create(**names: psycopg.sql.Identifier) -> None:
+        if on_citus:  # it does not change distributed tables by several commands in one text
+            schema.migrate(dsn, **names, citus=True)
+        elif servers.PARTITIONS == "time":
+            schema.migrate(dsn, **names, partitions="time")  # the SQL of `render` creates no partitions of days
+        else:
+            run_sql(schema.render(**names, partitions=servers.PARTITIONS))
+
+    return create
+
+
+@pytest.fixture
 def tables(
-    request: pytest.FixtureRequest, run_sql: Callable[[str], None], schema_name: str
+    request: pytest.FixtureRequest, create_tables: Callable[..., None], schema_name: str
 ) -> dict[str, psycopg.sql.Identifier]:
     """The stream tables of one test with every migration applied, as keyword arguments of a store."""
     chunks, status, conversations = TABLE_NAMES[getattr(request, "param", "plain")]
@@ -134,17 +161,16 @@ def tables(
         "chunks_table": psycopg.sql.Identifier(schema_name, chunks),
         "status_table": psycopg.sql.Identifier(schema_name, status),
     }
-    others = {"conversations_table": psycopg.sql.Identifier(schema_name, conversations)}
-    run_sql(schema.render(**names, **others, partitions=servers.PARTITIONS))
+    create_tables(**names, conversations_table=psycopg.sql.Identifier(schema_name, conversations))
     return names
 
 
 @pytest.fixture
 def conversations(
-    request: pytest.FixtureRequest, run_sql: Callable[[str], None], schema_name: str
+    request: pytest.FixtureRequest, create_tables: Callable[..., None], schema_name: str
 ) -> psycopg.sql.Identifier:
     """The conversation table of one test with every migration applied."""
     table = psycopg.sql.Identifier(schema_name, TABLE_NAMES[getattr(request, "param", "plain")][2])
     others = {f"{kind}_table": psycopg.sql.Identifier(schema_name, f"other {kind}") for kind in ("chunks", "status")}
-    run_sql(schema.render(**others, conversations_table=table))
+    create_tables(**others, conversations_table=table)
     return table

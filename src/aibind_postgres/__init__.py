@@ -21,6 +21,7 @@ from .errors import (
 )
 from .history import ChatHistory, MessageTree, TreeNode, TreePath
 from .models import (
+    ArchiveResult,
     CleanupResult,
     ConversationInfo,
     ErasureResult,
@@ -38,6 +39,7 @@ __all__ = [
     "AgUiHandler",
     "AiSdkHandler",
     "AibindError",
+    "ArchiveResult",
     "AsyncAgUiHandler",
     "AsyncAiSdkHandler",
     "AsyncDurableStream",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from contextlib import suppress
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import unquote
 
@@ -27,8 +28,12 @@ DEFAULTS = {
 _UNAMBIGUOUS = re.compile(r"postgres(ql)?://([^@/?]*@)?[^@?]*(\?.*)?", re.DOTALL)
 
 
-def with_defaults(conninfo: str) -> str:
+def with_defaults(conninfo: str, **others: str) -> str:
     """Add `DEFAULTS` for parameters that are not set.
+
+    Args:
+        conninfo: The connection string.
+        others: Defaults in place of those of the same names.
 
     Raises:
         ValueError: The string is malformed, or a password that is not percent-encoded would be parsed as the host, the
@@ -38,16 +43,16 @@ def with_defaults(conninfo: str) -> str:
         given = conninfo_to_dict(conninfo)
         is_unambiguous = _UNAMBIGUOUS.fullmatch(conninfo) or not re.match(r"postgres(ql)?://", conninfo)
         if is_unambiguous and re.fullmatch("[0-9, ]*", str(given.get("port", ""))):
-            return make_conninfo(conninfo, **missing_defaults(given))
+            return make_conninfo(conninfo, **missing_defaults(given, others))
     raise ValueError(
         f"not a connection string of PostgreSQL, such as postgresql://user@host/database: {_reason(conninfo)}"
     )
 
 
-def missing_defaults(given: Mapping[str, Any]) -> dict[str, str]:
+def missing_defaults(given: Mapping[str, Any], others: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
     """Return `DEFAULTS` that these libpq parameters do not set, with the values of the service or the environment.
 
-    The values are copied because psycopg itself reads no services.
+    The values are copied because psycopg itself reads no services. `others` replaces defaults of the same names.
     """
     # libpq reads the variables and the service. The address is a file, so the connection fails without a network.
     nowhere = {"host": "/dev/null", "hostaddr": "", "port": "1"}
@@ -55,7 +60,7 @@ def missing_defaults(given: Mapping[str, Any]) -> dict[str, str]:
     connection = PGconn.connect_start(make_conninfo("", **nowhere, **service).encode())
     found = {option.keyword.decode(): (option.val or b"").decode() for option in connection.info}
     connection.finish()
-    return {name: found[name] or value for name, value in DEFAULTS.items() if name not in given}
+    return {name: found[name] or value for name, value in {**DEFAULTS, **others}.items() if name not in given}
 
 
 def _reason(conninfo: str) -> str:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from . import _distributed
 from ._housekeeping import DUE, LOCK, MARKER, TAKE_CONVERSATION_TURN
 from ._sql import FEW, NOW
 from ._stream_list import IN_RANGE
@@ -120,10 +121,8 @@ ACTIVE_STREAM = """
   ) AS active (id) ON true
 """
 
-GET_INFO = """
-SELECT {info} FROM {conversations} AS c {active_stream}
- WHERE session_id = $1::text AND expires_at > {now}
-"""
+GET_INFO = "SELECT {info} FROM {conversations} AS c {active_stream} {page}"
+PAGE_OF_ONE = "WHERE session_id = $1::text AND expires_at > {now}"
 
 LIST_BY_ID = """
 SELECT session_id, expires_at FROM {conversations}
@@ -134,7 +133,9 @@ SELECT session_id, expires_at FROM {conversations}
 
 # The last column is parameter $1 of the next page.
 LIST_BY_TIME = """
-SELECT {info}, to_jsonb(updated_at) #>> '{{}}' AS position FROM {conversations} AS c {active_stream}
+SELECT {info}, to_jsonb(updated_at) #>> '{{}}' AS position FROM {conversations} AS c {active_stream} {page}
+"""
+PAGE_BY_TIME = """
  WHERE (updated_at, session_id) < ($1::text::timestamptz, $2::text) AND expires_at > {now} {scope}
  ORDER BY updated_at DESC, session_id DESC
  LIMIT $3::bigint
@@ -205,6 +206,7 @@ class ConversationStatements:
             "info": INFO.format(in_range=IN_RANGE, stream_id=stream_id) if has_0004 else "session_id, expires_at",
             "active_stream": "" if status is None else ACTIVE_STREAM.format(status=status.quoted),
             "scope": "",
+            "status": "" if status is None else status.quoted,
             "is_same": IS_SAME if has_0004 else "",
             "columns": COLUMNS if has_0004 else "",
             "values_of_save": VALUES.format(owner="$7") if has_0004 else "",
@@ -217,19 +219,40 @@ class ConversationStatements:
             "returned": ", created_at" if has_0004 else "",
             "created_of_saved": CREATED_OF_SAVED if has_0004 else "",
         }
+
+        def fill(statement: str, page: str, scope: str = "") -> str:
+            values_of_page = {**values, "scope": scope}
+            return statement.format_map({**values, "page": page.format_map(values_of_page)})
+
+        def fill_distributed(statement: str, page: str, scope: str = "") -> str:
+            if status is None:
+                return fill(statement, page, scope)
+            streams = ACTIVE_STREAM.format(status="streams")
+            local = {
+                **values,
+                "conversations": "page",
+                "active_stream": streams,
+                "page": page.format_map({**values, "scope": scope}),
+            }
+            return fill(_distributed.PAGE_WITH_STREAMS, page, scope) + statement.format_map(local)
+
         self.load = LOAD.format_map(values)
         self.save = SAVE.format_map(values)
         self.overwrite = OVERWRITE.format_map(values)
         self.touch = TOUCH.format_map(values)
         self.delete = DELETE.format_map(values)
-        self.get_info = GET_INFO.format_map(values)
+        self.get_info = fill(GET_INFO, PAGE_OF_ONE)
+        self.get_info_distributed = fill_distributed(GET_INFO, PAGE_OF_ONE)
         self.cleanup = DELETE_EXPIRED.format_map(values)
+        self.cleanup_distributed = _distributed.DELETE_EXPIRED.format_map(values)
         self.take_turn = TAKE_CONVERSATION_TURN.format_map(values)
         if not has_0004:
             self.list_by_id = LIST_BY_ID.format_map(values)
             return
-        self.list = LIST_BY_TIME.format_map(values)
-        self.list_of_owner = LIST_BY_TIME.format_map({**values, "scope": OF_OWNER})
+        self.list = fill(LIST_BY_TIME, PAGE_BY_TIME)
+        self.list_distributed = fill_distributed(LIST_BY_TIME, PAGE_BY_TIME)
+        self.list_of_owner = fill(LIST_BY_TIME, PAGE_BY_TIME, OF_OWNER)
+        self.list_of_owner_distributed = fill_distributed(LIST_BY_TIME, PAGE_BY_TIME, OF_OWNER)
         self.describe = DESCRIBE.format_map(values)
         self.ids_of_owner = IDS_OF_OWNER.format_map(values)
         self.delete_of_owner = DELETE_OF_OWNER.format_map(values)

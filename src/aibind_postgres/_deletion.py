@@ -22,7 +22,7 @@ WITH deleted AS (
     INSERT INTO {status} (id, state, error, total_chunks, expires_at)
     SELECT {tombstone_of_1}
      WHERE $2::bigint IS NOT NULL
-       AND ((SELECT total_chunks FROM deleted) > (SELECT count(*) FROM emptied)
+       AND ((SELECT total_chunks FROM deleted) > (SELECT count(*) FROM emptied){plus_archived}
             OR EXISTS (SELECT FROM {chunks} WHERE id = $1::text AND seq > $2::bigint))
     RETURNING id
 )
@@ -64,34 +64,41 @@ WITH leftovers AS (
     DELETE FROM {chunks} AS c USING {status} AS s
      WHERE c.id = $1::text AND s.id = $1::text AND c.seq > greatest(s.total_chunks, 0)
        AND c.seq <= greatest(s.total_chunks, 0) + $2::bigint
-       AND (to_jsonb(c) ->> 'created_at' IS NULL
-            OR (to_jsonb(c) ->> 'created_at')::timestamptz < (to_jsonb(s) ->> 'created_at')::timestamptz)
+       AND {is_left_over}
     RETURNING 1
 )
 SELECT (SELECT count(*) FROM leftovers) {commit_setting}
 """
 
-# Deletes expired streams with at most $2 chunks together. Keeps tombstones and the housekeeping marker. The size of a
-# stream is its highest sequence number. A larger one is replaced by a tombstone; if $2 is NULL, one stream of any size
-# is deleted without a tombstone. SKIP LOCKED skips rows that another process is cleaning up. The ids are passed as
-# arrays, of which the planner expects few rows, rather than as many as $1: it might scan all chunks for these.
+# created_at of migration 0002 is read through JSON, which returns NULL if the column is missing.
+IS_LEFT_OVER = """(to_jsonb(c) ->> 'created_at' IS NULL
+            OR (to_jsonb(c) ->> 'created_at')::timestamptz < (to_jsonb(s) ->> 'created_at')::timestamptz)"""
+
+# Deletes expired streams with at most {limit} chunks together. Keeps tombstones and the housekeeping marker. The size
+# of a stream is its highest sequence number. A larger one is replaced by a tombstone; if {limit} is NULL, one stream of
+# any size is deleted without a tombstone. SKIP LOCKED skips rows that another process is cleaning up. The ids are
+# passed as arrays, of which the planner expects few rows instead of $1: it might scan all chunks for those.
 CLEANUP = """
 WITH expired AS MATERIALIZED (
     SELECT id, expires_at FROM {status}
-     WHERE state <> 'active' AND state <> 'deleted' AND expires_at <= {now}
+     WHERE state <> 'active' AND state <> 'deleted' AND expires_at <= {due}{scope}
      ORDER BY expires_at
      LIMIT $1::bigint
        FOR UPDATE SKIP LOCKED
 ), sized AS MATERIALIZED (
     SELECT id, expires_at, size
-      FROM expired, LATERAL (SELECT coalesce(max(seq), 0) FROM {chunks} WHERE id = expired.id) AS c (size)
+      FROM expired, LATERAL (
+               SELECT coalesce(max(seq), 0){plus_pages} FROM {chunks} WHERE id = expired.id
+           ) AS c (size)
 ), summed AS MATERIALIZED (
     SELECT id, size, sum(size) OVER (ORDER BY expires_at, id ROWS UNBOUNDED PRECEDING) AS sum FROM sized
 ), chosen AS MATERIALIZED (
-    SELECT id, size FROM summed WHERE sum <= $2::bigint OR sum = size
+    SELECT id, size FROM summed WHERE sum <= {limit}::bigint OR sum = size
 ), chunks AS (
     DELETE FROM {chunks} AS c
-     USING (SELECT unnest(ARRAY(SELECT id FROM chosen WHERE size <= coalesce($2::bigint, size))) {few}) AS emptied (id)
+     USING (
+               SELECT unnest(ARRAY(SELECT id FROM chosen WHERE size <= coalesce({limit}::bigint, size))) {few}
+           ) AS emptied (id)
      WHERE c.id = emptied.id
     RETURNING 1
 ), streams AS (
@@ -101,12 +108,16 @@ WITH expired AS MATERIALIZED (
     RETURNING 1
 ), buried AS (
     INSERT INTO {status} (id, state, error, total_chunks, expires_at)
-    SELECT {tombstone_of_id} FROM chosen WHERE size > $2::bigint
+    SELECT {tombstone_of_id} FROM chosen WHERE size > {limit}::bigint
 )
 SELECT (SELECT count(*) FROM expired) AS found, (SELECT count(*) FROM streams) AS streams,
-       (SELECT count(*) FROM chunks) AS chunks
+       (SELECT count(*) FROM chunks){plus_archived_of_chosen} AS chunks
 {commit_setting}
 """
+
+# CLEANUP of streams that expired $2 milliseconds ago, except those with ids from $3 to $4.
+DUE_IN_PARTITIONS = "{now} - $2::bigint"
+OUTSIDE_PARTITIONS = " AND (id < $3::text OR id >= $4::text)"
 
 
 def next_limit(limit: int, found: int, deleted: int) -> int:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from os import urandom
+from time import time_ns
 from typing import Any, Generic, TypeVar
 
 from ._document import MAX_DEPTH, Document, copy_json, empty_document, utc_timestamp, validate_document
@@ -16,10 +18,15 @@ M = TypeVar("M")
 
 
 def new_id() -> str:
-    """Return a random UUID as text. It cannot be guessed."""
-    from uuid import uuid4  # imported at the first use, since it takes a tenth of the time to import this package
+    """Return a UUID of version 7 as text. It cannot be guessed: 74 of its bits are random.
 
-    return str(uuid4())
+    It begins with the time in milliseconds, so that partitions by time contain the streams of one day.
+    """
+    # Not `uuid7` of Python 3.14: it counts within a millisecond, so that the next id could be guessed from the last.
+    random = int.from_bytes(urandom(10), "big")
+    value = (time_ns() // 1_000_000) << 80 | 7 << 76 | (random >> 62 & 0xFFF) << 64 | 2 << 62 | random & (1 << 62) - 1
+    text = f"{value & (1 << 128) - 1:032x}"
+    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +74,8 @@ class MessageTree(Generic[M]):
     `InvalidDataError` for values that JSON cannot represent.
 
     Args:
-        generate_id: Returns the ids of new nodes; random UUIDs by default. The ids must be unique among all writers of
-            the conversation.
+        generate_id: Returns the ids of new nodes; UUIDs of version 7 by default. The ids must be unique among all
+            writers of the conversation.
 
     Example:
         >>> tree = MessageTree(generate_id=iter("abc").__next__)

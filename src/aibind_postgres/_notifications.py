@@ -37,3 +37,8 @@ def decode_payload(payload: str, receiver: str) -> list[str]:
     """
     sender, *digests = payload.split(" ")
     return [] if sender == receiver else digests
+
+
+def sender_of(payload: str) -> str:
+    """Return the sender in a payload."""
+    return payload.partition(" ")[0]

@@ -15,6 +15,11 @@ SENDS = 3  # with two, one rest in some hundred chunks was long although no writ
 VARIATION = 0.001  # seconds by which sends differ although no writer is delayed
 WINDOW = 200  # sends after which the fastest one is forgotten
 
+# Of all stores together, in one second. Each of them reaches the listening session and the process of every store, so
+# the cost of a notification grows with the number of processes. Above this rate, stores combine more changes in each.
+MAX_TRAFFIC = 1_000
+TRAFFIC_PERIOD = 1.0  # seconds in which received notifications are counted
+
 
 class NotifyPace:
     """The rests of one notifier.
@@ -48,3 +53,37 @@ class NotifyPace:
                 delay = shortest - 2 * fastest
         undelayed = min(REST_PER_CHANGE * changes**2, MAX_REST_UNDELAYED)
         return min(max(undelayed, REST_PER_DELAY * delay), MAX_REST)
+
+
+class NotifyTraffic:
+    """The notifications that a store receives from others, and the rest that they require.
+
+    With n senders, a rest of n / `MAX_TRAFFIC` keeps them at that rate together. It is shorter in proportion if the
+    rate is lower. The rate is the mean of the last period and of the mean before it: without the earlier periods,
+    stores that react to each other would send fast and slowly by turns.
+
+    `received` is called by one worker, `rest` by another.
+    """
+
+    def __init__(self) -> None:
+        self._since = 0.0  # begin of the current period
+        self._count = 0
+        self._senders: set[str] = set()
+        self._rate = 0.0
+        self._rest = (0.0, 0.0)  # and the time until which it applies
+
+    def received(self, sender: str, now: float) -> None:
+        """Count a notification of another store."""
+        elapsed = now - self._since
+        if elapsed >= TRAFFIC_PERIOD:
+            self._rate = (self._rate + self._count / elapsed) / 2
+            rest = (1 + len(self._senders)) * self._rate / MAX_TRAFFIC**2
+            self._rest = (min(rest, MAX_REST), now + 2 * TRAFFIC_PERIOD)
+            self._since, self._count, self._senders = now, 0, set()
+        self._count += 1
+        self._senders.add(sender)
+
+    def rest(self, now: float) -> float:
+        """Return the seconds to rest after a send."""
+        rest, until = self._rest
+        return rest if now < until else 0.0

@@ -1,4 +1,4 @@
-"""Pages: chunks and the state of a stream, as read by one statement. Pure."""
+"""Pages: chunks and the state of a stream, as read by one statement. The statements, as templates for `_sql`. Pure."""
 
 from __future__ import annotations
 
@@ -18,6 +18,69 @@ LIMIT_DIVISOR = 16  # reduces the limit after a chunk that was too large for it
 
 TEXT = itemgetter(1)  # of a row
 
+# Whether a page of chunks of this size has at most PAGE_BYTES, or consists of this chunk.
+FITS = f"octet_length(data) * {{limit}} <= {PAGE_BYTES} OR {{limit}} = 1"
+RUNNING_SIZE = "sum(octet_length(found.data)) OVER (ORDER BY wanted.index, found.seq ROWS UNBOUNDED PRECEDING)"
+
+STATUS_ROW = "-greatest(total_chunks, 0) AS seq, state || coalesce(chr(10) || error, '') AS data"
+
+# Reads the status and a page of chunks in one snapshot. `_pages.Page` parses the row of the status: the negated number
+# of chunks, and the state, followed by a line break and the error text. Chunks with a number above total_chunks are
+# left over from another stream. A page is a range of sequence numbers, since a LIMIT may be planned as a sort of all
+# later chunks. 2^62 avoids an overflow; no chunk has a higher number. Chunks that are too large for their page come as
+# NULL: a running sum of the sizes would add half to the time of a page of small chunks. The client sorts the rows, in
+# less time than the server.
+READ = """
+SELECT {status_row} FROM {status} WHERE id = $1::text
+UNION ALL
+SELECT seq, CASE WHEN {fits_in_page} THEN data END FROM {chunks}
+ WHERE id = $1::text AND seq > $2::bigint
+   AND seq <= least(least($2::bigint, 1::bigint << 62) + $3::bigint,
+                    (SELECT total_chunks FROM {status} WHERE id = $1::text))
+"""
+
+# READ for many streams. $1 is a JSON array of objects with index, id, after and limit. The sizes of all chunks have a
+# common bound.
+READ_BATCH = """
+SELECT wanted.index, found.seq,
+       CASE WHEN found.seq <= 0 OR {running_size} <= {batch_bytes} THEN found.data END
+  FROM json_to_recordset($1::text::json) AS wanted (index integer, id text, after bigint, "limit" bigint),
+       LATERAL (
+           SELECT {status_row} FROM {status} WHERE id = wanted.id
+           UNION ALL
+           SELECT seq, CASE WHEN {fits_in_batch} THEN data END FROM {chunks}
+            WHERE id = wanted.id AND seq > wanted.after
+              AND seq <= least(least(wanted.after, 1::bigint << 62) + wanted."limit",
+                               (SELECT total_chunks FROM {status} WHERE id = wanted.id))
+       ) AS found
+ ORDER BY wanted.index, found.seq
+"""
+
+READ_TIMED = """
+SELECT {status_row}, NULL::float8 AS written_at FROM {status} WHERE id = $1::text
+UNION ALL
+SELECT seq, CASE WHEN {fits_in_page} THEN data END,
+       CASE WHEN created_at {in_range} THEN epoch END
+  FROM {chunks}, LATERAL (SELECT extract(epoch FROM created_at)::float8) AS t (epoch)
+ WHERE id = $1::text AND seq > $2::bigint
+   AND seq <= least(least($2::bigint, 1::bigint << 62) + $3::bigint,
+                    (SELECT total_chunks FROM {status} WHERE id = $1::text))
+"""
+
+# The next sequence number after an empty page, since total_chunks may be far larger than the number of chunks.
+NEXT = """
+SELECT least((SELECT min(seq) FROM {chunks}
+               WHERE id = $1::text AND seq > $2::bigint
+                 AND seq <= (SELECT total_chunks FROM {status} WHERE id = $1::text)),
+             {next_page})
+"""
+
+# Whether the server is a standby, and the status of a stream as the first row of READ, or NULL if there is none.
+STANDBY_STATUS = """
+SELECT pg_is_in_recovery(), found.seq, found.data
+  FROM (SELECT) AS one LEFT JOIN (SELECT {status_row} FROM {status} WHERE id = $1::text) AS found ON true
+"""
+
 
 class Page(NamedTuple):
     """Some chunks of a stream, with the state of the stream in the same snapshot.
@@ -30,6 +93,7 @@ class Page(NamedTuple):
         end: The position that the page reaches: it contains all chunks of the range up to this sequence number. It is
             the start of the range if the first chunk was too large for the limit.
         next_limit: The limit of the next page, which bounds the memory of a reader.
+        is_archived: Whether some of the chunks come from the archive; False by default.
     """
 
     state: StreamState
@@ -38,6 +102,7 @@ class Page(NamedTuple):
     rows: Sequence[tuple[Any, ...]]
     end: int
     next_limit: int
+    is_archived: bool = False
 
     @classmethod
     def parse(cls, rows: Sequence[tuple[Any, ...]], after: int, limit: int) -> Page | None:
@@ -70,6 +135,10 @@ class Page(NamedTuple):
         """The chunks. The rows must have no additional columns."""
         return as_chunks(self.rows)
 
+    def lacks_chunks(self, after: int) -> bool:
+        """Return True if chunks of an ended stream are missing in this page after `after`: they may be archived."""
+        return self.state != "active" and len(self.rows) < min(self.end, self.total) - after
+
     @property
     def is_last(self) -> bool:
         """Whether the stream had no more chunks after this page."""
@@ -101,6 +170,6 @@ def is_missing(page: Page | None) -> bool:
     return page is None
 
 
-def fitting_limit(characters: int, chunks: int) -> int:
+def fitting_limit(characters: int, chunks: int, maximum: int = MAX_PAGE_CHUNKS) -> int:
     """Return the limit of a page of chunks that are as large as these on average."""
-    return max(1, min(MAX_PAGE_CHUNKS, PAGE_CHARACTERS * chunks // characters)) if characters else MAX_PAGE_CHUNKS
+    return max(1, min(maximum, PAGE_CHARACTERS * chunks // characters)) if characters else maximum

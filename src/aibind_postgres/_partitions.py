@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, TypeAlias
 
-from ._tables import CHUNKS_TABLE, STATUS_TABLE, Table, literal
+from ._tables import ARCHIVE_SUFFIX, CHUNKS_TABLE, STATUS_TABLE, Table, literal
+from ._time_partitions import default_partitions, time_leaves
+
+# The argument of the functions that render migrations: a number of partitions by hash, or partitions by time.
+PartitionsLike: TypeAlias = int | Literal["time"] | None
 
 MAX_PARTITIONS = 1024
 
@@ -17,7 +22,8 @@ REMEDY = "or move its streams to partitioned tables, as docs/partitions.md descr
 # The statements of a migration that differ for partitioned tables, with the default names: the creation of a table, and
 # storage options, which PostgreSQL refuses for a partitioned table.
 _STATEMENTS = re.compile(
-    rf"^CREATE TABLE IF NOT EXISTS (?P<created>{CHUNKS_TABLE}|{STATUS_TABLE}) (?P<columns>\(\n.*?\n\));$"
+    rf"^CREATE TABLE IF NOT EXISTS (?P<created>{CHUNKS_TABLE}(?:{ARCHIVE_SUFFIX})?|{STATUS_TABLE}) "
+    r"(?P<columns>\(\n.*?\n\));$"
     rf"|^ALTER TABLE (?P<stored>{CHUNKS_TABLE}|{STATUS_TABLE}) SET (?P<options>\([^)]*\));$",
     re.MULTILINE | re.DOTALL,
 )
@@ -77,27 +83,38 @@ def check_partitions(partitions: object, tables: Sequence[Table]) -> None:
 
     Raises:
         ValueError: It is below 1 or above 1,024, or a partition would have the name of a table.
-        TypeError: It is neither an int nor None.
+        TypeError: It is neither an int, nor "time", nor None.
     """
     if partitions is None:
         return
+    if partitions == "time":
+        _check_names(tables, default_partitions)
+        return
     if not isinstance(partitions, int) or isinstance(partitions, bool):
-        raise TypeError(f"partitions must be an int or None, not {type(partitions).__name__}")
+        raise TypeError(f"partitions must be an int, 'time' or None, not {type(partitions).__name__}")
     if not 1 <= partitions <= MAX_PARTITIONS:
         raise ValueError(f"partitions must be from 1 to {MAX_PARTITIONS}, not {partitions}")
+    number = partitions
+    _check_names(tables, lambda table: leaves(table, number))
+
+
+def _check_names(tables: Sequence[Table], leaves_of: Callable[[Table], Sequence[Table]]) -> None:
     for table in tables[:2]:
-        for leaf in leaves(table, partitions):
+        for leaf in leaves_of(table):
             if leaf in tables:
                 raise ValueError(f"the table name {leaf.quoted} is that of a partition of {table.quoted}")
 
 
-def fill_names(sql: str, tables: Mapping[str, Table], partitions: int | None, fill_others: Callable[[str], str]) -> str:
+def fill_names(
+    sql: str, tables: Mapping[str, Table], partitions: PartitionsLike, fill_others: Callable[[str], str]
+) -> str:
     """Return a migration for given tables.
 
     Args:
         sql: The migration, with the default table names.
         tables: The tables by their default names.
-        partitions: The number of hash partitions that the migration creates, or None for tables without partitions.
+        partitions: The number of hash partitions that the migration creates, "time" for partitions by time, or None
+            for tables without partitions.
         fill_others: Fills the names into the statements that are the same for partitioned tables.
     """
     pieces, end = [], 0
@@ -106,7 +123,9 @@ def fill_names(sql: str, tables: Mapping[str, Table], partitions: int | None, fi
         end = match.end()
         if match["stored"]:
             pieces += [_storage_options(tables[match["stored"]], match["options"])]
-        elif partitions is None:
+        elif partitions == "time":
+            pieces += [_create_by_time(tables, match["created"], match["columns"])]
+        elif partitions is None or match["created"] not in tables:
             pieces += [fill_others(match[0])]
         else:
             table = tables[match["created"]]
@@ -120,8 +139,10 @@ def leaves(table: Table, partitions: int) -> list[Table]:
     return [table._replace(name=table.derive(f"_p{number}")) for number in range(partitions)]
 
 
-def is_partitioned(table: Table, partitions: int) -> str:
-    """Return the SQL condition that a table has this number of partitions."""
+def is_partitioned(table: Table, partitions: int | Literal["time"]) -> str:
+    """Return the SQL condition that a table has this number of partitions, or DEFAULT of partitions by time."""
+    if partitions == "time":
+        return f"to_regclass({literal(default_partitions(table)[-1].quoted)}) IS NOT NULL"
     return f"(SELECT count(*) FROM pg_inherits WHERE inhparent = to_regclass({literal(table.quoted)})) = {partitions}"
 
 
@@ -130,6 +151,18 @@ def unused_tag(tag: str, text: str) -> str:
     while tag in text:
         tag = f"{tag[:-1]}_$"
     return tag
+
+
+def _create_by_time(tables: Mapping[str, Table], name: str, columns: str) -> str:
+    status, chunks = tables[STATUS_TABLE], tables[CHUNKS_TABLE]
+    table = tables.get(name, chunks.archive)
+    columns = re.sub(r"^(  id +TEXT)\b", r'\1 COLLATE "C"', columns, flags=re.MULTILINE)
+    # The leaves of the archive get its foreign key: that of the table would be checked whenever a partition is dropped.
+    columns = re.sub(r" REFERENCES .*?(?=,$)", "", columns, flags=re.MULTILINE)
+    create = f"CREATE TABLE IF NOT EXISTS {table.quoted} {columns} PARTITION BY RANGE (id);"
+    tag = unused_tag("$partitions$", literal(table.quoted))
+    leaves = time_leaves(table, status if table == chunks.archive else None, tag, PARTITIONS_DIFFER, REMEDY)
+    return f"{create}\n\n{leaves}"
 
 
 def _hash_leaves(table: Table, partitions: int) -> str:

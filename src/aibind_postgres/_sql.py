@@ -16,10 +16,23 @@ import json
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, get_args
 
-from ._deletion import CLEANUP, DELETE, DELETE_LEFTOVERS, SWEEP, TOMBSTONE, TOMBSTONES
+from . import _distributed
+from ._archive import ARCHIVE, NO_TIMES, READ_ARCHIVED, TIMES, UNARCHIVE, archive_values
+from ._deletion import (
+    CLEANUP,
+    DELETE,
+    DELETE_LEFTOVERS,
+    DUE_IN_PARTITIONS,
+    IS_LEFT_OVER,
+    OUTSIDE_PARTITIONS,
+    SWEEP,
+    TOMBSTONE,
+    TOMBSTONES,
+)
 from ._housekeeping import DUE, LOCK, TAKE_TURN
 from ._leases import DROP_LEASE, END_EXPIRED, EXPIRED, MIN_ANSWER_TTL, RENEW_LEASES, TAKE_LEASE
-from ._pages import BATCH_BYTES, PAGE_BYTES
+from ._pages import BATCH_BYTES, FITS, NEXT, READ, READ_BATCH, READ_TIMED, RUNNING_SIZE, STANDBY_STATUS, STATUS_ROW
+from ._replica import IDENTIFIED_STATUS_ROW, ORIGIN
 from ._stream_list import (
     ACTIVE,
     DETAILS,
@@ -31,6 +44,8 @@ from ._stream_list import (
     OF_OWNER,
     OF_SESSION,
     RUNNING,
+    TIMED_STATUS,
+    TIMED_STATUS_WITHOUT_0002,
 )
 from .models import SynchronousCommit
 
@@ -40,15 +55,9 @@ if TYPE_CHECKING:
 # Unlike now(), statement_timestamp() advances inside a transaction; unlike clock_timestamp(), it can use an index.
 NOW = "(extract(epoch FROM statement_timestamp()) * 1000)::bigint"
 
-# Whether a page of chunks of this size has at most PAGE_BYTES, or consists of this chunk.
-FITS = f"octet_length(data) * {{limit}} <= {PAGE_BYTES} OR {{limit}} = 1"
-RUNNING_SIZE = "sum(octet_length(found.data)) OVER (ORDER BY wanted.index, found.seq ROWS UNBOUNDED PRECEDING)"
-
 # Limits nothing, but the planner does not know that and expects a tenth of the rows: 1 instead of 10 from an array. It
 # then reaches each stream by an index. For more rows, it might prefer a scan of the whole table.
 FEW = "LIMIT (SELECT NULL::bigint)"
-
-STATUS_ROW = "-greatest(total_chunks, 0) AS seq, state || coalesce(chr(10) || error, '') AS data"
 
 # Extends a lease that is shorter than a new one.
 RENEWAL = f"greatest({NOW} + {{lease}} - lease_until, 0)"
@@ -148,66 +157,11 @@ SELECT state, greatest(total_chunks, 0),
           FROM json_array_elements_text($3::text::json) WITH ORDINALITY AS sent (data, ordinal), {chunks} AS stored
          WHERE id = $1::text AND seq >= $2::bigint
            AND seq < least($2::bigint, 1::bigint << 62) + json_array_length($3::text::json) AND seq <= total_chunks
-           AND seq - $2::bigint = sent.ordinal - 1 AND stored.data COLLATE "C" = sent.data)
+           AND seq - $2::bigint = sent.ordinal - 1 AND stored.data COLLATE "C" = sent.data){plus_archived_texts}
   FROM {status} WHERE id = $1::text
 """
 
-# Reads the status and a page of chunks in one snapshot. `_pages.Page` parses the row of the status: the negated number
-# of chunks, and the state, followed by a line break and the error text. Chunks with a number above total_chunks are
-# left over from another stream. A page is a range of sequence numbers, since a LIMIT may be planned as a sort of all
-# later chunks. 2^62 avoids an overflow; no chunk has a higher number. Chunks that are too large for their page come as
-# NULL: a running sum of the sizes would add half to the time of a page of small chunks. The client sorts the rows, in
-# less time than the server.
-READ = """
-SELECT {status_row} FROM {status} WHERE id = $1::text
-UNION ALL
-SELECT seq, CASE WHEN {fits_in_page} THEN data END FROM {chunks}
- WHERE id = $1::text AND seq > $2::bigint
-   AND seq <= least(least($2::bigint, 1::bigint << 62) + $3::bigint,
-                    (SELECT total_chunks FROM {status} WHERE id = $1::text))
-"""
-
-# READ for many streams. $1 is a JSON array of objects with index, id, after and limit. The sizes of all chunks have a
-# common bound.
-READ_BATCH = """
-SELECT wanted.index, found.seq,
-       CASE WHEN found.seq <= 0 OR {running_size} <= {batch_bytes} THEN found.data END
-  FROM json_to_recordset($1::text::json) AS wanted (index integer, id text, after bigint, "limit" bigint),
-       LATERAL (
-           SELECT {status_row} FROM {status} WHERE id = wanted.id
-           UNION ALL
-           SELECT seq, CASE WHEN {fits_in_batch} THEN data END FROM {chunks}
-            WHERE id = wanted.id AND seq > wanted.after
-              AND seq <= least(least(wanted.after, 1::bigint << 62) + wanted."limit",
-                               (SELECT total_chunks FROM {status} WHERE id = wanted.id))
-       ) AS found
- ORDER BY wanted.index, found.seq
-"""
-
-READ_TIMED = """
-SELECT {status_row}, NULL::float8 AS written_at FROM {status} WHERE id = $1::text
-UNION ALL
-SELECT seq, CASE WHEN {fits_in_page} THEN data END,
-       CASE WHEN created_at {in_range} THEN epoch END
-  FROM {chunks}, LATERAL (SELECT extract(epoch FROM created_at)::float8) AS t (epoch)
- WHERE id = $1::text AND seq > $2::bigint
-   AND seq <= least(least($2::bigint, 1::bigint << 62) + $3::bigint,
-                    (SELECT total_chunks FROM {status} WHERE id = $1::text))
-"""
-
-# The next sequence number after an empty page, since total_chunks may be far larger than the number of chunks.
-NEXT = """
-SELECT min(seq) FROM {chunks}
- WHERE id = $1::text AND seq > $2::bigint AND seq <= (SELECT total_chunks FROM {status} WHERE id = $1::text)
-"""
-
 STATUS = "SELECT state, error, greatest(total_chunks, 0) FROM {status} WHERE id = $1::text"
-
-# Whether the server is a standby, and the status of a stream as the first row of READ, or NULL if there is none.
-STANDBY_STATUS = """
-SELECT pg_is_in_recovery(), found.seq, found.data
-  FROM (SELECT) AS one LEFT JOIN (SELECT {status_row} FROM {status} WHERE id = $1::text) AS found ON true
-"""
 
 # The states of the streams for which readers wait, and whether their leases have expired.
 POLL = """
@@ -270,10 +224,11 @@ WITH page AS MATERIALIZED (
 SELECT last, ended.id FROM (SELECT max(id) FROM page) AS page (last) LEFT JOIN ended ON true {commit_setting}
 """
 
-# The columns of the tables in the JSON array $1, and whether each table may be read. created_at counts only with its
-# default, which the migration sets later: without it, no chunk has a time.
-COLUMNS = """
-SELECT wanted.name, attname::text, has_table_privilege(attrelid, 'SELECT') AS is_readable
+# The columns of the tables in the JSON array $1, whether each table may be read, and whether the server has Citus.
+# created_at counts only with its default, which the migration sets later: without it, no chunk has a time.
+COLUMNS = f"""
+SELECT wanted.name, attname::text, has_table_privilege(attrelid, 'SELECT') AS is_readable,
+       {_distributed.HAS_CITUS} AS has_citus
   FROM json_array_elements_text($1::text::json) AS wanted (name), pg_attribute
  WHERE attrelid = to_regclass(wanted.name) AND attnum > 0 AND NOT attisdropped
    AND (atthasdef OR attname <> 'created_at')
@@ -291,6 +246,7 @@ class StreamStatements:
         synchronous_commit: PostgreSQL's setting of this name for statements that write; the server's by default.
         lease: The lease of a producer in milliseconds, if the status table has the columns of migration 0004. Default:
             None, if it has not.
+        archive: Whether the tables have migration 0005; False by default.
 
     Raises:
         ValueError: `synchronous_commit` is not a value of PostgreSQL's setting.
@@ -303,6 +259,7 @@ class StreamStatements:
         synchronous_commit: SynchronousCommit | None = None,
         *,
         lease: int | None = None,
+        archive: bool = False,
     ) -> None:
         if synchronous_commit not in (None, *get_args(SynchronousCommit)):
             accepted = ", ".join(get_args(SynchronousCommit))
@@ -316,6 +273,9 @@ class StreamStatements:
             "in_range": IN_RANGE,
             "few": FEW,
             "info": INFO.format(in_range=IN_RANGE),
+            "timed_status": (TIMED_STATUS_WITHOUT_0002 if lease is None else TIMED_STATUS).format(status=status.quoted),
+            "is_left_over": IS_LEFT_OVER,
+            "append_function": status.append_function,
             "details": "" if lease is None else DETAILS,
             "scope": "",
             "detail_columns": "",
@@ -337,6 +297,7 @@ class StreamStatements:
             "tombstone_of_id": TOMBSTONE.format(id="id"),
             "commit_setting": "" if synchronous_commit is None else f"WHERE {setting}",
             "and_commit_setting": "" if synchronous_commit is None else f"AND {setting}",
+            **archive_values(chunks.archive.quoted if archive else None, FEW),
         }
 
         def ttl_of_stream(ttl: str) -> str:
@@ -348,6 +309,7 @@ class StreamStatements:
             ttls = {"ttl_of_1": ttl_of_stream("$1"), "ttl_of_3": ttl_of_stream("$3"), "ttl_of_4": ttl_of_stream("$4")}
             return statement.format_map({**values, **ttls, "expiry": expiry, "renewed_expiry": renewed, **others})
 
+        identified = {"status_row": IDENTIFIED_STATUS_ROW.format(chunks=chunks.quoted)}
         self.create = fill(CREATE, ttl="$2", limit="$3")
         if lease is not None:
             details = {"detail_columns": DETAIL_COLUMNS, "detail_values": DETAIL_VALUES}
@@ -363,6 +325,16 @@ class StreamStatements:
             self.renew_leases = fill(RENEW_LEASES)
             self.end_expired = fill(END_EXPIRED)
             self.expired = fill(EXPIRED)
+            self.append_distributed = fill(_distributed.APPEND)
+            self.delete_leftovers_distributed = fill(DELETE_LEFTOVERS, is_left_over=_distributed.IS_LEFT_OVER)
+            self.end_expired_distributed = fill(_distributed.END_EXPIRED)
+        if archive:
+            self.archive = fill(ARCHIVE)
+            self.unarchive = fill(UNARCHIVE)
+            self.read_archived = fill(READ_ARCHIVED, **NO_TIMES)
+            self.read_archived_timed = fill(READ_ARCHIVED, **TIMES)
+            self.read_replica_archived = fill(READ_ARCHIVED, **NO_TIMES, **identified)
+            self.read_replica_archived_timed = fill(READ_ARCHIVED, **TIMES, **identified)
         self.append = fill(APPEND)
         self.append_many = fill(APPEND_MANY)
         self.append_batch = fill(APPEND_BATCH, ttl="$2")
@@ -370,6 +342,9 @@ class StreamStatements:
         self.read = fill(READ)
         self.read_batch = fill(READ_BATCH)
         self.read_timed = fill(READ_TIMED)
+        self.origin = fill(ORIGIN, **identified)
+        self.read_replica = fill(READ, **identified)
+        self.read_replica_timed = fill(READ_TIMED, **identified)
         self.next = fill(NEXT)
         self.status = fill(STATUS)
         self.get_info = fill(GET_INFO)
@@ -382,9 +357,21 @@ class StreamStatements:
         self.delete_leftovers = fill(DELETE_LEFTOVERS)
         self.list = fill(LIST)
         self.list_by_time = fill(LIST_BY_TIME)
-        self.cleanup = fill(CLEANUP)
+        self.cleanup = fill(CLEANUP, limit="$2", due=NOW, scope="")
+        due = DUE_IN_PARTITIONS.format(now=NOW)
+        self.cleanup_of_partitions = fill(CLEANUP, limit="$5", due=due, scope=OUTSIDE_PARTITIONS)
+        self.cleanup_distributed = fill(_distributed.CLEANUP)
         self.fail_abandoned = fill(FAIL_ABANDONED)
+        self.fail_abandoned_distributed = fill(_distributed.FAIL_ABANDONED)
         self.take_turn = fill(TAKE_TURN)
+
+    def of_replica(self, statement: str) -> str | None:
+        """Return the form for a replica of a statement that reads pages. None if it is not one of these statements."""
+        for name in ("read", "read_timed", "read_archived", "read_archived_timed"):
+            if getattr(self, name, None) == statement:
+                form: str = getattr(self, name.replace("read", "read_replica"))
+                return form
+        return None
 
 
 def rounded_expiry(ttl: str) -> str:

@@ -23,11 +23,15 @@ DETAILS = ", session_id, owner, metadata::text, ttl_ms, lease_until, wire"
 OF_SESSION = "AND session_id = ${0}::text AND (${1}::text IS NULL OR owner = ${1}::text)"
 OF_OWNER = "AND owner = ${0}::text"
 
-# created_at of migration 0002 is read through JSON, which returns NULL if the column is missing. OFFSET 0 prevents the
-# planner from computing it twice.
+# If created_at of migration 0002 may be missing, it is read through JSON, which then returns NULL. OFFSET 0 prevents
+# the planner from computing it twice.
+TIMED_STATUS = "{status} AS t"
+TIMED_STATUS_WITHOUT_0002 = """{status} AS s,
+       LATERAL (SELECT (to_jsonb(s) ->> 'created_at')::timestamptz OFFSET 0) AS t (created_at)"""
+
 LIST = """
 SELECT {info}{details}
-  FROM {status} AS s, LATERAL (SELECT (to_jsonb(s) ->> 'created_at')::timestamptz OFFSET 0) AS t (created_at)
+  FROM {timed_status}
  WHERE ($1::text IS NULL OR state = $1::text) AND state <> 'deleted' AND id > $2::text {scope}
  ORDER BY id
  LIMIT $3::bigint
@@ -47,7 +51,7 @@ SELECT {info}{details}, to_jsonb(created_at) #>> '{{}}'
 
 GET_INFO = """
 SELECT {info}{details}
-  FROM {status} AS s, LATERAL (SELECT (to_jsonb(s) ->> 'created_at')::timestamptz OFFSET 0) AS t (created_at)
+  FROM {timed_status}
  WHERE id = $1::text AND state <> 'deleted'
 """
 

@@ -11,6 +11,7 @@ from psycopg.sql import Identifier
 CHUNKS_TABLE = "aibind_stream_chunks"
 STATUS_TABLE = "aibind_stream_status"
 CONVERSATIONS_TABLE = "aibind_conversations"
+ARCHIVE_SUFFIX = "_archive"  # of the name of the chunks table
 
 MAX_NAME_BYTES = 63  # PostgreSQL silently truncates longer names (NAMEDATALEN - 1)
 
@@ -66,9 +67,19 @@ class Table(NamedTuple):
         """
         return self.name
 
+    @property
+    def archive(self) -> Table:
+        """The archive table for this chunks table."""
+        return self._replace(name=self.derive(ARCHIVE_SUFFIX))
+
     def qualify(self, name: str) -> str:
         """Return `name` as SQL text, qualified with the schema of this table."""
         return quote(name) if self.schema is None else f"{quote(self.schema)}.{quote(name)}"
+
+    @property
+    def append_function(self) -> str:
+        """The function of `sql/optional/citus.sql` for appends, as SQL text, if this is a status table."""
+        return self.qualify(self.derive("_append"))
 
     def derive(self, suffix: str) -> str:
         """Return the table name with a suffix. If it exceeds 63 bytes, a digest replaces the end of the table name."""

@@ -45,8 +45,8 @@ class ChatHistory(Generic[M]):
     Messages, ids, copies, errors and thread safety are those of `MessageTree`.
 
     Args:
-        generate_id: Returns the ids of new messages; random UUIDs by default. The ids must be unique among all writers
-            of the conversation.
+        generate_id: Returns the ids of new messages; UUIDs of version 7 by default. The ids must be unique among all
+            writers of the conversation.
 
     Attributes:
         tree: The `MessageTree`, for operations beyond those of a chat.

@@ -176,6 +176,18 @@ class CleanupResult(NamedTuple):
     chunks: int
 
 
+class ArchiveResult(NamedTuple):
+    """The result of `archive`.
+
+    Attributes:
+        streams: The number of streams that are now archived.
+        chunks: The number of chunks that were moved, including those of streams of which a part remains to be moved.
+    """
+
+    streams: int
+    chunks: int
+
+
 class ConversationInfo(NamedTuple):
     """An entry of a list of conversations.
 

@@ -6,20 +6,33 @@ All migrations are idempotent, so applied migrations are not recorded.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from datetime import datetime, timezone
 from functools import partial
 from importlib import resources
 from pathlib import Path
+from typing import Literal
 
 from psycopg.sql import Identifier
 
 from ._async.psycopg_clients import AsyncClientLike
 from ._async.psycopg_clients import as_client as as_async_client
-from ._partitions import PARTITIONS_DIFFER, check_partitions, fill_names, is_partitioned, unused_tag
+from ._partitions import PARTITIONS_DIFFER, PartitionsLike, check_partitions, fill_names, is_partitioned, unused_tag
 from ._sqlstate import server_reason, sqlstate
 from ._sync.psycopg_clients import ClientLike, as_client
-from ._tables import CHUNKS_TABLE, CONVERSATIONS_TABLE, STATUS_TABLE, Table, literal, parse_distinct, quote
+from ._tables import (
+    ARCHIVE_SUFFIX,
+    CHUNKS_TABLE,
+    CONVERSATIONS_TABLE,
+    STATUS_TABLE,
+    Table,
+    literal,
+    parse_distinct,
+    quote,
+)
+from ._time_partition_sql import create_partitions
+from ._time_partitions import days_ahead
 from .errors import SchemaError
 
 _PACKAGED = resources.files(__package__) / "sql"  # also in a zip file; in a checkout, the folder is at the top level
@@ -32,19 +45,23 @@ _MIGRATIONS = {
     "AND attname = 'created_at' AND atthasdef)",
     "0003_conversations.sql": "to_regclass({expiry_index}) IS NOT NULL",
     "0004_chats.sql": "to_regclass({time_index}) IS NOT NULL",
+    "0005_archive.sql": "to_regclass({archive}) IS NOT NULL",
 }
 _NOTIFY_TRIGGER = {
     "optional/notify_trigger.sql": "EXISTS (SELECT FROM pg_trigger WHERE tgrelid = to_regclass({status}) "
     "AND tgname = {trigger})"
 }
+_CITUS = {"optional/citus.sql": "to_regproc({append}) IS NOT NULL"}
 
 # Matches the default table names and the names derived from them: indexes, triggers and, with a parenthesis, functions.
-# In single quotes, the name of the status table is the channel. Comments are matched to skip them, since a table name
-# with a line break would end the comment.
+# In single quotes, the name of the status table is the channel, unless its object is looked up. Comments are matched to
+# skip them, since a table name with a line break would end the comment.
 _NAMES = re.compile(
-    rf"--[^\n]*|'(?P<channel>{STATUS_TABLE})'|"
-    rf"\b(?P<table>{CHUNKS_TABLE}|{STATUS_TABLE}|{CONVERSATIONS_TABLE})(?P<suffix>_\w+)?\b(?P<call>\()?"
+    rf"--[^\n]*|'(?P<channel>{STATUS_TABLE})'|(?:\b(?P<lookup>to_reg(?:class|proc)\()')?"
+    rf"\b(?P<table>{CHUNKS_TABLE}|{STATUS_TABLE}|{CONVERSATIONS_TABLE})(?P<suffix>_\w+)?\b(?P<end>[(']?)"
 )
+
+_TAGS = re.compile(r"\$[a-z]+\$")
 
 
 def render(
@@ -53,7 +70,8 @@ def render(
     status_table: str | Identifier = STATUS_TABLE,
     conversations_table: str | Identifier = CONVERSATIONS_TABLE,
     notify_trigger: bool = False,
-    partitions: int | None = None,
+    partitions: int | Literal["time"] | None = None,
+    citus: bool = False,
 ) -> str:
     """Return the SQL that creates or updates the schema, for tools such as psql, Alembic, Django and Flyway.
 
@@ -64,23 +82,28 @@ def render(
         notify_trigger: Whether to add a trigger that notifies readers when other software writes, such as the
             TypeScript package; False by default.
         partitions: The number of partitions by hash of the id that the chunks table and the status table get, from 1 to
-            1,024. It cannot change later. By default, the tables are created without partitions, and existing tables
-            keep those that they have.
+            1,024. "time" creates partitions by the day of the id, which a housekeeper creates and drops. This cannot
+            change later. By default, the tables are created without partitions, and existing tables keep those that
+            they have.
+        citus: Whether to distribute the tables over the workers of a Citus cluster, on whose coordinator the SQL runs;
+            False by default. The tables are blocked while their rows are copied.
 
     Returns:
-        The SQL text. It raises an error, and changes nothing else, if the tables exist with another number of
-        partitions, or without.
+        The SQL text. It raises an error, and changes nothing else, if the tables exist with other partitions, or
+        without.
 
     Raises:
-        ValueError: A table name is invalid, two names are the same, or `partitions` is out of range.
-        TypeError: A table name is neither a str nor an `Identifier`, or `partitions` is not an int.
+        ValueError: A table name is invalid, two names are the same, `partitions` is out of range, or both
+            `notify_trigger` and `citus` are True: the trigger would notify on the workers, where no reader listens.
+        TypeError: A table name is neither a str nor an `Identifier`, or `partitions` is neither an int nor
+            "time".
         FileNotFoundError: The package has no SQL files, such as in a program that was frozen without them.
 
     Example:
         >>> sql = render(status_table="chat.status", chunks_table="chat.chunks")
     """
     tables = parse_distinct(chunks_table, status_table, conversations_table)
-    return _render(tables, notify_trigger, partitions)
+    return _render(tables, _files(notify_trigger, citus), partitions)
 
 
 def migrate(
@@ -90,7 +113,8 @@ def migrate(
     status_table: str | Identifier = STATUS_TABLE,
     conversations_table: str | Identifier = CONVERSATIONS_TABLE,
     notify_trigger: bool = False,
-    partitions: int | None = None,
+    partitions: int | Literal["time"] | None = None,
+    citus: bool = False,
 ) -> None:
     """Create or update the schema in one transaction. Safe to repeat, and to run in several processes at once.
 
@@ -104,18 +128,19 @@ def migrate(
         conversations_table: As for `render`.
         notify_trigger: As for `render`.
         partitions: As for `render`.
+        citus: As for `render`.
 
     Raises:
-        SchemaError: The tables exist with another number of partitions, or without.
-        ValueError: A table name is invalid, two names are the same, or `partitions` is out of range.
-        TypeError: A table name is neither a str nor an `Identifier`, or `partitions` is not an int.
+        SchemaError: The tables exist with other partitions, or without.
+        ValueError: As for `render`.
+        TypeError: As for `render`.
         FileNotFoundError: As for `render`.
 
     Example:
         >>> migrate("postgresql://localhost/app")  # doctest: +SKIP
     """
     tables = parse_distinct(chunks_table, status_table, conversations_table)
-    statement = _as_one_statement(tables, notify_trigger, partitions)
+    statement = _as_one_statement(tables, _files(notify_trigger, citus), partitions)
     with _schema_errors(), as_client(client) as opened:
         opened.query(statement, ())
 
@@ -127,7 +152,8 @@ async def async_migrate(
     status_table: str | Identifier = STATUS_TABLE,
     conversations_table: str | Identifier = CONVERSATIONS_TABLE,
     notify_trigger: bool = False,
-    partitions: int | None = None,
+    partitions: int | Literal["time"] | None = None,
+    citus: bool = False,
 ) -> None:
     """Create or update the schema, as `migrate` does, with an asynchronous client.
 
@@ -138,15 +164,16 @@ async def async_migrate(
         conversations_table: As for `render`.
         notify_trigger: As for `render`.
         partitions: As for `render`.
+        citus: As for `render`.
 
     Raises:
-        SchemaError: The tables exist with another number of partitions, or without.
-        ValueError: A table name is invalid, two names are the same, or `partitions` is out of range.
-        TypeError: A table name is neither a str nor an `Identifier`, or `partitions` is not an int.
+        SchemaError: The tables exist with other partitions, or without.
+        ValueError: As for `render`.
+        TypeError: As for `render`.
         FileNotFoundError: As for `render`.
     """
     tables = parse_distinct(chunks_table, status_table, conversations_table)
-    statement = _as_one_statement(tables, notify_trigger, partitions)
+    statement = _as_one_statement(tables, _files(notify_trigger, citus), partitions)
     with _schema_errors():
         async with as_async_client(client) as opened:
             await opened.query(statement, ())
@@ -162,7 +189,14 @@ def _schema_errors() -> Iterator[None]:
         raise
 
 
-def _render(tables: list[Table], notify_trigger: bool, partitions: int | None) -> str:
+def _files(notify_trigger: bool, citus: bool) -> dict[str, str]:
+    """Return the files to run, each with the condition that is true if its last statement has run."""
+    if notify_trigger and citus:
+        raise ValueError("notify_trigger and citus must not both be True: no reader listens on the workers of Citus")
+    return _MIGRATIONS | (_NOTIFY_TRIGGER if notify_trigger else {}) | (_CITUS if citus else {})
+
+
+def _render(tables: list[Table], files: dict[str, str], partitions: PartitionsLike) -> str:
     check_partitions(partitions, tables)
     by_default_name = dict(zip((CHUNKS_TABLE, STATUS_TABLE, CONVERSATIONS_TABLE), tables, strict=True))
 
@@ -171,11 +205,26 @@ def _render(tables: list[Table], notify_trigger: bool, partitions: int | None) -
             return quote(by_default_name[STATUS_TABLE].channel)  # the argument of a trigger may be an identifier
         if match["table"] is None:
             return match[0]
-        return _render_name(by_default_name[match["table"]], match["suffix"], match["call"])
+        return _render_name(by_default_name[match["table"]], match["suffix"] or "", match["lookup"], match["end"])
 
-    files = [*_MIGRATIONS, *(_NOTIFY_TRIGGER if notify_trigger else ())]
+    # In one transaction with other changes of distributed tables, Citus creates no function without this setting.
+    settings = "SET LOCAL citus.multi_shard_modify_mode = 'sequential';\n" if files.keys() & _CITUS.keys() else ""
     fill_others = partial(_NAMES.sub, replace_name)
-    return "\n".join(fill_names(_read(name), by_default_name, partitions, fill_others) for name in files)
+    texts = (
+        fill_names(_with_free_tags(_read(name), tables), by_default_name, partitions, fill_others) for name in files
+    )
+    return settings + "\n".join(texts)
+
+
+def _with_free_tags(sql: str, tables: list[Table]) -> str:
+    """Rename the tags of dollar quotes that occur in the name of a table, which the quoted text may contain."""
+    names = "".join(table.quoted for table in tables)
+    for tag in set(_TAGS.findall(sql)):
+        free = tag
+        while free in names:
+            free = f"{free[:-1]}_$"
+        sql = sql.replace(tag, free)
+    return sql
 
 
 def _read(name: str) -> str:
@@ -188,14 +237,18 @@ def _read(name: str) -> str:
     return file.read_text("utf-8")
 
 
-def _render_name(table: Table, suffix: str | None, call: str | None) -> str:
-    if suffix is None:
-        return table.quoted + (call or "")
+def _render_name(table: Table, suffix: str, lookup: str | None, end: str) -> str:
+    if suffix == ARCHIVE_SUFFIX:
+        qualified = table.archive.quoted
+        return lookup + literal(qualified) if lookup else qualified + end
+    qualified = table.qualify(table.derive(suffix))
+    if lookup:
+        return lookup + literal(qualified)
     # CREATE INDEX and CREATE TRIGGER use the schema of the table, and reject a qualified name. Functions need one.
-    return table.qualify(table.derive(suffix)) + call if call else quote(table.derive(suffix))
+    return (quote(table.derive(suffix)) if suffix and end != "(" else qualified) + end
 
 
-def _as_one_statement(tables: list[Table], notify_trigger: bool, partitions: int | None) -> str:
+def _as_one_statement(tables: list[Table], files: dict[str, str], partitions: PartitionsLike) -> str:
     # One statement is one transaction with every driver and pooler. The lock serializes concurrent migrations, since
     # CREATE TABLE IF NOT EXISTS can fail if two of them create the same table. PostgreSQL checks the permissions of a
     # statement also if it has nothing to do.
@@ -203,9 +256,10 @@ def _as_one_statement(tables: list[Table], notify_trigger: bool, partitions: int
 BEGIN
 PERFORM pg_advisory_xact_lock(hashtext('aibind_postgres.schema.migrate'));
 BEGIN
-{_render(tables, notify_trigger, partitions)}
+{_render(tables, files, partitions)}
+{_first_days(tables) if partitions == "time" else ""}
 EXCEPTION WHEN insufficient_privilege OR read_only_sql_transaction THEN
-  IF ({_applied(tables, notify_trigger, partitions)}) IS NOT TRUE THEN RAISE; END IF;
+  IF ({_applied(tables, files.values(), partitions)}) IS NOT TRUE THEN RAISE; END IF;
 END;
 END
 """
@@ -213,8 +267,18 @@ END
     return f"DO {tag}{script}{tag}"
 
 
-def _applied(tables: list[Table], notify_trigger: bool, partitions: int | None) -> str:
-    """Return the condition that all migrations have run."""
+def _first_days(tables: list[Table]) -> str:
+    """Return the PL/pgSQL blocks that create the partitions of today and the next days.
+
+    SQL that is stored, such as in Flyway, contains no dates: a housekeeper creates these partitions.
+    """
+    chunks, status, _ = tables
+    days = days_ahead(datetime.now(timezone.utc).date())
+    return "\n".join(f"{create_partitions((status, chunks, chunks.archive), day, in_use=False)};" for day in days)
+
+
+def _applied(tables: list[Table], conditions: Iterable[str], partitions: PartitionsLike) -> str:
+    """Return the condition that all files have run."""
     chunks, status, conversations = tables
     names = {
         "chunks": chunks.quoted,
@@ -222,10 +286,11 @@ def _applied(tables: list[Table], notify_trigger: bool, partitions: int | None) 
         "conversations": conversations.quoted,
         "expiry_index": conversations.qualify(conversations.derive("_expires_at_idx")),
         "time_index": conversations.qualify(conversations.derive("_updated_at_idx")),
+        "archive": chunks.archive.quoted,
         "trigger": status.derive("_notify_trigger"),
+        "append": status.qualify(status.derive("_append")),
     }
-    conditions = _MIGRATIONS | (_NOTIFY_TRIGGER if notify_trigger else {})
-    applied = " AND ".join(conditions.values()).format_map({key: literal(name) for key, name in names.items()})
+    applied = " AND ".join(conditions).format_map({key: literal(name) for key, name in names.items()})
     if partitions is None:
         return applied
     return " AND ".join([applied, *(is_partitioned(table, partitions) for table in (chunks, status))])

@@ -94,7 +94,7 @@ async def pass_through(sql, params):
 
 
 def is_append(sql):
-    return "total_chunks +" in sql
+    return "total_chunks +" in sql or "_append(" in sql or '_append"(' in sql  # the function for distributed tables
 
 
 def is_status_query(sql):

@@ -431,6 +431,16 @@ async def test_abandoned_answer_on_another_branch_is_saved(chats, store, abandon
     assert (await store.load("s")).tree.path_to(abandoned).messages[-1]["content"] == "partial text"
 
 
+async def test_abandoned_answer_in_another_wire_format_is_left_to_its_handler(chats, streams, store):
+    await chats.turn("one")
+    await streams.create("other", session_id="s", owner="ann", wire="ai_sdk")
+    async with store.edit("s") as chat:
+        chat.tree.append({"role": "user", "content": "two"}, {"streamId": "other"})
+    await streams.append("other", '{"type":"text-delta","id":"1","delta":"hi"}')
+    await streams.fail("other", "the producer has died")
+    assert await chats.history() == ["one", "one:1", "two"]
+
+
 async def test_abandoned_answer_of_a_deleted_stream(chats, streams, abandoned):
     await streams.delete(abandoned)
     assert await chats.history() == ["one", "one:1", "two"]
@@ -554,6 +564,21 @@ async def test_failed_regeneration_keeps_the_earlier_answer(chats):
     chats.handler._generate = fail
     await chats.turn("", regenerate=True)
     assert await chats.history() == ["one", "one:1"]
+
+
+async def test_question_that_changes_before_a_regeneration_is_saved(chats, store):
+    """The source was made for the earlier question, so its answer must not follow the other one."""
+    await chats.turn("one")
+
+    async def other_code(generation):
+        async with store.edit("s") as chat:
+            chat.append({"role": "user", "content": "by other code"})
+        return chats.generate(generation)
+
+    chats.handler._generate = other_code
+    refusal = (409, {"error": "the conversation has changed: load it again"})
+    assert await chats.json("POST", "/stream", {"sessionId": "s", "regenerate": True}) == refusal
+    assert await chats.history() == ["one", "one:1", "by other code"]
 
 
 async def test_regenerate_and_parent_id(chats):

@@ -10,6 +10,7 @@ from functools import partial
 import psycopg
 import pytest
 from psycopg_pool import AsyncConnectionPool
+from support.citus import activity
 from support.concurrency import AsyncBackground, async_gather, async_sleep
 
 from aibind_postgres import AsyncPostgresConversationStore, ChatHistory, ConversationConflictError, InvalidHistoryError
@@ -423,7 +424,9 @@ async def test_rolled_back_save_is_not_lost_in_a_merge(dsn, conversations, conne
 
 
 @pytest.mark.parametrize("change", ["replace", "delete", "create", "expire", "touch"])
-async def test_save_sees_the_changes_of_a_transaction_it_waits_for(store, dsn, conversations, connection, change):
+async def test_save_sees_the_changes_of_a_transaction_it_waits_for(
+    store, dsn, conversations, schema_name, connection, change, on_citus
+):
     """The other transaction has changed the row, and commits once the statement of the save waits for it."""
     table = conversations.as_string(None)
     other = ChatHistory()
@@ -445,10 +448,10 @@ async def test_save_sees_the_changes_of_a_transaction_it_waits_for(store, dsn, c
         await holder.execute(sql, [other.to_json()])
         async with AsyncBackground(partial(store.save, "s", chat)) as saving:
             waiting = (
-                "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND strpos(query, $1) > 0 "
+                f"SELECT count(*) FROM {activity(on_citus)} WHERE wait_event_type = 'Lock' AND strpos(query, $1) > 0 "
                 "AND datname = current_database()"
             )
-            while (await (await connection.execute(waiting, [table])).fetchone())[0] == 0:
+            while (await (await connection.execute(waiting, [schema_name])).fetchone())[0] == 0:
                 await async_sleep(0.01)
             await holder.commit()
             await saving.result()

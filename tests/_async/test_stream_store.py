@@ -66,7 +66,7 @@ async def all_chunks(store, id, after_seq=0):
 async def test_create_generates_an_id(store):
     first, second = await store.create(), await store.create()
     assert first != second
-    assert uuid.UUID(first).version == 4
+    assert uuid.UUID(first).version == 7
     assert await store.get_status(first) == StreamStatus("active", None, 0)
 
 

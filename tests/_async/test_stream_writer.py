@@ -7,6 +7,7 @@ from functools import partial
 
 import psycopg
 import pytest
+from _async.sources import is_append
 from psycopg_pool import AsyncConnectionPool
 from support.concurrency import AsyncBackground, async_gather, async_sleep, async_until, async_workers
 from support.leaks import package_objects
@@ -44,7 +45,7 @@ class FaultyClient:
     async def query(self, sql, params):
         if self.is_down:
             raise psycopg.OperationalError("no answer")
-        if "UPDATE" not in sql or "total_chunks +" not in sql:
+        if not is_append(sql):
             return await self.send(sql, params)
         self.appends += 1
         self.running += 1

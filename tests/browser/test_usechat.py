@@ -125,7 +125,7 @@ def test_tool_call_with_approval(packages, url, open_chat, decision):
     }[decision]
     for _ in range(2):
         chat.wait_for_turns("Delete report.txt", f"I need your permission. {text}")
-        assert chat.page.locator(".tool").all_inner_texts() == [result]
+        expect(chat.page.locator(".tool")).to_have_text([result], timeout=TIMEOUT)
         chat.page.reload()
 
 
@@ -138,11 +138,11 @@ def test_tool_call_of_the_page(url, open_chat):
     for word in ("said-5 ", "said-20 "):  # a replay includes the tool call
         chat.wait_for_text(word)
         assert count(SAID).startswith(chat.answer)
-        assert chat.page.locator(".tool").all_inner_texts() == ['confirm: "yes"']
+        expect(chat.page.locator(".tool")).to_have_text(['confirm: "yes"'], timeout=TIMEOUT)
         chat.page.reload()
     for _ in range(2):
         chat.wait_for_turns("confirm", count(SAID))
-        assert chat.page.locator(".tool").all_inner_texts() == ['confirm: "yes"']
+        expect(chat.page.locator(".tool")).to_have_text(['confirm: "yes"'], timeout=TIMEOUT)
         chat.page.reload()
 
 

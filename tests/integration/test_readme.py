@@ -56,6 +56,10 @@ OUTPUTS = {
     "docs/operations.md": {
         "housekeeping": "",
     },
+    "docs/replicas.md": {
+        "with a replica": "Hello, world\n",
+        "on a standby": "",
+    },
     "docs/streams.md": {
         "synchronous": "Hello, world!\n",
         "asynchronous": "Hello, world!\n",
@@ -115,7 +119,7 @@ def test_every_script_has_an_expected_output() -> None:
 )
 def test_scripts_run_unchanged(script: str, output: str, database: str) -> None:
     command = [sys.executable, "-W", "error", "-c", script]
-    environment = {**os.environ, "DATABASE_URL": database}
+    environment = {**os.environ, "DATABASE_URL": database, "REPLICA_URL": database}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""

@@ -6,6 +6,7 @@ import asyncio
 import shutil
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import psycopg
 import pytest
@@ -24,7 +25,7 @@ NAMES = {
     },
     "hostile": {
         "chunks_table": Identifier("my", 'a"b\n;DROP TABLE x; --'),
-        "status_table": Identifier("my", "$migrate$ $notify$"),
+        "status_table": Identifier("my", "$migrate$ $notify$ $append$ $distribute$"),
         "conversations_table": Identifier("my", "aibind_stream_chunks.aibind_stream_status"),
     },
     "63 bytes": {
@@ -45,6 +46,13 @@ COLUMNS = {
     ],
     "conversations": [("session_id", "text", "NO"), ("data", "text", "NO"), ("expires_at", "bigint", "NO")],
 }
+ARCHIVE = [
+    ("id", "text", "NO"),
+    ("first_seq", "bigint", "NO"),
+    ("last_seq", "bigint", "NO"),
+    ("texts", "text", "NO"),
+    ("times", "text", "YES"),
+]
 CREATED_AT = ("created_at", "timestamp with time zone", "YES")
 ADDED = {
     "chunks": [CREATED_AT],
@@ -56,6 +64,7 @@ ADDED = {
         ("ttl_ms", "bigint", "YES"),
         ("lease_until", "bigint", "YES"),
         ("wire", "text", "YES"),
+        ("archived_at", "timestamp with time zone", "YES"),
     ],
     "conversations": [
         ("owner", "text", "YES"),
@@ -99,16 +108,33 @@ def objects(admin):
 def test_migrations_are_idempotent(admin, empty_database, names):
     schema.migrate(empty_database, **names, notify_trigger=True)
     tables, other_objects = columns(admin), objects(admin)
-    assert sorted(tables.values()) == sorted([*COLUMNS[table], *ADDED[table]] for table in COLUMNS)
+    assert sorted(tables.values()) == sorted([ARCHIVE, *([*COLUMNS[table], *ADDED[table]] for table in COLUMNS)])
     schema.migrate(empty_database, **names, notify_trigger=True)
     asyncio.run(schema.async_migrate(empty_database, **names, notify_trigger=True))
     assert (columns(admin), objects(admin)) == (tables, other_objects)
     assert all(len(name.encode()) <= 63 for name, _ in other_objects)
 
 
+@pytest.mark.parametrize("names", NAMES.values(), ids=NAMES)
+def test_tables_cannot_be_distributed_without_citus(admin, empty_database, names, on_citus):
+    if on_citus:
+        pytest.skip("the server has Citus")
+    with pytest.raises(psycopg.errors.FeatureNotSupported, match="the extension citus is missing"):
+        schema.migrate(empty_database, **names, citus=True)
+    assert columns(admin) == {}
+    with pytest.raises(psycopg.errors.FeatureNotSupported, match="the extension citus is missing"):
+        admin.execute(schema.render(**names, citus=True).encode())
+
+
+def test_notify_trigger_of_distributed_tables_is_refused(empty_database):
+    for call in (schema.render, partial(schema.migrate, empty_database)):
+        with pytest.raises(ValueError, match="notify_trigger and citus"):
+            call(notify_trigger=True, citus=True)
+
+
 def test_all_sql_files_are_applied():
     names = {file.relative_to(schema.SQL_FOLDER).as_posix() for file in schema.SQL_FOLDER.rglob("*.sql")}
-    assert names == {*schema._MIGRATIONS, *schema._NOTIFY_TRIGGER}
+    assert names == {*schema._MIGRATIONS, *schema._NOTIFY_TRIGGER, *schema._CITUS}
 
 
 def test_first_migration_is_the_schema_of_the_npm_package(admin):
@@ -130,7 +156,7 @@ def test_migrate_applies_the_rendered_sql(admin, empty_database, names):
 def test_concurrent_migrations(admin, empty_database):
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda _: schema.migrate(empty_database, notify_trigger=True), range(8)))
-    assert len(columns(admin)) == 3
+    assert len(columns(admin)) == 4
 
 
 def test_migrations_are_atomic(admin, empty_database):

@@ -394,6 +394,18 @@ def test_migrate_with_partitions(empty_database: str) -> None:
     assert other.returncode == 1
     assert b"aibind-postgres: the table aibind_stream_chunks has 4 hash partitions, not 8" in other.stderr
     assert run("migrate", "--partitions", "0", dsn=empty_database).returncode == 2
+    assert b"neither a number nor 'time'" in run("migrate", "--partitions", "day", dsn=empty_database).stderr
+    by_time = run("migrate", "--partitions", "time", dsn=empty_database)
+    assert by_time.returncode == 1
+    assert b"the table aibind_stream_chunks is not partitioned by time" in by_time.stderr
+    assert run("schema", "--partitions", "time").stdout.decode() == schema.render(partitions="time")
+
+
+def test_schema_and_migrate_distribute_the_tables(empty_database: str) -> None:
+    assert run("schema", "--citus").stdout.decode() == schema.render(citus=True)
+    refused = run("migrate", "--citus", dsn=empty_database)  # without Citus
+    assert refused.returncode == 1
+    assert b"the extension citus is missing" in refused.stderr
 
 
 def test_tables_are_not_created_without_migrate(empty_database: str) -> None:

@@ -2,7 +2,8 @@
 
 The test run uses the first of these that is available:
 
-1. The server of the connection string in `AIBIND_TEST_DSN`.
+1. The server of the connection string in `AIBIND_TEST_DSN`. If it is the coordinator of a Citus cluster, the tables of
+   the tests are distributed.
 2. A new server of the version in `AIBIND_TEST_POSTGRES`, from the embedded wheel or /usr/lib/postgresql.
 3. A container, if a Docker engine is running.
 4. The embedded server.
@@ -28,12 +29,17 @@ import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 
-from aibind_postgres import embedded
+from aibind_postgres import _time_partitions, embedded
+
+from . import citus
 
 EMBEDDED_VERSIONS = ("16", "18")
 
-# With the variable, the fixtures create tables with this number of hash partitions.
-PARTITIONS = int(os.environ["AIBIND_TEST_PARTITIONS"]) if "AIBIND_TEST_PARTITIONS" in os.environ else None
+# With the variable, the fixtures create tables with this number of hash partitions, or with partitions by "time".
+_WANTED = os.environ.get("AIBIND_TEST_PARTITIONS", "")
+PARTITIONS: Any = "time" if _WANTED == "time" else int(_WANTED) if _WANTED else None
+if PARTITIONS == "time":
+    _time_partitions.AHEAD = 1  # saves time: each test has its own tables
 
 
 @contextmanager
@@ -191,6 +197,10 @@ def _started(primary: Server | None) -> Iterator[Server]:
 def own_database(server: str, template: str) -> Iterator[str]:
     """Create a database. Drop it at the end, and terminate connections that a failed test left open."""
     name = f"aibind_{uuid.uuid4().hex}"
+    if (cluster := citus.cluster_of(server)) is not None:
+        with citus.own_database(cluster, name, migrated=template != "template0") as dsn:
+            yield dsn
+        return
     with psycopg.connect(server, autocommit=True) as admin:
         admin.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
     try:

@@ -17,6 +17,7 @@ from psycopg_pool import AsyncConnectionPool, ConnectionPool
 from typing_extensions import assert_type
 
 from aibind_postgres import (
+    ArchiveResult,
     AsyncDurableStream,
     AsyncHousekeeper,
     AsyncPostgresClient,
@@ -84,6 +85,7 @@ def clients(connection: psycopg.Connection[DictRow], engine: Engine) -> None:
     for client in ("", pool, connection, own, Driver(), wrap_sqlalchemy(engine), wrap_django("other")):
         PostgresStreamStore(client)
         schema.migrate(client, chunks_table="chunks", notify_trigger=True, partitions=8)
+        schema.migrate(client, citus=True)
     assert_type(wrap_sqlalchemy(engine), PostgresClient)
     PostgresStreamStore(AsyncDriver())  # type: ignore[arg-type]
     PostgresStreamStore(wrap_asyncpg(None))  # type: ignore[arg-type]
@@ -103,7 +105,12 @@ async def async_clients(
     AsyncPostgresStreamStore(wrap_sqlalchemy(engine))
     assert_type(wrap_sqlalchemy(engine), AsyncPostgresClient)
     AsyncPostgresStreamStore(Driver())  # type: ignore[arg-type]
+    AsyncPostgresStreamStore(pool, replica="")
+    AsyncPostgresStreamStore("", replica=wrap_sqlalchemy(engine))
+    AsyncPostgresStreamStore("", replica=Driver())  # type: ignore[arg-type]
     await schema.async_migrate(pool, status_table=Identifier("schema", "status"), partitions=None)
+    await schema.async_migrate(pool, partitions="time")
+    await schema.async_migrate(pool, partitions="day")  # type: ignore[arg-type]
 
 
 def streams(since: datetime) -> None:
@@ -125,6 +132,8 @@ def streams(since: datetime) -> None:
         assert_type([store.stop("id"), store.complete("id"), store.fail("id", "why"), store.delete("id")], list[bool])
         assert_type(store.list(state="active", created_after=since), Iterator[StreamInfo])
         assert_type(store.cleanup(), CleanupResult)
+        assert_type(store.archive(timedelta(days=1), batch_size=1000), ArchiveResult)
+        assert_type(store.unarchive("id"), int)
         assert_type(store.fail_abandoned(600), list[str])
         for seq, data in store.read_from("id"):
             assert_type(seq, int)
@@ -158,6 +167,8 @@ async def async_streams(since: datetime) -> None:
         assert_type(await store.delete("id"), bool)
         assert_type(store.list(state="active", created_after=since), AsyncIterator[StreamInfo])
         assert_type(await store.cleanup(), CleanupResult)
+        assert_type(await store.archive(3600), ArchiveResult)
+        assert_type(await store.unarchive("id"), int)
         assert_type(await store.fail_abandoned(600), list[str])
         async for seq, data in store.read_from("id"):
             assert_type(seq, int)
@@ -213,7 +224,7 @@ def housekeeping(store: PostgresStreamStore, chats: PostgresConversationStore) -
     with Housekeeper(store, chats, every=timedelta(minutes=10)) as housekeeper:
         assert_type(housekeeper, Housekeeper)
     Housekeeper(None, chats, 60).start()
-    Housekeeper(store).close()
+    Housekeeper(store, archive_after=3600).close()
     Housekeeper("dsn")  # type: ignore[arg-type]
 
 

@@ -46,6 +46,17 @@ def test_settings_of_variables_are_kept(monkeypatch: pytest.MonkeyPatch) -> None
     assert conninfo_to_dict(with_defaults("host=h"))["connect_timeout"] == "4"
 
 
+def test_other_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert conninfo_to_dict(with_defaults("host=h", connect_timeout="2")) == {
+        "host": "h",
+        **DEFAULTS,
+        "connect_timeout": "2",
+    }
+    assert conninfo_to_dict(with_defaults("connect_timeout=5", connect_timeout="2"))["connect_timeout"] == "5"
+    monkeypatch.setenv("PGCONNECT_TIMEOUT", "4")
+    assert conninfo_to_dict(with_defaults("", connect_timeout="2"))["connect_timeout"] == "4"
+
+
 def test_missing_service_is_left_to_the_driver() -> None:
     assert conninfo_to_dict(with_defaults("service=other")) == {"service": "other", **DEFAULTS}
 

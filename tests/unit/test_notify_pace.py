@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import heapq
+from collections import Counter
+
 import pytest
 
 from aibind_postgres._notify_pace import (
     MAX_REST,
     MAX_REST_UNDELAYED,
+    MAX_TRAFFIC,
     REST_PER_CHANGE,
     SENDS,
+    TRAFFIC_PERIOD,
     VARIATION,
     WINDOW,
     NotifyPace,
+    NotifyTraffic,
 )
 
 FAST = 0.0005  # seconds of a send by an idle server
@@ -65,3 +71,39 @@ def test_slower_network_becomes_the_normal_case(pace: NotifyPace) -> None:
     rests = [pace.rest(slow, 1) for _ in range(3 * WINDOW)]
     assert rests[SENDS - 1] == MAX_REST
     assert rests[-1] == REST_PER_CHANGE
+
+
+def fleet_rates(stores: int, seconds: int) -> list[float]:
+    """Return the notifications that all stores together send in each second, if each of them always has changes."""
+    fleet = [NotifyTraffic() for _ in range(stores)]
+    due = [(number / stores / 100, number) for number in range(stores)]
+    sent: Counter[int] = Counter()
+    while due[0][0] < seconds:
+        now, sender = heapq.heappop(due)
+        sent[int(now)] += 1
+        for number, traffic in enumerate(fleet):
+            if number != sender:
+                traffic.received(str(sender), now)
+        rest = max(MAX_REST_UNDELAYED, fleet[sender].rest(now))
+        heapq.heappush(due, (now + FAST + rest, sender))
+    return [sent[second] for second in range(seconds)]
+
+
+@pytest.mark.parametrize("stores", [20, 64])
+def test_busy_stores_share_the_traffic(stores: int) -> None:
+    rates = fleet_rates(stores, 10)
+    assert rates[0] > 1.5 * MAX_TRAFFIC
+    assert all(0.8 * MAX_TRAFFIC < rate < 1.2 * MAX_TRAFFIC for rate in rates[5:])
+
+
+def test_few_stores_do_not_rest_for_the_traffic() -> None:
+    rates = fleet_rates(5, 5)
+    assert min(rates) > 0.99 * 5 / (FAST + MAX_REST_UNDELAYED)
+
+
+def test_traffic_that_has_ended() -> None:
+    traffic = NotifyTraffic()
+    for number in range(20_000):
+        traffic.received(str(number % 50), number / 2_000)
+    assert traffic.rest(10.0) == MAX_REST
+    assert traffic.rest(10.0 + 3 * TRAFFIC_PERIOD) == 0

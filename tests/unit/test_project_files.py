@@ -42,8 +42,10 @@ def test_python_versions(noxfile: dict[str, Any]) -> None:
 
 def test_postgres_versions(noxfile: dict[str, Any]) -> None:
     assert lists_of("postgres") == [noxfile["POSTGRES"]]
-    [installed] = re.findall(r"contains\(fromJSON\('(\[.*?\])'\), matrix\.postgres\)", WORKFLOW)
+    installed, with_partitions = re.findall(r"contains\(fromJSON\('(\[.*?\])'\), matrix\.postgres\)", WORKFLOW)
     assert json.loads(installed) == list(noxfile["SYSTEM_SERVERS"])
+    tested = re.findall(r'@nox.parametrize\("postgres", (\[.*\])\)', (ROOT / "noxfile.py").read_text("utf-8"))
+    assert [json.loads(with_partitions)] == [json.loads(versions) for versions in tested]
     assert sorted([*noxfile["SYSTEM_SERVERS"], *servers.EMBEDDED_VERSIONS]) == noxfile["POSTGRES"]
 
 

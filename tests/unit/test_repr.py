@@ -20,6 +20,7 @@ SECRETS = ("pass-of-dsn", "secret-query", "secret-cookie", "secret-body", "secre
 
 # Protocols, functions, and plain data with the default repr.
 WITHOUT_OWN_REPR = {
+    "ArchiveResult",
     "AsyncPostgresClient",
     "CleanupResult",
     "ConversationInfo",

@@ -82,10 +82,11 @@ class AsyncAppender:
         if size < MIN_ALONE:
             size += sum(map(len, texts))
         # A statement in a caller's transaction must not contain the appends of other callers.
+        # If the tables are distributed, each append has a statement of its own, on the server of its stream.
         combined = size < MIN_ALONE and not self._database.client.joins_transactions
         try:
             for _ in range(ATTEMPTS):
-                if combined:
+                if combined and not self._database.is_distributed:
                     last = await self._lanes[hash(stream_id) % LANES].call(append, size)
                 else:
                     last = await self._append_alone(append)
@@ -107,7 +108,9 @@ class AsyncAppender:
     async def _append_alone(self, append: Append) -> int | None:
         """Return the last sequence number, or None if nothing was written."""
         stream_id, texts, expected_seq = append
-        if len(texts) == 1:
+        if self._schema.has_append:
+            statement, data = self._schema.statements.append_distributed, json_array(texts)
+        elif len(texts) == 1:
             statement, data = self._schema.statements.append, texts[0]
         else:
             statement, data = self._schema.statements.append_many, json_array(texts)
@@ -119,15 +122,22 @@ class AsyncAppender:
             # A TypeScript clean-up that died half-way may have left chunks, and a stream of this id was created again.
             if sqlstate(error) != UNIQUE_VIOLATION or self._database.client.in_transaction():
                 raise
-            await self._database.query(
-                self._schema.statements.delete_leftovers, [stream_id, max(len(texts), MAX_CHUNKS)]
-            )
+            await self._delete_leftovers([stream_id, max(len(texts), MAX_CHUNKS)])
             rows = await self._database.query(statement, params)
-        if not rows:
+        if not rows or rows[0][0] is None:
             return None
         last = int(rows[0][0])
         await self._notifier.appended([(stream_id, last - len(texts), texts)], newest)
         return last
+
+    async def _delete_leftovers(self, params: Sequence[object]) -> None:
+        statements = self._schema.statements
+        if self._schema.has_leases:
+            await self._database.query_either(
+                statements.delete_leftovers, statements.delete_leftovers_distributed, params
+            )
+        else:
+            await self._database.query(statements.delete_leftovers, params)
 
     async def _append_batch(self, appends: Sequence[Append]) -> Sequence[int | None]:
         """Return the last sequence number of each append, or None for a skipped one."""
@@ -150,7 +160,7 @@ class AsyncAppender:
         try:
             rows = await self._database.query(self._schema.statements.append_batch, [json_text(items), self._ttl])
         except Exception as error:
-            if not wrote_nothing(error):
+            if not self._database.refuses(error) and not wrote_nothing(error):
                 raise
             return lasts
         appended = []
@@ -179,9 +189,12 @@ class AsyncAppender:
         stream_id, texts, expected_seq = append
         sent = [] if expected_seq is None else texts
         newest = self._notifier.newest
-        rows = await self._database.query(
-            self._schema.statements.skipped, [stream_id, expected_seq or 1, json_array(sent)]
-        )
+        statement, params = self._schema.statements.skipped, [stream_id, expected_seq or 1, json_array(sent)]
+        rows = await self._database.query(statement, params)
+        # Another process may have archived the stream after the migration of a running store.
+        if rows and rows[0][0] != "active" and rows[0][2] < len(sent) and await self._schema.has_archive():
+            newer = (await self._schema.require_0005("an archived stream")).skipped
+            rows = rows if newer == statement else await self._database.query(newer, params)
         if not rows:
             raise StreamNotFoundError(stream_id)
         [(state, total, stored)] = rows

@@ -7,7 +7,8 @@ from time import monotonic
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from .._concurrency import AsyncLock
-from .._sql import COLUMNS, json_array
+from .._distributed import DISTRIBUTED
+from .._sql import COLUMNS, json_array, json_text
 from .._sqlstate import HOW_TO_MIGRATE
 from ..errors import SchemaError
 
@@ -48,6 +49,7 @@ class AsyncColumnCatalog:
         self._database = database
         self._tables = tables
         self._known: dict[Table, Columns] = {}
+        self.has_append = False  # whether the tables are distributed, and have the function for appends
         self._look_up_lock = AsyncLock()
 
     async def of(self, table: Table, query: AsyncQuery | None = None, *, again: bool = False) -> Columns:
@@ -91,8 +93,16 @@ class AsyncColumnCatalog:
         rows = await query(COLUMNS, [json_array(table.quoted for table in self._tables)])
         now = monotonic()
         for table in self._tables:
-            own = [(name, is_readable) for quoted, name, is_readable in rows if quoted == table.quoted]
+            own = [(name, is_readable) for quoted, name, is_readable, _ in rows if quoted == table.quoted]
             names = frozenset(name for name, _ in own)
             known = self._known.get(table)
             found_at = known.found_at if known is not None and known.names == names else now
             self._known[table] = Columns(names, any(is_readable for _, is_readable in own), found_at)
+        if rows and rows[0][3]:
+            await self._look_up_distribution(query)
+
+    async def _look_up_distribution(self, query: AsyncQuery) -> None:
+        items = [{"name": table.quoted, "append": table.append_function} for table in self._tables]
+        rows = await query(DISTRIBUTED, [json_text(items)])
+        self._database.is_distributed = bool(rows)
+        self.has_append = any(has_append for _, has_append in rows)

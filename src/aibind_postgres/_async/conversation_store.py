@@ -231,7 +231,8 @@ class AsyncPostgresConversationStore:
             The entry, or None if the conversation does not exist.
         """
         key = arguments.identifier(session_id, "a session id")
-        rows = await self._database.query((await self._schema.look_up()).get_info, [key])
+        statements = await self._schema.look_up()
+        rows = await self._database.query_either(statements.get_info, statements.get_info_distributed, [key])
         return conversation_info(rows[0]) if rows else None
 
     async def delete(self, session_id: str) -> bool:
@@ -343,9 +344,13 @@ class AsyncPostgresConversationStore:
             if not statements.has_0004:
                 rows = await self._database.query(statements.list_by_id, [last_id, page])
             elif owner is None:
-                rows = await self._database.query(statements.list, [last_time, last_id, page])
+                params: builtins.list[object] = [last_time, last_id, page]
+                rows = await self._database.query_either(statements.list, statements.list_distributed, params)
             else:
-                rows = await self._database.query(statements.list_of_owner, [last_time, last_id, page, owner])
+                params = [last_time, last_id, page, owner]
+                rows = await self._database.query_either(
+                    statements.list_of_owner, statements.list_of_owner_distributed, params
+                )
             for row in rows:
                 yield conversation_info(row)
             if len(rows) < page:
@@ -368,9 +373,12 @@ class AsyncPostgresConversationStore:
 
     async def _cleanup_steps(self) -> AsyncIterator[int]:
         """Delete the expired conversations, and yield the number that each statement has deleted."""
+        statements = await self._schema.look_up()
         limit = MAX_ROWS
         while limit:
-            [(found, deleted)] = await self._database.query(self._schema.statements.cleanup, [limit, MAX_BYTES])
+            [(found, deleted)] = await self._database.query_either(
+                statements.cleanup, statements.cleanup_distributed, [limit, MAX_BYTES]
+            )
             yield deleted
             limit = next_limit(limit, found, deleted)
 

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 from .. import _arguments as arguments
 from .._concurrency import AsyncEvent, async_running_loop
 from .._leases import Contact
-from .._sqlstate import is_transient, translate
+from .._sqlstate import FEATURE_NOT_SUPPORTED, is_transient, sqlstate, translate
 from ..errors import ForkedError, StoreClosedError
 from .psycopg_clients import as_client
 
 if TYPE_CHECKING:
     from .._statement_runner import Row
+    from .client import AsyncClient
     from .psycopg_clients import AsyncClientLike
 
 Result = TypeVar("Result")
@@ -48,6 +49,7 @@ class AsyncDatabase:
         self.closing = AsyncEvent()
         self.contact = Contact()
         self.closed_with: set[AsyncEvent] = set()  # events that are set when the store is closed
+        self.is_distributed = False  # whether statements on several streams run on several servers, as with Citus
         self._retry_for = retry_for
         # The id of the process that owns the connections and workers; None before there are any.
         self._process = os.getpid() if self.client.is_connected() else None
@@ -55,6 +57,11 @@ class AsyncDatabase:
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {self.client!r}, {self.state}>"
+
+    def add_client(self, client: AsyncClient) -> None:
+        """Let `check_owner` also apply to the open connections of another client of the store."""
+        if client.is_connected():
+            self._process = os.getpid()
 
     @property
     def state(self) -> str:
@@ -126,6 +133,22 @@ class AsyncDatabase:
             raise
         self.contact.succeeded(monotonic(), started)
         return rows
+
+    async def query_either(self, statement: str, distributed: str, params: Sequence[object]) -> Sequence[Row]:
+        """Run a statement, or its form for distributed tables if the server refuses the first one."""
+        if not self.is_distributed:
+            try:
+                return await self.query(statement, params)
+            except Exception as error:
+                if not self.refuses(error):
+                    raise
+        return await self.query(distributed, params)
+
+    def refuses(self, error: Exception) -> bool:
+        """Return True if a server refuses a statement on several streams. Remember it, so that none is tried again."""
+        refused = sqlstate(error) == FEATURE_NOT_SUPPORTED and not self.client.in_transaction()
+        self.is_distributed = self.is_distributed or refused
+        return refused
 
     async def retry(self, attempt: AsyncAttempt[Result], deadline: float = math.inf) -> Result:
         """Run `attempt`. Repeat it with growing pauses for up to `retry_for` seconds while its errors are recoverable.

@@ -54,6 +54,7 @@ class AsyncFollower:
         self._pages = pages
         self._stream_id = stream_id
         self._cursor = cursor
+        self._archived = False  # whether the last page that it read by itself came from the archive
         self._subscription: Subscription | None = None
         self._ended: Ended | None = None  # the last step of a reader that needs no subscription
 
@@ -126,6 +127,7 @@ class AsyncFollower:
         page = await self._pages.page(self._stream_id, after, FIRST_PAGE_CHUNKS, deadline=deadline)
         if page is None:
             raise StreamNotFoundError(self._stream_id)
+        self._archived = page.is_archived
         if page.state != "active":
             if subscriptions.has_streams:  # the writer may not have notified the other readers
                 wake_all(subscriptions.changed([self._stream_id]))
@@ -146,7 +148,10 @@ class AsyncFollower:
                 read = SharedRead(self._stream_id, fetch.after, fetch.limit)
                 page = await self._pages.shared_page(read, fetch.contradicts, deadline)
             else:
-                page = await self._pages.page(self._stream_id, fetch.after, fetch.limit, fetch.contradicts, deadline)
+                page = await self._pages.page(
+                    self._stream_id, fetch.after, fetch.limit, fetch.contradicts, deadline, archived=self._archived
+                )
+                self._archived = page is not None and page.is_archived
         except GeneratorExit:  # the garbage collector may run this while its thread holds the mutex; `__exit__` follows
             raise
         except BaseException as error:

@@ -12,6 +12,7 @@ from time import monotonic
 from types import TracebackType
 
 from .. import _arguments as arguments
+from .._archive import BATCH_CHUNKS
 from .._concurrency import AsyncEvent, AsyncWorker, async_join_or_cancel, async_spawn
 from .._housekeeping import MARKER, describe, seconds_until_next_turn
 from .._sqlstate import refuses_row, server_reason
@@ -21,6 +22,7 @@ from .conversation_store import AsyncPostgresConversationStore
 from .database import AsyncDatabase
 from .stream_lifecycle import ABANDONED_AFTER
 from .stream_store import AsyncPostgresStreamStore
+from .time_partitions import AsyncTimePartitions
 
 logger = logging.getLogger("aibind_postgres")
 
@@ -31,9 +33,11 @@ class AsyncHousekeeper:
     """Cleans up in the background: a context manager around the time in which the application serves.
 
     Once per period, one of the processes with a housekeeper on these tables calls `fail_abandoned`, with its default,
-    and `cleanup` of the stream store, and `cleanup` of the conversation store. The first turn is taken at once, unless
-    another process took one within the last period. If processes have different periods, the shortest one applies. If
-    the process dies during its turn, another one does the rest in the next period.
+    and `cleanup` of the stream store, and `cleanup` of the conversation store. If the tables of streams are partitioned
+    by time, it creates the partitions of the next days, and drops those of days whose streams have expired, instead of
+    deleting their rows. With `archive_after`, it also calls `archive` of the stream store. The first turn is taken at
+    once, unless another process took one within the last period. If processes have different periods, the shortest one
+    applies. If the process dies during its turn, another one does the rest in the next period.
 
     The numbers of ended and deleted rows are logged at level INFO. Nothing is raised in the background: failures are
     logged as warnings, and tried again in the next period.
@@ -49,10 +53,14 @@ class AsyncHousekeeper:
         streams: The stream store, or None.
         conversations: The conversation store, or None; None by default. Both cannot be None.
         every: The period in seconds, or a timedelta; 600 by default.
+        archive_after: Seconds, or a timedelta, since the last chunk of a finished stream after which it is archived.
+            Needs migration 0005. Default: None, which archives nothing, since the TypeScript package cannot read
+            archived streams.
 
     Raises:
-        ValueError: Both stores are None, or `every` is not more than zero, or above 1e9 seconds.
-        TypeError: A store is not of this flavour, or `every` is neither a number nor a timedelta.
+        ValueError: Both stores are None, `every` is not more than zero, `archive_after` is negative or given without a
+            stream store, or a time is above 1e9 seconds.
+        TypeError: A store is not of this flavour, or a time is neither a number nor a timedelta.
     """
 
     def __init__(
@@ -60,14 +68,21 @@ class AsyncHousekeeper:
         streams: AsyncPostgresStreamStore | None,
         conversations: AsyncPostgresConversationStore | None = None,
         every: float | timedelta = 600.0,
+        *,
+        archive_after: float | timedelta | None = None,
     ) -> None:
         if streams is None and conversations is None:
             raise ValueError("streams and conversations must not both be None")
+        if streams is None and archive_after is not None:
+            raise ValueError("archive_after needs a stream store")
         self._every = arguments.milliseconds(every, "every")
+        archive_age = None
+        if archive_after is not None:
+            archive_age = round(arguments.seconds(archive_after, "archive_after", allow_zero=True) * 1000)
         self._duties: list[AsyncDuty] = []
         if streams is not None:
             _check_kind(streams, AsyncPostgresStreamStore, "streams")
-            self._duties.append(_duty_of_streams(streams))
+            self._duties.append(_duty_of_streams(streams, archive_age))
         if conversations is not None:
             _check_kind(conversations, AsyncPostgresConversationStore, "conversations")
             self._duties.append(_duty_of_conversations(conversations))
@@ -247,16 +262,24 @@ class AsyncDuty:
         )
 
 
-def _duty_of_streams(store: AsyncPostgresStreamStore) -> AsyncDuty:
+def _duty_of_streams(store: AsyncPostgresStreamStore, archive_age: int | None) -> AsyncDuty:
     async def fail_abandoned() -> AsyncIterator[Mapping[str, int]]:
         async for stream_ids in store._fail_abandoned_steps(ABANDONED_AFTER):
             yield {"abandoned streams ended": len(stream_ids)}
 
-    async def cleanup() -> AsyncIterator[Mapping[str, int]]:
-        async for streams, chunks in store._deleter.cleanup_steps():
-            yield {"streams deleted": streams, "chunks deleted": chunks}
+    partitions = AsyncTimePartitions(store._database, store._schema, store._deleter, store._tables)
 
-    calls = {"fail_abandoned": fail_abandoned, "cleanup": cleanup}
+    async def archive() -> AsyncIterator[Mapping[str, int]]:
+        async for streams, chunks in store._archive.steps(archive_age or 0, BATCH_CHUNKS):
+            yield {"streams archived": streams, "chunks archived": chunks}
+
+    calls = {
+        "fail_abandoned": fail_abandoned,
+        "the change of partitions": partitions.partition_steps,
+        "cleanup": partitions.cleanup_steps,
+    }
+    if archive_age is not None:
+        calls["archive"] = archive
     return AsyncDuty(store._database, store._tables[0], store._schema.statements.take_turn, calls)
 
 

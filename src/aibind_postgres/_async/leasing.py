@@ -91,9 +91,20 @@ class AsyncLeases:
             stream_ids: The ids of the streams.
             query: Runs the statement. Default: the client of the store.
         """
-        params = [json_array(stream_ids), EXPIRED_TEXT, self._ttl]
-        rows = await (query or self._database.query)(self._schema.statements.end_expired, params)
-        return [stream_id for (stream_id,) in rows]
+        run = query or self._database.query
+        statements = self._schema.statements
+        if not self._database.is_distributed:
+            try:
+                rows = await run(statements.end_expired, [json_array(stream_ids), EXPIRED_TEXT, self._ttl])
+                return [stream_id for (stream_id,) in rows]
+            except Exception as error:
+                if not self._database.refuses(error):
+                    raise
+        ended: list[str] = []
+        for stream_id in stream_ids:
+            rows = await run(statements.end_expired_distributed, [stream_id, EXPIRED_TEXT, self._ttl])
+            ended += [ended_id for (ended_id,) in rows]
+        return ended
 
     async def end_if_expired(self, stream_ids: Sequence[str]) -> list[str]:
         """End the given streams with an expired lease, if this process may, and return their ids.
@@ -130,6 +141,19 @@ class AsyncLeases:
             await self._database.sleep(1.0)
             await self._database.query(self._schema.statements.expired, ["", 1])
 
+    async def _renew_held(self, stream_ids: Sequence[str]) -> None:
+        """Renew leases in one statement. If the tables are distributed, in one for each stream."""
+        statements = self._schema.statements
+        if not self._database.is_distributed:
+            try:
+                await self._database.query(statements.renew_leases, [json_array(stream_ids)], self._timeout)
+                return
+            except Exception as error:
+                if not self._database.refuses(error):
+                    raise
+        for stream_id in stream_ids:
+            await self._database.query(statements.take_lease, [stream_id], self._timeout)
+
     async def close(self) -> None:
         """End the worker."""
         with self._mutex:
@@ -160,8 +184,7 @@ class AsyncLeases:
             for apply_settings, stream_ids in held:
                 try:
                     apply_settings()
-                    renew_leases = self._schema.statements.renew_leases
-                    await self._database.query(renew_leases, [json_array(stream_ids)], self._timeout)
+                    await self._renew_held(stream_ids)
                 except Exception as error:  # the other leases are still renewed
                     failed = True
                     logger.debug("the leases could not be renewed: %s", type(error).__name__)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 
 from .._concurrency import AsyncEvent, AsyncWorker, Mutex, async_spawn
-from .._notifications import decode_payload, encode_payloads
+from .._notifications import decode_payload, encode_payloads, sender_of
 from .._poll_pace import QUIET_FACTOR, PollPace
 from .._sql import NOTIFY, json_array
 from .._sqlstate import server_reason, wrote_nothing
@@ -160,7 +160,9 @@ class AsyncListener:
             await self._database.closing.wait(min(timeout, connection.seconds_until_connect))
             return
         async for payload in connection.notifications(timeout):
-            wake_all(self._subscriptions.notified(decode_payload(payload, self._notifier.sender)))
+            if digests := decode_payload(payload, self._notifier.sender):
+                self._notifier.traffic.received(sender_of(payload), monotonic())
+                wake_all(self._subscriptions.notified(digests))
         await connection.check_probe()
         self._warn_if_unavailable(connection)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from .._concurrency import AsyncEvent, AsyncWorker, Mutex, async_spawn
 from .._message_tree import new_id
 from .._notifications import encode_payloads
-from .._notify_pace import NotifyPace
+from .._notify_pace import NotifyPace, NotifyTraffic
 from .._sql import NOTIFY, json_array
 from .._sqlstate import is_recoverable, sqlstate
 from .._subscriptions import Subscriptions, wake_all
@@ -33,7 +33,7 @@ class AsyncNotifier:
     NOTIFY inside the transaction of an append would hold a server-wide lock while the commit is flushed.
 
     The first change after a rest is sent at once. Changes during a send and the rest after it are sent together.
-    `NotifyPace` decides how long to rest.
+    `NotifyPace` decides how long to rest, and `NotifyTraffic` prolongs the rests in a fleet of many busy stores.
 
     If the client joins transactions of the caller, notifications are sent at once, in that transaction. PostgreSQL
     delivers them when it commits.
@@ -47,6 +47,7 @@ class AsyncNotifier:
 
     def __init__(self, client: AsyncClient, subscriptions: Subscriptions, channel: str, enabled: bool) -> None:
         self.channel = channel
+        self.traffic = NotifyTraffic()
         self._client = client
         self._enabled = enabled
         self._warned = False
@@ -144,7 +145,8 @@ class AsyncNotifier:
                 await self._send(batch, self.sender)
             except Exception as error:
                 self._log_failure(error)
-            await self._closing.wait(pace.rest(monotonic() - started, changes))
+            now = monotonic()
+            await self._closing.wait(max(pace.rest(now - started, changes), self.traffic.rest(now)))
 
     async def _send(self, stream_ids: Iterable[str], sender: str | None) -> None:
         payloads = json_array(encode_payloads(stream_ids, sender))

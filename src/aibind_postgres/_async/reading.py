@@ -10,8 +10,8 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 from .. import _arguments as arguments
-from .._pages import FIRST_PAGE_CHUNKS, Page, as_chunks, as_events, as_timed_chunks, is_missing
-from .._sql import StreamStatements, json_text
+from .._pages import FIRST_PAGE_CHUNKS, MAX_PAGE_CHUNKS, Page, as_chunks, as_events, as_timed_chunks, is_missing
+from .._sql import json_text
 from .._sqlstate import wrote_nothing
 from ..errors import StreamNotFoundError
 from ..models import StoredEvent, StreamChunk, TimedChunk
@@ -20,7 +20,11 @@ from .database import RetryableError
 
 if TYPE_CHECKING:
     from .._statement_runner import Row
+    from .archiving import AsyncArchive
+    from .columns import AsyncQuery
     from .database import AsyncAttempt, AsyncDatabase
+    from .replica import AsyncReplica
+    from .stream_schema import AsyncStreamSchema
 
 Item = TypeVar("Item")
 
@@ -47,11 +51,22 @@ PageCheck: TypeAlias = Callable[[Page | None], bool]
 
 
 class AsyncPageReader:
-    """Reads chunks of the streams of one store."""
+    """Reads chunks of the streams of one store.
 
-    def __init__(self, database: AsyncDatabase, statements: StreamStatements) -> None:
+    Args:
+        database: The database of the store.
+        schema: The statements of the store.
+        archive: The archive of the store.
+        replica: The replica of the store, or None.
+    """
+
+    def __init__(
+        self, database: AsyncDatabase, schema: AsyncStreamSchema, archive: AsyncArchive, replica: AsyncReplica | None
+    ) -> None:
         self._database = database
-        self._sql = statements
+        self._query_stored: AsyncQuery = (replica or database).query
+        self._schema = schema
+        self._archive = archive
         self._combiner = AsyncCombiner(
             self._run_alone, self._run_batch, max_items=BATCH_STREAMS, max_size=BATCH_STREAMS
         )
@@ -63,6 +78,8 @@ class AsyncPageReader:
         limit: int,
         contradicts: PageCheck = is_missing,
         deadline: float = math.inf,
+        *,
+        archived: bool = False,
     ) -> Page | None:
         """Return at most `limit` chunks after sequence number `after`, or None if the stream does not exist.
 
@@ -76,8 +93,9 @@ class AsyncPageReader:
                 which may lag behind, the page is read again for up to `retry_for` seconds. Default: True if the stream
                 was not found.
             deadline: As for `retry`.
+            archived: Whether the page before came from the archive; False by default. This one is then expected there.
         """
-        read = partial(self._read_page, self._sql.read, stream_id, after, limit)
+        read = partial(self._read_page, stream_id, after, limit, archived=archived)
         return await self._retry(read, stream_id, contradicts, deadline)
 
     async def shared_page(
@@ -88,40 +106,41 @@ class AsyncPageReader:
 
     def stored(self, stream_id: str, cursor: int) -> AsyncIterator[StreamChunk]:
         """Iterate over the stored chunks after `cursor`, without waiting for more."""
-        return self._stored(self._sql.read, as_chunks, stream_id, cursor)
+        return self._stored(as_chunks, stream_id, cursor)
 
     def stored_events(self, stream_id: str, cursor: int) -> AsyncIterator[StoredEvent]:
         """Iterate as `stored` does, and decode the chunks."""
-        return self._stored(self._sql.read, as_events, stream_id, cursor)
+        return self._stored(as_events, stream_id, cursor)
 
     def stored_with_times(self, stream_id: str, cursor: int) -> AsyncIterator[TimedChunk]:
         """Iterate as `stored` does, and add the times of the chunks."""
-        return self._stored(self._sql.read_timed, as_timed_chunks, stream_id, cursor)
+        return self._stored(as_timed_chunks, stream_id, cursor, timed=True)
 
     async def _stored(
         self,
-        statement: str,
         convert: Callable[[Iterable[tuple[Any, ...]]], Iterator[Item]],
         stream_id: str,
         cursor: int,
+        *,
+        timed: bool = False,
     ) -> AsyncIterator[Item]:
-        limit, delivered = FIRST_PAGE_CHUNKS, 0
+        limit, delivered, archived = FIRST_PAGE_CHUNKS, 0, False
         while True:
-            page = await self._stored_page(statement, stream_id, cursor, limit, delivered)
+            page = await self._stored_page(stream_id, cursor, limit, delivered, timed=timed, archived=archived)
             for item in convert(page.rows):
                 yield item
             if page.is_last:
                 return
             delivered = page.rows[-1][0] if page.rows else delivered
-            cursor, limit = page.end, page.next_limit
+            cursor, limit, archived = page.end, page.next_limit, page.is_archived
             del page  # not kept during the next statement
 
     async def replay(self, stream_id: str, cursor: int, speed: float) -> AsyncIterator[StreamChunk]:
         """Iterate over the stored chunks at `speed` times the pace at which they were written."""
-        due_at, limit, delivered = monotonic(), FIRST_PAGE_CHUNKS, 0
+        due_at, limit, delivered, archived = monotonic(), FIRST_PAGE_CHUNKS, 0, False
         written_before: float | None = None
         while True:
-            page = await self._stored_page(self._sql.read_timed, stream_id, cursor, limit, delivered)
+            page = await self._stored_page(stream_id, cursor, limit, delivered, timed=True, archived=archived)
             for seq, data, written_at in page.rows:
                 if written_at is not None:
                     due_at += max(0.0, written_at - (written_before or written_at)) / speed
@@ -132,22 +151,29 @@ class AsyncPageReader:
                 delivered = seq
             if page.is_last:
                 return
-            cursor, limit = page.end, page.next_limit
+            cursor, limit, archived = page.end, page.next_limit, page.is_archived
             del page
 
-    async def _stored_page(self, statement: str, stream_id: str, cursor: int, limit: int, delivered: int) -> Page:
+    async def _stored_page(
+        self, stream_id: str, cursor: int, limit: int, delivered: int, *, timed: bool, archived: bool
+    ) -> Page:
         def contradicts(page: Page | None) -> bool:
             # Streams never shrink: a smaller total means a new stream with this id.
             return page is None or page.total < delivered
 
-        read = partial(self._read_page, statement, stream_id, cursor, limit)
+        read = partial(self._read_page, stream_id, cursor, limit, timed=timed, archived=archived)
         page = await self._retry(read, stream_id, contradicts)
         if page is None or contradicts(page):
             raise StreamNotFoundError(stream_id)
         return page
 
-    async def _read_page(self, statement: str, stream_id: str, after: int, limit: int) -> Page | None:
-        page = await self._read(statement, stream_id, after, limit)
+    async def _read_page(
+        self, stream_id: str, after: int, limit: int, *, timed: bool = False, archived: bool = False
+    ) -> Page | None:
+        if archived:
+            page = await self._archive.page(self._query_stored, stream_id, after, limit, timed=timed)
+        else:
+            page = await self._read(self._query_stored, stream_id, after, limit, timed=timed)
         if page is None or page.rows or page.is_last:
             return page
         return await self._skip_gap(stream_id, page)
@@ -166,49 +192,65 @@ class AsyncPageReader:
         page = await read()
         if contradicts(page):
             # One statement, since a pool may have sessions on a standby and on the primary.
-            [(is_standby, *status)] = await self._database.query(self._sql.standby_status, [stream_id])
+            [(is_standby, *status)] = await self._database.query(self._schema.statements.standby_status, [stream_id])
             if is_standby or not contradicts(Page.parse([] if status[0] is None else [tuple(status)], 0, 0)):
                 raise StandbyLagError(page)
         return page
 
     async def _skip_gap(self, stream_id: str, page: Page) -> Page:
         """Extend an empty page up to the next chunk, since `total` may be far larger than the number of chunks."""
-        [(next_seq,)] = await self._database.query(self._sql.next, [stream_id, page.end])
+        [(next_seq,)] = await self._database.query(self._schema.statements.next, [stream_id, page.end])
         return page._replace(end=page.total if next_seq is None else int(next_seq) - 1)
 
-    async def _read(self, statement: str, stream_id: str, after: int, limit: int) -> Page | None:
-        """Read a page, with a smaller limit if its first chunk is too large for this one."""
+    async def _read(
+        self, query: AsyncQuery, stream_id: str, after: int, limit: int, *, timed: bool = False
+    ) -> Page | None:
+        """Read a page. If chunks are missing in it, since they have been archived, read it from the archive."""
+        statement = self._schema.statements.read_timed if timed else self._schema.statements.read
+        page = await self._read_chunks(query, statement, stream_id, after, min(limit, MAX_PAGE_CHUNKS))
+        if page is None or not page.lacks_chunks(after) or not await self._schema.has_archive():
+            return page
+        whole = await self._archive.page(query, stream_id, after, limit, timed=timed)
+        if whole is not None and (whole.state == "active" or whole.total < page.total):
+            raise StandbyLagError(whole)  # or it is a new stream with this id
+        return whole
+
+    async def _read_chunks(
+        self, query: AsyncQuery, statement: str, stream_id: str, after: int, limit: int
+    ) -> Page | None:
+        """Read a page from the chunks table, with a smaller limit if its first chunk is too large for this one."""
         while True:
-            rows = await self._database.query(statement, [stream_id, after, limit])
+            rows = await query(statement, [stream_id, after, limit])
             page = Page.parse(sorted(rows, key=itemgetter(0)), after, limit)
             if page is None or page.end > after:
                 return page
             limit = page.next_limit
 
     async def _read_shared(self, read: SharedRead) -> Page | None:
-        if self._database.client.joins_transactions:  # its statements must not serve other callers
-            return await self._read(self._sql.read, *read)
-        [page] = await self._combiner.call(read) or [await self._read(self._sql.read, *read)]
+        # In a transaction of the caller, statements must not serve other callers.
+        if self._database.client.joins_transactions or self._database.is_distributed:
+            return await self._read(self._database.query, *read)
+        [page] = await self._combiner.call(read) or [await self._read(self._database.query, *read)]
         return page
 
     async def _run_alone(self, read: SharedRead) -> Sequence[Page | None]:
-        return [await self._read(self._sql.read, *read)]
+        return [await self._read(self._database.query, *read)]
 
     async def _run_batch(self, reads: Sequence[SharedRead]) -> Sequence[Sequence[Page | None]]:
         """Return a list with one page for each read, or an empty list for a read that must run alone.
 
         The server rejects a shared statement if, for example, it cannot convert the text of one stream. With other
         settings of its session, a reader may see a stream that the statement does not find. A chunk may be too large
-        for the batch.
+        for the batch, or archived.
         """
         items = [
             {"index": index, "id": read.stream_id, "after": read.after, "limit": read.limit}
             for index, read in enumerate(reads)
         ]
         try:
-            rows = await self._database.query(self._sql.read_batch, [json_text(items)])
+            rows = await self._database.query(self._schema.statements.read_batch, [json_text(items)])
         except Exception as error:
-            if not wrote_nothing(error):
+            if not self._database.refuses(error) and not wrote_nothing(error):
                 raise
             return [[] for _ in reads]
         found: list[list[Row]] = [[] for _ in reads]
@@ -216,6 +258,6 @@ class AsyncPageReader:
             found[index].append(tuple(row))
         pages = [Page.parse(rows, read.after, read.limit) for rows, read in zip(found, reads, strict=True)]
         return [
-            [page] if page is not None and page.end > read.after else []
+            [page] if page is not None and page.end > read.after and not page.lacks_chunks(read.after) else []
             for page, read in zip(pages, reads, strict=True)
         ]

@@ -8,14 +8,16 @@ from time import monotonic
 from typing import Any
 
 from .. import _arguments as arguments
+from .._archive import BATCH_CHUNKS
 from .._deletion import MAX_ROWS
 from .._message_tree import new_id
 from .._sql import json_array
 from .._subscriptions import wake_all
 from .._tables import Table
 from ..errors import StreamExistsError, StreamNotFoundError
-from ..models import CleanupResult, StreamState, StreamStatus
+from ..models import ArchiveResult, CleanupResult, StreamState, StreamStatus
 from ..wire import WireName, find_wire
+from .archiving import AsyncArchive
 from .columns import AsyncColumnCatalog
 from .deleting import AsyncDeleter
 from .leasing import AsyncLeases
@@ -34,6 +36,7 @@ class AsyncStreamLifecycle(AsyncStreamReads):
     _lease: int
     _tables: tuple[Table, Table]
     _columns: AsyncColumnCatalog
+    _archive: AsyncArchive
     _deleter: AsyncDeleter
     _leases: AsyncLeases
 
@@ -287,7 +290,62 @@ class AsyncStreamLifecycle(AsyncStreamReads):
         Returns:
             The numbers of deleted streams and chunks.
         """
+        await self._schema.look_up()
         return await self._deleter.cleanup()
+
+    async def archive(self, older_than: float | timedelta, *, batch_size: int = BATCH_CHUNKS) -> ArchiveResult:
+        """Move the chunks of finished streams to the archive, where they need about a twentieth of the space.
+
+        All methods read archived streams as before. Software without support for the archive, such as the TypeScript
+        package, finds no chunks in them. Chunks of more than 1 MB stay in the chunks table.
+
+        Each statement moves at most `batch_size` chunks or 8 MB, the oldest streams first. Streams that another process
+        is archiving are skipped, so that several processes can share the work. If the call is interrupted, the next one
+        continues. Readers are not disturbed: at every moment, each chunk is in one of the tables.
+
+        Args:
+            older_than: Seconds, or a timedelta, since the last chunk of a stream, or since the creation of a stream
+                without chunks. A time before migration 0002 counts as long ago.
+            batch_size: The number of chunks that one statement moves at most; 10,000 by default.
+
+        Returns:
+            The numbers of archived streams and of moved chunks.
+
+        Raises:
+            InvalidDataError: `batch_size` is not an int of at least 1.
+            ValueError: `older_than` is negative, or above 1e9 seconds.
+            TypeError: `older_than` is neither a number nor a timedelta.
+            SchemaError: Migration 0005 is missing.
+        """
+        age = round(arguments.seconds(older_than, "older_than", allow_zero=True) * 1000)
+        arguments.integer(batch_size, "batch_size", minimum=1)
+        streams = chunks = 0
+        async for step in self._archive.steps(age, batch_size):
+            streams += step.streams
+            chunks += step.chunks
+        return ArchiveResult(streams, chunks)
+
+    async def unarchive(self, id: str) -> int:
+        """Move the chunks of a stream back from the archive, and let `archive` leave the stream alone from now on.
+
+        Use it before software without support for the archive reads the stream. Each statement moves at most ten pages
+        of the archive, which have up to 1,000 chunks each. If the call is interrupted, repeat it.
+
+        Args:
+            id: The stream id.
+
+        Returns:
+            The number of moved chunks; 0 if the stream was not archived.
+
+        Raises:
+            StreamNotFoundError: The stream does not exist.
+            SchemaError: Migration 0005 is missing.
+        """
+        stream_id = arguments.identifier(id)
+        chunks = 0
+        async for step in self._archive.restore(stream_id):
+            chunks += step
+        return chunks
 
     async def fail_abandoned(self, older_than: float | timedelta = ABANDONED_AFTER) -> list[str]:
         """End the streams of dead producers in state error.
@@ -334,7 +392,10 @@ class AsyncStreamLifecycle(AsyncStreamReads):
         last: str | None = ""
         while last is not None:
             params = [self._ttl, round(idle_seconds * 1000), text, last, MAX_ROWS, ends_untimed]
-            rows = await self._database.query(self._schema.statements.fail_abandoned, params)
+            statements = self._schema.statements
+            rows = await self._database.query_either(
+                statements.fail_abandoned, statements.fail_abandoned_distributed, params
+            )
             last = rows[0][0]
             if ended := [stream_id for _, stream_id in rows if stream_id is not None]:
                 await self._notifier.changed(ended)

@@ -40,7 +40,8 @@ class AsyncStreamReads:
 
         The iterator holds no connection while it waits or while the caller is busy. It holds at most one
         page of chunks in memory: at first 50 chunks, later up to 2,000 chunks or about half a million characters. A
-        page has at most 2 MB, unless it consists of one larger chunk. If the connection is lost, the iterator keeps its
+        page has at most 2 MB, unless it consists of one larger chunk. Pages of an archived stream have up to 10,000
+        chunks, which are in compact form until they are returned. If the connection is lost, the iterator keeps its
         position and retries for the store's `retry_for` seconds. It also does so if a standby does not have the stream,
         or lacks chunks that the iterator has returned.
 

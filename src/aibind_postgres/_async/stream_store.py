@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
 from types import TracebackType
@@ -16,6 +18,7 @@ from .._tables import CHUNKS_TABLE, STATUS_TABLE, parse_distinct
 from .._write_buffer import WriteBuffer
 from ..models import StreamStatus, SynchronousCommit
 from .appending import AsyncAppender
+from .archiving import AsyncArchive
 from .columns import AsyncColumnCatalog
 from .database import AsyncDatabase
 from .deleting import AsyncDeleter
@@ -25,6 +28,7 @@ from .listening import AsyncListener
 from .notifying import AsyncNotifier
 from .psycopg_clients import AsyncClientLike
 from .reading import AsyncPageReader
+from .replica import AsyncReplica
 from .sending import StreamOperations
 from .stream_lifecycle import AsyncStreamLifecycle
 from .stream_schema import AsyncStreamSchema
@@ -70,6 +74,11 @@ class AsyncPostgresStreamStore(AsyncStreamLifecycle):
             applies to the whole transaction.
         notify: Whether to notify readers in other processes of changes; True by default. If False, they find changes by
             polling. In a two-phase transaction, pass False: PostgreSQL cannot prepare one that has notified.
+        replica: A client of a replica of the same tables, in any form of `client`; None by default. Finished streams,
+            and the pages of active streams before the last one, are read from it. Before each page, the primary is
+            asked for the status of the stream. The page is read from the primary if the replica lags behind, fails, or
+            does not answer a psycopg client within 2 seconds. An unavailable replica is asked again after 1 to 60
+            seconds. Needs migration 0002.
 
     Raises:
         ValueError: By the constructor, for an invalid table name or setting.
@@ -98,6 +107,7 @@ class AsyncPostgresStreamStore(AsyncStreamLifecycle):
         timeout: float | timedelta | None = None,
         synchronous_commit: SynchronousCommit | None = None,
         notify: bool = True,
+        replica: AsyncClientLike | None = None,
     ) -> None:
         chunks, status = parse_distinct(chunks_table, status_table)
         poll_seconds = arguments.seconds(poll_interval, "poll_interval")
@@ -105,7 +115,7 @@ class AsyncPostgresStreamStore(AsyncStreamLifecycle):
         self._lease = arguments.milliseconds(lease, "lease")
         self._tables = (status, chunks)
         self._database = AsyncDatabase(client, arguments.seconds(retry_for, "retry_for", allow_zero=True), timeout)
-        self._columns = AsyncColumnCatalog(self._database, self._tables)
+        self._columns = AsyncColumnCatalog(self._database, (*self._tables, chunks.archive))
         self._schema = AsyncStreamSchema(self._columns, chunks, status, synchronous_commit, self._lease)
         wrapped_client = self._database.client
         self._subscriptions = Subscriptions(share=not wrapped_client.joins_transactions)
@@ -114,14 +124,18 @@ class AsyncPostgresStreamStore(AsyncStreamLifecycle):
         self._listener = AsyncListener(
             self._database, self._subscriptions, self._notifier, self._schema, self._leases, poll_seconds
         )
-        self._pages = AsyncPageReader(self._database, self._schema.statements)
-        self._deleter = AsyncDeleter(self._database, self._schema.statements)
+        self._archive = AsyncArchive(self._database, self._schema)
+        limit = math.inf if timeout is None else arguments.seconds(timeout, "timeout")
+        self._replica = None if replica is None else AsyncReplica(replica, self._database, self._schema, limit)
+        self._pages = AsyncPageReader(self._database, self._schema, self._archive, self._replica)
+        self._deleter = AsyncDeleter(self._database, self._schema)
         self._appender = AsyncAppender(self._database, self._schema, self._ttl, self._notifier)
         self._close_hooks: set[Callable[[AsyncPostgresStreamStore], Any]] = set()
 
     def __repr__(self) -> str:
         tables = " and ".join(table.quoted for table in self._tables)
-        return f"<{type(self).__name__} in {tables}, {self._database.client!r}, {self._database.state}>"
+        replica = "" if self._replica is None else f", replica {self._replica.client!r}"
+        return f"<{type(self).__name__} in {tables}, {self._database.client!r}{replica}, {self._database.state}>"
 
     async def append(self, id: str, chunk: str, *, expected_seq: int | None = None) -> int:
         """Append one chunk. The chunk is durable when this returns.
@@ -234,7 +248,7 @@ class AsyncPostgresStreamStore(AsyncStreamLifecycle):
         finally:
             self._database.begin_closing()
             wake_all(self._subscriptions.closed())
-            async with self._database.client:
+            async with self._database.client, self._replica or nullcontext():
                 try:
                     await self._listener.close()
                 finally:

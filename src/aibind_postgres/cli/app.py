@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from enum import Enum
 from importlib.metadata import version
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -58,15 +58,30 @@ NotifyTrigger = Annotated[
         "package.",
     ),
 ]
+
+
+def _parse_partitions(value: str) -> int | Literal["time"]:
+    if value == "time":
+        return "time"
+    if not value.isdecimal():
+        raise typer.BadParameter(f"{value!r} is neither a number nor 'time'")
+    return int(value)
+
+
 Partitions = Annotated[
-    int | None,
+    Any,
     typer.Option(
         "--partitions",
-        metavar="N",
-        help=f"Number of partitions by hash, from 1 to {MAX_PARTITIONS}, of new tables of chunks and of stream states. "
-        "Default: none. Existing tables keep theirs.",
+        metavar="N|time",
+        parser=_parse_partitions,
+        help=f"Number of partitions by hash, from 1 to {MAX_PARTITIONS}, of new tables of chunks and of stream states; "
+        "or 'time' for partitions by the day of the id. Default: none. Existing tables keep theirs.",
         show_default=False,
     ),
+]
+Citus = Annotated[
+    bool,
+    typer.Option("--citus", help="Distribute the tables over the workers of Citus. The URL is of its coordinator."),
 ]
 Raw = Annotated[bool, typer.Option("--raw", help="Print the stored chunks unchanged, with the names of events.")]
 Events = Annotated[
@@ -176,6 +191,7 @@ def print_schema(
     conversations_table: ConversationsTable = CONVERSATIONS_TABLE,
     notify_trigger: NotifyTrigger = False,
     partitions: Partitions = None,
+    citus: Citus = False,
 ) -> None:
     """Print the SQL that creates or upgrades the tables."""
     with report_errors():
@@ -185,6 +201,7 @@ def print_schema(
             conversations_table=conversations_table,
             notify_trigger=notify_trigger,
             partitions=partitions,
+            citus=citus,
         )
         sys.stdout.buffer.write(sql.encode())
         sys.stdout.flush()
@@ -198,6 +215,7 @@ def migrate(
     conversations_table: ConversationsTable = CONVERSATIONS_TABLE,
     notify_trigger: NotifyTrigger = False,
     partitions: Partitions = None,
+    citus: Citus = False,
 ) -> None:
     """Create or upgrade the tables. Does nothing if they are up to date."""
     with database(Target(dsn, chunks_table, status_table)) as url:
@@ -208,6 +226,7 @@ def migrate(
             conversations_table=conversations_table,
             notify_trigger=notify_trigger,
             partitions=partitions,
+            citus=citus,
         )
         trigger = ", and the notify trigger," if notify_trigger else ""
         print(f"The tables {chunks_table}, {status_table} and {conversations_table}{trigger} are up to date.")

@@ -1,0 +1,153 @@
+"""Create partitions by time ahead, and drop those of days whose streams have expired."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Mapping
+from random import uniform
+from typing import TYPE_CHECKING
+
+from .._sqlstate import CHECK_VIOLATION, is_transient, sqlstate
+from .._time_partition_sql import create_statement, drop_statement, may_drop_statement
+from .._time_partitions import (
+    ATTEMPTS,
+    MAX_WAIT,
+    PARTITIONS,
+    Partitions,
+    is_quickly_scanned,
+    missing_days,
+    parse_partitions,
+    past_days,
+    span,
+    wanted,
+)
+
+if TYPE_CHECKING:
+    from .._tables import Table
+    from .database import AsyncDatabase
+    from .deleting import AsyncDeleter
+    from .stream_schema import AsyncStreamSchema
+
+logger = logging.getLogger("aibind_postgres")
+
+Counts = Mapping[str, int]
+
+
+class AsyncTimePartitions:
+    """Housekeeping of the partitions of one stream store, and the clean-up of the rows that they leave to it.
+
+    Args:
+        database: The database of the store.
+        schema: The statements of the store.
+        deleter: Deletes rows.
+        tables: The status table and the chunks table.
+    """
+
+    def __init__(
+        self, database: AsyncDatabase, schema: AsyncStreamSchema, deleter: AsyncDeleter, tables: tuple[Table, Table]
+    ) -> None:
+        self._database = database
+        self._schema = schema
+        self._deleter = deleter
+        status, chunks = tables
+        self._tables = (status, chunks, chunks.archive)
+        self._warnings: set[str] = set()
+
+    async def partition_steps(self) -> AsyncIterator[Counts]:
+        """Drop the partitions of past days and create those of the next days, each by one statement.
+
+        Yields:
+            Counts for the log, after every statement. Nothing if the tables are not partitioned by time.
+        """
+        before = await self._look_up()
+        if not before:
+            return
+        tables = list(before)
+        if not _may_change(before):
+            self._warn(
+                "this role may not create and drop partitions, so expired streams are deleted row by row. Give the "
+                "housekeeper a store whose role owns the tables, and may create tables in their schema"
+            )
+            return
+        columns = [partitions.columns for partitions in before.values()]
+        for day in past_days(before.values()):
+            [(may_drop,)] = await self._database.query(may_drop_statement(tables, day), [])
+            if may_drop:
+                async for step in self._attempts(drop_statement(tables, day, columns)):
+                    yield step
+        now = await self._look_up()
+        if missing := missing_days(now.values()):
+            if is_quickly_scanned(now.values()):
+                for day in missing:
+                    async for step in self._attempts(create_statement(tables, day)):
+                        yield step
+            else:
+                self._warn(
+                    "the partitions of the next days are not created, since statements of others would have to wait: "
+                    "there are many streams whose days have no partitions. Call migrate with partitions='time' at a "
+                    "quiet time"
+                )
+        after = await self._look_up()
+        yield {"partitions dropped": _lost(before, after), "partitions created": _lost(after, before)}
+
+    async def cleanup_steps(self) -> AsyncIterator[Counts]:
+        """Delete expired streams, and yield counts after every statement.
+
+        If the partitions are dropped with their streams, only those streams are deleted for which this is too late, and
+        those in the DEFAULT partition.
+        """
+        statements = await self._schema.look_up()
+        partitions = await self._look_up()
+        if partitions and _may_change(partitions):
+            wait = round(MAX_WAIT.total_seconds() * 1000)
+            statement = statements.cleanup_of_partitions
+            searches = [(statement, [0, *span(partitions.values())]), (statement, [wait, "", ""])]
+        else:
+            searches = [(statements.cleanup, [])]
+        for statement, params in searches:
+            async for streams, chunks in self._deleter.expired_steps(statement, params, statements.cleanup_distributed):
+                yield {"streams deleted": streams, "chunks deleted": chunks}
+        async for streams, chunks in self._deleter.tombstone_steps():
+            yield {"streams deleted": streams, "chunks deleted": chunks}
+
+    async def _look_up(self) -> dict[Table, Partitions]:
+        """Return the partitions of the tables that are partitioned by time. Empty if those of streams are not."""
+        rows = {row[0]: row for row in await self._database.query(PARTITIONS, [wanted(self._tables)])}
+        found = {table: parse_partitions(rows[table.quoted], table) for table in self._tables if table.quoted in rows}
+        return found if found.keys() >= set(self._tables[:2]) else {}
+
+    async def _attempts(self, statement: str) -> AsyncIterator[Counts]:
+        """Run a statement that gives up soon if it must wait for others. Yield after each attempt."""
+        for attempt in range(ATTEMPTS):
+            if attempt:
+                await self._database.sleep(uniform(0.1, 0.3))
+            try:
+                await self._database.query(statement, [])
+            except Exception as error:
+                # A row that was inserted meanwhile may belong to the new partition.
+                if not is_transient(error) and sqlstate(error) != CHECK_VIOLATION:
+                    raise
+                yield {}
+            else:
+                yield {}
+                return
+        logger.info(
+            "housekeeping of %s: a change of partitions would have to wait for other statements; it is tried again in "
+            "the next period",
+            self._tables[0].quoted,
+        )
+
+    def _warn(self, text: str) -> None:
+        if text not in self._warnings:
+            self._warnings.add(text)
+            logger.warning("housekeeping of %s: %s", self._tables[0].quoted, text)
+
+
+def _may_change(tables: Mapping[Table, Partitions]) -> bool:
+    return all(partitions.may_change for partitions in tables.values())
+
+
+def _lost(before: Mapping[Table, Partitions], after: Mapping[Table, Partitions]) -> int:
+    """Return the number of days that have a partition before, but not after."""
+    days_before, days_after = ({day for table in tables.values() for day in table.days} for tables in (before, after))
+    return len(days_before - days_after)
