@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import subprocess
 import sys
@@ -45,7 +46,7 @@ HAVING count(seq) <> total_chunks OR max(seq) <> total_chunks OR bool_or(data <>
 
 
 class Load:
-    """Writers, readers and deletions, until `stop`. A text names its stream and its number."""
+    """Writers, readers, deletions and an archiver, until `stop`. A text names its stream and its number."""
 
     def __init__(self, dsn: str) -> None:
         self._dsn = dsn
@@ -59,7 +60,7 @@ class Load:
 
     def start(self) -> None:
         writers = [*[self._write] * 6, *[self._write_again] * 4, self._write_as_typescript]
-        for part in (*writers, *[self._read] * 3, self._clean):
+        for part in (*writers, *[self._read] * 3, self._clean, self._archive):
             self._threads.append(threading.Thread(target=self._run, args=(part,), daemon=True))
             self._threads[-1].start()
 
@@ -142,6 +143,13 @@ class Load:
             self.deleted.append(id)
         time.sleep(0.05)
 
+    def _archive(self, store: PostgresStreamStore) -> None:
+        """Archive the streams that have ended, and bring one back."""
+        store.archive(0.5, batch_size=500)
+        if ids := [id for id in list(self.acknowledged) if not id.startswith("again")]:
+            store.unarchive(random.choice(ids))
+        time.sleep(0.02)
+
 
 ORPHANS = """
 SELECT count(*) FROM aibind_stream_chunks AS c
@@ -196,6 +204,9 @@ def test_move_under_load(tmp_path: Path, long: bool) -> None:
             finally:
                 load.stop()
             assert load.read > 100
+            with PostgresStreamStore(server.dsn) as store:
+                for (id,) in admin.execute("SELECT DISTINCT id FROM aibind_stream_chunks_archive").fetchall():
+                    store.unarchive(id)
             for id, texts in load.acknowledged.items():
                 found = admin.execute("SELECT seq, data FROM aibind_stream_chunks WHERE id = %s ORDER BY seq", [id])
                 assert found.fetchall() == [*enumerate(texts, 1)], id
