@@ -120,7 +120,7 @@ class AsyncTimePartitions:
         """Run a statement that gives up soon if it must wait for others. Yield after each attempt."""
         for attempt in range(ATTEMPTS):
             if attempt:
-                await self._database.sleep(uniform(0.1, 0.3))
+                await self._database.sleep(uniform(0.03, 0.1))
             try:
                 await self._database.query(statement, [])
             except Exception as error:
