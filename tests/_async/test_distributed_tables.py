@@ -26,9 +26,9 @@ class RefusingClient(HookedClient):
 
     def __init__(self, pool, status, chunks, conversations):
         super().__init__(pool)
-        on_streams = StreamStatements(chunks, status, lease=15_000)
+        on_streams = [StreamStatements(chunks, status, lease=15_000, archive=has_0005) for has_0005 in (False, True)]
         on_conversations = ConversationStatements(conversations, True, status)
-        self.refusable = {getattr(on_streams, name) for name in REFUSED}
+        self.refusable = {getattr(statements, name) for statements in on_streams for name in REFUSED}
         self.refusable |= {getattr(on_conversations, name) for name in REFUSED_ON_CONVERSATIONS}
         self.refused = 0
         self.hook = self.refuse
