@@ -12,7 +12,7 @@ from support.citus import activity
 from support.concurrency import AsyncBackground, async_gather, async_sleep
 
 from aibind_postgres import AsyncPostgresConversationStore, AsyncPostgresStreamStore, ChatHistory, _leases
-from aibind_postgres._async import appending, deleting
+from aibind_postgres._async import appending, deleting, leasing
 from aibind_postgres._conversation_sql import ConversationStatements
 from aibind_postgres._distributed import DISTRIBUTED
 from aibind_postgres._sql import COLUMNS, StreamStatements
@@ -145,7 +145,7 @@ async def test_followed_streams_are_read_one_by_one(store, client):
 
 
 async def test_leases_are_renewed_one_by_one(client, tables, run, monkeypatch):
-    monkeypatch.setattr(_leases, "RENEWALS", 300)
+    monkeypatch.setattr(leasing, "RENEWALS", 300)
     async with AsyncPostgresStreamStore(client, **tables) as store:
         streams = [await store.create() for _ in range(3)]
         for id in streams:
