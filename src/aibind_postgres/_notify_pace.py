@@ -76,8 +76,10 @@ class NotifyTraffic:
         """Count a notification of another store."""
         elapsed = now - self._since
         if elapsed >= TRAFFIC_PERIOD:
-            self._rate = (self._rate + self._count / elapsed) / 2
-            rest = (1 + len(self._senders)) * self._rate / MAX_TRAFFIC**2
+            rate = self._count / elapsed
+            self._rate = (self._rate + rate) / 2 if elapsed < 2 * TRAFFIC_PERIOD else rate  # else it is out of date
+            # A higher rate is that of other software, which does not rest.
+            rest = (1 + len(self._senders)) * min(self._rate, MAX_TRAFFIC) / MAX_TRAFFIC**2
             self._rest = (min(rest, MAX_REST), now + 2 * TRAFFIC_PERIOD)
             self._since, self._count, self._senders = now, 0, set()
         self._count += 1

@@ -36,7 +36,7 @@ DECLARE
   leaves CONSTANT text[] := ARRAY[{leaves}];
   bound text;
 BEGIN
-  IF coalesce(pg_get_partkeydef(parent), '') NOT LIKE 'HASH (id%' THEN
+  IF coalesce(pg_get_partkeydef(parent), '') !~ '^HASH [(]id[ ,)]' THEN
     RAISE EXCEPTION USING ERRCODE = '{code}', MESSAGE = format(
       'the table %s is not partitioned by hash of its id: omit partitions, {remedy}', parent);
   END IF;

@@ -46,7 +46,7 @@ MAX_SCANNED = 8 << 20  # bytes
 # A statement that waits for a lock stops all later ones, so it waits for a short time, several times. Once it has the
 # first one, it waits even less for the others.
 FIRST_LOCK_TIMEOUT, LOCK_TIMEOUT = "20ms", "5ms"
-ATTEMPTS = 5  # in each turn of housekeeping
+ATTEMPTS = 10  # in each turn of housekeeping
 
 # The partitions of the tables in the JSON array $1, if they are partitioned by time.
 PARTITIONS = """

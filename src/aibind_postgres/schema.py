@@ -93,8 +93,9 @@ def render(
         without.
 
     Raises:
-        ValueError: A table name is invalid, two names are the same, `partitions` is out of range, or both
-            `notify_trigger` and `citus` are True: the trigger would notify on the workers, where no reader listens.
+        ValueError: A table name is invalid, two names are the same, `partitions` is out of range, or `citus`
+            is combined with `partitions` or with `notify_trigger`, which would notify on the workers, where no reader
+            listens.
         TypeError: A table name is neither a str nor an `Identifier`, or `partitions` is neither an int nor
             "time".
         FileNotFoundError: The package has no SQL files, such as in a program that was frozen without them.
@@ -103,7 +104,7 @@ def render(
         >>> sql = render(status_table="chat.status", chunks_table="chat.chunks")
     """
     tables = parse_distinct(chunks_table, status_table, conversations_table)
-    return _render(tables, _files(notify_trigger, citus), partitions)
+    return _render(tables, _files(notify_trigger, citus, partitions), partitions)
 
 
 def migrate(
@@ -140,7 +141,7 @@ def migrate(
         >>> migrate("postgresql://localhost/app")  # doctest: +SKIP
     """
     tables = parse_distinct(chunks_table, status_table, conversations_table)
-    statement = _as_one_statement(tables, _files(notify_trigger, citus), partitions)
+    statement = _as_one_statement(tables, _files(notify_trigger, citus, partitions), partitions)
     with _schema_errors(), as_client(client) as opened:
         opened.query(statement, ())
 
@@ -173,7 +174,7 @@ async def async_migrate(
         FileNotFoundError: As for `render`.
     """
     tables = parse_distinct(chunks_table, status_table, conversations_table)
-    statement = _as_one_statement(tables, _files(notify_trigger, citus), partitions)
+    statement = _as_one_statement(tables, _files(notify_trigger, citus, partitions), partitions)
     with _schema_errors():
         async with as_async_client(client) as opened:
             await opened.query(statement, ())
@@ -189,8 +190,10 @@ def _schema_errors() -> Iterator[None]:
         raise
 
 
-def _files(notify_trigger: bool, citus: bool) -> dict[str, str]:
+def _files(notify_trigger: bool, citus: bool, partitions: PartitionsLike) -> dict[str, str]:
     """Return the files to run, each with the condition that is true if its last statement has run."""
+    if partitions is not None and citus:
+        raise ValueError("partitions and citus exclude each other: Citus divides tables without partitions")
     if notify_trigger and citus:
         raise ValueError("notify_trigger and citus must not both be True: no reader listens on the workers of Citus")
     return _MIGRATIONS | (_NOTIFY_TRIGGER if notify_trigger else {}) | (_CITUS if citus else {})

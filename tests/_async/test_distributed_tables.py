@@ -12,9 +12,10 @@ from support.citus import activity
 from support.concurrency import AsyncBackground, async_gather, async_sleep
 
 from aibind_postgres import AsyncPostgresConversationStore, AsyncPostgresStreamStore, ChatHistory, _leases
-from aibind_postgres._async import appending, deleting
+from aibind_postgres._async import appending, deleting, leasing
 from aibind_postgres._conversation_sql import ConversationStatements
-from aibind_postgres._sql import StreamStatements
+from aibind_postgres._distributed import DISTRIBUTED
+from aibind_postgres._sql import COLUMNS, StreamStatements
 from aibind_postgres._tables import Table
 
 REFUSED = ("append_batch", "read_batch", "renew_leases", "end_expired", "delete_leftovers", "cleanup", "fail_abandoned")
@@ -22,16 +23,25 @@ REFUSED_ON_CONVERSATIONS = ("get_info", "list", "list_of_owner", "cleanup")
 
 
 class RefusingClient(HookedClient):
-    """A client that raises the error of Citus for the statements that it refuses, and counts them."""
+    """A client that raises the error of Citus for the statements that it refuses, and counts them.
+
+    The server seems to have Citus, and no distributed tables.
+    """
 
     def __init__(self, pool, status, chunks, conversations):
         super().__init__(pool)
-        on_streams = StreamStatements(chunks, status, lease=15_000)
+        on_streams = [StreamStatements(chunks, status, lease=15_000, archive=has_0005) for has_0005 in (False, True)]
         on_conversations = ConversationStatements(conversations, True, status)
-        self.refusable = {getattr(on_streams, name) for name in REFUSED}
+        self.refusable = {getattr(statements, name) for statements in on_streams for name in REFUSED}
         self.refusable |= {getattr(on_conversations, name) for name in REFUSED_ON_CONVERSATIONS}
         self.refused = 0
         self.hook = self.refuse
+
+    async def query(self, sql, params):
+        if sql == DISTRIBUTED:
+            return []
+        rows = await super().query(sql, params)
+        return [(*row[:-1], True) for row in rows] if sql == COLUMNS else rows
 
     async def refuse(self, sql, params):
         if sql in self.refusable:
@@ -135,7 +145,7 @@ async def test_followed_streams_are_read_one_by_one(store, client):
 
 
 async def test_leases_are_renewed_one_by_one(client, tables, run, monkeypatch):
-    monkeypatch.setattr(_leases, "RENEWALS", 300)
+    monkeypatch.setattr(leasing, "RENEWALS", 300)
     async with AsyncPostgresStreamStore(client, **tables) as store:
         streams = [await store.create() for _ in range(3)]
         for id in streams:
@@ -246,3 +256,22 @@ async def test_refusal_in_a_transaction_of_the_caller_is_raised(pool, tables, ta
             with pytest.raises(psycopg.errors.FeatureNotSupported):
                 await store.cleanup()
     assert client.refused == 2
+
+
+async def test_refusal_of_another_extension_is_not_remembered(pool, tables):
+    """Without Citus, the error is that of a trigger or driver."""
+    plain = HookedClient(pool)
+    refused = []
+
+    async def refuse_once(sql, params):
+        if "SKIP LOCKED" in sql and not refused:
+            refused.append(sql)
+            raise psycopg.errors.FeatureNotSupported("a trigger")
+
+    plain.hook = refuse_once
+    async with AsyncPostgresStreamStore(plain, **tables) as other:
+        id = await other.create()
+        assert await other.cleanup() == (0, 0)
+        assert len(refused) == 1
+        assert not other._database.is_distributed
+        assert await other.append(id, "x") == 1

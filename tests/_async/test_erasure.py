@@ -65,7 +65,7 @@ async def test_chunks_of_an_owner_are_deleted(store, streams, tables, run_sql, m
     await streams.append_many(id, [f"{number}" for number in range(35)])
     assert await store.delete_owner("ann", streams=streams) == (0, 1)
     for name in ("chunks_table", "status_table"):
-        run_sql(sql.SQL("DO $$ BEGIN ASSERT NOT EXISTS (SELECT FROM {}); END $$").format(tables[name]))
+        run_sql(sql.SQL("DO $$ BEGIN ASSERT NOT EXISTS (SELECT 1 FROM {}); END $$").format(tables[name]))
 
 
 async def test_many_conversations_of_an_owner(store, streams, monkeypatch):

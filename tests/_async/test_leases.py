@@ -198,7 +198,7 @@ async def test_refusal_for_the_moment_is_no_outage(store, run_sql, tables):
 async def test_lease_is_dropped_also_if_the_row_was_locked(store, dsn, tables):
     id = await store.create(lease=60)
     async with await psycopg.AsyncConnection.connect(dsn) as other:
-        await other.execute(sql.SQL("SELECT FROM {} FOR UPDATE").format(tables["status_table"]))
+        await other.execute(sql.SQL("SELECT 1 FROM {} WHERE id = %s FOR UPDATE").format(tables["status_table"]), [id])
         async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as connection:
             async with AsyncPostgresStreamStore(connection, **tables) as own:
 

@@ -284,7 +284,7 @@ async def test_close_ends_a_replay(dsn, tables, store):
     id = await store.create()
     await store.append_many(id, ["now", "an hour later"])
     async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as admin:
-        later = psycopg.sql.SQL("UPDATE {} SET created_at = created_at + interval '1 hour' WHERE seq = 2")
+        later = psycopg.sql.SQL("UPDATE {} SET created_at = now() + interval '1 hour' WHERE seq = 2")
         await admin.execute(later.format(tables["chunks_table"]))
     seen = []
 

@@ -169,7 +169,7 @@ async def test_failed_begin(dsn, tables):
             await connection.rollback()
             with psycopg.connect(dsn, autocommit=True) as admin:
                 pid = connection.info.backend_pid
-                admin.execute("SELECT pg_terminate_backend(%s)", [pid])
+                admin.execute("SELECT pg_terminate_backend(%s::integer)", [pid])
                 session = "SELECT FROM pg_stat_activity WHERE pid = %s"
                 await async_until(lambda: admin.execute(session, [pid]).fetchone() is None)
             with pytest.raises(psycopg.errors.AdminShutdown):
@@ -204,7 +204,7 @@ async def test_one_connection_for_successive_calls(dsn, tables):
             [before] = sessions()
             await use(store, id, 50)
             assert sessions() == [before]
-            admin.execute("SELECT pg_terminate_backend(%s)", before)
+            admin.execute("SELECT pg_terminate_backend(%s::integer)", before)
             await async_until(lambda: before not in sessions())
             await async_sleep(0.1)
             await use(store, id, 1)  # finds the idle connection closed, and takes another one

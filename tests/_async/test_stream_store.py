@@ -316,7 +316,7 @@ async def test_abandoned_streams_are_failed(store, admin, tables):
     await store.create("alive")
     await run(admin, tables, "ALTER TABLE {chunks} ALTER created_at SET DEFAULT now()")
     await store.append("alive", "a")
-    await run(admin, tables, "UPDATE {status} SET created_at = created_at - interval '90 seconds'")
+    await run(admin, tables, "UPDATE {status} SET created_at = now() - interval '90 seconds'")
     assert await store.fail_abandoned(120) == []
     assert sorted(await store.fail_abandoned(timedelta(seconds=60))) == ["never began", "silent"]
     assert await store.fail_abandoned(60) == []
@@ -328,7 +328,7 @@ async def test_abandoned_streams_are_failed(store, admin, tables):
 
 async def test_append_renews_the_expiry(store, admin, tables):
     id = await store.create()
-    now, ttl = "(extract(epoch FROM clock_timestamp()) * 1000)::bigint", 300_000
+    now, ttl = "(extract(epoch FROM statement_timestamp()) * 1000)::bigint", 300_000
 
     async def one(statement, params=()):
         return (await (await run(admin, tables, statement, params)).fetchone())[0]

@@ -23,8 +23,8 @@ async def blocked(dsn, tables):
     """A stream with a locked row, and the connection of the transaction that holds the lock."""
     async with AsyncPostgresStreamStore(dsn, **tables) as store, await psycopg.AsyncConnection.connect(dsn) as other:
         id = await store.create()
-        row = psycopg.sql.SQL("SELECT FROM {} FOR UPDATE").format(tables["status_table"])
-        await other.execute(row)
+        row = psycopg.sql.SQL("SELECT 1 FROM {} WHERE id = %s FOR UPDATE").format(tables["status_table"])
+        await other.execute(row, [id])
         yield id, other
 
 
@@ -119,7 +119,7 @@ async def test_conversation_store(dsn, conversations):
         await pool.wait()
         async with unlimited.edit("s") as chat:
             chat.append({"role": "user"})
-        await other.execute(psycopg.sql.SQL("SELECT FROM {} FOR UPDATE").format(conversations))
+        await other.execute(psycopg.sql.SQL("SELECT 1 FROM {} WHERE session_id = 's' FOR UPDATE").format(conversations))
         with pytest.raises(psycopg.OperationalError, match=UNANSWERED):
             await store.touch("s")
         await other.rollback()

@@ -148,6 +148,14 @@ def round_trip(
     time.sleep(0.01)
     assert ours.fail_abandoned(3600) == []
     assert ours.fail_abandoned(0.001) == [silent]
+    archived = ours.archive(0)
+    assert archived.streams >= 4
+    assert archived.chunks >= last
+    assert list(ours.read_from(id)) == expected
+    assert list(ours.read_with_times(id)) == timed
+    assert ours.append_many(id, TEXTS, expected_seq=len(TEXTS) + 1) == last
+    assert ours.unarchive(id) == last
+    assert list(ours.read_with_times(id)) == timed
     assert ours.cleanup() == (0, 0)
     assert ours.delete(id) is True
     assert ours.delete(id) is False
@@ -458,6 +466,14 @@ async def async_round_trip(ours: AsyncPostgresStreamStore, client: Any, tables: 
     await async_sleep(0.01)
     assert await ours.fail_abandoned(3600) == []
     assert await ours.fail_abandoned(0.001) == [silent]
+    archived = await ours.archive(0)
+    assert archived.streams >= 4
+    assert archived.chunks >= last
+    assert [chunk async for chunk in ours.read_from(id)] == expected
+    assert [chunk async for chunk in ours.read_with_times(id)] == timed
+    assert await ours.append_many(id, TEXTS, expected_seq=len(TEXTS) + 1) == last
+    assert await ours.unarchive(id) == last
+    assert [chunk async for chunk in ours.read_with_times(id)] == timed
     assert await ours.cleanup() == (0, 0)
     assert await ours.delete(id) is True
     assert await ours.delete(id) is False

@@ -211,3 +211,15 @@ def test_move_under_load(tmp_path: Path, long: bool) -> None:
             remaining = admin.execute("SELECT id FROM aibind_stream_status WHERE id = ANY(%s)", [load.deleted])
             assert remaining.fetchall() == []
             assert admin.execute(ORPHANS).fetchone() == (0,)
+
+
+def test_procedures_refuse_other_isolation_levels(database: str) -> None:
+    """Changes that are made while the lock is awaited would be lost."""
+    [procedures] = SQL.findall(PAGE.read_text("utf-8"))
+    with psycopg.connect(database, autocommit=True) as admin:
+        admin.execute(procedures.encode())
+    options = "-c default_transaction_isolation=repeatable\\ read"
+    with psycopg.connect(database, autocommit=True, options=options) as connection:
+        for name in ("copy", "switch"):
+            with pytest.raises(psycopg.errors.RaiseException, match="default_transaction_isolation"):
+                connection.execute(f"CALL aibind_move.{name}()")

@@ -76,6 +76,7 @@ class Analyzer:
 
     def __init__(self, connection: psycopg.Connection[Any]) -> None:
         self._connection = connection
+        self._queries: dict[str, list[Node]] = {}
         self._functions: dict[str, tuple[str, str]] = {}
         for oid, name, volatility in connection.execute("SELECT oid::text, proname, provolatile::text FROM pg_proc"):
             self._functions[oid] = (name, volatility)
@@ -84,6 +85,11 @@ class Analyzer:
 
     def queries(self, statement: str) -> list[Node]:
         """Return the queries of a statement: itself, its CTEs and its subqueries."""
+        if statement not in self._queries:
+            self._queries[statement] = self._analyze(statement)
+        return self._queries[statement]
+
+    def _analyze(self, statement: str) -> list[Node]:
         with self._connection.transaction(force_rollback=True):
             self._connection.execute(f"PREPARE analyzed AS {statement}")
             [(types,)] = self._connection.execute(

@@ -104,6 +104,22 @@ def test_few_stores_do_not_rest_for_the_traffic() -> None:
 def test_traffic_that_has_ended() -> None:
     traffic = NotifyTraffic()
     for number in range(20_000):
-        traffic.received(str(number % 50), number / 2_000)
+        traffic.received(str(number % 200), number / 2_000)
     assert traffic.rest(10.0) == MAX_REST
     assert traffic.rest(10.0 + 3 * TRAFFIC_PERIOD) == 0
+
+
+def test_traffic_before_an_idle_time_does_not_count():
+    traffic = NotifyTraffic()
+    for number in range(20_000):
+        traffic.received(str(number % 64), number / 2_000)
+    assert traffic.rest(10.0) > 0.05
+    traffic.received("1", 3_600.0)
+    assert traffic.rest(3_600.0) < 0.001
+
+
+def test_one_sender_that_does_not_rest_hardly_delays_others():
+    traffic = NotifyTraffic()
+    for number in range(60_000):
+        traffic.received("trigger", number / 20_000)
+    assert 0 < traffic.rest(3.0) <= 0.002

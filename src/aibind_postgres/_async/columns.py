@@ -98,7 +98,8 @@ class AsyncColumnCatalog:
             known = self._known.get(table)
             found_at = known.found_at if known is not None and known.names == names else now
             self._known[table] = Columns(names, any(is_readable for _, is_readable in own), found_at)
-        if rows and rows[0][3]:
+        self._database.has_citus = bool(rows) and rows[0][3]
+        if self._database.has_citus:
             await self._look_up_distribution(query)
 
     async def _look_up_distribution(self, query: AsyncQuery) -> None:

@@ -49,6 +49,7 @@ class AsyncDatabase:
         self.closing = AsyncEvent()
         self.contact = Contact()
         self.closed_with: set[AsyncEvent] = set()  # events that are set when the store is closed
+        self.has_citus = False  # as of the last look-up of the columns
         self.is_distributed = False  # whether statements on several streams run on several servers, as with Citus
         self._retry_for = retry_for
         # The id of the process that owns the connections and workers; None before there are any.
@@ -145,9 +146,12 @@ class AsyncDatabase:
         return await self.query(distributed, params)
 
     def refuses(self, error: Exception) -> bool:
-        """Return True if a server refuses a statement on several streams. Remember it, so that none is tried again."""
+        """Return True if a server refuses a statement on several streams. With Citus, none is tried again.
+
+        Without Citus, the error is that of a trigger or driver, and may not occur the next time.
+        """
         refused = sqlstate(error) == FEATURE_NOT_SUPPORTED and not self.client.in_transaction()
-        self.is_distributed = self.is_distributed or refused
+        self.is_distributed = self.is_distributed or (refused and self.has_citus)
         return refused
 
     async def retry(self, attempt: AsyncAttempt[Result], deadline: float = math.inf) -> Result:

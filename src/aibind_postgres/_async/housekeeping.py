@@ -37,7 +37,7 @@ class AsyncHousekeeper:
     by time, it creates the partitions of the next days, and drops those of days whose streams have expired, instead of
     deleting their rows. With `archive_after`, it also calls `archive` of the stream store. The first turn is taken at
     once, unless another process took one within the last period. If processes have different periods, the shortest one
-    applies. If the process dies during its turn, another one does the rest in the next period.
+    applies. If the process dies during its turn, another one continues in the next period.
 
     The numbers of ended and deleted rows are logged at level INFO. Nothing is raised in the background: failures are
     logged as warnings, and tried again in the next period.
@@ -54,8 +54,8 @@ class AsyncHousekeeper:
         conversations: The conversation store, or None; None by default. Both cannot be None.
         every: The period in seconds, or a timedelta; 600 by default.
         archive_after: Seconds, or a timedelta, since the last chunk of a finished stream after which it is archived.
-            Needs migration 0005. Default: None, which archives nothing, since the TypeScript package cannot read
-            archived streams.
+            Needs migration 0005, and has an effect only on streams with a longer ttl. Default: None, which archives
+            nothing, since the TypeScript package cannot read archived streams.
 
     Raises:
         ValueError: Both stores are None, `every` is not more than zero, `archive_after` is negative or given without a

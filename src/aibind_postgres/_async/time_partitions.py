@@ -102,10 +102,11 @@ class AsyncTimePartitions:
             wait = round(MAX_WAIT.total_seconds() * 1000)
             statement = statements.cleanup_of_partitions
             searches = [(statement, [0, *span(partitions.values())]), (statement, [wait, "", ""])]
+            distributed = None  # these partitions exclude Citus
         else:
-            searches = [(statements.cleanup, [])]
+            searches, distributed = [(statements.cleanup, [])], statements.cleanup_distributed
         for statement, params in searches:
-            async for streams, chunks in self._deleter.expired_steps(statement, params, statements.cleanup_distributed):
+            async for streams, chunks in self._deleter.expired_steps(statement, params, distributed):
                 yield {"streams deleted": streams, "chunks deleted": chunks}
         async for streams, chunks in self._deleter.tombstone_steps():
             yield {"streams deleted": streams, "chunks deleted": chunks}
@@ -120,7 +121,7 @@ class AsyncTimePartitions:
         """Run a statement that gives up soon if it must wait for others. Yield after each attempt."""
         for attempt in range(ATTEMPTS):
             if attempt:
-                await self._database.sleep(uniform(0.1, 0.3))
+                await self._database.sleep(uniform(0.03, 0.1))
             try:
                 await self._database.query(statement, [])
             except Exception as error:
