@@ -48,7 +48,7 @@ def test_migrate_from_a_zip_file(package: Path, empty_database: str) -> None:
     assert done.returncode == 0, done.stderr
     with psycopg.connect(empty_database) as connection:
         tables = connection.execute("SELECT tablename FROM pg_tables WHERE schemaname = 'public'").fetchall()
-    assert len(tables) == 3
+    assert len(tables) == 4
 
 
 def test_demos_from_a_zip_file(package: Path, database: str) -> None:
