@@ -24,7 +24,7 @@ LONG = "word " * 30  # its answer takes some seconds
 
 APPLICATIONS = ["flask_login.py", "fastapi_list.py", "django_login.py", "worker.py", "replay_stream.py"]
 USECHAT = ["usechat/fastapi_app.py", "usechat/flask_app.py", "usechat/django_app.py"]  # run by tests/browser
-TABLES = {"aibind_stream_chunks", "aibind_stream_status", "aibind_conversations"}
+TABLES = {"aibind_stream_chunks", "aibind_stream_chunks_archive", "aibind_stream_status", "aibind_conversations"}
 
 
 class Application(NamedTuple):

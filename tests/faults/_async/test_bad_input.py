@@ -68,6 +68,9 @@ async def test_hostile_table_name_is_not_executed(dsn, schema_name, admin, name)
         assert await store.complete("a") is True
         assert [tuple(chunk) async for chunk in store.read_from("a")] == [(1, "1"), (2, "2"), (3, "3")]
         assert await store.fail_abandoned(0) == []
+        assert await store.archive(0) == (1, 3)
+        assert [tuple(chunk) async for chunk in store.read_from("a")] == [(1, "1"), (2, "2"), (3, "3")]
+        assert await store.unarchive("a") == 3
         assert await store.cleanup() == (0, 0)
         assert await store.delete("a") is True
     async with AsyncPostgresConversationStore(in_schema, table=conversations) as store:
@@ -78,7 +81,8 @@ async def test_hostile_table_name_is_not_executed(dsn, schema_name, admin, name)
         "SELECT relname FROM pg_class JOIN pg_namespace n ON n.oid = relnamespace "
         "WHERE nspname = current_schema AND relkind = 'r'"
     )
-    assert {row[0] for row in await cursor.fetchall()} == {"canary", name + "1", name + "2", name + "3"}
+    created = {name + suffix for suffix in ("1", "1_archive", "2", "3")}
+    assert {row[0] for row in await cursor.fetchall()} == {"canary", *created}
 
 
 @pytest.mark.parametrize("name", REFUSED)
