@@ -38,4 +38,4 @@ def test_queries_find_the_tables(filled):
     [sizes] = [query for query in QUERIES if "pg_indexes_size" in query]
     assert None not in filled.execute(sizes).fetchone()
     [states] = [query for query in QUERIES if "GROUP BY state" in query]
-    assert filled.execute(states).fetchall() == [("active", 1, 10)]
+    assert filled.execute(states).fetchall() == [("active", 1, 10, 0)]
