@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import uuid
 from datetime import datetime, timedelta, timezone
@@ -18,8 +19,8 @@ from aibind_postgres import AsyncHousekeeper, AsyncPostgresStreamStore, _time_pa
 from aibind_postgres._async.time_partitions import AsyncTimePartitions
 from aibind_postgres._housekeeping import MARKER
 from aibind_postgres._tables import Table
-from aibind_postgres._time_partition_sql import create_statement
-from aibind_postgres._time_partitions import MAX_MOVED_CHUNKS, MAX_MOVED_STREAMS, MAX_SCANNED, bound
+from aibind_postgres._time_partition_sql import create_statement, drop_statement
+from aibind_postgres._time_partitions import MAX_MOVED_CHUNKS, MAX_MOVED_STREAMS, MAX_SCANNED, PARTITIONS, bound, wanted
 
 HOUR = 3600  # seconds
 TODAY = datetime.now(timezone.utc).date()
@@ -357,6 +358,57 @@ async def test_day_that_cannot_be_dropped_delays_no_other_day(run, store, schema
     assert f"the partitions of {earlier} and perhaps of other days are not dropped: " in warning
 
 
+DISCARD = (
+    "CREATE FUNCTION {schema}.discard() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
+    "IF current_setting('app.tenant', true) IS NULL THEN RETURN NULL; END IF; RETURN NEW; END $$; "
+    f"CREATE TRIGGER discard BEFORE INSERT ON {{leaf}} FOR EACH ROW WHEN (NEW.id <> '{MARKER}') "
+    "EXECUTE FUNCTION {schema}.discard()"
+)
+
+
+@pytest.mark.parametrize("leaf", [*TABLES, "chunks_default_time"])
+async def test_triggers_that_could_discard_rows_keep_partitions(run, client, store, caplog, leaf):
+    kept = id_of(PAST, "kept")
+    await add(run, kept, "active")
+    await add(run, id_of(PAST, "expired"), expires_at=AN_HOUR_AGO)
+    await drop_partitions(run, TODAY)
+    await run(DISCARD, leaf=leaf)
+    async with AsyncHousekeeper(store, every=0.05):
+        await async_until(lambda: turns(client, store) > 2)
+    assert await days(run) == named(PAST) + AHEAD
+    assert await texts(store, kept) == ["c1", "c2", "c3"]
+    assert await run(f"SELECT id FROM {{status}} WHERE id <> '{MARKER}'") == [(kept,)]  # without the wait for a drop
+    [warning] = messages(caplog)
+    assert "no partitions are dropped" in warning
+    await run("ALTER TABLE {leaf} DISABLE TRIGGER discard", leaf=leaf)
+    await take_turn(run, client, store)
+    assert await days(run) == AHEAD
+    assert await texts(store, kept) == ["c1", "c2", "c3"]
+
+
+@pytest.mark.parametrize("table", TABLES)
+async def test_drop_that_would_lose_rows_is_undone(run, store, table, schema_name):
+    kept = id_of(PAST, "kept")
+    for id in (kept, id_of(PAST, "archived")):
+        await store.create(id)
+        await store.append_many(id, ["a", "b"])
+    await store.complete(id)
+    assert await store.archive(older_than=0) == (1, 2)
+    tables = [Table(schema_name, each) for each in TABLES]
+    found = await store._database.query(PARTITIONS, [wanted(tables)])
+    columns = {row[0]: json.loads(row[5]) for row in found}
+    await run(DISCARD, leaf=table)  # meanwhile
+    drop = drop_statement(tables, PAST, [columns[each.quoted] for each in tables])
+    with pytest.raises(psycopg.Error, match="discards rows that must be kept"):
+        await store._database.query(drop, [])
+    assert await days(run) == await days(run, "chunks") == named(PAST) + AHEAD
+    assert await texts(store, kept) == await texts(store, id) == ["a", "b"]
+    await run("DROP TRIGGER discard ON {leaf}", leaf=table)
+    await store._database.query(drop, [])
+    assert await days(run) == await days(run, "chunks") == AHEAD
+    assert await texts(store, kept) == await texts(store, id) == ["a", "b"]
+
+
 async def test_drop_gives_up_soon_if_it_must_wait(run, client, store, dsn, tables, caplog):
     id = await store.create()
     async with await psycopg.AsyncConnection.connect(dsn) as reader:
@@ -427,11 +479,7 @@ async def test_two_housekeepers_at_once(run, store, dsn, tables, caplog):
     await add(run, id_of(PAST, "a"), "active")
     await drop_partitions(run, TODAY)
     # Without the row with which they take turns, each of them cleans up by itself.
-    await run(
-        "CREATE FUNCTION {schema}.refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'no'; END $$; "
-        "CREATE TRIGGER refuse BEFORE INSERT ON {status} FOR EACH ROW "
-        f"WHEN (NEW.id = '{MARKER}') EXECUTE FUNCTION {{schema}}.refuse()"
-    )
+    await run(f"ALTER TABLE {{status}} ADD CHECK (id <> '{MARKER}')")
     async with (
         AsyncPostgresStreamStore(dsn, **tables) as first,
         AsyncPostgresStreamStore(dsn, **tables) as second,
@@ -451,7 +499,7 @@ async def test_process_killed_during_the_drop(run, client, store, dsn, tables, c
     await run(
         "CREATE FUNCTION {schema}.pause() RETURNS trigger LANGUAGE plpgsql AS $$ "
         "BEGIN PERFORM pg_sleep(60), 'paused drop'; RETURN NEW; END $$; "
-        "CREATE TRIGGER pause BEFORE INSERT ON {status} FOR EACH ROW "
+        "CREATE TRIGGER pause AFTER INSERT ON {status} FOR EACH ROW "
         "WHEN (NEW.state = 'active') EXECUTE FUNCTION {schema}.pause()"
     )
     sleeping = "SELECT pid FROM pg_stat_activity WHERE wait_event = 'PgSleep' AND query LIKE '%$partitions$%'"

@@ -84,7 +84,12 @@ class AsyncTimePartitions:
                     "quiet time"
                 )
         columns = [partitions.columns for partitions in before.values()]
-        for day in past_days(before.values()):
+        if not _may_drop(before):
+            self._warn(
+                "a trigger BEFORE INSERT FOR EACH ROW could change or discard streams that must be kept, so no "
+                "partitions are dropped, and expired streams are deleted row by row. Use a trigger AFTER INSERT"
+            )
+        for day in past_days(before.values()) if _may_drop(before) else ():
             drop, may_drop = drop_statement(tables, day, columns), may_drop_statement(tables, day)
             async for step in self._change("dropped", day, drop, may_drop):
                 yield step
@@ -99,7 +104,7 @@ class AsyncTimePartitions:
         """
         statements = await self._schema.look_up()
         partitions = await self._look_up()
-        if partitions and _may_change(partitions):
+        if partitions and _may_change(partitions) and _may_drop(partitions):
             wait = round(MAX_WAIT.total_seconds() * 1000)
             statement = statements.cleanup_of_partitions
             searches = [(statement, [0, *span(partitions.values())]), (statement, [wait, "", ""])]
@@ -175,6 +180,10 @@ class AsyncTimePartitions:
 
 def _may_change(tables: Mapping[Table, Partitions]) -> bool:
     return all(partitions.may_change for partitions in tables.values())
+
+
+def _may_drop(tables: Mapping[Table, Partitions]) -> bool:
+    return not any(partitions.has_insert_triggers for partitions in tables.values())
 
 
 def _lost(before: Mapping[Table, Partitions], after: Mapping[Table, Partitions]) -> int:
