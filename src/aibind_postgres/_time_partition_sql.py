@@ -75,6 +75,7 @@ _LOCK = """\
 _CREATE = """\
 DECLARE
   command text;
+  columns text;
 BEGIN
   IF {is_missing} THEN
 {created}    FOR command IN
@@ -94,10 +95,17 @@ END"""
 
 _STRAYS = "SELECT FROM {table} WHERE id >= '{first}' AND id < '{end}'"
 
+# Generated columns accept no values. `migrate` does not know the other ones before.
 _MOVE_STRAYS = """\
-      WITH stray AS (DELETE FROM {table} WHERE id >= '{first}' AND id < '{end}' RETURNING *)
-      INSERT INTO {partition} SELECT * FROM stray;
+      SELECT string_agg(quote_ident(attname), ', ' ORDER BY attnum) INTO columns FROM pg_attribute
+       WHERE attrelid = {name}::regclass AND attnum > 0 AND NOT attisdropped AND attgenerated = '';
+      EXECUTE format({move}, columns);
 """
+
+_MOVE_COLUMNS = (
+    "WITH stray AS (DELETE FROM {table} WHERE id >= '{first}' AND id < '{end}' RETURNING *) "
+    "INSERT INTO {partition} (%1$s) OVERRIDING SYSTEM VALUE SELECT %1$s FROM stray"
+)
 
 _IS_ATTACHED = (
     "EXISTS (SELECT FROM pg_inherits WHERE inhparent = {table}::regclass AND inhrelid = to_regclass({partition}))"
@@ -154,14 +162,15 @@ def create_partitions(tables: Sequence[Table], day: date, *, in_use: bool) -> st
     return _CREATE.format(
         is_missing="\n     AND ".join(conditions),
         created="".join(
-            f"    CREATE TABLE {leaf.quoted} (LIKE {table.quoted} INCLUDING ALL);\n" for table, leaf in made
+            f"    CREATE TABLE {leaf.quoted} (LIKE {table.quoted} INCLUDING ALL EXCLUDING IDENTITY);\n"
+            for table, leaf in made
         ),
         parents=values(tables),
         models=values([default_partitions(table)[1] for table in tables]),
         has_strays=" OR ".join(f"EXISTS ({select})" for select in strays),
         lock=_lock(tables, in_use=in_use),
         moved="".join(
-            _MOVE_STRAYS.format(table=table.quoted, partition=leaf.quoted, first=first, end=end)
+            _MOVE_STRAYS.format(name=literal(table.quoted), move=literal(_move_columns(table, leaf, first, end)))
             for table, leaf in reversed(made)
         ),
         attached="".join(
@@ -230,6 +239,12 @@ def may_drop_statement(tables: Sequence[Table], day: date) -> str:
     """Return the query whether so few streams of a day must be kept that `drop_statement` drops its partitions."""
     first, end = bounds(day)
     return _is_small(tables, f"id >= '{first}' AND id < '{end}' AND ")
+
+
+def _move_columns(table: Table, leaf: Table, first: str, end: str) -> str:
+    """Return the argument of format() that becomes the statement which moves the rows of a day to their partition."""
+    names = {"table": table.quoted.replace("%", "%%"), "partition": leaf.quoted.replace("%", "%%")}
+    return _MOVE_COLUMNS.format(first=first, end=end, **names)
 
 
 def _survivors(columns: str, table: Table, range: str = "", limit: str = "") -> str:

@@ -299,6 +299,29 @@ async def test_days_without_partitions_are_created(run, client, store, caplog):
     assert messages(caplog) == []
 
 
+async def test_rows_with_generated_columns_move(run, client, store, schema_name):
+    for table, text in (("status", "state"), ("chunks", "data"), ("chunks_archive", "id")):
+        await run(
+            f"ALTER TABLE {{leaf}} ADD size int GENERATED ALWAYS AS (length({text})) STORED, "
+            "ADD command text DEFAULT 'x', ADD columns text DEFAULT 'y', ADD aibind text DEFAULT 'z'",
+            leaf=table,
+        )
+    await drop_partitions(run, TODAY)
+    today, kept = id_of(TODAY, "a"), id_of(PAST, "b")
+    for id in (today, kept):
+        await store.create(id)
+        await store.append_many(id, ["a", "bc"])
+    await take_turn(run, client, store)
+    assert await days(run) == await days(run, "chunks") == AHEAD
+    for id, leaf in ((today, f"{TODAY:%Y%m%d}"), (kept, "default_time")):
+        assert await leaf_of(run, id) == f"status_{leaf}"
+        assert await leaf_of(run, id, "chunks") == f"chunks_{leaf}"
+        assert await run(f"SELECT seq, size, command, columns FROM {{chunks}} WHERE id = '{id}' ORDER BY seq") == [
+            (1, 1, "x", "y"),
+            (2, 2, "x", "y"),
+        ]
+
+
 async def test_day_with_too_many_streams_gets_no_partition(run, client, store):
     await drop_partitions(run, TODAY)
     await add(run, id_of(TODAY, "a"), "active", chunks=MAX_MOVED_CHUNKS + 1)
