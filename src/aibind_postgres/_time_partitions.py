@@ -49,10 +49,13 @@ FIRST_LOCK_TIMEOUT, LOCK_TIMEOUT = "20ms", "5ms"
 ATTEMPTS = 10  # in each turn of housekeeping
 
 # The partitions of the tables in the JSON array $1, if they are partitioned by time. The bits 7 of tgtype mean BEFORE
-# INSERT FOR EACH ROW.
+# INSERT FOR EACH ROW. Since PostgreSQL 16, giving a partition to the owner of the table needs SET.
 PARTITIONS = """
 SELECT wanted.name, (extract(epoch FROM statement_timestamp()) * 1000)::bigint AS now,
-       pg_has_role(relowner, 'USAGE') AND has_schema_privilege(relnamespace, 'CREATE') AS may_change,
+       pg_has_role(relowner, 'USAGE')
+         AND pg_has_role(relowner, CASE WHEN current_setting('server_version_num')::integer < 160000 THEN 'USAGE'
+                                   ELSE 'SET' END)
+         AND has_schema_privilege(relnamespace, 'CREATE') AS may_change,
        pg_relation_size(to_regclass(wanted.scanned)) AS default_bytes,
        (SELECT json_agg(leaf.relname) FROM pg_inherits JOIN pg_class AS leaf ON leaf.oid = inhrelid
          WHERE inhparent = parent.oid)::text AS partitions,

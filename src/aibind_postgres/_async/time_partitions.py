@@ -12,6 +12,7 @@ from .._sqlstate import CHECK_VIOLATION, is_transient, server_reason, sqlstate
 from .._time_partition_sql import create_statement, drop_statement, may_drop_statement
 from .._time_partitions import (
     ATTEMPTS,
+    MAX_SCANNED,
     MAX_WAIT,
     PARTITIONS,
     Partitions,
@@ -78,10 +79,12 @@ class AsyncTimePartitions:
                     async for step in self._change("created", day, create_statement(tables, day)):
                         yield step
             else:
-                self._warn(
-                    "the partitions of the next days are not created, since statements of others would have to wait: "
-                    "there are many streams whose days have no partitions. Call migrate with partitions='time' at a "
-                    "quiet time"
+                logger.warning(  # in each turn: until somebody acts, the rows of new days accumulate
+                    "housekeeping of %s: the partitions of the next days are not created, since statements of others "
+                    "would have to wait: the partitions of DEFAULT for ids with a time have more than %d MB. Call "
+                    "migrate with partitions='time' at a quiet time, and again until VACUUM has returned their space",
+                    self._tables[0].quoted,
+                    MAX_SCANNED >> 20,
                 )
         columns = [partitions.columns for partitions in before.values()]
         if not _may_drop(before):
