@@ -75,6 +75,7 @@ _LOCK = """\
 _CREATE = """\
 DECLARE
   command text;
+  columns text;
 BEGIN
   IF {is_missing} THEN
 {created}    FOR command IN
@@ -94,22 +95,42 @@ END"""
 
 _STRAYS = "SELECT FROM {table} WHERE id >= '{first}' AND id < '{end}'"
 
+# Generated columns accept no values. `migrate` does not know the other ones before.
 _MOVE_STRAYS = """\
-      WITH stray AS (DELETE FROM {table} WHERE id >= '{first}' AND id < '{end}' RETURNING *)
-      INSERT INTO {partition} SELECT * FROM stray;
+      SELECT string_agg(quote_ident(attname), ', ' ORDER BY attnum) INTO columns FROM pg_attribute
+       WHERE attrelid = {name}::regclass AND attnum > 0 AND NOT attisdropped AND attgenerated = '';
+      EXECUTE format({move}, columns);
 """
+
+_MOVE_COLUMNS = (
+    "WITH stray AS (DELETE FROM {table} WHERE id >= '{first}' AND id < '{end}' RETURNING *) "
+    "INSERT INTO {partition} (%1$s) OVERRIDING SYSTEM VALUE SELECT %1$s FROM stray"
+)
 
 _IS_ATTACHED = (
     "EXISTS (SELECT FROM pg_inherits WHERE inhparent = {table}::regclass AND inhrelid = to_regclass({partition}))"
 )
 
+# A trigger or a rule that discards a row must not lose it: the error undoes the whole step.
 _MOVE = """\
-  WITH kept AS MATERIALIZED (
-{survivors}
+  WITH {kept}moved AS MATERIALIZED (
+{rows}
+  ), inserted AS (
+    INSERT INTO {table} ({columns}) OVERRIDING SYSTEM VALUE SELECT * FROM moved RETURNING 1
   )
-  INSERT INTO {table} ({columns})
-  SELECT moved.* FROM kept, LATERAL ({rows} OFFSET 0) AS moved;
+  SELECT (SELECT count(*) FROM moved) = (SELECT count(*) FROM inserted) INTO aibind_has_all;
+  IF NOT aibind_has_all THEN
+    RAISE EXCEPTION USING ERRCODE = 'triggered_action_exception', MESSAGE =
+      'a trigger or a rule discards rows that must be kept';
+  END IF;
 """
+
+_KEPT = """\
+kept AS MATERIALIZED (
+{survivors}
+  ), """
+
+_OF_KEPT = "SELECT moved.* FROM kept, LATERAL ({rows} OFFSET 0) AS moved"
 
 # The tables after the status table: the column that numbers their chunks, and how many rows may be moved.
 _NUMBERS = ("seq", "first_seq")
@@ -141,14 +162,15 @@ def create_partitions(tables: Sequence[Table], day: date, *, in_use: bool) -> st
     return _CREATE.format(
         is_missing="\n     AND ".join(conditions),
         created="".join(
-            f"    CREATE TABLE {leaf.quoted} (LIKE {table.quoted} INCLUDING ALL);\n" for table, leaf in made
+            f"    CREATE TABLE {leaf.quoted} (LIKE {table.quoted} INCLUDING ALL EXCLUDING IDENTITY);\n"
+            for table, leaf in made
         ),
         parents=values(tables),
         models=values([default_partitions(table)[1] for table in tables]),
         has_strays=" OR ".join(f"EXISTS ({select})" for select in strays),
         lock=_lock(tables, in_use=in_use),
         moved="".join(
-            _MOVE_STRAYS.format(table=table.quoted, partition=leaf.quoted, first=first, end=end)
+            _MOVE_STRAYS.format(name=literal(table.quoted), move=literal(_move_columns(table, leaf, first, end)))
             for table, leaf in reversed(made)
         ),
         attached="".join(
@@ -170,7 +192,7 @@ def create_statement(tables: Sequence[Table], day: date) -> str:
 def drop_statement(tables: Sequence[Table], day: date, columns: Sequence[Sequence[str]]) -> str:
     """Return the statement that moves the survivors of a day to DEFAULT, and drops its partitions.
 
-    It does nothing if a partition is missing, or if there are too many survivors.
+    It does nothing if a partition is missing, or if there are too many survivors. It raises if not all of them arrive.
 
     Args:
         tables: The status table, the chunks table and, with migration 0005, the archive table.
@@ -186,10 +208,10 @@ def drop_statement(tables: Sequence[Table], day: date, columns: Sequence[Sequenc
     ]
     moves = [
         _MOVE.format(
-            survivors=_survivors("id, total_chunks", status_leaf),
+            kept=_KEPT.format(survivors=_survivors("id, total_chunks", status_leaf)),
             table=table.quoted,
             columns=names,
-            rows=_OF_STREAM.format(columns=names, table=leaf.quoted, number=number),
+            rows=_OF_KEPT.format(rows=_OF_STREAM.format(columns=names, table=leaf.quoted, number=number)),
         )
         for table, leaf, names, number in zip(others, other_leaves, other_columns, _NUMBERS, strict=False)
     ]
@@ -200,17 +222,29 @@ def drop_statement(tables: Sequence[Table], day: date, columns: Sequence[Sequenc
             f"  ALTER TABLE {table.quoted} DETACH PARTITION {leaf.quoted};\n"
             for table, leaf in zip(tables, leaves, strict=True)
         ),
-        f"  INSERT INTO {status.quoted} ({status_columns})\n{_survivors(status_columns, status_leaf)};\n",
+        _MOVE.format(
+            kept="",
+            table=status.quoted,
+            columns=status_columns,
+            rows=_survivors(status_columns, status_leaf),
+        ),
         *moves,
         f"  DROP TABLE {', '.join(leaf.quoted for leaf in reversed(leaves))};\n",
     ]
-    return _as_statement(_begin(tables) + _lock(tables, in_use=True) + "".join(steps))
+    body = "".join([_begin(tables), _lock(tables, in_use=True), *steps])
+    return _as_statement(f"DECLARE\n  aibind_has_all boolean;\nBEGIN\n{body}END;\n")
 
 
 def may_drop_statement(tables: Sequence[Table], day: date) -> str:
     """Return the query whether so few streams of a day must be kept that `drop_statement` drops its partitions."""
     first, end = bounds(day)
     return _is_small(tables, f"id >= '{first}' AND id < '{end}' AND ")
+
+
+def _move_columns(table: Table, leaf: Table, first: str, end: str) -> str:
+    """Return the argument of format() that becomes the statement which moves the rows of a day to their partition."""
+    names = {"table": table.quoted.replace("%", "%%"), "partition": leaf.quoted.replace("%", "%%")}
+    return _MOVE_COLUMNS.format(first=first, end=end, **names)
 
 
 def _survivors(columns: str, table: Table, range: str = "", limit: str = "") -> str:

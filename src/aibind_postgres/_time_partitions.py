@@ -48,15 +48,21 @@ MAX_SCANNED = 8 << 20  # bytes
 FIRST_LOCK_TIMEOUT, LOCK_TIMEOUT = "20ms", "5ms"
 ATTEMPTS = 10  # in each turn of housekeeping
 
-# The partitions of the tables in the JSON array $1, if they are partitioned by time.
+# The partitions of the tables in the JSON array $1, if they are partitioned by time. The bits 7 of tgtype mean BEFORE
+# INSERT FOR EACH ROW. Since PostgreSQL 16, giving a partition to the owner of the table needs SET.
 PARTITIONS = """
 SELECT wanted.name, (extract(epoch FROM statement_timestamp()) * 1000)::bigint AS now,
-       pg_has_role(relowner, 'USAGE') AND has_schema_privilege(relnamespace, 'CREATE') AS may_change,
+       pg_has_role(relowner, 'USAGE')
+         AND pg_has_role(relowner, CASE WHEN current_setting('server_version_num')::integer < 160000 THEN 'USAGE'
+                                   ELSE 'SET' END)
+         AND has_schema_privilege(relnamespace, 'CREATE') AS may_change,
        pg_relation_size(to_regclass(wanted.scanned)) AS default_bytes,
        (SELECT json_agg(leaf.relname) FROM pg_inherits JOIN pg_class AS leaf ON leaf.oid = inhrelid
          WHERE inhparent = parent.oid)::text AS partitions,
        (SELECT json_agg(quote_ident(attname) ORDER BY attnum) FROM pg_attribute
-         WHERE attrelid = parent.oid AND attnum > 0 AND NOT attisdropped AND attgenerated = '')::text AS columns
+         WHERE attrelid = parent.oid AND attnum > 0 AND NOT attisdropped AND attgenerated = '')::text AS columns,
+       EXISTS (SELECT FROM pg_trigger WHERE tgrelid IN (parent.oid, to_regclass(wanted.scanned))
+                AND tgenabled <> 'D' AND NOT tgisinternal AND tgtype & 7 = 7) AS has_insert_triggers
   FROM json_to_recordset($1::text::json) AS wanted (name text, scanned text), pg_class AS parent
  WHERE parent.oid = to_regclass(wanted.name) AND parent.relkind = 'p' AND to_regclass(wanted.scanned) IS NOT NULL
 """
@@ -94,6 +100,7 @@ class Partitions(NamedTuple):
         default_bytes: The size of the part of DEFAULT that is scanned when a partition is attached.
         days: The days that have a partition.
         columns: The names of the columns, quoted.
+        has_insert_triggers: Whether triggers of others could change or discard rows that move to DEFAULT.
     """
 
     now: int
@@ -101,6 +108,7 @@ class Partitions(NamedTuple):
     default_bytes: int
     days: frozenset[date]
     columns: tuple[str, ...]
+    has_insert_triggers: bool
 
 
 def bound(day: date) -> str:
@@ -132,11 +140,12 @@ def wanted(tables: Iterable[Table]) -> str:
 
 def parse_partitions(row: Sequence[Any], table: Table) -> Partitions:
     """Return the partitions of a table from its row of PARTITIONS."""
-    _, now, may_change, default_bytes, names, columns = row
+    _, now, may_change, default_bytes, names, columns, has_insert_triggers = row
     found = (re.search(r"_(\d{8})$", name) for name in json.loads(names or "[]"))
     days = {_parse_day(match[1]) for match in found if match}
     named = {day for day in days if day and partition(table, day).name in json.loads(names)}
-    return Partitions(now, may_change, default_bytes, frozenset(named), tuple(json.loads(columns)))
+    columns = tuple(json.loads(columns))
+    return Partitions(now, may_change, default_bytes, frozenset(named), columns, has_insert_triggers)
 
 
 def days_ahead(today: date) -> list[date]:

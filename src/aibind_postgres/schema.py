@@ -128,7 +128,8 @@ def migrate(
         status_table: As for `render`.
         conversations_table: As for `render`.
         notify_trigger: As for `render`.
-        partitions: As for `render`.
+        partitions: As for `render`. "time" also creates the partitions of the next days that are missing. This waits
+            for the transactions that use the tables, and later appends and reads wait for it: call it at a quiet time.
         citus: As for `render`.
 
     Raises:
@@ -164,7 +165,8 @@ async def async_migrate(
         status_table: As for `render`.
         conversations_table: As for `render`.
         notify_trigger: As for `render`.
-        partitions: As for `render`.
+        partitions: As for `render`. "time" also creates the partitions of the next days that are missing. This waits
+            for the transactions that use the tables, and later appends and reads wait for it: call it at a quiet time.
         citus: As for `render`.
 
     Raises:

@@ -153,6 +153,22 @@ def test_migrate_moves_any_number_of_rows(admin, empty_database):
         assert (leaf, found) == (partition(table, TODAY).name, count)
 
 
+def test_migrate_moves_rows_with_generated_columns(admin, empty_database):
+    names = {"chunks_table": "my.50%1$s_chunks", "status_table": "my.50%s_status"}
+    chunks = Table.parse(names["chunks_table"])
+    admin.execute(schema.render(**names, partitions="time").encode())
+    admin.execute(f"ALTER TABLE {chunks.quoted} ADD size int GENERATED ALWAYS AS (length(data)) STORED")
+    with PostgresStreamStore(empty_database, **names) as store:
+        id = store.create()
+        store.append(id, "abc")
+        schema.migrate(empty_database, **names, partitions="time")
+        assert [chunk.data for chunk in store.read_from(id, follow=False)] == ["abc"]
+    found = admin.execute(
+        f"SELECT tableoid::regclass = $1::regclass, size FROM {chunks.quoted}", [partition(chunks, TODAY).quoted]
+    ).fetchall()
+    assert found == [(True, 3)]
+
+
 def test_missing_partitions_are_not_dropped(admin, empty_database):
     schema.migrate(empty_database, partitions="time")
     before = objects(admin)

@@ -41,7 +41,7 @@ def day(number):
 
 
 def partitions(*numbers, now=NOON, size=0):
-    return Partitions(round(now.timestamp() * 1000), True, size, frozenset(map(day, numbers)), ("id",))
+    return Partitions(round(now.timestamp() * 1000), True, size, frozenset(map(day, numbers)), ("id",), False)
 
 
 @given(st.integers(0, (END_DAY - FIRST_DAY).total_seconds() * 1000 - 1))
@@ -80,14 +80,14 @@ def test_names_of_partitions(name):
     assert len(set(names)) == 5
     assert names[0].endswith("_20261130")
     assert all(len(each.encode()) <= 63 for each in names)
-    found = parse_partitions(("s", 0, True, 0, json.dumps(names), '["id"]'), table)
+    found = parse_partitions(("s", 0, True, 0, json.dumps(names), '["id"]', False), table)
     assert found.days == {TODAY, day(1)}
 
 
 def test_partitions_with_other_names_are_left_alone():
     names = ["status_20261131", "status_2026113", "other_20261130", "status_x_20261130", "status_default", "20261130"]
-    assert parse_partitions(("s", 0, True, 0, json.dumps(names), '["id"]'), STATUS).days == frozenset()
-    assert parse_partitions(("s", 0, True, 0, None, '["id"]'), STATUS).days == frozenset()
+    assert parse_partitions(("s", 0, True, 0, json.dumps(names), '["id"]', False), STATUS).days == frozenset()
+    assert parse_partitions(("s", 0, True, 0, None, '["id"]', False), STATUS).days == frozenset()
 
 
 def test_days_ahead():

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator, Mapping
+from datetime import date
 from random import uniform
 from typing import TYPE_CHECKING
 
-from .._sqlstate import CHECK_VIOLATION, is_transient, sqlstate
+from .._sqlstate import CHECK_VIOLATION, is_transient, server_reason, sqlstate
 from .._time_partition_sql import create_statement, drop_statement, may_drop_statement
 from .._time_partitions import (
     ATTEMPTS,
+    MAX_SCANNED,
     MAX_WAIT,
     PARTITIONS,
     Partitions,
@@ -54,7 +56,9 @@ class AsyncTimePartitions:
         self._warnings: set[str] = set()
 
     async def partition_steps(self) -> AsyncIterator[Counts]:
-        """Drop the partitions of past days and create those of the next days, each by one statement.
+        """Create the partitions of the next days and drop those of past days, each by one statement.
+
+        A day whose partitions the server refuses to change is logged, and keeps no other day from being changed.
 
         Yields:
             Counts for the log, after every statement. Nothing if the tables are not partitioned by time.
@@ -69,24 +73,29 @@ class AsyncTimePartitions:
                 "housekeeper a store whose role owns the tables, and may create tables in their schema"
             )
             return
-        columns = [partitions.columns for partitions in before.values()]
-        for day in past_days(before.values()):
-            [(may_drop,)] = await self._database.query(may_drop_statement(tables, day), [])
-            if may_drop:
-                async for step in self._attempts(drop_statement(tables, day, columns)):
-                    yield step
-        now = await self._look_up()
-        if missing := missing_days(now.values()):
-            if is_quickly_scanned(now.values()):
+        if missing := missing_days(before.values()):
+            if is_quickly_scanned(before.values()):
                 for day in missing:
-                    async for step in self._attempts(create_statement(tables, day)):
+                    async for step in self._change("created", day, create_statement(tables, day)):
                         yield step
             else:
-                self._warn(
-                    "the partitions of the next days are not created, since statements of others would have to wait: "
-                    "there are many streams whose days have no partitions. Call migrate with partitions='time' at a "
-                    "quiet time"
+                logger.warning(  # in each turn: until somebody acts, the rows of new days accumulate
+                    "housekeeping of %s: the partitions of the next days are not created, since statements of others "
+                    "would have to wait: the partitions of DEFAULT for ids with a time have more than %d MB. Call "
+                    "migrate with partitions='time' at a quiet time, and again until VACUUM has returned their space",
+                    self._tables[0].quoted,
+                    MAX_SCANNED >> 20,
                 )
+        columns = [partitions.columns for partitions in before.values()]
+        if not _may_drop(before):
+            self._warn(
+                "a trigger BEFORE INSERT FOR EACH ROW could change or discard streams that must be kept, so no "
+                "partitions are dropped, and expired streams are deleted row by row. Use a trigger AFTER INSERT"
+            )
+        for day in past_days(before.values()) if _may_drop(before) else ():
+            drop, may_drop = drop_statement(tables, day, columns), may_drop_statement(tables, day)
+            async for step in self._change("dropped", day, drop, may_drop):
+                yield step
         after = await self._look_up()
         yield {"partitions dropped": _lost(before, after), "partitions created": _lost(after, before)}
 
@@ -98,7 +107,7 @@ class AsyncTimePartitions:
         """
         statements = await self._schema.look_up()
         partitions = await self._look_up()
-        if partitions and _may_change(partitions):
+        if partitions and _may_change(partitions) and _may_drop(partitions):
             wait = round(MAX_WAIT.total_seconds() * 1000)
             statement = statements.cleanup_of_partitions
             searches = [(statement, [0, *span(partitions.values())]), (statement, [wait, "", ""])]
@@ -116,6 +125,34 @@ class AsyncTimePartitions:
         rows = {row[0]: row for row in await self._database.query(PARTITIONS, [wanted(self._tables)])}
         found = {table: parse_partitions(rows[table.quoted], table) for table in self._tables if table.quoted in rows}
         return found if found.keys() >= set(self._tables[:2]) else {}
+
+    async def _change(
+        self, done: str, day: date, statement: str, condition: str | None = None
+    ) -> AsyncIterator[Counts]:
+        """Create or drop the partitions of a day. Log the reason if the server refuses it, once for each reason.
+
+        Args:
+            done: What the statement does to the partitions, for the log.
+            day: The day.
+            statement: The statement.
+            condition: The query whether to run it. Default: it is run.
+        """
+        try:
+            if condition is not None:
+                [(may_change,)] = await self._database.query(condition, [])
+                if not may_change:
+                    return
+            async for step in self._attempts(statement):
+                yield step
+        except Exception as error:
+            if sqlstate(error) is None or self._database.client.is_recoverable(error):
+                raise
+            reason = server_reason(error) or type(error).__name__
+            self._warn(
+                f"the partitions of {day} and perhaps of other days are not {done}: {reason}. It is tried again in "
+                "each period",
+                cause=reason,
+            )
 
     async def _attempts(self, statement: str) -> AsyncIterator[Counts]:
         """Run a statement that gives up soon if it must wait for others. Yield after each attempt."""
@@ -138,14 +175,19 @@ class AsyncTimePartitions:
             self._tables[0].quoted,
         )
 
-    def _warn(self, text: str) -> None:
-        if text not in self._warnings:
-            self._warnings.add(text)
+    def _warn(self, text: str, cause: str | None = None) -> None:
+        """Log a warning once for each text, or for each cause."""
+        if (cause or text) not in self._warnings:
+            self._warnings.add(cause or text)
             logger.warning("housekeeping of %s: %s", self._tables[0].quoted, text)
 
 
 def _may_change(tables: Mapping[Table, Partitions]) -> bool:
     return all(partitions.may_change for partitions in tables.values())
+
+
+def _may_drop(tables: Mapping[Table, Partitions]) -> bool:
+    return not any(partitions.has_insert_triggers for partitions in tables.values())
 
 
 def _lost(before: Mapping[Table, Partitions], after: Mapping[Table, Partitions]) -> int:
