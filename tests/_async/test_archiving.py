@@ -491,9 +491,47 @@ async def test_role_without_privileges_on_the_archive(dsn, tables, store, run, r
             assert await collect(limited.read_from(kept)) == [(1, "a"), (2, "b")]
             with pytest.raises(psycopg.errors.InsufficientPrivilege):  # rather than a stream without chunks
                 await collect(limited.read_from(archived))
-            with pytest.raises(psycopg.errors.InsufficientPrivilege):
+            with pytest.raises(StreamNotActiveError):  # it cannot know whether the text is archived
                 await limited.append(archived, "a", expected_seq=1)
             assert [await limited.delete(id) for id in (kept, archived)] == [True, True]
             assert await limited.cleanup() == (0, 0)
     finally:
         run_sql(f'DROP OWNED BY "{role}"; DROP ROLE "{role}"')
+
+
+@pytest.fixture
+async def limited(dsn, tables, run, run_sql, schema_name):
+    """A store of a role without privileges on the archive. The name of the role is that of the test's schema."""
+    run_sql(
+        f'CREATE ROLE "{schema_name}" LOGIN; GRANT USAGE ON SCHEMA "{schema_name}" TO "{schema_name}"; '
+        f'GRANT ALL ON ALL TABLES IN SCHEMA "{schema_name}" TO "{schema_name}"'
+    )
+    await run(f'REVOKE ALL ON {{archive}} FROM "{schema_name}"')
+    async with AsyncPostgresStreamStore(psycopg.conninfo.make_conninfo(dsn, user=schema_name), **tables) as limited:
+        yield limited
+    run_sql(f'DROP OWNED BY "{schema_name}"; DROP ROLE "{schema_name}"')
+
+
+async def test_role_without_privileges_appends_to_a_stream_that_is_not_archived(limited, store):
+    id = await finished(store, ["a", "b"])
+    assert await limited.append(id, "b", expected_seq=2) == 2
+    for text, seq in (("c", 3), ("b", 3), ("other", 2), ("c", None)):
+        with pytest.raises(StreamNotActiveError):
+            await limited.append(id, text, expected_seq=seq)
+    id = await store.create()
+    with pytest.raises(StreamNotActiveError):
+        async with limited.writer(id) as writer:
+            await writer.write("a")
+            await writer.flush()
+            await store.complete(id)
+            await writer.write("b")
+
+
+async def test_append_beyond_the_end_does_not_read_the_archive(client, tables, store):
+    id = await finished(store, ["a", "b"])
+    async with AsyncPostgresStreamStore(client, **tables) as appender:
+        await appender.append(await appender.create(), "a")  # learns the columns
+        client.statements.clear()
+        with pytest.raises(StreamNotActiveError):
+            await appender.append_many(id, ["b", "c"], expected_seq=2)
+    assert len(client.statements) == 2
