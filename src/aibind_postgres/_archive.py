@@ -136,7 +136,8 @@ WITH locked AS MATERIALIZED (
     UPDATE {status} SET archived_at = '-infinity'
      WHERE id = $1::text AND EXISTS (SELECT FROM locked) AND archived_at IS DISTINCT FROM '-infinity'
 )
-SELECT EXISTS (SELECT FROM locked) AS found, (SELECT count(*) FROM restored) AS chunks {commit_setting}
+SELECT EXISTS (SELECT FROM locked) AS found, (SELECT count(*) FROM restored) AS chunks,
+       EXISTS (SELECT FROM last_pages) AS had_pages {commit_setting}
 """
 
 # Reads the status, the pages and the remaining chunks of a range of numbers. The first page has its texts, and so have

@@ -535,3 +535,22 @@ async def test_append_beyond_the_end_does_not_read_the_archive(client, tables, s
         with pytest.raises(StreamNotActiveError):
             await appender.append_many(id, ["b", "c"], expected_seq=2)
     assert len(client.statements) == 2
+
+
+async def test_simultaneous_unarchive(dsn, tables, store, run):
+    """A call that waits for the statement of another one, and then finds its pages gone, continues with the others."""
+    id = await finished(store, ["x" * MAX_PAGE_TEXT] * 25)
+    await store.archive(0)
+    waiting = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query ~ 'last_pages' AND query ~ %s"
+    second = store._archive.restore(id)
+    assert await second.__anext__() == 10
+    async with await psycopg.AsyncConnection.connect(dsn) as connection:
+        async with AsyncPostgresStreamStore(connection, **tables) as inside:
+            first = inside._archive.restore(id)
+            assert await first.__anext__() == 10
+            async with AsyncBackground(partial(collect, second)) as rest:
+                while not await run(waiting, [tables["status_table"].as_string(None)]):
+                    pass
+                await connection.commit()
+                assert sum(await rest.result()) == 5
+    assert await counts(run, id) == (25, 0, 0)

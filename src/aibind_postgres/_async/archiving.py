@@ -50,11 +50,12 @@ class AsyncArchive:
         statements = await self._schema.require_0005("unarchive")
         is_first = True
         while True:
-            [(found, chunks)] = await self._database.query(statements.unarchive, [stream_id])
+            [(found, chunks, had_pages)] = await self._database.query(statements.unarchive, [stream_id])
             if not found:
                 raise StreamNotFoundError(stream_id)
-            # The first statement may have waited for one that archived the stream, and not see its pages.
-            if not chunks and not is_first:
+            # The first statement may have waited for one that archived the stream, and not see its pages. A later one
+            # may have waited for one that moved the pages back, and see only those.
+            if not had_pages and not is_first:
                 return
             is_first = False
             yield chunks
