@@ -527,16 +527,6 @@ async def test_role_without_privileges_appends_to_a_stream_that_is_not_archived(
             await writer.write("b")
 
 
-async def test_append_beyond_the_end_does_not_read_the_archive(client, tables, store):
-    id = await finished(store, ["a", "b"])
-    async with AsyncPostgresStreamStore(client, **tables) as appender:
-        await appender.append(await appender.create(), "a")  # learns the columns
-        client.statements.clear()
-        with pytest.raises(StreamNotActiveError):
-            await appender.append_many(id, ["b", "c"], expected_seq=2)
-    assert len(client.statements) == 2
-
-
 async def test_simultaneous_unarchive(dsn, tables, store, run):
     """A call that waits for the statement of another one, and then finds its pages gone, continues with the others."""
     id = await finished(store, ["x" * MAX_PAGE_TEXT] * 25)
