@@ -36,7 +36,8 @@ WITH locked AS MATERIALIZED (
       FROM {status} AS s
      WHERE state <> 'active' AND state <> 'deleted' AND archived_at IS NULL
        AND coalesce(created_at, '-infinity') <= {moment}
-       AND coalesce((SELECT created_at FROM {chunks} WHERE id = s.id AND seq = s.total_chunks), '-infinity') <= {moment}
+       AND coalesce((SELECT created_at FROM {chunks} WHERE id = s.id AND seq <= s.total_chunks ORDER BY seq DESC LIMIT 1),
+                    '-infinity') <= {moment}
      ORDER BY coalesce(created_at, '-infinity')
      LIMIT {batch_streams}
        FOR UPDATE SKIP LOCKED

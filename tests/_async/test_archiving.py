@@ -544,3 +544,12 @@ async def test_simultaneous_unarchive(dsn, tables, store, run):
                 await connection.commit()
                 assert sum(await rest.result()) == 5
     assert await counts(run, id) == (25, 0, 0)
+
+
+async def test_age_if_the_last_counted_chunks_are_missing(store, run):
+    id = await finished(store, ["a", "b"])
+    await run("UPDATE {status} SET created_at = now() - interval '1 day', total_chunks = 5")
+    await run("INSERT INTO {chunks} (id, seq, data, created_at) VALUES (%s, 6, '-', '2000-01-01')", [id])
+    assert await store.archive(3600) == (0, 0)
+    await run("UPDATE {chunks} SET created_at = now() - interval '1 day'")
+    assert await store.archive(3600) == (1, 2)
