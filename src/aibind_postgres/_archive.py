@@ -100,7 +100,8 @@ WITH locked AS MATERIALIZED (
 SELECT (SELECT count(*) FROM finished) AS streams, (SELECT count(*) FROM moved) AS chunks {commit_setting}
 """
 
-# Moves the last pages of stream $1 back, and keeps the stream out of the archive.
+# Moves the last pages of stream $1 back, and keeps the stream out of the archive. Other software may have stored some of
+# the chunks again.
 UNARCHIVE = """
 WITH locked AS MATERIALIZED (
     SELECT id FROM {status} WHERE id = $1::text AND state <> 'deleted' FOR UPDATE
@@ -132,6 +133,7 @@ WITH locked AS MATERIALIZED (
     SELECT $1::text, seq, data,
            timestamptz 'epoch' + time / 1000000 * interval '1 second' + time % 1000000 * interval '1 microsecond'
       FROM timed
+        ON CONFLICT DO NOTHING
     RETURNING 1
 ), kept_out AS (
     UPDATE {status} SET archived_at = '-infinity'
@@ -149,7 +151,8 @@ SELECT {status_row}, NULL::bigint AS last_seq{no_times} FROM {status} WHERE id =
 UNION ALL
 SELECT first_seq, CASE WHEN {is_read} THEN texts END, last_seq{times_of_page}
   FROM {archive}
- WHERE id = $1::text AND last_seq > $2::bigint AND first_seq >= {first_page} AND first_seq <= {last_of_range}
+ WHERE id = $1::text AND last_seq > $2::bigint AND first_seq >= {first_page}
+   AND first_seq <= least({last_of_range}, (SELECT total_chunks FROM {status} WHERE id = $1::text))
 UNION ALL
 SELECT seq, CASE WHEN {fits_in_page} THEN data END, NULL{time_of_chunk}
   FROM {chunks}{epoch_of_chunk}
@@ -276,7 +279,8 @@ def parse_archived(rows: Sequence[tuple[Any, ...]], after: int, limit: int) -> P
 
     The columns are the sequence number, the text, and the last sequence number of a page or NULL; with times also the
     times of a page, and the time of a chunk. The texts of a page are NULL if the page is too large or ends after the
-    range; the text of a chunk is NULL if it is too large. The page of the reader then ends before it.
+    range; the text of a chunk is NULL if it is too large. The page of the reader then ends before it. Chunks that are in
+    two rows, since other software has stored them again, are taken from the first one.
 
     Args:
         rows: The rows, in any order.
@@ -290,17 +294,19 @@ def parse_archived(rows: Sequence[tuple[Any, ...]], after: int, limit: int) -> P
     parts: list[_Part] = []
     characters = chunks = 0
     end, next_limit = after + limit, None
+    read = after  # the last number of the parts
     for seq, text, last, *times in found:
+        numbers = range(max(seq, read + 1), min(last or seq, after + limit, page.total) + 1)
+        if not numbers:
+            continue
         if text is None and last is None:
-            end, next_limit = parts[-1].numbers[-1] if parts else after, max(1, limit // LIMIT_DIVISOR)
+            end, next_limit = read, max(1, limit // LIMIT_DIVISOR)
             break
         if text is None:
-            end = seq - 1
+            end = numbers.start - 1
             break
-        if last is None:
-            parts.append(_Part(range(seq, seq + 1), None, text, times))
-        else:
-            parts.append(_Part(range(max(seq, after + 1), min(last, after + limit) + 1), seq, text, times))
+        parts.append(_Part(numbers, None if last is None else seq, text, times))
+        read = numbers[-1]
         characters += len(text)
         chunks += (last or seq) - seq + 1
     return page._replace(

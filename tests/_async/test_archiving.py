@@ -553,3 +553,28 @@ async def test_age_if_the_last_counted_chunks_are_missing(store, run):
     assert await store.archive(3600) == (0, 0)
     await run("UPDATE {chunks} SET created_at = now() - interval '1 day'")
     assert await store.archive(3600) == (1, 2)
+
+
+async def test_repeated_insert_of_other_software(store, run):
+    """A chunk that other software inserts again after the archiver has moved it is read once."""
+    id = await finished(store, LONG[:1500])
+    positions = [0, 3, 4, 5, 900, 1199, 1200]
+    before = [(await reads(store, id, after))[:6] for after in positions]
+    await store.archive(0)
+    for seq in (1, 5, 1000, 1200, 1500):
+        await run("INSERT INTO {chunks} (id, seq, data) VALUES (%s, %s, %s)", [id, seq, LONG[seq - 1]])
+    after_insertion = [(await reads(store, id, after))[:4] for after in positions]
+    assert after_insertion == [each[:4] for each in before]
+    assert await store.unarchive(id) == 1495
+    assert await counts(run, id) == (1500, 0, 0)
+    assert (await reads(store, id))[:4] == before[0][:4]
+
+
+async def test_pages_above_the_number_of_chunks(store, run):
+    """As chunks with a number above total_chunks, such pages are left over."""
+    id = await finished(store, LONG)
+    await store.archive(0)
+    await run("UPDATE {status} SET total_chunks = 700")
+    for after in (0, 500, 699, 700, 1500):
+        for chunks in (await reads(store, id, after))[:2]:
+            assert [data for _, data in chunks] == LONG[after:700]
