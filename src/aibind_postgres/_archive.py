@@ -16,7 +16,8 @@ from ._pages import LIMIT_DIVISOR, PAGE_BYTES, Page, fitting_limit
 from ._stream_list import IN_RANGE
 
 PAGE_CHUNKS, MAX_PAGE_TEXT = 1000, 100_000  # of one page at most; bytes, not counting its last chunk
-MAX_CHUNK_BYTES = 1_000_000  # PostgreSQL compresses a larger chunk as well by itself
+MAX_CHUNK_BYTES = 1_000_000  # in JSON; PostgreSQL compresses a larger chunk as well by itself
+JSON_FACTOR = 6  # JSON needs up to six bytes for one, such as \u0001
 BATCH_CHUNKS = 10_000  # moved by one statement, by default
 MOVED_BYTES = 8_000_000  # the largest size of the chunks that one statement moves; at least one chunk
 BATCH_STREAMS = 100  # locked by one statement at most
@@ -97,7 +98,8 @@ WITH locked AS MATERIALIZED (
      WHERE s.id = f.id
     RETURNING 1
 )
-SELECT (SELECT count(*) FROM finished) AS streams, (SELECT count(*) FROM moved) AS chunks {commit_setting}
+SELECT (SELECT count(*) FROM finished) AS streams, (SELECT count(*) FROM moved) AS chunks,
+       EXISTS (SELECT FROM taken) AS had_streams {commit_setting}
 """
 
 # Moves the last pages of stream $1 back, and keeps the stream out of the archive. Other software may have stored some of
@@ -178,7 +180,8 @@ _VALUES = {
     "moment": "statement_timestamp() - $1::bigint * interval '1 millisecond'",
     "page_chunks": str(PAGE_CHUNKS),
     "max_page_text": str(MAX_PAGE_TEXT),
-    "is_moved": f"octet_length(data) <= {MAX_CHUNK_BYTES}",
+    "is_moved": f"""(octet_length(data) <= {MAX_CHUNK_BYTES // JSON_FACTOR}
+            OR octet_length(data) <= {MAX_CHUNK_BYTES} AND octet_length(to_json(data)::text) <= {MAX_CHUNK_BYTES + 2})""",
     "moved_bytes": str(MOVED_BYTES),
     "batch_streams": str(BATCH_STREAMS),
     "restored_pages": str(RESTORED_PAGES),

@@ -177,7 +177,7 @@ async def test_statements_are_bounded(client, tables, store):
     expected = [await collect(store.read_from(id)) for id in (big, *small)]
     async with AsyncPostgresStreamStore(client, **tables) as archiver:
         assert await archiver.archive(0, batch_size=80) == (4, 190)
-        moved = [each.rows[0] for each in client.statements if each.sql == archiver._schema.statements.archive]
+        moved = [each.rows[0][:2] for each in client.statements if each.sql == archiver._schema.statements.archive]
         assert moved == [(0, MOVED_BYTES // 100_000), (3, 80), (1, 30), (0, 0)]
         assert [await collect(store.read_from(id)) for id in (big, *small)] == expected
         assert await archiver.unarchive(big) == 100
@@ -578,3 +578,47 @@ async def test_pages_above_the_number_of_chunks(store, run):
     for after in (0, 500, 699, 700, 1500):
         for chunks in (await reads(store, id, after))[:2]:
             assert [data for _, data in chunks] == LONG[after:700]
+
+
+async def test_json_escapes(store, run):
+    """The size of a page is measured in JSON, where a control character needs six bytes."""
+    texts = ["\x01" * 100_000, "\x01" * 200_000, '"' * 400_000, '"' * 600_000, "x" * MAX_CHUNK_BYTES]
+    id = await finished(store, texts)
+    assert await store.archive(0) == (1, 3)
+    assert await run("SELECT seq FROM {chunks} ORDER BY 1") == [(2,), (4,)]
+    assert [chunk.data async for chunk in store.read_from(id)] == texts
+    assert await store.archive(0) == (0, 0)
+    assert await store.unarchive(id) == 3
+
+
+async def test_batch_that_another_archiver_has_moved(limited, store, run, run_sql, schema_name):
+    """An archiver whose snapshot has chunks that another one moves before it locks their stream continues."""
+    id = await finished(store, LONG[:300])
+    await run(f'GRANT ALL ON {{archive}} TO "{schema_name}"')
+    await run(
+        f"CREATE FUNCTION \"{schema_name}\".wait() RETURNS boolean LANGUAGE plpgsql AS $$ BEGIN "
+        f"PERFORM pg_advisory_xact_lock_shared(hashtext('{schema_name}')); RETURN true; END $$"
+    )
+    await run("ALTER TABLE {status} ENABLE ROW LEVEL SECURITY")
+    await run(f'CREATE POLICY slow ON {{status}} USING ("{schema_name}".wait())')
+    await limited.get_status(id)
+    await limited._schema.require_0005("archive")
+    await run(f"SELECT pg_advisory_lock(hashtext('{schema_name}'))")
+    async with AsyncBackground(partial(limited.archive, 0, batch_size=100)) as archiving:
+        waiting = "SELECT 1 FROM pg_stat_activity WHERE wait_event = 'advisory' AND usename = %s"
+        while not await run(waiting, [schema_name]):
+            pass
+        other = store._archive.steps(0, 100)
+        assert await other.__anext__() == (0, 100)
+        await run(f"SELECT pg_advisory_unlock(hashtext('{schema_name}'))")
+        assert await archiving.result() == (1, 200)
+    assert await counts(run, id) == (0, 3, 300)
+
+
+async def test_stream_whose_chunks_cannot_be_moved(limited, store, run, schema_name):
+    """A policy may prevent the deletion of chunks: the archiver ends."""
+    await finished(store, LONG[:300])
+    await run(f'GRANT ALL ON {{archive}} TO "{schema_name}"')
+    await run("ALTER TABLE {chunks} ENABLE ROW LEVEL SECURITY")
+    await run("CREATE POLICY readable ON {chunks} FOR SELECT USING (true)")
+    assert await limited.archive(0, batch_size=100) == (0, 0)

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from .stream_schema import AsyncStreamSchema
 
 
+ATTEMPTS = 10  # to move chunks, before `steps` ends
+
+
 class AsyncArchive:
     """The archive of the streams of one store."""
 
@@ -34,10 +37,14 @@ class AsyncArchive:
             SchemaError: Migration 0005 is missing.
         """
         statements = await self._schema.require_0005("archive")
-        while True:
-            [(streams, chunks)] = await self._database.query(statements.archive, [older_than, batch_size])
-            if not streams and not chunks:
+        failed = 0  # statements in a row that moved nothing
+        while failed < ATTEMPTS:
+            rows = await self._database.query(statements.archive, [older_than, batch_size])
+            [(streams, chunks, had_streams)] = rows
+            if not had_streams:
                 return
+            # Another archiver may have moved the chunks between the snapshot of the statement and its locks.
+            failed = 0 if streams or chunks else failed + 1
             yield ArchiveResult(streams, chunks)
 
     async def restore(self, stream_id: str) -> AsyncIterator[int]:
