@@ -37,8 +37,9 @@ WITH locked AS MATERIALIZED (
       FROM {status} AS s
      WHERE state <> 'active' AND state <> 'deleted' AND archived_at IS NULL
        AND coalesce(created_at, '-infinity') <= {moment}
-       AND coalesce((SELECT created_at FROM {chunks} WHERE id = s.id AND seq <= s.total_chunks ORDER BY seq DESC LIMIT 1),
-                    '-infinity') <= {moment}
+       AND coalesce(
+               (SELECT created_at FROM {chunks} WHERE id = s.id AND seq <= s.total_chunks ORDER BY seq DESC LIMIT 1),
+               '-infinity') <= {moment}
      ORDER BY coalesce(created_at, '-infinity')
      LIMIT {batch_streams}
        FOR UPDATE SKIP LOCKED
@@ -102,8 +103,8 @@ SELECT (SELECT count(*) FROM finished) AS streams, (SELECT count(*) FROM moved) 
        EXISTS (SELECT FROM taken) AS had_streams {commit_setting}
 """
 
-# Moves the last pages of stream $1 back, and keeps the stream out of the archive. Other software may have stored some of
-# the chunks again.
+# Moves the last pages of stream $1 back, and keeps the stream out of the archive. Other software may have stored some
+# of the chunks again.
 UNARCHIVE = """
 WITH locked AS MATERIALIZED (
     SELECT id FROM {status} WHERE id = $1::text AND state <> 'deleted' FOR UPDATE
@@ -181,7 +182,8 @@ _VALUES = {
     "page_chunks": str(PAGE_CHUNKS),
     "max_page_text": str(MAX_PAGE_TEXT),
     "is_moved": f"""(octet_length(data) <= {MAX_CHUNK_BYTES // JSON_FACTOR}
-            OR octet_length(data) <= {MAX_CHUNK_BYTES} AND octet_length(to_json(data)::text) <= {MAX_CHUNK_BYTES + 2})""",
+            OR octet_length(data) <= {MAX_CHUNK_BYTES}
+               AND octet_length(to_json(data)::text) <= {MAX_CHUNK_BYTES + 2})""",
     "moved_bytes": str(MOVED_BYTES),
     "batch_streams": str(BATCH_STREAMS),
     "restored_pages": str(RESTORED_PAGES),
@@ -274,7 +276,7 @@ class ArchivedRows(Sequence[tuple[Any, ...]]):
     @overload
     def __getitem__(self, index: slice) -> Sequence[tuple[Any, ...]]: ...
     def __getitem__(self, index: int | slice) -> Any:
-        return list(self._parts[-1].rows() if index == -1 else self)[index]
+        return list(self)[index]
 
 
 def parse_archived(rows: Sequence[tuple[Any, ...]], after: int, limit: int) -> Page | None:
@@ -282,8 +284,8 @@ def parse_archived(rows: Sequence[tuple[Any, ...]], after: int, limit: int) -> P
 
     The columns are the sequence number, the text, and the last sequence number of a page or NULL; with times also the
     times of a page, and the time of a chunk. The texts of a page are NULL if the page is too large or ends after the
-    range; the text of a chunk is NULL if it is too large. The page of the reader then ends before it. Chunks that are in
-    two rows, since other software has stored them again, are taken from the first one.
+    range; the text of a chunk is NULL if it is too large. The page of the reader then ends before it. Chunks that are
+    in two rows, since other software has stored them again, are taken from the first one.
 
     Args:
         rows: The rows, in any order.
@@ -316,6 +318,7 @@ def parse_archived(rows: Sequence[tuple[Any, ...]], after: int, limit: int) -> P
         rows=ArchivedRows(parts),
         end=end,
         next_limit=next_limit or fitting_limit(characters, chunks, READER_CHUNKS),
+        last_seq=read if parts else None,  # without expanding the last part again
         is_archived=any(part.first is not None for part in parts),
     )
 

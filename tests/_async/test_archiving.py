@@ -596,7 +596,7 @@ async def test_batch_that_another_archiver_has_moved(limited, store, run, run_sq
     id = await finished(store, LONG[:300])
     await run(f'GRANT ALL ON {{archive}} TO "{schema_name}"')
     await run(
-        f"CREATE FUNCTION \"{schema_name}\".wait() RETURNS boolean LANGUAGE plpgsql AS $$ BEGIN "
+        f'CREATE FUNCTION "{schema_name}".wait() RETURNS boolean LANGUAGE plpgsql AS $$ BEGIN '
         f"PERFORM pg_advisory_xact_lock_shared(hashtext('{schema_name}')); RETURN true; END $$"
     )
     await run("ALTER TABLE {status} ENABLE ROW LEVEL SECURITY")

@@ -117,3 +117,9 @@ def test_overlapping_pages():
 def test_page_that_ends_after_the_stream():
     page = parse_archived([(-4, "done", None), page_row(1, 10)], 0, 10)
     assert (seqs(page), page.is_last) == ([1, 2, 3, 4], True)
+
+
+def test_last_number_needs_no_expansion():
+    page = parse_archived([DONE, (1, "not JSON", 10)], 0, 10)
+    assert page.last_seq == 10
+    assert parse_archived([DONE], 0, 10).last_seq is None
