@@ -16,7 +16,8 @@ from ._pages import LIMIT_DIVISOR, PAGE_BYTES, Page, fitting_limit
 from ._stream_list import IN_RANGE
 
 PAGE_CHUNKS, MAX_PAGE_TEXT = 1000, 100_000  # of one page at most; bytes, not counting its last chunk
-MAX_CHUNK_BYTES = 1_000_000  # PostgreSQL compresses a larger chunk as well by itself
+MAX_CHUNK_BYTES = 1_000_000  # in JSON; PostgreSQL compresses a larger chunk as well by itself
+JSON_FACTOR = 6  # JSON needs up to six bytes for one, such as \u0001
 BATCH_CHUNKS = 10_000  # moved by one statement, by default
 MOVED_BYTES = 8_000_000  # the largest size of the chunks that one statement moves; at least one chunk
 BATCH_STREAMS = 100  # locked by one statement at most
@@ -36,7 +37,9 @@ WITH locked AS MATERIALIZED (
       FROM {status} AS s
      WHERE state <> 'active' AND state <> 'deleted' AND archived_at IS NULL
        AND coalesce(created_at, '-infinity') <= {moment}
-       AND coalesce((SELECT created_at FROM {chunks} WHERE id = s.id AND seq = s.total_chunks), '-infinity') <= {moment}
+       AND coalesce(
+               (SELECT created_at FROM {chunks} WHERE id = s.id AND seq <= s.total_chunks ORDER BY seq DESC LIMIT 1),
+               '-infinity') <= {moment}
      ORDER BY coalesce(created_at, '-infinity')
      LIMIT {batch_streams}
        FOR UPDATE SKIP LOCKED
@@ -96,10 +99,12 @@ WITH locked AS MATERIALIZED (
      WHERE s.id = f.id
     RETURNING 1
 )
-SELECT (SELECT count(*) FROM finished) AS streams, (SELECT count(*) FROM moved) AS chunks {commit_setting}
+SELECT (SELECT count(*) FROM finished) AS streams, (SELECT count(*) FROM moved) AS chunks,
+       EXISTS (SELECT FROM taken) AS had_streams {commit_setting}
 """
 
-# Moves the last pages of stream $1 back, and keeps the stream out of the archive.
+# Moves the last pages of stream $1 back, and keeps the stream out of the archive. Other software may have stored some
+# of the chunks again.
 UNARCHIVE = """
 WITH locked AS MATERIALIZED (
     SELECT id FROM {status} WHERE id = $1::text AND state <> 'deleted' FOR UPDATE
@@ -131,12 +136,14 @@ WITH locked AS MATERIALIZED (
     SELECT $1::text, seq, data,
            timestamptz 'epoch' + time / 1000000 * interval '1 second' + time % 1000000 * interval '1 microsecond'
       FROM timed
+        ON CONFLICT DO NOTHING
     RETURNING 1
 ), kept_out AS (
     UPDATE {status} SET archived_at = '-infinity'
      WHERE id = $1::text AND EXISTS (SELECT FROM locked) AND archived_at IS DISTINCT FROM '-infinity'
 )
-SELECT EXISTS (SELECT FROM locked) AS found, (SELECT count(*) FROM restored) AS chunks {commit_setting}
+SELECT EXISTS (SELECT FROM locked) AS found, (SELECT count(*) FROM restored) AS chunks,
+       EXISTS (SELECT FROM last_pages) AS had_pages {commit_setting}
 """
 
 # Reads the status, the pages and the remaining chunks of a range of numbers. The first page has its texts, and so have
@@ -147,7 +154,8 @@ SELECT {status_row}, NULL::bigint AS last_seq{no_times} FROM {status} WHERE id =
 UNION ALL
 SELECT first_seq, CASE WHEN {is_read} THEN texts END, last_seq{times_of_page}
   FROM {archive}
- WHERE id = $1::text AND last_seq > $2::bigint AND first_seq >= {first_page} AND first_seq <= {last_of_range}
+ WHERE id = $1::text AND last_seq > $2::bigint AND first_seq >= {first_page}
+   AND first_seq <= least({last_of_range}, (SELECT total_chunks FROM {status} WHERE id = $1::text))
 UNION ALL
 SELECT seq, CASE WHEN {fits_in_page} THEN data END, NULL{time_of_chunk}
   FROM {chunks}{epoch_of_chunk}
@@ -173,7 +181,9 @@ _VALUES = {
     "moment": "statement_timestamp() - $1::bigint * interval '1 millisecond'",
     "page_chunks": str(PAGE_CHUNKS),
     "max_page_text": str(MAX_PAGE_TEXT),
-    "is_moved": f"octet_length(data) <= {MAX_CHUNK_BYTES}",
+    "is_moved": f"""(octet_length(data) <= {MAX_CHUNK_BYTES // JSON_FACTOR}
+            OR octet_length(data) <= {MAX_CHUNK_BYTES}
+               AND octet_length(to_json(data)::text) <= {MAX_CHUNK_BYTES + 2})""",
     "moved_bytes": str(MOVED_BYTES),
     "batch_streams": str(BATCH_STREAMS),
     "restored_pages": str(RESTORED_PAGES),
@@ -266,7 +276,7 @@ class ArchivedRows(Sequence[tuple[Any, ...]]):
     @overload
     def __getitem__(self, index: slice) -> Sequence[tuple[Any, ...]]: ...
     def __getitem__(self, index: int | slice) -> Any:
-        return list(self._parts[-1].rows() if index == -1 else self)[index]
+        return list(self)[index]
 
 
 def parse_archived(rows: Sequence[tuple[Any, ...]], after: int, limit: int) -> Page | None:
@@ -274,7 +284,8 @@ def parse_archived(rows: Sequence[tuple[Any, ...]], after: int, limit: int) -> P
 
     The columns are the sequence number, the text, and the last sequence number of a page or NULL; with times also the
     times of a page, and the time of a chunk. The texts of a page are NULL if the page is too large or ends after the
-    range; the text of a chunk is NULL if it is too large. The page of the reader then ends before it.
+    range; the text of a chunk is NULL if it is too large. The page of the reader then ends before it. Chunks that are
+    in two rows, since other software has stored them again, are taken from the first one.
 
     Args:
         rows: The rows, in any order.
@@ -288,23 +299,26 @@ def parse_archived(rows: Sequence[tuple[Any, ...]], after: int, limit: int) -> P
     parts: list[_Part] = []
     characters = chunks = 0
     end, next_limit = after + limit, None
+    read = after  # the last number of the parts
     for seq, text, last, *times in found:
+        numbers = range(max(seq, read + 1), min(last or seq, after + limit, page.total) + 1)
+        if not numbers:
+            continue
         if text is None and last is None:
-            end, next_limit = parts[-1].numbers[-1] if parts else after, max(1, limit // LIMIT_DIVISOR)
+            end, next_limit = read, max(1, limit // LIMIT_DIVISOR)
             break
         if text is None:
-            end = seq - 1
+            end = numbers.start - 1
             break
-        if last is None:
-            parts.append(_Part(range(seq, seq + 1), None, text, times))
-        else:
-            parts.append(_Part(range(max(seq, after + 1), min(last, after + limit) + 1), seq, text, times))
+        parts.append(_Part(numbers, None if last is None else seq, text, times))
+        read = numbers[-1]
         characters += len(text)
         chunks += (last or seq) - seq + 1
     return page._replace(
         rows=ArchivedRows(parts),
         end=end,
         next_limit=next_limit or fitting_limit(characters, chunks, READER_CHUNKS),
+        last_seq=read if parts else None,  # without expanding the last part again
         is_archived=any(part.first is not None for part in parts),
     )
 

@@ -93,6 +93,7 @@ class Page(NamedTuple):
         end: The position that the page reaches: it contains all chunks of the range up to this sequence number. It is
             the start of the range if the first chunk was too large for the limit.
         next_limit: The limit of the next page, which bounds the memory of a reader.
+        last_seq: The sequence number of the last row, or None if there are no rows.
         is_archived: Whether some of the chunks come from the archive; False by default.
     """
 
@@ -102,6 +103,7 @@ class Page(NamedTuple):
     rows: Sequence[tuple[Any, ...]]
     end: int
     next_limit: int
+    last_seq: int | None
     is_archived: bool = False
 
     @classmethod
@@ -128,7 +130,8 @@ class Page(NamedTuple):
             found = list(takewhile(lambda row: row[1] is not None, found))
             end = found[-1][0] if found else after
             next_limit = max(1, limit // LIMIT_DIVISOR)
-        return cls(state, error if newline else None, -negative_total, found, end, next_limit)
+        last_seq = found[-1][0] if found else None
+        return cls(state, error if newline else None, -negative_total, found, end, next_limit, last_seq)
 
     @property
     def chunks(self) -> Iterator[StreamChunk]:

@@ -297,9 +297,9 @@ class Subscriptions:
             stream = subscription.stream
         if page.state != "active" and not stream.tail.ended:  # the writer may not have notified the others
             woken += stream.changed()
-        if page.rows:
+        if page.last_seq is not None:
             subscription.queued_steps.append(Deliver(page.chunks))
-            subscription.delivered = page.rows[-1][0]
+            subscription.delivered = page.last_seq
         if not page.is_last:
             subscription.cursor, subscription.limit = page.end, page.next_limit
             return woken

@@ -463,3 +463,20 @@ async def test_open_pool_of_a_replica_belongs_to_its_process(copies, monkeypatch
             with pytest.raises(ForkedError):
                 await collect(store.read_from("id"))
         await store.close()
+
+
+async def test_transaction_of_the_caller_is_read_on_the_primary(copies, caplog, long_pauses):
+    """The replica has no changes of an open transaction. This is no lag of the replica."""
+    async with (
+        await psycopg.AsyncConnection.connect(copies.dsns[0], autocommit=True) as connection,
+        AsyncPostgresStreamStore(connection, replica=copies.replica, **NAMES) as store,
+    ):
+        async with connection.transaction():
+            id = await finished(store)
+            for _ in range(11):
+                assert await collect(store.read_from(id, follow=False)) == TEXTS
+        assert copies.replica.statements == []
+        copies.replicate()
+        assert await collect(store.read_from(id, follow=False)) == TEXTS
+        assert copies.served() == (0, len(TEXTS))
+    assert warnings(caplog) == []

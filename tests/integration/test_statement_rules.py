@@ -33,8 +33,8 @@ WITH_ANOTHER_FORM = {"append_batch", "cleanup", "end_expired", "fail_abandoned",
 WITH_ANOTHER_FORM |= {f"conversation {name}" for name in ("cleanup", "get_info", "list", "list_of_owner")}
 FORMS_FOR_SEVERAL = {f"{name}_distributed" for name in WITH_ANOTHER_FORM} - {"end_expired_distributed"}
 
-# `delete_leftovers_distributed` and, for each stream, `take_lease` are in their place.
-NOT_FOR_CITUS = {"delete_leftovers", "renew_leases"}
+# `delete_leftovers_distributed` and, for each stream, `take_lease` are in their place. Citus refuses `archive`.
+NOT_FOR_CITUS = {"archive", "delete_leftovers", "renew_leases"}
 
 
 UPSERT = (

@@ -65,7 +65,13 @@ STREAM_PLANS = {
     ),
     "archive": (
         [1000, 100],
-        ["aibind_stream_status_archivable_idx", "(seq = s.total_chunks", "(id = locked.id", "(id = t.id", "(id = f.id"],
+        [
+            "aibind_stream_status_archivable_idx",
+            "(seq <= s.total_chunks",
+            "(id = locked.id",
+            "(id = t.id",
+            "(id = f.id",
+        ],
     ),
     "unarchive": (["7"], ["(id = '7'", "(first_seq >= "]),
     "read_archived": (["7", 3, 2000], ["(id = '7'", "(seq > '3'", "(first_seq >= "]),

@@ -92,3 +92,34 @@ def test_times():
 )
 def test_seconds(times, seconds):
     assert list(seconds_of(times, 3)) == seconds
+
+
+@pytest.mark.parametrize("inserted", [1, 2, 4, 5, 9, 10])
+def test_chunk_inside_a_page(inserted):
+    rows = [(inserted, f"t{inserted}", None), DONE, page_row(1, 4), page_row(5, 10)]
+    for after in range(10):
+        page = parse_archived(rows, after, 10)
+        assert list(page.rows) == [(seq, f"t{seq}") for seq in range(after + 1, 11)]
+
+
+def test_large_chunk_inside_a_page():
+    page = parse_archived([DONE, page_row(1, 10), (5, None, None)], 0, 10)
+    assert (seqs(page), page.end) == (list(range(1, 11)), 10)
+
+
+def test_overlapping_pages():
+    page = parse_archived([DONE, page_row(1, 6), page_row(4, 10)], 0, 10)
+    assert list(page.rows) == [(seq, f"t{seq}") for seq in range(1, 11)]
+    page = parse_archived([DONE, page_row(1, 6), (4, None, 10)], 0, 10)
+    assert (seqs(page), page.end) == ([1, 2, 3, 4, 5, 6], 6)
+
+
+def test_page_that_ends_after_the_stream():
+    page = parse_archived([(-4, "done", None), page_row(1, 10)], 0, 10)
+    assert (seqs(page), page.is_last) == ([1, 2, 3, 4], True)
+
+
+def test_last_number_needs_no_expansion():
+    page = parse_archived([DONE, (1, "not JSON", 10)], 0, 10)
+    assert page.last_seq == 10
+    assert parse_archived([DONE], 0, 10).last_seq is None

@@ -14,7 +14,7 @@ def test_no_rows_mean_a_missing_stream():
 
 def test_status_row_and_chunks():
     page = Page.parse([(-7, "active"), (4, "a"), (5, "b\nc")], 3, 2)
-    assert page == Page("active", None, 7, [(4, "a"), (5, "b\nc")], 5, MAX_PAGE_CHUNKS)
+    assert page == Page("active", None, 7, [(4, "a"), (5, "b\nc")], 5, MAX_PAGE_CHUNKS, 5)
     chunks = list(page.chunks)
     assert chunks == [StreamChunk(4, "a"), StreamChunk(5, "b\nc")]
     assert all(type(chunk) is StreamChunk for chunk in chunks)

@@ -17,6 +17,7 @@ from ..errors import (
 from .combining import AsyncCombiner
 
 if TYPE_CHECKING:
+    from .._statement_runner import Row
     from .database import AsyncDatabase
     from .notifying import AsyncNotifier
     from .stream_schema import AsyncStreamSchema
@@ -192,7 +193,7 @@ class AsyncAppender:
         statement, params = self._schema.statements.skipped, [stream_id, expected_seq or 1, json_array(sent)]
         rows = await self._database.query(statement, params)
         # Another process may have archived the stream after the migration of a running store.
-        if rows and rows[0][0] != "active" and rows[0][2] < len(sent) and await self._schema.has_archive():
+        if rows and _may_be_archived(rows[0], expected_seq or 1, sent) and await self._schema.can_read_archive():
             newer = (await self._schema.require_0005("an archived stream")).skipped
             rows = rows if newer == statement else await self._database.query(newer, params)
         if not rows:
@@ -206,3 +207,9 @@ class AsyncAppender:
         if expected_seq is not None and expected_seq != total + 1:
             raise SequenceConflictError(stream_id, expected_seq, total + 1)
         return None
+
+
+def _may_be_archived(skipped: Row, expected_seq: int, sent: Sequence[str]) -> bool:
+    """Return True if the stream has ended with these numbers, but some of the texts are not in the chunks table."""
+    state, total, stored = skipped
+    return bool(state != "active" and stored < len(sent) and expected_seq + len(sent) - 1 <= total)

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from .stream_schema import AsyncStreamSchema
 
 
+ATTEMPTS = 10  # to move chunks, before `steps` ends
+
+
 class AsyncArchive:
     """The archive of the streams of one store."""
 
@@ -34,10 +37,14 @@ class AsyncArchive:
             SchemaError: Migration 0005 is missing.
         """
         statements = await self._schema.require_0005("archive")
-        while True:
-            [(streams, chunks)] = await self._database.query(statements.archive, [older_than, batch_size])
-            if not streams and not chunks:
+        failed = 0  # statements in a row that moved nothing
+        while failed < ATTEMPTS:
+            rows = await self._database.query(statements.archive, [older_than, batch_size])
+            [(streams, chunks, had_streams)] = rows
+            if not had_streams:
                 return
+            # Another archiver may have moved the chunks between the snapshot of the statement and its locks.
+            failed = 0 if streams or chunks else failed + 1
             yield ArchiveResult(streams, chunks)
 
     async def restore(self, stream_id: str) -> AsyncIterator[int]:
@@ -50,11 +57,12 @@ class AsyncArchive:
         statements = await self._schema.require_0005("unarchive")
         is_first = True
         while True:
-            [(found, chunks)] = await self._database.query(statements.unarchive, [stream_id])
+            [(found, chunks, had_pages)] = await self._database.query(statements.unarchive, [stream_id])
             if not found:
                 raise StreamNotFoundError(stream_id)
-            # The first statement may have waited for one that archived the stream, and not see its pages.
-            if not chunks and not is_first:
+            # The first statement may have waited for one that archived the stream, and not see its pages. A later one
+            # may have waited for one that moved the pages back, and see only those.
+            if not had_pages and not is_first:
                 return
             is_first = False
             yield chunks

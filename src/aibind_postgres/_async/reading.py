@@ -131,7 +131,7 @@ class AsyncPageReader:
                 yield item
             if page.is_last:
                 return
-            delivered = page.rows[-1][0] if page.rows else delivered
+            delivered = page.last_seq or delivered
             cursor, limit, archived = page.end, page.next_limit, page.is_archived
             del page  # not kept during the next statement
 

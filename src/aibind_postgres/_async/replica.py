@@ -72,6 +72,9 @@ class AsyncReplica:
             Exception: The errors of the primary.
         """
         _, after, limit = params
+        # The replica has no changes of an open transaction of the caller.
+        if self._database.client.in_transaction():
+            return await self._database.query(statement, params)
         # The times of migration 0002 identify a stream.
         if not self._outages.is_over(monotonic()) or not await self._schema.has_times():
             return await self._database.query(statement, params)

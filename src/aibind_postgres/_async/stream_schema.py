@@ -86,6 +86,10 @@ class AsyncStreamSchema:
             return True
         return ADDED_BY_0005 in (await self._columns.of(self._archive, again=True)).names
 
+    async def can_read_archive(self) -> bool:
+        """Return True if migration 0005 is present, and the role of the connection may read the archive table."""
+        return await self.has_archive() and (await self._columns.of(self._archive)).is_readable
+
     async def require_0005(self, feature: str) -> StreamStatements:
         """Return the statements of migration 0005. It may have been applied since the last look-up.
 
