@@ -226,6 +226,8 @@ async def test_without_the_second_migration(dsn, tables):
     async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as admin:
         for table in tables.values():
             await admin.execute(psycopg.sql.SQL("ALTER TABLE {} DROP COLUMN created_at").format(table))
+        # Migration 0004 needs the second one.
+        await admin.execute(psycopg.sql.SQL("ALTER TABLE {} DROP COLUMN lease_until").format(tables["status_table"]))
     async with AsyncPostgresStreamStore(dsn, **tables) as store:
         id = await store.create()
         await store.append_many(id, ["1", "2"])

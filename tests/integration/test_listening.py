@@ -6,6 +6,7 @@ import asyncio
 import gc
 import threading
 
+import pytest
 from support.concurrency import Background
 
 from aibind_postgres import AsyncPostgresStreamStore, PostgresStreamStore, _subscriptions
@@ -60,12 +61,13 @@ def test_garbage_collection_while_subscriptions_change(request, dsn, tables, mon
     store.close()
 
 
-async def test_readers_survive_the_cancellation_of_the_listener(dsn, tables):
+@pytest.mark.parametrize("pause", [0, 0.01])  # with 0, the task is cancelled before its first step
+async def test_readers_survive_the_cancellation_of_the_listener(dsn, tables, pause):
     async with AsyncPostgresStreamStore(dsn, **tables, poll_interval=3600) as store:
         id = await store.create()
         waiter = asyncio.create_task(store.wait(id, 60))
         while not (listeners := [task for task in asyncio.all_tasks() if task.get_name() == LISTENER]):
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(pause)
         listeners[0].cancel()
         await asyncio.sleep(0.1)
         async with AsyncPostgresStreamStore(dsn, **tables) as other:

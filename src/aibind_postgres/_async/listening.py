@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import psycopg
 
-from .._concurrency import AsyncEvent, AsyncWorker, Mutex, async_spawn
+from .._concurrency import AsyncEvent, AsyncWorker, Mutex, async_after_cancellation, async_spawn
 from .._notifications import decode_payload, encode_payloads, sender_of
 from .._poll_pace import QUIET_FACTOR, PollPace
 from .._sql import NOTIFY, json_array
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("aibind_postgres")
 
+RESTART_PAUSE = 0.1  # seconds after which the readers of a worker that was cancelled are woken
 REFUSED_PAUSE = 10.0  # seconds after the server has refused to end streams
 ANSWER_TIMEOUT = 5.0  # seconds to wait for the answer to a statement on the LISTEN connection
 PROBE_AFTER = 3.0  # seconds since the last message on that connection before a missed change starts a probe
@@ -85,6 +86,11 @@ class AsyncListener:
                     connection = AsyncListenConnection(self._client, self._notifier, self._database.closing)
                     self._connection = connection
                     self._worker = async_spawn(partial(self._run, connection), "aibind_postgres-listener")
+                    # A worker that is cancelled before its first step does not wake the readers itself.
+                    async_after_cancellation(self._worker, self._wake_readers, RESTART_PAUSE)
+
+    def _wake_readers(self) -> None:
+        wake_all(self._subscriptions.changed(None))
 
     def _is_running(self) -> bool:
         worker = self._worker  # another thread may set the attribute to None
@@ -139,7 +145,7 @@ class AsyncListener:
             with self._mutex:
                 if self._connection is connection:
                     self._worker = self._connection = None
-            wake_all(self._subscriptions.changed(None))  # a reader that still waits starts another worker
+            self._wake_readers()  # one that still waits starts another worker
             await connection.disconnect()
 
     def _end_if_idle(self) -> bool:
