@@ -145,7 +145,7 @@ def own_database(cluster: Cluster, name: str, *, migrated: bool) -> Iterator[str
         for server in cluster.servers:
             stack.enter_context(_database_on(server, name))
         dsn = make_conninfo(cluster.coordinator, dbname=name)
-        with psycopg.connect(dsn, autocommit=True) as coordinator:
+        with _one_at_a_time(cluster), psycopg.connect(dsn, autocommit=True) as coordinator:
             info = coordinator.info
             coordinator.execute("SELECT citus_set_coordinator_host(%s, %s)", [info.host, info.port])
             for host, port in cluster.workers:
@@ -153,6 +153,14 @@ def own_database(cluster: Cluster, name: str, *, migrated: bool) -> Iterator[str
         if migrated:
             schema.migrate(dsn, citus=True)
         yield dsn
+
+
+@contextmanager
+def _one_at_a_time(cluster: Cluster) -> Iterator[None]:
+    """Wait for other processes of the tests: adding a node changes the roles, which all databases of a server share."""
+    with psycopg.connect(cluster.coordinator, autocommit=True) as lock:
+        lock.execute("SELECT pg_advisory_lock(hashtext('tests of aibind_postgres'))")
+        yield
 
 
 @contextmanager
