@@ -181,7 +181,7 @@ class SlowReplies:
             cursor = psycopg.AsyncRawCursor(connection)
             await cursor.execute(sql, params)
             rows = await cursor.fetchall()
-        if "total_chunks + " in sql or "_append" in sql:
+        if "total_chunks + " in sql or '_append"(' in sql:
             self.sent += 1
             await self.reply.wait()
         return rows
