@@ -389,8 +389,8 @@ async def test_refused_marker(store, run, caplog):
         await async_until(lambda: infos(caplog))
         await run("UPDATE {status} SET expires_at = 1")
         await async_until(lambda: len(infos(caplog)) == 2)
-    assert len(warnings(caplog)) == 1
-    assert "each process cleans up by itself" in warnings(caplog)[0]
+    # With partitions by time, there is another warning of the trigger.
+    assert len([text for text in warnings(caplog) if "each process cleans up by itself" in text]) == 1
 
 
 async def test_long_transaction_with_the_marker_delays_nobody(client, dsn, store, tables, run):
