@@ -21,6 +21,7 @@ from .._partitions import MAX_PARTITIONS
 from .._sync.stream_store import PostgresStreamStore
 from .._tables import CHUNKS_TABLE, CONVERSATIONS_TABLE, STATUS_TABLE
 from . import demo as demonstration
+from . import doctor as diagnosis
 from . import reading, writing
 from . import web_demo as web_demonstration
 from .target import Target, database, demo_database, report_errors
@@ -302,6 +303,28 @@ def status(
     """Print the state of a stream. The exit code is 1 if it was stopped or ended in an error."""
     with _open_store(Target(dsn, chunks_table, status_table)) as store:
         raise typer.Exit(reading.status(store, id))
+
+
+@app.command()
+def doctor(
+    dsn: Dsn = None,
+    chunks_table: ChunksTable = CHUNKS_TABLE,
+    status_table: StatusTable = STATUS_TABLE,
+    conversations_table: ConversationsTable = CONVERSATIONS_TABLE,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as a JSON document.")] = False,
+) -> None:
+    """Check a database: server, pooler, notifications, settings, tables, privileges and streams.
+
+    Prints each finding with its remedy. Changes nothing. The exit code is 0 if all is well, 1 if there are warnings,
+    and 2 if the library will not work.
+    """
+    try:
+        with database(Target(dsn, chunks_table, status_table)) as url:
+            raise typer.Exit(diagnosis.run(url, chunks_table, status_table, conversations_table, as_json))
+    except typer.Exit as ended:
+        if ended.exit_code == FAILED and not isinstance(ended.__context__, type(None)):
+            raise typer.Exit(USAGE) from None
+        raise
 
 
 def _output_format(raw: bool, events: bool) -> reading.OutputFormat:
