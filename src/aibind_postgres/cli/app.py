@@ -24,7 +24,7 @@ from . import demo as demonstration
 from . import doctor as diagnosis
 from . import reading, writing
 from . import web_demo as web_demonstration
-from .target import Target, database, demo_database, report_errors
+from .target import FAILED, Target, database, demo_database, report_errors
 
 Id = Annotated[str, typer.Argument(metavar="ID", help="The stream's id.", show_default=False)]
 Dsn = Annotated[
@@ -320,11 +320,10 @@ def doctor(
     """
     try:
         with database(Target(dsn, chunks_table, status_table)) as url:
-            raise typer.Exit(diagnosis.run(url, chunks_table, status_table, conversations_table, as_json))
-    except typer.Exit as ended:
-        if ended.exit_code == FAILED and not isinstance(ended.__context__, type(None)):
-            raise typer.Exit(USAGE) from None
-        raise
+            code = diagnosis.run(url, chunks_table, status_table, conversations_table, as_json)
+    except typer.Exit as reported:  # such as an unreachable server
+        raise typer.Exit(diagnosis.WILL_NOT_WORK if reported.exit_code == FAILED else reported.exit_code) from None
+    raise typer.Exit(code)
 
 
 def _output_format(raw: bool, events: bool) -> reading.OutputFormat:

@@ -6,8 +6,10 @@ import json
 
 from .._tables import CHUNKS_TABLE, CONVERSATIONS_TABLE, STATUS_TABLE, parse_distinct
 from .doctor_facts import gather
-from .doctor_findings import Finding, diagnose, exit_code
+from .doctor_findings import WILL_NOT_WORK, Finding, diagnose, exit_code
 from .expected_tables import read_migrations
+
+__all__ = ["WILL_NOT_WORK", "run"]
 
 MARKS = {"ok": "ok     ", "warning": "WARNING", "error": "ERROR  "}
 

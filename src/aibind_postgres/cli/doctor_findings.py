@@ -9,6 +9,8 @@ from .._tables import Table, quote
 from .doctor_facts import MAX_COUNTED, Facts
 from .expected_tables import ExpectedTables
 
+WELL, WARNINGS, WILL_NOT_WORK = 0, 1, 2  # exit codes
+
 Level: TypeAlias = Literal["ok", "warning", "error"]
 
 STATUS, CHUNKS = "aibind_stream_status", "aibind_stream_chunks"
@@ -62,7 +64,7 @@ class Finding(NamedTuple):
 def exit_code(findings: list[Finding]) -> int:
     """Return 0 if all is well, 1 for warnings, and 2 for errors."""
     levels = {finding.level for finding in findings}
-    return 2 if "error" in levels else 1 if "warning" in levels else 0
+    return WILL_NOT_WORK if "error" in levels else WARNINGS if "warning" in levels else WELL
 
 
 def diagnose(facts: Facts, expected: ExpectedTables, tables: dict[str, Table]) -> list[Finding]:
@@ -199,15 +201,15 @@ def _settings(catalog: dict[str, Any]) -> Iterator[Finding]:
     def number(name: str) -> int:
         return int(settings.get(name) or 0)
 
-    for name in ("idle_session_timeout", "idle_in_transaction_session_timeout"):
-        if name == "idle_session_timeout" and (value := number(name)):
-            yield Finding(
-                name,
-                "warning",
-                f"{name} is {value} ms: the server closes the connection of waiting readers and idle connections of a "
-                "pool",
-                f"ALTER ROLE {role} SET {name} = 0;",
-            )
+    closes = {
+        "idle_session_timeout": "the server closes the connection of waiting readers and idle connections of a pool",
+        "idle_in_transaction_session_timeout": "stores hold no transaction open, but a store on a connection of yours "
+        "shares its transaction, which the server ends between two statements",
+    }
+    for name, effect in closes.items():
+        value = number(name)
+        if value and (name == "idle_session_timeout" or value < SHORT_TIMEOUT):
+            yield Finding(name, "warning", f"{name} is {value} ms: {effect}", f"ALTER ROLE {role} SET {name} = 0;")
     for name in ("statement_timeout", "transaction_timeout"):
         if 0 < (value := number(name)) < SHORT_TIMEOUT:
             yield Finding(

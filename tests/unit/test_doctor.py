@@ -1,0 +1,138 @@
+"""The findings of `doctor`, from given facts, and the reading of the migrations."""
+
+from __future__ import annotations
+
+from pathlib import Path as FilePath
+
+import pytest
+
+from aibind_postgres._tables import Table
+from aibind_postgres.cli.doctor_facts import Facts, Path
+from aibind_postgres.cli.doctor_findings import MINIMAL_GRANTS, Finding, diagnose, exit_code
+from aibind_postgres.cli.expected_tables import parse_migrations, read_migrations
+
+TABLES = {name: Table(None, name) for name in MINIMAL_GRANTS}
+SETTINGS = {
+    "max_connections": "100",
+    "default_transaction_isolation": "read committed",
+    "server_encoding": "UTF8",
+}
+
+
+def facts(path=(), **changes):
+    expected = read_migrations()
+    tables = [
+        {
+            "key": name,
+            "schema": "public",
+            "name": name,
+            "is_visible": True,
+            "has_usage": True,
+            "row_security": False,
+            "bypasses_row_security": True,
+            "policies": 0,
+            "columns": {c.name: {"type": c.type, "default": True} for c in expected.columns if c.table == name},
+            "indexes": {index.name: True for index in expected.indexes if index.table == name},
+            "has_primary_key": True,
+            "privileges": MINIMAL_GRANTS[name],
+            "grants": [],
+            "partitions": None,
+            "size": 8192,
+            "statistics": {"live": 1, "dead": 0, "last_vacuum": None},
+        }
+        for name in TABLES
+    ]
+    catalog = {
+        "server_version": 180000,
+        "role": "app",
+        "search_path": "public",
+        "in_recovery": False,
+        "is_read_only": False,
+        "connections": 1,
+        "role_connection_limit": -1,
+        "settings": SETTINGS,
+        "can_notify": True,
+        "tables": tables,
+        "citus": False,
+    }
+    way = Path(1, 1, False, 1.0, None, 0.0, 0.0)._replace(**dict(path))
+    return Facts("localhost", 5432, way, {**catalog, **changes}, {}, "3.3.0", "3.3.0", 170000)
+
+
+def problems(given: Facts) -> dict[str, Finding]:
+    found = diagnose(given, read_migrations(), TABLES)
+    return {finding.name: finding for finding in found if finding.level != "ok"}
+
+
+def test_nothing_to_complain_about():
+    assert problems(facts()) == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "level"),
+    [
+        ({"server_version": 130005}, "server-version", "error"),
+        ({"server_version": 140003}, "server-bug", "warning"),
+        ({"in_recovery": True}, "read-only", "error"),
+        ({"is_read_only": True}, "read-only", "error"),
+        ({"role_connection_limit": 5}, "connections", "warning"),
+        ({"connections": 95}, "connections", "warning"),
+        ({"tables": []}, "missing-table", "warning"),
+        ({"settings": {**SETTINGS, "idle_session_timeout": "1000"}}, "idle_session_timeout", "warning"),
+        ({"settings": {**SETTINGS, "statement_timeout": "1000"}}, "statement_timeout", "warning"),
+        ({"settings": {**SETTINGS, "fsync": "off"}}, "fsync", "warning"),
+        ({"settings": {**SETTINGS, "server_encoding": "LATIN1"}}, "encoding", "warning"),
+        ({"settings": {**SETTINGS, "default_transaction_isolation": "serializable"}}, "isolation", "warning"),
+    ],
+)
+def test_finding(changes, name, level):
+    found = problems(facts(**changes))
+    assert found[name].level == level
+    assert found[name].remedy
+
+
+def test_pooler_without_notifications():
+    found = problems(facts({"server_pid": 2, "shares_sessions": True, "notification_ms": None}))
+    assert list(found) == ["notifications"]
+
+
+def test_clock_difference():
+    assert "clock" in problems(facts({"clock_difference": -60.0, "clock_uncertainty": 0.1}))
+    assert problems(facts({"clock_difference": 6.0, "clock_uncertainty": 3.0})) == {}
+
+
+def test_invalid_index_and_wrong_type():
+    given = facts()
+    table = given.catalog["tables"][0]
+    table["indexes"][next(iter(table["indexes"]))] = False
+    table["columns"]["state"]["type"] = "integer"
+    assert set(problems(given)) == {"invalid-index", "column-type"}
+
+
+def test_bigint_numbers_are_accepted():
+    given = facts()
+    given.catalog["tables"][0]["columns"]["total_chunks"]["type"] = "bigint"
+    assert problems(given) == {}
+
+
+def test_exit_codes():
+    levels = [Finding("a", "ok", ""), Finding("b", "warning", ""), Finding("c", "error", "")]
+    assert [exit_code(levels[:count]) for count in range(4)] == [0, 0, 1, 2]
+
+
+def test_migrations_are_read_completely():
+    expected = read_migrations()
+    assert set(expected.tables) == set(MINIMAL_GRANTS)
+    assert {column.name for column in expected.columns if column.table == "aibind_stream_chunks"} == {
+        "id", "seq", "data", "created_at",
+    }  # fmt: skip
+    assert len(expected.indexes) == sum(
+        line.startswith("CREATE INDEX")
+        for file in sorted(FilePath(__file__).parents[2].joinpath("sql").glob("*.sql"))
+        for line in file.read_text("utf-8").splitlines()
+    )
+
+
+def test_parsing_of_a_migration():
+    parsed = parse_migrations({"0009": "-- x;\nALTER TABLE t ADD COLUMN IF NOT EXISTS a JSONB;"})
+    assert [tuple(column) for column in parsed.columns] == [("t", "a", "jsonb", "0009")]
