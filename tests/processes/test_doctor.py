@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -49,9 +51,19 @@ def role(database):
     execute(database, f"DROP OWNED BY {name}; DROP ROLE {name}")
 
 
+def documented_grants() -> list[str]:
+    page = (Path(__file__).parents[2] / "docs" / "doctor.md").read_text("utf-8")
+    return re.findall(r"^GRANT .*;$", page.partition("## Minimal grants")[2], re.MULTILINE)
+
+
 def grant_minimum(dsn: str, role: str) -> None:
-    for table, privileges in MINIMAL_GRANTS.items():
-        execute(dsn, f"GRANT {', '.join(privileges)} ON {table} TO {role}")
+    for statement in documented_grants():
+        execute(dsn, statement.replace(" TO app;", f" TO {role};"))
+
+
+def test_documented_grants_are_those_that_doctor_expects():
+    tables = [re.fullmatch(r"GRANT (.*) ON (\w+) TO app;", statement) for statement in documented_grants()]
+    assert {match[2]: match[1].split(", ") for match in tables if match} == MINIMAL_GRANTS
 
 
 def test_complete_tables(database):
