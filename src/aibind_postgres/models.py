@@ -129,6 +129,26 @@ class StreamStatus(NamedTuple):
     total_chunks: int
 
 
+class StoreCheck(NamedTuple):
+    """The result of the check of a store, for readiness probes.
+
+    Attributes:
+        is_ready: Whether the server answers, and the tables exist and can be read.
+        problem: Why the store is not ready; None if it is. Contains no part of the connection string.
+        latency: The seconds that the answer took; None if there was none.
+        is_read_only: Whether the server refuses writes, as a standby does, which also accepts no LISTEN. A store that
+            only reads is ready nevertheless.
+        lag: The age in seconds of the last transaction that a standby has replayed, which also grows while nothing is
+            written; None on a primary.
+    """
+
+    is_ready: bool
+    problem: str | None
+    latency: float | None
+    is_read_only: bool
+    lag: float | None
+
+
 class StreamInfo(NamedTuple):
     """An entry of a list of streams.
 

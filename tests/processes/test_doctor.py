@@ -121,7 +121,7 @@ def test_minimal_grants_suffice(database, role):
         store.create("a", owner="ann", session_id="s")
         store.append_many("a", ["x", "y"])
         store.complete("a")
-        assert [chunk.chunk for chunk in store.read("a")] == ["x", "y"]
+        assert [chunk.data for chunk in store.read_from("a")] == ["x", "y"]
         store.archive(0)
         store.unarchive("a")
         store.fail_abandoned()

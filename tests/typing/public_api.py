@@ -42,6 +42,7 @@ from aibind_postgres import (
     PostgresStreamStore,
     SequenceConflictError,
     StoredEvent,
+    StoreCheck,
     StreamChunk,
     StreamEvent,
     StreamHandler,
@@ -127,6 +128,7 @@ def streams(since: datetime) -> None:
         assert_type(store.events("id", after_seq=3, follow=False), Iterator[StoredEvent])
         assert_type(store.read_with_times("id", after_seq=3), Iterator[TimedChunk])
         assert_type(store.get_status("id"), StreamStatus | None)
+        assert_type(store.check(), StoreCheck)
         assert_type(store.wait("id", timeout=timedelta(seconds=1)), StreamStatus)
         assert_type(store.wait("id").state, StreamState)
         assert_type([store.stop("id"), store.complete("id"), store.fail("id", "why"), store.delete("id")], list[bool])
@@ -162,6 +164,7 @@ async def async_streams(since: datetime) -> None:
         assert_type(store.events("id", after_seq=3, follow=False), AsyncIterator[StoredEvent])
         assert_type(store.read_with_times("id", after_seq=3), AsyncIterator[TimedChunk])
         assert_type(await store.get_status("id"), StreamStatus | None)
+        assert_type(await store.check(timeout=1), StoreCheck)
         assert_type(await store.wait("id", timeout=timedelta(seconds=1)), StreamStatus)
         assert_type([await store.stop("id"), await store.complete("id"), await store.fail("id", "why")], list[bool])
         assert_type(await store.delete("id"), bool)

@@ -60,7 +60,7 @@ ASYNC_LAYERS = [
     {"database"},
     {"combining", "columns", "sending"},
     {"notifying", "stream_schema", "conversation_schema"},
-    {"archiving", "deleting", "replica"},
+    {"archiving", "deleting", "readiness", "replica"},
     {"reading"},
     {"appending", "leasing", "conversation_histories"},
     {"listening"},

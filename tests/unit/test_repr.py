@@ -27,6 +27,7 @@ WITHOUT_OWN_REPR = {
     "ErasureResult",
     "PostgresClient",
     "Resource",
+    "StoreCheck",
     "StoredEvent",
     "StreamChunk",
     "StreamEvent",

@@ -16,7 +16,7 @@ from .. import _arguments as arguments
 from .._subscriptions import Subscriptions, wake_all
 from .._tables import CHUNKS_TABLE, STATUS_TABLE, parse_distinct
 from .._write_buffer import WriteBuffer
-from ..models import StreamStatus, SynchronousCommit
+from ..models import StoreCheck, StreamStatus, SynchronousCommit
 from .appending import AsyncAppender
 from .archiving import AsyncArchive
 from .columns import AsyncColumnCatalog
@@ -27,6 +27,7 @@ from .leasing import AsyncLeases
 from .listening import AsyncListener
 from .notifying import AsyncNotifier
 from .psycopg_clients import AsyncClientLike
+from .readiness import check_readiness
 from .reading import AsyncPageReader
 from .replica import AsyncReplica
 from .sending import StreamOperations
@@ -231,6 +232,27 @@ class AsyncPostgresStreamStore(AsyncStreamLifecycle):
 
     async def _take_lease(self, stream_id: str, renewed: bool) -> StreamStatus | None:
         return self._found_status(stream_id, await self._leases.take(stream_id, renewed))
+
+    async def check(self, timeout: float | timedelta = 2.0) -> StoreCheck:
+        """Check the connection and the tables, for readiness probes, with one query on the catalogs.
+
+        An unreachable server, a missing table and a missing privilege are results, not errors. Call this outside a
+        transaction, which a missing privilege on a schema would abort.
+
+        Args:
+            timeout: Seconds, or a timedelta, to wait for a connection of the pool and for the answer; 2 by default. A
+                pool then tries once more on a new connection, which may take two more times as long. The first
+                connection of a store is limited by `connect_timeout` of the connection string instead. A single
+                connection and other drivers have their own limits.
+
+        Returns:
+            Whether the store is ready, and why not.
+
+        Raises:
+            ValueError: `timeout` is not positive.
+            TypeError: `timeout` is neither a number nor a timedelta.
+        """
+        return await check_readiness(self._database, self._tables, arguments.seconds(timeout, "timeout"))
 
     async def close(self) -> None:
         """Close the store, and its pool if it was made from a connection string. Safe to repeat.
