@@ -117,7 +117,7 @@ def test_remedies_of_privileges_work(database, role):
 def test_minimal_grants_suffice(database, role):
     grant_minimum(database, role)
     dsn = make_conninfo(database, user=role)
-    with PostgresStreamStore(dsn, ttl=0) as store, PostgresConversationStore(dsn) as conversations:
+    with PostgresStreamStore(dsn) as store, PostgresConversationStore(dsn) as conversations:
         store.create("a", owner="ann", session_id="s")
         store.append_many("a", ["x", "y"])
         store.complete("a")

@@ -36,7 +36,7 @@ def facts(path=(), **changes):
             "has_primary_key": True,
             "privileges": MINIMAL_GRANTS[name],
             "grants": [],
-            "partitions": None,
+            "partition_key": None,
             "size": 8192,
             "statistics": {"live": 1, "dead": 0, "last_vacuum": None},
         }

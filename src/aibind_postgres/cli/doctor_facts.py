@@ -46,7 +46,7 @@ SELECT jsonb_build_object(
   'search_path', current_setting('search_path'),
   'in_recovery', pg_is_in_recovery(),
   'is_read_only', current_setting('transaction_read_only') = 'on',
-  'connections', (SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'),
+  'connections', (SELECT count(*) FROM pg_stat_activity WHERE datname IS NOT NULL),
   'role_connection_limit', (SELECT rolconnlimit FROM pg_roles WHERE rolname = current_user),
   'settings', (SELECT jsonb_object_agg(name, setting) FROM pg_settings WHERE name = ANY (%(settings)s)),
   'can_notify', has_function_privilege('pg_catalog.pg_notify(text, text)', 'EXECUTE'),
@@ -81,12 +81,10 @@ SELECT jsonb_build_object(
           FROM aclexplode(relacl) LEFT JOIN pg_roles ON pg_roles.oid = grantee
          WHERE grantee <> relowner
       ),
-      'partitions', (
-        SELECT jsonb_agg(pg_get_partkeydef(c.oid)) FROM (SELECT) AS one WHERE relkind = 'p'
-      ),
+      'partition_key', CASE WHEN relkind = 'p' THEN pg_get_partkeydef(c.oid) END,
       'size', (
         SELECT sum(pg_relation_size(relid)) FROM (
-          SELECT c.oid AS relid UNION SELECT relid FROM pg_partition_tree(c.oid)
+          SELECT c.oid AS relid UNION SELECT relid::oid FROM pg_partition_tree(c.oid)
         ) AS members
       ),
       'statistics', (

@@ -300,8 +300,8 @@ def _tables(catalog: dict[str, Any], expected: ExpectedTables, names: dict[str, 
         yield from _privileges(key, table, catalog["role"])
         yield from _strangers(table)
     if complete:
-        kind = usable[STATUS]["partitions"]
-        form = f", partitioned by {kind[0]}" if kind else ", distributed by Citus" if catalog["citus"] else ""
+        key = usable[STATUS]["partition_key"]
+        form = f", partitioned by {key}" if key else ", distributed by Citus" if catalog["citus"] else ""
         yield Finding("tables", "ok", f"the tables are those of migration {max(expected.tables.values())}{form}")
     if (status := usable.get(STATUS)) is not None:
         yield from _vacuum(status)
