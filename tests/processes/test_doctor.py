@@ -15,7 +15,7 @@ import pytest
 from psycopg.conninfo import make_conninfo
 from support import pgbouncer, servers
 
-from aibind_postgres import PostgresConversationStore, PostgresStreamStore, schema
+from aibind_postgres import ChatHistory, PostgresConversationStore, PostgresStreamStore, schema
 from aibind_postgres.cli.doctor_findings import MINIMAL_GRANTS
 
 COMMAND = [sys.executable, "-W", "error", "-m", "aibind_postgres.cli", "doctor"]
@@ -127,6 +127,8 @@ def test_minimal_grants_suffice(database, role):
         store.fail_abandoned()
         store.cleanup()
         store.delete("a")
+        conversations.save("s", ChatHistory(), owner="ann")
+        assert conversations.load("s") is not None
         conversations.cleanup()
         conversations.delete_owner("ann", streams=store)
     assert "missing-privilege" not in findings(dsn)[1]
