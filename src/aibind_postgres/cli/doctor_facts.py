@@ -224,13 +224,13 @@ def _send_notification(receiver: psycopg.Connection, sender: psycopg.Connection)
         try:
             started = time.monotonic()
             sender.execute("SELECT pg_notify(%s, '')", [channel])
-            for _ in receiver.notifies(timeout=NOTIFICATION_TIMEOUT, stop_after=1):
-                return (time.monotonic() - started) * 1000, None
+            received = list(receiver.notifies(timeout=NOTIFICATION_TIMEOUT, stop_after=1))
+            ended = time.monotonic()
         finally:
             receiver.execute(f'UNLISTEN "{channel}"')  # a pooler may give the session to another client
     except psycopg.Error as failure:
         return None, type(failure).__name__
-    return None, None
+    return (ended - started) * 1000 if received else None, None
 
 
 def _count_streams(connection: psycopg.Connection, status: Table, catalog: dict[str, Any]) -> dict[str, int] | None:
