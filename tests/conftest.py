@@ -24,6 +24,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
         converter["convert"]()
 
 from support import citus, servers  # noqa: E402  # after the conversion
+from support.spare_tables import SpareTables  # noqa: E402  # after the conversion
 
 from aibind_postgres import schema  # noqa: E402  # after the conversion
 
@@ -113,31 +114,37 @@ def admin_connections(dsn: str) -> Iterator[list[psycopg.Connection]]:
         connection.close()
 
 
-@pytest.fixture
-def run_sql(dsn: str, admin_connections: list[psycopg.Connection]) -> Callable[[str], None]:
+@pytest.fixture(scope="session")
+def run_sql(dsn: str, admin_connections: list[psycopg.Connection]) -> Callable[..., psycopg.Cursor]:
     """Run SQL in the database of this test run."""
 
-    def run(sql: str) -> None:
+    def run(sql: str | psycopg.sql.Composable) -> psycopg.Cursor:
         try:
             admin_connections[-1].execute("SELECT")
         except (IndexError, psycopg.OperationalError):
             admin_connections.append(psycopg.connect(dsn, autocommit=True))
-        admin_connections[-1].execute(sql)
+        return admin_connections[-1].execute(sql)
 
     return run
 
 
+@pytest.fixture(scope="session")
+def spare_tables(run_sql: Callable[..., psycopg.Cursor]) -> SpareTables:
+    """The tables that later tests use again."""
+    return SpareTables(run_sql)
+
+
 @pytest.fixture
-def schema_name(run_sql: Callable[[str], None]) -> Iterator[str]:
+def schema_name(run_sql: Callable[..., psycopg.Cursor], spare_tables: SpareTables) -> Iterator[str]:
     """An empty schema for one test."""
     name = f"Test_{uuid.uuid4().hex[:12]}"
     run_sql(f'CREATE SCHEMA "{name}"')
     yield name
-    run_sql(f'DROP SCHEMA "{name}" CASCADE')
+    spare_tables.release(name)
 
 
 @pytest.fixture
-def create_tables(dsn: str, run_sql: Callable[[str], None], on_citus: bool) -> Callable[..., None]:
+def create_tables(dsn: str, spare_tables: SpareTables, on_citus: bool) -> Callable[..., None]:
     """Create tables with every migration applied, and with the partitions that the variable of this run wants."""
 
     def create(**names: psycopg.sql.Identifier) -> None:
@@ -146,7 +153,10 @@ def create_tables(dsn: str, run_sql: Callable[[str], None], on_citus: bool) -> C
         elif servers.PARTITIONS == "time":
             schema.migrate(dsn, **names, partitions="time")  # the SQL of `render` creates no partitions of days
         else:
-            run_sql(schema.render(**names, partitions=servers.PARTITIONS))
+            kind = tuple((argument, table._obj[1]) for argument, table in names.items())
+            spare_tables.create(
+                names["chunks_table"]._obj[0], kind, schema.render(**names, partitions=servers.PARTITIONS)
+            )
 
     return create
 

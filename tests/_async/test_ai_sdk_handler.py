@@ -96,6 +96,14 @@ class Page:
         assert response.status == 200, response.body
         return response
 
+    async def waiting_answer(self, question):
+        """Ask for an answer that waits. Return the response once the answer has a text."""
+        response = await self.post(user_message(question, "wait"))
+        async for chunk in self.streams.read_from(response.headers["X-Stream-Id"]):
+            if "wait:" in chunk.data:  # a producer that is stopped before its first text saves no answer
+                break
+        return response
+
     async def turn(self, *messages, **fields):
         """Send messages, read the whole answer and wait until it is stored. Return its chunks."""
         chunks = await read(await self.post(*messages, **fields))
@@ -423,7 +431,7 @@ async def test_nothing_to_replay(page):
 
 
 async def test_stop(page):
-    first = await page.post(user_message("q", "wait"))
+    first = await page.waiting_answer("q")
     id = first.headers["X-Stream-Id"]
     second = await page.request("GET", "/c/stream")
     success = (200, b'{"success": true}')
@@ -774,10 +782,7 @@ async def test_simultaneous_questions(page, is_new):
 
 async def test_question_beside_a_stop(page, monkeypatch):
     """A page sends stop and the next question at once. The question then follows the answer that was stopped."""
-    response = await page.post(user_message("q1", "wait"))
-    async for chunk in page.streams.read_from(response.headers["X-Stream-Id"]):
-        if "wait:" in chunk.data:  # a producer that is stopped before its first text saves no answer
-            break
+    await page.waiting_answer("q1")
     load = page.handler._turns.load
     stopped = []
 

@@ -143,19 +143,21 @@ async def test_repeated_migration_while_writing(dsn, tables, schema_name, store)
 
 @pytest.mark.parametrize("details", [{}, {"session_id": "a", "owner": "b", "ttl": 60, "lease": 0.01}], ids=str)
 async def test_appends_are_heap_only_updates(dsn, tables, details):
-    async with AsyncConnectionPool(dsn, min_size=1, max_size=1, open=False) as pool:
-        async with AsyncPostgresStreamStore(pool, **tables) as store:
-            id = await store.create(**details)
-            for number in range(2000):
-                await store.append(id, str(number))
     table = tables["status_table"].as_string(None)
+    statement = """
+        SELECT sum(n_tup_upd)::integer, sum(n_tup_hot_upd)::integer FROM pg_stat_user_tables
+         WHERE relid = %(table)s::regclass OR relid IN (SELECT relid FROM pg_partition_tree(%(table)s))"""
     async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as admin:
-        statement = """
-            SELECT sum(n_tup_upd)::integer, sum(n_tup_hot_upd)::integer FROM pg_stat_user_tables
-             WHERE relid = %(table)s::regclass OR relid IN (SELECT relid FROM pg_partition_tree(%(table)s))"""
+        before = await (await admin.execute(statement, {"table": table})).fetchone()  # of tests with the same table
+        async with AsyncConnectionPool(dsn, min_size=1, max_size=1, open=False) as pool:
+            async with AsyncPostgresStreamStore(pool, **tables) as store:
+                id = await store.create(**details)
+                for number in range(2000):
+                    await store.append(id, str(number))
         updates = 0
         while updates < 2000:  # a session reports its statistics with a delay
-            updates, hot = await (await admin.execute(statement, {"table": table})).fetchone()
+            after = await (await admin.execute(statement, {"table": table})).fetchone()
+            updates, hot = after[0] - before[0], after[1] - before[1]
             await async_sleep(0.01)
-    assert updates == 2000
+    assert 2000 <= updates < 2100  # others have reported late, if at all
     assert hot >= 0.95 * updates

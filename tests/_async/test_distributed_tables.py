@@ -148,13 +148,12 @@ async def test_leases_are_renewed_one_by_one(client, tables, run, monkeypatch):
     monkeypatch.setattr(leasing, "RENEWALS", 300)
     async with AsyncPostgresStreamStore(client, **tables) as store:
         streams = [await store.create() for _ in range(3)]
-        for id in streams:
-            await store.writer(id).__aenter__()
-        await run("UPDATE {status} SET lease_until = 1")
-        while (await run("SELECT min(lease_until) FROM {status}"))[0][0] == 1:
-            await async_sleep(0.01)
-        assert client.refused == 1
-    assert (await run("SELECT count(*) FROM {status} WHERE lease_until > 1"))[0][0] == 3
+        one, two, three = map(store.writer, streams)
+        async with one, two, three:
+            await run("UPDATE {status} SET lease_until = 1")
+            while (await run("SELECT min(lease_until) FROM {status}"))[0][0] == 1:
+                await async_sleep(0.01)
+            assert client.refused == 1
 
 
 async def test_expired_leases_end_the_streams(store, client, run, monkeypatch):

@@ -206,7 +206,7 @@ async def test_reader_of_a_live_stream_needs_one_statement(store, copies):
     copies.clear()
     assert [tuple(chunk) async for chunk in store.read_from(id, follow=False)] == list(enumerate(TEXTS[:10], 1))
     assert [tuple(chunk)[:2] async for chunk in store.read_with_times(id)] == list(enumerate(TEXTS[:10], 1))
-    assert len(copies.primary.statements) == 2
+    assert copies.primary.answers(id) == 2  # the notification of the append may come late
     assert copies.replica.statements == []
 
 
