@@ -19,6 +19,7 @@ from psycopg.sql import Identifier
 from ._async.psycopg_clients import AsyncClientLike
 from ._async.psycopg_clients import as_client as as_async_client
 from ._partitions import PARTITIONS_DIFFER, PartitionsLike, check_partitions, fill_names, is_partitioned, unused_tag
+from ._sql_commands import split_commands
 from ._sqlstate import server_reason, sqlstate
 from ._sync.psycopg_clients import ClientLike, as_client
 from ._tables import (
@@ -105,6 +106,41 @@ def render(
     """
     tables = parse_distinct(chunks_table, status_table, conversations_table)
     return _render(tables, _files(notify_trigger, citus, partitions), partitions)
+
+
+def statements(
+    *,
+    chunks_table: str | Identifier = CHUNKS_TABLE,
+    status_table: str | Identifier = STATUS_TABLE,
+    conversations_table: str | Identifier = CONVERSATIONS_TABLE,
+    notify_trigger: bool = False,
+    partitions: int | Literal["time"] | None = None,
+    citus: bool = False,
+) -> list[str]:
+    """Return the SQL of `render` as single commands, for drivers that accept only one at a time, such as asyncpg.
+
+    Args:
+        chunks_table: As for `render`.
+        status_table: As for `render`.
+        conversations_table: As for `render`.
+        notify_trigger: As for `render`.
+        partitions: As for `render`.
+        citus: As for `render`.
+
+    Returns:
+        The commands in their order, without semicolons. Run all of them in one transaction.
+
+    Raises:
+        ValueError: As for `render`.
+        TypeError: As for `render`.
+        FileNotFoundError: As for `render`.
+
+    Example:
+        >>> for statement in statements():  # in an Alembic migration
+        ...     op.execute(statement)  # doctest: +SKIP
+    """
+    tables = parse_distinct(chunks_table, status_table, conversations_table)
+    return split_commands(_render(tables, _files(notify_trigger, citus, partitions), partitions))
 
 
 def migrate(

@@ -153,6 +153,17 @@ def test_migrate_applies_the_rendered_sql(admin, empty_database, names):
     assert (columns(admin), objects(admin)) == applied
 
 
+@pytest.mark.parametrize("partitions", [None, 2, "time"])
+@pytest.mark.parametrize("names", NAMES.values(), ids=NAMES)
+def test_single_statements_do_the_same_as_the_rendered_sql(admin, empty_database, names, partitions):
+    admin.execute(schema.render(**names, notify_trigger=True, partitions=partitions).encode())
+    applied = columns(admin), objects(admin)
+    admin.execute("DROP SCHEMA my CASCADE; DROP SCHEMA public CASCADE; CREATE SCHEMA my; CREATE SCHEMA public")
+    for statement in schema.statements(**names, notify_trigger=True, partitions=partitions):
+        admin.execute(statement.encode(), prepare=True)  # a prepared statement is one command
+    assert (columns(admin), objects(admin)) == applied
+
+
 def test_concurrent_migrations(admin, empty_database):
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda _: schema.migrate(empty_database, notify_trigger=True), range(8)))

@@ -190,6 +190,7 @@ def models(status: StreamStatus, info: StreamInfo) -> None:
     assert_type(info.expires_at, datetime)
     assert_type(info.created_at, datetime | None)
     assert_type(schema.render(chunks_table=Identifier("a", "b")), str)
+    assert_type(schema.statements(chunks_table=Identifier("a", "b")), list[str])
     with embedded.server("folder", version=16) as dsn:
         assert_type(dsn, str)
     try:

@@ -40,6 +40,7 @@ LAYERS = [
         "_poll_pace",
         "_replica",
         "_sql",
+        "_sql_commands",
         "_stream_list",
         "_stream_tail",
         "_time_partition_sql",
