@@ -20,7 +20,7 @@ from aibind_postgres import AsyncPostgresStreamStore, StreamNotFoundError
 
 CHATS = 200
 READERS = 2  # readers of each chat
-MAX_REMAINING_OBJECTS = 12  # objects of the package that may be left in addition to those of a new store
+MAX_REMAINING_OBJECTS = 15  # objects of the package that may be left in addition to those of a new store
 MAX_GROWTH = 16 * 2**20  # bytes of memory between the first quarter and the end
 
 pytestmark = pytest.mark.timeout(900)
