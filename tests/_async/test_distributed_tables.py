@@ -141,7 +141,7 @@ async def test_followed_streams_are_read_one_by_one(store, client):
 
     results = await async_gather(*[partial(follow, id) for id in streams], *[partial(write, id) for id in streams])
     assert results[:8] == [["a", "b", "c"]] * 8
-    assert client.refused <= appending.LANES + 1  # appends and one read may be tried at the same time
+    assert client.refused < len(streams)  # calls that were sent before the first refusal, of 8 reads and 24 appends
 
 
 async def test_leases_are_renewed_one_by_one(client, tables, run, monkeypatch):
