@@ -139,8 +139,15 @@ def statements(
         >>> for statement in statements():  # in an Alembic migration
         ...     op.execute(statement)  # doctest: +SKIP
     """
-    tables = parse_distinct(chunks_table, status_table, conversations_table)
-    return split_commands(_render(tables, _files(notify_trigger, citus, partitions), partitions))
+    sql = render(
+        chunks_table=chunks_table,
+        status_table=status_table,
+        conversations_table=conversations_table,
+        notify_trigger=notify_trigger,
+        partitions=partitions,
+        citus=citus,
+    )
+    return split_commands(sql)
 
 
 def migrate(

@@ -6,13 +6,13 @@ from functools import partial
 
 import psycopg
 import pytest
-from _async.sources import HookedClient
+from _async.sources import HookedClient, is_append
 from psycopg_pool import AsyncConnectionPool
 from support.citus import activity
-from support.concurrency import AsyncBackground, async_gather, async_sleep
+from support.concurrency import AsyncBackground, async_gather, async_sleep, async_until
 
 from aibind_postgres import AsyncPostgresConversationStore, AsyncPostgresStreamStore, ChatHistory, _leases
-from aibind_postgres._async import appending, deleting, leasing
+from aibind_postgres._async import appending, combining, deleting, leasing
 from aibind_postgres._conversation_sql import ConversationStatements
 from aibind_postgres._distributed import DISTRIBUTED
 from aibind_postgres._sql import COLUMNS, StreamStatements
@@ -141,7 +141,38 @@ async def test_followed_streams_are_read_one_by_one(store, client):
 
     results = await async_gather(*[partial(follow, id) for id in streams], *[partial(write, id) for id in streams])
     assert results[:8] == [["a", "b", "c"]] * 8
-    assert client.refused < len(streams)  # calls that were sent before the first refusal, of 8 reads and 24 appends
+    assert client.refused <= appending.LANES + 1  # appends and one read may be tried at the same time
+
+
+async def test_appends_that_queue_during_a_refusal_are_not_refused(store, client, queued, monkeypatch):
+    monkeypatch.setattr(combining, "TAKEOVER_TIMEOUT", 60)
+    id = await store.create()
+    await store.append(id, "first")  # looks up the columns
+    sent, answered = [], []
+
+    async def answer(sql, params):
+        if not is_append(sql):
+            return
+        number = len(sent)
+        sent.append(sql)
+        while len(answered) <= number:
+            await async_sleep(0.01)
+        await client.refuse(sql, params)
+
+    client.hook = answer
+    append = partial(store.append, id, "x")
+    async with AsyncBackground(append) as alone:
+        await async_until(lambda: len(sent) == 1)
+        async with AsyncBackground(partial(async_gather, append, append)) as refused:
+            await async_until(lambda: len(queued) == 2)
+            answered.append(1)
+            await async_until(lambda: len(sent) == 2)
+            async with AsyncBackground(partial(async_gather, append, append)) as late:
+                await async_until(lambda: len(queued) == 4)
+                answered.extend([1] * 100)
+                lasts = [await alone.result(), *await refused.result(), *await late.result()]
+    assert sorted(lasts) == [2, 3, 4, 5, 6]
+    assert client.refused == 1
 
 
 async def test_leases_are_renewed_one_by_one(client, tables, run, monkeypatch):

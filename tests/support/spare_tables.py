@@ -44,7 +44,7 @@ class SpareTables:
         run: Runs SQL and returns a cursor.
     """
 
-    def __init__(self, run: Callable[[sql.Composable], psycopg.Cursor[Any]]) -> None:
+    def __init__(self, run: Callable[[Any], psycopg.Cursor[Any]]) -> None:
         self._run = run
         # Schemas with their definitions, by the kind of their tables; renaming does not change a definition.
         self._spare: defaultdict[Hashable, list[tuple[str, str]]] = defaultdict(list)
@@ -58,11 +58,16 @@ class SpareTables:
             kind: Equal for tables that differ in nothing but their schema.
             definition: The SQL that creates the tables.
         """
-        if self._spare[kind] and self._remove_empty(schema):
+        if not self._remove_empty(schema):  # its other objects belong to this test only
+            self._run(definition)
+            self._used.pop(schema, None)
+            return
+        if self._spare[kind]:
             spare, found = self._spare[kind].pop()
             self._run(sql.SQL("ALTER SCHEMA {} RENAME TO {}").format(*map(sql.Identifier, (spare, schema))))
         else:
-            self._run(sql.SQL(definition))  # type: ignore[arg-type]
+            self._run(sql.SQL("CREATE SCHEMA {}").format(sql.Identifier(schema)))
+            self._run(definition)
             found = self._definition(schema)
         self._used[schema] = (kind, found)
 

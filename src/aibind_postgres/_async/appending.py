@@ -142,6 +142,8 @@ class AsyncAppender:
 
     async def _append_batch(self, appends: Sequence[Append]) -> Sequence[int | None]:
         """Return the last sequence number of each append, or None for a skipped one."""
+        if self._database.is_distributed:  # since these calls have queued
+            return [None] * len(appends)
         # The texts of one stream are appended together, so only the first append can have an `expected_seq`.
         groups: dict[str, list[int]] = {}
         for index, (stream_id, _, expected_seq) in enumerate(appends):

@@ -20,7 +20,7 @@ from aibind_postgres import AsyncPostgresStreamStore, StreamNotFoundError
 
 CHATS = 200
 READERS = 2  # readers of each chat
-MAX_REMAINING_OBJECTS = 15  # objects of the package that may be left in addition to those of a new store
+MAX_REMAINING_OBJECTS = 12  # objects of the package that may be left in addition to those of a new store
 MAX_GROWTH = 16 * 2**20  # bytes of memory between the first quarter and the end
 
 pytestmark = pytest.mark.timeout(900)
@@ -54,6 +54,7 @@ async def test_chats_and_a_restart_leave_nothing_behind(disposable_server, long)
     store = AsyncPostgresStreamStore(
         make_conninfo(disposable_server.dsn, application_name="soak"), ttl=10, retry_for=60
     )
+    await store.get_info("missing")  # the store keeps the columns of its tables
     before = package_objects()  # smaller leaks than the noise of the resident memory show here
     rng = Random(7)
     pauses = [rng.uniform(0.05, 0.2) for _ in range(CHATS)]
