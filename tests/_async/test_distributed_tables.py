@@ -13,6 +13,7 @@ from support.concurrency import AsyncBackground, async_gather, async_sleep, asyn
 
 from aibind_postgres import AsyncPostgresConversationStore, AsyncPostgresStreamStore, ChatHistory, _leases
 from aibind_postgres._async import appending, combining, deleting, leasing
+from aibind_postgres._async.reading import SharedRead
 from aibind_postgres._conversation_sql import ConversationStatements
 from aibind_postgres._distributed import DISTRIBUTED
 from aibind_postgres._sql import COLUMNS, StreamStatements
@@ -173,6 +174,14 @@ async def test_appends_that_queue_during_a_refusal_are_not_refused(store, client
                 lasts = [await alone.result(), *await refused.result(), *await late.result()]
     assert sorted(lasts) == [2, 3, 4, 5, 6]
     assert client.refused == 1
+
+
+async def test_reads_that_queue_during_a_refusal_are_not_refused(store, client):
+    id = await store.create()
+    await store.append(id, "x")
+    store._database.is_distributed = True  # as the refusal of another batch sets it
+    assert await store._pages._run_batch([SharedRead(id, 0, 10)] * 2) == [[], []]
+    assert client.refused == 0
 
 
 async def test_leases_are_renewed_one_by_one(client, tables, run, monkeypatch):

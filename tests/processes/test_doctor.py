@@ -16,7 +16,7 @@ from psycopg.conninfo import make_conninfo
 from support import pgbouncer, servers
 
 from aibind_postgres import ChatHistory, PostgresConversationStore, PostgresStreamStore, schema
-from aibind_postgres.cli.doctor_findings import MINIMAL_GRANTS
+from aibind_postgres.cli.doctor_table_findings import MINIMAL_GRANTS
 
 COMMAND = [sys.executable, "-W", "error", "-m", "aibind_postgres.cli", "doctor"]
 

@@ -8,7 +8,8 @@ import pytest
 
 from aibind_postgres._tables import Table
 from aibind_postgres.cli.doctor_facts import Facts, Path
-from aibind_postgres.cli.doctor_findings import MINIMAL_GRANTS, Finding, diagnose, exit_code
+from aibind_postgres.cli.doctor_findings import Finding, exit_code, server_findings
+from aibind_postgres.cli.doctor_table_findings import MINIMAL_GRANTS, table_findings
 from aibind_postgres.cli.expected_tables import parse_migrations, read_migrations
 
 TABLES = {name: Table(None, name) for name in MINIMAL_GRANTS}
@@ -60,7 +61,7 @@ def facts(path=(), **changes):
 
 
 def problems(given: Facts) -> dict[str, Finding]:
-    found = diagnose(given, read_migrations(), TABLES)
+    found = [*server_findings(given), *table_findings(given.catalog, read_migrations(), TABLES)]
     return {finding.name: finding for finding in found if finding.level != "ok"}
 
 

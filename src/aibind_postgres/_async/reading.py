@@ -243,6 +243,8 @@ class AsyncPageReader:
         settings of its session, a reader may see a stream that the statement does not find. A chunk may be too large
         for the batch, or archived.
         """
+        if self._database.is_distributed:  # since these reads have queued
+            return [[] for _ in reads]
         items = [
             {"index": index, "id": read.stream_id, "after": read.after, "limit": read.limit}
             for index, read in enumerate(reads)

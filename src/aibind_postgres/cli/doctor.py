@@ -6,7 +6,8 @@ import json
 
 from .._tables import CHUNKS_TABLE, CONVERSATIONS_TABLE, STATUS_TABLE, parse_distinct
 from .doctor_facts import gather
-from .doctor_findings import WILL_NOT_WORK, Finding, diagnose, exit_code
+from .doctor_findings import WILL_NOT_WORK, Finding, exit_code, server_findings
+from .doctor_table_findings import table_findings
 from .expected_tables import read_migrations
 
 __all__ = ["WILL_NOT_WORK", "run"]
@@ -24,7 +25,7 @@ def run(dsn: str, chunks_table: str, status_table: str, conversations_table: str
         CONVERSATIONS_TABLE: conversations,
     }
     facts = gather(dsn, tables)
-    findings = diagnose(facts, read_migrations(), tables)
+    findings = [*server_findings(facts), *table_findings(facts.catalog, read_migrations(), tables)]
     code = exit_code(findings)
     if as_json:
         target = {"host": facts.host, "port": facts.port, "database": facts.catalog["database"]}

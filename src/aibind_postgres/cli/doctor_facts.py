@@ -13,7 +13,8 @@ from psycopg import pq
 from psycopg.types.json import Jsonb
 
 from .._conninfo import with_defaults
-from .._tables import Table
+from .._housekeeping import MARKER
+from .._tables import STATUS_TABLE, Table, literal
 
 NOTIFICATION_TIMEOUT = 2.0  # seconds
 STATEMENT_TIMEOUT = 10_000  # milliseconds; for the statements on the rows of the streams
@@ -30,7 +31,6 @@ SETTINGS = [
     "full_page_writes",
     "synchronous_commit",
     "default_transaction_isolation",
-    "default_transaction_read_only",
     "server_encoding",
     "track_counts",
     "autovacuum",
@@ -57,7 +57,6 @@ SELECT jsonb_build_object(
       'name', relname,
       'is_visible', wanted.schema IS NOT NULL OR pg_table_is_visible(c.oid),
       'has_usage', has_schema_privilege(n.oid, 'USAGE'),
-      'kind', relkind,
       'row_security', relrowsecurity,
       'bypasses_row_security', NOT row_security_active(c.oid),
       'policies', (SELECT count(*) FROM pg_policy WHERE polrelid = c.oid),
@@ -70,7 +69,6 @@ SELECT jsonb_build_object(
           FROM pg_index JOIN pg_class AS i ON i.oid = indexrelid WHERE indrelid = c.oid
       ),
       'has_primary_key', EXISTS (SELECT FROM pg_index WHERE indrelid = c.oid AND indisprimary),
-      'triggers', (SELECT coalesce(jsonb_agg(tgname), '[]') FROM pg_trigger WHERE tgrelid = c.oid AND NOT tgisinternal),
       'privileges', (
         SELECT coalesce(jsonb_agg(privilege), '[]')
           FROM unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) AS privilege
@@ -100,7 +98,6 @@ SELECT jsonb_build_object(
       JOIN pg_namespace AS n ON n.oid = relnamespace AND nspname = coalesce(wanted.schema, nspname)
      WHERE nspname NOT LIKE 'pg\\_%%'
   ),
-  'functions', (SELECT coalesce(jsonb_agg(proname), '[]') FROM pg_proc WHERE proname = ANY (%(functions)s)),
   'citus', to_regclass('pg_catalog.pg_dist_partition') IS NOT NULL
 )
 """
@@ -175,17 +172,14 @@ def gather(dsn: str, tables: dict[str, Table]) -> Facts:
             stack.enter_context(psycopg.connect(complete, autocommit=True, prepare_threshold=None)) for _ in range(2)
         )
         wanted = [{"key": key, "schema": table.schema, "name": table.name} for key, table in tables.items()]
-        functions = [tables["aibind_stream_status"].derive(suffix) for suffix in ("_append", "_notify")]
-        row = first.execute(
-            CATALOG, {"settings": SETTINGS, "tables": Jsonb(wanted), "functions": functions}, prepare=False
-        ).fetchone()
+        row = first.execute(CATALOG, {"settings": SETTINGS, "tables": Jsonb(wanted)}).fetchone()
         assert row is not None
         return Facts(
             host=first.info.host or "localhost",
             port=first.info.port,
             path=_examine_path(first, second),
             catalog=row[0],
-            streams=_count_streams(first, tables["aibind_stream_status"], row[0]),
+            streams=_count_streams(first, tables[STATUS_TABLE], row[0]),
             psycopg=psycopg.__version__,
             psycopg_pool=psycopg_pool.__version__,
             libpq=pq.version(),
@@ -234,7 +228,7 @@ def _send_notification(receiver: psycopg.Connection, sender: psycopg.Connection)
 
 
 def _count_streams(connection: psycopg.Connection, status: Table, catalog: dict[str, Any]) -> dict[str, int] | None:
-    found = next((t for t in catalog["tables"] if t["key"] == "aibind_stream_status" and t["is_visible"]), None)
+    found = next((t for t in catalog["tables"] if t["key"] == STATUS_TABLE and t["is_visible"]), None)
     if found is None or not found["has_usage"] or "SELECT" not in found["privileges"]:
         return None
     has_leases = "lease_until" in (found["columns"] or {})
@@ -242,7 +236,7 @@ def _count_streams(connection: psycopg.Connection, status: Table, catalog: dict[
     text = STREAMS.format(
         status=status.quoted,
         abandoned=f"coalesce(lease_until <= now - 600000, {old})" if has_leases else old,
-        marker="'aibind_postgres.housekeeping'",
+        marker=literal(MARKER),
         limit=MAX_COUNTED,
     )
     try:
