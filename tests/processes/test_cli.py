@@ -431,9 +431,24 @@ def test_embedded_server_is_the_default(folder: Path) -> None:
 
 def test_unusable_embedded_server(folder: Path) -> None:
     (folder / "aibind-postgres").write_text("a file")
-    done = run("status", "x", XDG_DATA_HOME=str(folder))
-    assert done.returncode == 1
-    assert b"the embedded PostgreSQL cannot be used" in done.stderr
+    for command in (["tail", "x"], ["status", "x", "--embedded"]):
+        done = run(*command, XDG_DATA_HOME=str(folder))
+        assert done.returncode == 1
+        assert b"the embedded PostgreSQL cannot be used" in done.stderr
+
+
+def test_operators_commands_have_no_default_database(folder: Path, dsn: str) -> None:
+    commands = [["status", "x"], ["migrate"], ["doctor"]]
+    for done in in_parallel(commands)(HOME=str(folder)):
+        assert (done.returncode, done.stdout) == (2, b"")
+        assert b"no database: give --dsn or --embedded, or set DATABASE_URL" in done.stderr
+    assert list(folder.iterdir()) == []
+    for done in in_parallel([[*command, "--embedded", "--dsn", dsn] for command in commands])():
+        assert done.returncode == 2
+        assert b"not both" in done.stderr
+    done = run("migrate", "--embedded", HOME=str(folder))
+    assert (done.returncode, b"are up to date" in done.stdout) == (0, True), done.stderr
+    assert run("status", "x", "--embedded", HOME=str(folder)).returncode == 3
 
 
 @pytest.mark.parametrize(
@@ -441,7 +456,7 @@ def test_unusable_embedded_server(folder: Path) -> None:
 )
 def test_missing_extra(module: str, extra: str) -> None:
     script = f"import sys; sys.modules[{module!r}] = None; from aibind_postgres.cli import main; main()"
-    command = [sys.executable, "-c", script, "status", "x"]
+    command = [sys.executable, "-c", script, "tail", "x"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment(None))
     assert done.returncode == 2
     assert f"pip install 'aibind-postgres[{extra}]'" in done.stderr

@@ -116,6 +116,16 @@ def test_bigint_numbers_are_accepted():
     assert problems(given) == {}
 
 
+def test_remedies_quote_names():
+    given = facts(role='a"b', tables=[])
+    names = {**TABLES, "aibind_stream_chunks": Table("my schema", "it's")}
+    found = [finding.remedy for finding in table_findings(given.catalog, read_migrations(), names)]
+    assert """aibind-postgres migrate --chunks-table 'my schema.it'"'"'s'""" in found
+    table = facts().catalog["tables"][0] | {"row_security": True, "bypasses_row_security": False}
+    found = problems(facts(role='a"b', tables=[table]))
+    assert ' TO "a""b" ' in found["row-security"].remedy
+
+
 def test_exit_codes():
     levels = [Finding("a", "ok", ""), Finding("b", "warning", ""), Finding("c", "error", "")]
     assert [exit_code(levels[:count]) for count in range(4)] == [0, 0, 1, 2]

@@ -8,7 +8,7 @@ import logging
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from enum import Enum
 from importlib.metadata import version
 from types import FrameType
@@ -24,7 +24,7 @@ from . import demo as demonstration
 from . import doctor as diagnosis
 from . import reading, writing
 from . import web_demo as web_demonstration
-from .target import FAILED, Target, database, demo_database, report_errors
+from .target import FAILED, Target, chosen_database, database, demo_database, report_errors
 
 Id = Annotated[str, typer.Argument(metavar="ID", help="The stream's id.", show_default=False)]
 Dsn = Annotated[
@@ -51,6 +51,11 @@ StatusTable = Annotated[str, typer.Option("--status-table", metavar="NAME", help
 ConversationsTable = Annotated[
     str, typer.Option("--conversations-table", metavar="NAME", help="Table of the conversations.")
 ]
+RequiredDsn = Annotated[
+    str | None,
+    typer.Option("--dsn", metavar="URL", help="Connection string. Default: $DATABASE_URL.", show_default=False),
+]
+Embedded = Annotated[bool, typer.Option("--embedded", help="Use an embedded PostgreSQL in the user's data folder.")]
 NotifyTrigger = Annotated[
     bool,
     typer.Option(
@@ -210,7 +215,8 @@ def print_schema(
 
 @app.command()
 def migrate(
-    dsn: Dsn = None,
+    dsn: RequiredDsn = None,
+    embedded: Embedded = False,
     chunks_table: ChunksTable = CHUNKS_TABLE,
     status_table: StatusTable = STATUS_TABLE,
     conversations_table: ConversationsTable = CONVERSATIONS_TABLE,
@@ -219,7 +225,7 @@ def migrate(
     citus: Citus = False,
 ) -> None:
     """Create or upgrade the tables. Does nothing if they are up to date."""
-    with database(Target(dsn, chunks_table, status_table)) as url:
+    with chosen_database(Target(dsn, chunks_table, status_table), use_embedded=embedded) as url:
         schema.migrate(
             url,
             chunks_table=chunks_table,
@@ -296,18 +302,21 @@ def replay(
 @app.command()
 def status(
     id: Id,
-    dsn: Dsn = None,
+    dsn: RequiredDsn = None,
+    embedded: Embedded = False,
     chunks_table: ChunksTable = CHUNKS_TABLE,
     status_table: StatusTable = STATUS_TABLE,
 ) -> None:
     """Print the state of a stream. The exit code is 1 if it was stopped or ended in an error."""
-    with _open_store(Target(dsn, chunks_table, status_table)) as store:
+    target = Target(dsn, chunks_table, status_table)
+    with _open_store(target, chosen_database(target, use_embedded=embedded)) as store:
         raise typer.Exit(reading.status(store, id))
 
 
 @app.command()
 def doctor(
-    dsn: Dsn = None,
+    dsn: RequiredDsn = None,
+    embedded: Embedded = False,
     chunks_table: ChunksTable = CHUNKS_TABLE,
     status_table: StatusTable = STATUS_TABLE,
     conversations_table: ConversationsTable = CONVERSATIONS_TABLE,
@@ -319,7 +328,7 @@ def doctor(
     and 2 if the library will not work.
     """
     try:
-        with database(Target(dsn, chunks_table, status_table)) as url:
+        with chosen_database(Target(dsn, chunks_table, status_table), use_embedded=embedded) as url:
             code = diagnosis.run(url, chunks_table, status_table, conversations_table, as_json)
     except typer.Exit as reported:  # such as an unreachable server
         raise typer.Exit(diagnosis.WILL_NOT_WORK if reported.exit_code == FAILED else reported.exit_code) from None
@@ -333,9 +342,9 @@ def _output_format(raw: bool, events: bool) -> reading.OutputFormat:
 
 
 @contextmanager
-def _open_store(target: Target) -> Iterator[PostgresStreamStore]:
+def _open_store(target: Target, chosen: AbstractContextManager[str] | None = None) -> Iterator[PostgresStreamStore]:
     with (
-        database(target) as url,
+        chosen or database(target) as url,
         PostgresStreamStore(url, chunks_table=target.chunks_table, status_table=target.status_table) as store,
     ):
         yield store

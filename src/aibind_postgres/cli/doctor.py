@@ -7,7 +7,7 @@ import json
 from .._tables import CHUNKS_TABLE, CONVERSATIONS_TABLE, STATUS_TABLE, parse_distinct
 from .doctor_facts import gather
 from .doctor_findings import WILL_NOT_WORK, Finding, exit_code, server_findings
-from .doctor_table_findings import table_findings
+from .doctor_table_findings import ARCHIVE_TABLE, table_findings
 from .expected_tables import read_migrations
 
 __all__ = ["WILL_NOT_WORK", "run"]
@@ -21,7 +21,7 @@ def run(dsn: str, chunks_table: str, status_table: str, conversations_table: str
     tables = {
         STATUS_TABLE: status,
         CHUNKS_TABLE: chunks,
-        f"{CHUNKS_TABLE}_archive": chunks.archive,
+        ARCHIVE_TABLE: chunks.archive,
         CONVERSATIONS_TABLE: conversations,
     }
     facts = gather(dsn, tables)

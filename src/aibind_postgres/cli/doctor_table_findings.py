@@ -6,19 +6,18 @@ from collections.abc import Iterator
 from shlex import quote as quote_for_shell
 from typing import Any
 
-from .._tables import Table, quote
+from .._tables import CHUNKS_TABLE, CONVERSATIONS_TABLE, STATUS_TABLE, Table, quote
 from .doctor_findings import Finding, Level
 from .expected_tables import ExpectedTables
 
-STATUS, CHUNKS = "aibind_stream_status", "aibind_stream_chunks"
-ARCHIVE, CONVERSATIONS = "aibind_stream_chunks_archive", "aibind_conversations"
+ARCHIVE_TABLE = f"{CHUNKS_TABLE}_archive"
 
 # The privileges with which all methods of the stores work, except partitions by time, which need the owner.
 MINIMAL_GRANTS = {
-    STATUS: ["SELECT", "INSERT", "UPDATE", "DELETE"],
-    CHUNKS: ["SELECT", "INSERT", "DELETE"],
-    ARCHIVE: ["SELECT", "INSERT", "DELETE"],
-    CONVERSATIONS: ["SELECT", "INSERT", "UPDATE", "DELETE"],
+    STATUS_TABLE: ["SELECT", "INSERT", "UPDATE", "DELETE"],
+    CHUNKS_TABLE: ["SELECT", "INSERT", "DELETE"],
+    ARCHIVE_TABLE: ["SELECT", "INSERT", "DELETE"],
+    CONVERSATIONS_TABLE: ["SELECT", "INSERT", "UPDATE", "DELETE"],
 }
 STRANGERS = ("PUBLIC", "anon", "authenticated")  # roles that anyone may have; the last two are Supabase's
 MIN_BLOATED_SIZE = 50_000_000  # bytes; the table of streams is small, unless its dead rows are not removed
@@ -57,15 +56,19 @@ def table_findings(catalog: dict[str, Any], expected: ExpectedTables, names: dic
         yield from _privileges(key, table, catalog["role"])
         yield from _strangers(table)
     if complete:
-        key = usable[STATUS]["partition_key"]
+        key = usable[STATUS_TABLE]["partition_key"]
         form = f", partitioned by {key}" if key else ", distributed by Citus" if catalog["citus"] else ""
         yield Finding("tables", "ok", f"the tables are those of migration {max(expected.tables.values())}{form}")
-    if (status := usable.get(STATUS)) is not None:
+    if (status := usable.get(STATUS_TABLE)) is not None:
         yield from _vacuum(status)
 
 
 def _table_options(names: dict[str, Table]) -> str:
-    options = {CHUNKS: "--chunks-table", STATUS: "--status-table", CONVERSATIONS: "--conversations-table"}
+    options = {
+        CHUNKS_TABLE: "--chunks-table",
+        STATUS_TABLE: "--status-table",
+        CONVERSATIONS_TABLE: "--conversations-table",
+    }
     given = [(options[key], table) for key, table in names.items() if key in options and table != Table(None, key)]
     return "".join(f" {option} {quote_for_shell('.'.join(filter(None, table)))}" for option, table in given)
 
@@ -146,7 +149,7 @@ def _privileges(key: str, table: dict[str, Any], role: str) -> Iterator[Finding]
     if missing:
         yield Finding(
             "missing-privilege",
-            "warning" if key == ARCHIVE else "error",
+            "warning" if key == ARCHIVE_TABLE else "error",
             f"the role {role} has no privilege {', '.join(missing)} on {qualified}",
             f"GRANT {', '.join(missing)} ON {qualified} TO {quote(role)};",
         )

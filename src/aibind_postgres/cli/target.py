@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -72,8 +72,26 @@ def database(target: Target) -> Iterator[str]:
         elif dsn := os.environ.get("DATABASE_URL"):
             yield _check_dsn(dsn, "DATABASE_URL")
         else:
-            with _embedded_server(target, ("--dsn", "DATABASE_URL"), _data_folder("postgresql")) as dsn:
+            with _embedded_server(target, "no --dsn and no DATABASE_URL", _data_folder("postgresql")) as dsn:
                 yield dsn
+
+
+@contextmanager
+def chosen_database(target: Target, *, use_embedded: bool) -> Iterator[str]:
+    """Yield the connection string of --dsn, of DATABASE_URL, or of the embedded server if `use_embedded` is true.
+
+    Exit if none is chosen: the findings about an empty server of its own would mislead.
+    """
+    if target.dsn and use_embedded:
+        exit_with(USAGE, "give --dsn or --embedded, not both")
+    if not (target.dsn or use_embedded or os.environ.get("DATABASE_URL")):
+        exit_with(USAGE, "no database: give --dsn or --embedded, or set DATABASE_URL")
+    if not use_embedded:
+        with database(target) as dsn:
+            yield dsn
+    else:
+        with report_errors(), _embedded_server(target, "--embedded", _data_folder("postgresql")) as dsn:
+            yield dsn
 
 
 @contextmanager
@@ -87,21 +105,20 @@ def demo_database(target: Target, *, keep: bool) -> Iterator[str]:
         if target.dsn:
             yield _check_dsn(target.dsn, "--dsn")
         else:
-            with _embedded_server(target, ("--dsn",), _data_folder("demo") if keep else None) as dsn:
+            with _embedded_server(target, "no --dsn", _data_folder("demo") if keep else None) as dsn:
                 yield dsn
 
 
 @contextmanager
-def _embedded_server(target: Target, sources: Sequence[str], folder: Path | None) -> Iterator[str]:
-    """Run the embedded server, report that none of `sources` names a database, and create its tables."""
+def _embedded_server(target: Target, reason: str, folder: Path | None) -> Iterator[str]:
+    """Run the embedded server, report the reason for its use, and create its tables."""
     with ExitStack() as stack:
         try:
             dsn = stack.enter_context(embedded.server(folder))
         except ModuleNotFoundError as error:
-            exit_with(USAGE, f"{error}, or give {' or '.join(sources)}")
+            exit_with(USAGE, f"{error}, or give --dsn")
         except (OSError, RuntimeError) as error:
             exit_with(FAILED, f"the embedded PostgreSQL cannot be used: {error}")
-        reason = " and ".join(f"no {source}" for source in sources)
         print_message(f"{reason}: using the embedded PostgreSQL in {folder or 'a temporary folder'}")
         schema.migrate(dsn, chunks_table=target.chunks_table, status_table=target.status_table)
         yield dsn
