@@ -5,6 +5,7 @@ from __future__ import annotations
 import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
+from psycopg_pool import AsyncConnectionPool
 
 from aibind_postgres import AsyncPostgresStreamStore, StoreClosedError
 
@@ -47,6 +48,21 @@ async def test_check_of_an_unreachable_server_has_no_password():
     assert not check.is_ready
     assert check.latency is None
     assert "secret" not in str(check.problem)
+
+
+async def test_check_of_a_read_only_session(dsn, tables):
+    async with AsyncPostgresStreamStore(
+        make_conninfo(dsn, options="-c default_transaction_read_only=on"), **tables
+    ) as store:
+        check = await store.check()
+    assert (check.is_ready, check.is_read_only) == (True, True)
+
+
+async def test_check_beside_a_full_pool_uses_another_connection_after_its_timeout(dsn, tables):
+    async with AsyncConnectionPool(dsn, min_size=1, max_size=1, timeout=600, open=False) as pool:
+        async with AsyncPostgresStreamStore(pool, **tables) as store, pool.connection():
+            check = await store.check(timeout=0.1)
+    assert (check.is_ready, check.problem) == (True, None)  # not after the 600 seconds of the pool
 
 
 async def test_check_of_a_closed_store_raises(dsn, tables):

@@ -6,12 +6,13 @@ from pathlib import Path as FilePath
 
 import pytest
 
-from aibind_postgres._tables import Table
+from aibind_postgres._tables import CHUNKS_TABLE, STATUS_TABLE, Table
 from aibind_postgres.cli.doctor_facts import Facts, Path
 from aibind_postgres.cli.doctor_findings import Finding, exit_code, server_findings
 from aibind_postgres.cli.doctor_table_findings import MINIMAL_GRANTS, table_findings
 from aibind_postgres.cli.expected_tables import parse_migrations, read_migrations
 
+IDLE = "idle_in_transaction_session_timeout"
 TABLES = {name: Table(None, name) for name in MINIMAL_GRANTS}
 SETTINGS = {
     "max_connections": "100",
@@ -81,7 +82,13 @@ def test_nothing_to_complain_about():
         ({"tables": []}, "missing-table", "warning"),
         ({"settings": {**SETTINGS, "idle_session_timeout": "1000"}}, "idle_session_timeout", "warning"),
         ({"settings": {**SETTINGS, "statement_timeout": "1000"}}, "statement_timeout", "warning"),
+        ({"settings": {**SETTINGS, IDLE: "1000"}}, IDLE, "warning"),
+        ({"settings": {**SETTINGS, "transaction_timeout": "1000"}}, "transaction_timeout", "warning"),
         ({"settings": {**SETTINGS, "fsync": "off"}}, "fsync", "warning"),
+        ({"settings": {**SETTINGS, "full_page_writes": "off"}}, "full_page_writes", "warning"),
+        ({"settings": {**SETTINGS, "autovacuum": "off"}}, "autovacuum", "warning"),
+        ({"settings": {**SETTINGS, "track_counts": "off"}}, "track_counts", "warning"),
+        ({"settings": {**SETTINGS, "synchronous_commit": "off"}}, "synchronous_commit", "warning"),
         ({"settings": {**SETTINGS, "server_encoding": "LATIN1"}}, "encoding", "warning"),
         ({"settings": {**SETTINGS, "default_transaction_isolation": "serializable"}}, "isolation", "warning"),
     ],
@@ -90,6 +97,57 @@ def test_finding(changes, name, level):
     found = problems(facts(**changes))
     assert found[name].level == level
     assert found[name].remedy
+
+
+def test_timeouts_that_hurt_nothing():
+    long = dict.fromkeys(["idle_in_transaction_session_timeout", "statement_timeout", "transaction_timeout"], "60000")
+    assert problems(facts(settings=SETTINGS | long)) == {}
+
+
+def test_old_libpq():
+    assert list(problems(facts()._replace(libpq=160000))) == ["libpq"]
+
+
+def test_notifications_of_a_direct_connection():
+    slow = problems(facts({"notification_ms": 501.0}))
+    assert "501.0 ms" in slow["notifications"].text
+    missing = {"notification_ms": None}
+    assert "see its log" in problems(facts(missing))["notifications"].remedy
+    assert "GRANT EXECUTE" in problems(facts(missing, can_notify=False))["notifications"].remedy
+
+
+@pytest.mark.parametrize(
+    ("table", "change", "name"),
+    [
+        (STATUS_TABLE, {"statistics": {"live": 10, "dead": 21}, "size": 60_000_000}, "bloat"),
+        (CHUNKS_TABLE, {"has_primary_key": False}, "primary-key"),
+        (STATUS_TABLE, {"indexes": {}}, "missing-index"),
+        (STATUS_TABLE, {"has_usage": False}, "schema-usage"),
+        (STATUS_TABLE, {"is_visible": False}, "missing-table"),
+        (STATUS_TABLE, {"columns": {}}, "missing-column"),
+        (STATUS_TABLE, {"privileges": ["SELECT", "INSERT", "UPDATE"]}, "missing-privilege"),
+        (STATUS_TABLE, {"grants": [["anon", "SELECT"]]}, "foreign-privilege"),
+    ],
+)
+def test_finding_about_a_table(table, change, name):
+    given = facts()
+    next(found for found in given.catalog["tables"] if found["key"] == table).update(change)
+    found = problems(given)
+    assert list(found) == [name]
+    assert found[name].remedy
+
+
+def test_large_table_with_few_dead_rows_is_well():
+    given = facts()
+    given.catalog["tables"][0].update(statistics={"live": 10, "dead": 20}, size=60_000_000)
+    assert problems(given) == {}
+
+
+def test_column_without_its_default():
+    given = facts()
+    chunks = next(found for found in given.catalog["tables"] if found["key"] == CHUNKS_TABLE)
+    chunks["columns"]["created_at"]["default"] = False
+    assert list(problems(given)) == ["missing-default"]
 
 
 def test_pooler_without_notifications():

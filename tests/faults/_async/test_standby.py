@@ -53,7 +53,9 @@ async def test_standby_without_the_stream_yet(disposable_server, standby, admin,
         AsyncPostgresStreamStore(disposable_server.dsn) as store,
         AsyncPostgresStreamStore(standby.dsn, poll_interval=0.02) as replica,
     ):
-        await replica.get_status("connects")
+        check = await replica.check()
+        assert (check.is_ready, check.is_read_only) == (True, True)
+        assert check.lag >= 0
         admin.execute("SELECT pg_wal_replay_pause()")
         id = await store.create()
         await store.append(id, "a")

@@ -1,0 +1,58 @@
+"""The facts of `doctor`, from real tables."""
+
+from __future__ import annotations
+
+import psycopg
+import pytest
+
+from aibind_postgres._housekeeping import MARKER
+from aibind_postgres._tables import STATUS_TABLE, Table
+from aibind_postgres.cli.doctor_facts import gather
+from aibind_postgres.cli.doctor_table_findings import MINIMAL_GRANTS
+
+TABLES = {name: Table(None, name) for name in MINIMAL_GRANTS}
+
+
+@pytest.fixture
+def admin(database):
+    with psycopg.connect(database, autocommit=True) as connection:
+        yield connection
+
+
+def insert(admin, id, **values):
+    columns, params = ["id", *values], [id, *values.values()]
+    admin.execute(
+        f"INSERT INTO {STATUS_TABLE} ({', '.join(columns)}) VALUES ({', '.join(['%s'] * len(params))})", params
+    )
+
+
+def test_streams_are_counted(database, admin):
+    now = admin.execute("SELECT (extract(epoch FROM now()) * 1000)::bigint").fetchone()[0]
+    insert(admin, MARKER, state="done", expires_at=0)
+    insert(admin, "a", state="active", expires_at=now + 10**9, lease_until=now - 700_000)
+    insert(admin, "b", state="active", expires_at=0, lease_until=now)
+    insert(admin, "c", state="active", expires_at=0)  # of software without leases
+    insert(admin, "d", state="done", expires_at=now - 3_700_000)
+    insert(admin, "e", state="done", expires_at=now - 3_500_000)
+    insert(admin, "f", state="done", expires_at=now + 10**9, total_chunks=1_000_001)
+    insert(admin, "g", state="done", expires_at=now + 10**9, total_chunks=1_000_000)
+    assert gather(database, TABLES).streams == {"abandoned": 2, "expired": 1, "too_long": 1}
+
+
+def test_streams_of_the_first_migration_are_counted(database, admin):
+    admin.execute(f"ALTER TABLE {STATUS_TABLE} DROP COLUMN lease_until CASCADE")
+    insert(admin, "a", state="active", expires_at=0)
+    assert gather(database, TABLES).streams == {"abandoned": 1, "expired": 0, "too_long": 0}
+
+
+def test_definition_of_a_table(database, admin):
+    admin.execute(f"""
+        ALTER TABLE {STATUS_TABLE} ADD COLUMN dropped text;
+        ALTER TABLE {STATUS_TABLE} DROP COLUMN dropped;
+        CREATE INDEX broken ON {STATUS_TABLE} (state);
+        UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'broken'::regclass;
+        GRANT SELECT ON {STATUS_TABLE} TO PUBLIC""")
+    [status] = [table for table in gather(database, TABLES).catalog["tables"] if table["key"] == STATUS_TABLE]
+    assert not [name for name in status["columns"] if "dropped" in name]
+    assert [name for name, is_valid in status["indexes"].items() if not is_valid] == ["broken"]
+    assert status["grants"] == [["PUBLIC", "SELECT"]]  # not those of the owner
