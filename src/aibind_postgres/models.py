@@ -139,7 +139,7 @@ class StoreCheck(NamedTuple):
         is_read_only: Whether the server refuses writes, as a standby does, which also accepts no LISTEN. A store that
             only reads is ready nevertheless.
         lag: The age in seconds of the last transaction that a standby has replayed, which also grows while nothing is
-            written; None on a primary.
+            written; None on a primary, and on a standby that has replayed none.
     """
 
     is_ready: bool

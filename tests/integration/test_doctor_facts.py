@@ -30,13 +30,14 @@ def test_streams_are_counted(database, admin):
     now = admin.execute("SELECT (extract(epoch FROM now()) * 1000)::bigint").fetchone()[0]
     insert(admin, MARKER, state="done", expires_at=0)
     insert(admin, "a", state="active", expires_at=now + 10**9, lease_until=now - 700_000)
+    insert(admin, "a2", state="active", expires_at=now + 10**9, lease_until=now - 700_000)
     insert(admin, "b", state="active", expires_at=0, lease_until=now)
     insert(admin, "c", state="active", expires_at=0)  # of software without leases
     insert(admin, "d", state="done", expires_at=now - 3_700_000)
     insert(admin, "e", state="done", expires_at=now - 3_500_000)
     insert(admin, "f", state="done", expires_at=now + 10**9, total_chunks=1_000_001)
     insert(admin, "g", state="done", expires_at=now + 10**9, total_chunks=1_000_000)
-    assert gather(database, TABLES).streams == {"abandoned": 2, "expired": 1, "too_long": 1}
+    assert gather(database, TABLES).streams == {"abandoned": 3, "expired": 1, "too_long": 1}
 
 
 def test_streams_of_the_first_migration_are_counted(database, admin):

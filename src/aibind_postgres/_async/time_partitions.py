@@ -1,4 +1,4 @@
-"""Create partitions by time ahead, and drop those of days whose streams have expired."""
+"""Create partitions by time ahead, and drop those of expired streams."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class AsyncTimePartitions:
     async def partition_steps(self) -> AsyncIterator[Counts]:
         """Create the partitions of the next days and drop those of past days, each by one statement.
 
-        A day whose partitions the server refuses to change is logged, and keeps no other day from being changed.
+        If the server refuses to change the partitions of a day, log it and go on with the other days.
 
         Yields:
             Counts for the log, after every statement. Nothing if the tables are not partitioned by time.
@@ -132,7 +132,7 @@ class AsyncTimePartitions:
         """Create or drop the partitions of a day. Log the reason if the server refuses it, once for each reason.
 
         Args:
-            done: What the statement does to the partitions, for the log.
+            done: The effect of the statement on the partitions, for the log.
             day: The day.
             statement: The statement.
             condition: The query whether to run it. Default: it is run.

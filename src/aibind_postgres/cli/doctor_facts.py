@@ -122,7 +122,7 @@ SELECT jsonb_build_object(
 
 
 class Path(NamedTuple):
-    """What two connections show of the way to the server.
+    """The way to the server, as seen from two connections.
 
     Attributes:
         backend_pid: The process id that the connection reports.

@@ -42,7 +42,7 @@ class ExpectedObject(NamedTuple):
 
 
 class ExpectedTables(NamedTuple):
-    """What all migrations create, with the default names of the tables."""
+    """The tables after all migrations, with their default names."""
 
     tables: dict[str, str]  # the names, and the numbers of the migrations
     columns: list[ExpectedColumn]
@@ -63,7 +63,7 @@ def read_migrations() -> ExpectedTables:
 
 
 def parse_migrations(texts: dict[str, str]) -> ExpectedTables:
-    """Return what migrations create. `texts` are their texts by their numbers, in order."""
+    """Parse migrations. `texts` are their texts by their numbers, in order."""
     expected = ExpectedTables({}, [], [], [])
     for migration, text in texts.items():
         for statement in re.sub(r"--[^\n]*", "", text).split(";"):
