@@ -104,15 +104,21 @@ async def test_renewal_does_not_wait_until_the_callers_pool_connects_again(netwo
                 await wait_for_renewal(direct, id, datetime.now(timezone.utc))
 
 
-async def test_produce_outlasts_an_outage_longer_than_its_retries(network, direct):
+async def test_produce_outlasts_an_outage_longer_than_its_retries(network, direct, monkeypatch):
     async with AsyncPostgresStreamStore(network.dsn, retry_for=0.5, timeout=0.5) as store:
+        appended, acknowledged = store._notifier.appended, []
+
+        async def record(*call):
+            await appended(*call)
+            acknowledged.append(call)
+
+        monkeypatch.setattr(store._notifier, "appended", record)
         id = await direct.create()
         gate = AsyncEvent()
         source = items(["before"], gate)
         async with AsyncBackground(partial(AsyncDurableStream.produce, store, id, source)) as producing:
             await async_until(lambda: store._leases._held)
-            while not (await direct.get_status(id)).total_chunks:
-                await async_sleep(0.05)
+            await async_until(lambda: acknowledged)  # another store sees the chunk before the producer has the reply
             network.refuse()
             network.cut()
             await async_sleep(4)

@@ -51,6 +51,7 @@ async def retry(call):
 async def test_chats_and_a_restart_leave_nothing_behind(disposable_server, long):
     seconds = 600 if long else 30
     started_at = monotonic()
+    threads = threading.active_count()
     store = AsyncPostgresStreamStore(
         make_conninfo(disposable_server.dsn, application_name="soak"), ttl=10, retry_for=60
     )
@@ -58,8 +59,7 @@ async def test_chats_and_a_restart_leave_nothing_behind(disposable_server, long)
     before = package_objects()  # smaller leaks than the noise of the resident memory show here
     rng = Random(7)
     pauses = [rng.uniform(0.05, 0.2) for _ in range(CHATS)]
-    memory, threads = [], threading.active_count()
-    streams = []
+    memory, streams = [], []
 
     def time_left():
         return started_at + seconds - monotonic()
