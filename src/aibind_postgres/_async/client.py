@@ -94,6 +94,10 @@ class AsyncClient:
         """
         return _do_nothing
 
+    async def runs_inline(self) -> bool:
+        """Return True if a producer must run inside the call that starts it, as in the transaction of a test."""
+        return False
+
     async def keep(self, most: int) -> None:
         """Keep up to `most` connections between statements, if they are of a pool that this client owns."""
 

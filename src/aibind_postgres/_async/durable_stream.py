@@ -87,7 +87,8 @@ class AsyncDurableStream:
         source runs: if the process dies, waiting readers end the stream in state error. Without it, `fail_abandoned`
         ends the streams of dead processes. In Django, call
         `start` after the transaction has been committed: the producer uses a connection of its own. If it does not see
-        the stream, its readers in this process raise `AibindError`.
+        the stream, its readers in this process raise `AibindError`. In the transaction of a `TestCase` of Django,
+        `start` runs the source before it returns, and time limits have no effect.
 
         Args:
             store: The store.
@@ -187,7 +188,10 @@ class AsyncDurableStream:
                 stream_id = new_id() if id is None else arguments.identifier(id)
                 encoder = wire.chunk_encoder(stream_id)
                 limits = limit(idle_timeout, "idle_timeout"), limit(timeout, "timeout")
-                producer = AsyncProducer(store, stream_id, source, encoder, on_finish, expose_errors, context, *limits)
+                inline = await store._database.client.runs_inline()
+                producer = AsyncProducer(
+                    store, stream_id, source, encoder, on_finish, expose_errors, context, *limits, inline=inline
+                )
                 await store._create_leased(stream_id, wire=wire.name, **details)
                 if before_source is not None:
                     try:
@@ -259,7 +263,9 @@ class AsyncDurableStream:
             require_active(id, StreamStatus(info.state, info.error, info.total_chunks))
             wire = find_wire(info.wire)
             finish = on_finish and partial(_call_with_text, on_finish, wire)
-            producer = AsyncProducer(store, id, source, wire.chunk_encoder(id), finish, expose_errors, context, *limits)
+            inline = await store._database.client.runs_inline()
+            encoder = wire.chunk_encoder(id)
+            producer = AsyncProducer(store, id, source, encoder, finish, expose_errors, context, *limits, inline=inline)
         except BaseException:
             await close_source(source)
             raise

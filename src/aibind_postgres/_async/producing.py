@@ -59,6 +59,8 @@ class AsyncProducer:
         context: Callable[[], AbstractAsyncContextManager[object]],
         idle_timeout: float = math.inf,
         timeout: float = math.inf,
+        *,
+        inline: bool = False,
     ) -> None:
         self.stream_id = stream_id
         self.finished = AsyncEvent()  # set in phase ENDED
@@ -74,7 +76,8 @@ class AsyncProducer:
         self._idle_timeout = idle_timeout
         self._timeout = timeout
         self._began_at = self._item_at = math.inf  # when the source was asked first, and last; not while it is stored
-        self._writer = store.writer(stream_id, on_end=self._writer_closed)
+        self._inline = inline  # whether `start` runs the source
+        self._writer = store.writer(stream_id, on_end=None if inline else self._writer_closed)
         self._sender = self._writer._sender
         if min(idle_timeout, timeout) < math.inf:
             self._sender.time_limit = self._time_limit
@@ -85,7 +88,7 @@ class AsyncProducer:
         self._reason: EndReason | None = None  # from phase FINISHING on
 
     async def start(self, *, is_new: bool) -> None:
-        """Start the worker. If no thread can start, end the stream and this producer, and raise.
+        """Start the worker, or do its work. If no thread can start, end the stream and this producer, and raise.
 
         Args:
             is_new: Whether the stream has just been created in this process.
@@ -103,16 +106,21 @@ class AsyncProducer:
                         AsyncProducer._exit_hook_installed = True
                         async_at_exit(shutdown_all)
                 # The source runs on behalf of the caller, so it gets the caller's context variables.
-                self._worker = async_spawn(run, "aibind_postgres-producer", inherit=True)
+                if not self._inline:
+                    self._worker = async_spawn(run, "aibind_postgres-producer", inherit=True)
         except BaseException:
             await self._end_without_worker()
             raise
+        if self._inline:
+            await run()
 
     @classmethod
     def running(cls, store: AsyncPostgresStreamStore | None = None) -> list[AsyncProducer]:
         """Return the producers of a store, or of all stores, that have not ended."""
         with cls._registry_mutex:
-            return [producer for producer in cls._registry if store is None or producer._store is store]
+            # A store may stand for another one, which connects at the first call.
+            database = None if store is None else store._database
+            return [producer for producer in cls._registry if store is None or producer._store._database is database]
 
     @classmethod
     def forget_all(cls) -> None:
@@ -220,7 +228,7 @@ class AsyncProducer:
             if reason is EndReason.DELETED and self._phase is Phase.STARTING:
                 self.start_error = AibindError(
                     f"stream {self.stream_id!r} not found by its producer, which uses another connection: first commit "
-                    "the transaction that creates the stream; in tests of Django, use TransactionTestCase"
+                    "the transaction that creates the stream, such as by calling start in transaction.on_commit"
                 )
                 logger.error("%s", self.start_error)
                 wake_all(self._store._subscriptions.failed(self.stream_id, self.start_error))
