@@ -219,7 +219,10 @@ def test_password_and_role_of_the_settings(tmp_path: Path, server: str, database
 
 
 def test_conversation_of_the_store(project: Path, database: str) -> None:
-    code = "from chat.views import conversations as c\nwith c.edit('s') as chat: chat.append({'role': 'user', 'content': 'Hi'})"
+    code = (
+        "from chat.views import conversations\n"
+        "with conversations.edit('s') as chat: chat.append({'role': 'user', 'content': 'Hi'})"
+    )
     must_manage(project, database, "shell", "-c", code)
     with PostgresConversationStore(make_conninfo(database)) as store:
         assert store.load("s").messages == [{"role": "user", "content": "Hi"}]
