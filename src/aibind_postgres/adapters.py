@@ -234,6 +234,8 @@ class _Django(sync_client.Client):
 
     def connect(self) -> psycopg.Connection[Row] | None:
         self._thread.is_background = True  # only the thread of the listener calls this
+        if is_testing_django():
+            return None  # Django could not drop the test database while the connection is open
         wrapper = self._wrapper
         connection = sync_connections.open_connection(_libpq_parameters(wrapper.get_connection_params()))
         if role := wrapper.settings_dict["OPTIONS"].get("assume_role"):
@@ -327,6 +329,13 @@ def _django() -> Any:
     from django import db
 
     return db
+
+
+def is_testing_django() -> bool:
+    """Return True in a process that runs tests of Django, which have an outbox of mail."""
+    from django.core import mail
+
+    return hasattr(mail, "outbox")
 
 
 def _with_placeholder(sql: str, placeholder: str) -> str:

@@ -5,7 +5,15 @@ The app has migrations, an admin, the command `manage.py aibind`, and system che
     INSTALLED_APPS = [..., "aibind_postgres.contrib.django"]
 """
 
+from ._asgi import with_lifespan
 from ._stores import async_conversation_store, async_stream_store, conversation_store, stream_store
 from ._urls import urlpatterns
 
-__all__ = ["async_conversation_store", "async_stream_store", "conversation_store", "stream_store", "urlpatterns"]
+__all__ = [
+    "async_conversation_store",
+    "async_stream_store",
+    "conversation_store",
+    "stream_store",
+    "urlpatterns",
+    "with_lifespan",
+]

@@ -8,7 +8,6 @@ from datetime import timedelta
 from typing import Any
 
 from asgiref.sync import sync_to_async
-from django.core import mail
 from django.db import connections
 from psycopg.conninfo import make_conninfo
 
@@ -17,7 +16,7 @@ from ..._async import psycopg_clients as async_clients
 from ..._conninfo import with_defaults
 from ..._statement_runner import Row
 from ..._sync import psycopg_clients as sync_clients
-from ...adapters import _Django, _libpq_parameters
+from ...adapters import _Django, _libpq_parameters, is_testing_django
 
 
 def connection_string(alias: str) -> str:
@@ -37,15 +36,10 @@ def connection_string(alias: str) -> str:
     return with_defaults(make_conninfo("", **parameters))
 
 
-def is_testing() -> bool:
-    """Return True in a process that runs tests of Django, which have an outbox."""
-    return hasattr(mail, "outbox")
-
-
 def in_test(alias: str) -> bool:
     """Return True if the thread is in the transaction that Django's `TestCase` opens around each test."""
     # Otherwise, a thread need not have a connection of Django.
-    return is_testing() and any(block._from_testcase for block in connections[alias].atomic_blocks)
+    return is_testing_django() and any(block._from_testcase for block in connections[alias].atomic_blocks)
 
 
 def in_any_test() -> bool:
@@ -92,7 +86,7 @@ class AsyncDjangoPoolClient(async_clients.AsyncPoolClient):
         return f"<{type(self).__name__} of database {self._alias!r}>"
 
     async def query(self, sql: str, params: Sequence[Any], timeout: float = math.inf) -> Sequence[Row]:
-        if is_testing():
+        if is_testing_django():
             rows = await sync_to_async(self._query_in_test)(sql, params)
             if rows is not None:
                 return rows
@@ -102,7 +96,7 @@ class AsyncDjangoPoolClient(async_clients.AsyncPoolClient):
         return self._test.query(sql, params) if in_test(self._alias) else None
 
     async def runs_inline(self) -> bool:
-        return is_testing() and await sync_to_async(in_test)(self._alias)
+        return is_testing_django() and await sync_to_async(in_test)(self._alias)
 
 
 def _own_pool(clients: Any, alias: str) -> Any:

@@ -10,7 +10,7 @@ from django.db.migrations.operations.base import Operation
 from ... import schema
 from ..._sql_commands import split_commands
 from ..._tables import Table
-from ._clients import is_testing
+from ...adapters import is_testing_django
 from ._settings import table_names
 
 # The commands that undo a file. Dropping a column drops its indexes. Storage parameters stay: they have no effect on
@@ -93,7 +93,7 @@ def empty_tables_of_tests(using: str, plan: Any = None, **_: Any) -> None:
     `flush` sends the signal of `migrate` without a plan. Outside of tests, this does nothing.
     """
     connection = connections[using]
-    if plan is not None or not is_testing() or connection.vendor != "postgresql":
+    if plan is not None or not is_testing_django() or connection.vendor != "postgresql":
         return
     chunks, status, conversations = map(Table.parse, table_names())
     quoted = [table.quoted for table in (chunks, status, conversations, chunks.archive)]

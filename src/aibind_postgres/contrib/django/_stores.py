@@ -14,6 +14,7 @@ from django.db.backends.base.base import NO_DB_ALIAS
 from django.db.backends.signals import connection_created
 
 from ..._async.conversation_store import AsyncPostgresConversationStore
+from ..._async.durable_stream import AsyncDurableStream
 from ..._async.stream_store import AsyncPostgresStreamStore
 from ..._sync.conversation_store import PostgresConversationStore
 from ..._sync.stream_store import PostgresStreamStore
@@ -189,8 +190,11 @@ class _StoreProxy(_Proxy[Store]):
 class _AsyncStoreProxy(_Proxy[Store]):
     """Stands for one store in each event loop. The end of a loop closes the pool of its store."""
 
+    _all: ClassVar[WeakSet[Any]] = WeakSet()
+
     def __init__(self, kind: type[Store], make: Callable[[], Store]) -> None:
         super().__init__(kind, make)
+        self._all.add(self)
         self._stores: dict[tuple[int, asyncio.AbstractEventLoop | None], Store] = {}
 
     def _store(self) -> Store:
@@ -207,11 +211,24 @@ class _AsyncStoreProxy(_Proxy[Store]):
                 self._stores[key] = store
             return self._stores[key]
 
+    def _used_in(self, loop: asyncio.AbstractEventLoop) -> Store | None:
+        return self._stores.get((os.getpid(), loop))
+
     async def __aenter__(self) -> Store:
         return cast("Store", await self._store().__aenter__())
 
     async def __aexit__(self, *details: Any) -> None:
         await self._store().__aexit__(*details)
+
+
+async def close_async_stores(timeout: float) -> None:
+    """Wait for the answers that this process writes in the running loop, then close its stores."""
+    loop = asyncio.get_running_loop()
+    stores = [store for proxy in list(_AsyncStoreProxy._all) if (store := proxy._used_in(loop)) is not None]
+    streams = [store for store in stores if isinstance(store, AsyncPostgresStreamStore)]
+    await asyncio.gather(*(AsyncDurableStream.shutdown(store, timeout) for store in streams))
+    for store in stores:
+        await store.close()
 
 
 def _is_usable(process: int, loop: asyncio.AbstractEventLoop | None) -> bool:

@@ -23,9 +23,10 @@ from ..._async.web_handler import AsyncWebHandler
 from ..._sync.responses import WebResponse
 from ..._sync.web_handler import WebHandler
 from ..._workarounds import separate_asgiref_thread
+from ...adapters import is_testing_django
 from ...web import QueryParameters, WebRequest
 from .._wsgi import disconnect_of
-from ._clients import in_any_test, is_testing
+from ._clients import in_any_test
 
 REFUSALS = (BadRequest, Http404, PermissionDenied, SuspiciousOperation)  # for which Django has a status
 
@@ -60,7 +61,7 @@ def urlpatterns(handler: WebHandler | AsyncWebHandler) -> list[URLPattern]:
         async def view(request: HttpRequest, path: str = "") -> HttpResponseBase:
             _check_server(asynchronous, request)
             # A source uses a thread of its own, but in the transaction of a test that of the test.
-            shares_thread = is_testing() and await sync_to_async(in_any_test)()
+            shares_thread = is_testing_django() and await sync_to_async(in_any_test)()
             context = nullcontext if shares_thread else partial(separate_asgiref_thread, connections.close_all)
             response = await asynchronous.handle(_from_django(asynchronous, request, path, context))
             await sync_to_async(close_old_connections)()

@@ -10,9 +10,9 @@ from django.contrib.auth.models import User
 from django.db import transaction
 from django.test import LiveServerTestCase, TestCase, TransactionTestCase
 
-from aibind_postgres import AibindError, AsyncDurableStream, DurableStream, PostgresStreamStore, wrap_django
+from aibind_postgres import AibindError, AsyncDurableStream, DurableStream
 
-from .views import async_conversations, async_store, conversations, store
+from .views import async_conversations, async_store, conversations, store, wrapped_store
 
 BODY = '{"prompt": "Hello", "sessionId": "session"}'
 TEXTS = [b"data: Hello: ", b"data: 1 users"]
@@ -88,10 +88,9 @@ class InTransaction(TestCase):
         assert stream.wait(0).state == "done"
 
     def test_wrap_django(self):
-        wrapped = PostgresStreamStore(wrap_django())
-        assert DurableStream.start(wrapped, iter(["a"])).wait(0) == ("done", None, 1)
+        assert DurableStream.start(wrapped_store, iter(["a"])).wait(0) == ("done", None, 1)
         with transaction.atomic():  # which the producer would not see outside of tests either
-            stream = DurableStream.start(wrapped, iter(["a"]))
+            stream = DurableStream.start(wrapped_store, iter(["a"]))
             with contextlib.suppress(AibindError):
                 stream.wait(20)
                 self.fail("the producer has found its stream")
