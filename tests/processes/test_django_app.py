@@ -96,7 +96,7 @@ def test_names_of_the_settings(tmp_path: Path, empty_database: str) -> None:
         empty_database, chunks_table="chat.chunks", status_table="chat.status of streams"
     ) as store:
         store.create("a stream")
-        assert "a stream" in must_manage(project, empty_database, "aibind", "status", "a stream")
+        assert "active" in must_manage(project, empty_database, "aibind", "status", "a stream")
     assert "No changes detected" in must_manage(project, empty_database, "makemigrations", "--check", "--dry-run")
     code = (
         "from aibind_postgres.contrib.django.models import *; print(Stream.objects.get(), Conversation.objects.count())"
@@ -112,7 +112,7 @@ def test_tests_of_an_application(project: Path, server: str, empty_database: str
     must_manage(project, empty_database, "migrate")
     done = manage(project, empty_database, "test", *options, TEST_NAME=name)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"Ran 18 tests", done.stderr), done.stderr
+    assert re.search(r"Ran \d\d tests", done.stderr), done.stderr
     for table in TABLES:
         assert query(empty_database, f"SELECT * FROM {table}") == []
     assert query(server, f"SELECT datname FROM pg_database WHERE datname LIKE '{name}%'") == []

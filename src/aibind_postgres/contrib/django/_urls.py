@@ -64,7 +64,7 @@ def urlpatterns(handler: WebHandler | AsyncWebHandler) -> list[URLPattern]:
             shares_thread = is_testing_django() and await sync_to_async(in_any_test)()
             context = nullcontext if shares_thread else partial(separate_asgiref_thread, connections.close_all)
             response = await asynchronous.handle(_from_django(asynchronous, request, path, context))
-            await sync_to_async(close_old_connections)()
+            await sync_to_async(_close_old_connections)()
             return _to_django(response)
     else:
         synchronous = handler
@@ -72,7 +72,7 @@ def urlpatterns(handler: WebHandler | AsyncWebHandler) -> list[URLPattern]:
         def view(request: HttpRequest, path: str = "") -> HttpResponseBase:  # type: ignore[misc]  # one name, two flavours
             _check_server(synchronous, request)
             response = synchronous.handle(_from_django(synchronous, request, path, _close_connections))
-            close_old_connections()
+            _close_old_connections()
             return _to_django(response)
 
     for alias in connections:
@@ -127,6 +127,11 @@ def _to_django(response: WebResponse | AsyncWebResponse) -> HttpResponseBase:
         return HttpResponse(response.body, status=response.status, headers=headers)
     headers["Content-Encoding"] = "identity"  # keeps GZipMiddleware from buffering events
     return StreamingHttpResponse(response.body, status=response.status, headers=headers)
+
+
+def _close_old_connections() -> None:
+    if not in_any_test():  # Django would close a connection in a transaction
+        close_old_connections()
 
 
 @contextmanager
