@@ -9,13 +9,14 @@ from django.conf import settings
 from django.core.checks import CheckMessage, Error, Warning
 from django.db import DatabaseError, connections, router
 
+from ..._tables import Table
 from . import _settings
 from .models import Stream
 
 
 def check_settings(**_: Any) -> list[CheckMessage]:
     """Check the setting AIBIND_POSTGRES and the kind of the database."""
-    _, problems = _settings.parse(getattr(settings, _settings.NAME, {}))
+    problems = _settings.parse(getattr(settings, _settings.NAME, {}))[1]
     found: list[CheckMessage] = [
         Error(
             problem,
@@ -44,7 +45,7 @@ def check_tables(databases: Sequence[str] | None = None, **_: Any) -> list[Check
     if alias not in (databases or ()) or connections[alias].vendor != "postgresql":
         return []
     names = _settings.table_names()
-    quoted = [_settings.Table.parse(name).quoted for name in names]
+    quoted = [Table.parse(name).quoted for name in names]
     try:
         with connections[alias].cursor() as cursor:
             cursor.execute("SELECT name FROM unnest(%s::text[]) AS name WHERE to_regclass(name) IS NULL", [quoted])

@@ -4,5 +4,5 @@ from .._operations import RunSqlFile
 
 
 class Migration(migrations.Migration):
-    dependencies = []
+    dependencies: list[tuple[str, str]] = []
     operations = [RunSqlFile("0001_tables.sql")]
