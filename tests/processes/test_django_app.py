@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import uuid
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 import psycopg
 import pytest
@@ -13,6 +15,7 @@ from support import django_project, servers
 from support.django_project import manage, must_manage
 
 from aibind_postgres import PostgresConversationStore, PostgresStreamStore, schema
+from aibind_postgres.wire import INTERRUPTED
 
 TABLES = {"aibind_conversations", "aibind_stream_chunks", "aibind_stream_chunks_archive", "aibind_stream_status"}
 COLUMNS = """
@@ -127,8 +130,12 @@ def test_invalid_settings(tmp_path: Path, database: str) -> None:
 
 
 def test_database_that_is_not_postgresql(tmp_path: Path, database: str) -> None:
-    settings = 'DATABASES["default"] = {"ENGINE": "django.db.backends.sqlite3", "NAME": "db.sqlite3"}'
+    settings = """
+DATABASES["default"] = {"ENGINE": "django.db.backends.sqlite3", "NAME": "db.sqlite3"}
+ROOT_URLCONF = "mysite.empty"
+"""
     project = django_project.write(tmp_path / "project", settings)
+    (project / "mysite" / "empty.py").write_text("urlpatterns = []", "utf-8")
     done = manage(project, database, "check")
     assert done.returncode == 1
     assert "(aibind_postgres.E002)" in done.stderr
@@ -216,6 +223,20 @@ def test_password_and_role_of_the_settings(tmp_path: Path, server: str, database
         assert must_manage(project, database, "shell", "-c", code).endswith(f"{role}\n")
     finally:
         query(database, f'DROP ROLE "{role}"')
+
+
+def test_end_of_a_server_for_asgi(project: Path, database: str) -> None:
+    must_manage(project, database, "migrate")
+    command = "uvicorn --port={port} --timeout-graceful-shutdown=1 mysite.asgi:application"
+    with django_project.served(project, database, command) as address:
+        body = json.dumps({"prompt": "Wait"}).encode()
+        request = Request(f"{address}/async/stream", body, {"Content-Type": "application/json"})
+        response = urlopen(request, timeout=30)
+        while b"Wait: " not in response.readline():
+            pass
+    response.close()
+    with PostgresStreamStore(database) as store:
+        assert [(info.state, info.error) for info in store.list()] == [("error", INTERRUPTED)]
 
 
 def test_conversation_of_the_store(project: Path, database: str) -> None:

@@ -11,8 +11,12 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.error import URLError
 from urllib.request import urlopen
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
 
 TEMPLATE = Path(__file__).parent / "django_template"
 
@@ -90,3 +94,18 @@ def wait_for(address: str, process: subprocess.Popen[bytes]) -> None:
             assert process.poll() is None, "the server has ended"
             assert time.monotonic() < deadline, "the server accepts no connection"
             time.sleep(0.05)
+
+
+def create_admin(folder: Path, dsn: str) -> None:
+    """Create the user "admin", whose password is "admin"."""
+    arguments = ("createsuperuser", "--noinput", "--username=admin", "--email=admin@example.com")
+    must_manage(folder, dsn, *arguments, DJANGO_SUPERUSER_PASSWORD="admin")
+
+
+def log_in(page: Page, address: str) -> None:
+    """Log in as this user."""
+    page.goto(f"{address}/admin/login/")
+    page.fill("#id_username", "admin")
+    page.fill("#id_password", "admin")
+    page.click("input[type=submit]")
+    page.wait_for_url(f"{address}/admin/**")

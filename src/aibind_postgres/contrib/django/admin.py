@@ -6,7 +6,7 @@ from itertools import islice
 from typing import Any
 
 from django.contrib import admin, messages
-from django.contrib.admin.utils import quote, unquote
+from django.contrib.admin.utils import display_for_value, quote, unquote
 from django.core.exceptions import PermissionDenied
 from django.core.paginator import Paginator
 from django.db import router
@@ -97,6 +97,14 @@ class StreamAdmin(ReadOnlyAdmin):
 
     class Media:
         css = {"all": ["aibind_postgres/admin.css"]}
+
+    def expires(self, stream: Stream) -> str:
+        """Return the time after which a stream that has ended may be deleted."""
+        return str(display_for_value(stream.expires, "-"))
+
+    def lease_ends(self, stream: Stream) -> str:
+        """Return the time at which the lease of the producer ends unless it is renewed."""
+        return str(display_for_value(stream.lease_ends, "-"))
 
     def has_stop_permission(self, request: HttpRequest) -> bool:
         """Return True if the user may stop streams."""
@@ -201,6 +209,10 @@ class ConversationAdmin(ReadOnlyAdmin):
 
     class Media:
         css = {"all": ["aibind_postgres/admin.css"]}
+
+    def expires(self, conversation: Conversation) -> str:
+        """Return the time at which a conversation expires."""
+        return str(display_for_value(conversation.expires, "-"))
 
     def get_search_results(self, request: HttpRequest, queryset: Any, search_term: str) -> tuple[Any, bool]:
         """Search for equal sessions and owners, and for titles that contain the term."""
