@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import threading
+from pathlib import Path
 
 import psycopg
 import pytest
@@ -24,9 +25,10 @@ from aibind_postgres import (
     PostgresConversationStore,
     PostgresStreamStore,
     StoreClosedError,
+    schema,
 )
 from aibind_postgres.contrib import django as aibind
-from aibind_postgres.contrib.django import _settings
+from aibind_postgres.contrib.django import _operations, _settings
 from aibind_postgres.contrib.django._clients import connection_string
 
 
@@ -223,6 +225,13 @@ def test_invalid_setting(value, problem):
     assert names == ("aibind_stream_chunks", "aibind_stream_status", "aibind_conversations")
     [found] = problems
     assert re.search(problem, found)
+
+
+def test_each_sql_file_has_a_migration():
+    files = {file.name.partition(".")[0] for file in schema.SQL_FOLDER.iterdir() if file.name.endswith(".sql")}
+    folder = Path(_settings.__file__).parent / "migrations"
+    assert {file.stem for file in folder.glob("0*.py")} == files
+    assert {file.partition(".")[0] for file in _operations._UNDO} == files
 
 
 def test_names_of_models():
