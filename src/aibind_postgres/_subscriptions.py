@@ -252,6 +252,14 @@ class Subscriptions:
         self._release_unsubscribed()
         return not self._streams
 
+    def count(self) -> tuple[int, int]:
+        """Return the numbers of readers and of writers."""
+        self._release_unsubscribed()
+        with self._mutex:
+            every = [each for streams in self._streams.values() for stream in streams for each in stream.subscriptions]
+        writers = sum(each.ends_only for each in every)
+        return len(every) - writers, writers
+
     def closed(self) -> list[Subscription]:
         """End all subscriptions with `StoreClosedError`, since the store is closed."""
         with self._mutex:
