@@ -8,22 +8,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from enum import Enum
 from itertools import islice
 
 DIGESTS = 200  # in one payload at most: PostgreSQL accepts less than 8,000 bytes
-
-
-class ListeningMode(Enum):
-    """What wakes the readers of a store when other processes change streams."""
-
-    NOTIFIED = "notifications"
-    POLLING = "polling"
-
-
-def listening_mode(is_connected: bool, unavailable: str | None) -> ListeningMode:
-    """Return the mode of a listener: whether its connection is open, and why notifications do not arrive, if so."""
-    return ListeningMode.NOTIFIED if is_connected and unavailable is None else ListeningMode.POLLING
 
 
 def digest_of(stream_id: str) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import psycopg
 
 from .._concurrency import AsyncEvent, AsyncWorker, Mutex, async_after_cancellation, async_spawn
-from .._notifications import ListeningMode, decode_payload, encode_payloads, listening_mode, sender_of
+from .._notifications import decode_payload, encode_payloads, sender_of
 from .._poll_pace import QUIET_FACTOR, PollPace
 from .._sql import NOTIFY, json_array
 from .._sqlstate import server_reason, wrote_nothing
@@ -71,7 +71,7 @@ class AsyncListener:
         self._worker: AsyncWorker | None = None
         self._connection: AsyncListenConnection | None = None
         self._warned = False
-        self.mode: ListeningMode | None = None  # of the running worker
+        self._reconnects = 0
         self._expired_remain = False  # the last poll has found streams to end when the contact is steady
         self._may_end_at = 0.0
 
@@ -94,6 +94,13 @@ class AsyncListener:
         worker = self._worker  # another thread may set the attribute to None
         return worker is not None and worker.is_alive()
 
+    def get_stats(self) -> dict[str, int]:
+        """Return whether notifications arrive, whether readers are woken by polling only, and the reconnects."""
+        connection = self._connection  # None without a worker
+        listening = connection is not None and connection.is_listening
+        polling = connection is not None and not listening
+        return {"listening": int(listening), "polling": int(polling), "listener_reconnects": self._reconnects}
+
     async def close(self) -> None:
         """End the worker."""
         with self._mutex:
@@ -106,7 +113,7 @@ class AsyncListener:
     async def _run(self, connection: AsyncListenConnection) -> None:
         pace = PollPace(self._poll_interval)
         awaited_at = polled_at = monotonic()
-        connected_before = False
+        has_connected = False
         try:
             while not self._database.closing.is_set():
                 if monotonic() - awaited_at > WORKER_IDLE_TIMEOUT:
@@ -115,11 +122,12 @@ class AsyncListener:
                     elif self._end_if_idle():
                         return
                 if await connection.connect_if_due():
-                    self._database.count(RECONNECTS, int(connected_before))
-                    connected_before = True
+                    self._reconnects += has_connected
+                    self._database.count(RECONNECTS, int(has_connected))
+                    has_connected = True
                     wake_all(self._subscriptions.changed(None))  # notifications may have been missed
                     self._warn_if_unavailable(connection)
-                self._note_mode(connection)
+                self._note_switch(connection)
                 try:
                     await self._receive(connection, min(polled_at + pace.pause - monotonic(), WORKER_IDLE_TIMEOUT))
                     if monotonic() - polled_at < pace.pause:
@@ -146,7 +154,7 @@ class AsyncListener:
         finally:
             with self._mutex:
                 if self._connection is connection:
-                    self._worker = self._connection = self.mode = None
+                    self._worker = self._connection = None
             self._wake_readers()  # one that still waits starts another worker
             await connection.disconnect()
 
@@ -175,22 +183,21 @@ class AsyncListener:
         await connection.check_probe()
         self._warn_if_unavailable(connection)
 
-    def _note_mode(self, connection: AsyncListenConnection) -> None:
+    def _note_switch(self, connection: AsyncListenConnection) -> None:
         """Log and count a switch between notifications and polling."""
-        mode = listening_mode(connection.is_connected, connection.unavailable)
-        previous, self.mode = self.mode, mode
-        if mode is previous or previous is None:
+        before, connection.was_listening = connection.was_listening, connection.is_listening
+        if before in (None, connection.is_listening):
             return
-        self._database.count(SWITCHES, 1, {"mode": mode.value})
-        if mode is ListeningMode.NOTIFIED:
-            logger.info("notifications arrive again: readers are no longer woken by polling alone")
-        elif connection.unavailable is None:  # otherwise `_warn_if_unavailable` gives the reason
+        self._database.count(SWITCHES, 1, {"mode": "polling" if before else "notifications"})
+        if before:
             logger.warning(
                 "the LISTEN connection was lost: readers are woken by polling, every %g to %g seconds, until it is "
                 "open again",
                 self._poll_interval,
                 QUIET_FACTOR * self._poll_interval,
             )
+        else:
+            logger.info("notifications arrive: readers are no longer woken by polling alone")
 
     def _warn_if_unavailable(self, connection: AsyncListenConnection) -> None:
         if connection.unavailable is not None and not self._warned:
@@ -253,6 +260,7 @@ class AsyncListenConnection:
         self._closing = closing
         self._mutex = Mutex()
         self._connection: psycopg.AsyncConnection[Row] | None = None
+        self.was_listening: bool | None = None  # at the last check for a switch
         self.unavailable: str | None = None  # the reason for which notifications do not arrive
         self._delivers = False  # notifications are known to arrive
         self._probed_at = math.inf  # the time at which the pending probe was sent
@@ -265,6 +273,11 @@ class AsyncListenConnection:
     @property
     def is_connected(self) -> bool:
         return self._connection is not None
+
+    @property
+    def is_listening(self) -> bool:
+        """Whether notifications are known to arrive on the current connection."""
+        return self._connection is not None and self._delivers
 
     @property
     def seconds_until_connect(self) -> float:
@@ -289,7 +302,6 @@ class AsyncListenConnection:
             if self._closing.is_set():  # `interrupt` was called before there was a connection
                 await self.disconnect()
                 return False
-            self.unavailable = None  # the reason may have ended
             self._delivers = await is_direct(connection, monotonic() + ANSWER_TIMEOUT)
             if self._delivers:
                 await self._listen()
