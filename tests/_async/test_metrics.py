@@ -117,9 +117,10 @@ async def test_active_streams_and_readers(store, recorded):
 
 
 async def test_gauges_end_with_the_store(dsn, tables, recorded):
-    async with AsyncPostgresStreamStore(dsn, **tables, metrics=recorded):
+    async with AsyncPostgresStreamStore(dsn, **tables, metrics=recorded) as store:
         assert len(recorded.stores) == 1
     assert recorded.stores == []
+    del store
     AsyncPostgresStreamStore(dsn, **tables, metrics=recorded)
     gc.collect()
     assert recorded.stores == []
