@@ -71,8 +71,9 @@ def telemetry(bench: Bench) -> list[Row]:
         copy = stack.enter_context(without_hooks())
         classes: dict[str, type[aibind_postgres.PostgresStreamStore]]
         classes = {"hooks": aibind_postgres.PostgresStreamStore, "without": copy}
-        appends, tails, tables = {}, {}, bench.tables("telemetry")
+        appends, tails = {}, {}
         for name, kind in classes.items():
+            tables = bench.database(f"telemetry_{name}")  # without the notifications of the other variant
             store, reader = (stack.enter_context(kind(tables.dsn, **tables.names)) for _ in range(2))
             appends[name] = partial(store.append, store.create(), TOKEN)
             tails[name] = _tail(store, reader)
