@@ -109,7 +109,7 @@ INSTRUMENTS: Mapping[str, Instrument] = {
     ),
     APPEND_CHUNKS: Instrument("histogram", "{chunk}", "Chunks that one statement has stored", buckets=_COUNTS),
     DELIVERY_DURATION: Instrument(
-        "histogram", "s", "Time from the start of a write to its delivery to a waiting reader", buckets=_SHORT_TIMES
+        "histogram", "s", "Time from the insertion of a chunk to its delivery to a waiting reader", buckets=_SHORT_TIMES
     ),
     NOTIFICATIONS_SENT: Instrument("counter", "{stream}", "Changed streams of which other processes were notified"),
     NOTIFICATIONS_RECEIVED: Instrument("counter", "{notification}", "Notifications that the LISTEN connection got"),
@@ -121,7 +121,9 @@ INSTRUMENTS: Mapping[str, Instrument] = {
     HOUSEKEEPING_ROWS: Instrument("counter", "{row}", "Rows that the housekeeper of this process has changed", "kind"),
     HOUSEKEEPING_FAILURES: Instrument("counter", "{failure}", "Parts of housekeeping that failed in this process"),
     HOUSEKEEPING_AGE: Instrument(
-        "age", "s", "Time since the last turn at housekeeping that this process took or saw, or since its start"
+        "age",
+        "s",
+        "Time since the last turn at housekeeping that succeeded here or was seen elsewhere, or since the start",
     ),
     STREAMS_ACTIVE: Instrument("gauge", "{stream}", "Streams that this process is writing"),
     READERS_ACTIVE: Instrument("gauge", "{reader}", "Readers in this process that follow a stream"),
