@@ -15,7 +15,7 @@ LAYERS = [
     {"errors", "_concurrency"},
     {"_json"},
     {"_conninfo", "_sqlstate", "_statement_runner", "_workarounds", "models", "history", "sse", "web"}
-    | {"_document", "_merging", "_message_tree", "_turns", "wire"}
+    | {"_document", "_merging", "_message_tree", "_telemetry", "_turns", "metrics", "wire"}
     | {
         "_encoded_events",
         "_partial_json",
