@@ -62,6 +62,8 @@ from aibind_postgres import (
     wrap_django,
     wrap_sqlalchemy,
 )
+from aibind_postgres.contrib.opentelemetry import OpenTelemetryMetrics
+from aibind_postgres.contrib.prometheus import PrometheusMetrics
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
@@ -129,6 +131,7 @@ def streams(since: datetime) -> None:
         assert_type(store.read_with_times("id", after_seq=3), Iterator[TimedChunk])
         assert_type(store.get_status("id"), StreamStatus | None)
         assert_type(store.check(), StoreCheck)
+        assert_type(store.get_stats(), dict[str, int])
         assert_type(store.wait("id", timeout=timedelta(seconds=1)), StreamStatus)
         assert_type(store.wait("id").state, StreamState)
         assert_type([store.stop("id"), store.complete("id"), store.fail("id", "why"), store.delete("id")], list[bool])
@@ -185,12 +188,19 @@ async def async_streams(since: datetime) -> None:
         await store.close()
 
 
+def telemetry() -> None:
+    PostgresStreamStore("", metrics=PrometheusMetrics())
+    AsyncPostgresStreamStore("", metrics=OpenTelemetryMetrics())
+    PostgresStreamStore("", metrics=object())  # type: ignore[arg-type]
+
+
 def models(status: StreamStatus, info: StreamInfo) -> None:
     assert_type(status.error, str | None)
     assert_type(info.expires_at, datetime)
     assert_type(info.created_at, datetime | None)
     assert_type(schema.render(chunks_table=Identifier("a", "b")), str)
     assert_type(schema.statements(chunks_table=Identifier("a", "b")), list[str])
+    assert_type(schema.monitoring_views(status_table="a.b"), str)
     with embedded.server("folder", version=16) as dsn:
         assert_type(dsn, str)
     try:
@@ -285,6 +295,8 @@ def conversations(message: Message) -> None:
             assert_type(edited, ChatHistory[Any])
             edited.append(message)
         assert_type([store.touch("id"), store.delete("id")], list[bool])
+        assert_type([store.check()], list[StoreCheck])
+        assert_type(store.get_stats(), dict[str, int])
         assert_type(store.list(), Iterator[ConversationInfo])
         assert_type(store.cleanup(), int)
         for info in store.list("owner", limit=10, before=ConversationInfo("id", updated_at=datetime.max)):
@@ -314,6 +326,8 @@ async def async_conversations(message: Message) -> None:
             assert_type(edited, ChatHistory[Any])
             edited.append(message)
         assert_type([await store.touch("id"), await store.delete("id")], list[bool])
+        assert_type([await store.check()], list[StoreCheck])
+        assert_type(store.get_stats(), dict[str, int])
         assert_type(store.list("owner"), AsyncIterator[ConversationInfo])
         assert_type(await store.describe("id", title=None), bool)
         assert_type(await store.get_info("id"), ConversationInfo | None)

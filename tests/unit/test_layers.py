@@ -15,7 +15,7 @@ LAYERS = [
     {"errors", "_concurrency"},
     {"_json"},
     {"_conninfo", "_sqlstate", "_statement_runner", "_workarounds", "models", "history", "sse", "web"}
-    | {"_document", "_merging", "_message_tree", "_turns", "wire"}
+    | {"_document", "_merging", "_message_tree", "_telemetry", "_turns", "metrics", "wire"}
     | {
         "_encoded_events",
         "_partial_json",
@@ -51,7 +51,7 @@ LAYERS = [
     {"schema", "adapters", "embedded", "sources"},
     {"__init__"},
     {"cli"},
-    {"contrib"},  # runs the commands
+    {"contrib", "pytest_plugin"},  # `contrib` runs the commands
 ]
 
 # The same inside `_async`.
@@ -63,6 +63,7 @@ ASYNC_LAYERS = [
     {"combining", "columns", "sending"},
     {"notifying", "stream_schema", "conversation_schema"},
     {"archiving", "deleting", "readiness", "replica"},
+    {"observed_store"},
     {"reading"},
     {"appending", "leasing", "conversation_histories"},
     {"listening"},
@@ -80,7 +81,12 @@ ASYNC_LAYERS = [
 ]
 
 # In the same layer, but never imported by each other.
-APART = [("_async", "_sync"), ("_concurrency", "errors")]
+APART = [
+    ("_async", "_sync"),
+    ("cli", "pytest_plugin"),
+    ("contrib", "pytest_plugin"),
+    ("_concurrency", "errors"),
+]
 
 
 def top(module: str) -> str:
@@ -180,7 +186,7 @@ def test_errors_import_nothing_of_the_package() -> None:
 
 
 def test_core_does_not_import_its_extras() -> None:
-    extras = ("contrib", "cli")
+    extras = ("contrib", "cli", "pytest_plugin")
     assert [(module, name) for module, name in IMPORTS if top(name) in extras and top(module) not in extras] == []
 
 

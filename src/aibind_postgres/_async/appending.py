@@ -14,6 +14,7 @@ from ..errors import (
     StreamNotActiveError,
     StreamNotFoundError,
 )
+from ..metrics import APPEND_CHUNKS
 from .combining import AsyncCombiner
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ class AsyncAppender:
         self._schema = schema
         self._ttl = ttl
         self._notifier = notifier
+        self._appends = self._chunks = 0
         # Each stream always uses the same lane, so that concurrent batches do not lock the same row.
         self._lanes = [
             AsyncCombiner(self._append_alone, self._append_batch, max_items=BATCH_ITEMS, max_size=BATCH_CHARACTERS)
@@ -78,8 +80,10 @@ class AsyncAppender:
         self._database.check_owner()
         if not self._schema.is_known:
             await self._schema.look_up()
+        self._appends += 1
         stream_id, texts, _ = append
-        size = ROW_CHARACTERS * len(texts)
+        count = len(texts)  # not inside `+=`, where another thread could run and its count be lost
+        size = ROW_CHARACTERS * count
         if size < MIN_ALONE:
             size += sum(map(len, texts))
         # A statement in a caller's transaction must not contain the appends of other callers.
@@ -94,6 +98,7 @@ class AsyncAppender:
                 if last is None:
                     last = await self._check_skipped(append)
                 if last is not None:
+                    self._chunks += count
                     return last
                 combined = False
         except GeneratorExit:  # see `AsyncFollower`
@@ -105,6 +110,11 @@ class AsyncAppender:
             f"stream {stream_id!r} is active, but its row cannot be updated: check the policies and triggers "
             "of its table, and that its total_chunks is not negative"
         )
+
+    def get_stats(self) -> dict[str, int]:
+        """Return the numbers of appends, of those that shared a statement, and of stored chunks."""
+        combined = sum(lane.combined for lane in self._lanes)
+        return {"appends_num": self._appends, "appends_combined": combined, "chunks_num": self._chunks}
 
     async def _append_alone(self, append: Append) -> int | None:
         """Return the last sequence number, or None if nothing was written."""
@@ -128,8 +138,14 @@ class AsyncAppender:
         if not rows or rows[0][0] is None:
             return None
         last = int(rows[0][0])
+        self._report(len(texts))
         await self._notifier.appended([(stream_id, last - len(texts), texts)], newest)
         return last
+
+    def _report(self, chunks: int) -> None:
+        """Report how many chunks one statement has stored."""
+        if self._database.metrics is not None and chunks:
+            self._database.metrics.record(APPEND_CHUNKS, chunks)
 
     async def _delete_leftovers(self, params: Sequence[object]) -> None:
         statements = self._schema.statements
@@ -174,6 +190,7 @@ class AsyncAppender:
                 last += len(texts)
                 lasts[index] = last
         if appended:
+            self._report(sum([len(texts) for _, _, texts in appended]))
             await self._notifier.appended(appended, newest)
         return lasts
 
