@@ -50,8 +50,8 @@ LAYERS = [
     {"_async", "_sync"},
     {"schema", "adapters", "embedded", "sources"},
     {"__init__"},
-    {"cli"},
-    {"contrib", "pytest_plugin"},  # `contrib` runs the commands
+    {"cli", "pytest_plugin"},
+    {"contrib"},  # runs the commands
 ]
 
 # The same inside `_async`.
@@ -81,12 +81,7 @@ ASYNC_LAYERS = [
 ]
 
 # In the same layer, but never imported by each other.
-APART = [
-    ("_async", "_sync"),
-    ("cli", "pytest_plugin"),
-    ("contrib", "pytest_plugin"),
-    ("_concurrency", "errors"),
-]
+APART = [("_async", "_sync"), ("cli", "pytest_plugin"), ("contrib", "pytest_plugin"), ("_concurrency", "errors")]
 
 
 def top(module: str) -> str:

@@ -191,8 +191,8 @@ class AsyncDurableStream:
                 stream_id = new_id() if id is None else arguments.identifier(id)
                 encoder = wire.chunk_encoder(stream_id)
                 limits = arguments.limit(idle_timeout, "idle_timeout"), arguments.limit(timeout, "timeout")
-                span = StoreSpan(store._database.metrics, "aibind.produce", stream_id, details.get("session_id"))
                 inline = await store._database.client.runs_inline()
+                span = StoreSpan(store._database.metrics, "aibind.produce", stream_id, details.get("session_id"))
                 rest = on_finish, expose_errors, context, *limits
                 with span:  # which ends if the block raises
                     producer = AsyncProducer(store, stream_id, source, encoder, *rest, span=span, inline=inline)
@@ -267,11 +267,10 @@ class AsyncDurableStream:
             require_active(id, StreamStatus(info.state, info.error, info.total_chunks))
             wire = find_wire(info.wire)
             finish = on_finish and partial(_call_with_text, on_finish, wire)
-            inline = await store._database.client.runs_inline()
             span = StoreSpan(store._database.metrics, "aibind.produce", id, info.session_id, link_in(info.metadata))
-            encoder = wire.chunk_encoder(id)
+            inline = await store._database.client.runs_inline()
             rest = finish, expose_errors, context, *limits
-            producer = AsyncProducer(store, id, source, encoder, *rest, span=span, inline=inline)
+            producer = AsyncProducer(store, id, source, wire.chunk_encoder(id), *rest, span=span, inline=inline)
         except BaseException:
             await close_source(source)
             raise
