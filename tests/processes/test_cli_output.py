@@ -38,7 +38,9 @@ def shell(script: str, dsn: str) -> subprocess.CompletedProcess[bytes]:
 
 def test_help_has_examples_and_no_colour() -> None:
     commands = [[], *([name] for name in COMMANDS)]
-    for command, done in zip(commands, in_parallel([*command, "--help"] for command in commands)(FORCE_COLOR="1")):
+    for command, done in zip(
+        commands, in_parallel([*command, "--help"] for command in commands)(FORCE_COLOR="1"), strict=True
+    ):
         assert (done.returncode, done.stderr) == (0, b"")
         assert b"\x1b" not in done.stdout
         if command:
