@@ -210,6 +210,7 @@ def doctor(
     try:
         with chosen_database(Target(dsn, chunks_table, status_table), use_embedded=embedded) as url:
             code = diagnosis.run(url, chunks_table, status_table, conversations_table, as_json)
+            sys.stdout.flush()  # so that a full disk is not reported as a warning
     except typer.Exit as reported:  # such as an unreachable server
         raise typer.Exit(diagnosis.WILL_NOT_WORK if reported.exit_code == FAILED else reported.exit_code) from None
     raise typer.Exit(code)
