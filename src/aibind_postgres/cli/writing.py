@@ -38,7 +38,7 @@ def write(store: PostgresStreamStore, stream_id: str, by: str, delay: float) -> 
     """Store standard input as a new stream and return the exit code. A stream that was created is always ended."""
     source = sys.stdin.fileno()
     try:
-        os.read(source, 0)  # fails if the input is closed, or a folder
+        os.read(source, 0)  # fails if the input is closed
     except OSError as error:
         print_message(f"standard input cannot be read: {error.strerror}")
         return FAILED
