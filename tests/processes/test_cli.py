@@ -444,25 +444,11 @@ def test_unusable_embedded_server(folder: Path) -> None:
 
 
 def test_operators_commands_have_no_default_database(folder: Path, dsn: str) -> None:
-    commands = [
-        ["show", "x"],
-        ["list"],
-        ["stop", "x"],
-        ["fail", "x"],
-        ["delete", "x", "--yes"],
-        ["cleanup"],
-        ["fail-abandoned"],
-        ["archive"],
-        ["migrate"],
-        ["doctor"],
-    ]
+    commands = [["show", "x"], ["migrate"], ["doctor"]]
     for done in in_parallel(commands)(HOME=str(folder)):
         assert (done.returncode, done.stdout) == (2, b"")
         assert b"no database: give --dsn or --embedded, or set DATABASE_URL" in done.stderr
     assert list(folder.iterdir()) == []
-    for done in in_parallel([[*command, "--embedded", "--dsn", dsn] for command in commands])():
-        assert done.returncode == 2
-        assert b"not both" in done.stderr
     done = run("migrate", "--embedded", HOME=str(folder))
     assert (done.returncode, b"are up to date" in done.stdout) == (0, True), done.stderr
     assert run("show", "x", "--embedded", HOME=str(folder)).returncode == 3
@@ -483,40 +469,20 @@ def test_missing_extra(module: str, extra: str) -> None:
 # Usage and connection errors
 
 
-def test_wrong_usage(dsn: str) -> None:
+def test_wrong_usage(database: str) -> None:
     commands = [
-        ["replay", "x", "--speed", "0"],
-        ["replay", "x", "--speed", "nan"],
-        ["replay", "x", "--speed", "2", "--instant"],
-        ["replay", "x", "--raw", "--events"],
-        ["replay", "x", "--raw", "--sse"],
-        ["tail", "x", "--raw", "--events"],
-        ["tail", "x", "--after", "-1"],
-        ["write", "x", "--by", "page"],
-        ["write", "x", "--delay", "-1"],
         ["tail", ""],
         ["tail", "\udcff"],
         ["show", "x" * 1025],
-        ["stop", ""],
         ["fail", "x", "--error", "\udcff"],
-        ["list", "--state", "paused"],
         ["list", "--owner", ""],
-        ["delete"],
-        ["delete", "x", "--owner", "o"],
-        ["delete", "x"],  # without a terminal
-        ["delete", "--owner", "o"],
         ["delete", "--owner", "", "--yes"],
-        ["cleanup", "--every", "10"],
-        ["cleanup", "--every", "0s"],
-        ["archive", "--older-than", "-1d"],
         ["archive", "--older-than", "1000000d"],
         ["tail", "x", "--chunks-table", "a.b.c"],
-        ["schema", "--chunks-table", "same", "--status-table", "same"],
-        ["unknown"],
-        ["tail"],
     ]
-    for done, command in zip(in_parallel(commands)(dsn=dsn), commands, strict=True):
+    for done, command in zip(in_parallel(commands)(dsn=database), commands, strict=True):
         assert done.returncode == 2, command
+        assert done.stderr.count(b"\n") == 1
 
 
 def test_version_option() -> None:

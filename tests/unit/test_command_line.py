@@ -11,6 +11,7 @@ import click
 import pytest
 import typer
 from typer.main import get_command
+from typer.testing import CliRunner
 
 from aibind_postgres import StreamInfo
 from aibind_postgres.cli import stream_lists
@@ -139,3 +140,69 @@ def test_examples_are_valid(name: str) -> None:
             COMMANDS[name].make_context(name, arguments)
         except (click.UsageError, typer.BadParameter) as error:
             pytest.fail(f"{example}: {error}")
+
+
+# The commands below end before they connect to a database.
+
+
+def invoke(*arguments: str) -> tuple[int, str]:
+    result = CliRunner(env={"DATABASE_URL": None}).invoke(app, arguments)
+    assert result.stdout == ""
+    return result.exit_code, result.stderr
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "replay x --speed 0",
+        "replay x --speed nan",
+        "replay x --speed 2 --instant",
+        "replay x --raw --events",
+        "replay x --raw --sse",
+        "tail x --raw --events",
+        "tail x --after -1",
+        "write x --by page",
+        "write x --delay -1",
+        "schema --chunks-table same --status-table same",
+        "unknown",
+        "tail",
+        "list --state paused",
+        "delete",
+        "delete x --owner o",
+        "cleanup --every 10",
+        "cleanup --every 0s",
+        "archive --older-than -1d",
+    ],
+)
+def test_wrong_usage(command: str) -> None:
+    code, errors = invoke(*command.split())
+    assert code == 2
+    assert errors
+
+
+OPERATORS_COMMANDS = [
+    "list",
+    "show x",
+    "stop x",
+    "fail x",
+    "delete x --yes",
+    "cleanup",
+    "fail-abandoned",
+    "archive",
+    "migrate",
+    "doctor",
+]
+
+
+@pytest.mark.parametrize("command", OPERATORS_COMMANDS)
+def test_operators_commands_have_no_default_database(command: str) -> None:
+    code, errors = invoke(*command.split())
+    assert (code, errors) == (2, "aibind-postgres: no database: give --dsn or --embedded, or set DATABASE_URL\n")
+    code, errors = invoke(*command.split(), "--embedded", "--dsn", "postgresql://localhost")
+    assert (code, errors) == (2, "aibind-postgres: give --dsn or --embedded, not both\n")
+
+
+def test_delete_without_a_terminal_needs_yes() -> None:
+    for command in ("delete x", "delete --owner ann"):
+        code, errors = invoke(*command.split(), "--dsn", "postgresql://localhost:1")
+        assert (code, "give --yes" in errors) == (2, True)

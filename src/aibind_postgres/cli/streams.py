@@ -39,7 +39,18 @@ from .options import (
 )
 from .standard_streams import output_console
 from .stream_lists import COLUMNS, align, describe, fields, row
-from .target import DONE, FAILED, Target, chosen_database, confirm, database, exit_with, open_both_stores, open_store
+from .target import (
+    DONE,
+    FAILED,
+    Target,
+    chosen_database,
+    confirm,
+    database,
+    exit_with,
+    open_both_stores,
+    open_store,
+    require_terminal,
+)
 
 app = typer.Typer()
 
@@ -302,6 +313,8 @@ def delete(
     """
     if (id is None) == (owner is None):
         raise typer.BadParameter("give either the id of a stream or --owner")
+    if not yes:
+        require_terminal()
     target = Target(dsn, chunks_table, status_table, conversations_table)
     with open_both_stores(target, chosen_database(target, use_embedded=embedded)) as (store, conversations):
         if owner is not None:

@@ -41,10 +41,14 @@ def exit_with(code: int, text: str) -> NoReturn:
     raise typer.Exit(code)
 
 
-def confirm(question: str) -> None:
-    """Ask on a terminal. Exit unless the answer is yes, or if the standard input is not a terminal."""
+def require_terminal() -> None:
+    """Exit if the standard input is not a terminal, on which `confirm` could ask."""
     if not sys.stdin.isatty():
         exit_with(USAGE, "standard input is not a terminal: give --yes to delete without a question")
+
+
+def confirm(question: str) -> None:
+    """Ask on the terminal. Exit unless the answer is yes."""
     print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         exit_with(FAILED, "nothing was deleted")
