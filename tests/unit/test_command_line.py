@@ -7,7 +7,6 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
 import typer
 from typer.main import get_command
@@ -136,10 +135,7 @@ def test_examples_are_valid(name: str) -> None:
         words = re.split(r" [|<&>]", example)[0].replace("'", "").replace("the model is not available", "text").split()
         arguments = words[len(name.split()) :]
         assert words[: len(name.split())] == name.split()
-        try:
-            COMMANDS[name].make_context(name, arguments)
-        except (click.UsageError, typer.BadParameter) as error:
-            pytest.fail(f"{example}: {error}")
+        COMMANDS[name].make_context(name, arguments)  # raises if an option is unknown
 
 
 # The commands below end before they connect to a database.
