@@ -55,7 +55,7 @@ OUTPUTS = {
     },
     "docs/howto.md": {
         "resume": "['!']\n",
-        "stop": "stopped\nthe source is closed\n",
+        "stop": "stopped after token 0 \n",
         "worker": "done\nYou asked: Hello \n",
         "branches": "Blue. 2 of 2\nRed.\n",
     },

@@ -67,7 +67,9 @@ DJANGO = """
 import django.conf
 
 django.conf.settings.configure(
-    ROOT_URLCONF=__name__, SECRET_KEY="-", INSTALLED_APPS=["django.contrib.contenttypes", "django.contrib.auth"]
+    ROOT_URLCONF=__name__,
+    SECRET_KEY="-",
+    INSTALLED_APPS=[f"django.contrib.{app}" for app in ("contenttypes", "auth", "sessions", "messages", "admin")],
 )
 django.setup()
 """
@@ -316,8 +318,10 @@ with TestClient(app) as client:
         assert client.get("/__aibind__/conversations/a chat", headers={"x-user": user}).status_code == status
         assert client.get(f"/__aibind__/stream/resume?id={id}", headers={"x-user": user}).status_code == status
 """,
-    ("sources.md", "from openai import AsyncOpenAI"): WEB
-    + """
+    ("sources.md", "from openai import AsyncOpenAI"): """
+import os
+
+os.environ["OPENAI_API_KEY"] = "-"
 BLOCK
 import asyncio
 from support import model_server

@@ -1,4 +1,4 @@
-"""Take the screenshots of the chat and of `examples/usechat` in docs/images: `nox -s screenshots`."""
+"""Take the screenshots in docs/images, of the chat, `examples/usechat` and the site: `nox -s screenshots`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from playwright.sync_api import Browser, Page
 
 from aibind_postgres import embedded, schema
 
-from . import usechat, usechat_apps
+from . import site, usechat, usechat_apps
 from .browser import ChatPage, Demo, chromium
 
 FOLDER = Path(__file__).parents[2] / "docs" / "images"
@@ -113,6 +113,17 @@ def take_usechat(browser: Browser, dsn: str) -> None:
         context.close()
 
 
+def take_site(browser: Browser) -> None:
+    """Take the screenshot of the documentation site, with a diagram."""
+    with tempfile.TemporaryDirectory() as folder, site.served(site.build(Path(folder))) as url:
+        options = {"viewport": {"width": DESKTOP[0], "height": DESKTOP[1]}, "device_scale_factor": 2}
+        tab = site.SitePage(browser, url, **options)
+        tab.open("concepts.html")
+        tab.draw_diagrams()
+        save(tab.page, "site")
+        tab.context.close()
+
+
 def main() -> None:
     FOLDER.mkdir(exist_ok=True)
     with (
@@ -123,6 +134,7 @@ def main() -> None:
     ):
         take(browser, fast, slow)
         take_usechat(browser, dsn)
+        take_site(browser)
 
 
 if __name__ == "__main__":
