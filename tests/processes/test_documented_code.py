@@ -32,7 +32,7 @@ SHELL = ("sh", "")  # blocks without a language are commands, too
 TESTED_ELSEWHERE = {
     ("docs/ag_ui.md", "ts"): "tests/processes/test_ag_ui_client.py",  # as the class of tests/npm/ag_ui_client.mjs
     ("docs/alembic.md", "python"): "tests/processes/test_alembic.py",
-    ("docs/doctor.md", "sql", "Minimal grants"): "tests/processes/test_doctor.py",
+    ("docs/doctor.md", "sql", "Minimal grants"): "tests/_async/test_grants.py",
     ("docs/migration.md", "python"): "tests/processes/test_guides.py",
     ("docs/partitions.md", "sh"): "tests/faults/test_moving_to_partitions.py",
     ("docs/partitions.md", "sql"): "tests/faults/test_moving_to_partitions.py",
@@ -46,6 +46,7 @@ TESTED_ELSEWHERE = {
     ("docs/security.md", ""): "tests/processes/test_security_page.py",
     ("docs/security.md", "python", "Row-level security"): "tests/processes/test_security_page.py",
     ("docs/sources.md", "python", "scripts"): "tests/processes/test_sources.py",
+    ("docs/testing.md", "python"): "tests/processes/test_pytest_plugin.py",
     ("docs/usechat.md", "python"): "tests/processes/test_guides.py",
     ("docs/usechat.md", "js"): "tests/processes/test_guides.py",
     ("docs/usechat.md", "jsx"): "tests/processes/test_guides.py",
