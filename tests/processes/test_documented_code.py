@@ -176,8 +176,9 @@ def parse(words: list[str]) -> None:
 
 
 def simple_commands(code: str) -> list[list[str]]:
-    """Return the words of each simple command."""
-    lexer = shlex.shlex(code.replace("\\\n", " "), posix=True, punctuation_chars="|&<>\n")
+    """Return the words of each simple command, without redirections."""
+    code = re.sub(r" [<>] \S+", "", code)
+    lexer = shlex.shlex(code.replace("\\\n", " "), posix=True, punctuation_chars="|&\n")
     lexer.whitespace = " \t"
     lexer.whitespace_split = True
     commands: list[list[str]] = [[]]
@@ -194,7 +195,7 @@ def test_commands_are_known(block: Block) -> None:
     subprocess.run(["bash", "-n"], input=block.code, check=True, text=True)
     for program, *words in simple_commands(block.code):
         if program == "aibind-postgres":
-            parse([word for word in words if word not in ("<", ">")])
+            parse(words)
         elif program in ("uvicorn", "gunicorn"):
             done = subprocess.run([sys.executable, "-m", program, "--help"], capture_output=True, text=True, check=True)
             assert [word for word in words if word.startswith("--") and word not in done.stdout] == []

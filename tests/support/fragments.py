@@ -237,6 +237,11 @@ from django.db import migrations
 
 BLOCK
 """,
+    ("operations.md", 'print(store.get_stats()["readers_open"])'): STORES
+    + """
+with PostgresStreamStore(dsn) as store:
+    BLOCK
+""",
     ("operations.md", "with Housekeeper(streams, conversations):  # either may be None"): WEB
     + SERVE
     + """
