@@ -32,6 +32,7 @@ SHELL = ("sh", "")  # blocks without a language are commands, too
 TESTED_ELSEWHERE = {
     ("docs/ag_ui.md", "ts"): "tests/processes/test_ag_ui_client.py",  # as the class of tests/npm/ag_ui_client.mjs
     ("docs/alembic.md", "python"): "tests/processes/test_alembic.py",
+    ("docs/django.md", "python"): "tests/processes/test_django_page.py",
     ("docs/doctor.md", "sql", "Minimal grants"): "tests/_async/test_grants.py",
     ("docs/migration.md", "python"): "tests/processes/test_guides.py",
     ("docs/partitions.md", "sh"): "tests/faults/test_moving_to_partitions.py",

@@ -450,6 +450,27 @@ with PostgresStreamStore(dsn) as store:
         BLOCK
     assert [chunk.data for chunk in store.read_from(stream, follow=False)] == tokens
 """,
+    ("telemetry.md", "from aibind_postgres import AsyncPostgresStreamStore"): """
+BLOCK
+""",
+    ("telemetry.md", "from prometheus_client import start_http_server"): """
+import prometheus_client
+
+start = prometheus_client.start_http_server
+prometheus_client.start_http_server = lambda port: start(0)  # another process may use the port
+BLOCK
+assert b"aibind" in prometheus_client.generate_latest()
+""",
+    ("telemetry.md", "from aibind_postgres import PostgresStreamStore"): STORES
+    + """
+printed = []
+print = lambda *values: printed.append(values)
+BLOCK
+store = PostgresStreamStore(dsn, metrics=PrintedMetrics())
+store.append(store.create(), "Hello")
+assert printed
+store.close()
+""",
     ("time_partitions.md", "from aibind_postgres import Housekeeper, schema"): STORES
     + SERVE
     + """

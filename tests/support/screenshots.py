@@ -1,4 +1,4 @@
-"""Take the screenshots in docs/images: of the chat, `examples/usechat`, the admin and the site. `nox -s screenshots`."""
+"""Take the screenshots in docs/images, of the chat, `examples/usechat`, the admin and the site."""
 
 from __future__ import annotations
 
