@@ -1,4 +1,4 @@
-"""Take the screenshots of the chat, of `examples/usechat` and of the admin in docs/images: `nox -s screenshots`."""
+"""Take the screenshots in docs/images, of the chat, `examples/usechat`, the admin and the site."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from playwright.sync_api import Browser, Page
 
 from aibind_postgres import PostgresConversationStore, PostgresStreamStore, embedded, schema
 
-from . import django_project, usechat, usechat_apps
+from . import django_project, site, usechat, usechat_apps
 from .browser import ChatPage, Demo, chromium
 
 FOLDER = Path(__file__).parents[2] / "docs" / "images"
@@ -114,6 +114,17 @@ def take_usechat(browser: Browser, dsn: str) -> None:
         context.close()
 
 
+def take_site(browser: Browser) -> None:
+    """Take the screenshot of the documentation site, with a diagram."""
+    with tempfile.TemporaryDirectory() as folder, site.served(site.build(Path(folder))) as url:
+        options = {"viewport": {"width": DESKTOP[0], "height": DESKTOP[1]}, "device_scale_factor": 2}
+        tab = site.SitePage(browser, url, **options)
+        tab.open("concepts.html")
+        tab.draw_diagrams()
+        save(tab.page, "site")
+        tab.context.close()
+
+
 def take_admin(browser: Browser, dsn: str) -> None:
     """Take the screenshots of the admin of the app for Django: a stream that is being written, and branches."""
     with tempfile.TemporaryDirectory() as folder:
@@ -158,6 +169,7 @@ def main() -> None:
     ):
         take(browser, fast, slow)
         take_usechat(browser, dsn)
+        take_site(browser)
         take_admin(browser, dsn)
 
 
