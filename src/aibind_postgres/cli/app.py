@@ -19,7 +19,7 @@ from .. import schema
 from .._tables import CHUNKS_TABLE, CONVERSATIONS_TABLE, STATUS_TABLE
 from . import demo as demonstration
 from . import doctor as diagnosis
-from . import streams
+from . import streams, transfer
 from . import web_demo as web_demonstration
 from .options import (
     ChunksTable,
@@ -55,6 +55,7 @@ app = typer.Typer(
     context_settings={"max_content_width": 120},
 )
 app.add_typer(streams.app)
+app.add_typer(transfer.app)
 
 
 class Framework(str, Enum):

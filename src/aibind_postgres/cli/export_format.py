@@ -8,7 +8,8 @@ file.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime, timedelta
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -96,9 +97,10 @@ class Counts(NamedTuple):
     chunks: int = 0
     conversations: int = 0
 
-    def plus(self, kind: Kind) -> Counts:
-        """Return the counts with one more record."""
-        return self._replace(**{f"{kind}s": getattr(self, f"{kind}s") + 1})
+    @classmethod
+    def of(cls, kinds: Mapping[str, int]) -> Counts:
+        """Return the counts of records by their type."""
+        return cls(*(kinds.get(name.removesuffix("s"), 0) for name in cls._fields))
 
 
 def line_of(kind: str, columns: dict[str, Any], metadata: str | None = None) -> bytes:
@@ -139,7 +141,7 @@ def records(lines: Iterable[bytes]) -> Iterator[Record]:
     Raises:
         FileError: A line is malformed, or the file is not complete.
     """
-    counts = Counts()
+    counts: Counter[str] = Counter()
     last_keys: dict[str, str] = {}
     stream: dict[str, Any] | None = None
     last_seq = number = 0
@@ -154,7 +156,7 @@ def records(lines: Iterable[bytes]) -> Iterator[Record]:
             raise FileError(number, "a line after the end of the export: import each file by itself")
         if kind == "end":
             end = fields
-            if end != counts._asdict():
+            if end != Counts.of(counts)._asdict():
                 raise FileError(number, "its counts are not those of the file: lines are missing, or were added")
             continue
         _check_columns(number, kind, fields)
@@ -170,7 +172,7 @@ def records(lines: Iterable[bytes]) -> Iterator[Record]:
                 raise FileError(number, f"a {kind} that is in the file twice, or not in the order of the ids")
             last_keys[kind] = key
             stream, last_seq = (fields if kind == "stream" else None), 0
-        counts = counts.plus(kind)
+        counts[kind] += 1
         yield Record(number, kind, fields, line)
     if end is None:
         raise FileError(number + 1, "the end of the export is missing: it was interrupted, or the file was cut off")

@@ -128,7 +128,7 @@ def export_streams(
         pages=PAGES.format(archive=in_statement(tables.chunks.archive)) if has_archive else "",
     )
     locked = [tables.status, tables.chunks, *([tables.chunks.archive] if has_archive else [])]
-    counts = Counts()
+    streams = written = 0
     with snapshot(connection, [*locked, *([tables.conversations] if uses_conversations else [])]):
         total = 0
         if shows_progress and is_shown():
@@ -144,21 +144,19 @@ def export_streams(
                 for stream, chunks in zip(batch, _chunks_of(connection, copy, batch), strict=True):
                     metadata = stream.pop("metadata")
                     write(line_of("stream", stream, metadata))
-                    counts = counts.plus("stream")
-                    number = 0
-                    for number, chunk in enumerate(chunks, 1):
+                    streams += 1
+                    for chunk in chunks:
                         write(line_of("chunk", chunk._asdict()))
-                    counts = counts._replace(chunks=counts.chunks + number)
-                report(counts.chunks)
-            if selection.id is not None and not counts.streams:
+                        written += 1
+                report(written)
+            if selection.id is not None and not streams:
                 raise StreamNotFoundError(selection.id)
+            counts = Counts(streams=streams, chunks=written)
             write(end_line(counts))
     return counts
 
 
-def export_conversations(
-    connection: psycopg.Connection, table: Table, selection: Selection, write: Write
-) -> Counts:
+def export_conversations(connection: psycopg.Connection, table: Table, selection: Selection, write: Write) -> Counts:
     """Write the lines of conversations that have not expired, in the order of their ids.
 
     Args:
@@ -178,10 +176,14 @@ def export_conversations(
         columns=", ".join(_expression(name, name in columns) for name in names),
         conversations=in_statement(table),
         now=NOW,
-        condition="session_id = %(id)s" if selection.id is not None else "owner = %(owner)s" if selection.owner else "true",
+        condition="session_id = %(id)s"
+        if selection.id is not None
+        else "owner = %(owner)s"
+        if selection.owner
+        else "true",
     )
     values = {"id": selection.id, "owner": selection.owner, "marker": MARKER}
-    counts = Counts()
+    conversations = 0
     with snapshot(connection, [table]):
         write(header_line())
         with connection.cursor().copy(statement.encode(), values) as copy:
@@ -190,7 +192,8 @@ def export_conversations(
                 conversation = dict(zip(names, row, strict=True))
                 metadata = conversation.pop("metadata")
                 write(line_of("conversation", conversation, metadata))
-                counts = counts.plus("conversation")
+                conversations += 1
+        counts = Counts(conversations=conversations)
         write(end_line(counts))
     return counts
 
@@ -209,7 +212,7 @@ def snapshot(connection: psycopg.Connection, tables: Iterable[Table]) -> Iterato
 
 
 def batches(streams: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """Yield lists of streams that have at most BATCH_CHUNKS chunks and FETCHED_STREAMS streams, or one larger stream."""
+    """Yield lists of at most FETCHED_STREAMS streams with at most BATCH_CHUNKS chunks, or one larger stream."""
     batch: list[dict[str, Any]] = []
     chunks = 0
     for stream in streams:
