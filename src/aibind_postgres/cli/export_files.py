@@ -60,8 +60,10 @@ def new_file(name: str) -> Iterator[IO[bytes]]:
             raw.flush()
             os.fsync(raw.fileno())
         partial.replace(path)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # such as a full disk
+            error.filename = str(partial)
         raise
     _sync_folder(path.parent)
 
