@@ -28,7 +28,10 @@ HOSTILE = [
     '{"type":"end"}',
 ]
 # Numbers that Python rounds, and keys that PostgreSQL puts in order.
-METADATA = '{"price": 1.10, "large": 123456789012345678901234567890, "precise": 0.1000000000000000055511151231257827, "a": "\\u2028\\\\"}'
+METADATA = (
+    '{"price": 1.10, "large": 123456789012345678901234567890, "precise": 0.1000000000000000055511151231257827, '
+    '"a": "\\u2028\\\\"}'
+)
 
 
 def environment(dsn: str | None) -> dict[str, str]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from itertools import chain
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing, contextmanager
 from typing import Any, NamedTuple, TypeAlias
 
 import psycopg
@@ -48,7 +47,7 @@ OF_OWNER = """
 CHUNKS = """
 COPY (
   SELECT * FROM (
-    SELECT id, seq::bigint AS seq, NULL::bigint AS last_seq, data, {time} AS created_at, NULL::text AS times
+    SELECT id, seq::bigint AS seq, NULL::bigint AS last_seq, data, {time}, NULL::text AS times
       FROM {chunks} WHERE id = ANY (%(ids)s::text[]) AND seq > %(after)s AND seq <= %(last)s
     {pages}
   ) AS parts
@@ -70,6 +69,7 @@ COPY (
 """
 
 Write: TypeAlias = Callable[[bytes], object]
+Stream: TypeAlias = dict[str, Any]  # the columns of a row of the status table
 
 
 class Selection(NamedTuple):
@@ -141,13 +141,15 @@ def export_streams(
             cursor.execute(STREAMS.format_map(read).encode(), values)
             write(header_line())
             for batch in batches(cursor):
-                for stream, chunks in zip(batch, _chunks_of(connection, copy, batch), strict=True):
-                    metadata = stream.pop("metadata")
-                    write(line_of("stream", stream, metadata))
-                    streams += 1
-                    for chunk in chunks:
-                        write(line_of("chunk", chunk._asdict()))
-                        written += 1
+                # The COPY must end before the transaction, also if writing fails: it holds the lock of the connection.
+                with closing(_read_chunks(connection, copy, batch)) as found:
+                    for stream, chunks in zip(batch, split(batch, found), strict=True):
+                        metadata = stream.pop("metadata")
+                        write(line_of("stream", stream, metadata))
+                        streams += 1
+                        for chunk in chunks:
+                            write(line_of("chunk", chunk._asdict()))
+                            written += 1
                 report(written)
             if selection.id is not None and not streams:
                 raise StreamNotFoundError(selection.id)
@@ -211,9 +213,9 @@ def snapshot(connection: psycopg.Connection, tables: Iterable[Table]) -> Iterato
         yield
 
 
-def batches(streams: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+def batches(streams: Iterable[Stream]) -> Iterator[list[Stream]]:
     """Yield lists of at most FETCHED_STREAMS streams with at most BATCH_CHUNKS chunks, or one larger stream."""
-    batch: list[dict[str, Any]] = []
+    batch: list[Stream] = []
     chunks = 0
     for stream in streams:
         if batch and (chunks + stream["total_chunks"] > BATCH_CHUNKS or len(batch) == FETCHED_STREAMS):
@@ -225,15 +227,11 @@ def batches(streams: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]
         yield batch
 
 
-def _chunks_of(connection: psycopg.Connection, copy: str, batch: list[dict[str, Any]]) -> Iterator[Iterator[Chunk]]:
-    """Yield an iterator over the chunks of each stream, which must be exhausted before the next one."""
-    ids = [stream["id"] for stream in batch]
-    # A stream with more chunks is alone in its batch. Ranges bound what the server sorts.
-    ranges = range(0, max(stream["total_chunks"] for stream in batch), BATCH_CHUNKS)
-    rows = chain.from_iterable(_copy(connection, copy, ids, after) for after in ranges)
-    chunk = next(rows, None)
+def split(batch: list[Stream], chunks: Iterator[Chunk]) -> Iterator[Iterator[Chunk]]:
+    """Yield an iterator over the chunks of each stream of a batch, which must be exhausted before the next one."""
+    chunk = next(chunks, None)
 
-    def of(stream: dict[str, Any]) -> Iterator[Chunk]:
+    def of(stream: Stream) -> Iterator[Chunk]:
         nonlocal chunk
         last = 0
         while chunk is not None and chunk.id == stream["id"]:
@@ -241,10 +239,17 @@ def _chunks_of(connection: psycopg.Connection, copy: str, batch: list[dict[str, 
             if last < chunk.seq <= stream["total_chunks"]:
                 yield chunk
                 last = chunk.seq
-            chunk = next(rows, None)
+            chunk = next(chunks, None)
 
     for stream in batch:
         yield of(stream)
+
+
+def _read_chunks(connection: psycopg.Connection, copy: str, batch: list[Stream]) -> Generator[Chunk, None, None]:
+    ids = [stream["id"] for stream in batch]
+    # A stream with more chunks is alone in its batch. Ranges bound what the server sorts.
+    for after in range(0, max(stream["total_chunks"] for stream in batch), BATCH_CHUNKS):
+        yield from _copy(connection, copy, ids, after)
 
 
 def _copy(connection: psycopg.Connection, statement: str, ids: list[str], after: int) -> Iterator[Chunk]:
