@@ -72,6 +72,14 @@ def partitions(session: nox.Session, postgres: str, partitions: str) -> None:
     session.run("pytest", *folders, *session.posargs, env=env)
 
 
+@nox.session
+def grants(session: nox.Session) -> None:
+    """Run the tests of the stores as a role with exactly the grants of docs/doctor.md."""
+    session.install(".[dev]")
+    env = {"AIBIND_TEST_ROLE": "aibind_test_role", "AIBIND_TEST_DSN": None}
+    session.run("pytest", "tests/_async", "tests/_sync", *session.posargs, env=env)
+
+
 @nox.session(python=PYTHONS[0])
 def lowest(session: nox.Session) -> None:
     """Run the tests with the lowest version of each dependency that pyproject.toml permits, on the oldest Python."""
@@ -86,6 +94,13 @@ def package(session: nox.Session) -> None:
     """Build the wheel and the sdist, and test them in new environments."""
     session.install(".[dev]")
     session.run("pytest", "tests/packaging", *session.posargs)
+
+
+@nox.session
+def release(session: nox.Session) -> None:
+    """Build the packages into dist, and try the wheel in an empty environment. `-- --tag v1.2.3` checks a tag."""
+    session.install("build", "twine")
+    session.run("python", "scripts/release.py", *session.posargs)
 
 
 @nox.session

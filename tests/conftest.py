@@ -23,7 +23,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     if converter["outdated"]():
         converter["convert"]()
 
-from support import citus, servers  # noqa: E402  # after the conversion
+from support import citus, grants, servers  # noqa: E402  # after the conversion
 from support.spare_tables import SpareTables  # noqa: E402  # after the conversion
 
 from aibind_postgres import schema  # noqa: E402  # after the conversion
@@ -52,6 +52,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if grants.NAME is not None:
+        grants.skip_excluded(items)
     server = os.environ.get("AIBIND_TEST_DSN")
     if server is not None and citus.cluster_of(server) is not None:
         citus.skip_impossible(items)
@@ -77,25 +79,41 @@ def on_citus(server: str) -> bool:
 
 
 @pytest.fixture(scope="session")
-def template(server: str) -> Iterator[str]:
+def granted_role(server: str) -> Iterator[str | None]:
+    """The role of the stores, if this run wants one with the minimal grants."""
+    with grants.own_role(server) as role:
+        yield role
+
+
+@pytest.fixture(scope="session")
+def template(server: str, granted_role: str | None) -> Iterator[str]:
     """The name of a template database with the whole schema."""
     with servers.own_database(server, "template0") as dsn:
         schema.migrate(dsn, partitions=servers.PARTITIONS)
+        if granted_role is not None:
+            with psycopg.connect(dsn) as connection:
+                connection.execute(grants.statements(granted_role, "public").encode())
         yield str(conninfo_to_dict(dsn)["dbname"])
 
 
 @pytest.fixture(scope="session")
-def dsn(server: str, template: str) -> Iterator[str]:
-    """The database of this test run. Tests share it, each in a separate schema."""
+def admin_dsn(server: str, template: str) -> Iterator[str]:
+    """The database of this test run, as the user of the server."""
     with servers.own_database(server, template) as dsn:
         yield dsn
+
+
+@pytest.fixture(scope="session")
+def dsn(admin_dsn: str, granted_role: str | None) -> str:
+    """The database of this test run, as the stores use it. Tests share it, each in a separate schema."""
+    return grants.as_role(admin_dsn, granted_role)
 
 
 @pytest.fixture
-def database(server: str, template: str) -> Iterator[str]:
+def database(server: str, template: str, granted_role: str | None) -> Iterator[str]:
     """A database for one test, with the whole schema and the default names."""
     with servers.own_database(server, template) as dsn:
-        yield dsn
+        yield grants.as_role(dsn, granted_role)
 
 
 @pytest.fixture
@@ -106,7 +124,7 @@ def empty_database(server: str) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def admin_connections(dsn: str) -> Iterator[list[psycopg.Connection]]:
+def admin_connections(admin_dsn: str) -> Iterator[list[psycopg.Connection]]:
     """The connections that `run_sql` uses: one, and a new one each time a test has broken the last."""
     connections: list[psycopg.Connection] = []
     yield connections
@@ -115,14 +133,14 @@ def admin_connections(dsn: str) -> Iterator[list[psycopg.Connection]]:
 
 
 @pytest.fixture(scope="session")
-def run_sql(dsn: str, admin_connections: list[psycopg.Connection]) -> Callable[..., psycopg.Cursor]:
+def run_sql(admin_dsn: str, admin_connections: list[psycopg.Connection]) -> Callable[..., psycopg.Cursor]:
     """Run SQL in the database of this test run."""
 
     def run(sql: str | psycopg.sql.Composable) -> psycopg.Cursor:
         try:
             admin_connections[-1].execute("SELECT")
         except (IndexError, psycopg.OperationalError):
-            admin_connections.append(psycopg.connect(dsn, autocommit=True))
+            admin_connections.append(psycopg.connect(admin_dsn, autocommit=True))
         return admin_connections[-1].execute(sql)
 
     return run
@@ -144,19 +162,22 @@ def schema_name(run_sql: Callable[..., psycopg.Cursor], spare_tables: SpareTable
 
 
 @pytest.fixture
-def create_tables(dsn: str, spare_tables: SpareTables, on_citus: bool) -> Callable[..., None]:
-    """Create tables with every migration applied, and with the partitions that the variable of this run wants."""
+def create_tables(
+    admin_dsn: str, spare_tables: SpareTables, on_citus: bool, granted_role: str | None
+) -> Callable[..., None]:
+    """Create tables with every migration applied, and with the partitions and grants that this run wants."""
 
     def create(**names: psycopg.sql.Identifier) -> None:
         if on_citus:  # it does not change distributed tables by several commands in one text
-            schema.migrate(dsn, **names, citus=True)
+            schema.migrate(admin_dsn, **names, citus=True)
         elif servers.PARTITIONS == "time":
-            schema.migrate(dsn, **names, partitions="time")  # the SQL of `render` creates no partitions of days
+            schema.migrate(admin_dsn, **names, partitions="time")  # the SQL of `render` creates no partitions of days
         else:
             kind = tuple((argument, table._obj[1]) for argument, table in names.items())
-            spare_tables.create(
-                names["chunks_table"]._obj[0], kind, schema.render(**names, partitions=servers.PARTITIONS)
-            )
+            definition = schema.render(**names, partitions=servers.PARTITIONS)
+            if granted_role is not None:
+                definition += grants.statements_for(granted_role, **names)
+            spare_tables.create(names["chunks_table"]._obj[0], kind, definition)
 
     return create
 

@@ -63,7 +63,7 @@ class Subscriptions:
         return subscription
 
     def unsubscribe(self, subscription: Subscription) -> None:
-        """Queue a subscription for removal by the next `subscribe`, `follows`, `awaited` or `is_empty`."""
+        """Queue a subscription for removal by the next `subscribe`, `follows`, `awaited`, `get_stats` or `is_empty`."""
         # Without the mutex: the garbage collector closes forgotten readers in any thread, also in one that holds it.
         self._unsubscribed.append(subscription)
 
@@ -246,6 +246,20 @@ class Subscriptions:
                 if state != "active":  # at each poll, since the status query of a writer may fail
                     woken += stream.wake_ends_only()
         return woken, found
+
+    def get_stats(self) -> dict[str, int]:
+        """Return the numbers of followed streams, readers, waiting readers, and writers."""
+        self._release_unsubscribed()
+        with self._mutex:
+            streams = [stream for streams in self._streams.values() for stream in streams]
+            every = [each for stream in streams for each in stream.subscriptions]
+            writers = sum(each.ends_only for each in every)
+            return {
+                "streams_followed": len(self._streams),
+                "readers_open": len(every) - writers,
+                "readers_waiting": sum(len(stream.waiting) for stream in streams),
+                "writers_open": writers,
+            }
 
     def is_empty(self) -> bool:
         """Return True if there are no subscriptions."""

@@ -7,7 +7,7 @@ import pytest
 from psycopg.conninfo import make_conninfo
 from psycopg_pool import AsyncConnectionPool
 
-from aibind_postgres import AsyncPostgresStreamStore, StoreClosedError
+from aibind_postgres import AsyncPostgresConversationStore, AsyncPostgresStreamStore, StoreClosedError
 
 
 async def test_check_of_a_usable_store(dsn, tables):
@@ -15,6 +15,16 @@ async def test_check_of_a_usable_store(dsn, tables):
         check = await store.check()
     assert check.latency is not None
     assert check._replace(latency=None) == (True, None, None, False, None)
+
+
+async def test_check_of_a_conversation_store(dsn, schema_name, conversations):
+    async with AsyncPostgresConversationStore(dsn, table=conversations) as store:
+        check = await store.check()
+    async with AsyncPostgresConversationStore(dsn, table=psycopg.sql.Identifier(schema_name, "nowhere")) as store:
+        missing = await store.check()
+    assert (check.is_ready, check.problem) == (True, None)
+    assert not missing.is_ready
+    assert "nowhere" in str(missing.problem)
 
 
 async def test_check_names_missing_tables(dsn, schema_name):

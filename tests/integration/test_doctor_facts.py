@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import psycopg
 import pytest
+from support.concurrency import until
 
+from aibind_postgres import schema
 from aibind_postgres._housekeeping import MARKER
 from aibind_postgres._tables import STATUS_TABLE, Table
 from aibind_postgres.cli.doctor_facts import gather
@@ -44,6 +46,22 @@ def test_streams_of_the_first_migration_are_counted(database, admin):
     admin.execute(f"ALTER TABLE {STATUS_TABLE} DROP COLUMN lease_until CASCADE")
     insert(admin, "a", state="active", expires_at=0)
     assert gather(database, TABLES).streams == {"abandoned": 1, "expired": 0, "too_long": 0}
+
+
+def test_dead_rows_of_each_partition(empty_database):
+    schema.migrate(empty_database, partitions=2)
+    with psycopg.connect(empty_database, autocommit=True) as admin:
+        for number in range(20):
+            insert(admin, f"a{number}", state="done", expires_at=0)
+        admin.execute(f"DELETE FROM {STATUS_TABLE}")
+
+    def leaves():
+        tables = gather(empty_database, TABLES).catalog["tables"]
+        return next(table["leaves"] for table in tables if table["key"] == STATUS_TABLE)
+
+    until(lambda: sum(leaf["dead"] for leaf in leaves()) == 20)  # sessions report their counts when they end
+    assert len({leaf["name"] for leaf in leaves()}) == 2
+    assert leaves()[0]["dead"] >= leaves()[1]["dead"] > 0
 
 
 def test_definition_of_a_table(database, admin):

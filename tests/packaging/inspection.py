@@ -35,7 +35,9 @@ def signatures(module: ModuleType) -> dict[str, str]:
 def modules() -> list[str]:
     """Return the names of the modules that need no extra."""
     walk = pkgutil.walk_packages(aibind_postgres.__path__, "aibind_postgres.")
-    return sorted(module.name for module in walk if module.name.split(".")[1] not in ("cli", "contrib"))
+    return sorted(
+        module.name for module in walk if module.name.split(".")[1] not in ("cli", "contrib", "pytest_plugin")
+    )
 
 
 print(

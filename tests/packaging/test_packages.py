@@ -90,6 +90,7 @@ def test_sdist_contents(built: Built) -> None:
     required += ["examples/shared/page/app.js", "examples/shared/page/vendor/purify.es.mjs", "docs/images/desktop.png"]
     required += ["scripts/unasync.py", "scripts/hatch_build.py", "sql/0001_tables.sql", "tests/conftest.py"]
     required += ["src/aibind_postgres/_async/stream_store.py", "src/aibind_postgres/_sync/stream_store.py"]
+    required += [".github/workflows/release.yml"]
     assert set(required) - names == set()
     assert not [name for name in names if name.startswith("tests/_sync/")]
 
@@ -115,6 +116,18 @@ def test_installed_packages_are_equal_and_have_both_flavours(built: Built, tmp_p
             flavours[part].add(".".join(rest))
     assert flavours["_async"] == flavours["_sync"] >= {"client", "stream_store"}
     assert {"PostgresStreamStore", "AsyncPostgresStreamStore"} <= set(inspected["public"])
+
+
+def test_pytest_and_flask_find_their_plugins(built: Built, tmp_path: Path) -> None:
+    """Without an option, in an environment with the wheel."""
+    venv.create(tmp_path / "venv", with_pip=True, symlinks=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    run(python, "-m", "pip", "install", "--quiet", f"{built.wheel}[cli,flask]", "pytest")
+    (tmp_path / "app.py").write_text("import flask\napp = flask.Flask('app')\n")
+    (tmp_path / "test_it.py").write_text("def test_it(pytestconfig):\n    pytestconfig.getini('aibind_postgres_dsn')\n")
+    assert "1 passed" in run(python, "-m", "pytest", "-q", cwd=tmp_path)
+    assert "stream_store" in run(python, "-m", "pytest", "--fixtures", cwd=tmp_path)
+    assert "migrate" in run(python, "-m", "flask", "aibind", "--help", cwd=tmp_path)
 
 
 def test_editable_install(tmp_path: Path) -> None:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
-from support import pgbouncer, servers
+from support import grants, pgbouncer, servers
 
 from aibind_postgres import ChatHistory, PostgresConversationStore, PostgresStreamStore, schema
 from aibind_postgres.cli.doctor_table_findings import MINIMAL_GRANTS
@@ -51,19 +49,8 @@ def role(database):
     execute(database, f"DROP OWNED BY {name}; DROP ROLE {name}")
 
 
-def documented_grants() -> list[str]:
-    page = (Path(__file__).parents[2] / "docs" / "doctor.md").read_text("utf-8")
-    return re.findall(r"^GRANT .*;$", page.partition("## Minimal grants")[2], re.MULTILINE)
-
-
-def grant_minimum(dsn: str, role: str) -> None:
-    for statement in documented_grants():
-        execute(dsn, statement.replace(" TO app;", f" TO {role};"))
-
-
 def test_documented_grants_are_those_that_doctor_expects():
-    tables = [re.fullmatch(r"GRANT (.*) ON (\w+) TO app;", statement) for statement in documented_grants()]
-    assert {match[2]: match[1].split(", ") for match in tables if match} == MINIMAL_GRANTS
+    assert grants.privileges() == MINIMAL_GRANTS
 
 
 def test_complete_tables(database):
@@ -123,7 +110,7 @@ def test_remedies_of_privileges_work(database, role):
 
 
 def test_minimal_grants_suffice(database, role):
-    grant_minimum(database, role)
+    execute(database, grants.statements(role, "public"))
     dsn = make_conninfo(database, user=role)
     with PostgresStreamStore(dsn) as store, PostgresConversationStore(dsn) as conversations:
         store.create("a", owner="ann", session_id="s")
@@ -174,6 +161,8 @@ def test_pgbouncer(database, tmp_path, mode, level):
         code, found = findings(dsn)
     assert code == 1  # the server of the tests runs without fsync
     assert f"{mode} pooling" in found["connection"]["text"]
+    shown = subprocess.run([pgbouncer.BINARY, "--version"], capture_output=True, text=True, check=True).stdout
+    assert shown.splitlines()[0] in found["connection"]["text"]
     assert found["notifications"]["level"] == level
 
 

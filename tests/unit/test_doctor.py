@@ -11,6 +11,7 @@ from aibind_postgres.cli.doctor_facts import Facts, Path
 from aibind_postgres.cli.doctor_findings import Finding, exit_code, server_findings
 from aibind_postgres.cli.doctor_table_findings import MINIMAL_GRANTS, table_findings
 from aibind_postgres.cli.expected_tables import parse_migrations, read_migrations
+from aibind_postgres.cli.known_bugs import bugs_of
 
 IDLE = "idle_in_transaction_session_timeout"
 TABLES = {name: Table(None, name) for name in MINIMAL_GRANTS}
@@ -19,6 +20,10 @@ SETTINGS = {
     "default_transaction_isolation": "read committed",
     "server_encoding": "UTF8",
 }
+
+
+def leaf(name, **changes):
+    return {"name": name, "size": 8192, "live": 1, "dead": 0, "last_vacuum": None, **changes}
 
 
 def facts(path=(), **changes):
@@ -39,8 +44,7 @@ def facts(path=(), **changes):
             "privileges": MINIMAL_GRANTS[name],
             "grants": [],
             "partition_key": None,
-            "size": 8192,
-            "statistics": {"live": 1, "dead": 0, "last_vacuum": None},
+            "leaves": [leaf(name)],
         }
         for name in TABLES
     ]
@@ -58,7 +62,7 @@ def facts(path=(), **changes):
         "citus": False,
     }
     way = Path(1, 1, False, 1.0, None, 0.0, 0.0)._replace(**dict(path))
-    return Facts("localhost", 5432, way, {**catalog, **changes}, {}, "3.3.0", "3.3.0", 170000)
+    return Facts("localhost", 5432, way, {**catalog, **changes}, {}, "3.3.6", "3.3.3", 170000)
 
 
 def problems(given: Facts) -> dict[str, Finding]:
@@ -119,7 +123,7 @@ def test_notifications_of_a_direct_connection():
 @pytest.mark.parametrize(
     ("table", "change", "name"),
     [
-        (STATUS_TABLE, {"statistics": {"live": 10, "dead": 21}, "size": 60_000_000}, "bloat"),
+        (STATUS_TABLE, {"leaves": [leaf("s", live=10, dead=21, size=60_000_000)]}, "bloat"),
         (CHUNKS_TABLE, {"has_primary_key": False}, "primary-key"),
         (STATUS_TABLE, {"indexes": {}}, "missing-index"),
         (STATUS_TABLE, {"has_usage": False}, "schema-usage"),
@@ -139,8 +143,61 @@ def test_finding_about_a_table(table, change, name):
 
 def test_large_table_with_few_dead_rows_is_well():
     given = facts()
-    given.catalog["tables"][0].update(statistics={"live": 10, "dead": 20}, size=60_000_000)
+    given.catalog["tables"][0].update(leaves=[leaf("s", live=10, dead=20, size=60_000_000)])
     assert problems(given) == {}
+
+
+def test_bloated_partition():
+    given = facts()
+    well, bloated = leaf("p1", live=1000, size=30_000_000), leaf("p2", live=10, dead=21, size=30_000_000)
+    given.catalog["tables"][0].update(leaves=[bloated, well], partition_key="HASH (id)")
+    [found] = problems(given).values()
+    assert found.name == "bloat"
+    assert "1010 live and 21 dead rows in 2 partitions" in found.text
+    assert "such as p2 with 21 dead rows" in found.text
+    assert found.remedy.startswith("VACUUM p2;")
+
+
+def test_distributed_tables():
+    given = facts(citus=True)
+    given.catalog["tables"][0].update(leaves=[leaf("s", live=0, dead=21, size=60_000_000)])
+    assert problems(given) == {}
+
+
+@pytest.mark.parametrize(
+    ("versions", "name", "release"),
+    [
+        ({"psycopg": "3.3.5"}, "psycopg-bug", "psycopg 3.3.6"),
+        ({"psycopg_pool": "3.3.2"}, "psycopg-pool-bug", "psycopg_pool 3.3.3"),
+        ({"pgbouncer": "1.17.0"}, "pooler-bug", "PgBouncer 1.25.2"),
+        ({"pgbouncer": "1.25.1"}, "pooler-bug", "PgBouncer 1.25.2"),
+    ],
+)
+def test_release_with_a_bug(versions, name, release):
+    [found] = problems(facts({"backend_pid": 2})._replace(**versions)).values()
+    assert (found.name, found.remedy) == (name, f"upgrade to {release} or newer")
+
+
+def test_bugs_of_pgbouncer():
+    effects = {
+        version: [bug.source.rpartition("/")[2] for bug in bugs_of("PgBouncer", version)]
+        for version in ("1.17.0", "1.18.0", "1.20.1", "1.21.0", "1.22.1", "1.23.0", "1.25.2")
+    }
+    always = "changelog.html"
+    assert effects == {
+        "1.17.0": ["717", "845", always],
+        "1.18.0": ["845", always],
+        "1.20.1": ["845", always],
+        "1.21.0": ["1025", always],
+        "1.22.1": [always],
+        "1.23.0": ["1105", always],
+        "1.25.2": [],
+    }
+
+
+def test_version_of_pgbouncer_is_shown():
+    given = facts({"backend_pid": 2})._replace(pgbouncer="1.25.2")
+    assert "through PgBouncer 1.25.2" in next(f.text for f in server_findings(given) if f.name == "connection")
 
 
 def test_column_without_its_default():

@@ -50,7 +50,7 @@ LAYERS = [
     {"_async", "_sync"},
     {"schema", "adapters", "embedded", "sources"},
     {"__init__"},
-    {"contrib", "cli"},
+    {"contrib", "cli", "pytest_plugin"},
 ]
 
 # The same inside `_async`.
@@ -62,6 +62,7 @@ ASYNC_LAYERS = [
     {"combining", "columns", "sending"},
     {"notifying", "stream_schema", "conversation_schema"},
     {"archiving", "deleting", "readiness", "replica"},
+    {"observed_store"},
     {"reading"},
     {"appending", "leasing", "conversation_histories"},
     {"listening"},
@@ -79,7 +80,13 @@ ASYNC_LAYERS = [
 ]
 
 # In the same layer, but never imported by each other.
-APART = [("_async", "_sync"), ("contrib", "cli"), ("_concurrency", "errors")]
+APART = [
+    ("_async", "_sync"),
+    ("contrib", "cli"),
+    ("cli", "pytest_plugin"),
+    ("contrib", "pytest_plugin"),
+    ("_concurrency", "errors"),
+]
 
 
 def top(module: str) -> str:
@@ -180,7 +187,9 @@ def test_errors_import_nothing_of_the_package() -> None:
 
 def test_core_does_not_import_its_extras() -> None:
     assert [
-        (module, name) for module, name in IMPORTS if top(name) in ("contrib", "cli") and top(module) != top(name)
+        (module, name)
+        for module, name in IMPORTS
+        if top(name) in ("contrib", "cli", "pytest_plugin") and top(module) != top(name)
     ] == []
 
 

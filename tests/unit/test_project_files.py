@@ -60,6 +60,15 @@ def test_workflow_runs_sessions_of_nox(noxfile: dict[str, Any]) -> None:
     ]
 
 
+def test_release_workflow() -> None:
+    text = (ROOT / ".github" / "workflows" / "release.yml").read_text("utf-8")
+    assert re.findall(r"nox -s (\w+)", text) == ["docs", "release"]
+    assert "secrets." not in text
+    guide = (ROOT / "CONTRIBUTING.md").read_text("utf-8").partition("\n## To release\n")[2].partition("\n## ")[0]
+    assert {"`release.yml`", "environment `pypi`"} <= set(re.findall(r"`release.yml`|environment `pypi`", guide))
+    assert re.search(r"^      name: pypi$", text, re.MULTILINE)
+
+
 def test_actions_are_pinned() -> None:
     actions = re.findall(r"uses: (\S+)", WORKFLOW)
     assert len(actions) == 4

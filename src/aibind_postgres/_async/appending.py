@@ -58,6 +58,7 @@ class AsyncAppender:
         self._schema = schema
         self._ttl = ttl
         self._notifier = notifier
+        self._appends = self._chunks = 0
         # Each stream always uses the same lane, so that concurrent batches do not lock the same row.
         self._lanes = [
             AsyncCombiner(self._append_alone, self._append_batch, max_items=BATCH_ITEMS, max_size=BATCH_CHARACTERS)
@@ -78,6 +79,7 @@ class AsyncAppender:
         self._database.check_owner()
         if not self._schema.is_known:
             await self._schema.look_up()
+        self._appends += 1
         stream_id, texts, _ = append
         size = ROW_CHARACTERS * len(texts)
         if size < MIN_ALONE:
@@ -94,6 +96,7 @@ class AsyncAppender:
                 if last is None:
                     last = await self._check_skipped(append)
                 if last is not None:
+                    self._chunks += len(texts)
                     return last
                 combined = False
         except GeneratorExit:  # see `AsyncFollower`
@@ -105,6 +108,11 @@ class AsyncAppender:
             f"stream {stream_id!r} is active, but its row cannot be updated: check the policies and triggers "
             "of its table, and that its total_chunks is not negative"
         )
+
+    def get_stats(self) -> dict[str, int]:
+        """Return the numbers of appends, of those that shared a statement, and of stored chunks."""
+        combined = sum(lane.combined for lane in self._lanes)
+        return {"appends_num": self._appends, "appends_combined": combined, "chunks_num": self._chunks}
 
     async def _append_alone(self, append: Append) -> int | None:
         """Return the last sequence number, or None if nothing was written."""

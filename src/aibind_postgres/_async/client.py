@@ -94,6 +94,10 @@ class AsyncClient:
         """
         return _do_nothing
 
+    def get_stats(self) -> dict[str, int]:
+        """Return the statistics of the pool that this client owns, or none."""
+        return {}
+
     async def keep(self, most: int) -> None:
         """Keep up to `most` connections between statements, if they are of a pool that this client owns."""
 

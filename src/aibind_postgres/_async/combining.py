@@ -99,6 +99,7 @@ class AsyncCombiner(Generic[Item, Result]):
         self._queue: deque[AsyncCall[Item, Result]] = deque()
         self._leader: object = None  # the item of a caller that found the combiner idle, or a call of the queue
         self._led_since = 0.0
+        self.combined = 0  # calls that have shared a run with others
 
     async def call(self, item: Item, size: int = 1) -> Result:
         """Run `item`, alone or in a batch, and return its result.
@@ -174,6 +175,8 @@ class AsyncCombiner(Generic[Item, Result]):
             while self._queue and len(batch) < self._max_items and size + self._queue[0].size <= self._max_size:
                 batch.append(self._queue[0])
                 size += self._queue.popleft().size
+            if len(batch) > 1:
+                self.combined += len(batch)
         try:
             results = await self._run_batch([call.item for call in batch])
         except Exception as error:

@@ -22,6 +22,7 @@ from ..models import NEVER_MS, ConversationInfo, ErasureResult
 from .conversation_histories import AsyncConversationHistories, OnConflict, check_on_conflict
 from .conversation_schema import AsyncConversationSchema
 from .database import AsyncDatabase
+from .observed_store import AsyncObservedStore
 from .psycopg_clients import AsyncClientLike
 from .stream_store import AsyncPostgresStreamStore
 
@@ -29,7 +30,7 @@ MAX_BYTES = 20_000_000  # of the conversations that one statement of `cleanup` d
 LIST_PAGE_ROWS = 2000  # rows that one statement of `list` returns
 
 
-class AsyncPostgresConversationStore:
+class AsyncPostgresConversationStore(AsyncObservedStore):
     """Stores conversations with branches in one table.
 
     Threads, or the tasks of one event loop, may share a store, but not a `ChatHistory`. The statements expect the
@@ -54,8 +55,8 @@ class AsyncPostgresConversationStore:
         InvalidDataError: By every method, for a session id that is empty, longer than 1,024 bytes, or not storable.
         SchemaError: By every method, if the table is missing. By `describe` and `delete_owner`, and by every method
             with an owner, if migration 0004 is missing.
-        StoreClosedError: By every method, once the store is closed. `close` can be repeated.
-        RuntimeError: By every method, in a different event loop from the one of the first call.
+        StoreClosedError: By every method except `get_stats`, once the store is closed. `close` can be repeated.
+        RuntimeError: By every method except `get_stats`, in a different event loop from the one of the first call.
         ForkedError: By every method except `close`, in a process that was forked after the first call, or after the
             store was made from an open pool or connection.
 
@@ -72,6 +73,7 @@ class AsyncPostgresConversationStore:
         timeout: float | timedelta | None = None,
     ) -> None:
         self._table, status = parse_distinct(table, status_table)
+        self._required_tables = (self._table,)
         self._ttl = NEVER_MS if ttl is None else arguments.milliseconds(ttl, "ttl")
         self._database = AsyncDatabase(client, retry_for=0.0, timeout=timeout)
         self._schema = AsyncConversationSchema(self._database, self._table, status)

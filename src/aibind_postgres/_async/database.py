@@ -52,6 +52,7 @@ class AsyncDatabase:
         self.has_citus = False  # as of the last look-up of the columns
         self.is_distributed = False  # whether statements on several streams run on several servers, as with Citus
         self._retry_for = retry_for
+        self._statements = self._failures = 0
         # The id of the process that owns the connections and workers; None before there are any.
         self._process = os.getpid() if self.client.is_connected() else None
         self._loop: object = None
@@ -87,15 +88,24 @@ class AsyncDatabase:
             return
         if self._process is None:
             self._process = os.getpid()
-        elif self.inherited:
-            raise ForkedError(
-                "this store and its connections belong to the parent of this forked process: "
-                "make a store in each process, after the fork"
-            )
+        self.check_process()
         if self._loop is None:
             self._loop = async_running_loop()
         elif self._loop is not async_running_loop():
             raise RuntimeError("this store is bound to a different event loop: make a store in each event loop")
+
+    def check_process(self) -> None:
+        """Raise `ForkedError` if this process was forked from the owner."""
+        if self.inherited:
+            raise ForkedError(
+                "this store and its connections belong to the parent of this forked process: "
+                "make a store in each process, after the fork"
+            )
+
+    def get_stats(self) -> dict[str, int]:
+        """Return the statistics of the pool, if the store owns it, and of the statements."""
+        counts = {"statements_num": self._statements, "statements_errors": self._failures}
+        return {**self.client.get_stats(), **counts}
 
     def begin_closing(self) -> None:
         """Let statements and pauses raise `StoreClosedError` from now on."""
@@ -117,6 +127,7 @@ class AsyncDatabase:
         self.check_owner()
         if self.closing.is_set():
             raise StoreClosedError("this store is closed: make a new one")
+        self._statements += 1
         started = monotonic()
         try:
             if timeout is None:
@@ -124,6 +135,7 @@ class AsyncDatabase:
             else:
                 rows = await self.client.query_within(statement, params, timeout)
         except Exception as error:
+            self._failures += 1
             if self.client.is_recoverable(error) and not is_transient(error):
                 self.contact.failed()
             if self.closing.is_set():

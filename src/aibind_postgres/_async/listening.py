@@ -74,6 +74,7 @@ class AsyncListener:
         self._worker: AsyncWorker | None = None
         self._connection: AsyncListenConnection | None = None
         self._warned = False
+        self._reconnects = 0
         self._expired_remain = False  # the last poll has found streams to end when the contact is steady
         self._may_end_at = 0.0
 
@@ -96,6 +97,13 @@ class AsyncListener:
         worker = self._worker  # another thread may set the attribute to None
         return worker is not None and worker.is_alive()
 
+    def get_stats(self) -> dict[str, int]:
+        """Return whether notifications arrive, whether readers are woken by polling only, and the reconnects."""
+        connection = self._connection  # None without a worker
+        listening = connection is not None and connection.is_listening
+        polling = connection is not None and not listening
+        return {"listening": int(listening), "polling": int(polling), "listener_reconnects": self._reconnects}
+
     async def close(self) -> None:
         """End the worker."""
         with self._mutex:
@@ -108,6 +116,7 @@ class AsyncListener:
     async def _run(self, connection: AsyncListenConnection) -> None:
         pace = PollPace(self._poll_interval)
         awaited_at = polled_at = monotonic()
+        has_connected = False
         try:
             while not self._database.closing.is_set():
                 if monotonic() - awaited_at > WORKER_IDLE_TIMEOUT:
@@ -116,6 +125,8 @@ class AsyncListener:
                     elif self._end_if_idle():
                         return
                 if await connection.connect_if_due():
+                    self._reconnects += has_connected
+                    has_connected = True
                     wake_all(self._subscriptions.changed(None))  # notifications may have been missed
                     self._warn_if_unavailable(connection)
                 try:
@@ -244,6 +255,11 @@ class AsyncListenConnection:
     @property
     def is_connected(self) -> bool:
         return self._connection is not None
+
+    @property
+    def is_listening(self) -> bool:
+        """Whether notifications are known to arrive on the current connection."""
+        return self._connection is not None and self._delivers
 
     @property
     def seconds_until_connect(self) -> float:

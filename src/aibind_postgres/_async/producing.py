@@ -99,6 +99,7 @@ class AsyncProducer:
             with self._mutex:  # `end` reads the worker, and may be called as soon as the registry has this producer
                 with self._registry_mutex:
                     self._registry.add(self)
+                    self._store._producers.add(self)
                     if not self._exit_hook_installed:
                         AsyncProducer._exit_hook_installed = True
                         async_at_exit(shutdown_all)
@@ -174,6 +175,7 @@ class AsyncProducer:
             self._phase = Phase.ENDED
         with self._registry_mutex:
             self._registry.discard(self)
+            self._store._producers.discard(self)
         self.finished.set()
 
     async def _writer_closed(self, error: Exception) -> None:

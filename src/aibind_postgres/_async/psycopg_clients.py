@@ -152,6 +152,9 @@ class AsyncPoolClient(AsyncPsycopgClient):
                         await async_put_again(partial(self._return_connection, connection, autocommit, returned))
                     raise
 
+    def get_stats(self) -> dict[str, int]:
+        return self._pool.get_stats() if self._owned else {}
+
     async def query_within(self, sql: str, params: Sequence[Any], timeout: float) -> Sequence[Row]:
         try:
             return await self.query(sql, params, timeout)

@@ -16,7 +16,7 @@ from .. import _arguments as arguments
 from .._subscriptions import Subscriptions, wake_all
 from .._tables import CHUNKS_TABLE, STATUS_TABLE, parse_distinct
 from .._write_buffer import WriteBuffer
-from ..models import StoreCheck, StreamStatus, SynchronousCommit
+from ..models import StreamStatus, SynchronousCommit
 from .appending import AsyncAppender
 from .archiving import AsyncArchive
 from .columns import AsyncColumnCatalog
@@ -26,8 +26,8 @@ from .following import subscribe_to_end
 from .leasing import AsyncLeases
 from .listening import AsyncListener
 from .notifying import AsyncNotifier
+from .observed_store import AsyncObservedStore
 from .psycopg_clients import AsyncClientLike
-from .readiness import check_readiness
 from .reading import AsyncPageReader
 from .replica import AsyncReplica
 from .sending import StreamOperations
@@ -36,7 +36,7 @@ from .stream_schema import AsyncStreamSchema
 from .stream_writer import AsyncStreamWriter
 
 
-class AsyncPostgresStreamStore(AsyncStreamLifecycle):
+class AsyncPostgresStreamStore(AsyncStreamLifecycle, AsyncObservedStore):
     """Stores streams of text chunks in two tables.
 
     Any process can write a stream, read it, and resume reading after any chunk. Threads, or the tasks of one event
@@ -86,8 +86,8 @@ class AsyncPostgresStreamStore(AsyncStreamLifecycle):
         TypeError: By the constructor, for an argument of the wrong type.
         InvalidDataError: By every method, for an id that is empty, longer than 1,024 bytes, or not storable.
         SchemaError: By every method, if a table or a column is missing.
-        StoreClosedError: By every method, once the store is closed. `close` can be repeated.
-        RuntimeError: By every method, in a different event loop from the one of the first call.
+        StoreClosedError: By every method except `get_stats`, once the store is closed. `close` can be repeated.
+        RuntimeError: By every method except `get_stats`, in a different event loop from the one of the first call.
         ForkedError: By every method except `close`, in a process that was forked after the first call, or after the
             store was made from an open pool or connection.
 
@@ -114,7 +114,7 @@ class AsyncPostgresStreamStore(AsyncStreamLifecycle):
         poll_seconds = arguments.seconds(poll_interval, "poll_interval")
         self._ttl = arguments.milliseconds(ttl, "ttl")
         self._lease = arguments.milliseconds(lease, "lease")
-        self._tables = (status, chunks)
+        self._tables = self._required_tables = (status, chunks)
         self._database = AsyncDatabase(client, arguments.seconds(retry_for, "retry_for", allow_zero=True), timeout)
         self._columns = AsyncColumnCatalog(self._database, (*self._tables, chunks.archive))
         self._schema = AsyncStreamSchema(self._columns, chunks, status, synchronous_commit, self._lease)
@@ -131,6 +131,7 @@ class AsyncPostgresStreamStore(AsyncStreamLifecycle):
         self._pages = AsyncPageReader(self._database, self._schema, self._archive, self._replica)
         self._deleter = AsyncDeleter(self._database, self._schema)
         self._appender = AsyncAppender(self._database, self._schema, self._ttl, self._notifier)
+        self._producers: set[object] = set()  # those that have not ended
         self._close_hooks: set[Callable[[AsyncPostgresStreamStore], Any]] = set()
 
     def __repr__(self) -> str:
@@ -233,26 +234,25 @@ class AsyncPostgresStreamStore(AsyncStreamLifecycle):
     async def _take_lease(self, stream_id: str, renewed: bool) -> StreamStatus | None:
         return self._found_status(stream_id, await self._leases.take(stream_id, renewed))
 
-    async def check(self, timeout: float | timedelta = 2.0) -> StoreCheck:
-        """Check the connection and the tables, for readiness probes, with one query on the catalogs.
+    def get_stats(self) -> dict[str, int]:
+        """Return the current measures of this store, and its counters since it was made, as psycopg's pools do.
 
-        An unreachable server, a missing table and a missing privilege are results, not errors. Call this outside a
-        transaction, which a missing privilege on a schema would abort.
-
-        Args:
-            timeout: Seconds, or a timedelta, to wait for a connection of the pool and for the answer; 2 by default. A
-                pool then tries once more on a new connection, which may take two more times as long. The first
-                connection of a store is limited by `connect_timeout` of the connection string instead. A single
-                connection and other drivers have their own limits.
+        The call sends no statement. It works in any thread, and on a closed store. docs/operations.md describes the
+        names under "Statistics".
 
         Returns:
-            Whether the store is ready, and why not.
+            The numbers by their names. If the store owns its pool, they include those of the pool's `get_stats`.
 
         Raises:
-            ValueError: `timeout` is not positive.
-            TypeError: `timeout` is neither a number nor a timedelta.
+            ForkedError: The process was forked after the first call.
         """
-        return await check_readiness(self._database, self._tables, arguments.seconds(timeout, "timeout"))
+        return {
+            **super().get_stats(),
+            **self._appender.get_stats(),
+            **self._subscriptions.get_stats(),
+            **self._listener.get_stats(),
+            "producers_running": len(self._producers),
+        }
 
     async def close(self) -> None:
         """Close the store, and its pool if it was made from a connection string. Safe to repeat.

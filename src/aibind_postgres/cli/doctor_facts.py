@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import psycopg
 import psycopg_pool
 from psycopg import pq
+from psycopg.conninfo import make_conninfo
 from psycopg.types.json import Jsonb
 
 from .._conninfo import with_defaults
@@ -80,17 +81,14 @@ SELECT jsonb_build_object(
          WHERE grantee <> relowner
       ),
       'partition_key', CASE WHEN relkind = 'p' THEN pg_get_partkeydef(c.oid) END,
-      'size', (
-        SELECT sum(pg_relation_size(relid)) FROM (
-          SELECT c.oid AS relid UNION SELECT relid::oid FROM pg_partition_tree(c.oid)
-        ) AS members
-      ),
-      'statistics', (
-        SELECT jsonb_build_object(
-            'live', sum(n_live_tup), 'dead', sum(n_dead_tup),
-            'last_vacuum', max(greatest(last_vacuum, last_autovacuum))
-          ) FROM pg_stat_user_tables
-         WHERE relid = c.oid OR relid IN (SELECT relid FROM pg_partition_tree(c.oid))
+      'leaves', (
+        SELECT coalesce(jsonb_agg(jsonb_build_object(
+            'name', s.relid::regclass::text, 'size', pg_relation_size(s.relid),
+            'live', n_live_tup, 'dead', n_dead_tup, 'last_vacuum', greatest(last_vacuum, last_autovacuum)
+          ) ORDER BY n_dead_tup DESC, s.relid), '[]')
+          FROM pg_stat_user_tables AS s
+         WHERE (s.relid = c.oid AND relkind <> 'p')
+            OR s.relid IN (SELECT relid FROM pg_partition_tree(c.oid) WHERE isleaf)
       )
     )), '[]')
       FROM jsonb_to_recordset(%(tables)s) AS wanted (key text, schema text, name text)
@@ -154,6 +152,7 @@ class Facts(NamedTuple):
     psycopg: str
     psycopg_pool: str
     libpq: int
+    pgbouncer: str | None = None  # the version, if the role may ask for it
 
 
 def gather(dsn: str, tables: dict[str, Table]) -> Facts:
@@ -174,15 +173,17 @@ def gather(dsn: str, tables: dict[str, Table]) -> Facts:
         wanted = [{"key": key, "schema": table.schema, "name": table.name} for key, table in tables.items()]
         row = first.execute(CATALOG, {"settings": SETTINGS, "tables": Jsonb(wanted)}).fetchone()
         assert row is not None
+        path = _examine_path(first, second)
         return Facts(
             host=first.info.host or "localhost",
             port=first.info.port,
-            path=_examine_path(first, second),
+            path=path,
             catalog=row[0],
             streams=_count_streams(first, tables[STATUS_TABLE], row[0]),
             psycopg=psycopg.__version__,
             psycopg_pool=psycopg_pool.__version__,
             libpq=pq.version(),
+            pgbouncer=None if path.backend_pid == path.server_pid else _pgbouncer_version(complete),
         )
 
 
@@ -203,6 +204,16 @@ def _examine_path(first: psycopg.Connection, second: psycopg.Connection) -> Path
         clock_difference=row[0] - (started + ended) / 2,
         clock_uncertainty=(ended - started) / 2,
     )
+
+
+def _pgbouncer_version(conninfo: str) -> str | None:
+    """Return the version of PgBouncer. None if the role may not use its console, or for another pooler."""
+    try:
+        with psycopg.connect(make_conninfo(conninfo, dbname="pgbouncer"), autocommit=True) as console:
+            row = console.execute("SHOW VERSION").fetchone()
+    except psycopg.Error:
+        return None
+    return None if row is None else str(row[0]).rpartition(" ")[2]
 
 
 def _server_pid(connection: psycopg.Connection) -> int:

@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 from .._tables import quote
 from .doctor_facts import MAX_COUNTED, Facts
+from .known_bugs import bugs_of, newest
 
 WELL, WARNINGS, WILL_NOT_WORK = 0, 1, 2  # exit codes
 
@@ -18,17 +19,6 @@ MAX_CLOCK_DIFFERENCE = 5.0  # seconds
 SLOW_NOTIFICATION = 500.0  # milliseconds
 SHORT_TIMEOUT = 5_000  # milliseconds; a shorter statement_timeout interrupts `cleanup`
 
-RELEASE_NOTES = "https://www.postgresql.org/docs/release/"
-
-# Bugs that matter here: the first and the last minor release that are affected, the effect, and its source.
-POSTGRESQL_BUGS = [
-    (
-        140000,
-        140003,
-        "CREATE INDEX CONCURRENTLY and REINDEX CONCURRENTLY may corrupt indexes",
-        f"{RELEASE_NOTES}14.4/",
-    ),
-]
 LIBPQ_CANCEL = "https://github.com/psycopg/psycopg/issues/534"
 
 
@@ -70,15 +60,7 @@ def _server(facts: Facts) -> Iterator[Finding]:
         yield Finding("server-version", "error", f"PostgreSQL {version}", "upgrade to PostgreSQL 14 or newer")
     else:
         yield Finding("server-version", "ok", f"PostgreSQL {version}")
-    for first, last, effect, source in POSTGRESQL_BUGS:
-        if first <= number <= last:
-            fixed = f"{last // 10000}.{last % 10000 + 1}"
-            yield Finding(
-                "server-bug",
-                "warning",
-                f"PostgreSQL {version}: {effect} ({source})",
-                f"upgrade to PostgreSQL {fixed} or newer, then REINDEX the indexes that were built that way",
-            )
+    yield from _bugs("server-bug", "PostgreSQL", version)
     if facts.catalog["in_recovery"]:
         yield Finding(
             "read-only",
@@ -97,7 +79,17 @@ def _server(facts: Facts) -> Iterator[Finding]:
         )
 
 
+def _bugs(name: str, program: str, version: str) -> Iterator[Finding]:
+    if bugs := bugs_of(program, version):
+        effects = "; ".join(f"{bug.effect} ({bug.source})" for bug in bugs)
+        yield Finding(
+            name, "warning", f"{program} {version}: {effects}", f"upgrade to {program} {newest(bugs)} or newer"
+        )
+
+
 def _libraries(facts: Facts) -> Iterator[Finding]:
+    yield from _bugs("psycopg-bug", "psycopg", facts.psycopg)
+    yield from _bugs("psycopg-pool-bug", "psycopg_pool", facts.psycopg_pool)
     number = facts.libpq
     libpq = f"{number // 10000}.{number % 10000}"
     text = f"psycopg {facts.psycopg}, psycopg_pool {facts.psycopg_pool}, libpq {libpq}"
@@ -118,9 +110,11 @@ def _path(facts: Facts) -> Iterator[Finding]:
     if path.backend_pid == path.server_pid:
         yield Finding("connection", "ok", f"direct connection to {facts.host}, port {facts.port}")
     else:
-        pooler = _pooler(facts.host)
+        pooler = _pooler(facts.host, facts.pgbouncer)
         mode = "transaction pooling" if path.shares_sessions else "session pooling, as far as two connections show"
         yield Finding("connection", "ok", f"through {pooler}: {mode}")
+        if facts.pgbouncer is not None:
+            yield from _bugs("pooler-bug", "PgBouncer", facts.pgbouncer)
     if path.notification_ms is not None:
         slow = path.notification_ms > SLOW_NOTIFICATION
         yield Finding(
@@ -164,7 +158,9 @@ def _path(facts: Facts) -> Iterator[Finding]:
         yield Finding("clock", "ok", f"the clocks differ by {difference:.3f} s, ± {path.clock_uncertainty:.3f} s")
 
 
-def _pooler(host: str) -> str:
+def _pooler(host: str, pgbouncer: str | None) -> str:
+    if pgbouncer is not None:
+        return f"PgBouncer {pgbouncer}"
     if host.endswith(".pooler.supabase.com"):
         return "Supavisor of Supabase"
     if host.endswith(".neon.tech"):

