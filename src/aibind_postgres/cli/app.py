@@ -19,7 +19,7 @@ from .. import schema
 from .._tables import CHUNKS_TABLE, CONVERSATIONS_TABLE, STATUS_TABLE
 from . import demo as demonstration
 from . import doctor as diagnosis
-from . import streams, transfer
+from . import conversations, maintenance, stats, streams, transfer
 from . import web_demo as web_demonstration
 from .options import (
     ChunksTable,
@@ -34,7 +34,8 @@ from .options import (
     StatusTable,
     examples,
 )
-from .target import FAILED, Target, chosen_database, demo_database, report_errors
+from .standard_streams import describe, discard_output, open_closed_streams, print_message
+from .target import DONE, FAILED, INTERRUPTED, Target, chosen_database, demo_database, report_errors
 
 EXIT_CODES = {
     0: "done",
@@ -55,7 +56,10 @@ app = typer.Typer(
     context_settings={"max_content_width": 120},
 )
 app.add_typer(streams.app)
+app.add_typer(maintenance.app)
 app.add_typer(transfer.app)
+app.add_typer(stats.app)
+app.add_typer(conversations.app, name="conversations", help="List, show, export and delete conversations.")
 
 
 class Framework(str, Enum):
@@ -68,6 +72,7 @@ class Framework(str, Enum):
 
 def run() -> None:
     """Run the command and exit."""
+    open_closed_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for messages; stored text is written as bytes
     # psycopg_pool logs every failed attempt. The command reports an unreachable server once.
@@ -77,9 +82,18 @@ def run() -> None:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
             signal.signal(number, _exit_on_signal)
     try:
-        app(prog_name="aibind-postgres")
+        try:
+            app(prog_name="aibind-postgres")
+        finally:
+            sys.stdout.flush()  # so that a full disk is reported with the exit code of a failure
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:
+        discard_output()
+        sys.exit(DONE)
+    except OSError as error:
+        print_message(describe(error))
+        sys.exit(FAILED)
 
 
 def _exit_on_signal(number: int, frame: FrameType | None) -> None:
@@ -168,7 +182,7 @@ def migrate(
     citus: Citus = False,
 ) -> None:
     """Create or upgrade the tables. Does nothing if they are up to date."""
-    with chosen_database(Target(dsn, chunks_table, status_table), use_embedded=embedded) as url:
+    with chosen_database(Target(dsn, chunks_table, status_table, conversations_table), use_embedded=embedded) as url:
         schema.migrate(
             url,
             chunks_table=chunks_table,
@@ -199,6 +213,7 @@ def doctor(
     try:
         with chosen_database(Target(dsn, chunks_table, status_table), use_embedded=embedded) as url:
             code = diagnosis.run(url, chunks_table, status_table, conversations_table, as_json)
+            sys.stdout.flush()  # so that a full disk is not reported as a warning
     except typer.Exit as reported:  # such as an unreachable server
         raise typer.Exit(diagnosis.WILL_NOT_WORK if reported.exit_code == FAILED else reported.exit_code) from None
     raise typer.Exit(code)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 import typer
@@ -78,7 +79,42 @@ Events = Annotated[
     bool,
     typer.Option("--events", help="Print each chunk as a line of JSON: seq, event ('message' for text) and data."),
 ]
+Sse = Annotated[
+    bool, typer.Option("--sse", help="Print the bytes of the event stream that a browser receives, without heartbeats.")
+]
 After = Annotated[int, typer.Option("--after", metavar="N", min=0, help="Start after chunk number N.")]
+
+
+def _parse_duration(value: str) -> float:
+    """Return the seconds of a duration such as `90s`, `10m`, `2h` or `7d`."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", value)
+    if not found:
+        raise typer.BadParameter(f"{value!r} is not a duration such as 90s, 10m, 2h or 7d")
+    return float(found[1]) * {"s": 1, "m": 60, "h": 3_600, "d": 86_400}[found[2]]
+
+
+def _parse_period(value: str) -> float:
+    if not (seconds := _parse_duration(value)) > 0:
+        raise typer.BadParameter("it must be above zero")
+    return seconds
+
+
+OlderThan = Annotated[
+    Any,
+    typer.Option(
+        "--older-than", metavar="TIME", parser=_parse_duration, help="Time since the last chunk: 90s, 10m, 2h or 7d."
+    ),
+]
+Every = Annotated[
+    Any,
+    typer.Option(
+        "--every",
+        metavar="TIME",
+        parser=_parse_period,
+        help="Repeat after this time, such as 10m, until Ctrl-C or SIGTERM. Default: run once.",
+        show_default=False,
+    ),
+]
 
 
 def examples(*commands: str) -> str:
