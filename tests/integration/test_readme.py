@@ -66,6 +66,10 @@ OUTPUTS = {
         "text and named events": "Hello, world!\n",
         "writer": "done 50\n",
     },
+    "docs/telemetry.md": {
+        "views": "(0, 0)\n",
+        "levels of loggers": "",
+    },
 }
 SCRIPTS = {name: [block for block in python_blocks(text) if block.startswith("import ")] for name, text in DOCS.items()}
 
@@ -76,10 +80,17 @@ APPLICATIONS = {
     "Django": ("urls.py", "uvicorn --port={port} mysite:application"),
 }
 DJANGO_PROJECT = """
+import os
+
 import django.conf
 from django.core.asgi import get_asgi_application
+from psycopg.conninfo import conninfo_to_dict
 
-django.conf.settings.configure(ROOT_URLCONF="urls", ALLOWED_HOSTS=["*"], SECRET_KEY="-")
+server = conninfo_to_dict(os.environ["DATABASE_URL"])
+database = {"ENGINE": "django.db.backends.postgresql", "NAME": server.pop("dbname"), "OPTIONS": server}
+django.conf.settings.configure(
+    ROOT_URLCONF="urls", ALLOWED_HOSTS=["*"], SECRET_KEY="-", USE_TZ=True, DATABASES={"default": database}
+)
 application = get_asgi_application()
 """
 
