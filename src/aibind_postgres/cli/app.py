@@ -17,9 +17,9 @@ import typer
 
 from .. import schema
 from .._tables import CHUNKS_TABLE, CONVERSATIONS_TABLE, STATUS_TABLE
+from . import conversations, maintenance, stats, streams, transfer
 from . import demo as demonstration
 from . import doctor as diagnosis
-from . import conversations, maintenance, stats, streams, transfer
 from . import web_demo as web_demonstration
 from .options import (
     ChunksTable,

@@ -16,7 +16,8 @@ from .export_files import STANDARD_OUTPUT, ExportFile, new_file
 from .exporting import Selection, StreamTables, export_streams
 from .importing import import_file
 from .options import ChunksTable, ConversationsTable, Embedded, Json, RequiredDsn, StatusTable, examples
-from .target import Target, chosen_database, print_message
+from .standard_streams import print_message
+from .target import Target, chosen_database
 
 app = typer.Typer()
 
@@ -56,7 +57,7 @@ def export(
     owner that belong to conversations of this owner.
     """
     selection, file = parse_selection(arguments, every, owner)
-    target = Target(dsn, chunks_table, status_table)
+    target = Target(dsn, chunks_table, status_table, conversations_table)
     with _connection(target, embedded) as connection:
         tables = StreamTables(*parse_distinct(chunks_table, status_table, conversations_table))
         with new_file(file) as output:
@@ -86,7 +87,8 @@ def import_(
     Checks the whole file before it writes: nothing is written if a line is malformed or an id exists. Each transaction
     has whole streams. A stream that was active when it was exported ends in an error, since nobody writes it.
     """
-    with _connection(Target(dsn, chunks_table, status_table), embedded) as connection, ExportFile(file) as source:
+    target = Target(dsn, chunks_table, status_table, conversations_table)
+    with _connection(target, embedded) as connection, ExportFile(file) as source:
         tables = StreamTables(*parse_distinct(chunks_table, status_table, conversations_table))
         has_begun = False
 
