@@ -46,7 +46,7 @@ def test_list(database, conversations, streams):
     streams.create("answer", session_id="b", owner="ben")
     lines = run("conversations", "list", dsn=database).stdout.decode().splitlines()
     assert [line.split()[:2] for line in lines] == [["ID", "OWNER"], ["b", "ben"], ["a", "ann"]]
-    assert lines[1].split()[2:] == ["-", "0s", "answer"] or lines[1].endswith("answer")
+    assert lines[1].endswith(" answer")
     assert "\\x1b[31m" in lines[2]
     assert "…" in lines[2]
     assert max(map(len, lines)) < 100
@@ -83,7 +83,7 @@ def test_show_marks_the_active_branch(database, conversations):
         "* user: Name a colour.",
         r"    assistant: Red.\nOr blue.",
         "    user: Another one.",
-        r"*   assistant: \x1b[31mGreen" + "!" * 74 + "…",
+        r"*   assistant: \x1b[31mGreen" + "!" * 75 + "…",
     ]
     assert "owner:     ann" in head
     assert 'metadata:  {"n": 1}' in head
@@ -101,7 +101,8 @@ def test_show_without_a_conversation(database):
 def test_show_a_row_that_is_no_conversation(database):
     with psycopg.connect(database) as admin:
         admin.execute("INSERT INTO aibind_conversations (session_id, data, expires_at) VALUES ('a', 'x', 9e15)")
-    assert b"not JSON" in run("conversations", "show", "a", dsn=database, code=1).stderr
+    done = run("conversations", "show", "a", dsn=database, code=1)
+    assert b"conversation 'a' cannot be shown: invalid conversation document: it is not JSON" in done.stderr
 
 
 # export

@@ -14,6 +14,7 @@ import typer
 from .._sync.conversation_store import PostgresConversationStore
 from .._sync.stream_store import PostgresStreamStore
 from .._tables import CHUNKS_TABLE, CONVERSATIONS_TABLE, STATUS_TABLE, Table
+from ..errors import InvalidHistoryError
 from ..models import ConversationInfo
 from .export_files import STANDARD_OUTPUT, new_file
 from .exporting import export_conversations
@@ -31,7 +32,7 @@ from .options import (
 from .standard_streams import print_message
 from .stream_lists import age, align, fields, printable
 from .streams import PAGE_ROWS
-from .target import NOT_FOUND, Target, chosen_database, confirm, exit_with, open_both_stores, require_terminal
+from .target import FAILED, NOT_FOUND, Target, chosen_database, confirm, exit_with, open_both_stores, require_terminal
 from .transfer import All, IdAndFile, Owner, open_connection, parse_selection
 
 app = typer.Typer(no_args_is_help=True)
@@ -96,7 +97,10 @@ def show(
         info = conversations.get_info(id)
         if info is None:
             _exit_not_found(id)
-        chat = conversations.load(id)
+        try:
+            chat = conversations.load(id)
+        except InvalidHistoryError as error:  # which is no wrong usage
+            exit_with(FAILED, f"conversation {id!r} cannot be shown: {error}")
         if as_json:
             print(json.dumps({**fields(info), "document": json.loads(chat.to_json())}, ensure_ascii=False, indent=2))
             return
