@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import os
-import pty
 import re
 import signal
 import subprocess
@@ -15,19 +14,19 @@ from typing import Any
 import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
-from support import servers
+from support import pgbouncer, servers
+from support.command_line import COMMAND, environment
 from support.concurrency import until
 from support.exports import (
-    COMMAND,
     HOSTILE,
     create_long_stream,
     create_samples,
-    environment,
     export,
     peak_memory,
     run,
     start,
 )
+from support.terminal import run_on_terminal
 
 from aibind_postgres import ChatHistory, PostgresConversationStore, PostgresStreamStore, schema
 from aibind_postgres.cli.expected_tables import read_migrations
@@ -263,26 +262,12 @@ def test_wrong_usage(database, tmp_path):
 
 def test_progress_bar_on_a_terminal(database, tmp_path):
     create_samples(database)
-    controller, terminal = pty.openpty()
-    with subprocess.Popen(
-        [*COMMAND, "export", "--all", str(tmp_path / "x")],
-        stderr=terminal,
-        env={**environment(database), "TERM": "xterm"},
-    ) as process:
-        os.close(terminal)
-        shown = b""
-        while True:
-            try:
-                part = os.read(controller, 1000)
-            except OSError:  # the terminal is closed
-                break
-            shown += part
-            if not part:
-                break
-        assert process.wait(60) == 0
-    os.close(controller)
-    assert b"exporting" in shown
-    assert b"100%" in shown
+    code, shown = run_on_terminal("export", "--all", str(tmp_path / "x"), dsn=database)
+    assert code == 0
+    assert "exporting" in shown
+    assert "100%" in shown
+    code, shown = run_on_terminal("export", "--all", "-", dsn=database)
+    assert "exporting" not in shown
 
 
 # The database
@@ -302,6 +287,35 @@ def test_export_is_one_snapshot(database, store, admin):
         rest, _ = process.communicate(timeout=60)
     assert process.returncode == 0
     assert begin + rest == before
+
+
+def test_partitions_are_locked_before_the_snapshot(empty_database):
+    schema.migrate(empty_database, partitions=4)
+    create_long_stream(empty_database, 60_000)
+    with start("export", "--all", "-", dsn=empty_database) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        with psycopg.connect(empty_database) as admin:
+            locked = admin.execute(
+                "SELECT count(DISTINCT relation) FROM pg_locks, pg_partition_tree('aibind_stream_chunks') AS part "
+                "WHERE relation = part.relid AND pid <> pg_backend_pid()"
+            )
+            assert locked.fetchone() == (5,)
+        process.communicate(timeout=60)
+
+
+@pytest.mark.skipif(pgbouncer.BINARY is None, reason="needs PgBouncer")
+def test_transaction_pooling(database, empty_database, tmp_path):
+    create_samples(database)
+    schema.migrate(empty_database)
+    with pgbouncer.pgbouncer(database, tmp_path, pool_mode="transaction") as dsn:
+        run("export", "--all", tmp_path / "x", dsn=dsn)
+    assert (tmp_path / "x").read_bytes() == export(database)
+    (tmp_path / "target").mkdir()
+    with pgbouncer.pgbouncer(empty_database, tmp_path / "target", pool_mode="transaction") as dsn:
+        run("import", tmp_path / "x", dsn=dsn)
+        run("import", tmp_path / "x", "--resume", dsn=dsn)
+    assert export(empty_database) == (tmp_path / "x").read_bytes()
 
 
 def test_closed_pipe(database):

@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import resource
 import subprocess
-import sys
 from pathlib import Path
 
 import psycopg
 
 from aibind_postgres import ChatHistory, PostgresConversationStore, PostgresStreamStore
 
-COMMAND = [sys.executable, "-W", "error", "-m", "aibind_postgres.cli"]
+from .command_line import COMMAND, environment
 
 HOSTILE = [
     "\u2028\u2029\u0085",
@@ -34,12 +33,7 @@ METADATA = (
 )
 
 
-def environment(dsn: str | None) -> dict[str, str]:
-    inherited = {name: value for name, value in os.environ.items() if name != "DATABASE_URL"}
-    return {**inherited, **({"DATABASE_URL": dsn} if dsn else {})}
-
-
-def run(*arguments: str | Path, dsn: str | None, code: int | None = 0) -> subprocess.CompletedProcess[bytes]:
+def run(*arguments: str | Path, dsn: str | None, code: int = 0) -> subprocess.CompletedProcess[bytes]:
     """Run a command to its end, and check its exit code."""
     done = subprocess.run(
         [*COMMAND, *map(str, arguments)],
@@ -49,7 +43,7 @@ def run(*arguments: str | Path, dsn: str | None, code: int | None = 0) -> subpro
         timeout=90,
     )
     assert b"Traceback" not in done.stderr, done.stderr.decode()
-    assert code is None or done.returncode == code, done.stderr.decode()
+    assert done.returncode == code, done.stderr.decode()
     return done
 
 

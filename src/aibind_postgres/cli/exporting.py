@@ -20,7 +20,7 @@ from .progress import is_shown, progress_bar
 from .table_columns import columns_of, in_statement, require_columns
 
 BATCH_CHUNKS = 10_000  # read by one statement at most
-FETCHED_STREAMS = 500  # status rows that one statement reads
+FETCHED_STREAMS = 100  # status rows that one statement reads, since their metadata may be large
 
 # As pg_dump does: limits that are meant for the statements of an application would end a long export.
 NO_LIMITS = """
