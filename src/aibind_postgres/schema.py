@@ -177,6 +177,26 @@ def monitoring_views(
     return _render(parse_distinct(chunks_table, status_table, conversations_table), _MONITORING, None)
 
 
+def _statements_of_file(file: str, chunks_table: str, status_table: str, conversations_table: str) -> list[str]:
+    """Return the commands of one file of `sql/`, for migrations of which each has one file.
+
+    Args:
+        file: The name of the file, such as "0001_tables.sql".
+        chunks_table: As for `render`, like the following arguments.
+        status_table: See `render`.
+        conversations_table: See `render`.
+
+    Returns:
+        The commands in their order, without semicolons, as those of `statements`.
+
+    Raises:
+        ValueError: A table name is invalid, or two names are the same.
+        FileNotFoundError: There is no such file.
+    """
+    tables = parse_distinct(chunks_table, status_table, conversations_table)
+    return split_commands(_render(tables, {file: ""}, None))
+
+
 def migrate(
     client: ClientLike,
     *,

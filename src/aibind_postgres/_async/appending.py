@@ -82,7 +82,8 @@ class AsyncAppender:
             await self._schema.look_up()
         self._appends += 1
         stream_id, texts, _ = append
-        size = ROW_CHARACTERS * len(texts)
+        count = len(texts)  # not inside `+=`, where another thread could run and its count be lost
+        size = ROW_CHARACTERS * count
         if size < MIN_ALONE:
             size += sum(map(len, texts))
         # A statement in a caller's transaction must not contain the appends of other callers.
@@ -97,7 +98,7 @@ class AsyncAppender:
                 if last is None:
                     last = await self._check_skipped(append)
                 if last is not None:
-                    self._chunks += len(texts)
+                    self._chunks += count
                     return last
                 combined = False
         except GeneratorExit:  # see `AsyncFollower`

@@ -90,7 +90,8 @@ class AsyncDurableStream:
         source runs: if the process dies, waiting readers end the stream in state error. Without it, `fail_abandoned`
         ends the streams of dead processes. In Django, call
         `start` after the transaction has been committed: the producer uses a connection of its own. If it does not see
-        the stream, its readers in this process raise `AibindError`.
+        the stream, its readers in this process raise `AibindError`. In the transaction of a `TestCase` of Django,
+        `start` runs the source before it returns, and time limits have no effect.
 
         Args:
             store: The store.
@@ -190,10 +191,11 @@ class AsyncDurableStream:
                 stream_id = new_id() if id is None else arguments.identifier(id)
                 encoder = wire.chunk_encoder(stream_id)
                 limits = arguments.limit(idle_timeout, "idle_timeout"), arguments.limit(timeout, "timeout")
+                inline = await store._database.client.runs_inline()
                 span = StoreSpan(store._database.metrics, "aibind.produce", stream_id, details.get("session_id"))
                 rest = on_finish, expose_errors, context, *limits
                 with span:  # which ends if the block raises
-                    producer = AsyncProducer(store, stream_id, source, encoder, *rest, span=span)
+                    producer = AsyncProducer(store, stream_id, source, encoder, *rest, span=span, inline=inline)
                     await store._create_leased(stream_id, wire=wire.name, **details)
                     if before_source is not None:
                         try:
@@ -265,9 +267,10 @@ class AsyncDurableStream:
             require_active(id, StreamStatus(info.state, info.error, info.total_chunks))
             wire = find_wire(info.wire)
             finish = on_finish and partial(_call_with_text, on_finish, wire)
+            inline = await store._database.client.runs_inline()
             span = StoreSpan(store._database.metrics, "aibind.produce", id, info.session_id, link_in(info.metadata))
-            encoder = wire.chunk_encoder(id)
-            producer = AsyncProducer(store, id, source, encoder, finish, expose_errors, context, *limits, span=span)
+            rest = finish, expose_errors, context, *limits
+            producer = AsyncProducer(store, id, source, wire.chunk_encoder(id), *rest, span=span, inline=inline)
         except BaseException:
             await close_source(source)
             raise

@@ -54,6 +54,7 @@ class AsyncProducer:
         timeout: float = math.inf,
         *,
         span: StoreSpan,
+        inline: bool = False,
     ) -> None:
         self.stream_id = stream_id
         self.finished = AsyncEvent()  # set in phase ENDED
@@ -69,7 +70,8 @@ class AsyncProducer:
         self._idle_timeout = idle_timeout
         self._timeout = timeout
         self._began_at = self._item_at = math.inf  # when the source was asked first, and last; not while it is stored
-        self._writer = store.writer(stream_id, on_end=self._writer_closed)
+        self._inline = inline  # whether `start` runs the source
+        self._writer = store.writer(stream_id, on_end=None if inline else self._writer_closed)
         self._sender = self._writer._sender
         if min(idle_timeout, timeout) < math.inf:
             self._sender.time_limit = self._time_limit
@@ -81,7 +83,7 @@ class AsyncProducer:
         self._span = span
 
     async def start(self, *, is_new: bool) -> None:
-        """Start the worker. If no thread can start, end the stream and this producer, and raise.
+        """Start the worker, or do its work. If no thread can start, end the stream and this producer, and raise.
 
         Args:
             is_new: Whether the stream has just been created in this process.
@@ -100,17 +102,23 @@ class AsyncProducer:
                         AsyncProducer._exit_hook_installed = True
                         async_at_exit(shutdown_all)
                 # The source runs on behalf of the caller, so it gets the caller's context variables.
-                with self._span:
-                    self._worker = async_spawn(run, "aibind_postgres-producer", inherit=True)
+                if not self._inline:
+                    with self._span:
+                        self._worker = async_spawn(run, "aibind_postgres-producer", inherit=True)
         except BaseException:
             await self._end_without_worker()
             raise
+        if self._inline:
+            with self._span:
+                await run()
 
     @classmethod
     def running(cls, store: AsyncPostgresStreamStore | None = None) -> list[AsyncProducer]:
         """Return the producers of a store, or of all stores, that have not ended."""
         with cls._registry_mutex:
-            return [producer for producer in cls._registry if store is None or producer._store is store]
+            # A store may stand for another one, which connects at the first call.
+            database = None if store is None else store._database
+            return [producer for producer in cls._registry if store is None or producer._store._database is database]
 
     @classmethod
     def forget_all(cls) -> None:
@@ -221,7 +229,7 @@ class AsyncProducer:
             if reason is EndReason.DELETED and self._phase is Phase.STARTING:
                 self.start_error = AibindError(
                     f"stream {self.stream_id!r} not found by its producer, which uses another connection: first commit "
-                    "the transaction that creates the stream; in tests of Django, use TransactionTestCase"
+                    "the transaction that creates the stream, such as by calling start in transaction.on_commit"
                 )
                 logger.error("a producer cannot start: %s", self.start_error)
                 wake_all(self._store._subscriptions.failed(self.stream_id, self.start_error))
