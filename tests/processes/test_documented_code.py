@@ -32,8 +32,10 @@ SHELL = ("sh", "")  # blocks without a language are commands, too
 TESTED_ELSEWHERE = {
     ("docs/ag_ui.md", "ts"): "tests/processes/test_ag_ui_client.py",  # as the class of tests/npm/ag_ui_client.mjs
     ("docs/alembic.md", "python"): "tests/processes/test_alembic.py",
+    ("docs/command_line.md", "text"): "tests/processes/test_cli_conversations.py",  # compares its form
     ("docs/django.md", "python"): "tests/processes/test_django_page.py",
     ("docs/doctor.md", "sql", "Minimal grants"): "tests/_async/test_grants.py",
+    ("docs/export.md", "json"): "tests/processes/test_cli_import.py",
     ("docs/migration.md", "python"): "tests/processes/test_guides.py",
     ("docs/partitions.md", "sh"): "tests/faults/test_moving_to_partitions.py",
     ("docs/partitions.md", "sql"): "tests/faults/test_moving_to_partitions.py",
@@ -101,6 +103,7 @@ OWN_TESTS = {
     ("docs/deployment.md", "# gunicorn.conf.py"),
     ("docs/deployment.md", "upstream application {"),
     ("docs/doctor.md", "REVOKE ALL ON aibind_stream_chunks FROM anon, authenticated;"),
+    ("docs/export.md", "UPDATE aibind_stream_status"),
     ("docs/http.md", "async function ask(prompt) {"),
     (
         "docs/migration.md",
@@ -201,7 +204,20 @@ def test_commands_are_known(block: Block) -> None:
             done = subprocess.run([sys.executable, "-m", program, "--help"], capture_output=True, text=True, check=True)
             assert [word for word in words if word.startswith("--") and word not in done.stdout] == []
         else:
-            known = ("pip", "python", "python3", ".", "docker", "export", "curl", "psql", "openssl", "printf", "chmod")
+            known = (
+                "pip",
+                "python",
+                "python3",
+                ".",
+                "docker",
+                "export",
+                "curl",
+                "jq",
+                "psql",
+                "openssl",
+                "printf",
+                "chmod",
+            )
             assert program in (*known, "nox", "pytest", "cmp", "django-admin"), program
 
 
