@@ -104,7 +104,7 @@ def quick_start(scratch: Path, variables: dict[str, str]) -> None:
         with process("python", "-m", "uvicorn", "main:app", "--port", port, cwd=scratch, env=variables):
             url = f"http://127.0.0.1:{port}/__aibind__/stream"
             answer = post(url, {"prompt": "Hello"})
-            stream_id = re.findall(r"^event: stream-id\r?\ndata: (.*)$", answer, re.MULTILINE)[0].strip('"\r')
+            stream_id = re.findall(r"^event: stream-id\nid: .*\ndata: (.*)$", answer, re.MULTILINE)[0]
             with urlopen(f"{url}/resume?id={stream_id}&after=2", timeout=TIMEOUT) as response:
                 resumed = response.read().decode()
             stopped = post(f"{url}/stop", {"id": stream_id})

@@ -222,8 +222,8 @@ async def test_invalid_arguments():
             AsyncPostgresStreamStore("", **{option: 0})
 
 
-async def test_without_the_second_migration(dsn, tables):
-    async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as admin:
+async def test_without_the_second_migration(dsn, admin_dsn, tables):
+    async with await psycopg.AsyncConnection.connect(admin_dsn, autocommit=True) as admin:
         for table in tables.values():
             await admin.execute(psycopg.sql.SQL("ALTER TABLE {} DROP COLUMN created_at").format(table))
         # Migration 0004 needs the second one.
@@ -274,10 +274,10 @@ async def test_database_with_another_encoding(server, encoding):
             await admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
-async def test_row_that_cannot_be_updated(dsn, tables, schema_name):
+async def test_row_that_cannot_be_updated(dsn, admin_dsn, tables, schema_name):
     async with AsyncPostgresStreamStore(dsn, **tables) as store:
         id = await store.create()
-        async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as admin:
+        async with await psycopg.AsyncConnection.connect(admin_dsn, autocommit=True) as admin:
             names = {"refuse": psycopg.sql.Identifier(schema_name, "refuse"), "status": tables["status_table"]}
             for statement in (
                 "CREATE FUNCTION {refuse}() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'",
