@@ -97,6 +97,13 @@ def package(session: nox.Session) -> None:
 
 
 @nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation site in build/site. Warnings, such as of broken links, are errors."""
+    session.install(".[docs]")
+    session.run("mkdocs", "build", "--strict", *session.posargs)
+
+
+@nox.session
 def release(session: nox.Session) -> None:
     """Build the packages into dist, and try the wheel in an empty environment. `-- --tag v1.2.3` checks a tag."""
     session.install("build", "twine")
@@ -119,8 +126,8 @@ def processes(session: nox.Session) -> None:
 
 @nox.session
 def browser(session: nox.Session) -> None:
-    """Test the chat, and `useChat` of the AI SDK, in Chromium. The latter needs Node.js with npm."""
-    session.install(".[dev]")
+    """Test the chat, `useChat` of the AI SDK, and the site in Chromium. `useChat` needs Node.js with npm."""
+    session.install(".[dev,docs]")
     session.run("pytest", "tests/browser", "--long", "--timeout=300", *session.posargs)
 
 
@@ -150,7 +157,7 @@ def soak(session: nox.Session) -> None:
 @nox.session
 def screenshots(session: nox.Session) -> None:
     """Take the screenshots in docs/images. Needs Chromium, and Node.js with npm."""
-    session.install(".[dev]", "pillow")
+    session.install(".[dev,docs]", "pillow")
     session.run("python", "-m", "support.screenshots", env={"PYTHONPATH": "tests"})
 
 

@@ -35,6 +35,7 @@ from .reading import first_chunk, memory, replay
 from .replicas import replicas
 from .report import as_json, draw, environment, table
 from .tail import tail
+from .telemetry import telemetry
 from .time_partitions import time_partitions
 from .writing import batches, import_benchmark, one_producer, ten_million
 
@@ -46,6 +47,7 @@ BENCHMARKS = {
     "leases": leases,
     "chats": chats,
     "tail": tail,
+    "telemetry": telemetry,
     "replay": replay,
     "archive": archiving,
     "first-chunk": first_chunk,

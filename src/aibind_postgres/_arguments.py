@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable
 from datetime import timedelta
@@ -27,6 +28,11 @@ class NotGiven(Enum):
 
 
 NOT_GIVEN = NotGiven.NOT_GIVEN
+
+
+def limit(value: float | timedelta | None, name: str) -> float:
+    """Return a time limit in seconds. None stands for no limit."""
+    return math.inf if value is None else seconds(value, name)
 
 
 def storable_text(value: object, name: str) -> str:

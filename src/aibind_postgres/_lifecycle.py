@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import Enum
 
 from .errors import StreamNotActiveError, StreamNotFoundError
@@ -39,6 +40,14 @@ class EndReason(Enum):
     TIMED_OUT = "the source was silent, or took, longer than allowed"
     SHUTDOWN = "the application called shutdown, or closes the store"
     INTERPRETER_EXIT = "the interpreter exits"
+
+
+def span_attributes(reason: EndReason) -> Mapping[str, str]:
+    """Return the attributes of the span of a producer. An end by its source or by another caller is no error."""
+    attributes = {"aibind.end_reason": reason.name.lower()}
+    if reason not in (EndReason.SOURCE_FINISHED, EndReason.ENDED_ELSEWHERE, EndReason.DELETED):
+        attributes["error.type"] = reason.name.lower()
+    return attributes
 
 
 class SourceState(Enum):

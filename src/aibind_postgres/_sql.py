@@ -170,6 +170,12 @@ SELECT s.id, s.state, s.total_chunks, s.is_expired
        LATERAL (SELECT id, state, total_chunks, {lease_expired} AS is_expired FROM {status} WHERE id = wanted.id) AS s
 """
 
+# The seconds from the insertion of a chunk to the arrival of this statement.
+AGE = """
+SELECT extract(epoch FROM statement_timestamp() - created_at)::double precision FROM {chunks}
+ WHERE id = $1::text AND seq = $2::bigint
+"""
+
 END = """
 WITH ended AS (
     UPDATE {status}
@@ -349,6 +355,7 @@ class StreamStatements:
         self.status = fill(STATUS)
         self.get_info = fill(GET_INFO)
         self.standby_status = fill(STANDBY_STATUS)
+        self.age = fill(AGE)
         self.poll = fill(POLL)
         self.end = fill(END)
         self.delete = fill(DELETE)

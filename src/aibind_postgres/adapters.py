@@ -74,6 +74,9 @@ def wrap_sqlalchemy(engine: Engine | AsyncEngine) -> PostgresClient | AsyncPostg
 def wrap_django(alias: str = "default") -> PostgresClient:
     """Use Django's connection of the current thread as the client of a synchronous store.
 
+    An asynchronous store raises `TypeError`, since Django's connections are synchronous: use
+    `async_stream_store` and `async_conversation_store` of `aibind_postgres.contrib.django`.
+
     The store takes part in `transaction.atomic()`. Chunks appended inside the block become visible when it commits, and
     readers are notified then. A rollback removes the chunks. The listener opens one more connection, as
     Django opens its own.
@@ -193,6 +196,11 @@ class _AsyncSQLAlchemy(async_client.AsyncClient):
 
 
 class _Django(sync_client.Client):
+    other_way = (  # for the error of an asynchronous store
+        "wrap_django() is for synchronous stores, since Django's connections are synchronous. Use "
+        "async_stream_store() or async_conversation_store() of aibind_postgres.contrib.django, or a connection string"
+    )
+
     def __init__(self, alias: str) -> None:
         self._alias = alias
         self._thread = threading.local()
@@ -226,6 +234,8 @@ class _Django(sync_client.Client):
 
     def connect(self) -> psycopg.Connection[Row] | None:
         self._thread.is_background = True  # only the thread of the listener calls this
+        if is_testing_django():
+            return None  # Django could not drop the test database while the connection is open
         wrapper = self._wrapper
         connection = sync_connections.open_connection(_libpq_parameters(wrapper.get_connection_params()))
         if role := wrapper.settings_dict["OPTIONS"].get("assume_role"):
@@ -246,8 +256,14 @@ class _Django(sync_client.Client):
             return super().capture_settings()
         return _TenantSettings(self._alias, getattr(tenant, "schema_name", None) or id(tenant), tenant)
 
+    def runs_inline(self) -> bool:
+        # A block of the application inside that of a test is one that the producer would not see in production either.
+        blocks = self._wrapper.atomic_blocks
+        return bool(blocks) and blocks[-1]._from_testcase
+
     def release_thread(self) -> None:
-        self._wrapper.close()
+        if not _in_transaction(self._wrapper):  # the connection of a test, whose thread runs the producer
+            self._wrapper.close()
 
 
 @dataclass(frozen=True)
@@ -313,6 +329,13 @@ def _django() -> Any:
     from django import db
 
     return db
+
+
+def is_testing_django() -> bool:
+    """Return True in a process that runs tests of Django, which have an outbox of mail."""
+    from django.core import mail
+
+    return hasattr(mail, "outbox")
 
 
 def _with_placeholder(sql: str, placeholder: str) -> str:

@@ -52,6 +52,7 @@ _NOTIFY_TRIGGER = {
     "optional/notify_trigger.sql": "EXISTS (SELECT FROM pg_trigger WHERE tgrelid = to_regclass({status}) "
     "AND tgname = {trigger})"
 }
+_MONITORING = {"optional/monitoring.sql": "true"}
 _CITUS = {"optional/citus.sql": "to_regproc({append}) IS NOT NULL"}
 
 # Matches the default table names and the names derived from them: indexes, triggers and, with a parenthesis, functions.
@@ -148,6 +149,52 @@ def statements(
         citus=citus,
     )
     return split_commands(sql)
+
+
+def monitoring_views(
+    *,
+    chunks_table: str | Identifier = CHUNKS_TABLE,
+    status_table: str | Identifier = STATUS_TABLE,
+    conversations_table: str | Identifier = CONVERSATIONS_TABLE,
+) -> str:
+    """Return the SQL that creates views of the tables for a monitoring system, which docs/telemetry.md describes.
+
+    Their names are those of the status table with `_summary` and `_tables`. The tables need all migrations.
+
+    Args:
+        chunks_table: As for `render`.
+        status_table: As for `render`.
+        conversations_table: As for `render`.
+
+    Returns:
+        The SQL text, which is safe to repeat.
+
+    Raises:
+        ValueError: As for `render`.
+        TypeError: As for `render`.
+        FileNotFoundError: As for `render`.
+    """
+    return _render(parse_distinct(chunks_table, status_table, conversations_table), _MONITORING, None)
+
+
+def _statements_of_file(file: str, chunks_table: str, status_table: str, conversations_table: str) -> list[str]:
+    """Return the commands of one file of `sql/`, for migrations of which each has one file.
+
+    Args:
+        file: The name of the file, such as "0001_tables.sql".
+        chunks_table: As for `render`, like the following arguments.
+        status_table: See `render`.
+        conversations_table: See `render`.
+
+    Returns:
+        The commands in their order, without semicolons, as those of `statements`.
+
+    Raises:
+        ValueError: A table name is invalid, or two names are the same.
+        FileNotFoundError: There is no such file.
+    """
+    tables = parse_distinct(chunks_table, status_table, conversations_table)
+    return split_commands(_render(tables, {file: ""}, None))
 
 
 def migrate(

@@ -119,7 +119,7 @@ async def collect(chunks):
 
 
 def warnings(caplog):
-    records = [record for record in caplog.records if record.name == "aibind_postgres"]
+    records = [record for record in caplog.records if record.name.startswith("aibind_postgres")]
     return [record.getMessage() for record in records if record.levelno >= logging.WARNING]
 
 

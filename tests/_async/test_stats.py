@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import threading
 from functools import partial
 from pathlib import Path
@@ -85,6 +86,22 @@ async def test_appends_that_share_a_statement(store, monkeypatch):
     # Of each statement with several appends, all are counted.
     assert 20 - after["appends_combined"] <= statements < 20
     assert 0 < after["appends_combined"] < 20
+
+
+async def test_no_chunk_of_concurrent_appends_is_lost_from_the_count(store):
+    id = await store.create()
+
+    async def append_some():
+        for _ in range(100):
+            await store.append(id, "text")
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        await async_gather(*[append_some] * 8)
+    finally:
+        sys.setswitchinterval(interval)
+    assert counts(store, "appends_num", "chunks_num") == (800, 800)
 
 
 async def test_statements_and_errors(store, conversations, dsn):

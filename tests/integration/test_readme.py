@@ -33,7 +33,7 @@ from aibind_postgres.sse import EventParser
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text("utf-8")
-DOCS = {f"docs/{file.name}": file.read_text("utf-8") for file in sorted((ROOT / "docs").glob("*.md"))}
+DOCS = {file.relative_to(ROOT).as_posix(): file.read_text("utf-8") for file in sorted((ROOT / "docs").rglob("*.md"))}
 PAGES = {"README.md": README, **DOCS}
 OTHER_PAGES = ["CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md"]
 LINKING = {**PAGES, **{name: (ROOT / name).read_text("utf-8") for name in OTHER_PAGES}}
@@ -53,12 +53,25 @@ OUTPUTS = {
         "two tabs": "[{'role': 'user', 'content': 'from the other tab'}] 2\n",
         "list of conversations": "chat 2 None None\nchat 1 None None\nchat 0 Colours None\n",
     },
+    "docs/howto.md": {
+        "resume": "['!']\n",
+        "stop": "stopped after token 0 \n",
+        "worker": "done\nYou asked: Hello \n",
+        "branches": "Blue. 2 of 2\nRed.\n",
+    },
     "docs/operations.md": {
         "housekeeping": "",
+    },
+    "docs/quickstart.md": {
+        "asynchronous program": "1 message You \n2 message asked: \n3 message Hello \ndone\n",
+        "script": "1 message You \n2 message asked: \n3 message Hello \n",
     },
     "docs/replicas.md": {
         "with a replica": "Hello, world\n",
         "on a standby": "",
+    },
+    "docs/runbook.md": {
+        "ending the streams of a user": "",
     },
     "docs/streams.md": {
         "synchronous": "Hello, world!\n",
@@ -66,20 +79,37 @@ OUTPUTS = {
         "text and named events": "Hello, world!\n",
         "writer": "done 50\n",
     },
+    "docs/telemetry.md": {
+        "views": "(0, 0)\n",
+        "levels of loggers": "",
+    },
 }
-SCRIPTS = {name: [block for block in python_blocks(text) if block.startswith("import ")] for name, text in DOCS.items()}
+QUICK_START = DOCS["docs/quickstart.md"]
+APPLICATION_BLOCKS = python_blocks(QUICK_START.partition("\n## Applications\n")[2].partition("\n## ")[0])
+SCRIPTS = {
+    name: [block for block in python_blocks(text) if block.startswith("import ") and block not in APPLICATION_BLOCKS]
+    for name, text in DOCS.items()
+}
 
-# The file that each example of README is saved as, and the command that serves it.
+# The file that each application of the quick start is saved as, and the command that serves it.
 APPLICATIONS = {
-    "FastAPI and Starlette": ("main.py", "uvicorn --port={port} main:app"),
+    "FastAPI": ("main.py", "uvicorn --port={port} main:app"),
+    "Starlette": ("main.py", "uvicorn --port={port} main:app"),
     "Flask": ("main.py", "gunicorn --threads=100 --bind=127.0.0.1:{port} main:app"),
     "Django": ("urls.py", "uvicorn --port={port} mysite:application"),
 }
 DJANGO_PROJECT = """
+import os
+
 import django.conf
 from django.core.asgi import get_asgi_application
+from psycopg.conninfo import conninfo_to_dict
 
-django.conf.settings.configure(ROOT_URLCONF="urls", ALLOWED_HOSTS=["*"], SECRET_KEY="-")
+server = conninfo_to_dict(os.environ["DATABASE_URL"])
+database = {"ENGINE": "django.db.backends.postgresql", "NAME": server.pop("dbname"), "OPTIONS": server}
+django.conf.settings.configure(
+    ROOT_URLCONF="urls", ALLOWED_HOSTS=["*"], SECRET_KEY="-", USE_TZ=True, DATABASES={"default": database}
+)
 application = get_asgi_application()
 """
 
@@ -95,8 +125,10 @@ def test_readme_has_the_two_commands() -> None:
         assert f"\n{command}\n" in README
 
 
-def test_readme_links_every_page() -> None:
-    assert [name for name in [*DOCS, *OTHER_PAGES] if f"]({name})" not in README] == []
+def test_home_page_links_every_page() -> None:
+    assert "](docs/index.md)" in README
+    targets = [os.path.relpath(ROOT / name, ROOT / "docs") for name in [*DOCS, *OTHER_PAGES]]
+    assert [target for target in targets if f"]({target})" not in DOCS["docs/index.md"]] == ["index.md"]
 
 
 def test_both_flavours_have_an_example_of_ten_lines() -> None:
@@ -164,11 +196,15 @@ def connection_to(port: int) -> HTTPConnection:
             return connection
 
 
+def test_readme_has_the_first_application() -> None:
+    assert python_blocks(README) == APPLICATION_BLOCKS[:1]
+    assert len(APPLICATION_BLOCKS) == len(APPLICATIONS)
+
+
 @pytest.mark.parametrize("framework", APPLICATIONS)
-def test_applications_of_readme_answer(framework: str, database: str, tmp_path: Path) -> None:
+def test_applications_answer(framework: str, database: str, tmp_path: Path) -> None:
     name, command = APPLICATIONS[framework]
-    section = README.partition(f"\n### {framework}\n")[2].partition("\n### ")[0]
-    [block] = python_blocks(section)
+    block = APPLICATION_BLOCKS[list(APPLICATIONS).index(framework)]
     (tmp_path / name).write_text(block, "utf-8")
     (tmp_path / "mysite.py").write_text(DJANGO_PROJECT, "utf-8")
     with served(command, tmp_path, database) as port, closing(connection_to(port)) as connection:

@@ -11,56 +11,23 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import psycopg
 import pytest
-from psycopg.conninfo import make_conninfo
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from support.command_line import COMMAND, environment, in_parallel, run, start
 from support.concurrency import until
 
 from aibind_postgres import DurableStream, PostgresStreamStore, StreamEvent, schema
 from aibind_postgres.cli.writing import NotTextError, decode, split
 
-COMMAND = [sys.executable, "-W", "error", "-m", "aibind_postgres.cli"]
-
 LINES = "\r\nDOS\r\n\r\nold Mac\rnew\n\n\rthe end\none line\n"
 WHITE_SPACE = "  leading\t\ttabs\x0b\x0c and \u2003wide\u2028separators\u2029\u0085 and behind  "
 CHARACTERS = "e\u0301 👩‍👩‍👧 \U0010ffff \x01\x1b[31m\x7f \ufeff \ud7ff\\n\\u0041 %s $1 {} '\""
 TEXTS = {"empty": "", "line ends": LINES, "characters": f"{WHITE_SPACE}{CHARACTERS}\n\rno final newline{WHITE_SPACE}"}
-
-
-def environment(dsn: str | None, **extra: str) -> dict[str, str]:
-    inherited = {name: value for name, value in os.environ.items() if name not in ("DATABASE_URL", "XDG_DATA_HOME")}
-    return {**inherited, **({"DATABASE_URL": dsn} if dsn else {}), **extra}
-
-
-def run(
-    *arguments: str, stdin: bytes = b"", dsn: str | None = None, **variables: str
-) -> subprocess.CompletedProcess[bytes]:
-    result = subprocess.run(
-        [*COMMAND, *arguments], input=stdin, capture_output=True, env=environment(dsn, **variables), timeout=60
-    )
-    assert b"Traceback" not in result.stderr, result.stderr.decode()
-    return result
-
-
-def in_parallel(commands: Iterable[list[str]]) -> Callable[..., list[subprocess.CompletedProcess[bytes]]]:
-    """Return a function that runs all commands concurrently, each with the options of the call."""
-
-    def run_all(**options: Any) -> list[subprocess.CompletedProcess[bytes]]:
-        with ThreadPoolExecutor(4) as threads:
-            return list(threads.map(lambda arguments: run(*arguments, **options), commands))
-
-    return run_all
-
-
-def start(*arguments: str, dsn: str) -> subprocess.Popen[bytes]:
-    pipe = subprocess.PIPE
-    return subprocess.Popen([*COMMAND, *arguments], stdin=pipe, stdout=pipe, stderr=pipe, env=environment(dsn))
 
 
 @pytest.fixture
@@ -138,7 +105,7 @@ def test_write_sends_input_at_once_and_ctrl_c_stops_the_stream(database: str, st
         writer.stdin.write(b"one two thr")
         writer.stdin.flush()
         until(lambda: (status := store.get_status("live")) and status.total_chunks == 2)
-        writer.stdin.write(b"ee ")
+        writer.stdin.write(b"ee fou")
         writer.stdin.flush()
         until(lambda: (status := store.get_status("live")) and status.total_chunks == 3)
         writer.send_signal(signal.SIGINT)
@@ -146,9 +113,9 @@ def test_write_sends_input_at_once_and_ctrl_c_stops_the_stream(database: str, st
     assert writer.returncode == 130
     assert b"stopped" in errors
     assert b"Traceback" not in errors
-    assert store.get_status("live") == ("stopped", None, 3)
+    assert store.get_status("live") == ("stopped", None, 4)
     stopped = run("tail", "live", dsn=database)
-    assert (stopped.stdout, stopped.returncode) == (b"one two three ", 1)
+    assert (stopped.stdout, stopped.returncode) == (b"one two three fou", 1)  # the unfinished word is stored too
     assert b"was stopped" in stopped.stderr
 
 
@@ -192,21 +159,47 @@ def test_stream_stopped_by_another_process_during_write(database: str, store: Po
         assert b"Traceback" not in errors
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=["terminated", "terminal closed"])
-def test_write_ends_the_stream_on_a_signal(database: str, store: PostgresStreamStore, number: signal.Signals) -> None:
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_write_ends_the_stream_on_a_signal(database: str, store: PostgresStreamStore, name: str) -> None:
+    number = signal.Signals[name]
     with start("write", "x", dsn=database) as writer:
         assert writer.stdin is not None
-        writer.stdin.write(b"one\n")
+        writer.stdin.write(b"one\nunfinished")
         writer.stdin.flush()
         until(lambda: (status := store.get_status("x")) and status.total_chunks == 1)
         writer.send_signal(number)
+        _, errors = writer.communicate()
     assert writer.returncode == 128 + number
-    status = store.get_status("x")
-    assert status is not None
-    assert status.state == "error"
+    reason = f"the writer was ended by {name} before the end of its input"
+    assert store.get_status("x") == ("error", reason, 2)
+    assert [chunk.data for chunk in store.read_from("x")] == ["one\n", "unfinished"]
+    assert errors.decode() == f"aibind-postgres: {reason}; stream 'x' has ended in an error\n"
 
 
-# tail, replay, status
+def test_write_stores_no_later_text_if_it_is_interrupted_in_a_pause(database: str, store: PostgresStreamStore) -> None:
+    with start("write", "x", "--delay", "1000", dsn=database) as writer:
+        assert writer.stdin is not None
+        writer.stdin.write(b"one\ntwo\nthr")
+        writer.stdin.flush()
+        until(lambda: (status := store.get_status("x")) and status.total_chunks == 1)
+        writer.send_signal(signal.SIGINT)
+    assert writer.returncode == 130
+    assert store.get_status("x") == ("stopped", None, 1)
+
+
+def test_ignored_signal_stays_ignored(database: str, store: PostgresStreamStore) -> None:
+    command = shlex.join([*COMMAND, "write", "x"])
+    script = f"trap '' HUP; exec {command}"  # as nohup does
+    with subprocess.Popen(["sh", "-c", script], stdin=subprocess.PIPE, env=environment(database)) as writer:
+        assert writer.stdin is not None
+        until(lambda: store.get_status("x"))
+        writer.send_signal(signal.SIGHUP)
+        writer.stdin.write(b"text")
+    assert writer.returncode == 0
+    assert store.get_status("x") == ("done", None, 1)
+
+
+# tail and replay
 
 
 def test_tail_follows_and_prints_the_command_to_resume(database: str, store: PostgresStreamStore) -> None:
@@ -250,6 +243,21 @@ def test_command_to_resume_keeps_options(database: str) -> None:
             reader.send_signal(signal.SIGINT)
             command = reader.stderr.read().decode().partition("from here: ")[2]
         assert shlex.split(command) == ["aibind-postgres", "tail", "--after", "1", *options, "--", "-x"]
+
+
+def test_replay_prints_the_command_to_resume(database: str, store: PostgresStreamStore) -> None:
+    store.create("x")
+    store.append_many("x", ["a", "b"])
+    with psycopg.connect(database) as connection:
+        connection.execute("UPDATE aibind_stream_chunks SET created_at = created_at + interval '1 day' WHERE seq = 2")
+    with start("replay", "x", "--speed", "2.5", "--raw", dsn=database) as reader:
+        assert reader.stdout is not None
+        assert reader.stderr is not None
+        assert reader.stdout.read(1) == b"a"
+        reader.send_signal(signal.SIGINT)
+        command = shlex.split(reader.stderr.read().decode().partition("from here: ")[2])
+    assert reader.returncode == 130
+    assert command == ["aibind-postgres", "replay", "x", "--after", "1", "--raw", "--speed", "2.5"]
 
 
 def test_replay_of_an_active_stream(database: str, store: PostgresStreamStore) -> None:
@@ -331,20 +339,18 @@ def test_exit_code_depends_on_the_state(database: str, store: PostgresStreamStor
         store.append(id, "x")
     store.complete("done")
     store.fail("error", "the model is [bold]tired")
-    assert run("status", "active", dsn=database).stdout == b"state:  active\nchunks: 1\n"
-    assert run("status", "done", dsn=database).returncode == 0
-    failed = run("status", "error", dsn=database)
-    assert failed.returncode == 1
-    assert failed.stdout == b"state:  error\nchunks: 1\nerror:  the model is [bold]tired\n"
+    assert [run("show", id, dsn=database).returncode for id in ("active", "done", "error")] == [0, 0, 1]
     failed = run("tail", "error", dsn=database)
     assert (failed.stdout, failed.returncode) == (b"x", 1)
     assert b"ended in an error: the model is [bold]tired" in failed.stderr
-    for command in ("tail", "replay", "status"):
+    name = str(conninfo_to_dict(database)["dbname"])
+    for command in ("tail", "replay", "show"):
         missing = run(command, "nobody", dsn=database)
         assert (missing.stdout, missing.returncode) == (b"", 3)
-        assert missing.stderr == (
-            b"aibind-postgres: stream 'nobody' not found: it was never created, was deleted, or has expired\n"
+        assert missing.stderr.startswith(
+            b"aibind-postgres: stream 'nobody' not found: it was never created, was deleted, or has expired (host "
         )
+        assert missing.stderr.endswith(f", database {name})\n".encode())
 
 
 def test_closed_output_pipe(database: str, store: PostgresStreamStore) -> None:
@@ -431,24 +437,21 @@ def test_embedded_server_is_the_default(folder: Path) -> None:
 
 def test_unusable_embedded_server(folder: Path) -> None:
     (folder / "aibind-postgres").write_text("a file")
-    for command in (["tail", "x"], ["status", "x", "--embedded"]):
+    for command in (["tail", "x"], ["show", "x", "--embedded"]):
         done = run(*command, XDG_DATA_HOME=str(folder))
         assert done.returncode == 1
         assert b"the embedded PostgreSQL cannot be used" in done.stderr
 
 
 def test_operators_commands_have_no_default_database(folder: Path, dsn: str) -> None:
-    commands = [["status", "x"], ["migrate"], ["doctor"]]
+    commands = [["show", "x"], ["migrate"], ["doctor"]]
     for done in in_parallel(commands)(HOME=str(folder)):
         assert (done.returncode, done.stdout) == (2, b"")
         assert b"no database: give --dsn or --embedded, or set DATABASE_URL" in done.stderr
     assert list(folder.iterdir()) == []
-    for done in in_parallel([[*command, "--embedded", "--dsn", dsn] for command in commands])():
-        assert done.returncode == 2
-        assert b"not both" in done.stderr
     done = run("migrate", "--embedded", HOME=str(folder))
     assert (done.returncode, b"are up to date" in done.stdout) == (0, True), done.stderr
-    assert run("status", "x", "--embedded", HOME=str(folder)).returncode == 3
+    assert run("show", "x", "--embedded", HOME=str(folder)).returncode == 3
 
 
 @pytest.mark.parametrize(
@@ -466,24 +469,20 @@ def test_missing_extra(module: str, extra: str) -> None:
 # Usage and connection errors
 
 
-def test_wrong_usage(dsn: str) -> None:
+def test_wrong_usage(database: str) -> None:
     commands = [
-        ["replay", "x", "--speed", "0"],
-        ["replay", "x", "--speed", "nan"],
-        ["replay", "x", "--speed", "2", "--instant"],
-        ["replay", "x", "--raw", "--events"],
-        ["tail", "x", "--raw", "--events"],
-        ["tail", "x", "--after", "-1"],
-        ["write", "x", "--by", "page"],
-        ["write", "x", "--delay", "-1"],
         ["tail", ""],
+        ["tail", "\udcff"],
+        ["show", "x" * 1025],
+        ["fail", "x", "--error", "\udcff"],
+        ["list", "--owner", ""],
+        ["delete", "--owner", "", "--yes"],
+        ["archive", "--older-than", "1000000d"],
         ["tail", "x", "--chunks-table", "a.b.c"],
-        ["schema", "--chunks-table", "same", "--status-table", "same"],
-        ["unknown"],
-        ["tail"],
     ]
-    for done, command in zip(in_parallel(commands)(dsn=dsn), commands, strict=True):
+    for done, command in zip(in_parallel(commands)(dsn=database), commands, strict=True):
         assert done.returncode == 2, command
+        assert done.stderr.count(b"\n") == 1
 
 
 def test_version_option() -> None:
@@ -501,8 +500,10 @@ def test_write_with_an_existing_id(database: str, store: PostgresStreamStore) ->
 @pytest.mark.parametrize(
     ("dsn", "code", "message"),
     [
-        ("postgresql://me:geheim@localhost:1/db", 1, "Connection refused"),
-        ("postgresql://me:geheim@nowhere.invalid/db", 1, "check the host"),
+        ("postgresql://me:geheim@localhost:1/db", 1, "Connection refused (host localhost, port 1, database db)"),
+        ("postgresql://me:geheim@localhost:1,localhost:2/db", 1, "(host localhost,localhost, port 1,2, database db)"),
+        ("postgresql://me:geheim@nowhere.invalid/db", 1, "(host nowhere.invalid, port 5432, database db)"),
+        ("postgresql://me:geheim@nowhere.invalid", 1, "check the host"),
         ("postgresql://me:geheim/geheim@nowhere.invalid/db", 2, "%2F"),
         ("postgresql://me:ge@geheim@localhost/db", 2, "%40"),
         ("postgresql+psycopg://me:geheim@localhost/db", 2, "write postgresql://"),

@@ -54,11 +54,11 @@ def test_commands_on_the_database_of_the_setting(flask, empty_database):
 
 
 def test_option_and_variable(flask, database):
-    missing = flask(NOWHERE, "status", "id", "--dsn", database)
+    missing = flask(NOWHERE, "show", "id", "--dsn", database)
     assert (missing.returncode, b"not found" in missing.stderr) == (3, True)
-    missing = flask(None, "status", "id", variable=database)
+    missing = flask(None, "show", "id", variable=database)
     assert (missing.returncode, b"not found" in missing.stderr) == (3, True)
-    without = flask(None, "status", "id")
+    without = flask(None, "show", "id")
     assert (without.returncode, b"no database" in without.stderr) == (2, True)
 
 
@@ -70,7 +70,7 @@ def test_help_and_wrong_usage(flask):
 
 
 def test_password_is_not_printed(flask, database):
-    shown = flask(make_conninfo(NOWHERE, password="secret"), "status", "id")
+    shown = flask(make_conninfo(NOWHERE, password="secret"), "show", "id")
     assert shown.returncode == 1
     assert b"secret" not in shown.stdout + shown.stderr
 

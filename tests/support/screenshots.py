@@ -1,4 +1,4 @@
-"""Take the screenshots of the chat and of `examples/usechat` in docs/images: `nox -s screenshots`."""
+"""Take the screenshots in docs/images, of the chat, `examples/usechat`, the admin and the site."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import Browser, Page
 
-from aibind_postgres import embedded, schema
+from aibind_postgres import PostgresConversationStore, PostgresStreamStore, embedded, schema
 
-from . import usechat, usechat_apps
+from . import django_project, site, usechat, usechat_apps
 from .browser import ChatPage, Demo, chromium
 
 FOLDER = Path(__file__).parents[2] / "docs" / "images"
 DESKTOP, TALL, SMALL, PHONE = (1200, 760), (1200, 1060), (760, 620), (360, 740)  # in CSS pixels
+ADMIN = (1100, 860)
 COLOURS = 128  # of the PNG's palette; the page has few
 SURVIVAL, CODE, BRANCHES, MARKDOWN = (
     "What survives a reload or a crash?",
@@ -113,6 +114,51 @@ def take_usechat(browser: Browser, dsn: str) -> None:
         context.close()
 
 
+def take_site(browser: Browser) -> None:
+    """Take the screenshot of the documentation site, with a diagram."""
+    with tempfile.TemporaryDirectory() as folder, site.served(site.build(Path(folder))) as url:
+        options = {"viewport": {"width": DESKTOP[0], "height": DESKTOP[1]}, "device_scale_factor": 2}
+        tab = site.SitePage(browser, url, **options)
+        tab.open("concepts.html")
+        tab.draw_diagrams()
+        save(tab.page, "site")
+        tab.context.close()
+
+
+def take_admin(browser: Browser, dsn: str) -> None:
+    """Take the screenshots of the admin of the app for Django: a stream that is being written, and branches."""
+    with tempfile.TemporaryDirectory() as folder:
+        project = django_project.write(Path(folder, "project"))
+        django_project.must_manage(project, dsn, "migrate")
+        django_project.create_admin(project, dsn)
+        with (
+            PostgresStreamStore(dsn) as streams,
+            PostgresConversationStore(dsn) as conversations,
+            django_project.served(project, dsn) as address,
+        ):
+            with conversations.edit("lisbon", owner="ada") as chat:
+                question = chat.append({"role": "user", "content": "Plan a day in Lisbon."})
+                first = "Start in Alfama, and take tram 28 to the castle. Then have lunch in the Time Out Market."
+                chat.append({"role": "assistant", "content": first})
+                chat.append({"role": "user", "content": "And if it rains?"})
+                second = "Begin at the Gulbenkian Museum, and spend the afternoon in the Oceanarium."
+                chat.tree.branch(question, {"role": "assistant", "content": second})
+            conversations.describe("lisbon", title="A day in Lisbon")
+            stream_id = streams.create(owner="ada", session_id="lisbon", metadata={"model": "example"})
+            streams.append_many(stream_id, [f"{word} " for word in second.split()[:9]])
+            context = browser.new_context(
+                viewport={"width": ADMIN[0], "height": ADMIN[1]}, device_scale_factor=2, color_scheme="light"
+            )
+            page = context.new_page()
+            django_project.log_in(page, address)
+            page.goto(f"{address}/admin/aibind_postgres/stream/{stream_id}/change/")
+            page.get_by_text("active: chunk 9 of 9").wait_for()
+            save(page, "admin-stream")
+            page.goto(f"{address}/admin/aibind_postgres/conversation/lisbon/change/")
+            save(page, "admin-conversation")
+            context.close()
+
+
 def main() -> None:
     FOLDER.mkdir(exist_ok=True)
     with (
@@ -123,6 +169,8 @@ def main() -> None:
     ):
         take(browser, fast, slow)
         take_usechat(browser, dsn)
+        take_site(browser)
+        take_admin(browser, dsn)
 
 
 if __name__ == "__main__":

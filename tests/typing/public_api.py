@@ -62,6 +62,8 @@ from aibind_postgres import (
     wrap_django,
     wrap_sqlalchemy,
 )
+from aibind_postgres.contrib.opentelemetry import OpenTelemetryMetrics
+from aibind_postgres.contrib.prometheus import PrometheusMetrics
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
@@ -186,12 +188,19 @@ async def async_streams(since: datetime) -> None:
         await store.close()
 
 
+def telemetry() -> None:
+    PostgresStreamStore("", metrics=PrometheusMetrics())
+    AsyncPostgresStreamStore("", metrics=OpenTelemetryMetrics())
+    PostgresStreamStore("", metrics=object())  # type: ignore[arg-type]
+
+
 def models(status: StreamStatus, info: StreamInfo) -> None:
     assert_type(status.error, str | None)
     assert_type(info.expires_at, datetime)
     assert_type(info.created_at, datetime | None)
     assert_type(schema.render(chunks_table=Identifier("a", "b")), str)
     assert_type(schema.statements(chunks_table=Identifier("a", "b")), list[str])
+    assert_type(schema.monitoring_views(status_table="a.b"), str)
     with embedded.server("folder", version=16) as dsn:
         assert_type(dsn, str)
     try:

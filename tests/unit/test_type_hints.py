@@ -14,6 +14,8 @@ import pytest
 import aibind_postgres
 
 SKIPPED = {"examples", "cli"}
+APP = "aibind_postgres.contrib.django."
+NEED_SETTINGS = tuple(APP + name for name in ("admin", "models", "migrations"))  # of Django
 
 
 def public_modules() -> Iterator[str]:
@@ -21,7 +23,11 @@ def public_modules() -> Iterator[str]:
     yield "aibind_postgres"
     for module in pkgutil.walk_packages(aibind_postgres.__path__, "aibind_postgres."):
         parts = module.name.split(".")
-        if not any(part.startswith("_") for part in parts) and parts[1] not in SKIPPED:
+        if (
+            not any(part.startswith("_") for part in parts)
+            and parts[1] not in SKIPPED
+            and not module.name.startswith(NEED_SETTINGS)
+        ):
             yield module.name
 
 

@@ -14,6 +14,7 @@ from ..errors import (
     StreamNotActiveError,
     StreamNotFoundError,
 )
+from ..metrics import APPEND_CHUNKS
 from .combining import AsyncCombiner
 
 if TYPE_CHECKING:
@@ -81,7 +82,8 @@ class AsyncAppender:
             await self._schema.look_up()
         self._appends += 1
         stream_id, texts, _ = append
-        size = ROW_CHARACTERS * len(texts)
+        count = len(texts)  # not inside `+=`, where another thread could run and its count be lost
+        size = ROW_CHARACTERS * count
         if size < MIN_ALONE:
             size += sum(map(len, texts))
         # A statement in a caller's transaction must not contain the appends of other callers.
@@ -96,7 +98,7 @@ class AsyncAppender:
                 if last is None:
                     last = await self._check_skipped(append)
                 if last is not None:
-                    self._chunks += len(texts)
+                    self._chunks += count
                     return last
                 combined = False
         except GeneratorExit:  # see `AsyncFollower`
@@ -136,8 +138,14 @@ class AsyncAppender:
         if not rows or rows[0][0] is None:
             return None
         last = int(rows[0][0])
+        self._report(len(texts))
         await self._notifier.appended([(stream_id, last - len(texts), texts)], newest)
         return last
+
+    def _report(self, chunks: int) -> None:
+        """Report how many chunks one statement has stored."""
+        if self._database.metrics is not None and chunks:
+            self._database.metrics.record(APPEND_CHUNKS, chunks)
 
     async def _delete_leftovers(self, params: Sequence[object]) -> None:
         statements = self._schema.statements
@@ -182,6 +190,7 @@ class AsyncAppender:
                 last += len(texts)
                 lasts[index] = last
         if appended:
+            self._report(sum([len(texts) for _, _, texts in appended]))
             await self._notifier.appended(appended, newest)
         return lasts
 

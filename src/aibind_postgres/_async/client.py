@@ -98,6 +98,10 @@ class AsyncClient:
         """Return the statistics of the pool that this client owns, or none."""
         return {}
 
+    async def runs_inline(self) -> bool:
+        """Return True if a producer must run inside the call that starts it, as in the transaction of a test."""
+        return False
+
     async def keep(self, most: int) -> None:
         """Keep up to `most` connections between statements, if they are of a pool that this client owns."""
 

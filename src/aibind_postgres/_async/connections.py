@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
+import socket
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from time import monotonic
 from typing import Any
 
 import psycopg
@@ -14,6 +17,7 @@ from .._conninfo import missing_defaults
 from .._statement_runner import Row, run_statement
 from .._workarounds import can_cancel_in_time
 
+SESSION_CHECKS = 8  # comparisons of the sessions of two connections; other clients may hide a shared one from some
 CANCEL_TIMEOUT = 1.0  # seconds within which the server must accept a cancel request
 
 
@@ -90,3 +94,28 @@ async def server_pid(connection: psycopg.AsyncConnection[Any], deadline: float) 
     """Return the PID of the server process that runs the statements of a connection, also through a pooler."""
     [(pid,)] = await execute(connection, "SELECT pg_backend_pid()", (), deadline)
     return int(pid)
+
+
+async def share_session(
+    connection: psycopg.AsyncConnection[Any], other: psycopg.AsyncConnection[Any], timeout: float
+) -> bool:
+    """Return True if a pooler runs the statements of both connections in one session, or in changing ones.
+
+    Args:
+        connection: A connection.
+        other: Another connection of the same client.
+        timeout: Seconds to wait for each answer: a busy pooler may have no session for the statement.
+    """
+    pid = await server_pid(connection, monotonic() + timeout)
+    for _ in range(SESSION_CHECKS):
+        if await server_pid(connection, monotonic() + timeout) != pid:
+            return True
+        if await server_pid(other, monotonic() + timeout) == pid:
+            return True
+    return False
+
+
+def shut_down_socket(connection: psycopg.AsyncConnection[Any]) -> None:
+    """Wake a thread that waits for a connection. Closing the connection meanwhile would be unsafe."""
+    with suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(connection.fileno())) as duplicate:
+        duplicate.shutdown(socket.SHUT_RDWR)

@@ -14,7 +14,9 @@ from .. import _arguments as arguments
 from .._concurrency import AsyncEvent, async_running_loop
 from .._leases import Contact
 from .._sqlstate import FEATURE_NOT_SUPPORTED, is_transient, sqlstate, translate
+from .._telemetry import NO_ATTRIBUTES, StoreMetrics
 from ..errors import ForkedError, StoreClosedError
+from ..metrics import RETRIES, Attributes, Metrics
 from .psycopg_clients import as_client
 
 if TYPE_CHECKING:
@@ -44,11 +46,19 @@ class AsyncAttempt(Protocol[ResultOut]):
 class AsyncDatabase:
     """The database of one store. When `closing` is set, statements and pauses raise `StoreClosedError`."""
 
-    def __init__(self, client: AsyncClientLike, retry_for: float, timeout: float | timedelta | None) -> None:
+    def __init__(
+        self,
+        client: AsyncClientLike,
+        retry_for: float,
+        timeout: float | timedelta | None,
+        metrics: Metrics | None = None,
+    ) -> None:
+        self.metrics = None if metrics is None else StoreMetrics(metrics)
         self.client = as_client(client, None if timeout is None else arguments.seconds(timeout, "timeout"))
         self.closing = AsyncEvent()
         self.contact = Contact()
         self.closed_with: set[AsyncEvent] = set()  # events that are set when the store is closed
+        self.housekept_at: float | None = None  # the last turn of housekeeping; None without a housekeeper
         self.has_citus = False  # as of the last look-up of the columns
         self.is_distributed = False  # whether statements on several streams run on several servers, as with Citus
         self._retry_for = retry_for
@@ -93,6 +103,11 @@ class AsyncDatabase:
             self._loop = async_running_loop()
         elif self._loop is not async_running_loop():
             raise RuntimeError("this store is bound to a different event loop: make a store in each event loop")
+
+    def count(self, name: str, amount: int = 1, attributes: Attributes = NO_ATTRIBUTES) -> None:
+        """Add to a counter of the store's metrics, if it has any."""
+        if self.metrics is not None:
+            self.metrics.add(name, amount, attributes)
 
     def check_process(self) -> None:
         """Raise `ForkedError` if this process was forked from the owner."""
@@ -192,6 +207,7 @@ class AsyncDatabase:
                     raise TimeoutError("no up-to-date server has answered within the timeout") from error
                 if now >= give_up_at:
                     raise
+                self.count(RETRIES)
                 # The pause is random, since many callers lose the connection at the same time.
                 await self.sleep(min(uniform(pause / 2, pause), give_up_at - now, deadline - now))
                 pause = min(pause * 2, MAX_RETRY_PAUSE)

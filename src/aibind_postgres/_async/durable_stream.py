@@ -13,15 +13,16 @@ from typing import Any
 from .. import _arguments as arguments
 from .._concurrency import async_call_or_await, async_shielded
 from .._lifecycle import require_active
-from ..errors import InvalidDataError, StreamNotFoundError, copy_error
+from .._telemetry import StoreSpan, link_in
+from ..errors import StreamNotFoundError, copy_error
 from ..history import new_id
 from ..models import StreamStatus
 from ..wire import Wire, WireName, find_wire
 from .database import AsyncAttempt
-from .event_stream import encoded_events
+from .event_stream import encoded_events, traced
 from .following import AsyncFollower
-from .producing import AsyncProducer, end_producer, end_producers, limit, shutdown
-from .source import check_source, close_source
+from .producing import AsyncProducer, end_producer, end_producers, shutdown
+from .source import check_source, close_source, find_wire_of
 from .stream_store import AsyncPostgresStreamStore
 
 
@@ -38,12 +39,14 @@ class AsyncDurableStream:
         wire: Wire,
         producer: AsyncProducer | None = None,
         after_seq: int = 0,
+        link: str | None = None,
     ) -> None:
         self.id = id
         self._wire = wire
         self._store = store
         self._producer = producer
         self._after_seq = after_seq
+        self._link = link
 
     def __repr__(self) -> str:
         kind = "read" if self._producer is None else "produced"
@@ -87,7 +90,8 @@ class AsyncDurableStream:
         source runs: if the process dies, waiting readers end the stream in state error. Without it, `fail_abandoned`
         ends the streams of dead processes. In Django, call
         `start` after the transaction has been committed: the producer uses a connection of its own. If it does not see
-        the stream, its readers in this process raise `AibindError`.
+        the stream, its readers in this process raise `AibindError`. In the transaction of a `TestCase` of Django,
+        `start` runs the source before it returns, and time limits have no effect.
 
         Args:
             store: The store.
@@ -141,7 +145,7 @@ class AsyncDurableStream:
             RuntimeError: No thread can start. The stream ends in state error, the source is closed, and `on_finish` is
                 called.
         """
-        found = await _find_wire(wire, source)
+        found = await find_wire_of(wire, source)
         return await cls._start(
             store,
             source,
@@ -186,20 +190,24 @@ class AsyncDurableStream:
             try:
                 stream_id = new_id() if id is None else arguments.identifier(id)
                 encoder = wire.chunk_encoder(stream_id)
-                limits = limit(idle_timeout, "idle_timeout"), limit(timeout, "timeout")
-                producer = AsyncProducer(store, stream_id, source, encoder, on_finish, expose_errors, context, *limits)
-                await store._create_leased(stream_id, wire=wire.name, **details)
-                if before_source is not None:
-                    try:
-                        await before_source()
-                    except BaseException:
-                        await store.delete(stream_id)
-                        raise
+                limits = arguments.limit(idle_timeout, "idle_timeout"), arguments.limit(timeout, "timeout")
+                inline = await store._database.client.runs_inline()
+                span = StoreSpan(store._database.metrics, "aibind.produce", stream_id, details.get("session_id"))
+                rest = on_finish, expose_errors, context, *limits
+                with span:  # which ends if the block raises
+                    producer = AsyncProducer(store, stream_id, source, encoder, *rest, span=span, inline=inline)
+                    await store._create_leased(stream_id, wire=wire.name, **details)
+                    if before_source is not None:
+                        try:
+                            await before_source()
+                        except BaseException:
+                            await store.delete(stream_id)
+                            raise
             except BaseException:
                 await close_source(source)
                 raise
             await producer.start(is_new=True)
-            streams.append(cls(store, stream_id, wire, producer))
+            streams.append(cls(store, stream_id, wire, producer, link=span.traceparent))
 
         await async_shielded(begin)
         return streams[0]
@@ -252,14 +260,17 @@ class AsyncDurableStream:
         check_source(source)
         store._close_hooks.add(end_producers)
         try:
-            limits = limit(idle_timeout, "idle_timeout"), limit(timeout, "timeout")
+            limits = arguments.limit(idle_timeout, "idle_timeout"), arguments.limit(timeout, "timeout")
             info = await store.get_info(id)
             if info is None:
                 raise StreamNotFoundError(id)
             require_active(id, StreamStatus(info.state, info.error, info.total_chunks))
             wire = find_wire(info.wire)
             finish = on_finish and partial(_call_with_text, on_finish, wire)
-            producer = AsyncProducer(store, id, source, wire.chunk_encoder(id), finish, expose_errors, context, *limits)
+            inline = await store._database.client.runs_inline()
+            span = StoreSpan(store._database.metrics, "aibind.produce", id, info.session_id, link_in(info.metadata))
+            rest = finish, expose_errors, context, *limits
+            producer = AsyncProducer(store, id, source, wire.chunk_encoder(id), *rest, span=span, inline=inline)
         except BaseException:
             await close_source(source)
             raise
@@ -299,7 +310,7 @@ class AsyncDurableStream:
             info = await store.get_info(id)
         if info is None:
             raise StreamNotFoundError(id)
-        return cls(store, id, find_wire(info.wire), after_seq=cursor)
+        return cls(store, id, find_wire(info.wire), after_seq=cursor, link=link_in(info.metadata))
 
     @classmethod
     async def shutdown(cls, store: AsyncPostgresStreamStore, timeout: float | timedelta = 5.0) -> bool:
@@ -355,7 +366,8 @@ class AsyncDurableStream:
         pause = arguments.seconds(heartbeat, "heartbeat")
         frames = self._wire.frame_encoder(self.id, cursor)
         is_new = self._producer is not None and cursor == 0
-        return encoded_events(self._following(cursor), self._store._pages, self.id, frames, pause, is_new=is_new)
+        following = traced(self._following(cursor), self._store._database.metrics, self.id, self._link)
+        return encoded_events(following, self._store._pages, self.id, frames, pause, is_new=is_new)
 
     @property
     def headers(self) -> Mapping[str, str]:
@@ -412,15 +424,6 @@ class AsyncDurableStream:
                     f"stream {self.id!r} has ended, but its on_finish has not returned within the timeout"
                 )
         return status
-
-
-async def _find_wire(name: WireName, source: object) -> Wire:
-    """Return the wire format of a new stream. If there is none with this name, close the source and raise."""
-    try:
-        return find_wire(name)
-    except InvalidDataError:
-        await close_source(source)
-        raise
 
 
 async def _call_with_text(

@@ -12,7 +12,7 @@ from .._concurrency import AsyncEvent, AsyncWorker, Mutex, async_spawn
 from ..errors import StreamNotFoundError, WebError
 from .source import close_source
 
-logger = logging.getLogger("aibind_postgres")
+logger = logging.getLogger("aibind_postgres.web")
 
 CHECKS_PER_TIMEOUT = 4  # of the watchdog
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import AbstractContextManager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
 from .._followed_stream import Ended
+from .._telemetry import StoreMetrics, StoreSpan, error_attributes
 from ..errors import StreamNotFoundError
 from ..models import StreamChunk
 from ..sse import comment
@@ -21,6 +22,31 @@ MAX_LOOK_BACK = 100  # chunks before the first one: a resumed reader does not se
 # Bytes after which a piece of a body ends. Each piece costs a web server several times as much as the frame of a chunk,
 # so available frames are sent together. The limit gives slow clients enough time for each piece.
 MAX_PIECE = 16_384
+
+
+@contextmanager
+def traced(
+    following: AbstractContextManager[AsyncFollower], metrics: StoreMetrics | None, stream_id: str, link: str | None
+) -> Iterator[AsyncFollower]:
+    """Follow a stream in a span that links to that of its producer.
+
+    Args:
+        following: Follows the stream.
+        metrics: The metrics of the store, or None.
+        stream_id: The stream id.
+        link: The `traceparent` of the producer, or None.
+    """
+    span = StoreSpan(metrics, "aibind.read", stream_id, link=link)
+    try:
+        with following as follower:
+            yield follower
+    except GeneratorExit:  # the reader has left
+        span.end()
+        raise
+    except BaseException as error:
+        span.end(error_attributes(error))
+        raise
+    span.end()
 
 
 async def encoded_events(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from .._pages import FIRST_PAGE_CHUNKS
 from .._stream_tail import NO_VERSION
 from .._subscriptions import Subscriptions, wake_all
 from ..errors import StreamNotFoundError
+from ..metrics import DELIVERY_DURATION
 from .reading import SharedRead
 
 if TYPE_CHECKING:
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from .database import AsyncDatabase
     from .listening import AsyncListener
     from .reading import AsyncPageReader
+
+logger = logging.getLogger("aibind_postgres.metrics")
 
 
 class Heartbeat(NamedTuple):
@@ -57,6 +61,7 @@ class AsyncFollower:
         self._archived = False  # whether the last page that it read by itself came from the archive
         self._subscription: Subscription | None = None
         self._ended: Ended | None = None  # the last step of a reader that needs no subscription
+        self._sample: tuple[int, float] | None = None  # a chunk to report, and the time of its delivery
 
     def __enter__(self) -> Self:
         return self
@@ -84,9 +89,11 @@ class AsyncFollower:
             return first
         assert self._subscription is not None
         idle_at = monotonic() + idle_timeout
+        has_waited = False
         while True:
             step = self._subscriptions.next_step(self._subscription)
             if isinstance(step, Wait):
+                has_waited = True
                 if not await self._wait(min(deadline, idle_at)):
                     if deadline <= idle_at:
                         raise TimeoutError(f"stream {self._stream_id!r} is still active")
@@ -96,7 +103,25 @@ class AsyncFollower:
             elif isinstance(step, Deleted):
                 raise StreamNotFoundError(self._stream_id)
             else:
+                if has_waited and self._database.metrics is not None and isinstance(step, Deliver):
+                    self._begin_sample(self._subscription.delivered)
                 return step
+
+    def _begin_sample(self, seq: int) -> None:
+        """Let the reader report the delivery time of a chunk when it waits again, if one is due."""
+        metrics, now = self._database.metrics, monotonic()
+        if metrics is not None and metrics.begin_sample(now):
+            self._sample = seq, now
+
+    async def _report_delivery(self, seq: int, delivered_at: float) -> None:
+        self._sample = None
+        try:
+            seconds = await self._pages.delivery_time(self._stream_id, seq, delivered_at)
+        except Exception as error:
+            logger.debug("the time of a delivery could not be queried: %s", type(error).__name__)
+        else:
+            if self._database.metrics is not None and seconds is not None:
+                self._database.metrics.record(DELIVERY_DURATION, seconds)
 
     async def end(self, deadline: float) -> StreamStatus:
         """Wait for the end of the stream and return its status. Raise as `next` does."""
@@ -166,6 +191,8 @@ class AsyncFollower:
         assert self._subscription is not None
         woken = False
         try:
+            if self._sample is not None:
+                await self._report_delivery(*self._sample)
             timeout = None if until == math.inf else until - monotonic()
             if timeout is None or timeout > 0:
                 self._listener.ensure_running()

@@ -17,14 +17,16 @@ from .._concurrency import AsyncEvent, AsyncWorker, async_join_or_cancel, async_
 from .._housekeeping import MARKER, describe, seconds_until_next_turn
 from .._sqlstate import refuses_row, server_reason
 from .._tables import Table
+from .._telemetry import StoreMetrics
 from ..errors import AibindError, StoreClosedError
+from ..metrics import HOUSEKEEPING_FAILURES, HOUSEKEEPING_ROWS
 from .conversation_store import AsyncPostgresConversationStore
 from .database import AsyncDatabase
 from .stream_lifecycle import ABANDONED_AFTER
 from .stream_store import AsyncPostgresStreamStore
 from .time_partitions import AsyncTimePartitions
 
-logger = logging.getLogger("aibind_postgres")
+logger = logging.getLogger("aibind_postgres.housekeeper")
 
 CLOSING_GRACE = 1.0  # seconds that `close` waits for the statement under way
 
@@ -39,7 +41,8 @@ class AsyncHousekeeper:
     once, unless another process took one within the last period. If processes have different periods, the shortest one
     applies. If the process dies during its turn, another one continues in the next period.
 
-    The numbers of ended and deleted rows are logged at level INFO. Nothing is raised in the background: failures are
+    The numbers of ended and deleted rows are logged at level INFO, and reported to the `metrics` of the stream store.
+    Nothing is raised in the background: failures are
     logged as warnings, and tried again in the next period.
 
     Leaving the block waits for up to one second for the statement under way. An asynchronous housekeeper then cancels
@@ -85,7 +88,8 @@ class AsyncHousekeeper:
             self._duties.append(_duty_of_streams(streams, archive_age))
         if conversations is not None:
             _check_kind(conversations, AsyncPostgresConversationStore, "conversations")
-            self._duties.append(_duty_of_conversations(conversations))
+            metrics = None if streams is None else streams._database.metrics
+            self._duties.append(_duty_of_conversations(conversations, metrics))
         self._process: int | None = None
         self._closing = AsyncEvent()
         self._worker: AsyncWorker | None = None
@@ -110,6 +114,7 @@ class AsyncHousekeeper:
         closing = AsyncEvent()
         for database in databases:
             database.closed_with.add(closing)
+            database.housekept_at = monotonic()
         if any(database.closing.is_set() for database in databases):
             self._forget(closing)
             raise StoreClosedError("a store of this housekeeper is closed: make a new one")
@@ -150,6 +155,7 @@ class AsyncHousekeeper:
     def _forget(self, closing: AsyncEvent) -> None:
         for duty in self._duties:
             duty.database.closed_with.discard(closing)
+            duty.database.housekept_at = None
 
 
 class AsyncDuty:
@@ -160,6 +166,7 @@ class AsyncDuty:
         table: The table that holds the marker.
         take_turn: The statement that takes a turn.
         calls: The methods to call in a turn, by their names. Each of them yields counts after every statement.
+        metrics: The metrics of the housekeeper, or None.
     """
 
     def __init__(
@@ -168,12 +175,14 @@ class AsyncDuty:
         table: Table,
         take_turn: str,
         calls: Mapping[str, Callable[[], AsyncIterator[Mapping[str, int]]]],
+        metrics: StoreMetrics | None,
     ) -> None:
         self.database = database
         self.table = table
         self.due_at = 0.0  # the time of the next attempt, by `monotonic`
         self._take_turn = take_turn
         self._calls = calls
+        self._metrics = metrics
         self._warned = False
 
     async def attend(self, every: int, closing: AsyncEvent) -> None:
@@ -188,8 +197,10 @@ class AsyncDuty:
             try:
                 taken, wait = await self._turn(every)
                 self.due_at = monotonic() + wait
-                if taken:
-                    await self._do_all(every, closing)
+                if not taken:  # another process has the turn
+                    self.database.housekept_at = monotonic() + wait - every / 1000
+                elif await self._do_all(every, closing):
+                    self.database.housekept_at = monotonic()
             finally:
                 await self.database.client.release_thread()
         except Exception as error:
@@ -215,17 +226,21 @@ class AsyncDuty:
         [(taken, remaining)] = rows
         return taken, seconds_until_next_turn(taken, remaining, every)
 
-    async def _do_all(self, every: int, closing: AsyncEvent) -> None:
+    async def _do_all(self, every: int, closing: AsyncEvent) -> bool:
+        """Do the work of a turn. Return True if nothing failed."""
+        succeeded = True
         counts: Counter[str] = Counter()
         try:
             for name, call in self._calls.items():
                 try:
                     await self._do(call, counts, closing)
                 except Exception as error:
+                    succeeded = False
                     self._log_failure(name, error, every, closing)
         finally:
             if done := describe(counts):
                 logger.info("housekeeping of %s: %s", self.table.quoted, done)
+        return succeeded
 
     async def _do(
         self, call: Callable[[], AsyncIterator[Mapping[str, int]]], counts: Counter[str], closing: AsyncEvent
@@ -235,6 +250,9 @@ class AsyncDuty:
         self._check_transaction()
         async for step in call():
             counts.update(step)
+            if self._metrics is not None:
+                for kind, count in step.items():
+                    self._metrics.add(HOUSEKEEPING_ROWS, count, {"kind": kind})
             if closing.is_set():
                 return
             self._check_transaction()
@@ -250,6 +268,8 @@ class AsyncDuty:
     def _log_failure(self, name: str, error: Exception, every: int, closing: AsyncEvent) -> None:
         if closing.is_set():  # as of a store that was closed
             return
+        if self._metrics is not None:
+            self._metrics.add(HOUSEKEEPING_FAILURES, 1)
         # The text of a driver's error may contain a part of the connection string.
         reason = str(error) if isinstance(error, AibindError) else server_reason(error) or type(error).__name__
         logger.warning(
@@ -280,15 +300,17 @@ def _duty_of_streams(store: AsyncPostgresStreamStore, archive_age: int | None) -
     }
     if archive_age is not None:
         calls["archive"] = archive
-    return AsyncDuty(store._database, store._tables[0], store._schema.statements.take_turn, calls)
+    return AsyncDuty(
+        store._database, store._tables[0], store._schema.statements.take_turn, calls, store._database.metrics
+    )
 
 
-def _duty_of_conversations(store: AsyncPostgresConversationStore) -> AsyncDuty:
+def _duty_of_conversations(store: AsyncPostgresConversationStore, metrics: StoreMetrics | None) -> AsyncDuty:
     async def cleanup() -> AsyncIterator[Mapping[str, int]]:
         async for conversations in store._cleanup_steps():
             yield {"conversations deleted": conversations}
 
-    return AsyncDuty(store._database, store._table, store._schema.statements.take_turn, {"cleanup": cleanup})
+    return AsyncDuty(store._database, store._table, store._schema.statements.take_turn, {"cleanup": cleanup}, metrics)
 
 
 def _check_kind(store: object, kind: type, name: str) -> None:

@@ -12,6 +12,7 @@ from .._concurrency import AsyncEvent, AsyncWorker, Mutex, async_after_cancellat
 from .._deletion import MAX_ROWS
 from .._leases import EXPIRED_TEXT, RENEWALS, renewal_timeout
 from .._sql import json_array
+from ..metrics import LEASES_LOST
 from .database import CLOSING_TIMEOUT, WORKER_IDLE_TIMEOUT
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from .database import AsyncDatabase
     from .stream_schema import AsyncStreamSchema
 
-logger = logging.getLogger("aibind_postgres")
+logger = logging.getLogger("aibind_postgres.leases")
 
 RETRY_PAUSE = 0.5  # seconds after a renewal that failed
 RESTART_PAUSE = 1.0  # seconds after which a worker that was cancelled is replaced
@@ -91,7 +92,11 @@ class AsyncLeases:
             stream_ids: The ids of the streams.
             query: Runs the statement. Default: the client of the store.
         """
-        run = query or self._database.query
+        ended = await self._end_expired(stream_ids, query or self._database.query)
+        self._database.count(LEASES_LOST, len(ended))
+        return ended
+
+    async def _end_expired(self, stream_ids: Sequence[str], run: AsyncQuery) -> list[str]:
         statements = self._schema.statements
         if not self._database.is_distributed:
             try:

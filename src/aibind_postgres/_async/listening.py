@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-import socket
 from collections.abc import AsyncIterator, Iterable, Sequence
-from contextlib import suppress
 from functools import partial
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import psycopg
 
@@ -22,7 +19,8 @@ from .._sqlstate import server_reason, wrote_nothing
 from .._statement_runner import UnansweredError
 from .._subscriptions import Subscriptions, wake_all
 from .._tables import quote
-from .connections import execute, is_direct, server_pid
+from ..metrics import NOTIFICATIONS_RECEIVED, POLLS, RECONNECTS, SWITCHES
+from .connections import execute, is_direct, share_session, shut_down_socket
 from .database import CLOSING_TIMEOUT, WORKER_IDLE_TIMEOUT
 
 if TYPE_CHECKING:
@@ -35,14 +33,13 @@ if TYPE_CHECKING:
     from .notifying import AsyncNotifier
     from .stream_schema import AsyncStreamSchema
 
-logger = logging.getLogger("aibind_postgres")
+logger = logging.getLogger("aibind_postgres.listener")
 
 RESTART_PAUSE = 0.1  # seconds after which the readers of a worker that was cancelled are woken
 REFUSED_PAUSE = 10.0  # seconds after the server has refused to end streams
 ANSWER_TIMEOUT = 5.0  # seconds to wait for the answer to a statement on the LISTEN connection
 PROBE_AFTER = 3.0  # seconds since the last message on that connection before a missed change starts a probe
 PROBE_TIMEOUT = 2.0  # seconds within which a probe must arrive
-SESSION_CHECKS = 8  # comparisons of the sessions of two connections; other clients may hide a shared one from some
 POOLER = "LISTEN does not work on this connection, as through a transaction pooler"
 MIN_RECONNECT, MAX_RECONNECT = 0.1, 30.0  # seconds between two attempts to connect; the pause doubles each time
 
@@ -126,9 +123,11 @@ class AsyncListener:
                         return
                 if await connection.connect_if_due():
                     self._reconnects += has_connected
+                    self._database.count(RECONNECTS, int(has_connected))
                     has_connected = True
                     wake_all(self._subscriptions.changed(None))  # notifications may have been missed
                     self._warn_if_unavailable(connection)
+                self._note_switch(connection)
                 try:
                     await self._receive(connection, min(polled_at + pace.pause - monotonic(), WORKER_IDLE_TIMEOUT))
                     if monotonic() - polled_at < pace.pause:
@@ -177,11 +176,28 @@ class AsyncListener:
             await self._database.closing.wait(min(timeout, connection.seconds_until_connect))
             return
         async for payload in connection.notifications(timeout):
+            self._database.count(NOTIFICATIONS_RECEIVED)
             if digests := decode_payload(payload, self._notifier.sender):
                 self._notifier.traffic.received(sender_of(payload), monotonic())
                 wake_all(self._subscriptions.notified(digests))
         await connection.check_probe()
         self._warn_if_unavailable(connection)
+
+    def _note_switch(self, connection: AsyncListenConnection) -> None:
+        """Log and count a switch between notifications and polling."""
+        before, connection.was_listening = connection.was_listening, connection.is_listening
+        if before in (None, connection.is_listening):
+            return
+        self._database.count(SWITCHES, 1, {"mode": "polling" if before else "notifications"})
+        if before:
+            logger.warning(
+                "the LISTEN connection was lost: readers are woken by polling, every %g to %g seconds, until it is "
+                "open again",
+                self._poll_interval,
+                QUIET_FACTOR * self._poll_interval,
+            )
+        else:
+            logger.info("notifications arrive: readers are no longer woken by polling alone")
 
     def _warn_if_unavailable(self, connection: AsyncListenConnection) -> None:
         if connection.unavailable is not None and not self._warned:
@@ -202,6 +218,7 @@ class AsyncListener:
         query = connection.query if own else self._client.query
         statements = await self._schema.look_up(query)
         rows = await query(statements.poll, [json_array({stream.id for stream in streams})])
+        self._database.count(POLLS)
         self._database.contact.succeeded(monotonic())
         states = {stream_id: (state, total) for stream_id, state, total, _ in rows}
         connection.poll_succeeded()
@@ -243,6 +260,7 @@ class AsyncListenConnection:
         self._closing = closing
         self._mutex = Mutex()
         self._connection: psycopg.AsyncConnection[Row] | None = None
+        self.was_listening: bool | None = None  # at the last check for a switch
         self.unavailable: str | None = None  # the reason for which notifications do not arrive
         self._delivers = False  # notifications are known to arrive
         self._probed_at = math.inf  # the time at which the pending probe was sent
@@ -350,7 +368,7 @@ class AsyncListenConnection:
         other = await self._client.connect()
         assert other is not None  # like the first one
         try:
-            if await _share_session(connection, other):
+            if await share_session(connection, other, PROBE_TIMEOUT):
                 self.unavailable = POOLER
             else:
                 await self._listen()
@@ -385,24 +403,4 @@ class AsyncListenConnection:
         """End the wait for notifications, from any thread."""
         with self._mutex:
             if self._connection is not None:
-                _shut_down_socket(self._connection)
-
-
-async def _share_session(connection: psycopg.AsyncConnection[Row], other: psycopg.AsyncConnection[Row]) -> bool:
-    """Return True if a pooler runs the statements of both connections in one session, or in changing ones."""
-    pid = await _pooled_pid(connection)
-    for _ in range(SESSION_CHECKS):
-        if await _pooled_pid(connection) != pid or await _pooled_pid(other) == pid:
-            return True
-    return False
-
-
-async def _pooled_pid(connection: psycopg.AsyncConnection[Row]) -> int:
-    return await server_pid(connection, monotonic() + PROBE_TIMEOUT)  # a busy pooler may have no session for it
-
-
-def _shut_down_socket(connection: psycopg.AsyncConnection[Any]) -> None:
-    # Closing a connection while another thread waits on it is unsafe. A shutdown of the socket is safe, and wakes that
-    # thread.
-    with suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(connection.fileno())) as duplicate:
-        duplicate.shutdown(socket.SHUT_RDWR)
+                shut_down_socket(self._connection)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from time import monotonic
 from typing import TYPE_CHECKING
@@ -16,12 +16,14 @@ from .._notify_pace import NotifyPace, NotifyTraffic
 from .._sql import NOTIFY, json_array
 from .._sqlstate import is_recoverable, sqlstate
 from .._subscriptions import Subscriptions, wake_all
+from ..metrics import NOTIFICATIONS_SENT
 from .database import CLOSING_TIMEOUT, WORKER_IDLE_TIMEOUT
 
 if TYPE_CHECKING:
+    from .._telemetry import StoreMetrics
     from .client import AsyncClient
 
-logger = logging.getLogger("aibind_postgres")
+logger = logging.getLogger("aibind_postgres.notifier")
 
 BUSY_CONNECTIONS = 3
 BUSY_TIMEOUT = 1.0  # seconds without a change after which a store is no longer busy
@@ -43,9 +45,18 @@ class AsyncNotifier:
         subscriptions: The subscriptions of the store.
         channel: The channel of the notifications.
         enabled: Whether to notify other processes.
+        metrics: The metrics of the store, or None.
     """
 
-    def __init__(self, client: AsyncClient, subscriptions: Subscriptions, channel: str, enabled: bool) -> None:
+    def __init__(
+        self,
+        client: AsyncClient,
+        subscriptions: Subscriptions,
+        channel: str,
+        enabled: bool,
+        metrics: StoreMetrics | None = None,
+    ) -> None:
+        self._metrics = metrics
         self.channel = channel
         self.traffic = NotifyTraffic()
         self._client = client
@@ -99,7 +110,7 @@ class AsyncNotifier:
         if worker is not None:
             await worker.join(CLOSING_TIMEOUT)
 
-    async def notify(self, stream_ids: Iterable[str]) -> None:
+    async def notify(self, stream_ids: Collection[str]) -> None:
         """Send a notification, or queue it for the worker.
 
         In a transaction of the caller, errors propagate: a failed NOTIFY has aborted the change. Otherwise the change
@@ -148,9 +159,11 @@ class AsyncNotifier:
             now = monotonic()
             await self._closing.wait(max(pace.rest(now - started, changes), self.traffic.rest(now)))
 
-    async def _send(self, stream_ids: Iterable[str], sender: str | None) -> None:
+    async def _send(self, stream_ids: Collection[str], sender: str | None) -> None:
         payloads = json_array(encode_payloads(stream_ids, sender))
         await self._client.query(NOTIFY, [self.channel, payloads])
+        if self._metrics is not None:
+            self._metrics.add(NOTIFICATIONS_SENT, len(stream_ids))
 
     def _log_failure(self, error: Exception) -> None:
         """Warn once if the server refuses notifications. After a lost connection, the next one may be sent."""

@@ -8,22 +8,15 @@ import os
 import sys
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from datetime import timedelta
 from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .. import _arguments as arguments
-from .._concurrency import (
-    AsyncEvent,
-    AsyncWorker,
-    Mutex,
-    async_at_exit,
-    async_call_or_await,
-    async_spawn,
-)
-from .._lifecycle import EndReason, Phase
+from .._concurrency import AsyncEvent, AsyncWorker, Mutex, async_at_exit, async_call_or_await, async_spawn
+from .._lifecycle import EndReason, Phase, span_attributes
 from .._subscriptions import wake_all
+from .._telemetry import SourceTimes, StoreSpan
 from ..errors import AibindError, StreamNotActiveError, StreamNotFoundError, WebError
 from ..models import StreamStatus
 from ..wire import INTERRUPTED, ChunkEncoder
@@ -32,7 +25,7 @@ from .source import AsyncSource
 if TYPE_CHECKING:
     from .stream_store import AsyncPostgresStreamStore
 
-logger = logging.getLogger("aibind_postgres")
+logger = logging.getLogger("aibind_postgres.producer")
 
 SHUTDOWN_GRACE = 2.0  # seconds to wait for producers after `shutdown` has requested their end
 
@@ -59,6 +52,9 @@ class AsyncProducer:
         context: Callable[[], AbstractAsyncContextManager[object]],
         idle_timeout: float = math.inf,
         timeout: float = math.inf,
+        *,
+        span: StoreSpan,
+        inline: bool = False,
     ) -> None:
         self.stream_id = stream_id
         self.finished = AsyncEvent()  # set in phase ENDED
@@ -74,7 +70,8 @@ class AsyncProducer:
         self._idle_timeout = idle_timeout
         self._timeout = timeout
         self._began_at = self._item_at = math.inf  # when the source was asked first, and last; not while it is stored
-        self._writer = store.writer(stream_id, on_end=self._writer_closed)
+        self._inline = inline  # whether `start` runs the source
+        self._writer = store.writer(stream_id, on_end=None if inline else self._writer_closed)
         self._sender = self._writer._sender
         if min(idle_timeout, timeout) < math.inf:
             self._sender.time_limit = self._time_limit
@@ -83,9 +80,10 @@ class AsyncProducer:
         self._phase = Phase.STARTING
         self._requested: EndReason | None = None  # SHUTDOWN, INTERPRETER_EXIT or TIMED_OUT
         self._reason: EndReason | None = None  # from phase FINISHING on
+        self._span = span
 
     async def start(self, *, is_new: bool) -> None:
-        """Start the worker. If no thread can start, end the stream and this producer, and raise.
+        """Start the worker, or do its work. If no thread can start, end the stream and this producer, and raise.
 
         Args:
             is_new: Whether the stream has just been created in this process.
@@ -104,16 +102,23 @@ class AsyncProducer:
                         AsyncProducer._exit_hook_installed = True
                         async_at_exit(shutdown_all)
                 # The source runs on behalf of the caller, so it gets the caller's context variables.
-                self._worker = async_spawn(run, "aibind_postgres-producer", inherit=True)
+                if not self._inline:
+                    with self._span:
+                        self._worker = async_spawn(run, "aibind_postgres-producer", inherit=True)
         except BaseException:
             await self._end_without_worker()
             raise
+        if self._inline:
+            with self._span:
+                await run()
 
     @classmethod
     def running(cls, store: AsyncPostgresStreamStore | None = None) -> list[AsyncProducer]:
         """Return the producers of a store, or of all stores, that have not ended."""
         with cls._registry_mutex:
-            return [producer for producer in cls._registry if store is None or producer._store is store]
+            # A store may stand for another one, which connects at the first call.
+            database = None if store is None else store._database
+            return [producer for producer in cls._registry if store is None or producer._store._database is database]
 
     @classmethod
     def forget_all(cls) -> None:
@@ -176,6 +181,8 @@ class AsyncProducer:
         with self._registry_mutex:
             self._registry.discard(self)
             self._store._producers.discard(self)
+        if self._reason is not None:
+            self._span.end(span_attributes(self._reason))
         self.finished.set()
 
     async def _writer_closed(self, error: Exception) -> None:
@@ -222,9 +229,9 @@ class AsyncProducer:
             if reason is EndReason.DELETED and self._phase is Phase.STARTING:
                 self.start_error = AibindError(
                     f"stream {self.stream_id!r} not found by its producer, which uses another connection: first commit "
-                    "the transaction that creates the stream; in tests of Django, use TransactionTestCase"
+                    "the transaction that creates the stream, such as by calling start in transaction.on_commit"
                 )
-                logger.error("%s", self.start_error)
+                logger.error("a producer cannot start: %s", self.start_error)
                 wake_all(self._store._subscriptions.failed(self.stream_id, self.start_error))
             elif reason is EndReason.WRITE_FAILED and not self._ended_by_writer:
                 logger.error("the producer of stream %r failed: %s", self.stream_id, error)
@@ -271,15 +278,23 @@ class AsyncProducer:
             async with self._entered_context():
                 if self._reason is not None:  # the producer was ended while it entered the context
                     raise ProducerError(INTERRUPTED)
+                metrics = self._store._database.metrics
+                times = None if metrics is None else SourceTimes(metrics, monotonic())
                 try:
                     self._began_at = self._item_at = monotonic()
                     async for item in self._source.items:
                         self._item_at = math.inf
+                        if times is not None:
+                            times.arrived(monotonic())
                         await self._put(self._encoder.encode(item))
                         self._item_at = monotonic()
+                        if times is not None:
+                            times.asked(self._item_at)
                     self._item_at = math.inf
                     await self._put(self._encoder.finish())
                 finally:
+                    if times is not None:
+                        times.end(monotonic(), sys.exc_info()[1])
                     self._began_at = self._item_at = math.inf  # what remains is not the time of the source
                     await self._source.close()
         except WebError as web_error:
@@ -352,11 +367,6 @@ async def shutdown(store: AsyncPostgresStreamStore, timeout: float, reason: EndR
 async def end_producers(store: AsyncPostgresStreamStore) -> None:
     """End the producers of a store that is being closed."""
     await shutdown(store, 0.0)
-
-
-def limit(value: float | timedelta | None, name: str) -> float:
-    """Return a time limit in seconds. None stands for no limit."""
-    return math.inf if value is None else arguments.seconds(value, name)
 
 
 async def end_producer(producer: AsyncProducer) -> None:

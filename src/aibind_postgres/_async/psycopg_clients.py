@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from time import monotonic
 from typing import Any, TypeAlias
@@ -216,7 +216,7 @@ class AsyncPoolClient(AsyncPsycopgClient):
             if not self._has_connected:
                 # A failure to connect must raise: the pool only logs it, and its callers get a timeout.
                 try:
-                    async with await psycopg.AsyncConnection.connect(str(self._pool.conninfo)):
+                    async with await psycopg.AsyncConnection.connect(await self._conninfo()):
                         self._has_connected = True
                 except Exception as error:
                     # The copy has no traceback, which would keep the frames of the caller alive.
@@ -234,12 +234,16 @@ class AsyncPoolClient(AsyncPsycopgClient):
 
     async def _connect(self, **options: int) -> psycopg.AsyncConnection[Row]:
         # Connect as the pool does: its callables or its class may renew a password that has expired since.
-        conninfo, kwargs = self._pool.conninfo, self._pool.kwargs
-        if callable(conninfo):
-            conninfo = await async_call_or_await(conninfo)
+        conninfo, kwargs = await self._conninfo(), self._pool.kwargs
         if callable(kwargs):
             kwargs = await async_call_or_await(kwargs)
-        return await open_connection({**(kwargs or {}), **options}, conninfo or "", self._pool.connection_class)
+        return await open_connection({**(kwargs or {}), **options}, conninfo, self._pool.connection_class)
+
+    async def _conninfo(self) -> str:
+        conninfo = self._pool.conninfo
+        if callable(conninfo):
+            conninfo = await async_call_or_await(conninfo)
+        return conninfo or ""
 
     def is_recoverable(self, error: Exception) -> bool:
         # Before the first connection, the address may be wrong: retries would delay the error.
@@ -293,6 +297,22 @@ async def _keep_connecting(pool: AsyncConnectionPool[Any]) -> None:
         await pool.check()
 
 
+def own_pool(conninfo: str | Callable[[], str]) -> AsyncConnectionPool[Any]:
+    """Return a pool for one store, which opens and closes it. A function is called for each new connection."""
+    return AsyncConnectionPool(
+        conninfo,
+        kwargs={"autocommit": True},
+        min_size=1,
+        max_size=10,
+        timeout=10,
+        max_idle=1,  # seconds: unused connections are closed, since other stores may need them
+        reconnect_timeout=2,  # psycopg doubles the pauses between attempts up to this time: 1 s each
+        reconnect_failed=_keep_connecting,
+        open=False,
+        name="pool of aibind_postgres",
+    )
+
+
 def as_client(client: AsyncClientLike, timeout: float | None = None) -> AsyncClient:
     """Return the client for the `client` argument of a store. A connection string becomes a pool that the client owns.
 
@@ -301,19 +321,7 @@ def as_client(client: AsyncClientLike, timeout: float | None = None) -> AsyncCli
         TypeError: The argument is not a client of this flavour.
     """
     if isinstance(client, str):
-        pool: AsyncConnectionPool[Any] = AsyncConnectionPool(
-            with_defaults(client),
-            kwargs={"autocommit": True},
-            min_size=1,
-            max_size=10,
-            timeout=10,
-            max_idle=1,  # seconds: unused connections are closed, since other stores may need them
-            reconnect_timeout=2,  # psycopg doubles the pauses between attempts up to this time: 1 s each
-            reconnect_failed=_keep_connecting,
-            open=False,
-            name="pool of aibind_postgres",
-        )
-        return AsyncPoolClient(pool, timeout, owned=True)
+        return AsyncPoolClient(own_pool(with_defaults(client)), timeout, owned=True)
     if isinstance(client, AsyncConnectionPool):
         return AsyncPoolClient(client, timeout)
     if isinstance(client, psycopg.AsyncConnection):
@@ -324,6 +332,8 @@ def as_client(client: AsyncClientLike, timeout: float | None = None) -> AsyncCli
         if timeout is not None:
             raise ValueError("timeout applies to psycopg's pools and connections only: set a timeout in your driver")
         return client
+    if (other_way := getattr(client, "other_way", None)) is not None:
+        raise TypeError(f"the client {client!r} is of the other flavour: {other_way}")
     accepted = " or ".join(kind.__name__ for kind in (AsyncConnectionPool, psycopg.AsyncConnection))
     raise TypeError(
         f"the client must be a connection string, a psycopg {accepted}, or an object with a query method of the "

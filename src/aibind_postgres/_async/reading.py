@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 
+AGE_TIMEOUT = 1.0  # seconds to wait for the age of a chunk, for the metrics
 BATCH_STREAMS = 200  # in one statement at most
 
 
@@ -103,6 +104,24 @@ class AsyncPageReader:
     ) -> Page | None:
         """Return the page of a read. Simultaneous reads share a statement."""
         return await self._retry(partial(self._read_shared, read), read.stream_id, contradicts, deadline)
+
+    async def delivery_time(self, stream_id: str, seq: int, delivered_at: float) -> float | None:
+        """Return the seconds from the insertion of a chunk to its delivery at `delivered_at`, a time of `monotonic()`.
+
+        Both times are compared with the clock of the server, so that those of other computers do not matter.
+
+        Returns:
+            The time. None if it is unknown: migration 0002 is missing, the chunk was archived, or a statement would be
+            part of a caller's transaction.
+        """
+        if self._database.client.joins_transactions or not await self._schema.has_times():
+            return None
+        sent_at = monotonic()
+        rows = await self._database.query(self._schema.statements.age, [stream_id, seq], AGE_TIMEOUT)
+        if not rows or rows[0][0] is None:
+            return None
+        arrived_at = (sent_at + monotonic()) / 2  # at the server
+        return max(0.0, float(rows[0][0]) - (arrived_at - delivered_at))
 
     def stored(self, stream_id: str, cursor: int) -> AsyncIterator[StreamChunk]:
         """Iterate over the stored chunks after `cursor`, without waiting for more."""

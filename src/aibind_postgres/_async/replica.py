@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .psycopg_clients import AsyncClientLike
     from .stream_schema import AsyncStreamSchema
 
-logger = logging.getLogger("aibind_postgres")
+logger = logging.getLogger("aibind_postgres.replica")
 
 ANSWER_TIMEOUT = 2.0  # seconds for a page, including the wait for a connection; then the primary is asked
 CONNECT_TIMEOUT = "2"  # seconds, libpq's minimum, unless the connection string sets it

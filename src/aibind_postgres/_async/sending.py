@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .._write_buffer import WriteBuffer
     from .database import AsyncDatabase
 
-logger = logging.getLogger("aibind_postgres")
+logger = logging.getLogger("aibind_postgres.writer")
 
 Parameters = ParamSpec("Parameters")
 ResultOut = TypeVar("ResultOut", covariant=True)

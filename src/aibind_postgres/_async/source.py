@@ -8,9 +8,11 @@ from collections.abc import AsyncIterable
 
 from .._concurrency import AsyncWorker, Mutex, async_call_or_await, async_interrupt, async_is_source
 from .._lifecycle import SourceState
+from ..errors import InvalidDataError
 from ..models import StreamEvent
+from ..wire import Wire, WireName, find_wire
 
-logger = logging.getLogger("aibind_postgres")
+logger = logging.getLogger("aibind_postgres.producer")
 
 
 class AsyncSource:
@@ -66,6 +68,15 @@ async def close_source(source: object) -> None:
             await async_call_or_await(close)
         except Exception:
             logger.exception("a source raised when it was closed")
+
+
+async def find_wire_of(name: WireName, source: object) -> Wire:
+    """Return the wire format of a new stream. If there is none with this name, close its source and raise."""
+    try:
+        return find_wire(name)
+    except InvalidDataError:
+        await close_source(source)
+        raise
 
 
 async def collect(source: AsyncIterable[str | StreamEvent]) -> tuple[str, str]:

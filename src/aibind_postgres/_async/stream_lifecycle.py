@@ -11,16 +11,15 @@ from .. import _arguments as arguments
 from .._archive import BATCH_CHUNKS
 from .._deletion import MAX_ROWS
 from .._message_tree import new_id
-from .._sql import json_array
 from .._subscriptions import wake_all
 from .._tables import Table
 from ..errors import StreamExistsError, StreamNotFoundError
-from ..models import ArchiveResult, CleanupResult, StreamState, StreamStatus
+from ..metrics import STREAMS_CREATED, STREAMS_ENDED
+from ..models import ArchiveResult, CleanupResult, StreamState
 from ..wire import WireName, find_wire
 from .archiving import AsyncArchive
 from .columns import AsyncColumnCatalog
 from .deleting import AsyncDeleter
-from .leasing import AsyncLeases
 from .stream_reads import AsyncStreamReads
 
 ABANDONED_AFTER = 600.0  # seconds, the default of `fail_abandoned`
@@ -38,7 +37,6 @@ class AsyncStreamLifecycle(AsyncStreamReads):
     _columns: AsyncColumnCatalog
     _archive: AsyncArchive
     _deleter: AsyncDeleter
-    _leases: AsyncLeases
 
     async def create(
         self,
@@ -112,6 +110,9 @@ class AsyncStreamLifecycle(AsyncStreamReads):
             Exception: As for `create`, except `StreamExistsError`.
         """
         stream_id = arguments.identifier(id)
+        if (metrics := self._database.metrics) is not None:
+            await self._schema.look_up()
+            metadata = metrics.with_traceparent(metadata) if self._schema.has_leases else metadata
         own_ttl = None if ttl is None else arguments.milliseconds(ttl, "ttl")
         details = [
             None if session_id is None else arguments.identifier(session_id, "a session id"),
@@ -146,24 +147,11 @@ class AsyncStreamLifecycle(AsyncStreamReads):
     async def _create(self, stream_id: str, statement: str, params: Sequence[object]) -> bool:
         [(created,)] = await self._deleter.bounded(statement, [stream_id, *params])
         if created:
+            self._database.count(STREAMS_CREATED)
             self._notifier.wake([stream_id])  # a deleted stream with this id may still have readers
         elif ended := await self._leases.end_if_expired([stream_id]):
             await self._notifier.changed(ended)
         return bool(created)
-
-    async def _ended(self, stream_ids: Sequence[str]) -> dict[str, StreamStatus]:
-        """Return the statuses, without error texts, of the given streams that have ended. End abandoned ones before."""
-        statements = await self._schema.look_up()
-        rows = await self._database.query(statements.poll, [json_array(stream_ids)])
-        expired = [row[0] for row in rows if row[3]]
-        abandoned = await self._leases.end_if_expired(expired) if expired else []
-        if abandoned:
-            await self._notifier.changed(abandoned)
-        ended: dict[str, StreamStatus] = {}
-        for stream_id, state, total_chunks, _ in rows:
-            if stream_id in abandoned or state != "active":
-                ended[stream_id] = StreamStatus("error" if stream_id in abandoned else state, None, total_chunks)
-        return ended
 
     async def stop(self, id: str) -> bool:
         """End a stream in state stopped, for example on a user's request.
@@ -221,6 +209,7 @@ class AsyncStreamLifecycle(AsyncStreamReads):
         except BaseException:
             self._notifier.wake([stream_id])  # the stream may have ended
             raise
+        self._database.count(STREAMS_ENDED, int(ended), {"state": state})
         # Also if it had already ended: the call that ended it may have lost its reply and not have notified.
         await self._notifier.changed([stream_id])
         return bool(ended)

@@ -12,11 +12,13 @@ from typing import Any, get_args
 from .. import _arguments as arguments
 from .._followed_stream import Deliver
 from .._pages import as_events
+from .._sql import json_array
 from .._stream_list import stream_info
 from .._subscriptions import Subscriptions
 from ..models import StoredEvent, StreamChunk, StreamInfo, StreamState, StreamStatus, TimedChunk
 from .database import AsyncDatabase
 from .following import AsyncFollower
+from .leasing import AsyncLeases
 from .listening import AsyncListener
 from .notifying import AsyncNotifier
 from .reading import AsyncPageReader
@@ -34,6 +36,7 @@ class AsyncStreamReads:
     _notifier: AsyncNotifier
     _listener: AsyncListener
     _pages: AsyncPageReader
+    _leases: AsyncLeases
 
     def read_from(self, id: str, after_seq: int = 0, *, follow: bool = True) -> AsyncIterator[StreamChunk]:
         """Iterate over the chunks after `after_seq`, each exactly once and in order.
@@ -304,3 +307,17 @@ class AsyncStreamReads:
             if len(rows) < LIST_PAGE_ROWS:
                 return
             last_id, last_time = rows[-1][0], rows[-1][-1]
+
+    async def _ended(self, stream_ids: Sequence[str]) -> dict[str, StreamStatus]:
+        """Return the statuses, without error texts, of the given streams that have ended. End abandoned ones before."""
+        statements = await self._schema.look_up()
+        rows = await self._database.query(statements.poll, [json_array(stream_ids)])
+        expired = [row[0] for row in rows if row[3]]
+        abandoned = await self._leases.end_if_expired(expired) if expired else []
+        if abandoned:
+            await self._notifier.changed(abandoned)
+        ended: dict[str, StreamStatus] = {}
+        for stream_id, state, total_chunks, _ in rows:
+            if stream_id in abandoned or state != "active":
+                ended[stream_id] = StreamStatus("error" if stream_id in abandoned else state, None, total_chunks)
+        return ended

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
+from time import monotonic
 from types import TracebackType
 from typing import Any
 
@@ -15,7 +15,17 @@ from psycopg.sql import Identifier
 from .. import _arguments as arguments
 from .._subscriptions import Subscriptions, wake_all
 from .._tables import CHUNKS_TABLE, STATUS_TABLE, parse_distinct
+from .._telemetry import report_gauges
 from .._write_buffer import WriteBuffer
+from ..metrics import (
+    APPEND_DURATION,
+    HOUSEKEEPING_AGE,
+    LISTENERS_NOTIFIED,
+    LISTENERS_POLLING,
+    READERS_ACTIVE,
+    STREAMS_ACTIVE,
+    Metrics,
+)
 from ..models import StreamStatus, SynchronousCommit
 from .appending import AsyncAppender
 from .archiving import AsyncArchive
@@ -80,6 +90,10 @@ class AsyncPostgresStreamStore(AsyncStreamLifecycle, AsyncObservedStore):
             asked for the status of the stream. The page is read from the primary if the replica lags behind, fails, or
             does not answer a psycopg client within 2 seconds. An unavailable replica is asked again after 1 to 60
             seconds. Needs migration 0002.
+        metrics: Receives counters, times, gauges and spans: an adapter of `aibind_postgres.contrib.opentelemetry` or
+            `aibind_postgres.contrib.prometheus`, or an object with the methods of `aibind_postgres.metrics.Metrics`.
+            Its exceptions are logged, never raised. If it has a current span, `create` adds the key `traceparent` to
+            the metadata of new streams, unless the metadata are no object. Default: None.
 
     Raises:
         ValueError: By the constructor, for an invalid table name or setting.
@@ -109,30 +123,35 @@ class AsyncPostgresStreamStore(AsyncStreamLifecycle, AsyncObservedStore):
         synchronous_commit: SynchronousCommit | None = None,
         notify: bool = True,
         replica: AsyncClientLike | None = None,
+        metrics: Metrics | None = None,
     ) -> None:
         chunks, status = parse_distinct(chunks_table, status_table)
         poll_seconds = arguments.seconds(poll_interval, "poll_interval")
         self._ttl = arguments.milliseconds(ttl, "ttl")
         self._lease = arguments.milliseconds(lease, "lease")
         self._tables = self._required_tables = (status, chunks)
-        self._database = AsyncDatabase(client, arguments.seconds(retry_for, "retry_for", allow_zero=True), timeout)
+        retry_seconds = arguments.seconds(retry_for, "retry_for", allow_zero=True)
+        self._database = AsyncDatabase(client, retry_seconds, timeout, metrics)
         self._columns = AsyncColumnCatalog(self._database, (*self._tables, chunks.archive))
         self._schema = AsyncStreamSchema(self._columns, chunks, status, synchronous_commit, self._lease)
         wrapped_client = self._database.client
         self._subscriptions = Subscriptions(share=not wrapped_client.joins_transactions)
-        self._notifier = AsyncNotifier(wrapped_client, self._subscriptions, status.channel, notify)
+        self._notifier = AsyncNotifier(
+            wrapped_client, self._subscriptions, status.channel, notify, self._database.metrics
+        )
         self._leases = AsyncLeases(self._database, self._schema, self._lease, self._ttl)
         self._listener = AsyncListener(
             self._database, self._subscriptions, self._notifier, self._schema, self._leases, poll_seconds
         )
         self._archive = AsyncArchive(self._database, self._schema)
-        limit = math.inf if timeout is None else arguments.seconds(timeout, "timeout")
+        limit = arguments.limit(timeout, "timeout")
         self._replica = None if replica is None else AsyncReplica(replica, self._database, self._schema, limit)
         self._pages = AsyncPageReader(self._database, self._schema, self._archive, self._replica)
         self._deleter = AsyncDeleter(self._database, self._schema)
         self._appender = AsyncAppender(self._database, self._schema, self._ttl, self._notifier)
         self._producers: set[object] = set()  # those that have not ended
         self._close_hooks: set[Callable[[AsyncPostgresStreamStore], Any]] = set()
+        self._end_gauges = report_gauges(self._database.metrics, self, AsyncPostgresStreamStore._gauges)
 
     def __repr__(self) -> str:
         tables = " and ".join(table.quoted for table in self._tables)
@@ -191,7 +210,12 @@ class AsyncPostgresStreamStore(AsyncStreamLifecycle, AsyncObservedStore):
         stream_id = arguments.identifier(id)
         if expected_seq is not None:
             arguments.integer(expected_seq, "expected_seq", minimum=1)
-        return await self._appender.append((stream_id, texts, expected_seq))
+        if (metrics := self._database.metrics) is None:
+            return await self._appender.append((stream_id, texts, expected_seq))
+        started = monotonic()
+        last = await self._appender.append((stream_id, texts, expected_seq))
+        metrics.record(APPEND_DURATION, monotonic() - started)
+        return last
 
     def writer(
         self,
@@ -254,6 +278,22 @@ class AsyncPostgresStreamStore(AsyncStreamLifecycle, AsyncObservedStore):
             "producers_running": len(self._producers),
         }
 
+    def _gauges(self) -> Mapping[str, float]:
+        """Return the gauges of this process. Empty in a forked process, and once the store is closed."""
+        database = self._database
+        if database.inherited or database.closing.is_set():
+            return {}
+        followed, listener = self._subscriptions.get_stats(), self._listener.get_stats()
+        gauges: dict[str, float] = {
+            READERS_ACTIVE: followed["readers_open"],
+            STREAMS_ACTIVE: followed["writers_open"],
+            LISTENERS_NOTIFIED: listener["listening"],
+            LISTENERS_POLLING: listener["polling"],
+        }
+        if (at := database.housekept_at) is not None:
+            gauges[HOUSEKEEPING_AGE] = monotonic() - at
+        return gauges
+
     async def close(self) -> None:
         """Close the store, and its pool if it was made from a connection string. Safe to repeat.
 
@@ -268,6 +308,7 @@ class AsyncPostgresStreamStore(AsyncStreamLifecycle, AsyncObservedStore):
                 for hook in tuple(self._close_hooks):
                     await hook(self)
         finally:
+            self._end_gauges()
             self._database.begin_closing()
             wake_all(self._subscriptions.closed())
             async with self._database.client, self._replica or nullcontext():

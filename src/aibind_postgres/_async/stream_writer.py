@@ -24,7 +24,7 @@ from ..models import StreamEvent, chunk_text
 from .database import CLOSING_TIMEOUT, AsyncDatabase
 from .sending import AsyncSender, StreamOperations
 
-logger = logging.getLogger("aibind_postgres")
+logger = logging.getLogger("aibind_postgres.writer")
 
 MAX_ERROR_LENGTH = 1000  # the most characters of an exception's text that are stored
 

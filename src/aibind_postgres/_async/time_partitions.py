@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .deleting import AsyncDeleter
     from .stream_schema import AsyncStreamSchema
 
-logger = logging.getLogger("aibind_postgres")
+logger = logging.getLogger("aibind_postgres.housekeeper")
 
 Counts = Mapping[str, int]
 

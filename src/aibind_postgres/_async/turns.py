@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .conversation_store import AsyncPostgresConversationStore
     from .stream_store import AsyncPostgresStreamStore
 
-logger = logging.getLogger("aibind_postgres")
+logger = logging.getLogger("aibind_postgres.web")
 
 
 MAX_ACTIVE = 10  # active streams of one conversation that are looked at, the newest ones

@@ -25,7 +25,7 @@ from .running_answers import AsyncRunningAnswers
 from .source import close_source
 from .stream_store import AsyncPostgresStreamStore
 
-logger = logging.getLogger("aibind_postgres")
+logger = logging.getLogger("aibind_postgres.web")
 
 RETRY_AFTER = {"Retry-After": "5"}  # seconds
 

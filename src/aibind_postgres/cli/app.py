@@ -7,104 +7,59 @@ import io
 import logging
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack
 from enum import Enum
 from importlib.metadata import version
 from types import FrameType
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
 import typer
 
 from .. import schema
-from .._partitions import MAX_PARTITIONS
-from .._sync.stream_store import PostgresStreamStore
 from .._tables import CHUNKS_TABLE, CONVERSATIONS_TABLE, STATUS_TABLE
+from . import conversations, maintenance, stats, streams, transfer
 from . import demo as demonstration
 from . import doctor as diagnosis
-from . import reading, writing
 from . import web_demo as web_demonstration
-from .target import FAILED, Target, chosen_database, database, demo_database, report_errors
+from .options import (
+    ChunksTable,
+    Citus,
+    ConversationsTable,
+    DemoDsn,
+    Embedded,
+    Json,
+    NotifyTrigger,
+    Partitions,
+    RequiredDsn,
+    StatusTable,
+    examples,
+)
+from .standard_streams import describe, discard_output, open_closed_streams, print_message
+from .target import DONE, FAILED, INTERRUPTED, Target, chosen_database, demo_database, report_errors
 
-Id = Annotated[str, typer.Argument(metavar="ID", help="The stream's id.", show_default=False)]
-Dsn = Annotated[
-    str | None,
-    typer.Option(
-        "--dsn",
-        metavar="URL",
-        help="Connection string. Default: $DATABASE_URL, or else an embedded PostgreSQL in the user's data folder.",
-        show_default=False,
-    ),
-]
-DemoDsn = Annotated[
-    str | None,
-    typer.Option(
-        "--dsn",
-        metavar="URL",
-        help="Connection string. Default: an embedded PostgreSQL, in the user's data folder with --web, else in a "
-        "temporary one; $DATABASE_URL is ignored.",
-        show_default=False,
-    ),
-]
-ChunksTable = Annotated[str, typer.Option("--chunks-table", metavar="NAME", help="Table of the chunks.")]
-StatusTable = Annotated[str, typer.Option("--status-table", metavar="NAME", help="Table of the stream states.")]
-ConversationsTable = Annotated[
-    str, typer.Option("--conversations-table", metavar="NAME", help="Table of the conversations.")
-]
-RequiredDsn = Annotated[
-    str | None,
-    typer.Option("--dsn", metavar="URL", help="Connection string. Default: $DATABASE_URL.", show_default=False),
-]
-Embedded = Annotated[bool, typer.Option("--embedded", help="Use an embedded PostgreSQL in the user's data folder.")]
-NotifyTrigger = Annotated[
-    bool,
-    typer.Option(
-        "--notify-trigger",
-        help="Add a trigger that notifies readers of appends by writers that do not notify, such as the TypeScript "
-        "package.",
-    ),
-]
-
-
-def _parse_partitions(value: str) -> int | Literal["time"]:
-    if value == "time":
-        return "time"
-    if not value.isdecimal():
-        raise typer.BadParameter(f"{value!r} is neither a number nor 'time'")
-    return int(value)
-
-
-Partitions = Annotated[
-    Any,
-    typer.Option(
-        "--partitions",
-        metavar="N|time",
-        parser=_parse_partitions,
-        help=f"Number of partitions by hash, from 1 to {MAX_PARTITIONS}, of new tables of chunks and of stream states; "
-        "or 'time' for partitions by the day of the id. Default: none. Existing tables keep theirs.",
-        show_default=False,
-    ),
-]
-Citus = Annotated[
-    bool,
-    typer.Option("--citus", help="Distribute the tables over the workers of Citus. The URL is of its coordinator."),
-]
-Raw = Annotated[bool, typer.Option("--raw", help="Print the stored chunks unchanged, with the names of events.")]
-Events = Annotated[
-    bool,
-    typer.Option("--events", help="Print each chunk as a line of JSON: seq, event ('message' for text) and data."),
-]
-After = Annotated[int, typer.Option("--after", metavar="N", min=0, help="Start after chunk number N.")]
+EXIT_CODES = {
+    0: "done",
+    1: "failed; or the stream was stopped, ended in an error, or had already ended; doctor: there are warnings",
+    2: "wrong usage, or no database was chosen; doctor: the library will not work",
+    3: "not found",
+    129: "ended by SIGHUP, such as when the terminal is closed",
+    130: "interrupted by Ctrl-C",
+    143: "ended by SIGTERM",
+}
 
 app = typer.Typer(
     name="aibind-postgres",
-    help="Durable, resumable text streams in PostgreSQL.",
-    epilog="Exit codes: 0 success; 1 the stream was stopped or ended in an error, or the command failed; "
-    "2 wrong usage; 3 stream not found; 130 interrupted by Ctrl-C.",
-    add_completion=False,
+    epilog="\n".join(["\b", "Exit codes:", *(f"  {code:3}  {meaning}" for code, meaning in EXIT_CODES.items())]),
     no_args_is_help=True,
+    rich_markup_mode=None,  # plain help and usage errors: Rich writes escape codes also under NO_COLOR
     pretty_exceptions_enable=False,
+    context_settings={"max_content_width": 120},
 )
+app.add_typer(streams.app)
+app.add_typer(maintenance.app)
+app.add_typer(transfer.app)
+app.add_typer(stats.app)
+app.add_typer(conversations.app, name="conversations", help="List, show, export and delete conversations.")
 
 
 class Framework(str, Enum):
@@ -115,32 +70,34 @@ class Framework(str, Enum):
     DJANGO = "django"
 
 
-class By(str, Enum):
-    """Units of input that `write` stores as one chunk."""
-
-    CHAR = "char"
-    WORD = "word"
-    LINE = "line"
-
-
 def run() -> None:
     """Run the command and exit."""
+    open_closed_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for messages; stored text is written as bytes
     # psycopg_pool logs every failed attempt. The command reports an unreachable server once.
     logging.getLogger("psycopg").addHandler(logging.NullHandler())
     # Exit by an exception, so that the embedded server is stopped and a stream in progress is ended.
-    for name in ("SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), _exit_on_signal)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
+            signal.signal(number, _exit_on_signal)
     try:
-        app(prog_name="aibind-postgres")
+        try:
+            app(prog_name="aibind-postgres")
+        finally:
+            sys.stdout.flush()  # so that a full disk is reported with the exit code of a failure
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:
+        discard_output()
+        sys.exit(DONE)
+    except OSError as error:
+        print_message(describe(error))
+        sys.exit(FAILED)
 
 
 def _exit_on_signal(number: int, frame: FrameType | None) -> None:
-    sys.exit(128 + number)
+    raise SystemExit(128 + number)
 
 
 def _print_version(wanted: bool) -> None:
@@ -158,7 +115,7 @@ def main(
     """Durable, resumable text streams in PostgreSQL."""
 
 
-@app.command()
+@app.command(epilog=examples("demo", "demo --web --framework flask --port 8080"))
 def demo(
     web: Annotated[bool, typer.Option("--web", help="Serve a chat page instead, until Ctrl-C.")] = False,
     host: Annotated[str, typer.Option("--host", metavar="H", help="Address on which the chat listens.")] = "127.0.0.1",
@@ -190,7 +147,7 @@ def demo(
             raise typer.Exit(0 if demonstration.run(url, target) else 1)
 
 
-@app.command("schema")
+@app.command("schema", epilog=examples('schema | psql "$DATABASE_URL"', "schema --chunks-table app.chunks"))
 def print_schema(
     chunks_table: ChunksTable = CHUNKS_TABLE,
     status_table: StatusTable = STATUS_TABLE,
@@ -213,7 +170,7 @@ def print_schema(
         sys.stdout.flush()
 
 
-@app.command()
+@app.command(epilog=examples('migrate --dsn "$DATABASE_URL"', "migrate --embedded", "migrate --partitions time"))
 def migrate(
     dsn: RequiredDsn = None,
     embedded: Embedded = False,
@@ -225,7 +182,7 @@ def migrate(
     citus: Citus = False,
 ) -> None:
     """Create or upgrade the tables. Does nothing if they are up to date."""
-    with chosen_database(Target(dsn, chunks_table, status_table), use_embedded=embedded) as url:
+    with chosen_database(Target(dsn, chunks_table, status_table, conversations_table), use_embedded=embedded) as url:
         schema.migrate(
             url,
             chunks_table=chunks_table,
@@ -239,88 +196,14 @@ def migrate(
         print(f"The tables {chunks_table}, {status_table} and {conversations_table}{trigger} are up to date.")
 
 
-@app.command()
-def write(
-    id: Id,
-    by: Annotated[By, typer.Option("--by", help="Unit that is stored as one chunk.")] = By.LINE,
-    delay: Annotated[float, typer.Option("--delay", metavar="SECONDS", min=0, help="Pause after each chunk.")] = 0.0,
-    dsn: Dsn = None,
-    chunks_table: ChunksTable = CHUNKS_TABLE,
-    status_table: StatusTable = STATUS_TABLE,
-) -> None:
-    """Store standard input (UTF-8 text) as a new stream, as it arrives.
-
-    The end of the input completes the stream. Ctrl-C stops it. Input that is not text ends it in an error. A chunk that
-    contains U+0001 is stored with another U+0001 before it, so that it is read as text and not as a named event.
-    """
-    with _open_store(Target(dsn, chunks_table, status_table)) as store:
-        raise typer.Exit(writing.write(store, id, by.value, delay))
-
-
-@app.command()
-def tail(
-    id: Id,
-    after: After = 0,
-    raw: Raw = False,
-    events: Events = False,
-    dsn: Dsn = None,
-    chunks_table: ChunksTable = CHUNKS_TABLE,
-    status_table: StatusTable = STATUS_TABLE,
-) -> None:
-    """Print the text of a stream, without its named events, and follow it until it ends."""
-    output_format = _output_format(raw, events)
-    target = Target(dsn, chunks_table, status_table)
-    with _open_store(target) as store:
-        raise typer.Exit(reading.tail(store, id, after, output_format, target))
-
-
-@app.command()
-def replay(
-    id: Id,
-    speed: Annotated[
-        float | None,
-        typer.Option("--speed", metavar="N", help="Speed factor, 1 by default: 2 is twice as fast as written."),
-    ] = None,
-    instant: Annotated[bool, typer.Option("--instant", help="Print without pauses.")] = False,
-    after: After = 0,
-    raw: Raw = False,
-    events: Events = False,
-    dsn: Dsn = None,
-    chunks_table: ChunksTable = CHUNKS_TABLE,
-    status_table: StatusTable = STATUS_TABLE,
-) -> None:
-    """Print the stored text of a stream, without its named events, at the pace at which it was written."""
-    output_format = _output_format(raw, events)
-    if instant and speed is not None:
-        raise typer.BadParameter("give --speed or --instant, not both")
-    if speed is not None and not speed > 0:
-        raise typer.BadParameter(f"--speed must be above zero, not {speed:g}")
-    with _open_store(Target(dsn, chunks_table, status_table)) as store:
-        raise typer.Exit(reading.replay(store, id, after, output_format, None if instant else speed or 1.0))
-
-
-@app.command()
-def status(
-    id: Id,
-    dsn: RequiredDsn = None,
-    embedded: Embedded = False,
-    chunks_table: ChunksTable = CHUNKS_TABLE,
-    status_table: StatusTable = STATUS_TABLE,
-) -> None:
-    """Print the state of a stream. The exit code is 1 if it was stopped or ended in an error."""
-    target = Target(dsn, chunks_table, status_table)
-    with _open_store(target, chosen_database(target, use_embedded=embedded)) as store:
-        raise typer.Exit(reading.status(store, id))
-
-
-@app.command()
+@app.command(epilog=examples("doctor", "doctor --json"))
 def doctor(
     dsn: RequiredDsn = None,
     embedded: Embedded = False,
     chunks_table: ChunksTable = CHUNKS_TABLE,
     status_table: StatusTable = STATUS_TABLE,
     conversations_table: ConversationsTable = CONVERSATIONS_TABLE,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as a JSON document.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Check a database: server, pooler, notifications, settings, tables, privileges and streams.
 
@@ -330,21 +213,7 @@ def doctor(
     try:
         with chosen_database(Target(dsn, chunks_table, status_table), use_embedded=embedded) as url:
             code = diagnosis.run(url, chunks_table, status_table, conversations_table, as_json)
+            sys.stdout.flush()  # so that a full disk is not reported as a warning
     except typer.Exit as reported:  # such as an unreachable server
         raise typer.Exit(diagnosis.WILL_NOT_WORK if reported.exit_code == FAILED else reported.exit_code) from None
     raise typer.Exit(code)
-
-
-def _output_format(raw: bool, events: bool) -> reading.OutputFormat:
-    if raw and events:
-        raise typer.BadParameter("give --raw or --events, not both")
-    return "raw" if raw else "events" if events else "text"
-
-
-@contextmanager
-def _open_store(target: Target, chosen: AbstractContextManager[str] | None = None) -> Iterator[PostgresStreamStore]:
-    with (
-        chosen or database(target) as url,
-        PostgresStreamStore(url, chunks_table=target.chunks_table, status_table=target.status_table) as store,
-    ):
-        yield store

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from .._sync.stream_store import PostgresStreamStore
 from ..models import StreamChunk
+from .standard_streams import output_console
 
 if TYPE_CHECKING:
     from .target import Target
@@ -29,7 +30,7 @@ _TIMEOUT = 60.0  # seconds after which the processes are killed
 
 def run(dsn: str, target: Target) -> bool:
     """Run the demonstration. Return whether the readers received exactly the text that was written."""
-    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console = output_console(soft_wrap=True)
     text = resources.files(__package__).joinpath("demo.txt").read_text("utf-8")
     stream_id = f"demo-{uuid.uuid4()}"
     tables = [target.chunks_table, target.status_table]

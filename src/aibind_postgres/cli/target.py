@@ -1,22 +1,27 @@
-"""Code that all commands share: choice of the database, messages, errors and exit codes."""
+"""Code that all commands share: choice of the database, errors and exit codes."""
 
 from __future__ import annotations
 
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 import psycopg
 import typer
+from psycopg.conninfo import conninfo_to_dict
+from psycopg.pq import Conninfo
 
 from .. import embedded, schema
 from .._conninfo import with_defaults
 from .._sqlstate import server_reason
-from .._tables import CHUNKS_TABLE, STATUS_TABLE
+from .._sync.conversation_store import PostgresConversationStore
+from .._sync.stream_store import PostgresStreamStore
+from .._tables import CHUNKS_TABLE, CONVERSATIONS_TABLE, STATUS_TABLE
 from ..errors import AibindError, InvalidDataError, StreamNotFoundError
+from .standard_streams import describe, discard_output, print_message
 
 DONE, FAILED, USAGE, NOT_FOUND, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -27,11 +32,7 @@ class Target(NamedTuple):
     dsn: str | None = None
     chunks_table: str = CHUNKS_TABLE
     status_table: str = STATUS_TABLE
-
-
-def print_message(text: str) -> None:
-    """Print a message to standard error."""
-    print(f"aibind-postgres: {text}", file=sys.stderr, flush=True)
+    conversations_table: str = CONVERSATIONS_TABLE
 
 
 def exit_with(code: int, text: str) -> NoReturn:
@@ -40,25 +41,42 @@ def exit_with(code: int, text: str) -> NoReturn:
     raise typer.Exit(code)
 
 
+def require_terminal() -> None:
+    """Exit if the standard input is not a terminal, on which `confirm` could ask."""
+    if not sys.stdin.isatty():
+        exit_with(USAGE, "standard input is not a terminal: give --yes to delete without a question")
+
+
+def confirm(question: str) -> None:
+    """Ask on the terminal. Exit unless the answer is yes."""
+    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        exit_with(FAILED, "nothing was deleted")
+
+
 @contextmanager
-def report_errors() -> Iterator[None]:
-    """Report expected errors as one line on standard error and an exit code."""
+def report_errors(place: str = "") -> Iterator[None]:
+    """Report expected errors as one line on standard error and an exit code.
+
+    Args:
+        place: The server and the database, which the errors name. Default: not known.
+    """
+    suffix = f" ({place})" if place else ""
     try:
         yield
     except StreamNotFoundError as error:
-        exit_with(NOT_FOUND, str(error))
+        exit_with(NOT_FOUND, str(error) + suffix)
     except (InvalidDataError, ValueError) as error:
         exit_with(USAGE, str(error))
     except AibindError as error:
-        exit_with(FAILED, str(error))
+        exit_with(FAILED, str(error) + suffix)
     except psycopg.Error as error:
-        exit_with(FAILED, _redacted_message(error))
-    except BrokenPipeError:
-        # The reader closed the pipe, as `head` does. Without this, Python reports the error again when it exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        exit_with(FAILED, _redacted_message(error) + suffix)
+    except BrokenPipeError:  # the reader closed the pipe, as `head` does
+        discard_output()
         raise typer.Exit(DONE) from None
     except OSError as error:
-        exit_with(FAILED, str(error))
+        exit_with(FAILED, describe(error))
     except KeyboardInterrupt:
         raise typer.Exit(INTERRUPTED) from None
 
@@ -67,31 +85,77 @@ def report_errors() -> Iterator[None]:
 def database(target: Target) -> Iterator[str]:
     """Yield the connection string of --dsn, of DATABASE_URL, or of the embedded server, after a test connection."""
     with report_errors():
-        if target.dsn:
-            yield _check_dsn(target.dsn, "--dsn")
-        elif dsn := os.environ.get("DATABASE_URL"):
-            yield _check_dsn(dsn, "DATABASE_URL")
+        if dsn := _given_dsn(target):
+            with connected(dsn):
+                yield dsn
         else:
             with _embedded_server(target, "no --dsn and no DATABASE_URL", _data_folder("postgresql")) as dsn:
                 yield dsn
 
 
 @contextmanager
-def chosen_database(target: Target, *, use_embedded: bool) -> Iterator[str]:
+def chosen_database(target: Target, *, use_embedded: bool, check: bool = True) -> Iterator[str]:
     """Yield the connection string of --dsn, of DATABASE_URL, or of the embedded server if `use_embedded` is true.
 
     Exit if none is chosen: the findings about an empty server of its own would mislead.
+
+    Args:
+        target: The options of the command.
+        use_embedded: Whether the option --embedded is given.
+        check: Whether to make a test connection. Default: True.
     """
-    if target.dsn and use_embedded:
-        exit_with(USAGE, "give --dsn or --embedded, not both")
-    if not (target.dsn or use_embedded or os.environ.get("DATABASE_URL")):
-        exit_with(USAGE, "no database: give --dsn or --embedded, or set DATABASE_URL")
-    if not use_embedded:
-        with database(target) as dsn:
-            yield dsn
-    else:
-        with report_errors(), _embedded_server(target, "--embedded", _data_folder("postgresql")) as dsn:
-            yield dsn
+    with report_errors():
+        if target.dsn and use_embedded:
+            exit_with(USAGE, "give --dsn or --embedded, not both")
+        if use_embedded:
+            with _embedded_server(target, "--embedded", _data_folder("postgresql")) as dsn:
+                yield dsn
+        elif not (given := _given_dsn(target)):
+            exit_with(USAGE, "no database: give --dsn or --embedded, or set DATABASE_URL")
+        elif check:
+            with connected(given):
+                yield given
+        else:
+            yield given
+
+
+@contextmanager
+def connected(dsn: str) -> Iterator[None]:
+    """Make a test connection, which fails at once, unlike a pool. Errors in the block name the server."""
+    complete = with_defaults(dsn)
+    try:
+        with psycopg.connect(complete) as connection:
+            info = connection.info
+            place = _place(info.host, info.port, info.dbname)
+    except psycopg.Error as error:
+        with report_errors(_failed_place(error, complete)):
+            raise
+    with report_errors(place):
+        yield
+
+
+@contextmanager
+def open_store(target: Target, chosen: AbstractContextManager[str]) -> Iterator[PostgresStreamStore]:
+    """Open the stream store of a command."""
+    with (
+        chosen as dsn,
+        PostgresStreamStore(dsn, chunks_table=target.chunks_table, status_table=target.status_table) as store,
+    ):
+        yield store
+
+
+@contextmanager
+def open_both_stores(
+    target: Target, chosen: AbstractContextManager[str]
+) -> Iterator[tuple[PostgresStreamStore, PostgresConversationStore]]:
+    """Open the stream store and the conversation store of a command."""
+    table, status_table = target.conversations_table, target.status_table
+    with (
+        chosen as dsn,
+        open_store(target, nullcontext(dsn)) as streams,
+        PostgresConversationStore(dsn, table=table, status_table=status_table) as conversations,
+    ):
+        yield streams, conversations
 
 
 @contextmanager
@@ -103,7 +167,9 @@ def demo_database(target: Target, *, keep: bool) -> Iterator[str]:
     """
     with report_errors():
         if target.dsn:
-            yield _check_dsn(target.dsn, "--dsn")
+            dsn = _check_syntax(target.dsn, "--dsn")
+            with connected(dsn):
+                yield dsn
         else:
             with _embedded_server(target, "no --dsn", _data_folder("demo") if keep else None) as dsn:
                 yield dsn
@@ -120,7 +186,12 @@ def _embedded_server(target: Target, reason: str, folder: Path | None) -> Iterat
         except (OSError, RuntimeError) as error:
             exit_with(FAILED, f"the embedded PostgreSQL cannot be used: {error}")
         print_message(f"{reason}: using the embedded PostgreSQL in {folder or 'a temporary folder'}")
-        schema.migrate(dsn, chunks_table=target.chunks_table, status_table=target.status_table)
+        schema.migrate(
+            dsn,
+            chunks_table=target.chunks_table,
+            status_table=target.status_table,
+            conversations_table=target.conversations_table,
+        )
         yield dsn
 
 
@@ -133,14 +204,36 @@ def _data_folder(name: str) -> Path:
     return base / "aibind-postgres" / name
 
 
-def _check_dsn(dsn: str, source: str) -> str:
-    """Return the connection string after a test connection. Exit if it is malformed."""
+def _given_dsn(target: Target) -> str | None:
+    """Return the connection string of --dsn or of DATABASE_URL, if there is one. Exit if it is malformed."""
+    if target.dsn:
+        return _check_syntax(target.dsn, "--dsn")
+    if dsn := os.environ.get("DATABASE_URL"):
+        return _check_syntax(dsn, "DATABASE_URL")
+    return None
+
+
+def _check_syntax(dsn: str, source: str) -> str:
     try:
-        complete = with_defaults(dsn)
+        with_defaults(dsn)
     except ValueError as error:
         exit_with(USAGE, f"{source}: {error}")
-    psycopg.connect(complete).close()
     return dsn
+
+
+def _place(host: object, port: object, database: object) -> str:
+    parts = {"host": host, "port": port, "database": database}
+    return ", ".join(f"{name} {value}" for name, value in parts.items() if value)
+
+
+def _failed_place(error: psycopg.Error, dsn: str) -> str:
+    """Return the address that could not be reached. It contains no password, which `with_defaults` ensures."""
+    variables = {option.keyword.decode(): option.val.decode() for option in Conninfo.get_defaults() if option.val}
+    given = {**variables, **conninfo_to_dict(dsn)}
+    if error.pgconn is not None and not given.get("host"):  # the default of libpq, or that of a service
+        tried = error.pgconn
+        return _place(tried.host.decode(), tried.port.decode(), tried.db.decode())
+    return _place(given.get("host"), given.get("port"), given.get("dbname") or given.get("user"))
 
 
 def _redacted_message(error: psycopg.Error) -> str:

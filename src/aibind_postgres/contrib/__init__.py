@@ -1,4 +1,4 @@
-"""Integrations of a stream handler with web frameworks, one module each.
+"""Integrations with web frameworks and monitoring systems, one module each.
 
-An integration converts requests and responses. The handler makes all decisions.
+An integration with a framework converts requests and responses. The handler makes all decisions.
 """

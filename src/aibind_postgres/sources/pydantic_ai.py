@@ -11,7 +11,7 @@ from ..wire.ai_sdk import Encoded, encoded
 
 __all__ = ["ag_ui", "vercel_ai"]
 
-logger = logging.getLogger("aibind_postgres")
+logger = logging.getLogger("aibind_postgres.sources")
 
 _END = object()
 

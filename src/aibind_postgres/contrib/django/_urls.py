@@ -1,11 +1,12 @@
-"""URL patterns for Django."""
+"""The URL patterns of a handler."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
+from typing import Any
 
 from asgiref.sync import sync_to_async
 from django.core.exceptions import BadRequest, ImproperlyConfigured, PermissionDenied, SuspiciousOperation
@@ -17,13 +18,15 @@ from django.http.response import HttpResponseBase
 from django.urls import URLPattern, re_path
 from django.views.decorators.csrf import csrf_exempt
 
-from .._async.responses import AsyncWebResponse
-from .._async.web_handler import AsyncWebHandler
-from .._sync.responses import WebResponse
-from .._sync.web_handler import WebHandler
-from .._workarounds import separate_asgiref_thread
-from ..web import QueryParameters, WebRequest
-from ._wsgi import disconnect_of
+from ..._async.responses import AsyncWebResponse
+from ..._async.web_handler import AsyncWebHandler
+from ..._sync.responses import WebResponse
+from ..._sync.web_handler import WebHandler
+from ..._workarounds import separate_asgiref_thread
+from ...adapters import is_testing_django
+from ...web import QueryParameters, WebRequest
+from .._wsgi import disconnect_of
+from ._clients import in_any_test
 
 REFUSALS = (BadRequest, Http404, PermissionDenied, SuspiciousOperation)  # for which Django has a status
 
@@ -57,16 +60,19 @@ def urlpatterns(handler: WebHandler | AsyncWebHandler) -> list[URLPattern]:
 
         async def view(request: HttpRequest, path: str = "") -> HttpResponseBase:
             _check_server(asynchronous, request)
-            response = await asynchronous.handle(_from_django(asynchronous, request, path))
-            await sync_to_async(close_old_connections)()
+            # A source uses a thread of its own, but in the transaction of a test that of the test.
+            shares_thread = is_testing_django() and await sync_to_async(in_any_test)()
+            context = nullcontext if shares_thread else partial(separate_asgiref_thread, connections.close_all)
+            response = await asynchronous.handle(_from_django(asynchronous, request, path, context))
+            await sync_to_async(_close_old_connections)()
             return _to_django(response)
     else:
         synchronous = handler
 
         def view(request: HttpRequest, path: str = "") -> HttpResponseBase:  # type: ignore[misc]  # one name, two flavours
             _check_server(synchronous, request)
-            response = synchronous.handle(_from_django(synchronous, request, path))
-            close_old_connections()
+            response = synchronous.handle(_from_django(synchronous, request, path, _close_connections))
+            _close_old_connections()
             return _to_django(response)
 
     for alias in connections:
@@ -87,7 +93,9 @@ def _check_server(handler: WebHandler | AsyncWebHandler, request: HttpRequest) -
         )
 
 
-def _from_django(handler: WebHandler | AsyncWebHandler, request: HttpRequest, path: str) -> WebRequest:
+def _from_django(
+    handler: WebHandler | AsyncWebHandler, request: HttpRequest, path: str, context: Callable[[], Any]
+) -> WebRequest:
     return WebRequest(
         str(request.method),
         f"{handler.prefix}/{path}",
@@ -95,9 +103,7 @@ def _from_django(handler: WebHandler | AsyncWebHandler, request: HttpRequest, pa
         {name.lower(): value for name, value in request.headers.items()},
         _read_body(request, handler.max_body + 1),  # one byte more than the handler accepts
         request,
-        partial(separate_asgiref_thread, connections.close_all)
-        if isinstance(handler, AsyncWebHandler)
-        else _close_connections,
+        context,
         disconnect_of(request.META),
         REFUSALS,
     )
@@ -123,10 +129,16 @@ def _to_django(response: WebResponse | AsyncWebResponse) -> HttpResponseBase:
     return StreamingHttpResponse(response.body, status=response.status, headers=headers)
 
 
+def _close_old_connections() -> None:
+    if not in_any_test():  # Django would close a connection in a transaction
+        close_old_connections()
+
+
 @contextmanager
 def _close_connections() -> Iterator[None]:
     """Close the connections that the source opened. Django closes connections at the end of requests only."""
     try:
         yield
     finally:
-        connections.close_all()
+        if not in_any_test():  # the source has used the connection of the test
+            connections.close_all()

@@ -1,0 +1,105 @@
+"""The commands that clean up: `cleanup`, `fail-abandoned` and `archive`."""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import nullcontext
+
+import typer
+
+from .._tables import CHUNKS_TABLE, CONVERSATIONS_TABLE, STATUS_TABLE
+from .options import (
+    ChunksTable,
+    ConversationsTable,
+    Embedded,
+    Every,
+    Json,
+    OlderThan,
+    RequiredDsn,
+    StatusTable,
+    examples,
+)
+from .stream_lists import printable
+from .target import FAILED, Target, chosen_database, connected, open_both_stores, open_store
+
+app = typer.Typer()
+
+
+@app.command(epilog=examples("cleanup", "cleanup --every 10m"))
+def cleanup(
+    every: Every = None,
+    as_json: Json = False,
+    dsn: RequiredDsn = None,
+    embedded: Embedded = False,
+    chunks_table: ChunksTable = CHUNKS_TABLE,
+    status_table: StatusTable = STATUS_TABLE,
+    conversations_table: ConversationsTable = CONVERSATIONS_TABLE,
+) -> None:
+    """Delete expired streams and conversations.
+
+    Active streams are kept: see fail-abandoned. Prints the numbers of deleted rows. With --every, each run opens a new
+    connection, and a failed run is reported and tried again after the same time.
+    """
+    target = Target(dsn, chunks_table, status_table, conversations_table)
+    with chosen_database(target, use_embedded=embedded, check=False) as url:
+        while True:
+            try:
+                _clean_up(url, target, as_json)
+            except typer.Exit as failure:
+                if every is None or failure.exit_code != FAILED:
+                    raise
+            if every is None:
+                return
+            time.sleep(every)
+
+
+def _clean_up(url: str, target: Target, as_json: bool) -> None:
+    with connected(url), open_both_stores(target, nullcontext(url)) as (store, conversations):
+        streams = store.cleanup()
+        counts = {**streams._asdict(), "conversations": conversations.cleanup()}
+    deleted = ", ".join(f"{name}: {count}" for name, count in counts.items())
+    print(json.dumps(counts) if as_json else f"deleted {deleted}", flush=True)
+
+
+@app.command("fail-abandoned", epilog=examples("fail-abandoned", "fail-abandoned --older-than 30m --json"))
+def fail_abandoned(
+    older_than: OlderThan = "10m",
+    as_json: Json = False,
+    dsn: RequiredDsn = None,
+    embedded: Embedded = False,
+    chunks_table: ChunksTable = CHUNKS_TABLE,
+    status_table: StatusTable = STATUS_TABLE,
+) -> None:
+    """End the streams of dead producers in state error.
+
+    These are the streams with an expired lease, and those without a lease that have got no chunk for the given time.
+    Prints their ids. Takes at least 8 seconds if a lease has expired, in which a living producer renews it.
+    """
+    target = Target(dsn, chunks_table, status_table)
+    with open_store(target, chosen_database(target, use_embedded=embedded)) as store:
+        ended = store.fail_abandoned(older_than)
+        if as_json:
+            print(json.dumps({"ids": ended}, ensure_ascii=False))
+        else:
+            print("".join(f"{printable(id)}\n" for id in ended), end="")
+
+
+@app.command(epilog=examples("archive --older-than 7d"))
+def archive(
+    older_than: OlderThan = "1d",
+    as_json: Json = False,
+    dsn: RequiredDsn = None,
+    embedded: Embedded = False,
+    chunks_table: ChunksTable = CHUNKS_TABLE,
+    status_table: StatusTable = STATUS_TABLE,
+) -> None:
+    """Move the chunks of finished streams to the archive.
+
+    Prints the numbers of archived streams and moved chunks. The TypeScript package cannot read archived streams.
+    """
+    target = Target(dsn, chunks_table, status_table)
+    with open_store(target, chosen_database(target, use_embedded=embedded)) as store:
+        result = store.archive(older_than)
+        text = f"archived streams: {result.streams}, chunks: {result.chunks}"
+        print(json.dumps(result._asdict()) if as_json else text)

@@ -1,0 +1,340 @@
+"""The commands that write, read, list, end and delete streams."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from datetime import datetime, timezone
+from enum import Enum
+from itertools import islice
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from .._sync.stream_store import PostgresStreamStore
+from .._tables import CHUNKS_TABLE, CONVERSATIONS_TABLE, STATUS_TABLE
+from ..errors import StreamNotFoundError
+from ..models import ErasureResult, StreamInfo
+from . import reading, writing
+from .options import (
+    After,
+    ChunksTable,
+    ConversationsTable,
+    Dsn,
+    Embedded,
+    Events,
+    Id,
+    Json,
+    Raw,
+    RequiredDsn,
+    Sse,
+    StatusTable,
+    Yes,
+    examples,
+)
+from .standard_streams import output_console
+from .stream_lists import COLUMNS, align, describe, fields, row
+from .target import (
+    DONE,
+    FAILED,
+    Target,
+    chosen_database,
+    confirm,
+    database,
+    exit_with,
+    open_both_stores,
+    open_store,
+    require_terminal,
+)
+
+app = typer.Typer()
+
+PAGE_ROWS = 1000  # rows of one table of `list`, which is printed when they are read
+WATCH_INTERVAL = 2.0  # seconds
+
+
+class By(str, Enum):
+    """Units of input that `write` stores as one chunk."""
+
+    CHAR = "char"
+    WORD = "word"
+    LINE = "line"
+
+
+class State(str, Enum):
+    """States of a stream."""
+
+    ACTIVE = "active"
+    DONE = "done"
+    STOPPED = "stopped"
+    ERROR = "error"
+
+
+@app.command(epilog=examples("write notes < notes.txt", "write answer --by word --delay 0.05"))
+def write(
+    id: Id,
+    by: Annotated[By, typer.Option("--by", help="Unit that is stored as one chunk.")] = By.LINE,
+    delay: Annotated[float, typer.Option("--delay", metavar="SECONDS", min=0, help="Pause after each chunk.")] = 0.0,
+    dsn: Dsn = None,
+    chunks_table: ChunksTable = CHUNKS_TABLE,
+    status_table: StatusTable = STATUS_TABLE,
+) -> None:
+    """Store standard input as a new stream, as it arrives.
+
+    The input is text in UTF-8. Its end completes the stream. Ctrl-C stops the stream, after an unfinished last line was
+    stored. SIGTERM, SIGHUP and input that is not text end it in an error. A chunk that contains U+0001 is stored with
+    another U+0001 before it, so that it is read as text and not as a named event.
+    """
+    target = Target(dsn, chunks_table, status_table)
+    with open_store(target, database(target)) as store:
+        raise typer.Exit(writing.write(store, id, by.value, delay))
+
+
+@app.command(epilog=examples("tail answer", "tail answer --after 120", "tail answer --events | jq .data"))
+def tail(
+    id: Id,
+    after: After = 0,
+    raw: Raw = False,
+    events: Events = False,
+    sse: Sse = False,
+    dsn: Dsn = None,
+    chunks_table: ChunksTable = CHUNKS_TABLE,
+    status_table: StatusTable = STATUS_TABLE,
+) -> None:
+    """Print the text of a stream until it ends, as it grows.
+
+    Named events are left out. The exit code is 1 if the stream was stopped or ended in an error. After Ctrl-C, the
+    command that continues from there is printed.
+    """
+    output_format = _output_format(raw, events, sse)
+    target = Target(dsn, chunks_table, status_table)
+    with open_store(target, database(target)) as store:
+        raise typer.Exit(reading.tail(store, id, after, output_format, target))
+
+
+@app.command(epilog=examples("replay answer --speed 4", "replay answer --instant --sse"))
+def replay(
+    id: Id,
+    speed: Annotated[
+        float | None,
+        typer.Option("--speed", metavar="N", help="Factor of the original pace: 2 is twice as fast. Default: 1."),
+    ] = None,
+    instant: Annotated[bool, typer.Option("--instant", help="Print without pauses.")] = False,
+    after: After = 0,
+    raw: Raw = False,
+    events: Events = False,
+    sse: Sse = False,
+    dsn: Dsn = None,
+    chunks_table: ChunksTable = CHUNKS_TABLE,
+    status_table: StatusTable = STATUS_TABLE,
+) -> None:
+    """Print the stored text of a stream at its original pace.
+
+    Named events are left out. The exit code is 1 if the stream was stopped or ended in an error. After Ctrl-C, the
+    command that continues from there is printed.
+    """
+    output_format = _output_format(raw, events, sse)
+    if instant and speed is not None:
+        raise typer.BadParameter("give --speed or --instant, not both")
+    if speed is not None and not speed > 0:
+        raise typer.BadParameter(f"--speed must be above zero, not {speed:g}")
+    target = Target(dsn, chunks_table, status_table)
+    with open_store(target, database(target)) as store:
+        pace = None if instant else speed or 1.0
+        raise typer.Exit(reading.replay(store, id, after, output_format, pace, target))
+
+
+@app.command("list", epilog=examples("list --state active --watch", "list --owner ann --json | jq -r .id"))
+def list_streams(
+    state: Annotated[State | None, typer.Option("--state", help="Only streams in this state.")] = None,
+    session: Annotated[
+        str | None, typer.Option("--session", metavar="ID", help="Only streams of this conversation.")
+    ] = None,
+    owner: Annotated[str | None, typer.Option("--owner", metavar="O", help="Only streams of this owner.")] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Refresh every two seconds, until Ctrl-C.")] = False,
+    as_json: Json = False,
+    dsn: RequiredDsn = None,
+    embedded: Embedded = False,
+    chunks_table: ChunksTable = CHUNKS_TABLE,
+    status_table: StatusTable = STATUS_TABLE,
+) -> None:
+    """List the streams in the order of their ids.
+
+    Prints the state, number of chunks, age, conversation and owner of each; with --json, one line of JSON for each.
+    """
+    target = Target(dsn, chunks_table, status_table)
+    with open_store(target, chosen_database(target, use_embedded=embedded)) as store:
+
+        def read() -> Iterator[StreamInfo]:
+            return store.list(state=state.value if state else None, session_id=session, owner=owner)
+
+        console = output_console(soft_wrap=False)
+        if watch and console.is_terminal and not as_json:
+            _watch(read, console)
+        while True:
+            _print_list(read(), console, as_json)
+            if not watch:
+                return
+            time.sleep(WATCH_INTERVAL)
+
+
+def _watch(read: Callable[[], Iterator[StreamInfo]], console: Console) -> NoReturn:
+    """Show as many streams as the terminal has lines, until Ctrl-C."""
+    with Live(console=console, auto_refresh=False, screen=True) as live:
+        while True:
+            live.update(_table(islice(read(), console.height)), refresh=True)
+            time.sleep(WATCH_INTERVAL)
+
+
+def _print_list(streams: Iterator[StreamInfo], console: Console, as_json: bool) -> None:
+    if as_json:
+        for info in streams:
+            print(json.dumps(fields(info), ensure_ascii=False))
+    elif console.is_terminal:
+        while page := list(islice(streams, PAGE_ROWS)):
+            console.print(_table(page))
+    else:
+        widths = [0] * len(COLUMNS)
+        heading = [list(COLUMNS)]
+        now = datetime.now(timezone.utc)
+        while page := list(islice(streams, PAGE_ROWS)):
+            print(align([*heading, *(row(info, now) for info in page)], widths), end="")
+            heading = []
+    sys.stdout.flush()
+
+
+def _table(streams: Iterable[StreamInfo]) -> Table:
+    table = Table(*COLUMNS, box=None, pad_edge=False, header_style="bold")
+    now = datetime.now(timezone.utc)
+    for info in streams:
+        table.add_row(*row(info, now), style=_STYLES.get(info.state))
+    return table
+
+
+_STYLES = {"active": "green", "stopped": "yellow", "error": "red"}
+
+
+@app.command(epilog=examples("show answer", "show answer --json | jq .error"))
+def show(
+    id: Id,
+    as_json: Json = False,
+    dsn: RequiredDsn = None,
+    embedded: Embedded = False,
+    chunks_table: ChunksTable = CHUNKS_TABLE,
+    status_table: StatusTable = STATUS_TABLE,
+) -> None:
+    """Show a stream: its state, error, times, owner and others.
+
+    The exit code is 1 if the stream was stopped or ended in an error.
+    """
+    target = Target(dsn, chunks_table, status_table)
+    with open_store(target, chosen_database(target, use_embedded=embedded)) as store:
+        info = store.get_info(id)
+        if info is None:
+            raise StreamNotFoundError(id)
+        if as_json:
+            print(json.dumps(fields(info), ensure_ascii=False, indent=2))
+        else:
+            print(describe(info, datetime.now(timezone.utc)), end="")
+        raise typer.Exit(DONE if info.state in ("active", "done") else FAILED)
+
+
+@app.command(epilog=examples("stop answer"))
+def stop(
+    id: Id,
+    dsn: RequiredDsn = None,
+    embedded: Embedded = False,
+    chunks_table: ChunksTable = CHUNKS_TABLE,
+    status_table: StatusTable = STATUS_TABLE,
+) -> None:
+    """End an active stream in state stopped.
+
+    Its producer and its readers end as after a stop by the user. The exit code is 1 if the stream had already ended.
+    """
+    target = Target(dsn, chunks_table, status_table)
+    with open_store(target, chosen_database(target, use_embedded=embedded)) as store:
+        _report_end(store, id, store.stop(id))
+
+
+@app.command(epilog=examples("fail answer", "fail answer --error 'the model is not available'"))
+def fail(
+    id: Id,
+    error: Annotated[
+        str, typer.Option("--error", metavar="TEXT", help="The error text, which readers of the stream receive.")
+    ] = "ended by an operator",
+    dsn: RequiredDsn = None,
+    embedded: Embedded = False,
+    chunks_table: ChunksTable = CHUNKS_TABLE,
+    status_table: StatusTable = STATUS_TABLE,
+) -> None:
+    """End an active stream in state error.
+
+    The exit code is 1 if the stream had already ended.
+    """
+    target = Target(dsn, chunks_table, status_table)
+    with open_store(target, chosen_database(target, use_embedded=embedded)) as store:
+        _report_end(store, id, store.fail(id, error))
+
+
+def _report_end(store: PostgresStreamStore, id: str, ended: bool) -> None:
+    status = store.get_status(id)
+    if status is None:
+        raise StreamNotFoundError(id)
+    if not ended:
+        exit_with(FAILED, f"stream {id!r} had already ended: its state is {status.state!r}")
+    print(f"Stream {id!r} has ended after {status.total_chunks} chunks: its state is {status.state!r}.")
+
+
+@app.command(epilog=examples("delete answer", "delete --owner ann", "delete --owner ann --yes --json"))
+def delete(
+    id: Annotated[str | None, typer.Argument(metavar="[ID]", help="The stream's id.", show_default=False)] = None,
+    owner: Annotated[
+        str | None,
+        typer.Option("--owner", metavar="O", help="Delete all conversations and streams of this owner instead."),
+    ] = None,
+    yes: Yes = False,
+    as_json: Json = False,
+    dsn: RequiredDsn = None,
+    embedded: Embedded = False,
+    chunks_table: ChunksTable = CHUNKS_TABLE,
+    status_table: StatusTable = STATUS_TABLE,
+    conversations_table: ConversationsTable = CONVERSATIONS_TABLE,
+) -> None:
+    """Delete a stream, or all data of one owner.
+
+    Asks before, on a terminal. Elsewhere --yes is required. Streams are deleted in any state, with their chunks. With
+    --owner, the conversations of the owner are deleted, the streams of these conversations, and the streams of the
+    owner; refuse new requests of this owner before.
+    """
+    if (id is None) == (owner is None):
+        raise typer.BadParameter("give either the id of a stream or --owner")
+    if not yes:
+        require_terminal()
+    target = Target(dsn, chunks_table, status_table, conversations_table)
+    with open_both_stores(target, chosen_database(target, use_embedded=embedded)) as (store, conversations):
+        if owner is not None:
+            if not yes:
+                confirm(f"Delete all conversations and streams of owner {owner!r}?")
+            result = conversations.delete_owner(owner, streams=store)
+        elif id is not None:
+            if not yes:
+                info = store.get_info(id)
+                if info is None:
+                    raise StreamNotFoundError(id)
+                confirm(f"Delete stream {id!r} with {info.total_chunks} chunks? Its state is {info.state!r}.")
+            if not store.delete(id):
+                raise StreamNotFoundError(id)
+            result = ErasureResult(conversations=0, streams=1)
+        text = f"Deleted {result.streams} streams and {result.conversations} conversations."
+        print(json.dumps(result._asdict()) if as_json else text)
+
+
+def _output_format(raw: bool, events: bool, sse: bool) -> reading.OutputFormat:
+    if raw + events + sse > 1:
+        raise typer.BadParameter("give only one of --raw, --events and --sse")
+    return "raw" if raw else "events" if events else "sse" if sse else "text"

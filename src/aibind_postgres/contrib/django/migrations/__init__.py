@@ -1,0 +1,1 @@
+"""The migrations: one for each file of `sql/`."""
