@@ -288,6 +288,26 @@ async def test_row_that_cannot_be_updated(dsn, admin_dsn, tables, schema_name):
             await store.append(id, "a")
 
 
+async def test_error_of_the_commit_raises(dsn, admin_dsn, tables, schema_name):
+    async with AsyncPostgresStreamStore(dsn, **tables) as store:
+        id = await store.create()
+        async with await psycopg.AsyncConnection.connect(admin_dsn, autocommit=True) as admin:
+            names = {"refuse": psycopg.sql.Identifier(schema_name, "refuse"), "status": tables["status_table"]}
+            for statement in (
+                "CREATE FUNCTION {refuse}() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RAISE ''at the commit''; END'",
+                "CREATE CONSTRAINT TRIGGER refuse AFTER INSERT OR UPDATE ON {status} "
+                "DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION {refuse}()",
+            ):
+                await admin.execute(psycopg.sql.SQL(statement).format(**names))
+        calls = [store.create, partial(store.append, id, "a"), partial(store.append_many, id, ["a"] * 2)]
+        for call in [*calls, partial(store.complete, id)]:
+            with pytest.raises(psycopg.errors.RaiseException, match="at the commit"):
+                await call()
+        for error in await async_gather(*[partial(store.append, id, "a")] * 3, errors=True):
+            assert isinstance(error, psycopg.errors.RaiseException)
+        assert await store.get_status(id) == ("active", None, 0)
+
+
 class LosesReplies:
     """A client that loses the reply to its next statement if `loses_next` is set."""
 
