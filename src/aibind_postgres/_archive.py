@@ -330,14 +330,19 @@ def seconds_of(times: str | None, count: int) -> list[float | None]:
         times: The JSON array of a page, or None if no time of the page is known.
         count: The number of chunks of the page.
     """
+    return [None if time is None else time / MICROSECONDS for time in microseconds_of(times, count)]
+
+
+def microseconds_of(times: str | None, count: int) -> list[int | None]:
+    """Return the times of `seconds_of` in microseconds."""
     if times is None:
         return [None] * count
     differences = json.loads(times)
     if None not in differences:
-        return [time / MICROSECONDS for time in accumulate(differences)]
-    found: list[float | None] = []
+        return list(accumulate(differences))
+    found: list[int | None] = []
     time: int | None = None
     for difference in differences:
         time = None if difference is None else (time or 0) + difference
-        found.append(None if time is None else time / MICROSECONDS)
+        found.append(time)
     return found

@@ -320,9 +320,8 @@ async def test_reader_tries_again_after_a_refusal(store, reader, run_sql, tables
     with pytest.raises(TimeoutError):
         await reader.wait(id, 1)
     # To drop the trigger would lock the partitions in another order than the reader, and could deadlock.
-    run_sql(
-        "CREATE OR REPLACE FUNCTION pg_temp.refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN new; END $$"
-    )
+    accept = "CREATE OR REPLACE FUNCTION pg_temp.refuse() RETURNS trigger LANGUAGE plpgsql AS "
+    run_sql(accept + "$$ BEGIN RETURN new; END $$")
     assert await status_of(reader, id) == EXPIRED
 
 

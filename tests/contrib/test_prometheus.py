@@ -6,6 +6,7 @@ import json
 import re
 import threading
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from wsgiref.simple_server import WSGIRequestHandler, make_server
@@ -125,6 +126,15 @@ async def test_asynchronous_store(dsn, tables, registry):
     async with AsyncPostgresStreamStore(dsn, **tables, metrics=PrometheusMetrics(registry)) as store:
         await store.append(await store.create(), "a")
     assert registry.get_sample_value("aibind_append_duration_seconds_count") == 1
+
+
+def test_a_hundred_threads(dsn, tables, registry):
+    with PostgresStreamStore(dsn, **tables, metrics=PrometheusMetrics(registry)) as store:
+        ids = [store.create() for _ in range(100)]
+        with ThreadPoolExecutor(100) as threads:
+            assert list(threads.map(lambda id: store.append(id, "x"), ids)) == [1] * 100
+    assert registry.get_sample_value("aibind_append_duration_seconds_count") == 100
+    assert registry.get_sample_value("aibind_append_chunks_sum") == 100
 
 
 def expressions():

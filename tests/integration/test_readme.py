@@ -70,6 +70,9 @@ OUTPUTS = {
         "with a replica": "Hello, world\n",
         "on a standby": "",
     },
+    "docs/runbook.md": {
+        "ending the streams of a user": "",
+    },
     "docs/streams.md": {
         "synchronous": "Hello, world!\n",
         "asynchronous": "Hello, world!\n",

@@ -99,7 +99,7 @@ def test_names_of_the_settings(tmp_path: Path, empty_database: str) -> None:
         empty_database, chunks_table="chat.chunks", status_table="chat.status of streams"
     ) as store:
         store.create("a stream")
-        assert "active" in must_manage(project, empty_database, "aibind", "status", "a stream")
+        assert "active" in must_manage(project, empty_database, "aibind", "show", "a stream")
     assert "No changes detected" in must_manage(project, empty_database, "makemigrations", "--check", "--dry-run")
     code = (
         "from aibind_postgres.contrib.django.models import *; print(Stream.objects.get(), Conversation.objects.count())"
@@ -181,25 +181,25 @@ class Router:
         assert tables(other) == TABLES
         with PostgresStreamStore(other) as store:
             store.create("there")
-        arguments = ("aibind", "--database=chats", "status", "there")
+        arguments = ("aibind", "--database=chats", "show", "there")
         assert "active" in must_manage(project, empty_database, *arguments, OTHER=other)
 
 
 def test_commands(project: Path, database: str) -> None:
-    done = manage(project, database, "aibind", "status", "unknown")
+    done = manage(project, database, "aibind", "show", "unknown")
     assert (done.returncode, done.stdout) == (3, "")
     assert "stream 'unknown' not found" in done.stderr
     with PostgresStreamStore(database) as store:
         store.append(store.create("known"), "Hello")
         store.complete("known")
-    assert "done" in must_manage(project, database, "aibind", "status", "known", "--settings=mysite.settings")
+    assert "done" in must_manage(project, database, "aibind", "show", "known", "--settings=mysite.settings")
     assert must_manage(project, database, "aibind", "tail", "known") == "Hello"
     for arguments in (("help", "aibind"), ("aibind", "--help")):
         assert "replay" in must_manage(project, database, *arguments)
-    done = manage(project, database, "aibind", "--database=unknown", "status", "known")
+    done = manage(project, database, "aibind", "--database=unknown", "show", "known")
     assert done.returncode == 2
     assert "'unknown' doesn't exist" in done.stderr
-    code = "from django.core.management import call_command; call_command('aibind', 'status', 'known')"
+    code = "from django.core.management import call_command; call_command('aibind', 'show', 'known')"
     assert "done" in must_manage(project, database, "shell", "-c", code)
 
 

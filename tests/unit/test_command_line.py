@@ -168,6 +168,14 @@ def invoke(*arguments: str) -> tuple[int, str]:
         "cleanup --every 10",
         "cleanup --every 0s",
         "archive --older-than -1d",
+        "export x",
+        "export --all",
+        "export x --all file",
+        "export --all --owner o file",
+        "export x y file",
+        "import",
+        "conversations",
+        "conversations export x",
     ],
 )
 def test_wrong_usage(command: str) -> None:
@@ -187,6 +195,13 @@ OPERATORS_COMMANDS = [
     "archive",
     "migrate",
     "doctor",
+    "export --all -",
+    "import x",
+    "conversations list",
+    "conversations show x",
+    "conversations export --all -",
+    "conversations delete x --yes",
+    "stats",
 ]
 
 
@@ -199,6 +214,6 @@ def test_operators_commands_have_no_default_database(command: str) -> None:
 
 
 def test_delete_without_a_terminal_needs_yes() -> None:
-    for command in ("delete x", "delete --owner ann"):
+    for command in ("delete x", "delete --owner ann", "conversations delete x"):
         code, errors = invoke(*command.split(), "--dsn", "postgresql://localhost:1")
         assert (code, "give --yes" in errors) == (2, True)

@@ -17,9 +17,9 @@ import typer
 
 from .. import schema
 from .._tables import CHUNKS_TABLE, CONVERSATIONS_TABLE, STATUS_TABLE
+from . import conversations, maintenance, stats, streams, transfer
 from . import demo as demonstration
 from . import doctor as diagnosis
-from . import maintenance, streams
 from . import web_demo as web_demonstration
 from .options import (
     ChunksTable,
@@ -57,6 +57,9 @@ app = typer.Typer(
 )
 app.add_typer(streams.app)
 app.add_typer(maintenance.app)
+app.add_typer(transfer.app)
+app.add_typer(stats.app)
+app.add_typer(conversations.app, name="conversations", help="List, show, export and delete conversations.")
 
 
 class Framework(str, Enum):

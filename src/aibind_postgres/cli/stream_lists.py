@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
-from ..models import StreamInfo
+from ..models import ConversationInfo, StreamInfo
 
 COLUMNS = ("ID", "STATE", "CHUNKS", "AGE", "SESSION", "OWNER")
 
@@ -47,8 +47,8 @@ def align(rows: Sequence[Sequence[str]], widths: list[int]) -> str:
     )
 
 
-def fields(info: StreamInfo) -> dict[str, Any]:
-    """Return the attributes of a stream as values of JSON. Times are texts in ISO 8601, and the ttl is in seconds."""
+def fields(info: StreamInfo | ConversationInfo) -> dict[str, Any]:
+    """Return the attributes of an entry as values of JSON. Times are texts in ISO 8601, and the ttl is in seconds."""
     return {name: _plain(value) for name, value in info._asdict().items()}
 
 

@@ -1,0 +1,211 @@
+"""The commands `conversations list`, `show`, `export` and `delete`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from itertools import chain, islice
+from typing import Annotated, NoReturn
+
+import typer
+
+from .._sync.conversation_store import PostgresConversationStore
+from .._sync.stream_store import PostgresStreamStore
+from .._tables import CHUNKS_TABLE, CONVERSATIONS_TABLE, STATUS_TABLE, Table
+from ..errors import InvalidHistoryError
+from ..models import ConversationInfo
+from .export_files import STANDARD_OUTPUT, new_file
+from .exporting import export_conversations
+from .message_tree import drawing, shorten
+from .options import (
+    ChunksTable,
+    ConversationsTable,
+    Embedded,
+    Json,
+    RequiredDsn,
+    StatusTable,
+    Yes,
+    examples,
+)
+from .standard_streams import print_message
+from .stream_lists import age, align, fields, printable
+from .streams import PAGE_ROWS
+from .target import FAILED, NOT_FOUND, Target, chosen_database, confirm, exit_with, open_both_stores, require_terminal
+from .transfer import All, IdAndFile, Owner, open_connection, parse_selection
+
+app = typer.Typer(no_args_is_help=True)
+
+HEADING = ("ID", "OWNER", "TITLE", "SAVED", "RUNNING")
+MAX_TITLE = 60  # characters
+MAX_MESSAGE = 100  # characters
+
+SessionId = Annotated[
+    str, typer.Argument(metavar="ID", help="The conversation's id: its session_id.", show_default=False)
+]
+
+
+@app.command("list", epilog=examples("conversations list --owner ann", "conversations list --json | jq -r .session_id"))
+def list_conversations(
+    owner: Annotated[str | None, typer.Option("--owner", metavar="O", help="Only conversations of this owner.")] = None,
+    as_json: Json = False,
+    dsn: RequiredDsn = None,
+    embedded: Embedded = False,
+    status_table: StatusTable = STATUS_TABLE,
+    conversations_table: ConversationsTable = CONVERSATIONS_TABLE,
+) -> None:
+    """List the conversations, the last saved first.
+
+    Prints the owner, the title, the time since the last save, and the stream of an answer that is being written; with
+    --json, one line of JSON for each.
+    """
+    with _stores(Target(dsn, CHUNKS_TABLE, status_table, conversations_table), embedded) as (_, conversations):
+        found = conversations.list(owner)
+        if as_json:
+            for info in found:
+                print(json.dumps(fields(info), ensure_ascii=False))
+            return
+        widths = [0] * len(HEADING)
+        now = datetime.now(timezone.utc)
+        rows = chain([list(HEADING)], (_row(info, now) for info in found))
+        while page := list(islice(rows, PAGE_ROWS)):
+            print(align(page, widths), end="")
+
+
+def _row(info: ConversationInfo, now: datetime) -> list[str]:
+    title = None if info.title is None else shorten(info.title, MAX_TITLE)
+    cells = [info.session_id, info.owner, title, age(info.updated_at, now), info.active_stream_id]
+    return ["-" if cell is None else printable(cell) for cell in cells]
+
+
+@app.command(epilog=examples("conversations show chat-1", "conversations show chat-1 --json | jq .document.nodes"))
+def show(
+    id: SessionId,
+    as_json: Json = False,
+    dsn: RequiredDsn = None,
+    embedded: Embedded = False,
+    status_table: StatusTable = STATUS_TABLE,
+    conversations_table: ConversationsTable = CONVERSATIONS_TABLE,
+) -> None:
+    """Show a conversation: its owner, title and times, and the tree of its messages.
+
+    Each message has a line with its role and the beginning of its text. Alternatives are indented. A star marks the
+    messages of the active branch. --json prints the whole messages.
+    """
+    with _stores(Target(dsn, CHUNKS_TABLE, status_table, conversations_table), embedded) as (_, conversations):
+        info = conversations.get_info(id)
+        if info is None:
+            _exit_not_found(id)
+        try:
+            chat = conversations.load(id)
+        except InvalidHistoryError as error:  # which is no wrong usage
+            exit_with(FAILED, f"conversation {id!r} cannot be shown: {error}")
+        if as_json:
+            print(json.dumps({**fields(info), "document": json.loads(chat.to_json())}, ensure_ascii=False, indent=2))
+            return
+        now = datetime.now(timezone.utc)
+        described = {
+            "id": info.session_id,
+            "owner": info.owner,
+            "title": info.title,
+            "created": _time(info.created_at, now),
+            "saved": _time(info.updated_at, now),
+            "expires": "never" if info.expires_at is None else info.expires_at.isoformat(),
+            "running": info.active_stream_id,
+            "metadata": None if info.metadata is None else json.dumps(info.metadata, ensure_ascii=False),
+            "messages": f"{len(chat)}, of which {len(chat.node_ids)} in the active branch",
+        }
+        rows = [(f"{name}:", "-" if value is None else printable(value)) for name, value in described.items()]
+        print(align(rows, [0, 0]))
+        for line in drawing(chat, MAX_MESSAGE):
+            print(line)
+
+
+def _time(time: datetime | None, now: datetime) -> str | None:
+    return None if time is None else f"{time.isoformat()} ({age(time, now)} ago)"
+
+
+@app.command(
+    epilog=examples(
+        "conversations export chat-1 chat.jsonl",
+        "conversations export --all conversations.jsonl.gz",
+        "conversations export --owner ann - | jq 'select(.type == \"conversation\") | .data | fromjson'",
+    )
+)
+def export(
+    arguments: IdAndFile,
+    every: All = False,
+    owner: Owner = None,
+    dsn: RequiredDsn = None,
+    embedded: Embedded = False,
+    conversations_table: ConversationsTable = CONVERSATIONS_TABLE,
+) -> None:
+    """Export conversations that have not expired to a file of JSON lines, from one snapshot.
+
+    The file appears when it is complete; until then it is FILE.partial. `aibind-postgres import` reads it.
+    """
+    selection, file = parse_selection(arguments, every, owner)
+    target = Target(dsn, conversations_table=conversations_table)
+    with chosen_database(target, use_embedded=embedded) as url, open_connection(url) as connection:
+        table = Table.parse(conversations_table)
+        with new_file(file) as output:
+            counts = export_conversations(connection, table, selection, output.write)
+            if selection.id is not None and not counts.conversations:
+                _exit_not_found(selection.id)
+        if file != STANDARD_OUTPUT:
+            print_message(f"{counts.conversations} conversations exported to {file}")
+
+
+@app.command(epilog=examples("conversations delete chat-1", "conversations delete chat-1 --yes --json"))
+def delete(
+    id: SessionId,
+    yes: Yes = False,
+    as_json: Json = False,
+    dsn: RequiredDsn = None,
+    embedded: Embedded = False,
+    chunks_table: ChunksTable = CHUNKS_TABLE,
+    status_table: StatusTable = STATUS_TABLE,
+    conversations_table: ConversationsTable = CONVERSATIONS_TABLE,
+) -> None:
+    """Delete a conversation with its streams.
+
+    Asks before, on a terminal. Elsewhere --yes is required. An answer that is being written is stopped. Streams of
+    other owners are kept.
+    """
+    if not yes:
+        require_terminal()
+    target = Target(dsn, chunks_table, status_table, conversations_table)
+    with _stores(target, embedded) as (streams, conversations):
+        info = conversations.get_info(id)
+        if info is None:
+            _exit_not_found(id)
+        if not yes:
+            title = "" if info.title is None else f", titled {info.title!r},"
+            confirm(f"Delete conversation {id!r} of owner {info.owner!r}{title} with its streams?")
+        deleted = _delete(info, streams, conversations)
+        result = {"conversations": 1, "streams": deleted}
+        print(json.dumps(result) if as_json else f"Deleted 1 conversation and {deleted} streams.")
+
+
+def _delete(info: ConversationInfo, streams: PostgresStreamStore, conversations: PostgresConversationStore) -> int:
+    """Delete a conversation, and its streams before and after, since an answer may begin meanwhile."""
+    owners = (None, info.owner)
+    deleted = 0
+    for step in (None, conversations.delete):
+        if step is not None:
+            step(info.session_id)
+        for stream in list(streams.list(session_id=info.session_id)):
+            if info.owner is None or stream.owner in owners:
+                deleted += streams.delete(stream.id)
+    return deleted
+
+
+@contextmanager
+def _stores(target: Target, embedded: bool) -> Iterator[tuple[PostgresStreamStore, PostgresConversationStore]]:
+    with open_both_stores(target, chosen_database(target, use_embedded=embedded)) as stores:
+        yield stores
+
+
+def _exit_not_found(id: str) -> NoReturn:
+    exit_with(NOT_FOUND, f"conversation {id!r} not found: it was never created, was deleted, or has expired")

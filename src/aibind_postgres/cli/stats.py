@@ -1,0 +1,162 @@
+"""The command `stats`: how many streams and conversations there are, and how large their tables are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from typing import Any
+
+import psycopg
+import typer
+from psycopg.rows import dict_row
+
+from .._housekeeping import MARKER
+from .._sql import NOW
+from .._tables import CHUNKS_TABLE, CONVERSATIONS_TABLE, STATUS_TABLE, Table, parse_distinct
+from .exporting import StreamTables
+from .options import ChunksTable, ConversationsTable, Embedded, Json, RequiredDsn, StatusTable, examples
+from .stream_lists import align, printable
+from .table_columns import columns_of, in_statement, require_columns
+from .target import Target, chosen_database
+from .transfer import open_connection
+
+app = typer.Typer()
+
+UNITS = ("B", "kB", "MB", "GB", "TB")
+PERIODS = {"minute": "1 minute", "hour": "1 hour", "day": "1 day"}
+
+# One scan of the status table, which is small. The chunks are not read.
+STREAMS = """
+SELECT state, count(*) AS streams, coalesce(sum(greatest(total_chunks, 0)), 0)::bigint AS chunks{columns}
+  FROM {status} WHERE state <> 'deleted' AND id <> %s
+ GROUP BY state ORDER BY state
+"""
+ARCHIVED = ", count(*) FILTER (WHERE archived_at > '-infinity') AS archived"
+PERIOD = """,
+       count(*) FILTER (WHERE {recent}) AS streams_{name},
+       coalesce(sum(greatest(total_chunks, 0)) FILTER (WHERE {recent}), 0)::bigint AS chunks_{name}"""
+RECENT = "created_at > statement_timestamp() - interval '{length}' AND created_at <= statement_timestamp()"
+OLDEST = """
+SELECT id, extract(epoch FROM statement_timestamp() - created_at)::float8 FROM {status}
+ WHERE state = 'active' AND created_at > '-infinity' AND created_at < 'infinity'
+ ORDER BY created_at LIMIT 1
+"""
+CONVERSATIONS = "SELECT count(*) FROM {conversations} WHERE session_id <> %s AND expires_at > {now}"
+SIZES = """
+SELECT coalesce(sum(pg_table_size(oid)), 0)::bigint, coalesce(sum(pg_indexes_size(oid)), 0)::bigint
+  FROM (SELECT to_regclass(%(table)s)::oid UNION SELECT relid::oid FROM pg_partition_tree(to_regclass(%(table)s)))
+       AS members (oid)
+"""
+
+# A store listens on a connection that does nothing else. Other roles' statements are hidden without pg_read_all_stats.
+NOTIFICATIONS = """
+SELECT count(*), pg_notification_queue_usage() FROM pg_stat_activity
+ WHERE datname = current_database() AND query = %s
+"""
+
+
+@app.command(epilog=examples("stats", "stats --json | jq .streams.active"))
+def stats(
+    as_json: Json = False,
+    dsn: RequiredDsn = None,
+    embedded: Embedded = False,
+    chunks_table: ChunksTable = CHUNKS_TABLE,
+    status_table: StatusTable = STATUS_TABLE,
+    conversations_table: ConversationsTable = CONVERSATIONS_TABLE,
+) -> None:
+    """Print numbers: streams and chunks by state and by age, conversations, sizes of the tables, listening stores.
+
+    The chunks of the last minute, hour and day are those of the streams that were created in this time. Reads the table
+    of stream states once, and no chunk.
+    """
+    target = Target(dsn, chunks_table, status_table, conversations_table)
+    with chosen_database(target, use_embedded=embedded) as url, open_connection(url) as connection:
+        tables = StreamTables(*parse_distinct(chunks_table, status_table, conversations_table))
+        found = gather(connection, tables)
+        print(json.dumps(found, indent=2, ensure_ascii=False) if as_json else "\n".join(describe(found)))
+
+
+def gather(connection: psycopg.Connection, tables: StreamTables) -> dict[str, Any]:
+    """Return the numbers as JSON values. What needs a migration that is missing is None."""
+    columns = require_columns(connection, tables.status)
+    has_times = "created_at" in columns
+    parts = [ARCHIVED] if "archived_at" in columns else []
+    if has_times:
+        parts += [PERIOD.format(name=name, recent=RECENT.format(length=PERIODS[name])) for name in PERIODS]
+    status = in_statement(tables.status)
+    with connection.cursor(row_factory=dict_row) as cursor:
+        states = cursor.execute(STREAMS.format(status=status, columns="".join(parts)).encode(), [MARKER]).fetchall()
+    oldest = connection.execute(OLDEST.format(status=tables.status.quoted).encode()).fetchone() if has_times else None
+
+    def total(name: str) -> int:
+        return sum(state[name] for state in states)
+
+    return {
+        "streams": {row["state"]: {"streams": row["streams"], "chunks": row["chunks"]} for row in states},
+        "total": {"streams": total("streams"), "chunks": total("chunks")},
+        "archived": total("archived") if "archived_at" in columns else None,
+        "last": {
+            name: {"streams": total(f"streams_{name}"), "chunks": total(f"chunks_{name}")} if has_times else None
+            for name in PERIODS
+        },
+        "oldest_active": None if oldest is None else {"id": oldest[0], "age": oldest[1]},
+        "conversations": _count_conversations(connection, tables.conversations),
+        "tables": {table.name: _size(connection, table) for table in (*tables, tables.chunks.archive)},
+        "notifications": _notifications(connection, tables.status),
+    }
+
+
+def _count_conversations(connection: psycopg.Connection, table: Table) -> int | None:
+    if not columns_of(connection, table):
+        return None
+    statement = CONVERSATIONS.format(conversations=in_statement(table), now=NOW)
+    return int(_row(connection.execute(statement.encode(), [MARKER]))[0])
+
+
+def _size(connection: psycopg.Connection, table: Table) -> dict[str, int]:
+    data, indexes = _row(connection.execute(SIZES, {"table": table.quoted}))
+    return {"data": data, "indexes": indexes}
+
+
+def _notifications(connection: psycopg.Connection, status: Table) -> dict[str, Any]:
+    listeners, usage = _row(connection.execute(NOTIFICATIONS, [f"LISTEN {Table(None, status.channel).quoted}"]))
+    return {"listeners": listeners, "queue_usage": usage}
+
+
+def _row(cursor: psycopg.Cursor[Any]) -> Sequence[Any]:
+    row = cursor.fetchone()
+    assert row is not None
+    return list(row)
+
+
+def describe(found: dict[str, Any]) -> Iterator[str]:
+    """Yield the numbers as lines of text."""
+    rows = [("STREAMS", "NUMBER", "CHUNKS")]
+    rows += [(printable(state), *_numbers(row)) for state, row in found["streams"].items()]
+    rows += [("total", *_numbers(found["total"]))]
+    rows += [(f"of the last {name}", *_numbers(row)) for name, row in found["last"].items() if row is not None]
+    yield align(rows, [0, 0, 0])
+    sizes = [("TABLE", "DATA", "INDEXES")]
+    sizes += [(printable(name), _bytes(row["data"]), _bytes(row["indexes"])) for name, row in found["tables"].items()]
+    yield align(sizes, [0, 0, 0])
+    oldest = found["oldest_active"]
+    others = {
+        "oldest active stream": None if oldest is None else f"{oldest['id']} ({timedelta(seconds=int(oldest['age']))})",
+        "archived streams": found["archived"],
+        "conversations": found["conversations"],
+        "listening stores": found["notifications"]["listeners"],
+        "notification queue": f"{found['notifications']['queue_usage']:.0%} full",
+    }
+    lines = [(f"{name}:", "-" if value is None else printable(str(value))) for name, value in others.items()]
+    yield align(lines, [0, 0]).rstrip()
+
+
+def _numbers(row: dict[str, int]) -> tuple[str, str]:
+    return str(row["streams"]), str(row["chunks"])
+
+
+def _bytes(size: int) -> str:
+    """Return a size with three digits and its unit."""
+    power = min((len(str(size)) - 1) // 3, len(UNITS) - 1)
+    return f"{size / 1000**power:.3g} {UNITS[power]}"
