@@ -25,6 +25,8 @@ from support.applications import serving
 from support.fragments import PROGRAMS
 from support.pages import PAGES, Block, blocks_of, find_block
 
+from aibind_postgres import PostgresStreamStore
+
 ROOT = Path(__file__).parents[2]
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]
 SHELL = ("sh", "")  # blocks without a language are commands, too
@@ -61,6 +63,7 @@ REASONS = {
         "docs/command_line.md",
         "aibind-postgres: cannot connect to PostgreSQL: Connection refused (host db.internal, port 5432, database app)",
     ): "an error text",
+    ("docs/command_line.md", "* user: Name a colour."): "the output of a command",
     ("docs/migration.md", "// app/api/chat/route.ts"): "the application before the change, shortened",
     (
         "docs/operations.md",
@@ -107,6 +110,11 @@ OWN_TESTS = {
     ("docs/deployment.md", "# gunicorn.conf.py"),
     ("docs/deployment.md", "upstream application {"),
     ("docs/doctor.md", "REVOKE ALL ON aibind_stream_chunks FROM anon, authenticated;"),
+    (
+        "docs/export.md",
+        "UPDATE aibind_stream_status SET expires_at = (extract(epoch FROM now() + interval '30 days') * 1000)::bigint",
+    ),
+    ("docs/export.md", '{"type":"header","format":"aibind-postgres","version":1}'),
     ("docs/http.md", "async function ask(prompt) {"),
     (
         "docs/migration.md",
@@ -305,6 +313,16 @@ def test_settings_of_nginx(tmp_path: Path) -> None:
     file = tmp_path / "nginx.conf"
     file.write_text(f"events {{}}\nhttp {{\n{settings}}}\n", "utf-8")
     subprocess.run([nginx, "-t", "-q", "-c", str(file), "-g", f"pid {tmp_path}/pid; error_log stderr;"], check=True)
+
+
+def test_format_of_exports(database: str, tmp_path: Path) -> None:
+    file = tmp_path / "streams.jsonl"
+    file.write_text(find_block("export.md", "The format", "json"), "utf-8")
+    command = [sys.executable, "-m", "aibind_postgres.cli", "import", str(file), "--dsn", database]
+    subprocess.run(command, check=True, capture_output=True)
+    with PostgresStreamStore(database) as store:
+        assert "".join(chunk.data for chunk in store.read_from("a")) == "Hello, world"
+        assert store.get_info("a").owner == "ann"
 
 
 def test_unit_of_systemd() -> None:
