@@ -25,8 +25,6 @@ from support.applications import serving
 from support.fragments import PROGRAMS
 from support.pages import PAGES, Block, blocks_of, find_block
 
-from aibind_postgres import PostgresStreamStore
-
 ROOT = Path(__file__).parents[2]
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]
 SHELL = ("sh", "")  # blocks without a language are commands, too
@@ -35,8 +33,10 @@ SHELL = ("sh", "")  # blocks without a language are commands, too
 TESTED_ELSEWHERE = {
     ("docs/ag_ui.md", "ts"): "tests/processes/test_ag_ui_client.py",  # as the class of tests/npm/ag_ui_client.mjs
     ("docs/alembic.md", "python"): "tests/processes/test_alembic.py",
+    ("docs/command_line.md", "text"): "tests/processes/test_cli_conversations.py",  # compares its form
     ("docs/django.md", "python"): "tests/processes/test_django_page.py",
     ("docs/doctor.md", "sql", "Minimal grants"): "tests/_async/test_grants.py",
+    ("docs/export.md", "json"): "tests/processes/test_cli_import.py",
     ("docs/migration.md", "python"): "tests/processes/test_guides.py",
     ("docs/partitions.md", "sh"): "tests/faults/test_moving_to_partitions.py",
     ("docs/partitions.md", "sql"): "tests/faults/test_moving_to_partitions.py",
@@ -63,7 +63,6 @@ REASONS = {
         "docs/command_line.md",
         "aibind-postgres: cannot connect to PostgreSQL: Connection refused (host db.internal, port 5432, database app)",
     ): "an error text",
-    ("docs/command_line.md", "* user: Name a colour."): "the output of a command",
     ("docs/migration.md", "// app/api/chat/route.ts"): "the application before the change, shortened",
     (
         "docs/operations.md",
@@ -110,11 +109,7 @@ OWN_TESTS = {
     ("docs/deployment.md", "# gunicorn.conf.py"),
     ("docs/deployment.md", "upstream application {"),
     ("docs/doctor.md", "REVOKE ALL ON aibind_stream_chunks FROM anon, authenticated;"),
-    (
-        "docs/export.md",
-        "UPDATE aibind_stream_status SET expires_at = (extract(epoch FROM now() + interval '30 days') * 1000)::bigint",
-    ),
-    ("docs/export.md", '{"type":"header","format":"aibind-postgres","version":1}'),
+    ("docs/export.md", "UPDATE aibind_stream_status"),
     ("docs/http.md", "async function ask(prompt) {"),
     (
         "docs/migration.md",
@@ -313,16 +308,6 @@ def test_settings_of_nginx(tmp_path: Path) -> None:
     file = tmp_path / "nginx.conf"
     file.write_text(f"events {{}}\nhttp {{\n{settings}}}\n", "utf-8")
     subprocess.run([nginx, "-t", "-q", "-c", str(file), "-g", f"pid {tmp_path}/pid; error_log stderr;"], check=True)
-
-
-def test_format_of_exports(database: str, tmp_path: Path) -> None:
-    file = tmp_path / "streams.jsonl"
-    file.write_text(find_block("export.md", "The format", "json"), "utf-8")
-    command = [sys.executable, "-m", "aibind_postgres.cli", "import", str(file), "--dsn", database]
-    subprocess.run(command, check=True, capture_output=True)
-    with PostgresStreamStore(database) as store:
-        assert "".join(chunk.data for chunk in store.read_from("a")) == "Hello, world"
-        assert store.get_info("a").owner == "ann"
 
 
 def test_unit_of_systemd() -> None:
