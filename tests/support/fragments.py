@@ -69,6 +69,7 @@ import django.conf
 django.conf.settings.configure(
     ROOT_URLCONF=__name__,
     SECRET_KEY="-",
+    DATABASES={"default": {"ENGINE": "django.db.backends.postgresql", "NAME": "app"}},
     INSTALLED_APPS=[f"django.contrib.{app}" for app in ("contenttypes", "auth", "sessions", "messages", "admin")],
 )
 django.setup()
