@@ -121,6 +121,14 @@ def test_tests_of_an_application(project: Path, server: str, empty_database: str
     assert query(server, f"SELECT datname FROM pg_database WHERE datname LIKE '{name}%'") == []
 
 
+def test_tests_without_a_database(project: Path, database: str) -> None:
+    done = manage(project, database, "test", "chat.tests.WithoutDatabase")
+    assert done.returncode == 0, done.stderr
+    assert "Creating test database" not in done.stderr
+    with PostgresStreamStore(database) as store:
+        assert list(store.list()) == []
+
+
 def test_invalid_settings(tmp_path: Path, database: str) -> None:
     settings = 'AIBIND_POSTGRES = {"CHUNK_TABLE": "chunks", "STATUS_TABLE": ""}'
     done = manage(django_project.write(tmp_path / "project", settings), database, "check")
