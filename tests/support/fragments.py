@@ -288,6 +288,17 @@ class op:
 op.execute("DROP TABLE aibind_stream_chunks_archive, aibind_stream_chunks, aibind_stream_status")
 BLOCK
 """,
+    ("quickstart.md", "# server.py"): """
+import psycopg
+
+
+def input(text):
+    with psycopg.connect(dsn) as connection:
+        assert connection.execute("SELECT 1").fetchone() == (1,)
+
+
+BLOCK
+""",
     ("scale.md", "from psycopg_pool import ConnectionPool"): STORES
     + """
 BLOCK

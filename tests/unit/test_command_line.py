@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
@@ -145,6 +146,7 @@ def test_examples_are_valid(name: str) -> None:
 def invoke(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str]]:
     """A function that runs a command in this process, and returns its exit code and its messages."""
     monkeypatch.delenv("DATABASE_URL", raising=False)
+    monkeypatch.setattr("sys.stdin", io.StringIO())  # not a terminal
 
     def invoke(*arguments: str) -> tuple[int, str]:
         with pytest.raises(SystemExit) as ended:
