@@ -94,17 +94,17 @@ class AsyncProducer:
             if is_new and not client.in_transaction():
                 self._writer._assume_active()
             run = partial(self._run, client.capture_settings())
-            with self._mutex:  # `end` reads the worker, and may be called as soon as the registry has this producer
+            # The source runs on behalf of the caller, so it gets the caller's context variables, and the span as well.
+            # The span is entered before the mutex is acquired, since that calls the adapter.
+            with self._span, self._mutex:  # `end` reads the worker as soon as the registry has this producer
                 with self._registry_mutex:
                     self._registry.add(self)
                     self._store._producers.add(self)
                     if not self._exit_hook_installed:
                         AsyncProducer._exit_hook_installed = True
                         async_at_exit(shutdown_all)
-                # The source runs on behalf of the caller, so it gets the caller's context variables.
                 if not self._inline:
-                    with self._span:
-                        self._worker = async_spawn(run, "aibind_postgres-producer", inherit=True)
+                    self._worker = async_spawn(run, "aibind_postgres-producer", inherit=True)
         except BaseException:
             await self._end_without_worker()
             raise
@@ -165,7 +165,7 @@ class AsyncProducer:
             await self._call_on_finish(status)
         finally:
             if reason is not EndReason.SOURCE_FINISHED:
-                self._mark_ended()
+                self._mark_ended(reason)
         return True
 
     async def _end_without_worker(self) -> None:
@@ -175,14 +175,13 @@ class AsyncProducer:
         await self._source.close()
         await self.end(EndReason.INTERRUPTED)
 
-    def _mark_ended(self) -> None:
+    def _mark_ended(self, reason: EndReason) -> None:
         with self._mutex:
             self._phase = Phase.ENDED
         with self._registry_mutex:
             self._registry.discard(self)
             self._store._producers.discard(self)
-        if self._reason is not None:
-            self._span.end(span_attributes(self._reason))
+        self._span.end(span_attributes(reason))
         self.finished.set()
 
     async def _writer_closed(self, error: Exception) -> None:
@@ -244,7 +243,7 @@ class AsyncProducer:
             await fail_stream(self._store, self.stream_id)
         await self._source.close()  # no effect if it was read
         if self._reason is EndReason.SOURCE_FINISHED:
-            self._mark_ended()
+            self._mark_ended(reason)  # which differs if the end of the stream could not be stored
         else:
             await self.end(reason)
         await self._store._database.client.release_thread()
