@@ -252,6 +252,30 @@ async def test_times_of_a_source(store, recorded):
     assert recorded.attributes[metrics.SOURCE_DURATION] == [{}, {"error.type": "LookupError"}]
 
 
+async def test_source_that_runs_while_the_caller_handles_an_exception(store, recorded, monkeypatch):
+    """As in the transaction of a test of Django, where the source runs before `start` returns."""
+
+    async def runs_inline():
+        return True
+
+    class Context:
+        async def __aenter__(self):
+            pass
+
+        async def __aexit__(self, kind, *details):
+            left.append(kind)
+
+    left = []
+    monkeypatch.setattr(store._database.client, "runs_inline", runs_inline)
+    try:
+        raise LookupError
+    except LookupError:
+        await AsyncDurableStream.start(store, words(), context=Context)
+        await AsyncDurableStream.start(store, broken_words(), context=Context)
+    assert left == [None, LookupError]
+    assert recorded.attributes[metrics.SOURCE_DURATION] == [{}, {"error.type": "LookupError"}]
+
+
 async def test_spans_of_producer_and_readers(store, recorded, dsn, tables):
     stream = await AsyncDurableStream.start(store, words(), session_id="conversation")
     await stream.wait()

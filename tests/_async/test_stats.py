@@ -63,7 +63,7 @@ async def test_connection_listens_when_the_server_has_answered(dsn, store, monke
     id = await store.create()
     async with AsyncBackground(partial(collect, store, id)):
         for attempt in (1, 2):  # the second one is a reconnect
-            await async_until(lambda: len(waiting) == attempt)
+            await async_until(lambda attempt=attempt: len(waiting) == attempt)
             assert counts(store, "listening", "polling") == (0, 1)
             answered.set()
             await async_until(lambda: counts(store, "listening", "polling") == (1, 0))

@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import os
-import sys
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -280,20 +279,19 @@ class AsyncProducer:
                 metrics = self._store._database.metrics
                 times = None if metrics is None else SourceTimes(metrics, monotonic())
                 try:
-                    self._began_at = self._item_at = monotonic()
-                    async for item in self._source.items:
+                    with times or nullcontext():
+                        self._began_at = self._item_at = monotonic()
+                        async for item in self._source.items:
+                            self._item_at = math.inf
+                            if times is not None:
+                                times.arrived(monotonic())
+                            await self._put(self._encoder.encode(item))
+                            self._item_at = monotonic()
+                            if times is not None:
+                                times.asked(self._item_at)
                         self._item_at = math.inf
-                        if times is not None:
-                            times.arrived(monotonic())
-                        await self._put(self._encoder.encode(item))
-                        self._item_at = monotonic()
-                        if times is not None:
-                            times.asked(self._item_at)
-                    self._item_at = math.inf
-                    await self._put(self._encoder.finish())
+                        await self._put(self._encoder.finish())
                 finally:
-                    if times is not None:
-                        times.end(monotonic(), sys.exc_info()[1])
                     self._began_at = self._item_at = math.inf  # what remains is not the time of the source
                     await self._source.close()
         except WebError as web_error:
@@ -319,13 +317,19 @@ class AsyncProducer:
         """Enter the caller's context. Errors on leaving it are only logged, since the work inside it is complete."""
         context = self._context()
         await context.__aenter__()
+        # Not `sys.exc_info()`: a source that runs inside `start` would see an exception that its caller handles.
         try:
             yield
-        finally:
-            try:
-                await context.__aexit__(*sys.exc_info())
-            except Exception:
-                logger.exception("the context of stream %r raised when it was left", self.stream_id)
+        except BaseException as error:
+            await self._leave(context, type(error), error, error.__traceback__)
+            raise
+        await self._leave(context, None, None, None)
+
+    async def _leave(self, context: AbstractAsyncContextManager[object], *details: Any) -> None:
+        try:
+            await context.__aexit__(*details)
+        except Exception:
+            logger.exception("the context of stream %r raised when it was left", self.stream_id)
 
     async def _call_on_finish(self, status: StreamStatus | None) -> None:
         try:
