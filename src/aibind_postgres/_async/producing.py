@@ -59,6 +59,8 @@ class AsyncProducer:
         self.finished = AsyncEvent()  # set in phase ENDED
         self.start_error: Exception | None = None  # for readers: this producer did not find its stream
         self._store = store
+        # The store may stand for several, one in each event loop.
+        self._database, self._of_store = store._database, store._producers
         self._source = AsyncSource(source)
         self._on_finish = on_finish
         self._expose_errors = expose_errors
@@ -87,7 +89,7 @@ class AsyncProducer:
         Args:
             is_new: Whether the stream has just been created in this process.
         """
-        client = self._store._database.client
+        client = self._database.client
         try:
             # In a transaction of the caller, the producer may not see the new stream: it must query the state.
             if is_new and not client.in_transaction():
@@ -98,7 +100,7 @@ class AsyncProducer:
             with self._span, self._mutex:  # `end` reads the worker as soon as the registry has this producer
                 with self._registry_mutex:
                     self._registry.add(self)
-                    self._store._producers.add(self)
+                    self._of_store.add(self)
                     if not self._exit_hook_installed:
                         AsyncProducer._exit_hook_installed = True
                         async_at_exit(shutdown_all)
@@ -114,10 +116,9 @@ class AsyncProducer:
     @classmethod
     def running(cls, store: AsyncPostgresStreamStore | None = None) -> list[AsyncProducer]:
         """Return the producers of a store, or of all stores, that have not ended."""
+        database = None if store is None else store._database
         with cls._registry_mutex:
-            # A store may stand for another one, which connects at the first call.
-            database = None if store is None else store._database
-            return [producer for producer in cls._registry if store is None or producer._store._database is database]
+            return [producer for producer in cls._registry if database in (None, producer._database)]
 
     @classmethod
     def forget_all(cls) -> None:
@@ -179,7 +180,7 @@ class AsyncProducer:
             self._phase = Phase.ENDED
         with self._registry_mutex:
             self._registry.discard(self)
-            self._store._producers.discard(self)
+            self._of_store.discard(self)
         self._span.end(span_attributes(reason))
         self.finished.set()
 
@@ -218,7 +219,7 @@ class AsyncProducer:
                 with self._mutex:
                     if self._phase is Phase.STARTING:
                         self._phase = Phase.WRITING
-                await self._store._database.client.release_thread()  # the source may run for a long time
+                await self._database.client.release_thread()  # the source may run for a long time
                 await self._write()
         except ProducerError:
             reason = EndReason.SOURCE_FAILED
@@ -245,7 +246,7 @@ class AsyncProducer:
             self._mark_ended(reason)  # which differs if the end of the stream could not be stored
         else:
             await self.end(reason)
-        await self._store._database.client.release_thread()
+        await self._database.client.release_thread()
         if interruption is not None:
             raise interruption
 
@@ -276,7 +277,7 @@ class AsyncProducer:
             async with self._entered_context():
                 if self._reason is not None:  # the producer was ended while it entered the context
                     raise ProducerError(INTERRUPTED)
-                metrics = self._store._database.metrics
+                metrics = self._database.metrics
                 times = None if metrics is None else SourceTimes(metrics, monotonic())
                 try:
                     with times or nullcontext():
