@@ -13,9 +13,9 @@ from django.middleware.csrf import get_token
 from psycopg.conninfo import conninfo_to_dict
 
 import aibind_postgres as aibind
-from aibind_postgres.contrib.django import urlpatterns as aibind_patterns
+from aibind_postgres.contrib import django as app
 
-server = conninfo_to_dict(os.environ["DATABASE_URL"])  # Django's tables of users and sessions are in the same database
+server = conninfo_to_dict(os.environ["DATABASE_URL"])
 SESSIONS = "django.contrib.sessions.middleware.SessionMiddleware"
 USERS = "django.contrib.auth.middleware.AuthenticationMiddleware"
 conf.settings.configure(
@@ -23,11 +23,11 @@ conf.settings.configure(
     ALLOWED_HOSTS=["127.0.0.1", "localhost"],
     ROOT_URLCONF=__name__,
     DATABASES={"default": {"ENGINE": "django.db.backends.postgresql", "NAME": server.pop("dbname"), "OPTIONS": server}},
-    INSTALLED_APPS=["django.contrib.auth", "django.contrib.contenttypes", "django.contrib.sessions"],
+    INSTALLED_APPS=[f"django.contrib.{name}" for name in ("auth", "contenttypes", "sessions")] + [app.__name__],
     MIDDLEWARE=[SESSIONS, "django.middleware.csrf.CsrfViewMiddleware", USERS],
 )
-store = aibind.PostgresStreamStore(os.environ["DATABASE_URL"])
-conversations = aibind.PostgresConversationStore(os.environ["DATABASE_URL"], ttl=None)
+store = app.stream_store()
+conversations = app.conversation_store(ttl=None)
 
 
 def current_user(request: aibind.WebRequest) -> str:
@@ -52,7 +52,7 @@ def session(request: http.HttpRequest) -> http.HttpResponse:
 
 
 handler = aibind.StreamHandler(generate, store=store, conversations=conversations, owner=current_user)
-urlpatterns = [urls.path("session", session), *aibind_patterns(handler)]
+urlpatterns = [urls.path("session", session), *app.urlpatterns(handler)]
 application = wsgi.get_wsgi_application()
 if __name__ == "__main__":
     management.execute_from_command_line()

@@ -1,4 +1,4 @@
-"""Build the sdist and the wheel, and try the wheel as a new user does: the demo, and the quick start of README.
+"""Build the sdist and the wheel, and try the wheel as a new user does: the demo, and the quick start of the site.
 
     python scripts/release.py [--tag v1.2.3] [FOLDER]
 
@@ -90,9 +90,9 @@ def process(*command: str, cwd: Path, env: dict[str, str]) -> Iterator[subproces
 
 
 def quick_start(scratch: Path, variables: dict[str, str]) -> None:
-    """Serve README's application for FastAPI, and read, resume and stop an answer."""
-    readme = (ROOT / "README.md").read_text("utf-8")
-    application = re.findall(r"^```python\n(.*?)^```", readme.partition("### FastAPI")[2], re.MULTILINE | re.DOTALL)[0]
+    """Serve the application for FastAPI of docs/quickstart.md, and read, resume and stop an answer."""
+    page = (ROOT / "docs" / "quickstart.md").read_text("utf-8")
+    application = re.findall(r"^```python\n(.*?)^```", page.partition("### FastAPI")[2], re.MULTILINE | re.DOTALL)[0]
     (scratch / "main.py").write_text(application, "utf-8")
     with closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
@@ -104,7 +104,7 @@ def quick_start(scratch: Path, variables: dict[str, str]) -> None:
         with process("python", "-m", "uvicorn", "main:app", "--port", port, cwd=scratch, env=variables):
             url = f"http://127.0.0.1:{port}/__aibind__/stream"
             answer = post(url, {"prompt": "Hello"})
-            stream_id = re.findall(r"^event: stream-id\r?\ndata: (.*)$", answer, re.MULTILINE)[0].strip('"\r')
+            stream_id = re.findall(r"^event: stream-id\nid: .*\ndata: (.*)$", answer, re.MULTILINE)[0]
             with urlopen(f"{url}/resume?id={stream_id}&after=2", timeout=TIMEOUT) as response:
                 resumed = response.read().decode()
             stopped = post(f"{url}/stop", {"id": stream_id})

@@ -210,7 +210,8 @@ def _run(connection: AnyConnection, sql: str, params: Sequence[object], prepare:
             pgconn.send_query_prepared(statement.name, values, result_format=BINARY)
         else:
             pgconn.send_query_params(statement.sql, values, result_format=BINARY)
-        result = (yield from flush_and_fetch(pgconn))[0]
+        # The server sends the rows before it commits. An error of the commit, as of a deferred trigger, follows them.
+        result = (yield from flush_and_fetch(pgconn))[-1]
         if result.status in SUCCEEDED:
             break
         error = error_from_result(result, session.encoding)

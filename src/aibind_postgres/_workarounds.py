@@ -107,6 +107,26 @@ def at_end_of_loop(run: Callable[[], None], unless: Event) -> None:
     """Do nothing, since threads have no event loop."""
 
 
+# psycopg_pool, all versions: `close` waits for the workers of the pool. If the end of an event loop has cancelled them,
+# it raises before it has closed the connections.
+# Remove when `close` closes the connections in any case.
+
+
+async def async_close_pool(pool: AsyncConnectionPool[Any]) -> None:
+    """Close a pool and its idle connections."""
+    connections = list(pool._pool)
+    try:
+        await pool.close()
+    finally:
+        for connection in connections:
+            await connection.close()
+
+
+def close_pool(pool: ConnectionPool[Any]) -> None:
+    """Close a pool. Nothing cancels its threads."""
+    pool.close()
+
+
 # psycopg_pool, all versions: `getconn` returns idle connections that the server has closed. Its `check` callback costs
 # a round trip for each use. After a restart of the server, each idle connection would fail one call.
 # https://github.com/psycopg/psycopg/issues/656

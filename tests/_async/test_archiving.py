@@ -44,11 +44,11 @@ async def store(dsn, tables):
 
 
 @pytest.fixture
-async def run(dsn, tables, schema_name):
+async def run(admin_dsn, tables, schema_name):
     """Return a function that runs a statement with the names of the tables, and returns its rows."""
     names = {"chunks": tables["chunks_table"], "status": tables["status_table"]}
     names["archive"] = sql.Identifier(schema_name, "chunks_archive")
-    async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as connection:
+    async with await psycopg.AsyncConnection.connect(admin_dsn, autocommit=True) as connection:
 
         async def run(text, params=None):
             cursor = await connection.execute(sql.SQL(text).format(**names), params)

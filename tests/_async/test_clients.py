@@ -222,8 +222,8 @@ async def test_invalid_arguments():
             AsyncPostgresStreamStore("", **{option: 0})
 
 
-async def test_without_the_second_migration(dsn, tables):
-    async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as admin:
+async def test_without_the_second_migration(dsn, admin_dsn, tables):
+    async with await psycopg.AsyncConnection.connect(admin_dsn, autocommit=True) as admin:
         for table in tables.values():
             await admin.execute(psycopg.sql.SQL("ALTER TABLE {} DROP COLUMN created_at").format(table))
         # Migration 0004 needs the second one.
@@ -274,10 +274,10 @@ async def test_database_with_another_encoding(server, encoding):
             await admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
-async def test_row_that_cannot_be_updated(dsn, tables, schema_name):
+async def test_row_that_cannot_be_updated(dsn, admin_dsn, tables, schema_name):
     async with AsyncPostgresStreamStore(dsn, **tables) as store:
         id = await store.create()
-        async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as admin:
+        async with await psycopg.AsyncConnection.connect(admin_dsn, autocommit=True) as admin:
             names = {"refuse": psycopg.sql.Identifier(schema_name, "refuse"), "status": tables["status_table"]}
             for statement in (
                 "CREATE FUNCTION {refuse}() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'",
@@ -286,6 +286,26 @@ async def test_row_that_cannot_be_updated(dsn, tables, schema_name):
                 await admin.execute(psycopg.sql.SQL(statement).format(**names))
         with pytest.raises(AibindError, match="cannot be updated"):
             await store.append(id, "a")
+
+
+async def test_error_of_the_commit_raises(dsn, admin_dsn, tables, schema_name):
+    async with AsyncPostgresStreamStore(dsn, **tables) as store:
+        id = await store.create()
+        async with await psycopg.AsyncConnection.connect(admin_dsn, autocommit=True) as admin:
+            names = {"refuse": psycopg.sql.Identifier(schema_name, "refuse"), "status": tables["status_table"]}
+            for statement in (
+                "CREATE FUNCTION {refuse}() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RAISE ''at the commit''; END'",
+                "CREATE CONSTRAINT TRIGGER refuse AFTER INSERT OR UPDATE ON {status} "
+                "DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION {refuse}()",
+            ):
+                await admin.execute(psycopg.sql.SQL(statement).format(**names))
+        calls = [store.create, partial(store.append, id, "a"), partial(store.append_many, id, ["a"] * 2)]
+        for call in [*calls, partial(store.complete, id)]:
+            with pytest.raises(psycopg.errors.RaiseException, match="at the commit"):
+                await call()
+        for error in await async_gather(*[partial(store.append, id, "a")] * 3, errors=True):
+            assert isinstance(error, psycopg.errors.RaiseException)
+        assert await store.get_status(id) == ("active", None, 0)
 
 
 class LosesReplies:

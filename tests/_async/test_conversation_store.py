@@ -37,9 +37,9 @@ async def store(dsn, conversations):
 
 
 @pytest.fixture
-async def run(dsn, conversations):
+async def run(admin_dsn, conversations):
     """Run SQL on the table over a separate connection, and return the rows."""
-    async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as connection:
+    async with await psycopg.AsyncConnection.connect(admin_dsn, autocommit=True) as connection:
 
         async def run(statement, *params):
             cursor = psycopg.AsyncRawCursor(connection)

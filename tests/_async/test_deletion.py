@@ -32,10 +32,10 @@ FOR EACH STATEMENT EXECUTE FUNCTION {schema}.{function}()
 
 
 @pytest.fixture
-async def run(dsn, tables):
+async def run(admin_dsn, tables):
     """Return a function that runs a statement with {chunks} and {status}, and returns its rows."""
     names = {"chunks": tables["chunks_table"], "status": tables["status_table"]}
-    async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as connection:
+    async with await psycopg.AsyncConnection.connect(admin_dsn, autocommit=True) as connection:
 
         async def run(sql, **more):
             cursor = await connection.execute(psycopg.sql.SQL(sql).format(**names, **more))

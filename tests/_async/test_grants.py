@@ -37,6 +37,8 @@ def names(schema_name, tables):
 def granted(run_sql, app, schema_name, names):
     tables = {"chunks": "chunks", "archive": "chunks_archive", "status": "status", "conversations": "conversations"}
     run_sql(grants.statements(app, schema_name, **tables))
+    [(database,)] = run_sql("SELECT current_database()").fetchall()
+    run_sql(f'GRANT CONNECT ON DATABASE "{database}" TO "{app}"')
 
 
 async def use_everything(dsn, tables, table):

@@ -52,10 +52,10 @@ def _records_info(caplog):
 
 
 @pytest.fixture
-async def run(dsn, tables, conversations, schema_name):
+async def run(admin_dsn, tables, conversations, schema_name):
     """Return a function that runs a statement with the names of the tables and returns its rows."""
     names = {"chunks": tables["chunks_table"], "status": tables["status_table"], "conversations": conversations}
-    async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as connection:
+    async with await psycopg.AsyncConnection.connect(admin_dsn, autocommit=True) as connection:
 
         async def run(sql):
             cursor = await connection.execute(

@@ -149,28 +149,27 @@ async def test_polling_finds_chunks_without_notifications(dsn, tables, store):
 
 
 @pytest.mark.parametrize("tables", HOSTILE, indirect=True)
-async def test_trigger_notifies_for_foreign_writers(dsn, tables, schema_name):
-    schema.migrate(
-        dsn, **tables, conversations_table=psycopg.sql.Identifier(schema_name, "conversations"), notify_trigger=True
-    )
+async def test_trigger_notifies_for_foreign_writers(dsn, admin_dsn, tables, schema_name):
+    conversations = psycopg.sql.Identifier(schema_name, "conversations")
+    schema.migrate(admin_dsn, **tables, conversations_table=conversations, notify_trigger=True)
     names = {"chunks": tables["chunks_table"], "status": tables["status_table"]}
     async with AsyncPostgresStreamStore(dsn, **tables, poll_interval=NEVER) as store:
         id = await store.create()
         async with AsyncBackground(partial(store.wait, id)) as waiter:
             await until_last_statement(dsn, "LISTEN%")
-            async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as plain:
+            async with await psycopg.AsyncConnection.connect(admin_dsn, autocommit=True) as plain:
                 await plain.execute(psycopg.sql.SQL("UPDATE {status} SET state = 'done'").format(**names))
             assert (await waiter.result()).state == "done"
 
 
 @pytest.mark.parametrize("notifier", ["writer", "trigger"])
-async def test_notifications_contain_no_stream_id(dsn, tables, schema_name, store, notifier):
+async def test_notifications_contain_no_stream_id(admin_dsn, tables, schema_name, store, notifier):
     if notifier == "trigger":
         conversations = psycopg.sql.Identifier(schema_name, "conversations")
-        schema.migrate(dsn, **tables, conversations_table=conversations, notify_trigger=True)
+        schema.migrate(admin_dsn, **tables, conversations_table=conversations, notify_trigger=True)
     update = psycopg.sql.SQL("UPDATE {} SET state = 'done'").format(tables["status_table"])
     id = await store.create()
-    async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as stranger:
+    async with await psycopg.AsyncConnection.connect(admin_dsn, autocommit=True) as stranger:
         await stranger.execute(
             psycopg.sql.SQL("LISTEN {}").format(psycopg.sql.Identifier(tables["status_table"]._obj[-1]))
         )
@@ -280,10 +279,10 @@ async def test_concurrent_delete_and_create_leave_no_old_chunk(dsn, tables, stor
         await store.delete("same")
 
 
-async def test_close_ends_a_replay(dsn, tables, store):
+async def test_close_ends_a_replay(admin_dsn, tables, store):
     id = await store.create()
     await store.append_many(id, ["now", "an hour later"])
-    async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as admin:
+    async with await psycopg.AsyncConnection.connect(admin_dsn, autocommit=True) as admin:
         later = psycopg.sql.SQL("UPDATE {} SET created_at = now() + interval '1 hour' WHERE seq = 2")
         await admin.execute(later.format(tables["chunks_table"]))
     seen = []

@@ -28,8 +28,8 @@ async def store(dsn, tables):
 
 
 @pytest.fixture
-async def admin(dsn):
-    async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as connection:
+async def admin(admin_dsn):
+    async with await psycopg.AsyncConnection.connect(admin_dsn, autocommit=True) as connection:
         yield connection
 
 

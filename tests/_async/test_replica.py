@@ -11,6 +11,7 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 from psycopg_pool import AsyncConnectionPool
+from support import grants
 from support.concurrency import AsyncBackground, async_until
 from support.recording import AsyncRecordingClient
 
@@ -69,12 +70,15 @@ def is_page(statement):
 
 
 @pytest.fixture
-def schemas(run_sql, schema_name):
+def schemas(run_sql, schema_name, granted_role):
     names = schema_name, f"{schema_name}_replica"
     run_sql(f'CREATE SCHEMA "{names[1]}"')
     for name in names:
         tables = [sql.Identifier(name, table) for table in ("chunks", "status", "conversations")]
-        run_sql(schema.render(chunks_table=tables[0], status_table=tables[1], conversations_table=tables[2]))
+        names_of_tables = dict(zip(("chunks_table", "status_table", "conversations_table"), tables, strict=True))
+        run_sql(schema.render(**names_of_tables))
+        if granted_role is not None:
+            run_sql(grants.statements_for(granted_role, **names_of_tables))
     yield names
     run_sql(f'DROP SCHEMA "{names[1]}" CASCADE')
 

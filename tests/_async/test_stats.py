@@ -37,13 +37,13 @@ def counts(store, *names):
     return tuple(stats[name] for name in names)
 
 
-async def test_readers_and_the_listener(dsn, store, other):
+async def test_readers_and_the_listener(admin_dsn, store, other):
     id = await store.create()
     names = ("streams_followed", "readers_open", "readers_waiting", "listening", "polling", "listener_reconnects")
     assert counts(store, *names) == (0, 0, 0, 0, 0, 0)
     async with AsyncBackground(partial(collect, store, id)) as first, AsyncBackground(partial(collect, store, id)):
         await async_until(lambda: counts(store, *names) == (1, 2, 2, 1, 0, 0))
-        async with await psycopg.AsyncConnection.connect(dsn) as admin:
+        async with await psycopg.AsyncConnection.connect(admin_dsn) as admin:
             await admin.execute(TERMINATE)
         await async_until(lambda: counts(store, *names) == (1, 2, 2, 1, 0, 1))
         await other.complete(id)

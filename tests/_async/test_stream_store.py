@@ -48,8 +48,8 @@ async def store(dsn, tables) -> AsyncIterator[AsyncPostgresStreamStore]:
 
 
 @pytest.fixture
-async def admin(dsn) -> AsyncIterator[psycopg.AsyncConnection]:
-    async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as connection:
+async def admin(admin_dsn) -> AsyncIterator[psycopg.AsyncConnection]:
+    async with await psycopg.AsyncConnection.connect(admin_dsn, autocommit=True) as connection:
         yield connection
 
 

@@ -12,8 +12,8 @@ from aibind_postgres import AsyncPostgresStreamStore
 
 
 @pytest.fixture
-def settings_at_commit(dsn, tables, schema_name):
-    with record_commit_settings(dsn, tables["status_table"], schema_name) as settings:
+def settings_at_commit(admin_dsn, tables, schema_name):
+    with record_commit_settings(admin_dsn, tables["status_table"], schema_name) as settings:
         yield settings
 
 

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 
 import psycopg
 import pytest
+from psycopg.conninfo import make_conninfo
 from psycopg_pool import AsyncConnectionPool
 from support.concurrency import async_workers, until, workers
 from support.lifecycles import in_a_child, run_to_the_end
@@ -217,3 +218,15 @@ async def test_shutdown_ends_a_producer_that_was_cancelled_before_it_began(dsn, 
     assert client.cancelled == 1
     assert closed == [True]
     assert calls == [("", ("error", "the answer was interrupted", 0))]
+
+
+def test_end_of_an_event_loop_closes_the_connections(dsn, tables):
+    async def use():
+        await store.append(await store.create(), "a")
+
+    query = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'a loop'"
+    store = AsyncPostgresStreamStore(make_conninfo(dsn, application_name="a loop"), **tables)
+    asyncio.run(use())
+    with psycopg.connect(dsn, autocommit=True) as observer:
+        until(lambda: observer.execute(query).fetchone() == (0,))
+    assert repr(store).endswith(", open>")  # the store still refers to the pool

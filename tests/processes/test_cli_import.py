@@ -68,6 +68,13 @@ def test_round_trip(database, empty_database, tmp_path, partitions, suffix):
     assert export(empty_database) == content
 
 
+def test_example_of_the_page(target, tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "export.md").read_bytes()
+    example = page.partition(b"```json\n")[2].partition(b"```")[0]
+    run("import", file_of(tmp_path, example), dsn=target)
+    assert export(target) == example
+
+
 def test_stream_that_was_active_has_ended(database, target, tmp_path):
     with PostgresStreamStore(database) as store:
         store.create("a", lease=60, owner="ann")

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import textwrap
 from collections import Counter
+from configparser import ConfigParser
 from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
@@ -32,8 +33,10 @@ SHELL = ("sh", "")  # blocks without a language are commands, too
 TESTED_ELSEWHERE = {
     ("docs/ag_ui.md", "ts"): "tests/processes/test_ag_ui_client.py",  # as the class of tests/npm/ag_ui_client.mjs
     ("docs/alembic.md", "python"): "tests/processes/test_alembic.py",
+    ("docs/command_line.md", "text"): "tests/processes/test_cli_conversations.py",  # compares its form
     ("docs/django.md", "python"): "tests/processes/test_django_page.py",
     ("docs/doctor.md", "sql", "Minimal grants"): "tests/_async/test_grants.py",
+    ("docs/export.md", "json"): "tests/processes/test_cli_import.py",
     ("docs/migration.md", "python"): "tests/processes/test_guides.py",
     ("docs/partitions.md", "sh"): "tests/faults/test_moving_to_partitions.py",
     ("docs/partitions.md", "sql"): "tests/faults/test_moving_to_partitions.py",
@@ -56,6 +59,10 @@ TESTED_ELSEWHERE = {
 # The blocks that no test runs.
 REASONS = {
     ("docs/citus.md", "CREATE EXTENSION citus;  -- on each node, in a database of the same name"): "needs a cluster",
+    (
+        "docs/command_line.md",
+        "aibind-postgres: cannot connect to PostgreSQL: Connection refused (host db.internal, port 5432, database app)",
+    ): "an error text",
     ("docs/migration.md", "// app/api/chat/route.ts"): "the application before the change, shortened",
     (
         "docs/operations.md",
@@ -98,9 +105,11 @@ def how_tested(block: Block) -> str | None:
 
 
 OWN_TESTS = {
+    ("docs/command_line.md", "[Unit]"),
     ("docs/deployment.md", "# gunicorn.conf.py"),
     ("docs/deployment.md", "upstream application {"),
     ("docs/doctor.md", "REVOKE ALL ON aibind_stream_chunks FROM anon, authenticated;"),
+    ("docs/export.md", "UPDATE aibind_stream_status"),
     ("docs/http.md", "async function ask(prompt) {"),
     (
         "docs/migration.md",
@@ -111,7 +120,6 @@ OWN_TESTS = {
         "GRANT SELECT ON aibind_stream_chunks_archive TO app;           -- to read, append to and delete streams",
     ),
     ("docs/runbook.md", "SELECT pid, usename, now() - xact_start AS age, state, left(query, 60) AS query"),
-    ("docs/runbook.md", "SELECT id, state, total_chunks, lease_until < extract(epoch FROM now()) * 1000 AS abandoned"),
 }
 
 
@@ -168,6 +176,9 @@ def parse(words: list[str]) -> None:
     from aibind_postgres.cli.app import app
 
     command: Any = get_command(app)
+    if words[0].startswith("-"):
+        assert words[0] in {option for parameter in command.params for option in parameter.opts}
+        return
     context = command.make_context("aibind-postgres", [], resilient_parsing=True)
     while hasattr(command, "get_command"):
         name, *words = words
@@ -177,8 +188,8 @@ def parse(words: list[str]) -> None:
 
 
 def simple_commands(code: str) -> list[list[str]]:
-    """Return the words of each simple command, without redirections."""
-    code = re.sub(r" [<>] \S+", "", code)
+    """Return the words of each simple command, without redirections, assignments and the times of cron."""
+    code = re.sub(r" [<>] \S+|^\w+=.*$|^\*\S* [*\d]+ [*\d]+ [*\d]+ [*\d]+ ", "", code, flags=re.MULTILINE)
     lexer = shlex.shlex(code.replace("\\\n", " "), posix=True, punctuation_chars="|&\n")
     lexer.whitespace = " \t"
     lexer.whitespace_split = True
@@ -195,14 +206,14 @@ def simple_commands(code: str) -> list[list[str]]:
 def test_commands_are_known(block: Block) -> None:
     subprocess.run(["bash", "-n"], input=block.code, check=True, text=True)
     for program, *words in simple_commands(block.code):
-        if program == "aibind-postgres":
+        if Path(program).name == "aibind-postgres":
             parse(words)
         elif program in ("uvicorn", "gunicorn"):
             done = subprocess.run([sys.executable, "-m", program, "--help"], capture_output=True, text=True, check=True)
             assert [word for word in words if word.startswith("--") and word not in done.stdout] == []
         else:
             known = ("pip", "python", "python3", ".", "docker", "export", "curl", "psql", "openssl", "printf", "chmod")
-            assert program in (*known, "nox", "pytest", "cmp", "django-admin"), program
+            assert program in (*known, "nox", "pytest", "cmp", "jq", "django-admin"), program
 
 
 def test_an_unknown_option_is_found() -> None:
@@ -297,6 +308,16 @@ def test_settings_of_nginx(tmp_path: Path) -> None:
     file = tmp_path / "nginx.conf"
     file.write_text(f"events {{}}\nhttp {{\n{settings}}}\n", "utf-8")
     subprocess.run([nginx, "-t", "-q", "-c", str(file), "-g", f"pid {tmp_path}/pid; error_log stderr;"], check=True)
+
+
+def test_unit_of_systemd() -> None:
+    [block] = [block for block in blocks_of("docs/command_line.md") if block.language == "ini"]
+    unit = ConfigParser(interpolation=None)
+    unit.read_string(block.code)
+    assert unit.sections() == ["Unit", "Service", "Install"]
+    [(program, *words)] = simple_commands(unit["Service"]["ExecStart"])
+    assert program.endswith("/bin/aibind-postgres")
+    parse(words)
 
 
 # JavaScript

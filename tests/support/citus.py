@@ -16,6 +16,7 @@ from aibind_postgres import schema
 # The tests that are skipped, by the reason: files, functions, or a single variant of a function.
 IMPOSSIBLE = {
     "it has no triggers on distributed tables": [
+        "test_clients::test_error_of_the_commit_raises",
         "test_clients::test_row_that_cannot_be_updated",
         "test_deletion::test_cleanup_deletes_at_most_10_000_chunks_at_once",
         "test_deletion::test_cleanup_of_conversations_is_bounded_in_bytes",

@@ -18,7 +18,7 @@ from .browser import ChatPage, Demo, chromium
 
 FOLDER = Path(__file__).parents[2] / "docs" / "images"
 DESKTOP, TALL, SMALL, PHONE = (1200, 760), (1200, 1060), (760, 620), (360, 740)  # in CSS pixels
-ADMIN = (1100, 860)
+ADMIN, SITE = (1100, 860), (1280, 800)
 COLOURS = 128  # of the PNG's palette; the page has few
 SURVIVAL, CODE, BRANCHES, MARKDOWN = (
     "What survives a reload or a crash?",
@@ -117,7 +117,7 @@ def take_usechat(browser: Browser, dsn: str) -> None:
 def take_site(browser: Browser) -> None:
     """Take the screenshot of the documentation site, with a diagram."""
     with tempfile.TemporaryDirectory() as folder, site.served(site.build(Path(folder))) as url:
-        options = {"viewport": {"width": DESKTOP[0], "height": DESKTOP[1]}, "device_scale_factor": 2}
+        options = {"viewport": {"width": SITE[0], "height": SITE[1]}, "device_scale_factor": 2}
         tab = site.SitePage(browser, url, **options)
         tab.open("concepts.html")
         tab.draw_diagrams()

@@ -23,7 +23,7 @@ from .._concurrency import (
 from .._conninfo import with_defaults
 from .._sqlstate import is_read_only, is_recoverable
 from .._statement_runner import Row, UnansweredError
-from .._workarounds import async_at_end_of_loop, async_checkout, async_put_again, is_closed_by_server
+from .._workarounds import async_at_end_of_loop, async_checkout, async_close_pool, async_put_again, is_closed_by_server
 from ..errors import copy_error
 from .client import AsyncClient, AsyncPostgresClient
 from .connections import cancel_and_close, execute, is_direct, open_connection, parameters_of
@@ -260,7 +260,7 @@ class AsyncPoolClient(AsyncPsycopgClient):
         try:
             await self._put_back(0)
         finally:
-            await self._pool.close()
+            await async_close_pool(self._pool)
 
 
 class AsyncConnectionClient(AsyncPsycopgClient):

@@ -127,7 +127,9 @@ def demo(
     chunks_table: ChunksTable = CHUNKS_TABLE,
     status_table: StatusTable = STATUS_TABLE,
 ) -> None:
-    """Run a demonstration: a second reader resumes a stream after the first one was killed.
+    """Show how a reader resumes a stream, or serve a chat.
+
+    A second reader resumes a stream after the first one was killed.
 
     With --web: serve a chat. Its page can be reloaded, closed or opened twice while an answer is written.
 
@@ -205,10 +207,10 @@ def doctor(
     conversations_table: ConversationsTable = CONVERSATIONS_TABLE,
     as_json: Json = False,
 ) -> None:
-    """Check a database: server, pooler, notifications, settings, tables, privileges and streams.
+    """Check a database, and print findings with remedies.
 
-    Prints each finding with its remedy. Changes nothing. The exit code is 0 if all is well, 1 if there are warnings,
-    and 2 if the library will not work.
+    The findings are about the server, the pooler, notifications, settings, tables, privileges and streams. Nothing is
+    changed. The exit code is 0 if all is well, 1 if there are warnings, and 2 if the library will not work.
     """
     try:
         with chosen_database(Target(dsn, chunks_table, status_table), use_embedded=embedded) as url:

@@ -42,6 +42,18 @@ def in_test(alias: str) -> bool:
     return is_testing_django() and any(block._from_testcase for block in connections[alias].atomic_blocks)
 
 
+def refuse_forbidden(alias: str) -> None:
+    """Raise in a test that may not use a database, such as a `SimpleTestCase`.
+
+    Without other tests, Django creates no test database, and the pool would connect to that of the application.
+    """
+    wrapper = connections[alias]
+    if hasattr(wrapper.connect, "wrapped"):  # replaced by Django with a method that raises
+        wrapper.connect()
+    if wrapper.ensure_connection.__module__.startswith("pytest_django"):  # replaced in the same way
+        wrapper.ensure_connection()
+
+
 def in_any_test() -> bool:
     """Return True if the thread is in such a transaction of any database."""
     return any(in_test(wrapper.alias) for wrapper in connections.all(initialized_only=True))
@@ -65,6 +77,8 @@ class DjangoPoolClient(sync_clients.PoolClient):
     def query(self, sql: str, params: Sequence[Any], timeout: float = math.inf) -> Sequence[Row]:
         if in_test(self._alias):
             return self._test.query(sql, params)
+        if is_testing_django():
+            refuse_forbidden(self._alias)
         return super().query(sql, params, timeout)
 
     def is_recoverable(self, error: Exception) -> bool:
@@ -93,7 +107,10 @@ class AsyncDjangoPoolClient(async_clients.AsyncPoolClient):
         return await super().query(sql, params, timeout)
 
     def _query_in_test(self, sql: str, params: Sequence[Any]) -> Sequence[Row] | None:
-        return self._test.query(sql, params) if in_test(self._alias) else None
+        if in_test(self._alias):
+            return self._test.query(sql, params)
+        refuse_forbidden(self._alias)
+        return None
 
     async def runs_inline(self) -> bool:
         return is_testing_django() and await sync_to_async(in_test)(self._alias)

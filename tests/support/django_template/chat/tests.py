@@ -8,7 +8,7 @@ from urllib.request import Request, urlopen
 from asgiref.sync import sync_to_async
 from django.contrib.auth.models import User
 from django.db import transaction
-from django.test import LiveServerTestCase, TestCase, TransactionTestCase
+from django.test import LiveServerTestCase, SimpleTestCase, TestCase, TransactionTestCase
 
 from aibind_postgres import AibindError, AsyncDurableStream, DurableStream
 
@@ -151,6 +151,16 @@ class Committed(TransactionTestCase):
 
         stream = await AsyncDurableStream.start(async_store, source(), id="same in each test")
         assert await stream.wait(30) == ("done", None, 1)
+
+
+class WithoutDatabase(SimpleTestCase):
+    def test_store_is_refused(self):
+        with self.assertRaisesMessage(AssertionError, "Database connections to 'default' are not allowed"):
+            store.create()
+
+    async def test_asynchronous_store_is_refused(self):
+        with self.assertRaisesMessage(AssertionError, "Database connections to 'default' are not allowed"):
+            await async_store.create()
 
 
 class Live(LiveServerTestCase):
