@@ -117,6 +117,8 @@ def parse_selection(arguments: list[str], every: bool, owner: str | None) -> tup
     *ids, file = arguments
     if len(ids) + every + (owner is not None) != 1:
         raise typer.BadParameter("give a FILE and one of ID, --all and --owner")
+    if owner == "":  # as of an unset variable
+        raise typer.BadParameter("--owner must not be empty")
     return Selection(ids[0] if ids else None, owner), file
 
 
