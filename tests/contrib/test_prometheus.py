@@ -15,6 +15,7 @@ import pytest
 import yaml
 from prometheus_client import CollectorRegistry, make_wsgi_app
 from prometheus_client.parser import text_string_to_metric_families
+from support.recorded_metrics import forget_a_store_during
 
 from aibind_postgres import AsyncPostgresStreamStore, PostgresStreamStore
 from aibind_postgres.contrib.prometheus import PrometheusMetrics
@@ -100,6 +101,11 @@ def test_gauges_of_several_stores(registry):
         end()
         found = scrape()
         assert (found["aibind_readers_active",], found["aibind_housekeeping_age_seconds",]) == (3, 5)
+
+
+def test_store_that_is_freed_during_a_scrape(registry):
+    adapter = PrometheusMetrics(registry)
+    forget_a_store_during(lambda: next(adapter._gauges.collect()), adapter)
 
 
 def test_second_adapter_on_one_registry_is_refused(registry):

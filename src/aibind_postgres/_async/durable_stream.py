@@ -275,8 +275,8 @@ class AsyncDurableStream:
         except BaseException:
             await close_source(source)
             raise
-        await async_shielded(partial(producer.start, is_new=False))
         try:
+            await async_shielded(partial(producer.start, is_new=False))
             await producer.finished.wait()
             ended = await store._database.retry(partial(store.get_status, id))
             if ended is None:

@@ -71,7 +71,8 @@ class _Gauges(Collector):
         self.stores: dict[object, Callable[[], Mapping[str, float]]] = {}
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        found = [gauges() for gauges in tuple(self.stores.values())]
+        # A list, since the allocation of a tuple may run the garbage collector, which ends forgotten stores.
+        found = [gauges() for gauges in list(self.stores.values())]
         for name, family in self._families():
             if values := [gauges[name] for gauges in found if name in gauges]:
                 family.add_metric([], max(values) if INSTRUMENTS[name].kind == "age" else sum(values))
