@@ -20,10 +20,10 @@ from .._write_buffer import WriteBuffer
 from ..metrics import (
     APPEND_DURATION,
     HOUSEKEEPING_AGE,
-    LISTENERS_NOTIFIED,
-    LISTENERS_POLLING,
     READERS_ACTIVE,
-    STREAMS_ACTIVE,
+    STORES_LISTENING,
+    STORES_POLLING,
+    WRITERS_ACTIVE,
     Metrics,
 )
 from ..models import StreamStatus, SynchronousCommit
@@ -286,9 +286,9 @@ class AsyncPostgresStreamStore(AsyncStreamLifecycle, AsyncObservedStore):
         followed, listener = self._subscriptions.get_stats(), self._listener.get_stats()
         gauges: dict[str, float] = {
             READERS_ACTIVE: followed["readers_open"],
-            STREAMS_ACTIVE: followed["writers_open"],
-            LISTENERS_NOTIFIED: listener["listening"],
-            LISTENERS_POLLING: listener["polling"],
+            WRITERS_ACTIVE: followed["writers_open"],
+            STORES_LISTENING: listener["listening"],
+            STORES_POLLING: listener["polling"],
         }
         if (at := database.housekept_at) is not None:
             gauges[HOUSEKEEPING_AGE] = monotonic() - at

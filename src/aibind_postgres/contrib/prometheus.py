@@ -74,7 +74,7 @@ class _Gauges(Collector):
         found = [gauges() for gauges in tuple(self.stores.values())]
         for name, family in self._families():
             if values := [gauges[name] for gauges in found if name in gauges]:
-                family.add_metric([], max(values) if INSTRUMENTS[name].kind == "age" else sum(values))
+                family.add_metric([], max(values) if INSTRUMENTS[name].kind == "gauge_max" else sum(values))
             yield family
 
     def describe(self) -> Iterator[GaugeMetricFamily]:
@@ -84,7 +84,7 @@ class _Gauges(Collector):
 
     def _families(self) -> Iterator[tuple[str, GaugeMetricFamily]]:
         for name, instrument in INSTRUMENTS.items():
-            if instrument.kind in ("gauge", "age"):
+            if instrument.kind in ("gauge", "gauge_max"):
                 yield name, GaugeMetricFamily(metric_name(name), instrument.description)
 
 
