@@ -224,7 +224,7 @@ async def test_failure_of_housekeeping(dsn, tables, recorded, run_sql, schema_na
 
 async def test_age_of_the_turn_of_another_process(store, other, recorded, run_sql, tables):
     async with AsyncHousekeeper(other, every=1000):
-        await async_until(lambda: other._database.housekept_at)
+        await async_until(lambda: other._database.last_housekeeping)
         earlier = sql.SQL("UPDATE {} SET expires_at = expires_at - 500000 WHERE state = 'deleted'")
         await async_until(lambda: run_sql(earlier.format(tables["status_table"])).rowcount)
     async with AsyncHousekeeper(store, every=1000):

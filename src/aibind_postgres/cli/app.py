@@ -34,7 +34,7 @@ from .options import (
     StatusTable,
     examples,
 )
-from .standard_streams import describe, discard_output, open_closed_streams, print_message
+from .standard_streams import describe_error, discard_output, open_closed_streams, print_message
 from .target import DONE, FAILED, INTERRUPTED, Target, chosen_database, demo_database, report_errors
 
 EXIT_CODES = {
@@ -92,7 +92,7 @@ def run() -> None:
         discard_output()
         sys.exit(DONE)
     except OSError as error:
-        print_message(describe(error))
+        print_message(describe_error(error))
         sys.exit(FAILED)
 
 
@@ -170,7 +170,7 @@ def print_schema(
         sys.stdout.flush()
 
 
-@app.command(epilog=examples('migrate --dsn "$DATABASE_URL"', "migrate --embedded", "migrate --partitions time"))
+@app.command(epilog=examples("migrate", "migrate --embedded", "migrate --partitions time"))
 def migrate(
     dsn: RequiredDsn = None,
     embedded: Embedded = False,
@@ -205,10 +205,10 @@ def doctor(
     conversations_table: ConversationsTable = CONVERSATIONS_TABLE,
     as_json: Json = False,
 ) -> None:
-    """Check a database: server, pooler, notifications, settings, tables, privileges and streams.
+    """Check a database, and print each finding with its remedy.
 
-    Prints each finding with its remedy. Changes nothing. The exit code is 0 if all is well, 1 if there are warnings,
-    and 2 if the library will not work.
+    Checks the server, the pooler, notifications, settings, tables, privileges and streams. Changes nothing. The exit
+    code is 0 if all is well, 1 if there are warnings, and 2 if the library will not work.
     """
     try:
         with chosen_database(Target(dsn, chunks_table, status_table), use_embedded=embedded) as url:

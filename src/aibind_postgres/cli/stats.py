@@ -1,4 +1,4 @@
-"""The command `stats`: how many streams and conversations there are, and how large their tables are."""
+"""The command `stats`: numbers of streams and conversations, and sizes of tables."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from .._sql import NOW
 from .._tables import CHUNKS_TABLE, CONVERSATIONS_TABLE, STATUS_TABLE, Table, parse_distinct
 from .exporting import StreamTables
 from .options import ChunksTable, ConversationsTable, Embedded, Json, RequiredDsn, StatusTable, examples
-from .stream_lists import align, printable
 from .table_columns import columns_of, in_statement, require_columns
 from .target import Target, chosen_database
+from .text_output import align, printable
 from .transfer import open_connection
 
 app = typer.Typer()
@@ -65,10 +65,10 @@ def stats(
     status_table: StatusTable = STATUS_TABLE,
     conversations_table: ConversationsTable = CONVERSATIONS_TABLE,
 ) -> None:
-    """Print numbers: streams and chunks by state and by age, conversations, sizes of the tables, listening stores.
+    """Print statistics: streams, chunks, conversations, sizes of tables, and listening stores.
 
-    The chunks of the last minute, hour and day are those of the streams that were created in this time. Reads the table
-    of stream states once, and no chunk.
+    Counts streams and their chunks by state, and those of streams created in the last minute, hour and day. Reads the
+    table of stream states once, and no chunks.
     """
     target = Target(dsn, chunks_table, status_table, conversations_table)
     with chosen_database(target, use_embedded=embedded) as url, open_connection(url) as connection:
@@ -78,7 +78,7 @@ def stats(
 
 
 def gather(connection: psycopg.Connection, tables: StreamTables) -> dict[str, Any]:
-    """Return the numbers as JSON values. What needs a migration that is missing is None."""
+    """Return the numbers as JSON values. A number is None if it needs a migration that is missing."""
     columns = require_columns(connection, tables.status)
     has_times = "created_at" in columns
     parts = [ARCHIVED] if "archived_at" in columns else []
