@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import re
-import signal
 import threading
 from pathlib import Path
 
@@ -14,6 +12,8 @@ import pytest
 from django.db import connections, transaction
 from django.test import override_settings
 from django.utils.connection import ConnectionDoesNotExist
+from support.concurrency import Background
+from support.lifecycles import in_a_child
 
 from aibind_postgres import (
     AsyncDurableStream,
@@ -96,21 +96,23 @@ def test_store_is_renewed_when_django_creates_or_drops_a_database(store):
     assert store.get_status("one").state == "active"
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_forked_process_has_a_store_of_its_own(store, theirs):
+    def use():
+        store.create("child")
+        store.close()
+
+    def hold_lock():
+        with store._lock:
+            held.set()
+            release.wait(30)
+
+    held, release = threading.Event(), threading.Event()
     store.create("parent")
-    child = os.fork()
-    if child == 0:
-        try:
-            store.create("child")
-            store.close()
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    try:
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    except BaseException:
-        os.kill(child, signal.SIGKILL)
-        raise
+    with Background(hold_lock):  # a thread that the child does not have
+        held.wait(30)
+        in_a_child(use)
+        release.set()
     store.append("parent", "still open")
     assert {info.id for info in theirs.list()} == {"parent", "child"}
 

@@ -158,19 +158,30 @@ def test_partly_archived_stream(database, admin):
     assert export(database) == before
 
 
-def test_other_table_names(empty_database):
+def test_other_table_names(empty_database, tmp_path):
     names = {"chunks_table": '%s "chunks"', "status_table": "{status} 100%", "conversations_table": "chats %(id)s"}
     options = [part for name, table in names.items() for part in (f"--{name.replace('_', '-')}", table)]
     schema.migrate(empty_database, **names)
-    with PostgresStreamStore(
-        empty_database, chunks_table=names["chunks_table"], status_table=names["status_table"]
-    ) as store:
+    tables = {name: names[name] for name in ("chunks_table", "status_table")}
+    with (
+        PostgresStreamStore(empty_database, **tables) as store,
+        PostgresConversationStore(empty_database, table=names["conversations_table"]) as conversations,
+    ):
+        conversations.save("chat", ChatHistory(), owner="ann")
         store.create("a", owner="ann")
         store.append("a", "x")
         store.complete("a")
         store.archive(0)
-    content = run("export", "--owner", "ann", "-", *options, dsn=empty_database).stdout
-    assert [line["type"] for line in lines(content)] == ["header", "stream", "chunk", "end"]
+        files = tmp_path / "streams", tmp_path / "conversations"
+        run("export", "--owner", "ann", files[0], *options, dsn=empty_database)
+        run("conversations", "export", "--all", files[1], *options[4:], dsn=empty_database)
+        contents = [file.read_bytes() for file in files]
+        assert [line["type"] for line in lines(contents[0])] == ["header", "stream", "chunk", "end"]
+        conversations.delete_owner("ann", streams=store)
+        for file in files:
+            run("import", file, *options, dsn=empty_database)
+        assert [chunk.data for chunk in store.read_from("a")] == ["x"]
+        assert conversations.get_info("chat") is not None
 
 
 # The file

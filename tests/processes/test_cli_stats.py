@@ -110,6 +110,13 @@ def test_text(database):
     assert [line[1:] for line in lines if line[:1] == ["aibind_stream_status"]]
 
 
+def test_other_table_names(empty_database):
+    names = {"chunks_table": '%s "chunks"', "status_table": "{status} 100%", "conversations_table": "chats %(id)s"}
+    schema.migrate(empty_database, **names)
+    options = [part for name, table in names.items() for part in (f"--{name.replace('_', '-')}", table)]
+    assert names["status_table"] in stats(empty_database, *options)["tables"]
+
+
 def test_empty_tables(database):
     found = stats(database)
     assert (found["streams"], found["total"], found["oldest_active"]) == ({}, {"streams": 0, "chunks": 0}, None)

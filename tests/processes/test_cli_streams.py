@@ -92,6 +92,9 @@ def test_list_on_a_terminal_is_a_table(database: str, streams: PostgresStreamSto
     code, output = run_on_terminal("list", dsn=database, NO_COLOR="1")
     assert (code, "\x1b" in output) == (0, False)
     assert output.split()[:6] == ["ID", "STATE", "CHUNKS", "AGE", "SESSION", "OWNER"]
+    streams.create("y" * 150)
+    _, output = run_on_terminal("list", dsn=database, NO_COLOR="1", COLUMNS="60")
+    assert output.count("y") == 150  # a long id is folded, not shortened
 
 
 def test_list_watch(database: str, store: PostgresStreamStore) -> None:
@@ -199,7 +202,7 @@ def test_delete_of_an_owner(
         asked.read_rest()
     assert asked.returncode == 1
     done = run("delete", "--owner", "ann", "--yes", dsn=database)
-    assert (done.stdout, done.returncode) == (b"Deleted 3 streams and 1 conversations.\n", 0)
+    assert (done.stdout, done.returncode) == (b"deleted streams: 3, conversations: 1\n", 0)
     assert [info.id for info in streams.list()] == ["b", "d\x1b[31m\n"]
     assert list(conversations.list()) == []
 

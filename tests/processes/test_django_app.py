@@ -56,31 +56,51 @@ def test_migrations_create_the_same_schema(project: Path, empty_database: str, d
     assert "No migrations to apply" in must_manage(project, empty_database, "migrate")
 
 
+REVERSAL = """
+from django.core.management import call_command
+from django.db import connection
+from aibind_postgres import PostgresStreamStore, wrap_django
+
+def describe():
+    with connection.cursor() as cursor:
+        return [cursor.execute(sql).fetchall() for sql in (COLUMNS, INDEXES)]
+
+def migrate(name):
+    call_command("migrate", "aibind_postgres", name, verbosity=0)
+
+names = [f"000{number}" for number in range(1, 6)]
+states = []
+for name in names:
+    migrate(name)
+    states.append(describe())
+store = PostgresStreamStore(wrap_django())
+store.append(store.create(), "text")
+for name, state in zip(reversed(names), reversed(states)):
+    migrate(name)
+    assert describe() == state, name
+migrate("zero")
+"""
+SQL = """
+from django.core.management import call_command
+
+for number in range(1, 6):
+    call_command("sqlmigrate", "aibind_postgres", f"000{number}", backwards=BACKWARDS)
+"""
+
+
 def test_each_migration_can_be_reversed(project: Path, empty_database: str) -> None:
-    states = []
-    names = [f"000{number}" for number in range(1, 6)]
-    for name in names:
-        must_manage(project, empty_database, "migrate", "aibind_postgres", name)
-        states.append((query(empty_database, COLUMNS), query(empty_database, INDEXES)))
-    with PostgresStreamStore(empty_database) as store:
-        store.append(store.create(), "text")
-        list(store.list())
-    for name, state in zip(reversed(names), reversed(states), strict=True):
-        must_manage(project, empty_database, "migrate", "aibind_postgres", name)
-        assert (query(empty_database, COLUMNS), query(empty_database, INDEXES)) == state
-    must_manage(project, empty_database, "migrate", "aibind_postgres", "zero")
+    code = f"COLUMNS, INDEXES = {COLUMNS!r}, {INDEXES!r}\n{REVERSAL}"
+    must_manage(project, empty_database, "shell", "-c", code)
     assert tables(empty_database) == set()
     must_manage(project, empty_database, "migrate")
     assert tables(empty_database) == TABLES
 
 
 def test_sql_of_sqlmigrate_runs(project: Path, empty_database: str) -> None:
-    for number in range(1, 6):
-        sql = must_manage(project, empty_database, "sqlmigrate", "aibind_postgres", f"000{number}")
-        query(empty_database, sql)
+    query(empty_database, must_manage(project, empty_database, "shell", "-v0", "-c", f"BACKWARDS = False\n{SQL}"))
     assert tables(empty_database) == TABLES
-    sql = must_manage(project, empty_database, "sqlmigrate", "--backwards", "aibind_postgres", "0001")
-    assert "DROP TABLE" in sql
+    sql = must_manage(project, empty_database, "shell", "-v0", "-c", f"BACKWARDS = True\n{SQL}")
+    assert sql.count("DROP TABLE") == 2
 
 
 def test_migrations_of_existing_tables(project: Path, empty_database: str) -> None:

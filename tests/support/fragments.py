@@ -69,6 +69,7 @@ import django.conf
 django.conf.settings.configure(
     ROOT_URLCONF=__name__,
     SECRET_KEY="-",
+    DATABASES={"default": {"ENGINE": "django.db.backends.postgresql", "NAME": "app"}},
     INSTALLED_APPS=[f"django.contrib.{app}" for app in ("contenttypes", "auth", "sessions", "messages", "admin")],
 )
 django.setup()
@@ -186,7 +187,7 @@ with TestClient(app) as client:
     response = client.get("/ready")
     assert (response.status_code, response.json()) == (200, {"ready": True, "problem": None})
 """,
-    ("http.md", "from aibind_postgres import AsyncPostgresStreamStore, AsyncStreamHandler", 0): WEB
+    ("http.md", "from aibind_postgres import AsyncPostgresStreamStore, AsyncStreamHandler"): WEB
     + """
 app = FastAPI()
 BLOCK
@@ -200,7 +201,7 @@ assert response.status_code == 200
 assert "data: asked." in response.text
 store.close()
 """,
-    ("http.md", "from aibind_postgres import AsyncPostgresStreamStore, AsyncStreamHandler", 1): STORES
+    ("http.md", "from aibind_postgres import AsyncStreamHandler"): STORES
     + DJANGO
     + """
 from django.contrib import admin
@@ -285,6 +286,17 @@ class op:
 
 
 op.execute("DROP TABLE aibind_stream_chunks_archive, aibind_stream_chunks, aibind_stream_status")
+BLOCK
+""",
+    ("quickstart.md", "# server.py"): """
+import psycopg
+
+
+def input(text):
+    with psycopg.connect(dsn) as connection:
+        assert connection.execute("SELECT 1").fetchone() == (1,)
+
+
 BLOCK
 """,
     ("scale.md", "from psycopg_pool import ConnectionPool"): STORES

@@ -62,6 +62,7 @@ from aibind_postgres import (
     wrap_django,
     wrap_sqlalchemy,
 )
+from aibind_postgres.contrib import django as django_app
 from aibind_postgres.contrib.opentelemetry import OpenTelemetryMetrics
 from aibind_postgres.contrib.prometheus import PrometheusMetrics
 
@@ -381,3 +382,10 @@ async def async_browsers(store: AsyncPostgresStreamStore, source: AsyncIterator[
     await AsyncDurableStream.start(store, ["text"])  # type: ignore[arg-type]
     answer = await AsyncStreamHandler(lambda generation: source, store=store).handle(request)
     assert_type(answer, AsyncWebResponse)
+
+
+def django_stores() -> None:
+    assert_type(django_app.stream_store(ttl=60), PostgresStreamStore)
+    assert_type(django_app.conversation_store("other"), PostgresConversationStore)
+    assert_type(django_app.async_stream_store(), AsyncPostgresStreamStore)
+    assert_type(django_app.async_conversation_store(ttl=None), AsyncPostgresConversationStore)

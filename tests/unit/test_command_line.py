@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import re
+from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,6 @@ from typing import Any
 import pytest
 import typer
 from typer.main import get_command
-from typer.testing import CliRunner
 
 from aibind_postgres import StreamInfo
 from aibind_postgres.cli import text_output
@@ -141,10 +142,21 @@ def test_examples_are_valid(name: str) -> None:
 # The commands below end before they connect to a database.
 
 
-def invoke(*arguments: str) -> tuple[int, str]:
-    result = CliRunner(env={"DATABASE_URL": None}).invoke(app, arguments)
-    assert result.stdout == ""
-    return result.exit_code, result.stderr
+@pytest.fixture
+def invoke(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str]]:
+    """A function that runs a command in this process, and returns its exit code and its messages."""
+    monkeypatch.delenv("DATABASE_URL", raising=False)
+    monkeypatch.setattr("sys.stdin", io.StringIO())  # not a terminal
+
+    def invoke(*arguments: str) -> tuple[int, str]:
+        with pytest.raises(SystemExit) as ended:
+            app(arguments, prog_name="aibind-postgres")
+        output, messages = capsys.readouterr()
+        assert output == ""
+        assert isinstance(ended.value.code, int)
+        return ended.value.code, messages
+
+    return invoke
 
 
 @pytest.mark.parametrize(
@@ -174,11 +186,11 @@ def invoke(*arguments: str) -> tuple[int, str]:
         "export --all --owner o file",
         "export x y file",
         "import",
-        "conversations",
+        "conversations unknown",
         "conversations export x",
     ],
 )
-def test_wrong_usage(command: str) -> None:
+def test_wrong_usage(invoke: Callable[..., tuple[int, str]], command: str) -> None:
     code, errors = invoke(*command.split())
     assert code == 2
     assert errors
@@ -206,14 +218,14 @@ OPERATORS_COMMANDS = [
 
 
 @pytest.mark.parametrize("command", OPERATORS_COMMANDS)
-def test_operators_commands_have_no_default_database(command: str) -> None:
+def test_operators_commands_have_no_default_database(invoke: Callable[..., tuple[int, str]], command: str) -> None:
     code, errors = invoke(*command.split())
     assert (code, errors) == (2, "aibind-postgres: no database: give --dsn or --embedded, or set DATABASE_URL\n")
     code, errors = invoke(*command.split(), "--embedded", "--dsn", "postgresql://localhost")
     assert (code, errors) == (2, "aibind-postgres: give --dsn or --embedded, not both\n")
 
 
-def test_delete_without_a_terminal_needs_yes() -> None:
+def test_delete_without_a_terminal_needs_yes(invoke: Callable[..., tuple[int, str]]) -> None:
     for command in ("delete x", "delete --owner ann", "conversations delete x"):
         code, errors = invoke(*command.split(), "--dsn", "postgresql://localhost:1")
         assert (code, "give --yes" in errors) == (2, True)

@@ -59,6 +59,7 @@ class AsyncAppender:
         self._schema = schema
         self._ttl = ttl
         self._notifier = notifier
+        self._metrics = database.metrics
         self._appends = self._chunks = 0
         # Each stream always uses the same lane, so that concurrent batches do not lock the same row.
         self._lanes = [
@@ -138,14 +139,10 @@ class AsyncAppender:
         if not rows or rows[0][0] is None:
             return None
         last = int(rows[0][0])
-        self._report(len(texts))
+        if self._metrics is not None:
+            self._metrics.record(APPEND_CHUNKS, len(texts))
         await self._notifier.appended([(stream_id, last - len(texts), texts)], newest)
         return last
-
-    def _report(self, chunks: int) -> None:
-        """Report how many chunks one statement has stored."""
-        if self._database.metrics is not None and chunks:
-            self._database.metrics.record(APPEND_CHUNKS, chunks)
 
     async def _delete_leftovers(self, params: Sequence[object]) -> None:
         statements = self._schema.statements
@@ -190,7 +187,8 @@ class AsyncAppender:
                 last += len(texts)
                 lasts[index] = last
         if appended:
-            self._report(sum([len(texts) for _, _, texts in appended]))
+            if self._metrics is not None:
+                self._metrics.record(APPEND_CHUNKS, sum([len(texts) for _, _, texts in appended]))
             await self._notifier.appended(appended, newest)
         return lasts
 

@@ -127,7 +127,9 @@ def demo(
     chunks_table: ChunksTable = CHUNKS_TABLE,
     status_table: StatusTable = STATUS_TABLE,
 ) -> None:
-    """Run a demonstration: a second reader resumes a stream after the first one was killed.
+    """Show how a reader resumes a stream, or serve a chat.
+
+    A second reader resumes a stream after the first one was killed.
 
     With --web: serve a chat. Its page can be reloaded, closed or opened twice while an answer is written.
 
@@ -205,7 +207,7 @@ def doctor(
     conversations_table: ConversationsTable = CONVERSATIONS_TABLE,
     as_json: Json = False,
 ) -> None:
-    """Check a database, and print each finding with its remedy.
+    """Check a database, and print findings with remedies.
 
     Checks the server, the pooler, notifications, settings, tables, privileges and streams. Changes nothing. The exit
     code is 0 if all is well, 1 if there are warnings, and 2 if the library will not work.

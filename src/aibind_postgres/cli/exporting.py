@@ -134,7 +134,7 @@ def export_streams(
         if shows_progress and is_shown():
             [total] = connection.execute(COUNT.format_map(read).encode(), values).fetchone() or [0]
         with (
-            progress_bar("exporting", total) as report,
+            progress_bar("exporting", total, hidden=not shows_progress) as report,
             connection.cursor("aibind_export", row_factory=dict_row) as cursor,
         ):
             cursor.itersize = FETCHED_STREAMS

@@ -19,9 +19,12 @@ def is_shown() -> bool:
 
 
 @contextmanager
-def progress_bar(description: str, total: int) -> Iterator[Report]:
-    """Yield a function that shows how many of the `total` units are done. Without a terminal, it does nothing."""
-    if not is_shown():
+def progress_bar(description: str, total: int, *, hidden: bool = False) -> Iterator[Report]:
+    """Yield a function that shows how many of the `total` units are done.
+
+    It does nothing without a terminal, or if the bar is hidden, as it is while a command prints data.
+    """
+    if hidden or not is_shown():
         yield lambda done: None
         return
     columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()

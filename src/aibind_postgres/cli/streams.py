@@ -211,7 +211,9 @@ def _print_list(streams: Iterator[StreamInfo], console: Console, as_json: bool) 
 
 
 def _table(streams: Iterable[StreamInfo]) -> Table:
-    table = Table(*COLUMNS, box=None, pad_edge=False, header_style="bold")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in COLUMNS:
+        table.add_column(heading, overflow="fold", no_wrap=heading in ("STATE", "CHUNKS", "AGE"))  # ids stay complete
     now = datetime.now(timezone.utc)
     for info in streams:
         table.add_row(*stream_row(info, now), style=_STYLES.get(info.state))
@@ -334,7 +336,7 @@ def delete(
             if not store.delete(id):
                 raise StreamNotFoundError(id)
             result = ErasureResult(conversations=0, streams=1)
-        text = f"Deleted {result.streams} streams and {result.conversations} conversations."
+        text = f"deleted streams: {result.streams}, conversations: {result.conversations}"
         print(json.dumps(result._asdict()) if as_json else text)
 
 

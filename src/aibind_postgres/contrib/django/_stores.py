@@ -128,21 +128,23 @@ def _conversation_tables() -> dict[str, Any]:
 class _Proxy(Generic[Store]):
     """Stands for a store, which is made at the first use of an attribute."""
 
+    _all: ClassVar[WeakSet[Any]] = WeakSet()
+
     def __init__(self, kind: type[Store], make: Callable[[], Store]) -> None:
         self._kind = kind
         self._make = make
         self._lock = threading.RLock()
+        self._all.add(self)
 
-    @property
-    def __class__(self) -> Any:  # for `isinstance`, with which handlers and housekeepers check their stores
+    @property  # type: ignore[misc]  # for `isinstance`, with which handlers and housekeepers check their stores
+    def __class__(self) -> Any:
         return self._kind
-
-    @__class__.setter
-    def __class__(self, value: Any) -> None:
-        raise AttributeError("__class__")
 
     def _store(self) -> Store:
         raise NotImplementedError
+
+    def _renew(self) -> None:
+        """Close the store before Django creates or drops a test database. The next use makes another one."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._store(), name)
@@ -154,12 +156,9 @@ class _Proxy(Generic[Store]):
 class _StoreProxy(_Proxy[Store]):
     """Stands for one store in each process, and for another one after the database of the tests has changed."""
 
-    _all: ClassVar[WeakSet[Any]] = WeakSet()
-
     def __init__(self, kind: type[Store], make: Callable[[], Store]) -> None:
         super().__init__(kind, make)
         self._current: tuple[int, Store] | None = None
-        self._all.add(self)
 
     def _store(self) -> Store:
         current = self._current
@@ -178,7 +177,6 @@ class _StoreProxy(_Proxy[Store]):
         self._store().__exit__(*details)
 
     def _renew(self) -> None:
-        """Close the store. The next use makes another one."""
         with self._lock:
             current = self._current
             if current is not None and current[0] == os.getpid():
@@ -190,11 +188,8 @@ class _StoreProxy(_Proxy[Store]):
 class _AsyncStoreProxy(_Proxy[Store]):
     """Stands for one store in each event loop. The end of a loop closes the pool of its store."""
 
-    _all: ClassVar[WeakSet[Any]] = WeakSet()
-
     def __init__(self, kind: type[Store], make: Callable[[], Store]) -> None:
         super().__init__(kind, make)
-        self._all.add(self)
         self._stores: dict[tuple[int, asyncio.AbstractEventLoop | None], Store] = {}
 
     def _store(self) -> Store:
@@ -224,7 +219,8 @@ class _AsyncStoreProxy(_Proxy[Store]):
 async def close_async_stores(timeout: float) -> None:
     """Wait for the answers that this process writes in the running loop, then close its stores."""
     loop = asyncio.get_running_loop()
-    stores = [store for proxy in list(_AsyncStoreProxy._all) if (store := proxy._used_in(loop)) is not None]
+    proxies = [proxy for proxy in list(_Proxy._all) if type(proxy) is _AsyncStoreProxy]
+    stores = [store for proxy in proxies if (store := proxy._used_in(loop)) is not None]
     streams = [store for store in stores if isinstance(store, AsyncPostgresStreamStore)]
     await asyncio.gather(*(AsyncDurableStream.shutdown(store, timeout) for store in streams))
     for store in stores:
@@ -236,10 +232,17 @@ def _is_usable(process: int, loop: asyncio.AbstractEventLoop | None) -> bool:
 
 
 def _renew_stores(connection: Any, **_: Any) -> None:
-    """Close the synchronous stores before Django creates or drops a test database, which must have no connections."""
-    if connection.alias == NO_DB_ALIAS:
-        for proxy in list(_StoreProxy._all):
+    if connection.alias == NO_DB_ALIAS:  # it creates or drops a test database, which must have no connections
+        for proxy in list(_Proxy._all):
             proxy._renew()
 
 
+def _renew_locks() -> None:
+    # A thread of the parent process may hold them.
+    for proxy in list(_Proxy._all):
+        proxy._lock = threading.RLock()
+
+
 connection_created.connect(_renew_stores, dispatch_uid="aibind_postgres.contrib.django")
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_locks)
