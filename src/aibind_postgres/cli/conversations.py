@@ -183,7 +183,7 @@ def delete(
             confirm(f"Delete conversation {id!r} of owner {info.owner!r}{title} with its streams?")
         deleted = _delete(info, streams, conversations)
         result = {"conversations": 1, "streams": deleted}
-        print(json.dumps(result) if as_json else f"Deleted 1 conversation and {deleted} streams.")
+        print(json.dumps(result) if as_json else f"deleted streams: {deleted}, conversations: 1")
 
 
 def _delete(info: ConversationInfo, streams: PostgresStreamStore, conversations: PostgresConversationStore) -> int:

@@ -95,12 +95,12 @@ def gather(connection: psycopg.Connection, tables: StreamTables) -> dict[str, An
     return {
         "streams": {row["state"]: {"streams": row["streams"], "chunks": row["chunks"]} for row in states},
         "total": {"streams": total("streams"), "chunks": total("chunks")},
-        "archived": total("archived") if "archived_at" in columns else None,
-        "last": {
+        "archived_streams": total("archived") if "archived_at" in columns else None,
+        "created_in_last": {
             name: {"streams": total(f"streams_{name}"), "chunks": total(f"chunks_{name}")} if has_times else None
             for name in PERIODS
         },
-        "oldest_active": None if oldest is None else {"id": oldest[0], "age": oldest[1]},
+        "oldest_active_stream": None if oldest is None else {"id": oldest[0], "age": oldest[1]},
         "conversations": _count_conversations(connection, tables.conversations),
         "tables": {table.name: _size(connection, table) for table in (*tables, tables.chunks.archive)},
         "notifications": _notifications(connection, tables.status),
@@ -116,12 +116,12 @@ def _count_conversations(connection: psycopg.Connection, table: Table) -> int | 
 
 def _size(connection: psycopg.Connection, table: Table) -> dict[str, int]:
     data, indexes = _row(connection.execute(SIZES, {"table": table.quoted}))
-    return {"data": data, "indexes": indexes}
+    return {"table_bytes": data, "index_bytes": indexes}
 
 
 def _notifications(connection: psycopg.Connection, status: Table) -> dict[str, Any]:
     listeners, usage = _row(connection.execute(NOTIFICATIONS, [f"LISTEN {Table(None, status.channel).quoted}"]))
-    return {"listeners": listeners, "queue_usage": usage}
+    return {"listening_stores": listeners, "queue_usage": usage}
 
 
 def _row(cursor: psycopg.Cursor[Any]) -> Sequence[Any]:
@@ -135,17 +135,22 @@ def describe(found: dict[str, Any]) -> Iterator[str]:
     rows = [("STREAMS", "NUMBER", "CHUNKS")]
     rows += [(printable(state), *_numbers(row)) for state, row in found["streams"].items()]
     rows += [("total", *_numbers(found["total"]))]
-    rows += [(f"of the last {name}", *_numbers(row)) for name, row in found["last"].items() if row is not None]
+    rows += [
+        (f"of the last {name}", *_numbers(row)) for name, row in found["created_in_last"].items() if row is not None
+    ]
     yield align(rows, [0, 0, 0])
-    sizes = [("TABLE", "DATA", "INDEXES")]
-    sizes += [(printable(name), _bytes(row["data"]), _bytes(row["indexes"])) for name, row in found["tables"].items()]
+    sizes = [("TABLE", "SIZE", "INDEXES")]
+    sizes += [
+        (printable(name), _bytes(row["table_bytes"]), _bytes(row["index_bytes"]))
+        for name, row in found["tables"].items()
+    ]
     yield align(sizes, [0, 0, 0])
-    oldest = found["oldest_active"]
+    oldest = found["oldest_active_stream"]
     others = {
         "oldest active stream": None if oldest is None else f"{oldest['id']} ({timedelta(seconds=int(oldest['age']))})",
-        "archived streams": found["archived"],
+        "archived streams": found["archived_streams"],
         "conversations": found["conversations"],
-        "listening stores": found["notifications"]["listeners"],
+        "listening stores": found["notifications"]["listening_stores"],
         "notification queue": f"{found['notifications']['queue_usage']:.0%} full",
     }
     lines = [(f"{name}:", "-" if value is None else printable(str(value))) for name, value in others.items()]
