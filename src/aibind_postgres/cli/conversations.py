@@ -86,7 +86,7 @@ def show(
     status_table: StatusTable = STATUS_TABLE,
     conversations_table: ConversationsTable = CONVERSATIONS_TABLE,
 ) -> None:
-    """Show a conversation: its owner, title and times, and the tree of its messages.
+    """Show the fields of a conversation, and its messages.
 
     Prints a line for each message, with its role and the beginning of its text. Alternatives are indented. A star marks
     the messages of the current path. With --json, prints whole messages.
@@ -139,9 +139,9 @@ def export(
     embedded: Embedded = False,
     conversations_table: ConversationsTable = CONVERSATIONS_TABLE,
 ) -> None:
-    """Export conversations that have not expired to a file of JSON lines, from one snapshot.
+    """Export conversations to a file of JSON lines.
 
-    The file is named FILE.partial until it is complete. `aibind-postgres import` reads it.
+    Exports conversations that have not expired, from one snapshot. The file is named FILE.partial until it is complete. `aibind-postgres import` reads it.
     """
     selection, file = parse_selection(arguments, everything, owner)
     target = Target(dsn, conversations_table=conversations_table)

@@ -65,10 +65,10 @@ def stats(
     status_table: StatusTable = STATUS_TABLE,
     conversations_table: ConversationsTable = CONVERSATIONS_TABLE,
 ) -> None:
-    """Print statistics: streams, chunks, conversations, sizes of tables, and listening stores.
+    """Print numbers of streams and chunks, and sizes of tables.
 
-    Counts streams and their chunks by state, and those of streams created in the last minute, hour and day. Reads the
-    table of stream states once, and no chunks.
+    Counts streams and their chunks by state, and those of streams created in the last minute, hour and day. Also prints
+    the numbers of conversations and of listening stores. Reads the table of stream states once, and no chunks.
     """
     target = Target(dsn, chunks_table, status_table, conversations_table)
     with chosen_database(target, use_embedded=embedded) as url, open_connection(url) as connection:

@@ -107,7 +107,7 @@ def tail(
     chunks_table: ChunksTable = CHUNKS_TABLE,
     status_table: StatusTable = STATUS_TABLE,
 ) -> None:
-    """Follow a stream: print its text as it arrives, until the stream ends.
+    """Print the text of a stream as it arrives, until its end.
 
     Named events are left out. The exit code is 1 if the stream was stopped or ended in an error. Ctrl-C prints the
     command that resumes at this position.

@@ -91,7 +91,7 @@ def import_(
     status_table: StatusTable = STATUS_TABLE,
     conversations_table: ConversationsTable = CONVERSATIONS_TABLE,
 ) -> None:
-    """Import streams or conversations from a file of `export` or `conversations export`.
+    """Import a file of `export` or `conversations export`.
 
     Ids, sequence numbers and times stay the same. The whole file is checked first: nothing is written if a line is
     malformed or an id exists. Each stream appears in one transaction. A stream that was active when it was exported
