@@ -141,7 +141,8 @@ def export(
 ) -> None:
     """Export conversations to a file of JSON lines.
 
-    Exports conversations that have not expired, from one snapshot. The file is named FILE.partial until it is complete. `aibind-postgres import` reads it.
+    Exports conversations that have not expired, from one snapshot. The file is named FILE.partial until it is complete.
+    `aibind-postgres import` reads it.
     """
     selection, file = parse_selection(arguments, everything, owner)
     target = Target(dsn, conversations_table=conversations_table)
