@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from itertools import count
+from time import monotonic
 from typing import Any, TypeVar
 
 from .metrics import SOURCE_DURATION, TIME_PER_CHUNK, TIME_TO_FIRST_CHUNK, Attributes, Metrics, Span
@@ -147,7 +148,7 @@ class StoreSpan:
 
 
 class SourceTimes:
-    """Reports the times of the items of one source.
+    """Reports the times of the items of one source, and when its block is left, the duration.
 
     Args:
         metrics: The metrics of the store.
@@ -168,9 +169,11 @@ class SourceTimes:
         """Record that the source is asked for the next item, after the previous one has been stored."""
         self._asked_at = now
 
-    def end(self, now: float, error: BaseException | None) -> None:
-        """Record the end of the source."""
-        self._metrics.record(SOURCE_DURATION, now - self._began_at, error_attributes(error))
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        self._metrics.record(SOURCE_DURATION, monotonic() - self._began_at, error_attributes(error))
 
 
 def report_gauges(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections import Counter
+from contextlib import nullcontext
 from functools import partial
 
 import psycopg
@@ -12,7 +13,7 @@ import pytest
 from psycopg import sql
 from psycopg_pool import AsyncConnectionPool
 from support.concurrency import AsyncBackground, async_gather, async_sleep, async_until
-from support.recorded_metrics import RaisingMetrics, RecordedMetrics
+from support.recorded_metrics import RaisingMetrics, RecordedMetrics, RecordedSpan
 from support.sessions import TERMINATE
 
 from aibind_postgres import (
@@ -21,9 +22,11 @@ from aibind_postgres import (
     AsyncPostgresConversationStore,
     AsyncPostgresStreamStore,
     ChatHistory,
+    InvalidDataError,
     _leases,
     metrics,
 )
+from aibind_postgres._async.producing import AsyncProducer
 
 REFUSE_DELETION = """
 CREATE FUNCTION {schema}.refuse() RETURNS trigger LANGUAGE plpgsql AS $$
@@ -31,6 +34,15 @@ BEGIN
   RAISE EXCEPTION 'refused';
 END $$;
 CREATE TRIGGER refuse BEFORE DELETE ON {status} FOR EACH ROW EXECUTE FUNCTION {schema}.refuse()
+"""
+
+REFUSE_DONE = """
+CREATE FUNCTION {schema}.refuse() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+  RAISE EXCEPTION 'refused';
+END $$;
+CREATE TRIGGER refuse BEFORE UPDATE ON {status} FOR EACH ROW WHEN (NEW.state = 'done')
+  EXECUTE FUNCTION {schema}.refuse()
 """
 
 
@@ -240,6 +252,30 @@ async def test_times_of_a_source(store, recorded):
     assert recorded.attributes[metrics.SOURCE_DURATION] == [{}, {"error.type": "LookupError"}]
 
 
+async def test_source_that_runs_while_the_caller_handles_an_exception(store, recorded, monkeypatch):
+    """As in the transaction of a test of Django, where the source runs before `start` returns."""
+
+    async def runs_inline():
+        return True
+
+    class Context:
+        async def __aenter__(self):
+            pass
+
+        async def __aexit__(self, kind, *details):
+            left.append(kind)
+
+    left = []
+    monkeypatch.setattr(store._database.client, "runs_inline", runs_inline)
+    try:
+        raise LookupError
+    except LookupError:
+        await AsyncDurableStream.start(store, words(), context=Context)
+        await AsyncDurableStream.start(store, broken_words(), context=Context)
+    assert left == [None, LookupError]
+    assert recorded.attributes[metrics.SOURCE_DURATION] == [{}, {"error.type": "LookupError"}]
+
+
 async def test_spans_of_producer_and_readers(store, recorded, dsn, tables):
     stream = await AsyncDurableStream.start(store, words(), session_id="conversation")
     await stream.wait()
@@ -307,6 +343,33 @@ async def test_span_of_a_stream_that_exists(store, recorded):
     with pytest.raises(Exception, match="exists"):
         await AsyncDurableStream.start(store, words(), id=id)
     assert recorded.spans[0].ended == {"error.type": "StreamExistsError"}
+
+
+async def test_span_of_an_id_that_the_wire_format_refuses(store, recorded):
+    id = await store.create("two\nlines")
+    with pytest.raises(InvalidDataError):
+        await AsyncDurableStream.produce(store, id, words())
+    assert [span for span in recorded.spans if span.ended is None] == []
+
+
+async def test_span_of_an_end_that_could_not_be_stored(store, recorded, run_sql, schema_name, tables):
+    run_sql(sql.SQL(REFUSE_DONE).format(schema=sql.Identifier(schema_name), status=tables["status_table"]))
+    stream = await AsyncDurableStream.start(store, words())
+    await async_until(lambda: recorded.spans[0].ended is not None)
+    assert (await store.get_status(stream.id)).state == "active"
+    assert recorded.spans[0].ended == {"aibind.end_reason": "write_failed", "error.type": "write_failed"}
+
+
+async def test_no_mutex_is_held_when_a_span_is_activated(store, recorded, monkeypatch):
+    def activate(span):
+        assert not any(producer._mutex.locked() for producer in AsyncProducer.running(store))
+        activated.append(span)
+        return nullcontext()
+
+    activated = []
+    monkeypatch.setattr(RecordedSpan, "activate", activate)
+    await (await AsyncDurableStream.start(store, words())).wait()
+    assert len(activated) == 3
 
 
 async def test_adapter_that_raises_loses_nothing(dsn, tables, caplog):

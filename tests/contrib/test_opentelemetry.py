@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
@@ -9,6 +11,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
+from support.concurrency import async_until
 
 from aibind_postgres import AsyncDurableStream, AsyncPostgresStreamStore, DurableStream, PostgresStreamStore
 from aibind_postgres.contrib.opentelemetry import OpenTelemetryMetrics
@@ -132,6 +135,25 @@ async def test_failed_source(dsn, tables, telemetry):
     assert produced.attributes["error.type"] == "source_failed"
     [duration] = telemetry.points("gen_ai.client.operation.duration")
     assert dict(duration.attributes) == {"error.type": "LookupError"}
+
+
+async def test_reader_whose_task_is_cancelled_has_not_failed(dsn, tables, telemetry):
+    """As by a web server, when a client disconnects."""
+
+    async def read():
+        async for piece in stream.sse():
+            pieces.append(piece)
+
+    pieces = []
+    async with AsyncPostgresStreamStore(dsn, **tables, metrics=telemetry.adapter) as store:
+        await store.append(await store.create("one"), "a")
+        stream = await AsyncDurableStream.resume(store, "one")
+        reader = asyncio.create_task(read())
+        await async_until(lambda: pieces)
+        reader.cancel()
+        await asyncio.wait([reader])
+    [span] = telemetry.spans("aibind.read")
+    assert (span.status.status_code, dict(span.attributes)) == (StatusCode.UNSET, {"aibind.stream.id": "one"})
 
 
 @pytest.mark.parametrize("link", ["", "00-" + "0" * 32 + "-0000000000000000-01", "of the application"])

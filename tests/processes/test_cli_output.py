@@ -58,7 +58,14 @@ def test_usage_errors_in_a_pipe_have_no_colour(variable: str) -> None:
 
 
 def test_no_color_on_a_terminal(database: str) -> None:
-    for command in (["--help"], ["demo", "--help"], ["unknown"], ["tail", "x"], ["doctor"], ["demo"]):
+    for command in (
+        ["--help"],
+        ["demo", "--help"],
+        ["unknown"],
+        ["tail", "x"],
+        ["doctor"],
+        ["demo", "--dsn", database],
+    ):
         _, output = run_on_terminal(*command, dsn=database, NO_COLOR="1")
         assert output
         assert "\x1b" not in output, command

@@ -267,10 +267,11 @@ class AsyncDurableStream:
             require_active(id, StreamStatus(info.state, info.error, info.total_chunks))
             wire = find_wire(info.wire)
             finish = on_finish and partial(_call_with_text, on_finish, wire)
+            encoder = wire.chunk_encoder(id)
             inline = await store._database.client.runs_inline()
             span = StoreSpan(store._database.metrics, "aibind.produce", id, info.session_id, link_in(info.metadata))
             rest = finish, expose_errors, context, *limits
-            producer = AsyncProducer(store, id, source, wire.chunk_encoder(id), *rest, span=span, inline=inline)
+            producer = AsyncProducer(store, id, source, encoder, *rest, span=span, inline=inline)
         except BaseException:
             await close_source(source)
             raise

@@ -22,9 +22,10 @@ from .table_columns import columns_of, in_statement, require_columns
 BATCH_CHUNKS = 10_000  # read by one statement at most
 FETCHED_STREAMS = 100  # status rows that one statement reads, since their metadata may be large
 
-# As pg_dump does: limits that are meant for the statements of an application would end a long export.
-NO_LIMITS = """
-SELECT set_config('timezone', 'UTC', true),
+# As pg_dump does: limits that are meant for the statements of an application would end a long export, and a policy that
+# hides rows is an error instead of a file without them.
+SETTINGS = """
+SELECT set_config('timezone', 'UTC', true), set_config('row_security', 'off', true),
        (SELECT count(set_config(name, '0', true)) FROM pg_settings WHERE name = ANY (%s))
 """
 LIMITS = ["statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout", "transaction_timeout"]
@@ -209,7 +210,7 @@ def snapshot(connection: psycopg.Connection, tables: Iterable[Table]) -> Iterato
         # Before the snapshot: a partition by time that is dropped meanwhile moves its rows to another partition.
         names = ", ".join(table.quoted for table in tables)
         connection.execute(f"LOCK TABLE {names} IN ACCESS SHARE MODE".encode())
-        connection.execute(NO_LIMITS, [LIMITS])
+        connection.execute(SETTINGS, [LIMITS])
         yield
 
 

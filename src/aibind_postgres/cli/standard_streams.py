@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from contextlib import suppress
 
 from rich.console import Console
 
@@ -45,8 +44,10 @@ def _redirect_to_nothing(descriptor: int, flags: int) -> None:
 
 def print_message(text: str) -> None:
     """Print a message to standard error."""
-    with suppress(OSError):  # a full disk, or a closed pipe: there is no other place for it
+    try:
         print(f"aibind-postgres: {text}", file=sys.stderr, flush=True)
+    except OSError:  # a full disk, or a closed pipe: there is no other place for it
+        _redirect_to_nothing(2, os.O_WRONLY)  # Python flushes it again when it exits
 
 
 def describe_error(error: OSError) -> str:

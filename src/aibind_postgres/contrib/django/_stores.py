@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import gc
 import os
 import threading
 from collections.abc import Callable
@@ -202,9 +203,13 @@ class _AsyncStoreProxy(_Proxy[Store]):
             if key not in self._stores:
                 # A store that was used outside a loop, as by the constructor of a housekeeper, is that of the first.
                 store = self._stores.pop((os.getpid(), None), None) or self._make()
-                self._stores = {each: kept for each, kept in self._stores.items() if _is_usable(*each)}
+                self._renew()
                 self._stores[key] = store
             return self._stores[key]
+
+    def _renew(self) -> None:
+        with self._lock:
+            self._stores = {each: kept for each, kept in self._stores.items() if _is_usable(*each)}
 
     def _used_in(self, loop: asyncio.AbstractEventLoop) -> Store | None:
         return self._stores.get((os.getpid(), loop))
@@ -235,6 +240,7 @@ def _renew_stores(connection: Any, **_: Any) -> None:
     if connection.alias == NO_DB_ALIAS:  # it creates or drops a test database, which must have no connections
         for proxy in list(_Proxy._all):
             proxy._renew()
+        gc.collect()  # closes connections that the end of an event loop has interrupted while they were opened
 
 
 def _renew_locks() -> None:
