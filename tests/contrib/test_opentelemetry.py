@@ -89,7 +89,7 @@ def test_metrics_of_a_store(dsn, tables, telemetry):
         id = store.create()
         store.append_many(id, ["a", "b"])
         store.stop(id)
-        assert telemetry.points("aibind.streams.active")[0].value == 0
+        assert telemetry.points("aibind.writers.active")[0].value == 0
     assert telemetry.points("aibind.streams.created")[0].value == 1
     assert dict(telemetry.points("aibind.streams.ended")[0].attributes) == {"state": "stopped"}
     assert telemetry.points("aibind.append.chunks")[0].sum == 2

@@ -74,7 +74,7 @@ def test_it_is_an_adapter(registry):
 def test_every_instrument_is_exposed(registry):
     adapter = PrometheusMetrics(registry)
     report_everything(adapter)
-    gauges = {name: 5.0 for name, each in INSTRUMENTS.items() if each.kind in ("gauge", "age")}
+    gauges = {name: 5.0 for name, each in INSTRUMENTS.items() if each.kind in ("gauge", "gauge_max")}
     adapter.register(lambda: gauges)
     with served(registry) as scrape:
         found = scrape()
@@ -125,7 +125,7 @@ def test_store(dsn, tables, registry):
     assert found["aibind_streams_ended_total", "done"] == 1
     assert (found["aibind_append_chunks_sum",], found["aibind_append_chunks_count",]) == (2, 1)
     assert found["aibind_append_duration_seconds_count",] == 1
-    assert found["aibind_streams_active",] == 0
+    assert found["aibind_writers_active",] == 0
 
 
 async def test_asynchronous_store(dsn, tables, registry):

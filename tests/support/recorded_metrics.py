@@ -71,7 +71,7 @@ class RecordedMetrics:
         """The gauges of the only store."""
         [gauges] = self.stores
         found = gauges()
-        assert all(INSTRUMENTS[name].kind in ("gauge", "age") for name in found)
+        assert all(INSTRUMENTS[name].kind in ("gauge", "gauge_max") for name in found)
         return found
 
     def begin_span(self, name, attributes, link):
