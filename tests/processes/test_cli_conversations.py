@@ -125,6 +125,14 @@ def test_export_by_owner_and_id(database, conversations):
         run("conversations", "export", *arguments, dsn=database, code=2)
 
 
+def test_empty_owner_does_not_select_all(database, conversations, tmp_path):
+    conversations.save("a", ChatHistory(), owner="ann")
+    for command in (["conversations", "export"], ["export"]):
+        done = run(*command, "--owner", "", tmp_path / "x", dsn=database, code=2)
+        assert b"--owner must not be empty" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_missing_table_names_migrate(empty_database, tmp_path):
     for command in (["list"], ["show", "a"], ["export", "--all", str(tmp_path / "x")]):
         assert b"migrate" in run("conversations", *command, dsn=empty_database, code=1).stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import subprocess
 from collections.abc import Iterator
@@ -55,6 +56,12 @@ def test_usage_errors_in_a_pipe_have_no_colour(variable: str) -> None:
         assert done.returncode == 2
         assert b"Error: " in done.stderr
         assert b"\x1b" not in done.stderr + done.stdout
+
+
+def test_json_in_a_pipe_is_utf_8(database: str, store: PostgresStreamStore) -> None:
+    store.create("é 🙂")
+    done = run("list", "--json", dsn=database, PYTHONIOENCODING="ascii")
+    assert json.loads(done.stdout)["id"] == "é 🙂"
 
 
 def test_no_color_on_a_terminal(database: str) -> None:

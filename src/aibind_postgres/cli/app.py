@@ -74,7 +74,9 @@ def run() -> None:
     """Run the command and exit."""
     open_closed_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # for messages; stored text is written as bytes
+        # Scripts expect JSON in UTF-8. Escapes of Python are only for terminals.
+        encoding = None if sys.stdout.isatty() else "utf-8"
+        sys.stdout.reconfigure(encoding=encoding, errors="backslashreplace")
     # psycopg_pool logs every failed attempt. The command reports an unreachable server once.
     logging.getLogger("psycopg").addHandler(logging.NullHandler())
     # Exit by an exception, so that the embedded server is stopped and a stream in progress is ended.
@@ -213,7 +215,9 @@ def doctor(
     code is 0 if all is well, 1 if there are warnings, and 2 if the library will not work.
     """
     try:
-        with chosen_database(Target(dsn, chunks_table, status_table), use_embedded=embedded) as url:
+        with chosen_database(
+            Target(dsn, chunks_table, status_table, conversations_table), use_embedded=embedded
+        ) as url:
             code = diagnosis.run(url, chunks_table, status_table, conversations_table, as_json)
             sys.stdout.flush()  # so that a full disk is not reported as a warning
     except typer.Exit as reported:  # such as an unreachable server

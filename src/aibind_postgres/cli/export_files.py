@@ -92,6 +92,7 @@ class ExportFile:
         if not stat.S_ISREG(os.fstat(self._raw.fileno()).st_mode):
             self._raw.close()
             raise InvalidDataError(f"{name} is not a file: import reads a file twice, so it cannot read a pipe")
+        self._version = self._read_version()
 
     def __enter__(self) -> ExportFile:
         return self
@@ -109,11 +110,15 @@ class ExportFile:
         """The number of bytes that have been read, as stored."""
         return self._raw.tell()
 
+    def _read_version(self) -> tuple[int, int]:
+        status = os.fstat(self._raw.fileno())
+        return status.st_size, status.st_mtime_ns
+
     def lines(self) -> Iterator[bytes]:
         """Yield the lines from the start.
 
         Raises:
-            FileError: The compressed data are damaged or cut off.
+            FileError: The compressed data are damaged or cut off, or the file was changed since it was opened.
         """
         self._raw.seek(0)
         is_compressed = self._raw.read(len(GZIP_MAGIC)) == GZIP_MAGIC
@@ -127,3 +132,5 @@ class ExportFile:
             raise FileError(number + 1, "the compressed file is cut off") from None
         except (zlib.error, gzip.BadGzipFile):
             raise FileError(number + 1, "the compressed file is damaged") from None
+        if self._read_version() != self._version:
+            raise FileError(number, "the file was changed while it was read")

@@ -8,8 +8,10 @@ file.
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -58,6 +60,7 @@ REQUIRED = {
 KEYS = {"stream": "id", "conversation": "session_id"}
 
 _EPOCH = datetime(1970, 1, 1)
+_TIME = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d{1,6})?\+00:00", re.ASCII)
 
 
 class FileError(ValueError):
@@ -133,6 +136,15 @@ def time_text(microseconds: int | None) -> str | None:
         return None
     whole, point, digits = (_EPOCH + timedelta(microseconds=microseconds)).isoformat().partition(".")
     return f"{whole}{point}{digits.rstrip('0')}+00:00"
+
+
+def is_common_time(text: str) -> bool:
+    """Return whether a text is a valid time in the form of an export, so that the server need not check it."""
+    if found := _TIME.fullmatch(text):
+        with suppress(ValueError):
+            datetime.fromisoformat(found[1])
+            return True
+    return False
 
 
 def records(lines: Iterable[bytes]) -> Iterator[Record]:

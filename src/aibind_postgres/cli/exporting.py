@@ -182,7 +182,7 @@ def export_conversations(connection: psycopg.Connection, table: Table, selection
         condition="session_id = %(id)s"
         if selection.id is not None
         else "owner = %(owner)s"
-        if selection.owner
+        if selection.owner is not None
         else "true",
     )
     values = {"id": selection.id, "owner": selection.owner, "marker": MARKER}

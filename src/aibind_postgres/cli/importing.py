@@ -11,7 +11,7 @@ import psycopg
 
 from ..errors import SchemaError
 from .export_files import ExportFile
-from .export_format import COLUMNS, KEYS, Counts, FileError, Kind, Record, records
+from .export_format import COLUMNS, KEYS, Counts, FileError, Kind, Record, is_common_time, records
 from .exporting import StreamTables
 from .progress import progress_bar
 from .table_columns import in_statement, require_columns
@@ -89,7 +89,10 @@ def import_file(
     with progress_bar("checking", file.size) as report:
         is_present = bytearray()
         for batch in _checked_batches(records(file.lines())):
-            is_present.extend(_find_present(connection, statements, batch, resume=resume))
+            if batch[0].kind == "chunk":
+                _check_values(connection, statements.check_values("chunk"), batch)
+            else:
+                is_present.extend(_find_present(connection, statements, batch, resume=resume))
             report(file.position)
     on_write()
     with progress_bar("importing", file.size) as report, ExitStack() as transaction:
@@ -155,11 +158,15 @@ class _Statements:
 
 
 def _checked_batches(found: Iterable[Record]) -> Iterator[list[Record]]:
-    """Yield the streams or the conversations in lists of one kind, after all records between them were checked."""
+    """Yield the records that the server must check in lists of one kind, after all records between them were checked.
+
+    Of the chunks, these are the ones with an unusual time.
+    """
     batch: list[Record] = []
     size = 0
     for record in found:
-        if record.kind == "chunk":
+        time = record.fields.get("created_at")
+        if record.kind == "chunk" and (time is None or is_common_time(time)):
             continue
         if batch and (record.kind != batch[0].kind or len(batch) == CHECKED_RECORDS or size > CHECKED_BYTES):
             yield batch
@@ -199,7 +206,7 @@ def _find_present(
     if left_over is not None:
         raise ExistingError(
             f"nothing was imported: there are chunks of the stream {left_over[0]!r}, which was deleted: "
-            "run `aibind-postgres cleanup`, and import again"
+            "run `aibind-postgres cleanup`, delete those that remain, and import again"
         )
     return [key in same for key in ids]
 

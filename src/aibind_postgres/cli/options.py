@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from .._arguments import MAX_SECONDS
 from .._partitions import MAX_PARTITIONS
 
 Id = Annotated[str, typer.Argument(metavar="ID", help="The stream's id.", show_default=False)]
@@ -96,6 +97,8 @@ def _parse_duration(value: str) -> float:
 def _parse_period(value: str) -> float:
     if not (seconds := _parse_duration(value)) > 0:
         raise typer.BadParameter("it must be above zero")
+    if seconds > MAX_SECONDS:
+        raise typer.BadParameter(f"it must be at most {MAX_SECONDS:g} seconds")
     return seconds
 
 

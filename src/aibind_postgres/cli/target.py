@@ -105,7 +105,7 @@ def chosen_database(target: Target, *, use_embedded: bool, check: bool = True) -
         check: Whether to make a test connection. Default: True.
     """
     with report_errors():
-        if target.dsn and use_embedded:
+        if target.dsn is not None and use_embedded:
             exit_with(USAGE, "give --dsn or --embedded, not both")
         if use_embedded:
             with _embedded_server(target, "--embedded", _data_folder("postgresql")) as dsn:
@@ -166,7 +166,7 @@ def demo_database(target: Target, *, keep: bool) -> Iterator[str]:
     the chat deletes expired streams.
     """
     with report_errors():
-        if target.dsn:
+        if target.dsn is not None:
             dsn = _check_syntax(target.dsn, "--dsn")
             with connected(dsn):
                 yield dsn
@@ -206,7 +206,7 @@ def _data_folder(name: str) -> Path:
 
 def _given_dsn(target: Target) -> str | None:
     """Return the connection string of --dsn or of DATABASE_URL, if there is one. Exit if it is malformed."""
-    if target.dsn:
+    if target.dsn is not None:
         return _check_syntax(target.dsn, "--dsn")
     if dsn := os.environ.get("DATABASE_URL"):
         return _check_syntax(dsn, "DATABASE_URL")
@@ -214,6 +214,8 @@ def _given_dsn(target: Target) -> str | None:
 
 
 def _check_syntax(dsn: str, source: str) -> str:
+    if not dsn:  # as of an unset variable, which must not select another database
+        exit_with(USAGE, f"{source} is empty")
     try:
         with_defaults(dsn)
     except ValueError as error:

@@ -127,6 +127,8 @@ def parse_selection(arguments: list[str], everything: bool, owner: str | None) -
     *ids, file = arguments
     if len(ids) + everything + (owner is not None) != 1:
         raise typer.BadParameter("give FILE and exactly one of ID, --all and --owner")
+    if owner == "":  # as of an unset variable
+        raise typer.BadParameter("--owner must not be empty")
     return Selection(ids[0] if ids else None, owner), file
 
 
