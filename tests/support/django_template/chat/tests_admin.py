@@ -1,12 +1,12 @@
 """The admin of streams and conversations."""
 
+from django import urls
 from django.contrib.admin import AdminSite
 from django.contrib.admin.models import LogEntry
 from django.contrib.admin.utils import quote
 from django.contrib.auth.models import Permission, User
 from django.db import connection
 from django.test import TestCase, override_settings
-from django.urls import path
 
 from aibind_postgres import StreamEvent, models
 from aibind_postgres.contrib.django.admin import ConversationAdmin
@@ -20,7 +20,7 @@ HOSTILE = "<script>alert(1)</script>"
 
 other_site = AdminSite("other")
 other_site.register(Conversation, ConversationAdmin)
-urlpatterns = [path("other/", other_site.urls)]
+urlpatterns = [urls.path("other/", other_site.urls)]
 
 
 class Admin(TestCase):
