@@ -106,7 +106,7 @@ def docs(session: nox.Session) -> None:
 @nox.session
 def release(session: nox.Session) -> None:
     """Build the packages into dist, and try the wheel in an empty environment. `-- --tag v1.2.3` checks a tag."""
-    session.install("build", "twine")
+    session.install("build", "twine>=7")  # older ones refuse the metadata of hatchling
     session.run("python", "scripts/release.py", *session.posargs)
 
 

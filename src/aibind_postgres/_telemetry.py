@@ -1,4 +1,4 @@
-"""The metrics of one store: an adapter whose exceptions are logged instead of raised, spans, and times of a source."""
+"""The metrics of one store: the adapter, whose exceptions are logged, never raised; spans; the times of a source."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class StoreMetrics:
         return self.guarded(self._metrics.traceparent, None)
 
     def with_traceparent(self, metadata: Any) -> Any:
-        """Return the metadata for a new stream with the current span, unless they are no object or contain one."""
+        """Return the metadata of a new stream with the current span added, if they are an object without the key."""
         if metadata is not None and (not isinstance(metadata, dict) or TRACEPARENT in metadata):
             return metadata
         traceparent = self.traceparent()
@@ -161,12 +161,12 @@ class SourceTimes:
         self._name = TIME_TO_FIRST_CHUNK
 
     def arrived(self, now: float) -> None:
-        """Take the arrival of an item."""
+        """Record that an item has arrived."""
         self._metrics.record(self._name, now - self._asked_at)
         self._name = TIME_PER_CHUNK
 
     def asked(self, now: float) -> None:
-        """Take the request for the next item, after the previous one has been stored."""
+        """Record that the source is asked for the next item, after the previous one has been stored."""
         self._asked_at = now
 
     def __enter__(self) -> None:

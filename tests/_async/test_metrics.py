@@ -114,19 +114,19 @@ async def test_created_and_ended_streams(store, recorded):
         (metrics.STREAMS_ENDED, "done"): 1,
         (metrics.STREAMS_ENDED, "stopped"): 1,
         (metrics.STREAMS_ENDED, "error"): 1,
-        **{key: count for key, count in recorded.counts.items() if key == metrics.NOTIFICATIONS_SENT},
+        **{key: count for key, count in recorded.counts.items() if key == metrics.STREAMS_NOTIFIED},
     }
 
 
-async def test_active_streams_and_readers(store, recorded):
+async def test_active_writers_and_readers(store, recorded):
     id, chunks = await store.create(), []
-    assert recorded.gauges[metrics.READERS_ACTIVE] == recorded.gauges[metrics.STREAMS_ACTIVE] == 0
+    assert recorded.gauges[metrics.READERS_ACTIVE] == recorded.gauges[metrics.WRITERS_ACTIVE] == 0
     async with AsyncBackground(partial(read, store, id, chunks)):
         async with store.writer(id) as writer:
             await writer.write("x")
             await async_until(lambda: chunks)
-            assert recorded.gauges[metrics.READERS_ACTIVE] == recorded.gauges[metrics.STREAMS_ACTIVE] == 1
-    assert recorded.gauges[metrics.READERS_ACTIVE] == recorded.gauges[metrics.STREAMS_ACTIVE] == 0
+            assert recorded.gauges[metrics.READERS_ACTIVE] == recorded.gauges[metrics.WRITERS_ACTIVE] == 1
+    assert recorded.gauges[metrics.READERS_ACTIVE] == recorded.gauges[metrics.WRITERS_ACTIVE] == 0
 
 
 async def test_gauges_end_with_the_store(dsn, tables, recorded):
@@ -156,12 +156,12 @@ async def test_notifications_sent_and_received(store, recorded, dsn, tables):
     reading, id, chunks = RecordedMetrics(), await store.create(), []
     async with AsyncPostgresStreamStore(dsn, **tables, metrics=reading) as reader:
         async with AsyncBackground(partial(read, reader, id, chunks)):
-            await async_until(lambda: reading.gauges[metrics.LISTENERS_NOTIFIED])
-            assert reading.gauges[metrics.LISTENERS_POLLING] == 0
+            await async_until(lambda: reading.gauges[metrics.STORES_LISTENING])
+            assert reading.gauges[metrics.STORES_POLLING] == 0
             await store.append(id, "x")
             await async_until(lambda: reading.counts[metrics.NOTIFICATIONS_RECEIVED])
             await store.complete(id)
-    assert recorded.counts[metrics.NOTIFICATIONS_SENT] >= 1
+    assert recorded.counts[metrics.STREAMS_NOTIFIED] >= 1
 
 
 async def test_polls(dsn, tables, recorded, other):
@@ -179,13 +179,13 @@ async def test_switches_between_notifications_and_polling(database, recorded, mo
     async with pool, AsyncPostgresStreamStore(pool, metrics=recorded, poll_interval=0.02) as store:
         id = await store.create()
         async with AsyncBackground(partial(read, store, id, chunks)):
-            await async_until(lambda: recorded.gauges[metrics.LISTENERS_NOTIFIED])
+            await async_until(lambda: recorded.gauges[metrics.STORES_LISTENING])
             monkeypatch.setattr(RefusedConnection, "refused", True)
             with psycopg.connect(database, autocommit=True) as admin:
                 admin.execute(TERMINATE)
             await async_until(lambda: recorded.counts[metrics.SWITCHES, "polling"])
-            assert recorded.gauges[metrics.LISTENERS_POLLING] == 1
-            assert recorded.gauges[metrics.LISTENERS_NOTIFIED] == 0
+            assert recorded.gauges[metrics.STORES_POLLING] == 1
+            assert recorded.gauges[metrics.STORES_LISTENING] == 0
             await async_until(lambda: recorded.counts[metrics.RETRIES])
             monkeypatch.setattr(RefusedConnection, "refused", False)
             await async_until(lambda: recorded.counts[metrics.SWITCHES, "notifications"])
@@ -197,13 +197,13 @@ async def test_switches_between_notifications_and_polling(database, recorded, mo
     assert "notifications arrive" in again.getMessage()
 
 
-async def test_lost_leases(dsn, tables, recorded, monkeypatch):
+async def test_expired_leases(dsn, tables, recorded, monkeypatch):
     monkeypatch.setattr(_leases, "CONTACT", 0.3)
     monkeypatch.setattr(_leases, "CONTACT_AFTER_FAILURE", 0.3)
     async with AsyncPostgresStreamStore(dsn, **tables, metrics=recorded, poll_interval=0.02) as store:
         id = await store.create(lease=0.3)
         assert (await store.wait(id, 20)).state == "error"
-        assert recorded.counts[metrics.LEASES_LOST] == 1
+        assert recorded.counts[metrics.LEASES_EXPIRED] == 1
 
 
 async def test_housekeeping(dsn, tables, table, recorded):
@@ -236,7 +236,7 @@ async def test_failure_of_housekeeping(dsn, tables, recorded, run_sql, schema_na
 
 async def test_age_of_the_turn_of_another_process(store, other, recorded, run_sql, tables):
     async with AsyncHousekeeper(other, every=1000):
-        await async_until(lambda: other._database.housekept_at)
+        await async_until(lambda: other._database.last_housekeeping)
         earlier = sql.SQL("UPDATE {} SET expires_at = expires_at - 500000 WHERE state = 'deleted'")
         await async_until(lambda: run_sql(earlier.format(tables["status_table"])).rowcount)
     async with AsyncHousekeeper(store, every=1000):

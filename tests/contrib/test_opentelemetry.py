@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from opentelemetry.metrics import CallbackOptions
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import TracerProvider
@@ -12,6 +13,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
 from support.concurrency import async_until
+from support.recorded_metrics import forget_a_store_during
 
 from aibind_postgres import AsyncDurableStream, AsyncPostgresStreamStore, DurableStream, PostgresStreamStore
 from aibind_postgres.contrib.opentelemetry import OpenTelemetryMetrics
@@ -77,12 +79,17 @@ def test_every_instrument(telemetry):
     assert telemetry.points("aibind.readers.active")[0].value == 3.0
 
 
+def test_store_that_is_freed_during_a_collection(telemetry):
+    observe = telemetry.adapter._observer("aibind.readers.active", sum)
+    forget_a_store_during(lambda: observe(CallbackOptions()), telemetry.adapter)
+
+
 def test_metrics_of_a_store(dsn, tables, telemetry):
     with PostgresStreamStore(dsn, **tables, metrics=telemetry.adapter) as store:
         id = store.create()
         store.append_many(id, ["a", "b"])
         store.stop(id)
-        assert telemetry.points("aibind.streams.active")[0].value == 0
+        assert telemetry.points("aibind.writers.active")[0].value == 0
     assert telemetry.points("aibind.streams.created")[0].value == 1
     assert dict(telemetry.points("aibind.streams.ended")[0].attributes) == {"state": "stopped"}
     assert telemetry.points("aibind.append.chunks")[0].sum == 2

@@ -87,7 +87,7 @@ def test_show_marks_the_active_branch(database, conversations):
     ]
     assert "owner:     ann" in head
     assert 'metadata:  {"n": 1}' in head
-    assert "messages:  4, of which 2 in the active branch" in head
+    assert "messages:  4, of which 2 on the current path" in head
     document = json.loads(run("conversations", "show", "a", "--json", dsn=database).stdout)
     assert (document["session_id"], document["document"]) == ("a", json.loads(chat.to_json()))
 

@@ -87,7 +87,7 @@ def test_stream_that_was_active_has_ended(database, target, tmp_path):
         info = store.get_info("a")
         assert info is not None
         assert (info.owner, info.lease_until) == ("ann", None)
-    assert b"imported; 1 were there before" in run("import", tmp_path / "x", "--resume", dsn=target).stderr
+    assert b"imported; 1 existed already" in run("import", tmp_path / "x", "--resume", dsn=target).stderr
 
 
 # Refused before anything is written

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+import uuid
 from pathlib import Path
 
 import psycopg
 import pytest
-from psycopg.conninfo import conninfo_to_dict
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from aibind_postgres.pytest_plugin.databases import with_database
 
@@ -143,18 +144,45 @@ def test_option_overrides_variable_and_variable_overrides_ini(run, pytester, ser
     run(SYNC, dsn=nowhere).assert_outcomes(errors=2)
 
 
+def test_server_that_cannot_be_used(run, server):
+    for dsn, problem in (
+        ("postgresql://me:secret@127.0.0.1:1/real", "*connection to server at*127.0.0.1*port 1*refused*"),
+        ("postgresql://me:sec@ret@127.0.0.1:1/real", "*write @ as %40*"),
+    ):
+        result = run(SYNC, dsn=dsn)
+        result.assert_outcomes(errors=2)
+        result.stdout.fnmatch_lines([problem, "*--aibind-postgres-dsn*"])
+        assert "secret" not in result.stdout.str() + result.stderr.str()
+        assert "sec@ret" not in result.stdout.str() + result.stderr.str()
+
+
+def test_role_that_may_not_create_databases(run, server):
+    role = f"role_{uuid.uuid4().hex}"
+    with psycopg.connect(server, autocommit=True) as connection:
+        connection.execute(f"CREATE ROLE {role} LOGIN")
+        try:
+            result = run(SYNC, dsn=make_conninfo(server, user=role))
+        finally:
+            connection.execute(f"DROP ROLE {role}")
+    result.assert_outcomes(errors=2)
+    result.stdout.fnmatch_lines(["*permission denied to create database*CREATEDB*"])
+
+
 @pytest.mark.parametrize(
     "dsn",
     [
         "postgresql://me:p%40ss@host:1/real?sslmode=require&application_name=a%20b",
         "postgresql://me:p%40ss@/real?host=host&port=1&sslmode=require&application_name=a%20b&dbname=real",
+        "postgresql:///real?host=/tmp",
+        "postgresql://?host=/tmp&dbname=real",
+        "postgres://me@one,two:2/real?passfile=a+b",
         "host=host port=1 user=me password=p@ss dbname=real sslmode=require application_name='a b'",
     ],
 )
 def test_connection_string_of_another_database(dsn):
     changed = with_database(dsn, "mine")
     assert conninfo_to_dict(changed) == {**conninfo_to_dict(dsn), "dbname": "mine"}
-    assert changed.startswith("postgresql://") == dsn.startswith("postgresql://")
+    assert changed.partition("://")[1] == dsn.partition("://")[1]
 
 
 def test_examples_of_the_page(run):

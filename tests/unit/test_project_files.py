@@ -11,12 +11,14 @@ from typing import Any
 
 import nox
 import pytest
+import yaml
 from support import servers
 
 ROOT = Path(__file__).parents[2]
 PYPROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
 PROJECT = PYPROJECT["project"]
 WORKFLOW = (ROOT / ".github" / "workflows" / "ci.yml").read_text("utf-8")
+RELEASE = (ROOT / ".github" / "workflows" / "release.yml").read_text("utf-8")
 
 
 def lists_of(name: str) -> list[list[str]]:
@@ -61,12 +63,26 @@ def test_workflow_runs_sessions_of_nox(noxfile: dict[str, Any]) -> None:
 
 
 def test_release_workflow() -> None:
-    text = (ROOT / ".github" / "workflows" / "release.yml").read_text("utf-8")
-    assert re.findall(r"nox -s (\w+)", text) == ["docs", "release"]
-    assert "secrets." not in text
+    assert re.findall(r"nox -s (\w+)", RELEASE) == ["docs", "release"]
+    assert "secrets." not in RELEASE
     guide = (ROOT / "CONTRIBUTING.md").read_text("utf-8").partition("\n## To release\n")[2].partition("\n## ")[0]
     assert {"`release.yml`", "environment `pypi`"} <= set(re.findall(r"`release.yml`|environment `pypi`", guide))
-    assert re.search(r"^      name: pypi$", text, re.MULTILINE)
+    assert re.search(r"^      name: pypi$", RELEASE, re.MULTILINE)
+
+
+def test_actions_of_the_release_are_commits() -> None:
+    # The job that publishes may get a token of PyPI: a tag or a branch of an action can be moved to other code.
+    actions = re.findall(r"uses: (.*)", RELEASE)
+    assert len(actions) == 5
+    assert all(re.fullmatch(r"[\w/-]+@[0-9a-f]{40} # v[\d.]+\b.*", action) for action in actions)
+
+
+@pytest.mark.parametrize("workflow", [WORKFLOW, RELEASE], ids=["ci", "release"])
+def test_names_of_branches_and_tags_are_no_part_of_commands(workflow: str) -> None:
+    steps = [step for job in yaml.safe_load(workflow)["jobs"].values() for step in job["steps"]]
+    commands = [step["run"] for step in steps if "run" in step]
+    assert commands
+    assert not [command for command in commands if "${{ github." in command]
 
 
 def test_actions_are_pinned() -> None:

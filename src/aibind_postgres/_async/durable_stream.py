@@ -190,7 +190,7 @@ class AsyncDurableStream:
             try:
                 stream_id = new_id() if id is None else arguments.identifier(id)
                 encoder = wire.chunk_encoder(stream_id)
-                limits = arguments.limit(idle_timeout, "idle_timeout"), arguments.limit(timeout, "timeout")
+                limits = arguments.time_limit(idle_timeout, "idle_timeout"), arguments.time_limit(timeout, "timeout")
                 inline = await store._database.client.runs_inline()
                 span = StoreSpan(store._database.metrics, "aibind.produce", stream_id, details.get("session_id"))
                 rest = on_finish, expose_errors, context, *limits
@@ -260,7 +260,7 @@ class AsyncDurableStream:
         check_source(source)
         store._close_hooks.add(end_producers)
         try:
-            limits = arguments.limit(idle_timeout, "idle_timeout"), arguments.limit(timeout, "timeout")
+            limits = arguments.time_limit(idle_timeout, "idle_timeout"), arguments.time_limit(timeout, "timeout")
             info = await store.get_info(id)
             if info is None:
                 raise StreamNotFoundError(id)
@@ -275,8 +275,8 @@ class AsyncDurableStream:
         except BaseException:
             await close_source(source)
             raise
-        await async_shielded(partial(producer.start, is_new=False))
         try:
+            await async_shielded(partial(producer.start, is_new=False))
             await producer.finished.wait()
             ended = await store._database.retry(partial(store.get_status, id))
             if ended is None:

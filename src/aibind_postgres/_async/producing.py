@@ -60,7 +60,7 @@ class AsyncProducer:
         self.start_error: Exception | None = None  # for readers: this producer did not find its stream
         self._store = store
         # The store may stand for several, one in each event loop.
-        self._database, self._of_store = store._database, store._producers
+        self._database, self._producers_of_store = store._database, store._producers
         self._source = AsyncSource(source)
         self._on_finish = on_finish
         self._expose_errors = expose_errors
@@ -100,7 +100,7 @@ class AsyncProducer:
             with self._span, self._mutex:  # `end` reads the worker as soon as the registry has this producer
                 with self._registry_mutex:
                     self._registry.add(self)
-                    self._of_store.add(self)
+                    self._producers_of_store.add(self)
                     if not self._exit_hook_installed:
                         AsyncProducer._exit_hook_installed = True
                         async_at_exit(shutdown_all)
@@ -180,7 +180,7 @@ class AsyncProducer:
             self._phase = Phase.ENDED
         with self._registry_mutex:
             self._registry.discard(self)
-            self._of_store.discard(self)
+            self._producers_of_store.discard(self)
         self._span.end(span_attributes(reason))
         self.finished.set()
 

@@ -34,7 +34,7 @@ from .options import (
     StatusTable,
     examples,
 )
-from .standard_streams import describe, discard_output, open_closed_streams, print_message
+from .standard_streams import describe_error, discard_output, open_closed_streams, print_message
 from .target import DONE, FAILED, INTERRUPTED, Target, chosen_database, demo_database, report_errors
 
 EXIT_CODES = {
@@ -94,7 +94,7 @@ def run() -> None:
         discard_output()
         sys.exit(DONE)
     except OSError as error:
-        print_message(describe(error))
+        print_message(describe_error(error))
         sys.exit(FAILED)
 
 
@@ -174,7 +174,7 @@ def print_schema(
         sys.stdout.flush()
 
 
-@app.command(epilog=examples('migrate --dsn "$DATABASE_URL"', "migrate --embedded", "migrate --partitions time"))
+@app.command(epilog=examples("migrate", "migrate --embedded", "migrate --partitions time"))
 def migrate(
     dsn: RequiredDsn = None,
     embedded: Embedded = False,
@@ -211,8 +211,8 @@ def doctor(
 ) -> None:
     """Check a database, and print findings with remedies.
 
-    The findings are about the server, the pooler, notifications, settings, tables, privileges and streams. Nothing is
-    changed. The exit code is 0 if all is well, 1 if there are warnings, and 2 if the library will not work.
+    Checks the server, the pooler, notifications, settings, tables, privileges and streams. Changes nothing. The exit
+    code is 0 if all is well, 1 if there are warnings, and 2 if the library will not work.
     """
     try:
         with chosen_database(

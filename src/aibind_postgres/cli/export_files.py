@@ -1,4 +1,4 @@
-"""Files of exports: a new one appears complete or not at all, and a damaged one is reported with the line."""
+"""Export files: a new one appears only when it is complete, and a damaged one is reported with the line."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def new_file(name: str) -> Iterator[IO[bytes]]:
             bytes each time.
 
     Raises:
-        InvalidDataError: There is something with this name that is no file, or a partial file.
+        InvalidDataError: The name is that of a directory or a device, or the partial file exists.
     """
     if name == STANDARD_OUTPUT:
         yield sys.stdout.buffer
@@ -41,11 +41,11 @@ def new_file(name: str) -> Iterator[IO[bytes]]:
         raise InvalidDataError(f"{name} is not a file: give the name of a file, or - for standard output")
     partial = path.with_name(f"{path.name}.partial")
     try:
-        # Readable by the user alone, since it has the texts of all users.
+        # Readable only by the user that runs the command, since the file contains the texts of all users.
         descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
         raise InvalidDataError(
-            f"{partial} exists: another export is writing it, or was killed; in the second case delete it"
+            f"{partial} exists: another export is writing it, or was killed. Delete it if no export is running"
         ) from None
     try:
         with open(descriptor, "wb", buffering=BUFFER_BYTES) as raw:

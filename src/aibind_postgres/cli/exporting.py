@@ -236,7 +236,7 @@ def split(batch: list[Stream], chunks: Iterator[Chunk]) -> Iterator[Iterator[Chu
         nonlocal chunk
         last = 0
         while chunk is not None and chunk.id == stream["id"]:
-            # A chunk may be in the archive and in the chunks table, and there may be some left over of another stream.
+            # A chunk may be in both tables. Chunks of a deleted stream with the same id may be left over.
             if last < chunk.seq <= stream["total_chunks"]:
                 yield chunk
                 last = chunk.seq
@@ -270,7 +270,7 @@ def _copy(connection: psycopg.Connection, statement: str, ids: list[str], after:
 def _condition(
     connection: psycopg.Connection, tables: StreamTables, selection: Selection, columns: dict[str, str]
 ) -> tuple[str, bool]:
-    """Return the condition on streams as SQL text, and whether it reads the conversations."""
+    """Return the condition on streams as SQL text, and whether it reads the table of conversations."""
     if selection.id is not None:
         return "id = %(id)s", False
     if selection.owner is None:

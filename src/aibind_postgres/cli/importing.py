@@ -20,7 +20,7 @@ CHECKED_RECORDS, CHECKED_BYTES = 500, 1_000_000  # by one statement, except for 
 SENT_BYTES = 1_000_000  # of lines, sent by one statement, except for a larger line
 COMMITTED_CHUNKS, COMMITTED_RECORDS = 10_000, 1000  # by one transaction, except for a larger stream
 REPORTED_LINES = 1000  # after which the progress bar moves
-NAMED = 3  # records that an error names
+NAMED = 3  # ids in an error text
 
 UNFINISHED_TEXT = "unfinished: it was still being written when it was exported"
 
@@ -43,7 +43,7 @@ INSERT INTO {conversations} ({columns}) SELECT {columns} FROM jsonb_to_recordset
 """
 COPY_CHUNKS = "COPY {chunks} (id, seq, data, created_at) FROM STDIN"
 
-OF_STATE = {
+IMPORTED_VALUES = {
     "state": "CASE state WHEN 'active' THEN 'error' ELSE state END",
     "error": f"CASE state WHEN 'active' THEN '{UNFINISHED_TEXT}' ELSE error END",
 }
@@ -54,7 +54,7 @@ class ExistingError(ValueError):
 
 
 class ImportResult(NamedTuple):
-    """The numbers of imported records, and of streams and conversations that were there before."""
+    """The numbers of imported records, and of streams and conversations that existed already."""
 
     streams: int
     chunks: int
@@ -134,7 +134,7 @@ class _Statements:
 
     def insert(self, kind: Kind) -> bytes:
         columns = list(COLUMNS[kind])
-        values = ", ".join(OF_STATE.get(name, name) for name in columns)
+        values = ", ".join(IMPORTED_VALUES.get(name, name) for name in columns)
         template = INSERT_STREAMS if kind == "stream" else INSERT_CONVERSATIONS
         return template.format(
             **self._names, columns=", ".join(columns), values=values, definition=self._definition(kind)

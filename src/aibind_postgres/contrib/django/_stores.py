@@ -28,9 +28,9 @@ Store = TypeVar("Store", bound=Any)
 def stream_store(using: str = "default", **options: Any) -> PostgresStreamStore:
     """Return a stream store on a database of Django's setting DATABASES, for synchronous code.
 
-    It can be made when a module is imported. It connects at the first call, in each process by itself, with a pool of
-    its own. So it never takes part in `transaction.atomic()`: use `wrap_django` for that. It is closed when the process
-    exits.
+    The store can be created when a module is imported. It connects at the first call, separately in each process, and
+    is closed when the process exits. It has a pool of its own, so it never takes part in `transaction.atomic()`: use
+    `wrap_django` for that.
 
     In tests, it uses the test database. In the transaction of a `TestCase`, it uses the connection of the test, and
     `DurableStream.start` runs the source before it returns.

@@ -1,4 +1,4 @@
-"""The admin of streams and conversations. It changes nothing, except that it stops streams."""
+"""The admin of streams and conversations. It can stop streams, and changes nothing else."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from django.contrib import admin, messages
 from django.contrib.admin.utils import display_for_value, quote, unquote
-from django.core.exceptions import PermissionDenied
+from django.core.exceptions import BadRequest, PermissionDenied
 from django.core.paginator import Paginator
 from django.db import router
 from django.db.models import Q
@@ -30,7 +30,7 @@ TAIL_CHUNKS = 500  # in one answer for the page of a stream
 
 
 class BoundedPaginator(Paginator):
-    """Counts at most `MAX_COUNT` rows, which are all that can be reached page by page. Search for older ones."""
+    """Counts at most `MAX_COUNT` rows. Older rows are on no page: search for them."""
 
     @cached_property
     def count(self) -> int:
@@ -59,7 +59,7 @@ class ReadOnlyAdmin(admin.ModelAdmin):
 
 
 class StateFilter(admin.SimpleListFilter):
-    """The states of streams. A filter of Django would search the table for them."""
+    """Filters by state. Django's own filter would read the states from the table."""
 
     title = "state"
     parameter_name = "state"
@@ -141,9 +141,11 @@ class StreamAdmin(ReadOnlyAdmin):
         stream = self._stream(request, object_id)
         after = request.GET.get("after", "")
         try:
-            page = self._page(stream.id, int(after) if after.isdecimal() else None)
+            page = self._page(stream.id, int(after) if after else None)
         except StreamNotFoundError:
             raise Http404 from None
+        except ValueError:  # also of the store, for a number that is too large
+            raise BadRequest("after must be a sequence number") from None
         return JsonResponse(page._asdict(), headers={"Cache-Control": "no-store"})
 
     def stop_view(self, request: HttpRequest, object_id: str) -> HttpResponse:
@@ -179,11 +181,11 @@ class StreamAdmin(ReadOnlyAdmin):
         return tail_page(info, cursor, chunks)
 
     def _stream(self, request: HttpRequest, object_id: str) -> Stream:
+        if not self.has_view_permission(request):  # first, so that the answer does not show whether the stream exists
+            raise PermissionDenied
         stream = self.get_object(request, unquote(object_id))
         if stream is None:
             raise Http404
-        if not self.has_view_permission(request, stream):
-            raise PermissionDenied
         return stream
 
     def _store(self) -> PostgresStreamStore:
@@ -230,7 +232,9 @@ class ConversationAdmin(ReadOnlyAdmin):
                 context["lines"] = self._lines(conversation.session_id)
             except InvalidHistoryError as error:
                 context["problem"] = str(error)
-            context["streams_url"] = reverse(f"{self.admin_site.name}:aibind_postgres_stream_changelist")
+            streams = self.admin_site._registry.get(Stream)  # another site need not show them
+            if streams is not None and streams.has_view_permission(request):
+                context["streams_url"] = reverse(f"{self.admin_site.name}:aibind_postgres_stream_changelist")
         return super().change_view(request, object_id, form_url, context)
 
     def _lines(self, session_id: str) -> list[MessageLine]:

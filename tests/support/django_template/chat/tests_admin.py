@@ -1,18 +1,26 @@
 """The admin of streams and conversations."""
 
+from django import urls
+from django.contrib.admin import AdminSite
 from django.contrib.admin.models import LogEntry
 from django.contrib.admin.utils import quote
 from django.contrib.auth.models import Permission, User
 from django.db import connection
-from django.test import TestCase
+from django.test import TestCase, override_settings
 
 from aibind_postgres import StreamEvent, models
+from aibind_postgres.contrib.django.admin import ConversationAdmin
+from aibind_postgres.contrib.django.models import Conversation
 
 from .views import conversations, store
 
 STREAMS = "/admin/aibind_postgres/stream/"
 CONVERSATIONS = "/admin/aibind_postgres/conversation/"
 HOSTILE = "<script>alert(1)</script>"
+
+other_site = AdminSite("other")
+other_site.register(Conversation, ConversationAdmin)
+urlpatterns = [urls.path("other/", other_site.urls)]
 
 
 class Admin(TestCase):
@@ -106,6 +114,11 @@ class Streams(Admin):
     def test_tail_of_a_missing_stream(self):
         assert self.client.get(f"{STREAMS}one/chunks/").status_code == 404
 
+    def test_tail_after_an_invalid_number(self):
+        self.create()
+        for after in (2**63, "9" * 5000):
+            assert self.client.get(f"{STREAMS}one/chunks/?after={after}").status_code == 400
+
     def test_page_escapes_texts(self):
         self.create(id=HOSTILE, owner=HOSTILE, metadata={"a": HOSTILE})
         store.fail(HOSTILE, HOSTILE)
@@ -146,6 +159,13 @@ class Streams(Admin):
         assert self.client.post(f"{STREAMS}one/stop/").status_code == 403
         self.client.post(STREAMS, {"action": "stop_streams", "_selected_action": ["one"]})
         assert store.get_status("one").state == "active"
+
+    def test_missing_permission_does_not_show_which_streams_exist(self):
+        self.create()
+        self.login_with()
+        for id in ("one", "missing"):
+            assert self.client.get(f"{STREAMS}{id}/chunks/").status_code == 403
+            assert self.client.post(f"{STREAMS}{id}/stop/").status_code == 403
 
     def test_stop_permission_needs_the_view_permission(self):
         self.create()
@@ -242,6 +262,21 @@ class Conversations(Admin):
         with connection.cursor() as cursor:
             cursor.execute("UPDATE aibind_conversations SET data = '{}'")
         assert "errornote" in self.page().content.decode()
+
+    def test_link_to_the_streams_needs_their_permission(self):
+        with conversations.edit("one") as chat:
+            chat.append("Hi")
+        assert f"{STREAMS}?q=one" in self.page().content.decode()
+        self.login_with("view_conversation")
+        assert f"{STREAMS}?q=one" not in self.page().content.decode()
+
+    @override_settings(ROOT_URLCONF=__name__)
+    def test_another_site_without_streams(self):
+        with conversations.edit("one") as chat:
+            chat.append("Hi")
+        page = self.client.get("/other/aibind_postgres/conversation/one/change/").content.decode()
+        assert "<pre>Hi</pre>" in page
+        assert "Streams of this conversation" not in page
 
     def test_permission(self):
         with conversations.edit("one") as chat:
