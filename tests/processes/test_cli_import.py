@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,9 @@ def test_unusable_files(target, tmp_path):
     descriptor = os.open(tmp_path / "pipe", os.O_RDWR)
     assert b"cannot read a pipe" in run("import", tmp_path / "pipe", dsn=target, code=2).stderr
     os.close(descriptor)
+    if sys.platform == "linux":
+        unreadable = run("import", "/proc/self/mem", dsn=target, code=1)
+        assert b"Input/output error: '/proc/self/mem'" in unreadable.stderr
 
 
 def test_missing_tables_name_migrate(empty_database, tmp_path):

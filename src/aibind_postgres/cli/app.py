@@ -59,7 +59,12 @@ app.add_typer(streams.app)
 app.add_typer(maintenance.app)
 app.add_typer(transfer.app)
 app.add_typer(stats.app)
-app.add_typer(conversations.app, name="conversations", help="List, show, export and delete conversations.")
+app.add_typer(
+    conversations.app,
+    name="conversations",
+    help="List, show, export and delete conversations.",
+    epilog=examples("conversations list --owner ann", "conversations show chat-1"),
+)
 
 
 class Framework(str, Enum):

@@ -120,11 +120,11 @@ class ExportFile:
         Raises:
             FileError: The compressed data are damaged or cut off, or the file was changed since it was opened.
         """
-        self._raw.seek(0)
-        is_compressed = self._raw.read(len(GZIP_MAGIC)) == GZIP_MAGIC
-        self._raw.seek(0)
         number = 0
         try:
+            self._raw.seek(0)
+            is_compressed = self._raw.read(len(GZIP_MAGIC)) == GZIP_MAGIC
+            self._raw.seek(0)
             for line in gzip.GzipFile(fileobj=self._raw) if is_compressed else self._raw:
                 number += 1
                 yield line
@@ -132,5 +132,8 @@ class ExportFile:
             raise FileError(number + 1, "the compressed file is cut off") from None
         except (zlib.error, gzip.BadGzipFile):
             raise FileError(number + 1, "the compressed file is damaged") from None
+        except OSError as error:  # such as a failed disk
+            error.filename = self._raw.name
+            raise
         if self._read_version() != self._version:
             raise FileError(number, "the file was changed while it was read")
