@@ -141,6 +141,14 @@ def test_tests_of_an_application(project: Path, server: str, empty_database: str
     assert query(server, f"SELECT datname FROM pg_database WHERE datname LIKE '{name}%'") == []
 
 
+def test_tests_without_migrations(tmp_path: Path, empty_database: str) -> None:
+    settings = f'{OWN_NAMES.replace("chat.", "")}\nDATABASES["default"]["TEST"]["MIGRATE"] = False'
+    project = django_project.write(tmp_path / "project", settings)
+    arguments = ("test", "chat.tests.InTransaction.test_request", "chat.tests.Committed")
+    done = manage(project, empty_database, *arguments, TEST_NAME=f"test_{uuid.uuid4().hex}")
+    assert done.returncode == 0, done.stderr
+
+
 def test_tests_without_a_database(project: Path, database: str) -> None:
     done = manage(project, database, "test", "chat.tests.WithoutDatabase")
     assert done.returncode == 0, done.stderr
