@@ -1,22 +1,22 @@
 -- Views for monitoring systems that query the database. They need all migrations. A view runs with the rights of its
 -- owner: grant SELECT on the views alone to the role of the monitoring system.
 
--- One row. `active` streams without a lease are those of other software, such as @aibind/postgres; `abandoned` ones have
--- an expired lease. `expired` streams wait for the cleanup, the oldest one for `cleanup_lag` seconds. The ages are in
--- seconds, and NULL if there is nothing that has an age. The marker row of the housekeeper is left out.
+-- One row. Active streams without a lease are those of other software, such as @aibind/postgres. `abandoned` streams
+-- have an expired lease. `expired` streams wait for the cleanup, the oldest one for `cleanup_lag` seconds. Ages are in
+-- seconds, or NULL without such a stream or turn. The marker row of the housekeeper is not counted.
 
 CREATE OR REPLACE VIEW aibind_stream_status_summary(
-  active, without_lease, abandoned, oldest_active, failed_last_hour, expired, cleanup_lag, housekeeping_age,
+  active, without_lease, abandoned, oldest_active_age, failed_last_hour, expired, cleanup_lag, housekeeping_age,
   notification_queue_usage
 ) AS
-SELECT a.active, a.without_lease, a.abandoned, a.oldest_active, f.failed_last_hour, e.expired, e.cleanup_lag,
+SELECT a.active, a.without_lease, a.abandoned, a.oldest_active_age, f.failed_last_hour, e.expired, e.cleanup_lag,
        (SELECT (extract(epoch FROM now()) * 1000 - expires_at) / 1000
           FROM aibind_stream_status WHERE id = 'aibind_postgres.housekeeping'),
        pg_notification_queue_usage()
   FROM (SELECT count(*) AS active,
                count(*) FILTER (WHERE lease_until IS NULL) AS without_lease,
                count(*) FILTER (WHERE lease_until <= extract(epoch FROM now()) * 1000) AS abandoned,
-               extract(epoch FROM now() - min(created_at)) AS oldest_active
+               extract(epoch FROM now() - min(created_at)) AS oldest_active_age
           FROM aibind_stream_status WHERE state = 'active') AS a,
        (SELECT count(*) AS failed_last_hour
           FROM aibind_stream_status

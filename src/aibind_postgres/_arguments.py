@@ -30,7 +30,7 @@ class NotGiven(Enum):
 NOT_GIVEN = NotGiven.NOT_GIVEN
 
 
-def limit(value: float | timedelta | None, name: str) -> float:
+def time_limit(value: float | timedelta | None, name: str) -> float:
     """Return a time limit in seconds. None stands for no limit."""
     return math.inf if value is None else seconds(value, name)
 

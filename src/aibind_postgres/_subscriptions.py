@@ -63,7 +63,7 @@ class Subscriptions:
         return subscription
 
     def unsubscribe(self, subscription: Subscription) -> None:
-        """Queue a subscription for removal by the next `subscribe`, `follows`, `awaited`, `get_stats` or `is_empty`."""
+        """Queue a subscription for removal by the next `subscribe`, `follows`, `awaited` or `is_empty`."""
         # Without the mutex: the garbage collector closes forgotten readers in any thread, also in one that holds it.
         self._unsubscribed.append(subscription)
 
@@ -249,15 +249,16 @@ class Subscriptions:
 
     def get_stats(self) -> dict[str, int]:
         """Return the numbers of followed streams, readers, waiting readers, and writers."""
-        self._release_unsubscribed()
         with self._mutex:
+            # They are only left out: to remove one may wake a task, which only the thread of its event loop may do.
+            left = set(self._unsubscribed.copy())
             streams = [stream for streams in self._streams.values() for stream in streams]
-            every = [each for stream in streams for each in stream.subscriptions]
+            every = [each for stream in streams for each in stream.subscriptions if each not in left]
             writers = sum(each.ends_only for each in every)
             return {
-                "streams_followed": len(self._streams),
+                "streams_followed": len({each.stream.id for each in every}),
                 "readers_open": len(every) - writers,
-                "readers_waiting": sum(len(stream.waiting) for stream in streams),
+                "readers_waiting": sum(len(stream.waiting - left) for stream in streams),
                 "writers_open": writers,
             }
 

@@ -1,4 +1,4 @@
-"""The metrics of one store: an adapter whose exceptions are logged instead of raised, spans, and times of a source."""
+"""The metrics of one store: the adapter, whose exceptions are logged, never raised; spans; the times of a source."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from itertools import count
+from time import monotonic
 from typing import Any, TypeVar
 
 from .metrics import SOURCE_DURATION, TIME_PER_CHUNK, TIME_TO_FIRST_CHUNK, Attributes, Metrics, Span
@@ -63,7 +64,7 @@ class StoreMetrics:
         return self.guarded(self._metrics.traceparent, None)
 
     def with_traceparent(self, metadata: Any) -> Any:
-        """Return the metadata for a new stream with the current span, unless they are no object or contain one."""
+        """Return the metadata of a new stream with the current span added, if they are an object without the key."""
         if metadata is not None and (not isinstance(metadata, dict) or TRACEPARENT in metadata):
             return metadata
         traceparent = self.traceparent()
@@ -147,7 +148,7 @@ class StoreSpan:
 
 
 class SourceTimes:
-    """Reports the times of the items of one source.
+    """Reports the times of the items of one source, and when its block is left, the duration.
 
     Args:
         metrics: The metrics of the store.
@@ -160,17 +161,19 @@ class SourceTimes:
         self._name = TIME_TO_FIRST_CHUNK
 
     def arrived(self, now: float) -> None:
-        """Take the arrival of an item."""
+        """Record that an item has arrived."""
         self._metrics.record(self._name, now - self._asked_at)
         self._name = TIME_PER_CHUNK
 
     def asked(self, now: float) -> None:
-        """Take the request for the next item, after the previous one has been stored."""
+        """Record that the source is asked for the next item, after the previous one has been stored."""
         self._asked_at = now
 
-    def end(self, now: float, error: BaseException | None) -> None:
-        """Take the end of the source."""
-        self._metrics.record(SOURCE_DURATION, now - self._began_at, error_attributes(error))
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        self._metrics.record(SOURCE_DURATION, monotonic() - self._began_at, error_attributes(error))
 
 
 def report_gauges(

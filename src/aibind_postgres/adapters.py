@@ -196,7 +196,7 @@ class _AsyncSQLAlchemy(async_client.AsyncClient):
 
 
 class _Django(sync_client.Client):
-    other_way = (  # for the error of an asynchronous store
+    flavour_hint = (  # for the error of an asynchronous store
         "wrap_django() is for synchronous stores, since Django's connections are synchronous. Use "
         "async_stream_store() or async_conversation_store() of aibind_postgres.contrib.django, or a connection string"
     )

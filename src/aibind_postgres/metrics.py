@@ -24,9 +24,10 @@ class Metrics(Protocol):
     """Receives the measurements of stores, for a monitoring system. Pass it to the store as `metrics`.
 
     `aibind_postgres.contrib.opentelemetry` and `aibind_postgres.contrib.prometheus` contain implementations. The names
-    are those of `INSTRUMENTS`; a release may add others. Threads call the methods at the same time, also the one in
-    which an event loop runs: they must not block. If a method raises, the first exception is logged as a warning, and
-    nothing is raised in a caller of the store.
+    are those of `INSTRUMENTS`; a release may add others.
+
+    Several threads call the methods at the same time. One of them may run an event loop, so the methods must not block.
+    If a method raises, callers of the store are not affected. The first exception of a store is logged as a warning.
     """
 
     def add(self, name: str, amount: int, attributes: Attributes) -> None:
@@ -36,12 +37,15 @@ class Metrics(Protocol):
         """Add a value to a histogram."""
 
     def register(self, gauges: Callable[[], Mapping[str, float]]) -> Callable[[], object]:
-        """Call `gauges` at each collection, from any thread: it returns the gauges of one store by their names.
+        """Collect the gauges of one store: call `gauges` at each collection, from any thread.
 
-        The values of several stores are added. Of the kind `age`, the largest one counts.
+        The values of several stores are added. For the kind `gauge_max`, the largest value counts instead.
+
+        Args:
+            gauges: Returns the values by the names of the gauges.
 
         Returns:
-            A function that ends this. It is called when the store is closed, or by the garbage collector.
+            A function that ends the collection. It is called when the store is closed or garbage-collected.
         """
 
     def begin_span(self, name: str, attributes: Attributes, link: str | None) -> Span | None:
@@ -63,11 +67,15 @@ class Metrics(Protocol):
 class Instrument(NamedTuple):
     """One metric.
 
-    `unit` is `s` for seconds, or the thing that is counted in braces, as in UCUM. `attribute` is the name of the only
-    attribute, or None. `buckets` are the upper bounds of a histogram.
+    Attributes:
+        kind: The values of a `gauge` in several stores are added; of those of a `gauge_max`, the largest one counts.
+        unit: `s` for seconds, or what is counted, in braces, as in UCUM.
+        description: The meaning.
+        attribute: The name of the only attribute, or None.
+        buckets: The upper bounds of a histogram, or None.
     """
 
-    kind: Literal["counter", "histogram", "gauge", "age"]
+    kind: Literal["counter", "histogram", "gauge", "gauge_max"]
     unit: str
     description: str
     attribute: str | None = None
@@ -79,20 +87,20 @@ STREAMS_ENDED = "aibind.streams.ended"
 APPEND_DURATION = "aibind.append.duration"
 APPEND_CHUNKS = "aibind.append.chunks"
 DELIVERY_DURATION = "aibind.delivery.duration"
-NOTIFICATIONS_SENT = "aibind.notifications.sent"
+STREAMS_NOTIFIED = "aibind.streams.notified"
 NOTIFICATIONS_RECEIVED = "aibind.notifications.received"
 POLLS = "aibind.polls"
 RECONNECTS = "aibind.listener.reconnects"
 SWITCHES = "aibind.listener.switches"
 RETRIES = "aibind.database.retries"
-LEASES_LOST = "aibind.leases.lost"
+LEASES_EXPIRED = "aibind.leases.expired"
 HOUSEKEEPING_ROWS = "aibind.housekeeping.rows"
 HOUSEKEEPING_FAILURES = "aibind.housekeeping.failures"
 HOUSEKEEPING_AGE = "aibind.housekeeping.age"
-STREAMS_ACTIVE = "aibind.streams.active"
+WRITERS_ACTIVE = "aibind.writers.active"
 READERS_ACTIVE = "aibind.readers.active"
-LISTENERS_NOTIFIED = "aibind.listeners.notified"
-LISTENERS_POLLING = "aibind.listeners.polling"
+STORES_LISTENING = "aibind.stores.listening"
+STORES_POLLING = "aibind.stores.polling"
 SOURCE_DURATION = "gen_ai.client.operation.duration"
 TIME_TO_FIRST_CHUNK = "gen_ai.client.operation.time_to_first_chunk"
 TIME_PER_CHUNK = "gen_ai.client.operation.time_per_output_chunk"
@@ -111,24 +119,24 @@ INSTRUMENTS: Mapping[str, Instrument] = {
     DELIVERY_DURATION: Instrument(
         "histogram", "s", "Time from the insertion of a chunk to its delivery to a waiting reader", buckets=_SHORT_TIMES
     ),
-    NOTIFICATIONS_SENT: Instrument("counter", "{stream}", "Changed streams of which other processes were notified"),
-    NOTIFICATIONS_RECEIVED: Instrument("counter", "{notification}", "Notifications that the LISTEN connection got"),
+    STREAMS_NOTIFIED: Instrument("counter", "{stream}", "Streams named in notifications that this process has sent"),
+    NOTIFICATIONS_RECEIVED: Instrument("counter", "{notification}", "Notifications received by the LISTEN connection"),
     POLLS: Instrument("counter", "{poll}", "Queries for changes without a notification"),
     RECONNECTS: Instrument("counter", "{connection}", "LISTEN connections opened after the loss of one"),
     SWITCHES: Instrument("counter", "{switch}", "Switches between notifications and polling, by the new mode", "mode"),
-    RETRIES: Instrument("counter", "{attempt}", "Attempts repeated since the server could not be reached"),
-    LEASES_LOST: Instrument("counter", "{stream}", "Streams with an expired lease that this process has ended"),
+    RETRIES: Instrument("counter", "{attempt}", "Attempts repeated because the server could not be reached"),
+    LEASES_EXPIRED: Instrument("counter", "{stream}", "Streams ended by this process because of an expired lease"),
     HOUSEKEEPING_ROWS: Instrument("counter", "{row}", "Rows that the housekeeper of this process has changed", "kind"),
     HOUSEKEEPING_FAILURES: Instrument("counter", "{failure}", "Parts of housekeeping that failed in this process"),
     HOUSEKEEPING_AGE: Instrument(
-        "age",
+        "gauge_max",
         "s",
-        "Time since the last turn at housekeeping that succeeded here or was seen elsewhere, or since the start",
+        "Time since the last housekeeping that succeeded in this process or ran in another one, or since the start",
     ),
-    STREAMS_ACTIVE: Instrument("gauge", "{stream}", "Streams that this process is writing"),
+    WRITERS_ACTIVE: Instrument("gauge", "{writer}", "Writers in this process, also those of producers"),
     READERS_ACTIVE: Instrument("gauge", "{reader}", "Readers in this process that follow a stream"),
-    LISTENERS_NOTIFIED: Instrument("gauge", "{store}", "Stores with readers or writers woken by notifications"),
-    LISTENERS_POLLING: Instrument("gauge", "{store}", "Stores with readers or writers woken by polling alone"),
+    STORES_LISTENING: Instrument("gauge", "{store}", "Stores with readers or writers woken by notifications"),
+    STORES_POLLING: Instrument("gauge", "{store}", "Stores with readers or writers woken by polling alone"),
     SOURCE_DURATION: Instrument(
         "histogram", "s", "Time from the start to the end of a source", "error.type", _MODEL_TIMES
     ),

@@ -157,9 +157,9 @@ def monitoring_views(
     status_table: str | Identifier = STATUS_TABLE,
     conversations_table: str | Identifier = CONVERSATIONS_TABLE,
 ) -> str:
-    """Return the SQL that creates views of the tables for a monitoring system, which docs/telemetry.md describes.
+    """Return the SQL that creates two views of the tables for a monitoring system. docs/telemetry.md describes them.
 
-    Their names are those of the status table with `_summary` and `_tables`. The tables need all migrations.
+    Their names are the name of the status table with `_summary` and `_tables`. All migrations must have been applied.
 
     Args:
         chunks_table: As for `render`.
@@ -178,7 +178,7 @@ def monitoring_views(
 
 
 def _statements_of_file(file: str, chunks_table: str, status_table: str, conversations_table: str) -> list[str]:
-    """Return the commands of one file of `sql/`, for migrations of which each has one file.
+    """Return the commands of one file of `sql/`, for migrations of a framework.
 
     Args:
         file: The name of the file, such as "0001_tables.sql".

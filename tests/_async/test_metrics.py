@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections import Counter
+from contextlib import nullcontext
 from functools import partial
 
 import psycopg
@@ -12,7 +13,7 @@ import pytest
 from psycopg import sql
 from psycopg_pool import AsyncConnectionPool
 from support.concurrency import AsyncBackground, async_gather, async_sleep, async_until
-from support.recorded_metrics import RaisingMetrics, RecordedMetrics
+from support.recorded_metrics import RaisingMetrics, RecordedMetrics, RecordedSpan
 from support.sessions import TERMINATE
 
 from aibind_postgres import (
@@ -21,9 +22,11 @@ from aibind_postgres import (
     AsyncPostgresConversationStore,
     AsyncPostgresStreamStore,
     ChatHistory,
+    InvalidDataError,
     _leases,
     metrics,
 )
+from aibind_postgres._async.producing import AsyncProducer
 
 REFUSE_DELETION = """
 CREATE FUNCTION {schema}.refuse() RETURNS trigger LANGUAGE plpgsql AS $$
@@ -31,6 +34,15 @@ BEGIN
   RAISE EXCEPTION 'refused';
 END $$;
 CREATE TRIGGER refuse BEFORE DELETE ON {status} FOR EACH ROW EXECUTE FUNCTION {schema}.refuse()
+"""
+
+REFUSE_DONE = """
+CREATE FUNCTION {schema}.refuse() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+  RAISE EXCEPTION 'refused';
+END $$;
+CREATE TRIGGER refuse BEFORE UPDATE ON {status} FOR EACH ROW WHEN (NEW.state = 'done')
+  EXECUTE FUNCTION {schema}.refuse()
 """
 
 
@@ -102,19 +114,19 @@ async def test_created_and_ended_streams(store, recorded):
         (metrics.STREAMS_ENDED, "done"): 1,
         (metrics.STREAMS_ENDED, "stopped"): 1,
         (metrics.STREAMS_ENDED, "error"): 1,
-        **{key: count for key, count in recorded.counts.items() if key == metrics.NOTIFICATIONS_SENT},
+        **{key: count for key, count in recorded.counts.items() if key == metrics.STREAMS_NOTIFIED},
     }
 
 
-async def test_active_streams_and_readers(store, recorded):
+async def test_active_writers_and_readers(store, recorded):
     id, chunks = await store.create(), []
-    assert recorded.gauges[metrics.READERS_ACTIVE] == recorded.gauges[metrics.STREAMS_ACTIVE] == 0
+    assert recorded.gauges[metrics.READERS_ACTIVE] == recorded.gauges[metrics.WRITERS_ACTIVE] == 0
     async with AsyncBackground(partial(read, store, id, chunks)):
         async with store.writer(id) as writer:
             await writer.write("x")
             await async_until(lambda: chunks)
-            assert recorded.gauges[metrics.READERS_ACTIVE] == recorded.gauges[metrics.STREAMS_ACTIVE] == 1
-    assert recorded.gauges[metrics.READERS_ACTIVE] == recorded.gauges[metrics.STREAMS_ACTIVE] == 0
+            assert recorded.gauges[metrics.READERS_ACTIVE] == recorded.gauges[metrics.WRITERS_ACTIVE] == 1
+    assert recorded.gauges[metrics.READERS_ACTIVE] == recorded.gauges[metrics.WRITERS_ACTIVE] == 0
 
 
 async def test_gauges_end_with_the_store(dsn, tables, recorded):
@@ -144,12 +156,12 @@ async def test_notifications_sent_and_received(store, recorded, dsn, tables):
     reading, id, chunks = RecordedMetrics(), await store.create(), []
     async with AsyncPostgresStreamStore(dsn, **tables, metrics=reading) as reader:
         async with AsyncBackground(partial(read, reader, id, chunks)):
-            await async_until(lambda: reading.gauges[metrics.LISTENERS_NOTIFIED])
-            assert reading.gauges[metrics.LISTENERS_POLLING] == 0
+            await async_until(lambda: reading.gauges[metrics.STORES_LISTENING])
+            assert reading.gauges[metrics.STORES_POLLING] == 0
             await store.append(id, "x")
             await async_until(lambda: reading.counts[metrics.NOTIFICATIONS_RECEIVED])
             await store.complete(id)
-    assert recorded.counts[metrics.NOTIFICATIONS_SENT] >= 1
+    assert recorded.counts[metrics.STREAMS_NOTIFIED] >= 1
 
 
 async def test_polls(dsn, tables, recorded, other):
@@ -167,13 +179,13 @@ async def test_switches_between_notifications_and_polling(database, recorded, mo
     async with pool, AsyncPostgresStreamStore(pool, metrics=recorded, poll_interval=0.02) as store:
         id = await store.create()
         async with AsyncBackground(partial(read, store, id, chunks)):
-            await async_until(lambda: recorded.gauges[metrics.LISTENERS_NOTIFIED])
+            await async_until(lambda: recorded.gauges[metrics.STORES_LISTENING])
             monkeypatch.setattr(RefusedConnection, "refused", True)
             with psycopg.connect(database, autocommit=True) as admin:
                 admin.execute(TERMINATE)
             await async_until(lambda: recorded.counts[metrics.SWITCHES, "polling"])
-            assert recorded.gauges[metrics.LISTENERS_POLLING] == 1
-            assert recorded.gauges[metrics.LISTENERS_NOTIFIED] == 0
+            assert recorded.gauges[metrics.STORES_POLLING] == 1
+            assert recorded.gauges[metrics.STORES_LISTENING] == 0
             await async_until(lambda: recorded.counts[metrics.RETRIES])
             monkeypatch.setattr(RefusedConnection, "refused", False)
             await async_until(lambda: recorded.counts[metrics.SWITCHES, "notifications"])
@@ -185,13 +197,13 @@ async def test_switches_between_notifications_and_polling(database, recorded, mo
     assert "notifications arrive" in again.getMessage()
 
 
-async def test_lost_leases(dsn, tables, recorded, monkeypatch):
+async def test_expired_leases(dsn, tables, recorded, monkeypatch):
     monkeypatch.setattr(_leases, "CONTACT", 0.3)
     monkeypatch.setattr(_leases, "CONTACT_AFTER_FAILURE", 0.3)
     async with AsyncPostgresStreamStore(dsn, **tables, metrics=recorded, poll_interval=0.02) as store:
         id = await store.create(lease=0.3)
         assert (await store.wait(id, 20)).state == "error"
-        assert recorded.counts[metrics.LEASES_LOST] == 1
+        assert recorded.counts[metrics.LEASES_EXPIRED] == 1
 
 
 async def test_housekeeping(dsn, tables, table, recorded):
@@ -224,7 +236,7 @@ async def test_failure_of_housekeeping(dsn, tables, recorded, run_sql, schema_na
 
 async def test_age_of_the_turn_of_another_process(store, other, recorded, run_sql, tables):
     async with AsyncHousekeeper(other, every=1000):
-        await async_until(lambda: other._database.housekept_at)
+        await async_until(lambda: other._database.last_housekeeping)
         earlier = sql.SQL("UPDATE {} SET expires_at = expires_at - 500000 WHERE state = 'deleted'")
         await async_until(lambda: run_sql(earlier.format(tables["status_table"])).rowcount)
     async with AsyncHousekeeper(store, every=1000):
@@ -237,6 +249,30 @@ async def test_times_of_a_source(store, recorded):
     assert len(recorded.values[metrics.TIME_PER_CHUNK]) == 2
     assert recorded.attributes[metrics.SOURCE_DURATION] == [{}]
     await (await AsyncDurableStream.start(store, broken_words())).wait()
+    assert recorded.attributes[metrics.SOURCE_DURATION] == [{}, {"error.type": "LookupError"}]
+
+
+async def test_source_that_runs_while_the_caller_handles_an_exception(store, recorded, monkeypatch):
+    """As in the transaction of a test of Django, where the source runs before `start` returns."""
+
+    async def runs_inline():
+        return True
+
+    class Context:
+        async def __aenter__(self):
+            pass
+
+        async def __aexit__(self, kind, *details):
+            left.append(kind)
+
+    left = []
+    monkeypatch.setattr(store._database.client, "runs_inline", runs_inline)
+    try:
+        raise LookupError
+    except LookupError:
+        await AsyncDurableStream.start(store, words(), context=Context)
+        await AsyncDurableStream.start(store, broken_words(), context=Context)
+    assert left == [None, LookupError]
     assert recorded.attributes[metrics.SOURCE_DURATION] == [{}, {"error.type": "LookupError"}]
 
 
@@ -307,6 +343,33 @@ async def test_span_of_a_stream_that_exists(store, recorded):
     with pytest.raises(Exception, match="exists"):
         await AsyncDurableStream.start(store, words(), id=id)
     assert recorded.spans[0].ended == {"error.type": "StreamExistsError"}
+
+
+async def test_span_of_an_id_that_the_wire_format_refuses(store, recorded):
+    id = await store.create("two\nlines")
+    with pytest.raises(InvalidDataError):
+        await AsyncDurableStream.produce(store, id, words())
+    assert [span for span in recorded.spans if span.ended is None] == []
+
+
+async def test_span_of_an_end_that_could_not_be_stored(store, recorded, run_sql, schema_name, tables):
+    run_sql(sql.SQL(REFUSE_DONE).format(schema=sql.Identifier(schema_name), status=tables["status_table"]))
+    stream = await AsyncDurableStream.start(store, words())
+    await async_until(lambda: recorded.spans[0].ended is not None)
+    assert (await store.get_status(stream.id)).state == "active"
+    assert recorded.spans[0].ended == {"aibind.end_reason": "write_failed", "error.type": "write_failed"}
+
+
+async def test_no_mutex_is_held_when_a_span_is_activated(store, recorded, monkeypatch):
+    def activate(span):
+        assert not any(producer._mutex.locked() for producer in AsyncProducer.running(store))
+        activated.append(span)
+        return nullcontext()
+
+    activated = []
+    monkeypatch.setattr(RecordedSpan, "activate", activate)
+    await (await AsyncDurableStream.start(store, words())).wait()
+    assert len(activated) == 3
 
 
 async def test_adapter_that_raises_loses_nothing(dsn, tables, caplog):

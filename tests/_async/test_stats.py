@@ -18,6 +18,8 @@ from support.sessions import TERMINATE
 
 from aibind_postgres import AsyncDurableStream, AsyncPostgresConversationStore, AsyncPostgresStreamStore
 from aibind_postgres._async import appending, combining
+from aibind_postgres._async.listening import AsyncListenConnection
+from aibind_postgres._concurrency import AsyncEvent
 
 
 @pytest.fixture
@@ -47,6 +49,29 @@ async def test_readers_and_the_listener(admin_dsn, store, other):
         await other.complete(id)
         await first.result()
     assert counts(store, *names[:3]) == (0, 0, 0)
+
+
+async def test_connection_listens_when_the_server_has_answered(dsn, store, monkeypatch):
+    async def listen(connection):
+        waiting.append(connection)
+        await answered.wait(30)
+        await original(connection)
+
+    original = AsyncListenConnection._listen
+    waiting, answered = [], AsyncEvent()
+    monkeypatch.setattr(AsyncListenConnection, "_listen", listen)
+    id = await store.create()
+    async with AsyncBackground(partial(collect, store, id)):
+        for attempt in (1, 2):  # the second one is a reconnect
+            await async_until(lambda attempt=attempt: len(waiting) == attempt)
+            assert counts(store, "listening", "polling") == (0, 1)
+            answered.set()
+            await async_until(lambda: counts(store, "listening", "polling") == (1, 0))
+            answered.clear()
+            if attempt == 1:
+                async with await psycopg.AsyncConnection.connect(dsn) as admin:
+                    await admin.execute(TERMINATE)
+        await store.complete(id)
 
 
 async def test_polling_without_notifications(dsn, tables):

@@ -139,6 +139,37 @@ def test_each_event_loop_has_a_store_of_its_own(theirs):
     assert len(store._stores) == 1
 
 
+def test_shutdown_in_one_event_loop_leaves_the_producers_of_another(theirs):
+    async def source():
+        yield "a"
+        started.set()
+        while not released.is_set():
+            await asyncio.sleep(0.01)
+
+    async def produce():
+        stream = await AsyncDurableStream.start(store, source(), id="one")
+        states.append((await stream.wait(30)).state)
+        await store.close()
+
+    async def shut_down():
+        assert await AsyncDurableStream.shutdown(store, 0)
+        assert store.get_stats()["producers_running"] == 0
+        await store.close()
+
+    store = aibind.async_stream_store(poll_interval=0.05)
+    started, released, states = threading.Event(), threading.Event(), []
+    other = threading.Thread(target=asyncio.run, args=[produce()])
+    other.start()
+    try:
+        assert started.wait(30)
+        asyncio.run(shut_down())
+        assert theirs.get_status("one").state == "active"
+    finally:
+        released.set()
+        other.join()
+    assert states == ["done"]
+
+
 def test_housekeeper(store, caplog):
     caplog.set_level("INFO", logger="aibind_postgres")
     conversations = aibind.conversation_store()

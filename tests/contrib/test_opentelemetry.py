@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
+from opentelemetry.metrics import CallbackOptions
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
+from support.concurrency import async_until
+from support.recorded_metrics import forget_a_store_during
 
 from aibind_postgres import AsyncDurableStream, AsyncPostgresStreamStore, DurableStream, PostgresStreamStore
 from aibind_postgres.contrib.opentelemetry import OpenTelemetryMetrics
@@ -74,12 +79,17 @@ def test_every_instrument(telemetry):
     assert telemetry.points("aibind.readers.active")[0].value == 3.0
 
 
+def test_store_that_is_freed_during_a_collection(telemetry):
+    observe = telemetry.adapter._observer("aibind.readers.active", sum)
+    forget_a_store_during(lambda: observe(CallbackOptions()), telemetry.adapter)
+
+
 def test_metrics_of_a_store(dsn, tables, telemetry):
     with PostgresStreamStore(dsn, **tables, metrics=telemetry.adapter) as store:
         id = store.create()
         store.append_many(id, ["a", "b"])
         store.stop(id)
-        assert telemetry.points("aibind.streams.active")[0].value == 0
+        assert telemetry.points("aibind.writers.active")[0].value == 0
     assert telemetry.points("aibind.streams.created")[0].value == 1
     assert dict(telemetry.points("aibind.streams.ended")[0].attributes) == {"state": "stopped"}
     assert telemetry.points("aibind.append.chunks")[0].sum == 2
@@ -132,6 +142,25 @@ async def test_failed_source(dsn, tables, telemetry):
     assert produced.attributes["error.type"] == "source_failed"
     [duration] = telemetry.points("gen_ai.client.operation.duration")
     assert dict(duration.attributes) == {"error.type": "LookupError"}
+
+
+async def test_reader_whose_task_is_cancelled_has_not_failed(dsn, tables, telemetry):
+    """As by a web server, when a client disconnects."""
+
+    async def read():
+        async for piece in stream.sse():
+            pieces.append(piece)
+
+    pieces = []
+    async with AsyncPostgresStreamStore(dsn, **tables, metrics=telemetry.adapter) as store:
+        await store.append(await store.create("one"), "a")
+        stream = await AsyncDurableStream.resume(store, "one")
+        reader = asyncio.create_task(read())
+        await async_until(lambda: pieces)
+        reader.cancel()
+        await asyncio.wait([reader])
+    [span] = telemetry.spans("aibind.read")
+    assert (span.status.status_code, dict(span.attributes)) == (StatusCode.UNSET, {"aibind.stream.id": "one"})
 
 
 @pytest.mark.parametrize("link", ["", "00-" + "0" * 32 + "-0000000000000000-01", "of the application"])

@@ -15,6 +15,7 @@ import pytest
 import yaml
 from prometheus_client import CollectorRegistry, make_wsgi_app
 from prometheus_client.parser import text_string_to_metric_families
+from support.recorded_metrics import forget_a_store_during
 
 from aibind_postgres import AsyncPostgresStreamStore, PostgresStreamStore
 from aibind_postgres.contrib.prometheus import PrometheusMetrics
@@ -73,7 +74,7 @@ def test_it_is_an_adapter(registry):
 def test_every_instrument_is_exposed(registry):
     adapter = PrometheusMetrics(registry)
     report_everything(adapter)
-    gauges = {name: 5.0 for name, each in INSTRUMENTS.items() if each.kind in ("gauge", "age")}
+    gauges = {name: 5.0 for name, each in INSTRUMENTS.items() if each.kind in ("gauge", "gauge_max")}
     adapter.register(lambda: gauges)
     with served(registry) as scrape:
         found = scrape()
@@ -102,6 +103,11 @@ def test_gauges_of_several_stores(registry):
         assert (found["aibind_readers_active",], found["aibind_housekeeping_age_seconds",]) == (3, 5)
 
 
+def test_store_that_is_freed_during_a_scrape(registry):
+    adapter = PrometheusMetrics(registry)
+    forget_a_store_during(lambda: next(adapter._gauges.collect()), adapter)
+
+
 def test_second_adapter_on_one_registry_is_refused(registry):
     PrometheusMetrics(registry)
     with pytest.raises(ValueError, match="Duplicated timeseries"):
@@ -119,7 +125,7 @@ def test_store(dsn, tables, registry):
     assert found["aibind_streams_ended_total", "done"] == 1
     assert (found["aibind_append_chunks_sum",], found["aibind_append_chunks_count",]) == (2, 1)
     assert found["aibind_append_duration_seconds_count",] == 1
-    assert found["aibind_streams_active",] == 0
+    assert found["aibind_writers_active",] == 0
 
 
 async def test_asynchronous_store(dsn, tables, registry):

@@ -22,6 +22,7 @@ from aibind_postgres import (
     PostgresStreamStore,
     WebRequest,
 )
+from aibind_postgres._async.producing import AsyncProducer
 
 
 async def test_cancelled_calls_leave_no_connection_checked_out_and_no_gap(dsn, tables):
@@ -248,6 +249,26 @@ async def test_repeated_cancellation_of_a_writers_exit(dsn, tables):
             assert not writers[0].is_active
             while any(task.get_name() == "aibind_postgres-writer" for task in asyncio.all_tasks()):
                 await asyncio.sleep(0.01)
+
+
+async def test_produce_cancelled_while_its_producer_starts(dsn, tables, monkeypatch):
+    async def start(producer, *, is_new):
+        task.cancel()
+        await original(producer, is_new=is_new)
+
+    async def source():
+        yield "a"
+        await asyncio.sleep(600)
+
+    original = AsyncProducer.start
+    monkeypatch.setattr(AsyncProducer, "start", start)
+    async with AsyncPostgresStreamStore(dsn, **tables) as store:
+        id = await store.create()
+        task = asyncio.create_task(AsyncDurableStream.produce(store, id, source()))
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert (await store.get_status(id)).state == "error"
+        assert AsyncProducer.running(store) == []
 
 
 async def test_random_cancellations_lose_no_append_of_other_callers(dsn, tables):

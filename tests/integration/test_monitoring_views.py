@@ -65,7 +65,7 @@ def test_summary(connection, names, store):
     found = row(connection, names)
     assert (found["active"], found["without_lease"], found["abandoned"]) == (3, 1, 1)
     assert (found["failed_last_hour"], found["expired"]) == (1, 1)
-    assert found["oldest_active"] > 0
+    assert found["oldest_active_age"] > 0
     assert found["cleanup_lag"] > 0
     assert found["housekeeping_age"] is None
     [take_turn] = {store._schema.statements.take_turn}

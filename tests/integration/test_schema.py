@@ -132,9 +132,9 @@ def test_notify_trigger_of_distributed_tables_is_refused(empty_database):
             call(notify_trigger=True, citus=True)
 
 
-def test_all_sql_files_are_applied():
+def test_all_sql_files_are_used():
     names = {file.relative_to(schema.SQL_FOLDER).as_posix() for file in schema.SQL_FOLDER.rglob("*.sql")}
-    assert names == {*schema._MIGRATIONS, *schema._NOTIFY_TRIGGER, *schema._CITUS}
+    assert names == {*schema._MIGRATIONS, *schema._NOTIFY_TRIGGER, *schema._CITUS, *schema._MONITORING}
 
 
 def test_first_migration_is_the_schema_of_the_npm_package(admin):

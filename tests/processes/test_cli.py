@@ -478,6 +478,9 @@ def test_wrong_usage(database: str) -> None:
         ["list", "--owner", ""],
         ["delete", "--owner", "", "--yes"],
         ["archive", "--older-than", "1000000d"],
+        ["stats", "--dsn", ""],
+        ["write", "x", "--dsn", ""],
+        ["demo", "--dsn", ""],
         ["tail", "x", "--chunks-table", "a.b.c"],
     ]
     for done, command in zip(in_parallel(commands)(dsn=database), commands, strict=True):

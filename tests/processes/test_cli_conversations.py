@@ -87,7 +87,7 @@ def test_show_marks_the_active_branch(database, conversations):
     ]
     assert "owner:     ann" in head
     assert 'metadata:  {"n": 1}' in head
-    assert "messages:  4, of which 2 in the active branch" in head
+    assert "messages:  4, of which 2 on the current path" in head
     document = json.loads(run("conversations", "show", "a", "--json", dsn=database).stdout)
     assert (document["session_id"], document["document"]) == ("a", json.loads(chat.to_json()))
 
@@ -123,6 +123,14 @@ def test_export_by_owner_and_id(database, conversations):
     assert ids("c") == ["c"]
     for arguments in (["-"], ["a", "--all", "-"], ["a", "b", "-"]):
         run("conversations", "export", *arguments, dsn=database, code=2)
+
+
+def test_empty_owner_does_not_select_all(database, conversations, tmp_path):
+    conversations.save("a", ChatHistory(), owner="ann")
+    for command in (["conversations", "export"], ["export"]):
+        done = run(*command, "--owner", "", tmp_path / "x", dsn=database, code=2)
+        assert b"--owner must not be empty" in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_missing_table_names_migrate(empty_database, tmp_path):

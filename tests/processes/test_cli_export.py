@@ -391,6 +391,7 @@ def test_tables_of_the_typescript_package(empty_database):
 
 def test_role_with_select_only(database, store, admin):
     store.create("a")
+    store.append("a", "x")
     role = f"role_{os.urandom(6).hex()}"
     admin.execute(f"CREATE ROLE {role} LOGIN")
     try:
@@ -398,5 +399,8 @@ def test_role_with_select_only(database, store, admin):
         assert re.search(rb"permission denied for table \w+", refused.stderr)
         admin.execute(f"GRANT SELECT ON ALL TABLES IN SCHEMA public TO {role}")
         assert ids(export(make_conninfo(database, user=role))) == ["a"]
+        admin.execute("ALTER TABLE aibind_stream_chunks ENABLE ROW LEVEL SECURITY")
+        hidden = run("export", "--all", "-", dsn=make_conninfo(database, user=role), code=1)
+        assert b"row-level security" in hidden.stderr
     finally:
         admin.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")

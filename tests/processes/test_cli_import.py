@@ -87,7 +87,7 @@ def test_stream_that_was_active_has_ended(database, target, tmp_path):
         info = store.get_info("a")
         assert info is not None
         assert (info.owner, info.lease_until) == ("ann", None)
-    assert b"imported; 1 were there before" in run("import", tmp_path / "x", "--resume", dsn=target).stderr
+    assert b"imported; 1 existed already" in run("import", tmp_path / "x", "--resume", dsn=target).stderr
 
 
 # Refused before anything is written
@@ -145,6 +145,18 @@ def test_malformed_file(target, tmp_path, lines, message):
     done = run("import", file_of(tmp_path, *lines), dsn=target, code=2)
     assert message in done.stderr.decode()
     assert b"--resume" not in done.stderr
+    assert count(target) == 0
+
+
+def test_malformed_time_of_a_chunk_after_many_others(target, tmp_path):
+    many = [
+        line_of("chunk", {"id": "a", "seq": seq, "data": "x", "created_at": "infinity"}) for seq in range(1, 10_002)
+    ]
+    last = line_of("chunk", {"id": "b", "seq": 1, "data": "x", "created_at": "2026-11-31T10:00:00+00:00"})
+    end = end_line(Counts(streams=2, chunks=10_002))
+    file = file_of(tmp_path, HEADER, stream("a", total_chunks=10_001), *many, stream("b", total_chunks=1), last, end)
+    done = run("import", file, dsn=target, code=2)
+    assert b"line 10005: PostgreSQL refuses it: date/time field value out of range" in done.stderr
     assert count(target) == 0
 
 
@@ -262,6 +274,25 @@ def test_interrupted_import_is_continued(database, target, tmp_path, end, code):
         "skipped": len(rows),
     }
     assert export(target) == file.read_bytes()
+
+
+def test_file_that_changes_meanwhile(target, tmp_path):
+    large = "x" * 1_500_000  # larger than all buffers
+    long = [
+        HEADER,
+        stream("long", metadata=large, total_chunks=1),
+        line_of("chunk", {"id": "long", "seq": 1, "data": large}),
+    ]
+    file = file_of(tmp_path, *long, end_line(Counts(1, 1)))
+
+    def change(admin: psycopg.Connection, process: Any) -> None:
+        file_of(tmp_path, *long, stream("z"), end_line(Counts(2, 1)))
+        admin.execute("SELECT pg_advisory_unlock(1)")
+
+    code, errors = interrupt(target, file, change)
+    assert code == 2
+    assert b"the file was changed while it was read" in errors
+    assert count(target) == 0
 
 
 def test_killed_server(tmp_path):

@@ -77,6 +77,11 @@ def test_cleanup_in_a_loop_survives_an_outage() -> None:
     assert cleaner.returncode == 143
 
 
+def test_cleanup_refuses_a_period_that_is_too_long(database: str) -> None:
+    done = run("cleanup", "--every", "99999999999d", dsn=database)
+    assert (done.returncode, done.stdout) == (2, b"")
+
+
 def test_cleanup_once_reports_an_unreachable_server() -> None:
     done = run("cleanup", dsn="postgresql://me:geheim@localhost:1/db")
     assert (done.returncode, done.stdout) == (1, b"")

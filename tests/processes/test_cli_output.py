@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import subprocess
 from collections.abc import Iterator
@@ -57,8 +58,21 @@ def test_usage_errors_in_a_pipe_have_no_colour(variable: str) -> None:
         assert b"\x1b" not in done.stderr + done.stdout
 
 
+def test_json_in_a_pipe_is_utf_8(database: str, store: PostgresStreamStore) -> None:
+    store.create("é 🙂")
+    done = run("list", "--json", dsn=database, PYTHONIOENCODING="ascii")
+    assert json.loads(done.stdout)["id"] == "é 🙂"
+
+
 def test_no_color_on_a_terminal(database: str) -> None:
-    for command in (["--help"], ["demo", "--help"], ["unknown"], ["tail", "x"], ["doctor"], ["demo"]):
+    for command in (
+        ["--help"],
+        ["demo", "--help"],
+        ["unknown"],
+        ["tail", "x"],
+        ["doctor"],
+        ["demo", "--dsn", database],
+    ):
         _, output = run_on_terminal(*command, dsn=database, NO_COLOR="1")
         assert output
         assert "\x1b" not in output, command

@@ -55,14 +55,14 @@ def test_numbers(database):
         "error": {"streams": 1, "chunks": 3},
     }
     assert found["total"] == {"streams": 5, "chunks": 7}
-    assert found["archived"] == 2
-    assert found["last"] == {
+    assert found["archived_streams"] == 2
+    assert found["created_in_last"] == {
         "minute": {"streams": 1, "chunks": 1},
         "hour": {"streams": 2, "chunks": 3},
         "day": {"streams": 3, "chunks": 4},
     }
-    assert found["oldest_active"]["id"] == "a"
-    assert 7200 <= found["oldest_active"]["age"] < 7800
+    assert found["oldest_active_stream"]["id"] == "a"
+    assert 7200 <= found["oldest_active_stream"]["age"] < 7800
     assert found["conversations"] == 1
     assert 0 <= found["notifications"]["queue_usage"] <= 1
 
@@ -81,20 +81,20 @@ def test_sizes_include_partitions_and_large_texts(empty_database, partitions):
         store.create("a")
         store.append_many("a", [str(list(range(n, n + 30_000))) for n in range(3)])  # compressed, but out of line
     after = stats(empty_database)["tables"]["aibind_stream_chunks"]
-    assert after["data"] > before["aibind_stream_chunks"]["data"] + 100_000
-    assert after["indexes"] > 0
+    assert after["table_bytes"] > before["aibind_stream_chunks"]["table_bytes"] + 100_000
+    assert after["index_bytes"] > 0
 
 
 def test_listening_stores(database):
     with PostgresStreamStore(database) as store:
         store.create("a")
         reader = store.read_from("a")
-        assert stats(database)["notifications"]["listeners"] == 0
+        assert stats(database)["notifications"]["listening_stores"] == 0
         store.append("a", "x")
         next(reader)
         thread = threading.Thread(target=lambda: list(reader))
         thread.start()
-        until(lambda: stats(database)["notifications"]["listeners"] == 1)
+        until(lambda: stats(database)["notifications"]["listening_stores"] == 1)
         store.complete("a")
         thread.join()
 
@@ -119,7 +119,7 @@ def test_other_table_names(empty_database):
 
 def test_empty_tables(database):
     found = stats(database)
-    assert (found["streams"], found["total"], found["oldest_active"]) == ({}, {"streams": 0, "chunks": 0}, None)
+    assert (found["streams"], found["total"], found["oldest_active_stream"]) == ({}, {"streams": 0, "chunks": 0}, None)
     assert b"oldest active stream:  -" in run("stats", dsn=database).stdout
 
 
@@ -128,7 +128,11 @@ def test_tables_of_the_typescript_package(empty_database):
         admin.execute((schema.SQL_FOLDER / "0001_tables.sql").read_text("utf-8").encode())
         admin.execute("INSERT INTO aibind_stream_status VALUES ('a', 'done', NULL, 1, 5)")
     found = stats(empty_database)
-    assert (found["total"], found["archived"], found["last"]["day"]) == ({"streams": 1, "chunks": 1}, None, None)
+    assert (found["total"], found["archived_streams"], found["created_in_last"]["day"]) == (
+        {"streams": 1, "chunks": 1},
+        None,
+        None,
+    )
     run("stats", dsn=empty_database)
 
 

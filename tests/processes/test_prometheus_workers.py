@@ -35,4 +35,4 @@ def test_counters_and_histograms_of_all_workers_are_added(database, tmp_path):
     assert "aibind_streams_created_total 2.0" in lines
     assert "aibind_append_chunks_sum 4.0" in lines
     assert "aibind_append_duration_seconds_count 2.0" in lines
-    assert [line for line in lines if line.startswith("aibind_streams_active")] == []  # as docs/telemetry.md states
+    assert [line for line in lines if line.startswith("aibind_writers_active")] == []  # as docs/telemetry.md states

@@ -11,9 +11,12 @@ from typing import Any
 
 COMMAND = [sys.executable, "-W", "error", "-m", "aibind_postgres.cli"]
 
+# PYTHONUNBUFFERED would hide output that a command forgets to flush.
+UNSET = ("DATABASE_URL", "XDG_DATA_HOME", "PYTHONUNBUFFERED")
+
 
 def environment(dsn: str | None, **extra: str) -> dict[str, str]:
-    inherited = {name: value for name, value in os.environ.items() if name not in ("DATABASE_URL", "XDG_DATA_HOME")}
+    inherited = {name: value for name, value in os.environ.items() if name not in UNSET}
     return {**inherited, **({"DATABASE_URL": dsn} if dsn else {}), **extra}
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextvars
+import gc
 from collections import Counter, defaultdict
 from contextlib import contextmanager
 from itertools import count
 from threading import Lock
+from weakref import finalize
 
 from aibind_postgres.metrics import INSTRUMENTS
 
@@ -69,7 +71,7 @@ class RecordedMetrics:
         """The gauges of the only store."""
         [gauges] = self.stores
         found = gauges()
-        assert all(INSTRUMENTS[name].kind in ("gauge", "age") for name in found)
+        assert all(INSTRUMENTS[name].kind in ("gauge", "gauge_max") for name in found)
         return found
 
     def begin_span(self, name, attributes, link):
@@ -89,3 +91,24 @@ class RaisingMetrics:
         raise OSError("the collector is gone")
 
     add = record = register = begin_span = traceparent = _fail
+
+
+class _ForgottenStore:
+    def __init__(self):
+        self.cycle = self
+
+
+def forget_a_store_during(observe, metrics):
+    """Call `observe` with a collection of garbage after each possible allocation: it frees a registered store."""
+    for _ in range(50):
+        metrics.register(dict)
+    thresholds = gc.get_threshold()
+    try:
+        for allocations in range(1, 60):
+            gc.collect()
+            finalize(_ForgottenStore(), metrics.register(dict)).atexit = False
+            gc.set_threshold(allocations)
+            observe()
+            gc.set_threshold(*thresholds)
+    finally:
+        gc.set_threshold(*thresholds)

@@ -14,7 +14,7 @@ import typer
 from typer.main import get_command
 
 from aibind_postgres import StreamInfo
-from aibind_postgres.cli import stream_lists
+from aibind_postgres.cli import text_output
 from aibind_postgres.cli.app import EXIT_CODES, app
 from aibind_postgres.cli.options import _parse_duration, _parse_period
 
@@ -57,29 +57,29 @@ COMMANDS = commands()
     ],
 )
 def test_age(passed: timedelta, text: str) -> None:
-    assert stream_lists.age(NOW - passed, NOW) == text
+    assert text_output.age(NOW - passed, NOW) == text
 
 
 def test_unknown_age() -> None:
-    assert stream_lists.age(None, NOW) == "-"
+    assert text_output.age(None, NOW) == "-"
 
 
 def test_row_escapes_control_characters() -> None:
     info = INFO._replace(id="a\nb\x1b[31m", owner="\u202eö\x9b", session_id="\u2028")
-    assert stream_lists.row(info, NOW) == ["a\\nb\\x1b[31m", "done", "3", "5m", "\\u2028", "\u202eö\\x9b"]
-    assert stream_lists.row(INFO, NOW)[4:] == ["-", "-"]
+    assert text_output.stream_row(info, NOW) == ["a\\nb\\x1b[31m", "done", "3", "5m", "\\u2028", "\u202eö\\x9b"]
+    assert text_output.stream_row(INFO, NOW)[4:] == ["-", "-"]
 
 
 def test_columns_grow_from_page_to_page() -> None:
     widths = [0, 0]
-    assert stream_lists.align([["a", "b"], ["ccc", "d"]], widths) == "a    b\nccc  d\n"
-    assert stream_lists.align([["e", "f"]], widths) == "e    f\n"
+    assert text_output.align([["a", "b"], ["ccc", "d"]], widths) == "a    b\nccc  d\n"
+    assert text_output.align([["e", "f"]], widths) == "e    f\n"
     assert widths == [3, 1]
 
 
 def test_description_has_every_field() -> None:
     info = INFO._replace(metadata={"ü": None}, ttl=timedelta(minutes=1), error="line\nline", owner="")
-    lines = dict(line.split(":", 1) for line in stream_lists.describe(info, NOW).splitlines())
+    lines = dict(line.split(":", 1) for line in text_output.describe_stream(info, NOW).splitlines())
     assert list(lines) == [name.replace("_", " ") for name in info._fields]
     assert lines["metadata"].strip() == '{"ü": null}'
     assert lines["ttl"].strip() == "60.0 seconds"

@@ -7,7 +7,16 @@ from typing import Any
 
 import pytest
 
-from aibind_postgres.cli.export_format import Counts, FileError, end_line, header_line, line_of, records, time_text
+from aibind_postgres.cli.export_format import (
+    Counts,
+    FileError,
+    end_line,
+    header_line,
+    is_common_time,
+    line_of,
+    records,
+    time_text,
+)
 
 TEXT = "x\u2028\r\n\x01\\."
 
@@ -97,3 +106,19 @@ def test_times_are_those_of_postgresql() -> None:
     assert time_text(0) == "1970-01-01T00:00:00+00:00"
     assert time_text(1_120_000) == "1970-01-01T00:00:01.12+00:00"
     assert time_text(-1) == "1969-12-31T23:59:59.999999+00:00"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("2026-11-30T10:00:00+00:00", True),
+        ("2026-11-30T10:00:00.123456+00:00", True),
+        ("2026-11-31T10:00:00+00:00", False),
+        ("2026-11-30T10:00:60+00:00", False),
+        ("2026-11-30T10:00:00+01:00", False),
+        ("infinity", False),
+        ("", False),
+    ],
+)
+def test_common_times(text: str, expected: bool) -> None:
+    assert is_common_time(text) == expected

@@ -267,6 +267,26 @@ def test_unsubscribed_fetcher_lets_another_fetch(subscriptions):
     assert isinstance(other.step(), Fetch)
 
 
+def test_statistics_wake_no_reader(subscriptions):
+    """Any thread may ask for them, and a task may only be woken by the thread of its event loop."""
+    readers = [Subscriber(subscriptions) for _ in range(2)]
+    for reader in readers:
+        reader.catch_up(rows("active", 0))
+    wake_all(subscriptions.changed(["a"]))
+    [fetcher] = [reader for reader in readers if reader.reset()]
+    [other] = [reader for reader in readers if reader is not fetcher]
+    assert isinstance(fetcher.step(), Fetch)
+    expected = {"streams_followed": 1, "readers_open": 1, "readers_waiting": 1, "writers_open": 0}
+    subscriptions.unsubscribe(fetcher.subscription)
+    assert subscriptions.get_stats() == expected
+    assert other.reset() == 0
+    subscriptions.awaited()
+    assert other.reset() == 1
+    assert subscriptions.get_stats() == {**expected, "readers_waiting": 0}
+    subscriptions.unsubscribe(other.subscription)
+    assert set(subscriptions.get_stats().values()) == {0}
+
+
 def test_reader_gets_no_chunks_of_a_successor(subscriptions):
     reader = Subscriber(subscriptions)
     fetch = reader.step()

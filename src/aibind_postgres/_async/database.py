@@ -58,7 +58,7 @@ class AsyncDatabase:
         self.closing = AsyncEvent()
         self.contact = Contact()
         self.closed_with: set[AsyncEvent] = set()  # events that are set when the store is closed
-        self.housekept_at: float | None = None  # the last turn of housekeeping; None without a housekeeper
+        self.last_housekeeping: float | None = None  # the last turn of housekeeping; None without a housekeeper
         self.has_citus = False  # as of the last look-up of the columns
         self.is_distributed = False  # whether statements on several streams run on several servers, as with Citus
         self._retry_for = retry_for

@@ -190,7 +190,7 @@ class AsyncDurableStream:
             try:
                 stream_id = new_id() if id is None else arguments.identifier(id)
                 encoder = wire.chunk_encoder(stream_id)
-                limits = arguments.limit(idle_timeout, "idle_timeout"), arguments.limit(timeout, "timeout")
+                limits = arguments.time_limit(idle_timeout, "idle_timeout"), arguments.time_limit(timeout, "timeout")
                 inline = await store._database.client.runs_inline()
                 span = StoreSpan(store._database.metrics, "aibind.produce", stream_id, details.get("session_id"))
                 rest = on_finish, expose_errors, context, *limits
@@ -260,22 +260,23 @@ class AsyncDurableStream:
         check_source(source)
         store._close_hooks.add(end_producers)
         try:
-            limits = arguments.limit(idle_timeout, "idle_timeout"), arguments.limit(timeout, "timeout")
+            limits = arguments.time_limit(idle_timeout, "idle_timeout"), arguments.time_limit(timeout, "timeout")
             info = await store.get_info(id)
             if info is None:
                 raise StreamNotFoundError(id)
             require_active(id, StreamStatus(info.state, info.error, info.total_chunks))
             wire = find_wire(info.wire)
             finish = on_finish and partial(_call_with_text, on_finish, wire)
+            encoder = wire.chunk_encoder(id)
             inline = await store._database.client.runs_inline()
             span = StoreSpan(store._database.metrics, "aibind.produce", id, info.session_id, link_in(info.metadata))
             rest = finish, expose_errors, context, *limits
-            producer = AsyncProducer(store, id, source, wire.chunk_encoder(id), *rest, span=span, inline=inline)
+            producer = AsyncProducer(store, id, source, encoder, *rest, span=span, inline=inline)
         except BaseException:
             await close_source(source)
             raise
-        await async_shielded(partial(producer.start, is_new=False))
         try:
+            await async_shielded(partial(producer.start, is_new=False))
             await producer.finished.wait()
             ended = await store._database.retry(partial(store.get_status, id))
             if ended is None:

@@ -40,13 +40,11 @@ def traced(
     try:
         with following as follower:
             yield follower
-    except GeneratorExit:  # the reader has left
-        span.end()
-        raise
-    except BaseException as error:
+    except Exception as error:
         span.end(error_attributes(error))
         raise
-    span.end()
+    finally:
+        span.end()  # also of a reader that has left, or whose task was cancelled as its client disconnected
 
 
 async def encoded_events(

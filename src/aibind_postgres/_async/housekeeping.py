@@ -42,8 +42,7 @@ class AsyncHousekeeper:
     applies. If the process dies during its turn, another one continues in the next period.
 
     The numbers of ended and deleted rows are logged at level INFO, and reported to the `metrics` of the stream store.
-    Nothing is raised in the background: failures are
-    logged as warnings, and tried again in the next period.
+    Nothing is raised in the background: failures are logged as warnings, and tried again in the next period.
 
     Leaving the block waits for up to one second for the statement under way. An asynchronous housekeeper then cancels
     it; a thread ends when its statement returns. A housekeeper also ends when one of its stores is closed. Start it in
@@ -114,7 +113,7 @@ class AsyncHousekeeper:
         closing = AsyncEvent()
         for database in databases:
             database.closed_with.add(closing)
-            database.housekept_at = monotonic()
+            database.last_housekeeping = monotonic()
         if any(database.closing.is_set() for database in databases):
             self._forget(closing)
             raise StoreClosedError("a store of this housekeeper is closed: make a new one")
@@ -155,7 +154,7 @@ class AsyncHousekeeper:
     def _forget(self, closing: AsyncEvent) -> None:
         for duty in self._duties:
             duty.database.closed_with.discard(closing)
-            duty.database.housekept_at = None
+            duty.database.last_housekeeping = None
 
 
 class AsyncDuty:
@@ -198,9 +197,9 @@ class AsyncDuty:
                 taken, wait = await self._turn(every)
                 self.due_at = monotonic() + wait
                 if not taken:  # another process has the turn
-                    self.database.housekept_at = monotonic() + wait - every / 1000
+                    self.database.last_housekeeping = monotonic() + wait - every / 1000
                 elif await self._do_all(every, closing):
-                    self.database.housekept_at = monotonic()
+                    self.database.last_housekeeping = monotonic()
             finally:
                 await self.database.client.release_thread()
         except Exception as error:

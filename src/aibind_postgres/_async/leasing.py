@@ -12,7 +12,7 @@ from .._concurrency import AsyncEvent, AsyncWorker, Mutex, async_after_cancellat
 from .._deletion import MAX_ROWS
 from .._leases import EXPIRED_TEXT, RENEWALS, renewal_timeout
 from .._sql import json_array
-from ..metrics import LEASES_LOST
+from ..metrics import LEASES_EXPIRED
 from .database import CLOSING_TIMEOUT, WORKER_IDLE_TIMEOUT
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class AsyncLeases:
             query: Runs the statement. Default: the client of the store.
         """
         ended = await self._end_expired(stream_ids, query or self._database.query)
-        self._database.count(LEASES_LOST, len(ended))
+        self._database.count(LEASES_EXPIRED, len(ended))
         return ended
 
     async def _end_expired(self, stream_ids: Sequence[str], run: AsyncQuery) -> list[str]:

@@ -297,14 +297,15 @@ class AsyncListenConnection:
             if connection is None:
                 self._connect_at = math.inf
                 return False
+            self._delivers = False
             with self._mutex:
                 self._connection = connection
             if self._closing.is_set():  # `interrupt` was called before there was a connection
                 await self.disconnect()
                 return False
-            self._delivers = await is_direct(connection, monotonic() + ANSWER_TIMEOUT)
-            if self._delivers:
+            if await is_direct(connection, monotonic() + ANSWER_TIMEOUT):
                 await self._listen()
+                self._delivers = True
             else:
                 await self._listen_through_pooler(connection)
         except Exception as error:

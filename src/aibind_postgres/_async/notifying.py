@@ -16,7 +16,7 @@ from .._notify_pace import NotifyPace, NotifyTraffic
 from .._sql import NOTIFY, json_array
 from .._sqlstate import is_recoverable, sqlstate
 from .._subscriptions import Subscriptions, wake_all
-from ..metrics import NOTIFICATIONS_SENT
+from ..metrics import STREAMS_NOTIFIED
 from .database import CLOSING_TIMEOUT, WORKER_IDLE_TIMEOUT
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ class AsyncNotifier:
         payloads = json_array(encode_payloads(stream_ids, sender))
         await self._client.query(NOTIFY, [self.channel, payloads])
         if self._metrics is not None:
-            self._metrics.add(NOTIFICATIONS_SENT, len(stream_ids))
+            self._metrics.add(STREAMS_NOTIFIED, len(stream_ids))
 
     def _log_failure(self, error: Exception) -> None:
         """Warn once if the server refuses notifications. After a lost connection, the next one may be sent."""

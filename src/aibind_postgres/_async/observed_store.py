@@ -1,4 +1,4 @@
-"""The methods of both stores with which an operator observes them."""
+"""The methods of both stores for monitoring: `check` and `get_stats`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .readiness import check_readiness
 
 
 class AsyncObservedStore:
-    """The base class of both stores, which set the attributes."""
+    """The methods of both stores for monitoring. Subclasses set the attributes."""
 
     _database: AsyncDatabase
     _required_tables: Sequence[Table]  # those that must exist

@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import os
-import sys
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -60,6 +59,8 @@ class AsyncProducer:
         self.finished = AsyncEvent()  # set in phase ENDED
         self.start_error: Exception | None = None  # for readers: this producer did not find its stream
         self._store = store
+        # The store may stand for several, one in each event loop.
+        self._database, self._producers_of_store = store._database, store._producers
         self._source = AsyncSource(source)
         self._on_finish = on_finish
         self._expose_errors = expose_errors
@@ -88,23 +89,23 @@ class AsyncProducer:
         Args:
             is_new: Whether the stream has just been created in this process.
         """
-        client = self._store._database.client
+        client = self._database.client
         try:
             # In a transaction of the caller, the producer may not see the new stream: it must query the state.
             if is_new and not client.in_transaction():
                 self._writer._assume_active()
             run = partial(self._run, client.capture_settings())
-            with self._mutex:  # `end` reads the worker, and may be called as soon as the registry has this producer
+            # The source runs on behalf of the caller, so it gets the caller's context variables, and the span as well.
+            # The span is entered before the mutex is acquired, since that calls the adapter.
+            with self._span, self._mutex:  # `end` reads the worker as soon as the registry has this producer
                 with self._registry_mutex:
                     self._registry.add(self)
-                    self._store._producers.add(self)
+                    self._producers_of_store.add(self)
                     if not self._exit_hook_installed:
                         AsyncProducer._exit_hook_installed = True
                         async_at_exit(shutdown_all)
-                # The source runs on behalf of the caller, so it gets the caller's context variables.
                 if not self._inline:
-                    with self._span:
-                        self._worker = async_spawn(run, "aibind_postgres-producer", inherit=True)
+                    self._worker = async_spawn(run, "aibind_postgres-producer", inherit=True)
         except BaseException:
             await self._end_without_worker()
             raise
@@ -115,10 +116,9 @@ class AsyncProducer:
     @classmethod
     def running(cls, store: AsyncPostgresStreamStore | None = None) -> list[AsyncProducer]:
         """Return the producers of a store, or of all stores, that have not ended."""
+        database = None if store is None else store._database
         with cls._registry_mutex:
-            # A store may stand for another one, which connects at the first call.
-            database = None if store is None else store._database
-            return [producer for producer in cls._registry if store is None or producer._store._database is database]
+            return [producer for producer in cls._registry if database in (None, producer._database)]
 
     @classmethod
     def forget_all(cls) -> None:
@@ -165,7 +165,7 @@ class AsyncProducer:
             await self._call_on_finish(status)
         finally:
             if reason is not EndReason.SOURCE_FINISHED:
-                self._mark_ended()
+                self._mark_ended(reason)
         return True
 
     async def _end_without_worker(self) -> None:
@@ -175,14 +175,13 @@ class AsyncProducer:
         await self._source.close()
         await self.end(EndReason.INTERRUPTED)
 
-    def _mark_ended(self) -> None:
+    def _mark_ended(self, reason: EndReason) -> None:
         with self._mutex:
             self._phase = Phase.ENDED
         with self._registry_mutex:
             self._registry.discard(self)
-            self._store._producers.discard(self)
-        if self._reason is not None:
-            self._span.end(span_attributes(self._reason))
+            self._producers_of_store.discard(self)
+        self._span.end(span_attributes(reason))
         self.finished.set()
 
     async def _writer_closed(self, error: Exception) -> None:
@@ -220,7 +219,7 @@ class AsyncProducer:
                 with self._mutex:
                     if self._phase is Phase.STARTING:
                         self._phase = Phase.WRITING
-                await self._store._database.client.release_thread()  # the source may run for a long time
+                await self._database.client.release_thread()  # the source may run for a long time
                 await self._write()
         except ProducerError:
             reason = EndReason.SOURCE_FAILED
@@ -244,10 +243,10 @@ class AsyncProducer:
             await fail_stream(self._store, self.stream_id)
         await self._source.close()  # no effect if it was read
         if self._reason is EndReason.SOURCE_FINISHED:
-            self._mark_ended()
+            self._mark_ended(reason)  # which differs if the end of the stream could not be stored
         else:
             await self.end(reason)
-        await self._store._database.client.release_thread()
+        await self._database.client.release_thread()
         if interruption is not None:
             raise interruption
 
@@ -278,23 +277,22 @@ class AsyncProducer:
             async with self._entered_context():
                 if self._reason is not None:  # the producer was ended while it entered the context
                     raise ProducerError(INTERRUPTED)
-                metrics = self._store._database.metrics
+                metrics = self._database.metrics
                 times = None if metrics is None else SourceTimes(metrics, monotonic())
                 try:
-                    self._began_at = self._item_at = monotonic()
-                    async for item in self._source.items:
+                    with times or nullcontext():
+                        self._began_at = self._item_at = monotonic()
+                        async for item in self._source.items:
+                            self._item_at = math.inf
+                            if times is not None:
+                                times.arrived(monotonic())
+                            await self._put(self._encoder.encode(item))
+                            self._item_at = monotonic()
+                            if times is not None:
+                                times.asked(self._item_at)
                         self._item_at = math.inf
-                        if times is not None:
-                            times.arrived(monotonic())
-                        await self._put(self._encoder.encode(item))
-                        self._item_at = monotonic()
-                        if times is not None:
-                            times.asked(self._item_at)
-                    self._item_at = math.inf
-                    await self._put(self._encoder.finish())
+                        await self._put(self._encoder.finish())
                 finally:
-                    if times is not None:
-                        times.end(monotonic(), sys.exc_info()[1])
                     self._began_at = self._item_at = math.inf  # what remains is not the time of the source
                     await self._source.close()
         except WebError as web_error:
@@ -320,13 +318,19 @@ class AsyncProducer:
         """Enter the caller's context. Errors on leaving it are only logged, since the work inside it is complete."""
         context = self._context()
         await context.__aenter__()
+        # Not `sys.exc_info()`: a source that runs inside `start` would see an exception that its caller handles.
         try:
             yield
-        finally:
-            try:
-                await context.__aexit__(*sys.exc_info())
-            except Exception:
-                logger.exception("the context of stream %r raised when it was left", self.stream_id)
+        except BaseException as error:
+            await self._leave(context, type(error), error, error.__traceback__)
+            raise
+        await self._leave(context, None, None, None)
+
+    async def _leave(self, context: AbstractAsyncContextManager[object], *details: Any) -> None:
+        try:
+            await context.__aexit__(*details)
+        except Exception:
+            logger.exception("the context of stream %r raised when it was left", self.stream_id)
 
     async def _call_on_finish(self, status: StreamStatus | None) -> None:
         try:

@@ -297,7 +297,7 @@ async def _keep_connecting(pool: AsyncConnectionPool[Any]) -> None:
         await pool.check()
 
 
-def own_pool(conninfo: str | Callable[[], str]) -> AsyncConnectionPool[Any]:
+def make_pool(conninfo: str | Callable[[], str]) -> AsyncConnectionPool[Any]:
     """Return a pool for one store, which opens and closes it. A function is called for each new connection."""
     return AsyncConnectionPool(
         conninfo,
@@ -321,7 +321,7 @@ def as_client(client: AsyncClientLike, timeout: float | None = None) -> AsyncCli
         TypeError: The argument is not a client of this flavour.
     """
     if isinstance(client, str):
-        return AsyncPoolClient(own_pool(with_defaults(client)), timeout, owned=True)
+        return AsyncPoolClient(make_pool(with_defaults(client)), timeout, owned=True)
     if isinstance(client, AsyncConnectionPool):
         return AsyncPoolClient(client, timeout)
     if isinstance(client, psycopg.AsyncConnection):
@@ -332,8 +332,8 @@ def as_client(client: AsyncClientLike, timeout: float | None = None) -> AsyncCli
         if timeout is not None:
             raise ValueError("timeout applies to psycopg's pools and connections only: set a timeout in your driver")
         return client
-    if (other_way := getattr(client, "other_way", None)) is not None:
-        raise TypeError(f"the client {client!r} is of the other flavour: {other_way}")
+    if (flavour_hint := getattr(client, "flavour_hint", None)) is not None:
+        raise TypeError(f"the client {client!r} does not match the store: {flavour_hint}")
     accepted = " or ".join(kind.__name__ for kind in (AsyncConnectionPool, psycopg.AsyncConnection))
     raise TypeError(
         f"the client must be a connection string, a psycopg {accepted}, or an object with a query method of the "

@@ -20,10 +20,10 @@ from .._write_buffer import WriteBuffer
 from ..metrics import (
     APPEND_DURATION,
     HOUSEKEEPING_AGE,
-    LISTENERS_NOTIFIED,
-    LISTENERS_POLLING,
     READERS_ACTIVE,
-    STREAMS_ACTIVE,
+    STORES_LISTENING,
+    STORES_POLLING,
+    WRITERS_ACTIVE,
     Metrics,
 )
 from ..models import StreamStatus, SynchronousCommit
@@ -92,8 +92,8 @@ class AsyncPostgresStreamStore(AsyncStreamLifecycle, AsyncObservedStore):
             seconds. Needs migration 0002.
         metrics: Receives counters, times, gauges and spans: an adapter of `aibind_postgres.contrib.opentelemetry` or
             `aibind_postgres.contrib.prometheus`, or an object with the methods of `aibind_postgres.metrics.Metrics`.
-            Its exceptions are logged, never raised. If it has a current span, `create` adds the key `traceparent` to
-            the metadata of new streams, unless the metadata are no object. Default: None.
+            Its exceptions are logged, never raised. If the adapter has a current span, `create` adds the key
+            `traceparent` to the metadata of the stream, if they are None or an object without it. Default: None.
 
     Raises:
         ValueError: By the constructor, for an invalid table name or setting.
@@ -144,7 +144,7 @@ class AsyncPostgresStreamStore(AsyncStreamLifecycle, AsyncObservedStore):
             self._database, self._subscriptions, self._notifier, self._schema, self._leases, poll_seconds
         )
         self._archive = AsyncArchive(self._database, self._schema)
-        limit = arguments.limit(timeout, "timeout")
+        limit = arguments.time_limit(timeout, "timeout")
         self._replica = None if replica is None else AsyncReplica(replica, self._database, self._schema, limit)
         self._pages = AsyncPageReader(self._database, self._schema, self._archive, self._replica)
         self._deleter = AsyncDeleter(self._database, self._schema)
@@ -286,11 +286,11 @@ class AsyncPostgresStreamStore(AsyncStreamLifecycle, AsyncObservedStore):
         followed, listener = self._subscriptions.get_stats(), self._listener.get_stats()
         gauges: dict[str, float] = {
             READERS_ACTIVE: followed["readers_open"],
-            STREAMS_ACTIVE: followed["writers_open"],
-            LISTENERS_NOTIFIED: listener["listening"],
-            LISTENERS_POLLING: listener["polling"],
+            WRITERS_ACTIVE: followed["writers_open"],
+            STORES_LISTENING: listener["listening"],
+            STORES_POLLING: listener["polling"],
         }
-        if (at := database.housekept_at) is not None:
+        if (at := database.last_housekeeping) is not None:
             gauges[HOUSEKEEPING_AGE] = monotonic() - at
         return gauges
 

@@ -34,7 +34,7 @@ from .options import (
     StatusTable,
     examples,
 )
-from .standard_streams import describe, discard_output, open_closed_streams, print_message
+from .standard_streams import describe_error, discard_output, open_closed_streams, print_message
 from .target import DONE, FAILED, INTERRUPTED, Target, chosen_database, demo_database, report_errors
 
 EXIT_CODES = {
@@ -74,7 +74,9 @@ def run() -> None:
     """Run the command and exit."""
     open_closed_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # for messages; stored text is written as bytes
+        # Scripts expect JSON in UTF-8. Escapes of Python are only for terminals.
+        encoding = None if sys.stdout.isatty() else "utf-8"
+        sys.stdout.reconfigure(encoding=encoding, errors="backslashreplace")
     # psycopg_pool logs every failed attempt. The command reports an unreachable server once.
     logging.getLogger("psycopg").addHandler(logging.NullHandler())
     # Exit by an exception, so that the embedded server is stopped and a stream in progress is ended.
@@ -92,7 +94,7 @@ def run() -> None:
         discard_output()
         sys.exit(DONE)
     except OSError as error:
-        print_message(describe(error))
+        print_message(describe_error(error))
         sys.exit(FAILED)
 
 
@@ -172,7 +174,7 @@ def print_schema(
         sys.stdout.flush()
 
 
-@app.command(epilog=examples('migrate --dsn "$DATABASE_URL"', "migrate --embedded", "migrate --partitions time"))
+@app.command(epilog=examples("migrate", "migrate --embedded", "migrate --partitions time"))
 def migrate(
     dsn: RequiredDsn = None,
     embedded: Embedded = False,
@@ -209,11 +211,13 @@ def doctor(
 ) -> None:
     """Check a database, and print findings with remedies.
 
-    The findings are about the server, the pooler, notifications, settings, tables, privileges and streams. Nothing is
-    changed. The exit code is 0 if all is well, 1 if there are warnings, and 2 if the library will not work.
+    Checks the server, the pooler, notifications, settings, tables, privileges and streams. Changes nothing. The exit
+    code is 0 if all is well, 1 if there are warnings, and 2 if the library will not work.
     """
     try:
-        with chosen_database(Target(dsn, chunks_table, status_table), use_embedded=embedded) as url:
+        with chosen_database(
+            Target(dsn, chunks_table, status_table, conversations_table), use_embedded=embedded
+        ) as url:
             code = diagnosis.run(url, chunks_table, status_table, conversations_table, as_json)
             sys.stdout.flush()  # so that a full disk is not reported as a warning
     except typer.Exit as reported:  # such as an unreachable server

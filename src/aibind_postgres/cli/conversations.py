@@ -18,7 +18,7 @@ from ..errors import InvalidHistoryError
 from ..models import ConversationInfo
 from .export_files import STANDARD_OUTPUT, new_file
 from .exporting import export_conversations
-from .message_tree import drawing, shorten
+from .message_drawing import draw_messages, shorten
 from .options import (
     ChunksTable,
     ConversationsTable,
@@ -30,9 +30,9 @@ from .options import (
     examples,
 )
 from .standard_streams import print_message
-from .stream_lists import age, align, fields, printable
 from .streams import PAGE_ROWS
 from .target import FAILED, NOT_FOUND, Target, chosen_database, confirm, exit_with, open_both_stores, require_terminal
+from .text_output import age, align, fields, printable
 from .transfer import All, IdAndFile, Owner, open_connection, parse_selection
 
 app = typer.Typer(no_args_is_help=True)
@@ -41,9 +41,7 @@ HEADING = ("ID", "OWNER", "TITLE", "SAVED", "RUNNING")
 MAX_TITLE = 60  # characters
 MAX_MESSAGE = 100  # characters
 
-SessionId = Annotated[
-    str, typer.Argument(metavar="ID", help="The conversation's id: its session_id.", show_default=False)
-]
+SessionId = Annotated[str, typer.Argument(metavar="ID", help="The conversation's id (session_id).", show_default=False)]
 
 
 @app.command("list", epilog=examples("conversations list --owner ann", "conversations list --json | jq -r .session_id"))
@@ -57,8 +55,8 @@ def list_conversations(
 ) -> None:
     """List the conversations, the last saved first.
 
-    Prints the owner, the title, the time since the last save, and the stream of an answer that is being written; with
-    --json, one line of JSON for each.
+    Prints the owner, the title, the time since the last save, and the stream of a running answer. With --json, prints
+    one line of JSON for each conversation.
     """
     with _stores(Target(dsn, CHUNKS_TABLE, status_table, conversations_table), embedded) as (_, conversations):
         found = conversations.list(owner)
@@ -88,10 +86,10 @@ def show(
     status_table: StatusTable = STATUS_TABLE,
     conversations_table: ConversationsTable = CONVERSATIONS_TABLE,
 ) -> None:
-    """Show a conversation: its owner, title and times, and the tree of its messages.
+    """Show the fields of a conversation, and its messages.
 
-    Each message has a line with its role and the beginning of its text. Alternatives are indented. A star marks the
-    messages of the active branch. --json prints the whole messages.
+    Prints a line for each message, with its role and the beginning of its text. Alternatives are indented. A star marks
+    the messages of the current path. With --json, prints whole messages.
     """
     with _stores(Target(dsn, CHUNKS_TABLE, status_table, conversations_table), embedded) as (_, conversations):
         info = conversations.get_info(id)
@@ -114,11 +112,11 @@ def show(
             "expires": "never" if info.expires_at is None else info.expires_at.isoformat(),
             "running": info.active_stream_id,
             "metadata": None if info.metadata is None else json.dumps(info.metadata, ensure_ascii=False),
-            "messages": f"{len(chat)}, of which {len(chat.node_ids)} in the active branch",
+            "messages": f"{len(chat)}, of which {len(chat.node_ids)} on the current path",
         }
         rows = [(f"{name}:", "-" if value is None else printable(value)) for name, value in described.items()]
         print(align(rows, [0, 0]))
-        for line in drawing(chat, MAX_MESSAGE):
+        for line in draw_messages(chat, MAX_MESSAGE):
             print(line)
 
 
@@ -135,17 +133,18 @@ def _time(time: datetime | None, now: datetime) -> str | None:
 )
 def export(
     arguments: IdAndFile,
-    every: All = False,
+    everything: All = False,
     owner: Owner = None,
     dsn: RequiredDsn = None,
     embedded: Embedded = False,
     conversations_table: ConversationsTable = CONVERSATIONS_TABLE,
 ) -> None:
-    """Export conversations that have not expired to a file of JSON lines, from one snapshot.
+    """Export conversations to a file of JSON lines.
 
-    The file appears when it is complete; until then it is FILE.partial. `aibind-postgres import` reads it.
+    Exports conversations that have not expired, from one snapshot. The file is named FILE.partial until it is complete.
+    `aibind-postgres import` reads it.
     """
-    selection, file = parse_selection(arguments, every, owner)
+    selection, file = parse_selection(arguments, everything, owner)
     target = Target(dsn, conversations_table=conversations_table)
     with chosen_database(target, use_embedded=embedded) as url, open_connection(url) as connection:
         table = Table.parse(conversations_table)
@@ -170,7 +169,7 @@ def delete(
 ) -> None:
     """Delete a conversation with its streams.
 
-    Asks before, on a terminal. Elsewhere --yes is required. An answer that is being written is stopped. Streams of
+    Asks for confirmation on a terminal. Without a terminal, --yes is required. A running answer is stopped. Streams of
     other owners are kept.
     """
     if not yes:
@@ -185,11 +184,11 @@ def delete(
             confirm(f"Delete conversation {id!r} of owner {info.owner!r}{title} with its streams?")
         deleted = _delete(info, streams, conversations)
         result = {"conversations": 1, "streams": deleted}
-        print(json.dumps(result) if as_json else f"Deleted 1 conversation and {deleted} streams.")
+        print(json.dumps(result) if as_json else f"deleted streams: {deleted}, conversations: 1")
 
 
 def _delete(info: ConversationInfo, streams: PostgresStreamStore, conversations: PostgresConversationStore) -> int:
-    """Delete a conversation, and its streams before and after, since an answer may begin meanwhile."""
+    """Delete the streams of a conversation, the conversation, and then streams of answers that began meanwhile."""
     owners = (None, info.owner)
     deleted = 0
     for step in (None, conversations.delete):

@@ -1,4 +1,4 @@
-"""Files of exports: a new one appears complete or not at all, and a damaged one is reported with the line."""
+"""Export files: a new one appears only when it is complete, and a damaged one is reported with the line."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def new_file(name: str) -> Iterator[IO[bytes]]:
             bytes each time.
 
     Raises:
-        InvalidDataError: There is something with this name that is no file, or a partial file.
+        InvalidDataError: The name is that of a directory or a device, or the partial file exists.
     """
     if name == STANDARD_OUTPUT:
         yield sys.stdout.buffer
@@ -41,11 +41,11 @@ def new_file(name: str) -> Iterator[IO[bytes]]:
         raise InvalidDataError(f"{name} is not a file: give the name of a file, or - for standard output")
     partial = path.with_name(f"{path.name}.partial")
     try:
-        # Readable by the user alone, since it has the texts of all users.
+        # Readable only by the user that runs the command, since the file contains the texts of all users.
         descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
         raise InvalidDataError(
-            f"{partial} exists: another export is writing it, or was killed; in the second case delete it"
+            f"{partial} exists: another export is writing it, or was killed. Delete it if no export is running"
         ) from None
     try:
         with open(descriptor, "wb", buffering=BUFFER_BYTES) as raw:
@@ -92,6 +92,7 @@ class ExportFile:
         if not stat.S_ISREG(os.fstat(self._raw.fileno()).st_mode):
             self._raw.close()
             raise InvalidDataError(f"{name} is not a file: import reads a file twice, so it cannot read a pipe")
+        self._version = self._read_version()
 
     def __enter__(self) -> ExportFile:
         return self
@@ -109,11 +110,15 @@ class ExportFile:
         """The number of bytes that have been read, as stored."""
         return self._raw.tell()
 
+    def _read_version(self) -> tuple[int, int]:
+        status = os.fstat(self._raw.fileno())
+        return status.st_size, status.st_mtime_ns
+
     def lines(self) -> Iterator[bytes]:
         """Yield the lines from the start.
 
         Raises:
-            FileError: The compressed data are damaged or cut off.
+            FileError: The compressed data are damaged or cut off, or the file was changed since it was opened.
         """
         self._raw.seek(0)
         is_compressed = self._raw.read(len(GZIP_MAGIC)) == GZIP_MAGIC
@@ -127,3 +132,5 @@ class ExportFile:
             raise FileError(number + 1, "the compressed file is cut off") from None
         except (zlib.error, gzip.BadGzipFile):
             raise FileError(number + 1, "the compressed file is damaged") from None
+        if self._read_version() != self._version:
+            raise FileError(number, "the file was changed while it was read")

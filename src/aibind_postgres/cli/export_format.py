@@ -8,8 +8,10 @@ file.
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -58,6 +60,7 @@ REQUIRED = {
 KEYS = {"stream": "id", "conversation": "session_id"}
 
 _EPOCH = datetime(1970, 1, 1)
+_TIME = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d{1,6})?\+00:00", re.ASCII)
 
 
 class FileError(ValueError):
@@ -81,7 +84,7 @@ class Record(NamedTuple):
         number: The number of the line, from 1.
         kind: The type of the line.
         fields: The columns.
-        text: The line itself. It has the numbers of the metadata as they are in the file.
+        text: The line itself. It keeps the exact numbers of the metadata.
     """
 
     number: int
@@ -135,6 +138,15 @@ def time_text(microseconds: int | None) -> str | None:
     return f"{whole}{point}{digits.rstrip('0')}+00:00"
 
 
+def is_common_time(text: str) -> bool:
+    """Return whether a text is a valid time in the form of an export, so that the server need not check it."""
+    if found := _TIME.fullmatch(text):
+        with suppress(ValueError):
+            datetime.fromisoformat(found[1])
+            return True
+    return False
+
+
 def records(lines: Iterable[bytes]) -> Iterator[Record]:
     """Yield the records of a file, after checking each line and their order.
 
@@ -153,23 +165,23 @@ def records(lines: Iterable[bytes]) -> Iterator[Record]:
             _check_header(kind, fields)
             continue
         if end is not None:
-            raise FileError(number, "a line after the end of the export: import each file by itself")
+            raise FileError(number, "the line is after the end of the export: import each file by itself")
         if kind == "end":
             end = fields
             if end != Counts.of(counts)._asdict():
-                raise FileError(number, "its counts are not those of the file: lines are missing, or were added")
+                raise FileError(number, "the counts differ from those of the file: lines are missing, or were added")
             continue
         _check_columns(number, kind, fields)
         if kind == "chunk":
             if stream is None or fields["id"] != stream["id"]:
-                raise FileError(number, "a chunk that does not follow its stream")
+                raise FileError(number, "the chunk does not follow its stream")
             if not last_seq < fields["seq"] <= stream["total_chunks"]:
                 raise FileError(number, f"seq must be from {last_seq + 1} to {stream['total_chunks']}")
             last_seq = fields["seq"]
         else:
             key = fields[KEYS[kind]]
             if kind in last_keys and key <= last_keys[kind]:
-                raise FileError(number, f"a {kind} that is in the file twice, or not in the order of the ids")
+                raise FileError(number, f"the {kind} is in the file twice, or not in the order of the ids")
             last_keys[kind] = key
             stream, last_seq = (fields if kind == "stream" else None), 0
         counts[kind] += 1

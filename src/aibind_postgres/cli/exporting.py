@@ -22,9 +22,10 @@ from .table_columns import columns_of, in_statement, require_columns
 BATCH_CHUNKS = 10_000  # read by one statement at most
 FETCHED_STREAMS = 100  # status rows that one statement reads, since their metadata may be large
 
-# As pg_dump does: limits that are meant for the statements of an application would end a long export.
-NO_LIMITS = """
-SELECT set_config('timezone', 'UTC', true),
+# As pg_dump does: limits that are meant for the statements of an application would end a long export, and a policy that
+# hides rows is an error instead of a file without them.
+SETTINGS = """
+SELECT set_config('timezone', 'UTC', true), set_config('row_security', 'off', true),
        (SELECT count(set_config(name, '0', true)) FROM pg_settings WHERE name = ANY (%s))
 """
 LIMITS = ["statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout", "transaction_timeout"]
@@ -181,7 +182,7 @@ def export_conversations(connection: psycopg.Connection, table: Table, selection
         condition="session_id = %(id)s"
         if selection.id is not None
         else "owner = %(owner)s"
-        if selection.owner
+        if selection.owner is not None
         else "true",
     )
     values = {"id": selection.id, "owner": selection.owner, "marker": MARKER}
@@ -209,7 +210,7 @@ def snapshot(connection: psycopg.Connection, tables: Iterable[Table]) -> Iterato
         # Before the snapshot: a partition by time that is dropped meanwhile moves its rows to another partition.
         names = ", ".join(table.quoted for table in tables)
         connection.execute(f"LOCK TABLE {names} IN ACCESS SHARE MODE".encode())
-        connection.execute(NO_LIMITS, [LIMITS])
+        connection.execute(SETTINGS, [LIMITS])
         yield
 
 
@@ -235,7 +236,7 @@ def split(batch: list[Stream], chunks: Iterator[Chunk]) -> Iterator[Iterator[Chu
         nonlocal chunk
         last = 0
         while chunk is not None and chunk.id == stream["id"]:
-            # A chunk may be in the archive and in the chunks table, and there may be some left over of another stream.
+            # A chunk may be in both tables. Chunks of a deleted stream with the same id may be left over.
             if last < chunk.seq <= stream["total_chunks"]:
                 yield chunk
                 last = chunk.seq
@@ -269,7 +270,7 @@ def _copy(connection: psycopg.Connection, statement: str, ids: list[str], after:
 def _condition(
     connection: psycopg.Connection, tables: StreamTables, selection: Selection, columns: dict[str, str]
 ) -> tuple[str, bool]:
-    """Return the condition on streams as SQL text, and whether it reads the conversations."""
+    """Return the condition on streams as SQL text, and whether it reads the table of conversations."""
     if selection.id is not None:
         return "id = %(id)s", False
     if selection.owner is None:

@@ -11,7 +11,7 @@ import psycopg
 
 from ..errors import SchemaError
 from .export_files import ExportFile
-from .export_format import COLUMNS, KEYS, Counts, FileError, Kind, Record, records
+from .export_format import COLUMNS, KEYS, Counts, FileError, Kind, Record, is_common_time, records
 from .exporting import StreamTables
 from .progress import progress_bar
 from .table_columns import in_statement, require_columns
@@ -20,7 +20,7 @@ CHECKED_RECORDS, CHECKED_BYTES = 500, 1_000_000  # by one statement, except for 
 SENT_BYTES = 1_000_000  # of lines, sent by one statement, except for a larger line
 COMMITTED_CHUNKS, COMMITTED_RECORDS = 10_000, 1000  # by one transaction, except for a larger stream
 REPORTED_LINES = 1000  # after which the progress bar moves
-NAMED = 3  # records that an error names
+NAMED = 3  # ids in an error text
 
 UNFINISHED_TEXT = "unfinished: it was still being written when it was exported"
 
@@ -43,7 +43,7 @@ INSERT INTO {conversations} ({columns}) SELECT {columns} FROM jsonb_to_recordset
 """
 COPY_CHUNKS = "COPY {chunks} (id, seq, data, created_at) FROM STDIN"
 
-OF_STATE = {
+IMPORTED_VALUES = {
     "state": "CASE state WHEN 'active' THEN 'error' ELSE state END",
     "error": f"CASE state WHEN 'active' THEN '{UNFINISHED_TEXT}' ELSE error END",
 }
@@ -54,7 +54,7 @@ class ExistingError(ValueError):
 
 
 class ImportResult(NamedTuple):
-    """The numbers of imported records, and of streams and conversations that were there before."""
+    """The numbers of imported records, and of streams and conversations that existed already."""
 
     streams: int
     chunks: int
@@ -89,7 +89,10 @@ def import_file(
     with progress_bar("checking", file.size) as report:
         is_present = bytearray()
         for batch in _checked_batches(records(file.lines())):
-            is_present.extend(_find_present(connection, statements, batch, resume=resume))
+            if batch[0].kind == "chunk":
+                _check_values(connection, statements.check_values("chunk"), batch)
+            else:
+                is_present.extend(_find_present(connection, statements, batch, resume=resume))
             report(file.position)
     on_write()
     with progress_bar("importing", file.size) as report, ExitStack() as transaction:
@@ -131,7 +134,7 @@ class _Statements:
 
     def insert(self, kind: Kind) -> bytes:
         columns = list(COLUMNS[kind])
-        values = ", ".join(OF_STATE.get(name, name) for name in columns)
+        values = ", ".join(IMPORTED_VALUES.get(name, name) for name in columns)
         template = INSERT_STREAMS if kind == "stream" else INSERT_CONVERSATIONS
         return template.format(
             **self._names, columns=", ".join(columns), values=values, definition=self._definition(kind)
@@ -155,11 +158,15 @@ class _Statements:
 
 
 def _checked_batches(found: Iterable[Record]) -> Iterator[list[Record]]:
-    """Yield the streams or the conversations in lists of one kind, after all records between them were checked."""
+    """Yield the records that the server must check in lists of one kind, after all records between them were checked.
+
+    Of the chunks, these are the ones with an unusual time.
+    """
     batch: list[Record] = []
     size = 0
     for record in found:
-        if record.kind == "chunk":
+        time = record.fields.get("created_at")
+        if record.kind == "chunk" and (time is None or is_common_time(time)):
             continue
         if batch and (record.kind != batch[0].kind or len(batch) == CHECKED_RECORDS or size > CHECKED_BYTES):
             yield batch
@@ -199,7 +206,7 @@ def _find_present(
     if left_over is not None:
         raise ExistingError(
             f"nothing was imported: there are chunks of the stream {left_over[0]!r}, which was deleted: "
-            "run `aibind-postgres cleanup`, and import again"
+            "run `aibind-postgres cleanup`, delete those that remain, and import again"
         )
     return [key in same for key in ids]
 

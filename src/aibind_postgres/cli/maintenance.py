@@ -20,8 +20,8 @@ from .options import (
     StatusTable,
     examples,
 )
-from .stream_lists import printable
 from .target import FAILED, Target, chosen_database, connected, open_both_stores, open_store
+from .text_output import printable
 
 app = typer.Typer()
 
@@ -38,8 +38,10 @@ def cleanup(
 ) -> None:
     """Delete expired streams and conversations.
 
-    Active streams are kept: see fail-abandoned. Prints the numbers of deleted rows. With --every, each run opens a new
-    connection, and a failed run is reported and tried again after the same time.
+    Active streams are kept: see fail-abandoned. Prints the numbers of deleted rows.
+
+    With --every, each run opens a new connection. A failed run is reported, and the next run follows after the same
+    time.
     """
     target = Target(dsn, chunks_table, status_table, conversations_table)
     with chosen_database(target, use_embedded=embedded, check=False) as url:
@@ -73,8 +75,9 @@ def fail_abandoned(
 ) -> None:
     """End the streams of dead producers in state error.
 
-    These are the streams with an expired lease, and those without a lease that have got no chunk for the given time.
-    Prints their ids. Takes at least 8 seconds if a lease has expired, in which a living producer renews it.
+    These are the streams with an expired lease, and the streams without a lease that have got no chunk for the time of
+    --older-than. Prints their ids. If a lease has expired, the command first waits at least 8 seconds, since a living
+    producer renews its lease in this time.
     """
     target = Target(dsn, chunks_table, status_table)
     with open_store(target, chosen_database(target, use_embedded=embedded)) as store:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from .._arguments import MAX_SECONDS
 from .._partitions import MAX_PARTITIONS
 
 Id = Annotated[str, typer.Argument(metavar="ID", help="The stream's id.", show_default=False)]
@@ -24,8 +25,8 @@ DemoDsn = Annotated[
     typer.Option(
         "--dsn",
         metavar="URL",
-        help="Connection string. Default: an embedded PostgreSQL, in the user's data folder with --web, else in a "
-        "temporary one; $DATABASE_URL is ignored.",
+        help="Connection string. Default: an embedded PostgreSQL in a temporary folder, or with --web in the user's "
+        "data folder. $DATABASE_URL is ignored.",
         show_default=False,
     ),
 ]
@@ -63,14 +64,14 @@ Partitions = Annotated[
         "--partitions",
         metavar="N|time",
         parser=_parse_partitions,
-        help=f"Number of partitions by hash, from 1 to {MAX_PARTITIONS}, of new tables of chunks and of stream states; "
-        "or 'time' for partitions by the day of the id. Default: none. Existing tables keep theirs.",
+        help=f"Create the tables of streams with N partitions by hash (1 to {MAX_PARTITIONS}), or with 'time' by day. "
+        "Default: no partitions. Existing tables are not changed.",
         show_default=False,
     ),
 ]
 Citus = Annotated[
     bool,
-    typer.Option("--citus", help="Distribute the tables over the workers of Citus. The URL is of its coordinator."),
+    typer.Option("--citus", help="Distribute the tables over the workers of Citus. Run this on its coordinator."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
@@ -96,6 +97,8 @@ def _parse_duration(value: str) -> float:
 def _parse_period(value: str) -> float:
     if not (seconds := _parse_duration(value)) > 0:
         raise typer.BadParameter("it must be above zero")
+    if seconds > MAX_SECONDS:
+        raise typer.BadParameter(f"it must be at most {MAX_SECONDS:g} seconds")
     return seconds
 
 

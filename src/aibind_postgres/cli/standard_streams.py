@@ -1,11 +1,10 @@
-"""The standard input and output of a command, also if they are closed or cannot be written."""
+"""The standard streams of a command, including streams that are closed or cannot be written."""
 
 from __future__ import annotations
 
 import errno
 import os
 import sys
-from contextlib import suppress
 
 from rich.console import Console
 
@@ -14,7 +13,7 @@ _FILE_ERRORS = {errno.EBADF, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOSPC}
 
 
 def open_closed_streams() -> None:
-    """Open the closed ones of standard input, output and error, so that no connection to a server gets their numbers.
+    """Open standard streams that are closed, so that no connection to a server gets their numbers.
 
     Reading the input and writing the output then fail with EBADF. Messages to a closed standard error are dropped.
     """
@@ -45,11 +44,13 @@ def _redirect_to_nothing(descriptor: int, flags: int) -> None:
 
 def print_message(text: str) -> None:
     """Print a message to standard error."""
-    with suppress(OSError):  # a full disk, or a closed pipe: there is no other place for it
+    try:
         print(f"aibind-postgres: {text}", file=sys.stderr, flush=True)
+    except OSError:  # a full disk, or a closed pipe: there is no other place for it
+        _redirect_to_nothing(2, os.O_WRONLY)  # Python flushes it again when it exits
 
 
-def describe(error: OSError) -> str:
+def describe_error(error: OSError) -> str:
     """Return the text of an error. If the standard output cannot be written, name and discard it."""
     if error.filename is None and error.errno in _FILE_ERRORS:
         discard_output()

@@ -1,4 +1,4 @@
-"""The command `stats`: how many streams and conversations there are, and how large their tables are."""
+"""The command `stats`: numbers of streams and conversations, and sizes of tables."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from .._sql import NOW
 from .._tables import CHUNKS_TABLE, CONVERSATIONS_TABLE, STATUS_TABLE, Table, parse_distinct
 from .exporting import StreamTables
 from .options import ChunksTable, ConversationsTable, Embedded, Json, RequiredDsn, StatusTable, examples
-from .stream_lists import align, printable
 from .table_columns import columns_of, in_statement, require_columns
 from .target import Target, chosen_database
+from .text_output import align, printable
 from .transfer import open_connection
 
 app = typer.Typer()
@@ -65,10 +65,10 @@ def stats(
     status_table: StatusTable = STATUS_TABLE,
     conversations_table: ConversationsTable = CONVERSATIONS_TABLE,
 ) -> None:
-    """Print numbers: streams and chunks by state and by age, conversations, sizes of the tables, listening stores.
+    """Print numbers of streams and chunks, and sizes of tables.
 
-    The chunks of the last minute, hour and day are those of the streams that were created in this time. Reads the table
-    of stream states once, and no chunk.
+    Counts streams and their chunks by state, and those of streams created in the last minute, hour and day. Also prints
+    the numbers of conversations and of listening stores. Reads the table of stream states once, and no chunks.
     """
     target = Target(dsn, chunks_table, status_table, conversations_table)
     with chosen_database(target, use_embedded=embedded) as url, open_connection(url) as connection:
@@ -78,7 +78,7 @@ def stats(
 
 
 def gather(connection: psycopg.Connection, tables: StreamTables) -> dict[str, Any]:
-    """Return the numbers as JSON values. What needs a migration that is missing is None."""
+    """Return the numbers as JSON values. A number is None if it needs a migration that is missing."""
     columns = require_columns(connection, tables.status)
     has_times = "created_at" in columns
     parts = [ARCHIVED] if "archived_at" in columns else []
@@ -95,12 +95,12 @@ def gather(connection: psycopg.Connection, tables: StreamTables) -> dict[str, An
     return {
         "streams": {row["state"]: {"streams": row["streams"], "chunks": row["chunks"]} for row in states},
         "total": {"streams": total("streams"), "chunks": total("chunks")},
-        "archived": total("archived") if "archived_at" in columns else None,
-        "last": {
+        "archived_streams": total("archived") if "archived_at" in columns else None,
+        "created_in_last": {
             name: {"streams": total(f"streams_{name}"), "chunks": total(f"chunks_{name}")} if has_times else None
             for name in PERIODS
         },
-        "oldest_active": None if oldest is None else {"id": oldest[0], "age": oldest[1]},
+        "oldest_active_stream": None if oldest is None else {"id": oldest[0], "age": oldest[1]},
         "conversations": _count_conversations(connection, tables.conversations),
         "tables": {table.name: _size(connection, table) for table in (*tables, tables.chunks.archive)},
         "notifications": _notifications(connection, tables.status),
@@ -116,12 +116,12 @@ def _count_conversations(connection: psycopg.Connection, table: Table) -> int | 
 
 def _size(connection: psycopg.Connection, table: Table) -> dict[str, int]:
     data, indexes = _row(connection.execute(SIZES, {"table": table.quoted}))
-    return {"data": data, "indexes": indexes}
+    return {"table_bytes": data, "index_bytes": indexes}
 
 
 def _notifications(connection: psycopg.Connection, status: Table) -> dict[str, Any]:
     listeners, usage = _row(connection.execute(NOTIFICATIONS, [f"LISTEN {Table(None, status.channel).quoted}"]))
-    return {"listeners": listeners, "queue_usage": usage}
+    return {"listening_stores": listeners, "queue_usage": usage}
 
 
 def _row(cursor: psycopg.Cursor[Any]) -> Sequence[Any]:
@@ -135,17 +135,22 @@ def describe(found: dict[str, Any]) -> Iterator[str]:
     rows = [("STREAMS", "NUMBER", "CHUNKS")]
     rows += [(printable(state), *_numbers(row)) for state, row in found["streams"].items()]
     rows += [("total", *_numbers(found["total"]))]
-    rows += [(f"of the last {name}", *_numbers(row)) for name, row in found["last"].items() if row is not None]
+    rows += [
+        (f"of the last {name}", *_numbers(row)) for name, row in found["created_in_last"].items() if row is not None
+    ]
     yield align(rows, [0, 0, 0])
-    sizes = [("TABLE", "DATA", "INDEXES")]
-    sizes += [(printable(name), _bytes(row["data"]), _bytes(row["indexes"])) for name, row in found["tables"].items()]
+    sizes = [("TABLE", "SIZE", "INDEXES")]
+    sizes += [
+        (printable(name), _bytes(row["table_bytes"]), _bytes(row["index_bytes"]))
+        for name, row in found["tables"].items()
+    ]
     yield align(sizes, [0, 0, 0])
-    oldest = found["oldest_active"]
+    oldest = found["oldest_active_stream"]
     others = {
         "oldest active stream": None if oldest is None else f"{oldest['id']} ({timedelta(seconds=int(oldest['age']))})",
-        "archived streams": found["archived"],
+        "archived streams": found["archived_streams"],
         "conversations": found["conversations"],
-        "listening stores": found["notifications"]["listeners"],
+        "listening stores": found["notifications"]["listening_stores"],
         "notification queue": f"{found['notifications']['queue_usage']:.0%} full",
     }
     lines = [(f"{name}:", "-" if value is None else printable(str(value))) for name, value in others.items()]

@@ -38,7 +38,6 @@ from .options import (
     examples,
 )
 from .standard_streams import output_console
-from .stream_lists import COLUMNS, align, describe, fields, row
 from .target import (
     DONE,
     FAILED,
@@ -51,6 +50,7 @@ from .target import (
     open_store,
     require_terminal,
 )
+from .text_output import COLUMNS, align, describe_stream, fields, stream_row
 
 app = typer.Typer()
 
@@ -86,9 +86,10 @@ def write(
 ) -> None:
     """Store standard input as a new stream, as it arrives.
 
-    The input is text in UTF-8. Its end completes the stream. Ctrl-C stops the stream, after an unfinished last line was
-    stored. SIGTERM, SIGHUP and input that is not text end it in an error. A chunk that contains U+0001 is stored with
-    another U+0001 before it, so that it is read as text and not as a named event.
+    The input is text in UTF-8. Its end completes the stream. Ctrl-C ends the stream in state stopped. SIGTERM, SIGHUP
+    and input that is not text end it in state error. Text that arrived before is stored, also an unfinished last line.
+    A chunk that contains U+0001 is stored with another U+0001 before it, so that it is read as text and not as a named
+    event.
     """
     target = Target(dsn, chunks_table, status_table)
     with open_store(target, database(target)) as store:
@@ -106,10 +107,10 @@ def tail(
     chunks_table: ChunksTable = CHUNKS_TABLE,
     status_table: StatusTable = STATUS_TABLE,
 ) -> None:
-    """Print the text of a stream until it ends, as it grows.
+    """Print the text of a stream as it arrives, until its end.
 
-    Named events are left out. The exit code is 1 if the stream was stopped or ended in an error. After Ctrl-C, the
-    command that continues from there is printed.
+    Named events are left out. The exit code is 1 if the stream was stopped or ended in an error. Ctrl-C prints the
+    command that resumes at this position.
     """
     output_format = _output_format(raw, events, sse)
     target = Target(dsn, chunks_table, status_table)
@@ -135,8 +136,8 @@ def replay(
 ) -> None:
     """Print the stored text of a stream at its original pace.
 
-    Named events are left out. The exit code is 1 if the stream was stopped or ended in an error. After Ctrl-C, the
-    command that continues from there is printed.
+    Named events are left out. The exit code is 1 if the stream was stopped or ended in an error. Ctrl-C prints the
+    command that resumes at this position.
     """
     output_format = _output_format(raw, events, sse)
     if instant and speed is not None:
@@ -165,7 +166,8 @@ def list_streams(
 ) -> None:
     """List the streams in the order of their ids.
 
-    Prints the state, number of chunks, age, conversation and owner of each; with --json, one line of JSON for each.
+    Prints the state, number of chunks, age, conversation and owner of each stream. With --json, prints one line of JSON
+    for each stream.
     """
     target = Target(dsn, chunks_table, status_table)
     with open_store(target, chosen_database(target, use_embedded=embedded)) as store:
@@ -203,7 +205,7 @@ def _print_list(streams: Iterator[StreamInfo], console: Console, as_json: bool) 
         heading = [list(COLUMNS)]
         now = datetime.now(timezone.utc)
         while page := list(islice(streams, PAGE_ROWS)):
-            print(align([*heading, *(row(info, now) for info in page)], widths), end="")
+            print(align([*heading, *(stream_row(info, now) for info in page)], widths), end="")
             heading = []
     sys.stdout.flush()
 
@@ -214,7 +216,7 @@ def _table(streams: Iterable[StreamInfo]) -> Table:
         table.add_column(heading, overflow="fold", no_wrap=heading in ("STATE", "CHUNKS", "AGE"))  # ids stay complete
     now = datetime.now(timezone.utc)
     for info in streams:
-        table.add_row(*row(info, now), style=_STYLES.get(info.state))
+        table.add_row(*stream_row(info, now), style=_STYLES.get(info.state))
     return table
 
 
@@ -230,7 +232,7 @@ def show(
     chunks_table: ChunksTable = CHUNKS_TABLE,
     status_table: StatusTable = STATUS_TABLE,
 ) -> None:
-    """Show a stream: its state, error, times, owner and others.
+    """Show all fields of a stream.
 
     The exit code is 1 if the stream was stopped or ended in an error.
     """
@@ -242,7 +244,7 @@ def show(
         if as_json:
             print(json.dumps(fields(info), ensure_ascii=False, indent=2))
         else:
-            print(describe(info, datetime.now(timezone.utc)), end="")
+            print(describe_stream(info, datetime.now(timezone.utc)), end="")
         raise typer.Exit(DONE if info.state in ("active", "done") else FAILED)
 
 
@@ -256,7 +258,7 @@ def stop(
 ) -> None:
     """End an active stream in state stopped.
 
-    Its producer and its readers end as after a stop by the user. The exit code is 1 if the stream had already ended.
+    The producer closes its source, and readers receive the end. The exit code is 1 if the stream had already ended.
     """
     target = Target(dsn, chunks_table, status_table)
     with open_store(target, chosen_database(target, use_embedded=embedded)) as store:
@@ -309,9 +311,11 @@ def delete(
 ) -> None:
     """Delete a stream, or all data of one owner.
 
-    Asks before, on a terminal. Elsewhere --yes is required. Streams are deleted in any state, with their chunks. With
-    --owner, the conversations of the owner are deleted, the streams of these conversations, and the streams of the
-    owner; refuse new requests of this owner before.
+    Asks for confirmation on a terminal. Without a terminal, --yes is required. A stream is deleted with its chunks, in
+    any state.
+
+    With --owner, deletes the conversations of the owner, the streams of these conversations, and all other streams of
+    the owner. Let the application refuse new requests of this owner first.
     """
     if (id is None) == (owner is None):
         raise typer.BadParameter("give either the id of a stream or --owner")

@@ -1,4 +1,4 @@
-"""The columns that tables have."""
+"""Look up the columns of tables."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from .._sync.conversation_store import PostgresConversationStore
 from .._sync.stream_store import PostgresStreamStore
 from .._tables import CHUNKS_TABLE, CONVERSATIONS_TABLE, STATUS_TABLE
 from ..errors import AibindError, InvalidDataError, StreamNotFoundError
-from .standard_streams import describe, discard_output, print_message
+from .standard_streams import describe_error, discard_output, print_message
 
 DONE, FAILED, USAGE, NOT_FOUND, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -42,9 +42,9 @@ def exit_with(code: int, text: str) -> NoReturn:
 
 
 def require_terminal() -> None:
-    """Exit if the standard input is not a terminal, on which `confirm` could ask."""
+    """Exit if the standard input is not a terminal, so that `confirm` cannot ask."""
     if not sys.stdin.isatty():
-        exit_with(USAGE, "standard input is not a terminal: give --yes to delete without a question")
+        exit_with(USAGE, "standard input is not a terminal: give --yes to delete without confirmation")
 
 
 def confirm(question: str) -> None:
@@ -76,7 +76,7 @@ def report_errors(place: str = "") -> Iterator[None]:
         discard_output()
         raise typer.Exit(DONE) from None
     except OSError as error:
-        exit_with(FAILED, describe(error))
+        exit_with(FAILED, describe_error(error))
     except KeyboardInterrupt:
         raise typer.Exit(INTERRUPTED) from None
 
@@ -97,7 +97,7 @@ def database(target: Target) -> Iterator[str]:
 def chosen_database(target: Target, *, use_embedded: bool, check: bool = True) -> Iterator[str]:
     """Yield the connection string of --dsn, of DATABASE_URL, or of the embedded server if `use_embedded` is true.
 
-    Exit if none is chosen: the findings about an empty server of its own would mislead.
+    Exit if no database is chosen: results from a new, empty server would mislead.
 
     Args:
         target: The options of the command.
@@ -105,7 +105,7 @@ def chosen_database(target: Target, *, use_embedded: bool, check: bool = True) -
         check: Whether to make a test connection. Default: True.
     """
     with report_errors():
-        if target.dsn and use_embedded:
+        if target.dsn is not None and use_embedded:
             exit_with(USAGE, "give --dsn or --embedded, not both")
         if use_embedded:
             with _embedded_server(target, "--embedded", _data_folder("postgresql")) as dsn:
@@ -166,7 +166,7 @@ def demo_database(target: Target, *, keep: bool) -> Iterator[str]:
     the chat deletes expired streams.
     """
     with report_errors():
-        if target.dsn:
+        if target.dsn is not None:
             dsn = _check_syntax(target.dsn, "--dsn")
             with connected(dsn):
                 yield dsn
@@ -206,7 +206,7 @@ def _data_folder(name: str) -> Path:
 
 def _given_dsn(target: Target) -> str | None:
     """Return the connection string of --dsn or of DATABASE_URL, if there is one. Exit if it is malformed."""
-    if target.dsn:
+    if target.dsn is not None:
         return _check_syntax(target.dsn, "--dsn")
     if dsn := os.environ.get("DATABASE_URL"):
         return _check_syntax(dsn, "DATABASE_URL")
@@ -214,6 +214,8 @@ def _given_dsn(target: Target) -> str | None:
 
 
 def _check_syntax(dsn: str, source: str) -> str:
+    if not dsn:  # as of an unset variable, which must not select another database
+        exit_with(USAGE, f"{source} is empty")
     try:
         with_defaults(dsn)
     except ValueError as error:

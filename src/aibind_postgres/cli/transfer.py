@@ -21,13 +21,17 @@ from .target import Target, chosen_database
 
 app = typer.Typer()
 
-All = Annotated[bool, typer.Option("--all", help="Export all.")]
-Owner = Annotated[str | None, typer.Option("--owner", metavar="O", help="Export those of an owner.")]
+All = Annotated[bool, typer.Option("--all", help="Export everything, instead of one ID.")]
+Owner = Annotated[
+    str | None,
+    typer.Option("--owner", metavar="O", help="Export only what belongs to this owner, instead of one ID."),
+]
 IdAndFile = Annotated[
     list[str],
     typer.Argument(
         metavar="[ID] FILE",
-        help="The id, without --all and --owner. The file, such as x.jsonl or x.jsonl.gz, or - for standard output.",
+        help="ID: what to export, unless --all or --owner is given. FILE: the file to write, compressed if its name "
+        "ends with .gz, or - for standard output.",
         show_default=False,
     ),
 ]
@@ -43,7 +47,7 @@ IdAndFile = Annotated[
 )
 def export(
     arguments: IdAndFile,
-    every: All = False,
+    everything: All = False,
     owner: Owner = None,
     dsn: RequiredDsn = None,
     embedded: Embedded = False,
@@ -51,12 +55,12 @@ def export(
     status_table: StatusTable = STATUS_TABLE,
     conversations_table: ConversationsTable = CONVERSATIONS_TABLE,
 ) -> None:
-    """Export streams to a file of JSON lines: their states, texts and times, from one snapshot.
+    """Export streams to a file of JSON lines, from one snapshot.
 
-    The file appears when it is complete; until then it is FILE.partial. --owner also exports the streams without an
-    owner that belong to conversations of this owner.
+    The file is named FILE.partial until it is complete. --owner also exports streams without an owner, if they belong
+    to conversations of this owner.
     """
-    selection, file = parse_selection(arguments, every, owner)
+    selection, file = parse_selection(arguments, everything, owner)
     target = Target(dsn, chunks_table, status_table, conversations_table)
     with _connection(target, embedded) as connection:
         tables = StreamTables(*parse_distinct(chunks_table, status_table, conversations_table))
@@ -70,10 +74,15 @@ def export(
     "import", epilog=examples("import streams.jsonl.gz", "import streams.jsonl.gz --resume", "import ann.jsonl --json")
 )
 def import_(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="A file of `export`.", show_default=False)],
+    file: Annotated[
+        str,
+        typer.Argument(
+            metavar="FILE", help="A file that `export` or `conversations export` has written.", show_default=False
+        ),
+    ],
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="Skip the streams that an interrupted import has written; refuse others."),
+        typer.Option("--resume", help="Continue an interrupted import: skip what it has already written."),
     ] = False,
     as_json: Json = False,
     dsn: RequiredDsn = None,
@@ -82,10 +91,11 @@ def import_(
     status_table: StatusTable = STATUS_TABLE,
     conversations_table: ConversationsTable = CONVERSATIONS_TABLE,
 ) -> None:
-    """Import a file of `export` or of `conversations export`, with its ids, numbers and times.
+    """Import a file of `export` or `conversations export`.
 
-    Checks the whole file before it writes: nothing is written if a line is malformed or an id exists. Each transaction
-    has whole streams. A stream that was active when it was exported ends in an error, since nobody writes it.
+    Ids, sequence numbers and times stay the same. The whole file is checked first: nothing is written if a line is
+    malformed or an id exists. Each stream appears in one transaction. A stream that was active when it was exported
+    ends in state error, since it has no producer.
     """
     target = Target(dsn, chunks_table, status_table, conversations_table)
     with _connection(target, embedded) as connection, ExportFile(file) as source:
@@ -105,18 +115,20 @@ def import_(
         if as_json:
             print(json.dumps(result._asdict()))
         else:
-            skipped = f"; {result.skipped} were there before" if resume else ""
+            skipped = f"; {result.skipped} existed already" if resume else ""
             print_message(
                 f"{result.streams} streams with {result.chunks} chunks and {result.conversations} conversations "
                 f"imported{skipped}"
             )
 
 
-def parse_selection(arguments: list[str], every: bool, owner: str | None) -> tuple[Selection, str]:
+def parse_selection(arguments: list[str], everything: bool, owner: str | None) -> tuple[Selection, str]:
     """Return the selection and the file. Raise `typer.BadParameter` unless there is one of ID, --all and --owner."""
     *ids, file = arguments
-    if len(ids) + every + (owner is not None) != 1:
-        raise typer.BadParameter("give a FILE and one of ID, --all and --owner")
+    if len(ids) + everything + (owner is not None) != 1:
+        raise typer.BadParameter("give FILE and exactly one of ID, --all and --owner")
+    if owner == "":  # as of an unset variable
+        raise typer.BadParameter("--owner must not be empty")
     return Selection(ids[0] if ids else None, owner), file
 
 

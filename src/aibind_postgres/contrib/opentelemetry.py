@@ -63,7 +63,8 @@ class OpenTelemetryMetrics:
         self, name: str, combine: Callable[[Iterable[float]], float]
     ) -> Callable[[CallbackOptions], Iterable[Observation]]:
         def observe(options: CallbackOptions) -> Iterable[Observation]:
-            values = [found[name] for gauges in tuple(self._stores.values()) if name in (found := gauges())]
+            # A list, since the allocation of a tuple may run the garbage collector, which ends forgotten stores.
+            values = [found[name] for gauges in list(self._stores.values()) if name in (found := gauges())]
             return [Observation(combine(values))] if values else []
 
         return observe

@@ -14,14 +14,14 @@ from ..metrics import INSTRUMENTS, Attributes
 class PrometheusMetrics:
     """Reports to a registry of `prometheus_client`. Pass one object as `metrics` to all stores of a process.
 
-    A name ends with its unit, as in `aibind_append_duration_seconds`, and that of a counter with `_total`. There are no
-    spans. In the multiprocess mode of `prometheus_client`, gauges are missing.
+    Names of times end with `_seconds` and names of counters with `_total`, as in `aibind_append_duration_seconds`.
+    Spans are not supported. In the multiprocess mode of `prometheus_client`, gauges are missing.
 
     Args:
         registry: The registry. Default: the global one.
 
     Raises:
-        ValueError: The registry has an object of this class already.
+        ValueError: An object of this class has been registered already.
     """
 
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
@@ -71,20 +71,21 @@ class _Gauges(Collector):
         self.stores: dict[object, Callable[[], Mapping[str, float]]] = {}
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        found = [gauges() for gauges in tuple(self.stores.values())]
+        # A list, since the allocation of a tuple may run the garbage collector, which ends forgotten stores.
+        found = [gauges() for gauges in list(self.stores.values())]
         for name, family in self._families():
             if values := [gauges[name] for gauges in found if name in gauges]:
-                family.add_metric([], max(values) if INSTRUMENTS[name].kind == "age" else sum(values))
+                family.add_metric([], max(values) if INSTRUMENTS[name].kind == "gauge_max" else sum(values))
             yield family
 
     def describe(self) -> Iterator[GaugeMetricFamily]:
-        """Yield the gauges without values: the registry refuses the names of another object."""
+        """Yield the gauges without values, so that the registry refuses a second object with the same names."""
         for _, family in self._families():
             yield family
 
     def _families(self) -> Iterator[tuple[str, GaugeMetricFamily]]:
         for name, instrument in INSTRUMENTS.items():
-            if instrument.kind in ("gauge", "age"):
+            if instrument.kind in ("gauge", "gauge_max"):
                 yield name, GaugeMetricFamily(metric_name(name), instrument.description)
 
 

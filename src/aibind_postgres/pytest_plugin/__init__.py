@@ -34,7 +34,7 @@ FOLDER_OF_WORKER = "aibind_postgres_folder"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    about = "connection string of a server for the fixtures of aibind-postgres, which create databases on it"
+    about = "connection string of the server on which the fixtures of aibind-postgres create a database"
     parser.getgroup("aibind-postgres").addoption(OPTION, metavar="URL", help=f"{about}; default: an embedded server")
     parser.addini(INI, help=about, default="")
 
@@ -114,7 +114,7 @@ def async_stream_store(request: pytest.FixtureRequest) -> AsyncPostgresStreamSto
 
 @pytest.fixture
 def async_conversation_store(request: pytest.FixtureRequest) -> AsyncPostgresConversationStore:
-    """An `AsyncPostgresConversationStore` on empty tables, closed after the test, as `async_stream_store`."""
+    """An `AsyncPostgresConversationStore` on empty tables, closed after the test. Works like `async_stream_store`."""
     store: AsyncPostgresConversationStore = request.getfixturevalue(f"_{_runner(request)}_conversation_store")
     return store
 

@@ -1,4 +1,4 @@
-"""The server and the databases of a test run. Only the databases that this module has created are changed."""
+"""The server and the databases of a test run. This module changes only databases that it has created."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Django: URL patterns of a handler, stores on the databases of DATABASES, and an app.
 
-The app has migrations, an admin, the command `manage.py aibind`, and system checks:
+The app adds migrations, an admin, the command `manage.py aibind`, and system checks:
 
     INSTALLED_APPS = [..., "aibind_postgres.contrib.django"]
 """

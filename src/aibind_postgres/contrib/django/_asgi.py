@@ -1,4 +1,4 @@
-"""The end of a server for ASGI, which Django does not handle."""
+"""The shutdown of an ASGI server, which Django does not handle."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ Application = Callable[[Any, Any, Any], Awaitable[None]]
 def with_lifespan(application: Application, timeout: float = 5.0) -> Application:
     """Return an ASGI application that closes the asynchronous stores when the server shuts down.
 
-    Without it, answers that are being written at this time end when their leases have expired.
+    Without it, answers that are running at this time end only when their leases have expired.
 
     Args:
         application: The application of `get_asgi_application`.
-        timeout: Seconds to wait for answers that are being written. The remaining ones then end in state error.
-            Default: 5.
+        timeout: Seconds to wait for running answers. The remaining ones then end in state error. Default: 5.
 
     Returns:
         The application for the server.

@@ -63,7 +63,7 @@ class DjangoPoolClient(sync_clients.PoolClient):
     """The client of a synchronous store."""
 
     def __init__(self, alias: str, timeout: float | timedelta | None) -> None:
-        super().__init__(_own_pool(sync_clients, alias), _seconds(timeout), owned=True)
+        super().__init__(_make_pool(sync_clients, alias), _seconds(timeout), owned=True)
         self._alias = alias
         self._test = _Django(alias)
 
@@ -92,7 +92,7 @@ class AsyncDjangoPoolClient(async_clients.AsyncPoolClient):
     """The client of an asynchronous store. In a test, `sync_to_async` runs its statements in the thread of the test."""
 
     def __init__(self, alias: str, timeout: float | timedelta | None) -> None:
-        super().__init__(_own_pool(async_clients, alias), _seconds(timeout), owned=True)
+        super().__init__(_make_pool(async_clients, alias), _seconds(timeout), owned=True)
         self._alias = alias
         self._test = _Django(alias)
 
@@ -116,9 +116,9 @@ class AsyncDjangoPoolClient(async_clients.AsyncPoolClient):
         return is_testing_django() and await sync_to_async(in_test)(self._alias)
 
 
-def _own_pool(clients: Any, alias: str) -> Any:
+def _make_pool(clients: Any, alias: str) -> Any:
     # Asked for each connection: a test has another database, and a backend may renew its password.
-    return clients.own_pool(lambda: connection_string(alias))
+    return clients.make_pool(lambda: connection_string(alias))
 
 
 def _seconds(timeout: float | timedelta | None) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import gc
 import os
 import threading
 from collections.abc import Callable
@@ -27,9 +28,9 @@ Store = TypeVar("Store", bound=Any)
 def stream_store(using: str = "default", **options: Any) -> PostgresStreamStore:
     """Return a stream store on a database of Django's setting DATABASES, for synchronous code.
 
-    It can be made when a module is imported. It connects at the first call, in each process by itself, with a pool of
-    its own. So it never takes part in `transaction.atomic()`: use `wrap_django` for that. It is closed when the process
-    exits.
+    The store can be created when a module is imported. It connects at the first call, separately in each process, and
+    is closed when the process exits. It has a pool of its own, so it never takes part in `transaction.atomic()`: use
+    `wrap_django` for that.
 
     In tests, it uses the test database. In the transaction of a `TestCase`, it uses the connection of the test, and
     `DurableStream.start` runs the source before it returns.
@@ -202,9 +203,13 @@ class _AsyncStoreProxy(_Proxy[Store]):
             if key not in self._stores:
                 # A store that was used outside a loop, as by the constructor of a housekeeper, is that of the first.
                 store = self._stores.pop((os.getpid(), None), None) or self._make()
-                self._stores = {each: kept for each, kept in self._stores.items() if _is_usable(*each)}
+                self._renew()
                 self._stores[key] = store
             return self._stores[key]
+
+    def _renew(self) -> None:
+        with self._lock:
+            self._stores = {each: kept for each, kept in self._stores.items() if _is_usable(*each)}
 
     def _used_in(self, loop: asyncio.AbstractEventLoop) -> Store | None:
         return self._stores.get((os.getpid(), loop))
@@ -235,6 +240,7 @@ def _renew_stores(connection: Any, **_: Any) -> None:
     if connection.alias == NO_DB_ALIAS:  # it creates or drops a test database, which must have no connections
         for proxy in list(_Proxy._all):
             proxy._renew()
+        gc.collect()  # closes connections that the end of an event loop has interrupted while they were opened
 
 
 def _renew_locks() -> None:

@@ -32,7 +32,7 @@ class TailPage(NamedTuple):
 
 
 def tail_page(info: StreamInfo, after: int, chunks: Sequence[StreamChunk]) -> TailPage:
-    """Return the page for chunks that were read after the information on the stream."""
+    """Return the page. The chunks must have been read after `info`."""
     last = chunks[-1].seq if chunks else after
     return TailPage(
         info.state,

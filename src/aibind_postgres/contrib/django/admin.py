@@ -1,4 +1,4 @@
-"""The admin of streams and conversations. It changes nothing, except that it stops streams."""
+"""The admin of streams and conversations. It can stop streams, and changes nothing else."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TAIL_CHUNKS = 500  # in one answer for the page of a stream
 
 
 class BoundedPaginator(Paginator):
-    """Counts at most `MAX_COUNT` rows, which are all that can be reached page by page. Search for older ones."""
+    """Counts at most `MAX_COUNT` rows. Older rows are on no page: search for them."""
 
     @cached_property
     def count(self) -> int:
@@ -59,7 +59,7 @@ class ReadOnlyAdmin(admin.ModelAdmin):
 
 
 class StateFilter(admin.SimpleListFilter):
-    """The states of streams. A filter of Django would search the table for them."""
+    """Filters by state. Django's own filter would read the states from the table."""
 
     title = "state"
     parameter_name = "state"

@@ -31,7 +31,7 @@ class TimeField(models.DateTimeField):
 
 
 class StreamManager(models.Manager):
-    """Excludes the rows of streams that are being deleted, and that of housekeepers."""
+    """Excludes streams that are being deleted, and the marker row of housekeepers."""
 
     def get_queryset(self) -> Any:
         """Return the streams."""
@@ -39,7 +39,7 @@ class StreamManager(models.Manager):
 
 
 class ConversationManager(models.Manager):
-    """Excludes the conversations that have expired, and the row of housekeepers, which has expired as well."""
+    """Excludes expired conversations, and with them the marker row of housekeepers."""
 
     def get_queryset(self) -> Any:
         """Return the conversations."""

@@ -22,7 +22,7 @@ DEFAULTS = TableNames(CHUNKS_TABLE, STATUS_TABLE, CONVERSATIONS_TABLE)
 class Command(BaseCommand):
     """Runs the command line of this package. Its options and exit codes are those of `aibind-postgres`."""
 
-    help = "Streams and conversations: the commands of aibind-postgres. Options before the command: --database ALIAS"
+    help = "Runs a command of aibind-postgres. --database ALIAS, before the command, selects the database."
     requires_system_checks: Sequence[str] = []
 
     def run_from_argv(self, argv: list[str]) -> None:
@@ -49,7 +49,9 @@ class Command(BaseCommand):
         try:
             from .....cli import app
         except ModuleNotFoundError as error:
-            raise CommandError(f"it needs {error.name}: pip install 'aibind-postgres[cli]'", returncode=2) from None
+            raise CommandError(
+                f"the command needs {error.name}: pip install 'aibind-postgres[cli]'", returncode=2
+            ) from None
         own, others = split_arguments(arguments)
         try:
             # Not an argument: the arguments of a process, and so its password, are visible to other users.

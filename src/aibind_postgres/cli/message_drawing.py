@@ -1,4 +1,4 @@
-"""The drawing of a conversation as lines of text. Pure."""
+"""A conversation as lines of text. Pure."""
 
 from __future__ import annotations
 
@@ -8,20 +8,19 @@ from typing import Any
 from .._json import compact_json
 from .._ui_turns import ui_text
 from ..history import ChatHistory
-from .stream_lists import printable
+from .text_output import printable
 
 ACTIVE, INACTIVE = "* ", "  "
 
 
-def drawing(chat: ChatHistory[Any], width: int) -> Iterator[str]:
-    """Yield a line for each message, in the order of the branches. A star marks those of the active branch.
+def draw_messages(chat: ChatHistory[Any], width: int) -> Iterator[str]:
+    """Yield a line for each message, with the messages of a branch in sequence. A star marks the current path.
 
-    Alternatives are indented more than the message that they follow. A message that has none is not, so that long
-    conversations stay readable.
+    Only alternatives are indented, so that long conversations stay readable.
 
     Args:
         chat: The conversation.
-        width: The number of characters of a line at most, not counting the indentation.
+        width: The most characters of a line, not counting the indentation.
     """
     tree = chat.tree
     active = set(chat.node_ids)

@@ -1,4 +1,4 @@
-"""Streams as rows of a table, as described fields and as JSON. Pure."""
+"""Output of the commands: aligned columns, escaped text, ages, and entries as JSON. Pure."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def age(time: datetime | None, now: datetime) -> str:
     return f"{seconds // length}{unit}"
 
 
-def row(info: StreamInfo, now: datetime) -> list[str]:
+def stream_row(info: StreamInfo, now: datetime) -> list[str]:
     """Return the cells of a stream in the order of `COLUMNS`."""
     cells = [info.id, info.state, str(info.total_chunks), age(info.created_at, now), info.session_id, info.owner]
     return ["-" if cell is None else printable(cell) for cell in cells]
@@ -58,7 +58,7 @@ def _plain(value: Any) -> Any:
     return value.total_seconds() if isinstance(value, timedelta) else value
 
 
-def describe(info: StreamInfo, now: datetime) -> str:
+def describe_stream(info: StreamInfo, now: datetime) -> str:
     """Return all attributes of a stream as aligned lines."""
     described = {}
     for name, value in fields(info).items():
