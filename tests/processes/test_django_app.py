@@ -179,6 +179,13 @@ ROOT_URLCONF = "mysite.empty"
     assert "must have the vendor postgresql, not sqlite" in manage(project, database, "aibind", "list").stderr
 
 
+def test_tables_that_cannot_be_checked(project: Path) -> None:
+    done = manage(project, "postgresql://me:secret@127.0.0.1:1/real", "check", "--database", "default")
+    assert "aibind_postgres.W002" in done.stderr
+    assert "refused" in done.stderr
+    assert "secret" not in done.stdout + done.stderr
+
+
 def test_missing_tables(project: Path, empty_database: str) -> None:
     done = manage(project, empty_database, "check", "--database=default")
     assert done.returncode == 0
