@@ -141,6 +141,14 @@ def test_tests_of_an_application(project: Path, server: str, empty_database: str
     assert query(server, f"SELECT datname FROM pg_database WHERE datname LIKE '{name}%'") == []
 
 
+def test_tests_without_migrations(tmp_path: Path, empty_database: str) -> None:
+    settings = f'{OWN_NAMES.replace("chat.", "")}\nDATABASES["default"]["TEST"]["MIGRATE"] = False'
+    project = django_project.write(tmp_path / "project", settings)
+    arguments = ("test", "chat.tests.InTransaction.test_request", "chat.tests.Committed")
+    done = manage(project, empty_database, *arguments, TEST_NAME=f"test_{uuid.uuid4().hex}")
+    assert done.returncode == 0, done.stderr
+
+
 def test_tests_without_a_database(project: Path, database: str) -> None:
     done = manage(project, database, "test", "chat.tests.WithoutDatabase")
     assert done.returncode == 0, done.stderr
@@ -169,6 +177,13 @@ ROOT_URLCONF = "mysite.empty"
     assert "(aibind_postgres.E002)" in done.stderr
     assert "DATABASE_ROUTERS" in done.stderr
     assert "must have the vendor postgresql, not sqlite" in manage(project, database, "aibind", "list").stderr
+
+
+def test_tables_that_cannot_be_checked(project: Path) -> None:
+    done = manage(project, "postgresql://me:secret@127.0.0.1:1/real", "check", "--database", "default")
+    assert "aibind_postgres.W002" in done.stderr
+    assert "refused" in done.stderr
+    assert "secret" not in done.stdout + done.stderr
 
 
 def test_missing_tables(project: Path, empty_database: str) -> None:

@@ -50,8 +50,14 @@ def check_tables(databases: Sequence[str] | None = None, **_: Any) -> list[Check
         with connections[alias].cursor() as cursor:
             cursor.execute("SELECT name FROM unnest(%s::text[]) AS name WHERE to_regclass(name) IS NULL", [quoted])
             missing = [name for (name,) in cursor.fetchall()]
-    except DatabaseError:
-        return []  # Django reports that the database cannot be reached
+    except DatabaseError as error:  # which Django's own checks do not report
+        return [
+            Warning(
+                f"The tables in the database {alias!r} could not be checked: {error}",
+                hint="Check that the server runs, and the connection in DATABASES.",
+                id="aibind_postgres.W002",
+            )
+        ]
     if not missing:
         return []
     option = "" if alias == "default" else f" --database {alias}"

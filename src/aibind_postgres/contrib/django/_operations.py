@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from django.db import connections, router
+from django.db.migrations.loader import MigrationLoader
 from django.db.migrations.operations.base import Operation
 
 from ... import schema
@@ -85,6 +86,21 @@ def undo(file: str) -> list[str]:
         conversation_expiry_index=conversations.qualify(conversations.derive("_expires_at_idx")),
     )
     return split_commands(text)
+
+
+def create_tables_of_tests(using: str, app_config: Any, plan: Any = None, **_: Any) -> None:
+    """Create the tables for tests that run without migrations, such as with `--nomigrations` of pytest-django.
+
+    Django then creates the tables of managed models only.
+    """
+    connection = connections[using]
+    if plan is None or not is_testing_django() or connection.vendor != "postgresql":
+        return
+    if MigrationLoader.migrations_module(app_config.label)[0] is None and router.allow_migrate(using, app_config.label):
+        with connection.cursor() as cursor:
+            for file in _UNDO:
+                for command in schema._statements_of_file(file, *table_names()):
+                    cursor.execute(command)
 
 
 def empty_tables_of_tests(using: str, plan: Any = None, **_: Any) -> None:

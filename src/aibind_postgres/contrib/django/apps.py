@@ -20,4 +20,5 @@ class AibindConfig(AppConfig):
 
         register(_checks.check_settings)
         register(_checks.check_tables, Tags.database)
+        post_migrate.connect(_operations.create_tables_of_tests, sender=self)
         post_migrate.connect(_operations.empty_tables_of_tests, sender=self)
