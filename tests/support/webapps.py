@@ -272,12 +272,14 @@ def django_asgi(make_handler: MakeHandler = async_handler) -> Any:
 # The status with which each application refuses.
 REFUSED = {"flask": 401, "django, wsgi": 404, "django, asgi": 404, "starlette": 402, "fastapi": 402}
 
+# With httptools, which some environments have, uvicorn answers requests of HTTP/1.0 in chunks.
+UVICORN = "uvicorn --workers=2 --host=127.0.0.1 --port={port} --http=h11 --factory"
 SERVERS = {
     "flask": "gunicorn --workers=2 --threads=20 --bind=127.0.0.1:{port} support.{module}:flask()",
     "django, wsgi": "gunicorn --workers=2 --threads=20 --bind=127.0.0.1:{port} support.{module}:django_wsgi()",
-    "django, asgi": "uvicorn --workers=2 --host=127.0.0.1 --port={port} --factory support.{module}:django_asgi",
-    "starlette": "uvicorn --workers=2 --host=127.0.0.1 --port={port} --factory support.{module}:starlette",
-    "fastapi": "uvicorn --workers=2 --host=127.0.0.1 --port={port} --factory support.{module}:fastapi",
+    "django, asgi": f"{UVICORN} support.{{module}}:django_asgi",
+    "starlette": f"{UVICORN} support.{{module}}:starlette",
+    "fastapi": f"{UVICORN} support.{{module}}:fastapi",
 }
 
 
