@@ -279,7 +279,8 @@ def check_conversations(ours: PostgresConversationStore, client: Any) -> None:
 def check_housekeeping(ours: PostgresStreamStore, chats: PostgresConversationStore, caplog: Any) -> None:
     """Clean up, and leave the next turn to others. The ttl of both stores must be a millisecond."""
     caplog.set_level(logging.INFO, logger="aibind_postgres")
-    ours.complete(ours.create())
+    # Not a generated id: partitions by time keep an expired stream until its day is over.
+    ours.complete(ours.create("id"))
     chats.save("s", ChatHistory())
     time.sleep(0.01)
     with Housekeeper(ours, chats):
@@ -564,7 +565,8 @@ async def async_check_housekeeping(
     ours: AsyncPostgresStreamStore, chats: AsyncPostgresConversationStore, caplog: Any
 ) -> None:
     caplog.set_level(logging.INFO, logger="aibind_postgres")
-    await ours.complete(await ours.create())
+    # Not a generated id: partitions by time keep an expired stream until its day is over.
+    await ours.complete(await ours.create("id"))
     await chats.save("s", ChatHistory())
     await async_sleep(0.01)
     async with AsyncHousekeeper(ours, chats):
