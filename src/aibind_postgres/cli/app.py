@@ -22,20 +22,20 @@ from . import demo as demonstration
 from . import doctor as diagnosis
 from . import web_demo as web_demonstration
 from .options import (
+    ALL_TABLES,
     ChunksTable,
     Citus,
     ConversationsTable,
     DemoDsn,
-    Embedded,
     Json,
     NotifyTrigger,
     Partitions,
-    RequiredDsn,
     StatusTable,
     examples,
+    with_target,
 )
 from .standard_streams import describe_error, discard_output, open_closed_streams, print_message
-from .target import DONE, FAILED, INTERRUPTED, Target, chosen_database, demo_database, report_errors
+from .target import DONE, FAILED, INTERRUPTED, Target, database, demo_database, report_errors
 
 EXIT_CODES = {
     0: "done",
@@ -142,7 +142,7 @@ def demo(
 
     Uses an embedded PostgreSQL, unless --dsn is given. With --web, its data are kept for the next start.
     """
-    target = Target(dsn, chunks_table, status_table)
+    target = Target(dsn, chunks_table=chunks_table, status_table=status_table)
     if web and target != Target(dsn):
         raise typer.BadParameter("--web uses the default table names: omit --chunks-table and --status-table")
     if web:
@@ -180,50 +180,38 @@ def print_schema(
 
 
 @app.command(epilog=examples("migrate", "migrate --embedded", "migrate --partitions time"))
+@with_target(*ALL_TABLES)
 def migrate(
-    dsn: RequiredDsn = None,
-    embedded: Embedded = False,
-    chunks_table: ChunksTable = CHUNKS_TABLE,
-    status_table: StatusTable = STATUS_TABLE,
-    conversations_table: ConversationsTable = CONVERSATIONS_TABLE,
+    target: Target,
     notify_trigger: NotifyTrigger = False,
     partitions: Partitions = None,
     citus: Citus = False,
 ) -> None:
     """Create or upgrade the tables. Does nothing if they are up to date."""
-    with chosen_database(Target(dsn, chunks_table, status_table, conversations_table), use_embedded=embedded) as url:
+    with database(target) as url:
         schema.migrate(
             url,
-            chunks_table=chunks_table,
-            status_table=status_table,
-            conversations_table=conversations_table,
+            **target.tables,
             notify_trigger=notify_trigger,
             partitions=partitions,
             citus=citus,
         )
         trigger = ", and the notify trigger," if notify_trigger else ""
-        print(f"The tables {chunks_table}, {status_table} and {conversations_table}{trigger} are up to date.")
+        *others, last = target.tables.values()
+        print(f"The tables {', '.join(others)} and {last}{trigger} are up to date.")
 
 
 @app.command(epilog=examples("doctor", "doctor --json"))
-def doctor(
-    dsn: RequiredDsn = None,
-    embedded: Embedded = False,
-    chunks_table: ChunksTable = CHUNKS_TABLE,
-    status_table: StatusTable = STATUS_TABLE,
-    conversations_table: ConversationsTable = CONVERSATIONS_TABLE,
-    as_json: Json = False,
-) -> None:
+@with_target(*ALL_TABLES)
+def doctor(target: Target, as_json: Json = False) -> None:
     """Check a database, and print findings with remedies.
 
     Checks the server, the pooler, notifications, settings, tables, privileges and streams. Changes nothing. The exit
     code is 0 if all is well, 1 if there are warnings, and 2 if the library will not work.
     """
     try:
-        with chosen_database(
-            Target(dsn, chunks_table, status_table, conversations_table), use_embedded=embedded
-        ) as url:
-            code = diagnosis.run(url, chunks_table, status_table, conversations_table, as_json)
+        with database(target) as url:
+            code = diagnosis.run(url, **target.tables, as_json=as_json)
             sys.stdout.flush()  # so that a full disk is not reported as a warning
     except typer.Exit as reported:  # such as an unreachable server
         raise typer.Exit(diagnosis.WILL_NOT_WORK if reported.exit_code == FAILED else reported.exit_code) from None

@@ -3,37 +3,31 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import datetime, timezone
-from itertools import chain, islice
 from typing import Annotated, NoReturn
 
 import typer
 
 from .._sync.conversation_store import PostgresConversationStore
 from .._sync.stream_store import PostgresStreamStore
-from .._tables import CHUNKS_TABLE, CONVERSATIONS_TABLE, STATUS_TABLE, Table
+from .._tables import Table
 from ..errors import InvalidHistoryError
 from ..models import ConversationInfo
 from .export_files import STANDARD_OUTPUT, new_file
 from .exporting import export_conversations
 from .message_drawing import draw_messages, shorten
 from .options import (
-    ChunksTable,
-    ConversationsTable,
-    Embedded,
+    ALL_TABLES,
+    CONVERSATION_TABLES,
     Json,
-    RequiredDsn,
-    StatusTable,
     Yes,
     examples,
+    with_target,
 )
 from .standard_streams import print_message
-from .streams import PAGE_ROWS
-from .target import FAILED, NOT_FOUND, Target, chosen_database, confirm, exit_with, open_both_stores, require_terminal
-from .text_output import age, align, fields, printable
-from .transfer import All, IdAndFile, Owner, open_connection, parse_selection
+from .target import FAILED, NOT_FOUND, Target, confirm, exit_with, open_both_stores, open_connection, require_terminal
+from .text_output import age, align, aligned_pages, fields, printable
+from .transfer import All, IdAndFile, Owner, parse_selection
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -45,30 +39,26 @@ SessionId = Annotated[str, typer.Argument(metavar="ID", help="The conversation's
 
 
 @app.command("list", epilog=examples("conversations list --owner ann", "conversations list --json | jq -r .session_id"))
+@with_target(*CONVERSATION_TABLES)
 def list_conversations(
+    target: Target,
     owner: Annotated[str | None, typer.Option("--owner", metavar="O", help="Only conversations of this owner.")] = None,
     as_json: Json = False,
-    dsn: RequiredDsn = None,
-    embedded: Embedded = False,
-    status_table: StatusTable = STATUS_TABLE,
-    conversations_table: ConversationsTable = CONVERSATIONS_TABLE,
 ) -> None:
     """List the conversations, the last saved first.
 
     Prints the owner, the title, the time since the last save, and the stream of a running answer. With --json, prints
     one line of JSON for each conversation.
     """
-    with _stores(Target(dsn, CHUNKS_TABLE, status_table, conversations_table), embedded) as (_, conversations):
+    with open_both_stores(target) as (_, conversations):
         found = conversations.list(owner)
         if as_json:
             for info in found:
                 print(json.dumps(fields(info), ensure_ascii=False))
             return
-        widths = [0] * len(HEADING)
         now = datetime.now(timezone.utc)
-        rows = chain([list(HEADING)], (_row(info, now) for info in found))
-        while page := list(islice(rows, PAGE_ROWS)):
-            print(align(page, widths), end="")
+        for lines in aligned_pages(HEADING, (_row(info, now) for info in found)):
+            print(lines, end="")
 
 
 def _row(info: ConversationInfo, now: datetime) -> list[str]:
@@ -78,20 +68,14 @@ def _row(info: ConversationInfo, now: datetime) -> list[str]:
 
 
 @app.command(epilog=examples("conversations show chat-1", "conversations show chat-1 --json | jq .document.nodes"))
-def show(
-    id: SessionId,
-    as_json: Json = False,
-    dsn: RequiredDsn = None,
-    embedded: Embedded = False,
-    status_table: StatusTable = STATUS_TABLE,
-    conversations_table: ConversationsTable = CONVERSATIONS_TABLE,
-) -> None:
+@with_target(*CONVERSATION_TABLES)
+def show(target: Target, id: SessionId, as_json: Json = False) -> None:
     """Show the fields of a conversation, and its messages.
 
     Prints a line for each message, with its role and the beginning of its text. Alternatives are indented. A star marks
     the messages of the current path. With --json, prints whole messages.
     """
-    with _stores(Target(dsn, CHUNKS_TABLE, status_table, conversations_table), embedded) as (_, conversations):
+    with open_both_stores(target) as (_, conversations):
         info = conversations.get_info(id)
         if info is None:
             _exit_not_found(id)
@@ -131,23 +115,16 @@ def _time(time: datetime | None, now: datetime) -> str | None:
         "conversations export --owner ann - | jq 'select(.type == \"conversation\") | .data | fromjson'",
     )
 )
-def export(
-    arguments: IdAndFile,
-    everything: All = False,
-    owner: Owner = None,
-    dsn: RequiredDsn = None,
-    embedded: Embedded = False,
-    conversations_table: ConversationsTable = CONVERSATIONS_TABLE,
-) -> None:
+@with_target("conversations_table")
+def export(target: Target, arguments: IdAndFile, everything: All = False, owner: Owner = None) -> None:
     """Export conversations to a file of JSON lines.
 
     Exports conversations that have not expired, from one snapshot. The file is named FILE.partial until it is complete.
     `aibind-postgres import` reads it.
     """
     selection, file = parse_selection(arguments, everything, owner)
-    target = Target(dsn, conversations_table=conversations_table)
-    with chosen_database(target, use_embedded=embedded) as url, open_connection(url) as connection:
-        table = Table.parse(conversations_table)
+    with open_connection(target) as connection:
+        table = Table.parse(target.conversations_table)
         with new_file(file) as output:
             counts = export_conversations(connection, table, selection, output.write)
             if selection.id is not None and not counts.conversations:
@@ -157,16 +134,8 @@ def export(
 
 
 @app.command(epilog=examples("conversations delete chat-1", "conversations delete chat-1 --yes --json"))
-def delete(
-    id: SessionId,
-    yes: Yes = False,
-    as_json: Json = False,
-    dsn: RequiredDsn = None,
-    embedded: Embedded = False,
-    chunks_table: ChunksTable = CHUNKS_TABLE,
-    status_table: StatusTable = STATUS_TABLE,
-    conversations_table: ConversationsTable = CONVERSATIONS_TABLE,
-) -> None:
+@with_target(*ALL_TABLES)
+def delete(target: Target, id: SessionId, yes: Yes = False, as_json: Json = False) -> None:
     """Delete a conversation with its streams.
 
     Asks for confirmation on a terminal. Without a terminal, --yes is required. A running answer is stopped. Streams of
@@ -174,8 +143,7 @@ def delete(
     """
     if not yes:
         require_terminal()
-    target = Target(dsn, chunks_table, status_table, conversations_table)
-    with _stores(target, embedded) as (streams, conversations):
+    with open_both_stores(target) as (streams, conversations):
         info = conversations.get_info(id)
         if info is None:
             _exit_not_found(id)
@@ -198,12 +166,6 @@ def _delete(info: ConversationInfo, streams: PostgresStreamStore, conversations:
             if info.owner is None or stream.owner in owners:
                 deleted += streams.delete(stream.id)
     return deleted
-
-
-@contextmanager
-def _stores(target: Target, embedded: bool) -> Iterator[tuple[PostgresStreamStore, PostgresConversationStore]]:
-    with open_both_stores(target, chosen_database(target, use_embedded=embedded)) as stores:
-        yield stores
 
 
 def _exit_not_found(id: str) -> NoReturn:

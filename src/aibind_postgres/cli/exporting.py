@@ -13,11 +13,12 @@ from psycopg.rows import dict_row
 from .._archive import microseconds_of
 from .._housekeeping import MARKER
 from .._sql import NOW
-from .._tables import Table
+from .._tables import Table, parse_distinct
 from ..errors import SchemaError, StreamNotFoundError
 from .export_format import COLUMNS, Counts, end_line, header_line, line_of, time_text
 from .progress import is_shown, progress_bar
 from .table_columns import columns_of, in_statement, require_columns
+from .target import Target
 
 BATCH_CHUNKS = 10_000  # read by one statement at most
 FETCHED_STREAMS = 100  # status rows that one statement reads, since their metadata may be large
@@ -86,6 +87,11 @@ class StreamTables(NamedTuple):
     chunks: Table
     status: Table
     conversations: Table
+
+    @classmethod
+    def of(cls, target: Target) -> StreamTables:
+        """Return the tables of a command. Raise `ValueError` if a name is invalid or two are the same."""
+        return cls(*parse_distinct(target.chunks_table, target.status_table, target.conversations_table))
 
 
 class Chunk(NamedTuple):

@@ -4,38 +4,27 @@ from __future__ import annotations
 
 import json
 import time
-from contextlib import nullcontext
 
 import typer
 
-from .._tables import CHUNKS_TABLE, CONVERSATIONS_TABLE, STATUS_TABLE
 from .options import (
-    ChunksTable,
-    ConversationsTable,
-    Embedded,
+    ALL_TABLES,
+    STREAM_TABLES,
     Every,
     Json,
     OlderThan,
-    RequiredDsn,
-    StatusTable,
     examples,
+    with_target,
 )
-from .target import FAILED, Target, chosen_database, connected, open_both_stores, open_store
+from .target import FAILED, Target, database, open_both_stores, open_store
 from .text_output import printable
 
 app = typer.Typer()
 
 
 @app.command(epilog=examples("cleanup", "cleanup --every 10m"))
-def cleanup(
-    every: Every = None,
-    as_json: Json = False,
-    dsn: RequiredDsn = None,
-    embedded: Embedded = False,
-    chunks_table: ChunksTable = CHUNKS_TABLE,
-    status_table: StatusTable = STATUS_TABLE,
-    conversations_table: ConversationsTable = CONVERSATIONS_TABLE,
-) -> None:
+@with_target(*ALL_TABLES)
+def cleanup(target: Target, every: Every = None, as_json: Json = False) -> None:
     """Delete expired streams and conversations.
 
     Active streams are kept: see fail-abandoned. Prints the numbers of deleted rows.
@@ -43,11 +32,11 @@ def cleanup(
     With --every, each run opens a new connection. A failed run is reported, and the next run follows after the same
     time.
     """
-    target = Target(dsn, chunks_table, status_table, conversations_table)
-    with chosen_database(target, use_embedded=embedded, check=False) as url:
+    with database(target, check=False) as url:
+        chosen = target._replace(dsn=url, embedded=False)
         while True:
             try:
-                _clean_up(url, target, as_json)
+                _clean_up(chosen, as_json)
             except typer.Exit as failure:
                 if every is None or failure.exit_code != FAILED:
                     raise
@@ -56,8 +45,8 @@ def cleanup(
             time.sleep(every)
 
 
-def _clean_up(url: str, target: Target, as_json: bool) -> None:
-    with connected(url), open_both_stores(target, nullcontext(url)) as (store, conversations):
+def _clean_up(target: Target, as_json: bool) -> None:
+    with open_both_stores(target) as (store, conversations):
         streams = store.cleanup()
         counts = {**streams._asdict(), "conversations": conversations.cleanup()}
     deleted = ", ".join(f"{name}: {count}" for name, count in counts.items())
@@ -65,13 +54,11 @@ def _clean_up(url: str, target: Target, as_json: bool) -> None:
 
 
 @app.command("fail-abandoned", epilog=examples("fail-abandoned", "fail-abandoned --older-than 30m --json"))
+@with_target(*STREAM_TABLES)
 def fail_abandoned(
+    target: Target,
     older_than: OlderThan = "10m",
     as_json: Json = False,
-    dsn: RequiredDsn = None,
-    embedded: Embedded = False,
-    chunks_table: ChunksTable = CHUNKS_TABLE,
-    status_table: StatusTable = STATUS_TABLE,
 ) -> None:
     """End the streams of dead producers in state error.
 
@@ -79,8 +66,7 @@ def fail_abandoned(
     --older-than. Prints their ids. If a lease has expired, the command first waits at least 8 seconds, since a living
     producer renews its lease in this time.
     """
-    target = Target(dsn, chunks_table, status_table)
-    with open_store(target, chosen_database(target, use_embedded=embedded)) as store:
+    with open_store(target) as store:
         ended = store.fail_abandoned(older_than)
         if as_json:
             print(json.dumps({"ids": ended}, ensure_ascii=False))
@@ -89,20 +75,17 @@ def fail_abandoned(
 
 
 @app.command(epilog=examples("archive --older-than 7d"))
+@with_target(*STREAM_TABLES)
 def archive(
+    target: Target,
     older_than: OlderThan = "1d",
     as_json: Json = False,
-    dsn: RequiredDsn = None,
-    embedded: Embedded = False,
-    chunks_table: ChunksTable = CHUNKS_TABLE,
-    status_table: StatusTable = STATUS_TABLE,
 ) -> None:
     """Move the chunks of finished streams to the archive.
 
     Prints the numbers of archived streams and moved chunks. The TypeScript package cannot read archived streams.
     """
-    target = Target(dsn, chunks_table, status_table)
-    with open_store(target, chosen_database(target, use_embedded=embedded)) as store:
+    with open_store(target) as store:
         result = store.archive(older_than)
         text = f"archived streams: {result.streams}, chunks: {result.chunks}"
         print(json.dumps(result._asdict()) if as_json else text)

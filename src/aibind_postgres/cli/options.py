@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import re
+from collections.abc import Callable
+from functools import wraps
 from typing import Annotated, Any, Literal
 
 import typer
 
 from .._arguments import MAX_SECONDS
 from .._partitions import MAX_PARTITIONS
+from .._tables import CHUNKS_TABLE, CONVERSATIONS_TABLE, STATUS_TABLE
+from .target import Target
 
 Id = Annotated[str, typer.Argument(metavar="ID", help="The stream's id.", show_default=False)]
 Dsn = Annotated[
@@ -124,3 +129,45 @@ def examples(*commands: str) -> str:
     """Return the epilog of a help text with these commands, which are given without the name of the program."""
     lines = [f"  aibind-postgres {command}" for command in commands]
     return "\n".join(["\b", "Example:" if len(lines) == 1 else "Examples:", *lines])  # \b keeps click from wrapping
+
+
+STREAM_TABLES = ("chunks_table", "status_table")
+CONVERSATION_TABLES = ("status_table", "conversations_table")
+ALL_TABLES = ("chunks_table", "status_table", "conversations_table")
+
+_TABLES: dict[str, tuple[Any, str]] = {
+    "chunks_table": (ChunksTable, CHUNKS_TABLE),
+    "status_table": (StatusTable, STATUS_TABLE),
+    "conversations_table": (ConversationsTable, CONVERSATIONS_TABLE),
+}
+
+
+def with_target(*tables: str, must_choose: bool = True) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Return a decorator that gives a command options for its database and tables, as its argument `target`.
+
+    Args:
+        tables: The tables, by the names of the attributes of `Target`.
+        must_choose: Whether the command ends if no database is given. Otherwise it uses the embedded server. Default:
+            True.
+    """
+    options: dict[str, tuple[Any, object]] = {"dsn": (RequiredDsn if must_choose else Dsn, None)}
+    if must_choose:
+        options["embedded"] = Embedded, False
+    options |= {name: _TABLES[name] for name in tables}
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @wraps(command)
+        def run(**values: Any) -> None:
+            command(target=Target(**{name: values.pop(name) for name in options}), **values)
+
+        # Typer reads the options from the signature and the annotations.
+        own = [each for each in inspect.signature(command, eval_str=True).parameters.values() if each.name != "target"]
+        added = [
+            inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=annotation)
+            for name, (annotation, default) in options.items()
+        ]
+        run.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]  # typeshed does not know it
+        run.__annotations__ = {each.name: each.annotation for each in [*own, *added]}
+        return run
+
+    return decorate

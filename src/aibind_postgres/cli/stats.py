@@ -13,13 +13,17 @@ from psycopg.rows import dict_row
 
 from .._housekeeping import MARKER
 from .._sql import NOW
-from .._tables import CHUNKS_TABLE, CONVERSATIONS_TABLE, STATUS_TABLE, Table, parse_distinct
+from .._tables import Table
 from .exporting import StreamTables
-from .options import ChunksTable, ConversationsTable, Embedded, Json, RequiredDsn, StatusTable, examples
+from .options import (
+    ALL_TABLES,
+    Json,
+    examples,
+    with_target,
+)
 from .table_columns import columns_of, in_statement, require_columns
-from .target import Target, chosen_database
+from .target import Target, open_connection
 from .text_output import align, printable
-from .transfer import open_connection
 
 app = typer.Typer()
 
@@ -57,23 +61,15 @@ SELECT count(*), pg_notification_queue_usage() FROM pg_stat_activity
 
 
 @app.command(epilog=examples("stats", "stats --json | jq .streams.active"))
-def stats(
-    as_json: Json = False,
-    dsn: RequiredDsn = None,
-    embedded: Embedded = False,
-    chunks_table: ChunksTable = CHUNKS_TABLE,
-    status_table: StatusTable = STATUS_TABLE,
-    conversations_table: ConversationsTable = CONVERSATIONS_TABLE,
-) -> None:
+@with_target(*ALL_TABLES)
+def stats(target: Target, as_json: Json = False) -> None:
     """Print numbers of streams and chunks, and sizes of tables.
 
     Counts streams and their chunks by state, and those of streams created in the last minute, hour and day. Also prints
     the numbers of conversations and of listening stores. Reads the table of stream states once, and no chunks.
     """
-    target = Target(dsn, chunks_table, status_table, conversations_table)
-    with chosen_database(target, use_embedded=embedded) as url, open_connection(url) as connection:
-        tables = StreamTables(*parse_distinct(chunks_table, status_table, conversations_table))
-        found = gather(connection, tables)
+    with open_connection(target) as connection:
+        found = gather(connection, StreamTables.of(target))
         print(json.dumps(found, indent=2, ensure_ascii=False) if as_json else "\n".join(describe(found)))
 
 

@@ -17,44 +17,37 @@ from rich.live import Live
 from rich.table import Table
 
 from .._sync.stream_store import PostgresStreamStore
-from .._tables import CHUNKS_TABLE, CONVERSATIONS_TABLE, STATUS_TABLE
 from ..errors import StreamNotFoundError
 from ..models import ErasureResult, StreamInfo
 from . import reading, writing
 from .options import (
+    ALL_TABLES,
+    STREAM_TABLES,
     After,
-    ChunksTable,
-    ConversationsTable,
-    Dsn,
-    Embedded,
     Events,
     Id,
     Json,
     Raw,
-    RequiredDsn,
     Sse,
-    StatusTable,
     Yes,
     examples,
+    with_target,
 )
 from .standard_streams import output_console
 from .target import (
     DONE,
     FAILED,
     Target,
-    chosen_database,
     confirm,
-    database,
     exit_with,
     open_both_stores,
     open_store,
     require_terminal,
 )
-from .text_output import COLUMNS, align, describe_stream, fields, stream_row
+from .text_output import COLUMNS, aligned_pages, describe_stream, fields, pages, stream_row
 
 app = typer.Typer()
 
-PAGE_ROWS = 1000  # rows of one table of `list`, which is printed when they are read
 WATCH_INTERVAL = 2.0  # seconds
 
 
@@ -76,13 +69,12 @@ class State(str, Enum):
 
 
 @app.command(epilog=examples("write notes < notes.txt", "write answer --by word --delay 0.05"))
+@with_target(*STREAM_TABLES, must_choose=False)
 def write(
+    target: Target,
     id: Id,
     by: Annotated[By, typer.Option("--by", help="Unit that is stored as one chunk.")] = By.LINE,
     delay: Annotated[float, typer.Option("--delay", metavar="SECONDS", min=0, help="Pause after each chunk.")] = 0.0,
-    dsn: Dsn = None,
-    chunks_table: ChunksTable = CHUNKS_TABLE,
-    status_table: StatusTable = STATUS_TABLE,
 ) -> None:
     """Store standard input as a new stream, as it arrives.
 
@@ -91,21 +83,19 @@ def write(
     A chunk that contains U+0001 is stored with another U+0001 before it, so that it is read as text and not as a named
     event.
     """
-    target = Target(dsn, chunks_table, status_table)
-    with open_store(target, database(target)) as store:
+    with open_store(target) as store:
         raise typer.Exit(writing.write(store, id, by.value, delay))
 
 
 @app.command(epilog=examples("tail answer", "tail answer --after 120", "tail answer --events | jq .data"))
+@with_target(*STREAM_TABLES, must_choose=False)
 def tail(
+    target: Target,
     id: Id,
     after: After = 0,
     raw: Raw = False,
     events: Events = False,
     sse: Sse = False,
-    dsn: Dsn = None,
-    chunks_table: ChunksTable = CHUNKS_TABLE,
-    status_table: StatusTable = STATUS_TABLE,
 ) -> None:
     """Print the text of a stream as it arrives, until its end.
 
@@ -113,13 +103,14 @@ def tail(
     command that resumes at this position.
     """
     output_format = _output_format(raw, events, sse)
-    target = Target(dsn, chunks_table, status_table)
-    with open_store(target, database(target)) as store:
+    with open_store(target) as store:
         raise typer.Exit(reading.tail(store, id, after, output_format, target))
 
 
 @app.command(epilog=examples("replay answer --speed 4", "replay answer --instant --sse"))
+@with_target(*STREAM_TABLES, must_choose=False)
 def replay(
+    target: Target,
     id: Id,
     speed: Annotated[
         float | None,
@@ -130,9 +121,6 @@ def replay(
     raw: Raw = False,
     events: Events = False,
     sse: Sse = False,
-    dsn: Dsn = None,
-    chunks_table: ChunksTable = CHUNKS_TABLE,
-    status_table: StatusTable = STATUS_TABLE,
 ) -> None:
     """Print the stored text of a stream at its original pace.
 
@@ -144,14 +132,15 @@ def replay(
         raise typer.BadParameter("give --speed or --instant, not both")
     if speed is not None and not speed > 0:
         raise typer.BadParameter(f"--speed must be above zero, not {speed:g}")
-    target = Target(dsn, chunks_table, status_table)
-    with open_store(target, database(target)) as store:
+    with open_store(target) as store:
         pace = None if instant else speed or 1.0
         raise typer.Exit(reading.replay(store, id, after, output_format, pace, target))
 
 
 @app.command("list", epilog=examples("list --state active --watch", "list --owner ann --json | jq -r .id"))
+@with_target(*STREAM_TABLES)
 def list_streams(
+    target: Target,
     state: Annotated[State | None, typer.Option("--state", help="Only streams in this state.")] = None,
     session: Annotated[
         str | None, typer.Option("--session", metavar="ID", help="Only streams of this conversation.")
@@ -159,18 +148,13 @@ def list_streams(
     owner: Annotated[str | None, typer.Option("--owner", metavar="O", help="Only streams of this owner.")] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Refresh every two seconds, until Ctrl-C.")] = False,
     as_json: Json = False,
-    dsn: RequiredDsn = None,
-    embedded: Embedded = False,
-    chunks_table: ChunksTable = CHUNKS_TABLE,
-    status_table: StatusTable = STATUS_TABLE,
 ) -> None:
     """List the streams in the order of their ids.
 
     Prints the state, number of chunks, age, conversation and owner of each stream. With --json, prints one line of JSON
     for each stream.
     """
-    target = Target(dsn, chunks_table, status_table)
-    with open_store(target, chosen_database(target, use_embedded=embedded)) as store:
+    with open_store(target) as store:
 
         def read() -> Iterator[StreamInfo]:
             return store.list(state=state.value if state else None, session_id=session, owner=owner)
@@ -198,15 +182,12 @@ def _print_list(streams: Iterator[StreamInfo], console: Console, as_json: bool) 
         for info in streams:
             print(json.dumps(fields(info), ensure_ascii=False))
     elif console.is_terminal:
-        while page := list(islice(streams, PAGE_ROWS)):
+        for page in pages(streams):
             console.print(_table(page))
     else:
-        widths = [0] * len(COLUMNS)
-        heading = [list(COLUMNS)]
         now = datetime.now(timezone.utc)
-        while page := list(islice(streams, PAGE_ROWS)):
-            print(align([*heading, *(stream_row(info, now) for info in page)], widths), end="")
-            heading = []
+        for lines in aligned_pages(COLUMNS, (stream_row(info, now) for info in streams)):
+            print(lines, end="")
     sys.stdout.flush()
 
 
@@ -224,20 +205,13 @@ _STYLES = {"active": "green", "stopped": "yellow", "error": "red"}
 
 
 @app.command(epilog=examples("show answer", "show answer --json | jq .error"))
-def show(
-    id: Id,
-    as_json: Json = False,
-    dsn: RequiredDsn = None,
-    embedded: Embedded = False,
-    chunks_table: ChunksTable = CHUNKS_TABLE,
-    status_table: StatusTable = STATUS_TABLE,
-) -> None:
+@with_target(*STREAM_TABLES)
+def show(target: Target, id: Id, as_json: Json = False) -> None:
     """Show all fields of a stream.
 
     The exit code is 1 if the stream was stopped or ended in an error.
     """
-    target = Target(dsn, chunks_table, status_table)
-    with open_store(target, chosen_database(target, use_embedded=embedded)) as store:
+    with open_store(target) as store:
         info = store.get_info(id)
         if info is None:
             raise StreamNotFoundError(id)
@@ -249,39 +223,30 @@ def show(
 
 
 @app.command(epilog=examples("stop answer"))
-def stop(
-    id: Id,
-    dsn: RequiredDsn = None,
-    embedded: Embedded = False,
-    chunks_table: ChunksTable = CHUNKS_TABLE,
-    status_table: StatusTable = STATUS_TABLE,
-) -> None:
+@with_target(*STREAM_TABLES)
+def stop(target: Target, id: Id) -> None:
     """End an active stream in state stopped.
 
     The producer closes its source, and readers receive the end. The exit code is 1 if the stream had already ended.
     """
-    target = Target(dsn, chunks_table, status_table)
-    with open_store(target, chosen_database(target, use_embedded=embedded)) as store:
+    with open_store(target) as store:
         _report_end(store, id, store.stop(id))
 
 
 @app.command(epilog=examples("fail answer", "fail answer --error 'the model is not available'"))
+@with_target(*STREAM_TABLES)
 def fail(
+    target: Target,
     id: Id,
     error: Annotated[
         str, typer.Option("--error", metavar="TEXT", help="The error text, which readers of the stream receive.")
     ] = "ended by an operator",
-    dsn: RequiredDsn = None,
-    embedded: Embedded = False,
-    chunks_table: ChunksTable = CHUNKS_TABLE,
-    status_table: StatusTable = STATUS_TABLE,
 ) -> None:
     """End an active stream in state error.
 
     The exit code is 1 if the stream had already ended.
     """
-    target = Target(dsn, chunks_table, status_table)
-    with open_store(target, chosen_database(target, use_embedded=embedded)) as store:
+    with open_store(target) as store:
         _report_end(store, id, store.fail(id, error))
 
 
@@ -295,7 +260,9 @@ def _report_end(store: PostgresStreamStore, id: str, ended: bool) -> None:
 
 
 @app.command(epilog=examples("delete answer", "delete --owner ann", "delete --owner ann --yes --json"))
+@with_target(*ALL_TABLES)
 def delete(
+    target: Target,
     id: Annotated[str | None, typer.Argument(metavar="[ID]", help="The stream's id.", show_default=False)] = None,
     owner: Annotated[
         str | None,
@@ -303,11 +270,6 @@ def delete(
     ] = None,
     yes: Yes = False,
     as_json: Json = False,
-    dsn: RequiredDsn = None,
-    embedded: Embedded = False,
-    chunks_table: ChunksTable = CHUNKS_TABLE,
-    status_table: StatusTable = STATUS_TABLE,
-    conversations_table: ConversationsTable = CONVERSATIONS_TABLE,
 ) -> None:
     """Delete a stream, or all data of one owner.
 
@@ -321,8 +283,7 @@ def delete(
         raise typer.BadParameter("give either the id of a stream or --owner")
     if not yes:
         require_terminal()
-    target = Target(dsn, chunks_table, status_table, conversations_table)
-    with open_both_stores(target, chosen_database(target, use_embedded=embedded)) as (store, conversations):
+    with open_both_stores(target) as (store, conversations):
         if owner is not None:
             if not yes:
                 confirm(f"Delete all conversations and streams of owner {owner!r}?")

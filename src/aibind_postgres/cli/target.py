@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -27,12 +27,30 @@ DONE, FAILED, USAGE, NOT_FOUND, INTERRUPTED = 0, 1, 2, 3, 130
 
 
 class Target(NamedTuple):
-    """Database and tables of a command, as given by its options."""
+    """Database and tables of a command, as given by its options.
+
+    Attributes:
+        dsn: The connection string, or None.
+        embedded: Whether --embedded is given; None for a command that uses the embedded server if no other is given.
+        chunks_table: The name of the table of the chunks.
+        status_table: The name of the table of the stream states.
+        conversations_table: The name of the table of the conversations.
+    """
 
     dsn: str | None = None
+    embedded: bool | None = None
     chunks_table: str = CHUNKS_TABLE
     status_table: str = STATUS_TABLE
     conversations_table: str = CONVERSATIONS_TABLE
+
+    @property
+    def tables(self) -> dict[str, str]:
+        """The names of the tables, by the names of their options."""
+        return {
+            "chunks_table": self.chunks_table,
+            "status_table": self.status_table,
+            "conversations_table": self.conversations_table,
+        }
 
 
 def exit_with(code: int, text: str) -> NoReturn:
@@ -82,36 +100,25 @@ def report_errors(place: str = "") -> Iterator[None]:
 
 
 @contextmanager
-def database(target: Target) -> Iterator[str]:
-    """Yield the connection string of --dsn, of DATABASE_URL, or of the embedded server, after a test connection."""
-    with report_errors():
-        if dsn := _given_dsn(target):
-            with connected(dsn):
-                yield dsn
-        else:
-            with _embedded_server(target, "no --dsn and no DATABASE_URL", _data_folder("postgresql")) as dsn:
-                yield dsn
-
-
-@contextmanager
-def chosen_database(target: Target, *, use_embedded: bool, check: bool = True) -> Iterator[str]:
-    """Yield the connection string of --dsn, of DATABASE_URL, or of the embedded server if `use_embedded` is true.
+def database(target: Target, *, check: bool = True) -> Iterator[str]:
+    """Yield the connection string of --dsn, of DATABASE_URL, or of the embedded server.
 
     Exit if no database is chosen: results from a new, empty server would mislead.
 
     Args:
         target: The options of the command.
-        use_embedded: Whether the option --embedded is given.
         check: Whether to make a test connection. Default: True.
     """
     with report_errors():
-        if target.dsn is not None and use_embedded:
+        if target.dsn is not None and target.embedded:
             exit_with(USAGE, "give --dsn or --embedded, not both")
-        if use_embedded:
-            with _embedded_server(target, "--embedded", _data_folder("postgresql")) as dsn:
+        given = None if target.embedded else _given_dsn(target)
+        if given is None:
+            if target.embedded is False:
+                exit_with(USAGE, "no database: give --dsn or --embedded, or set DATABASE_URL")
+            reason = "--embedded" if target.embedded else "no --dsn and no DATABASE_URL"
+            with _embedded_server(target, reason, _data_folder("postgresql")) as dsn:
                 yield dsn
-        elif not (given := _given_dsn(target)):
-            exit_with(USAGE, "no database: give --dsn or --embedded, or set DATABASE_URL")
         elif check:
             with connected(given):
                 yield given
@@ -135,27 +142,35 @@ def connected(dsn: str) -> Iterator[None]:
 
 
 @contextmanager
-def open_store(target: Target, chosen: AbstractContextManager[str]) -> Iterator[PostgresStreamStore]:
+def open_store(target: Target) -> Iterator[PostgresStreamStore]:
     """Open the stream store of a command."""
     with (
-        chosen as dsn,
+        database(target) as dsn,
         PostgresStreamStore(dsn, chunks_table=target.chunks_table, status_table=target.status_table) as store,
     ):
         yield store
 
 
 @contextmanager
-def open_both_stores(
-    target: Target, chosen: AbstractContextManager[str]
-) -> Iterator[tuple[PostgresStreamStore, PostgresConversationStore]]:
+def open_both_stores(target: Target) -> Iterator[tuple[PostgresStreamStore, PostgresConversationStore]]:
     """Open the stream store and the conversation store of a command."""
     table, status_table = target.conversations_table, target.status_table
     with (
-        chosen as dsn,
-        open_store(target, nullcontext(dsn)) as streams,
+        database(target) as dsn,
+        PostgresStreamStore(dsn, chunks_table=target.chunks_table, status_table=status_table) as streams,
         PostgresConversationStore(dsn, table=table, status_table=status_table) as conversations,
     ):
         yield streams, conversations
+
+
+@contextmanager
+def open_connection(target: Target) -> Iterator[psycopg.Connection]:
+    """Open a connection as a store opens its own, in autocommit mode."""
+    with (
+        database(target) as dsn,
+        psycopg.connect(with_defaults(dsn), autocommit=True, prepare_threshold=None) as connection,
+    ):
+        yield connection
 
 
 @contextmanager

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime, timedelta
-from typing import Any
+from itertools import islice
+from typing import Any, TypeVar
 
 from ..models import ConversationInfo, StreamInfo
 
+Row = TypeVar("Row")
+
+PAGE_ROWS = 1000  # rows of a list that are printed at once
 COLUMNS = ("ID", "STATE", "CHUNKS", "AGE", "SESSION", "OWNER")
 
 _UNITS = (("d", 86_400), ("h", 3_600), ("m", 60), ("s", 1))
@@ -45,6 +49,26 @@ def align(rows: Sequence[Sequence[str]], widths: list[int]) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip() + "\n"
         for cells in rows
     )
+
+
+def pages(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """Yield lists of at most `PAGE_ROWS` rows, so that a long list is printed while it is read.
+
+    Without rows, yield an empty list, whose heading shows that there are none.
+    """
+    remaining = iter(rows)
+    yield list(islice(remaining, PAGE_ROWS))
+    while page := list(islice(remaining, PAGE_ROWS)):
+        yield page
+
+
+def aligned_pages(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    """Yield a heading and rows as lines with aligned columns, a page at a time."""
+    widths = list(map(len, heading))
+    above = [heading]
+    for page in pages(rows):
+        yield align([*above, *page], widths)
+        above = []
 
 
 def fields(info: StreamInfo | ConversationInfo) -> dict[str, Any]:

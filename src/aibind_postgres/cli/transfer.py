@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Annotated
 
-import psycopg
 import typer
 
-from .._conninfo import with_defaults
-from .._tables import CHUNKS_TABLE, CONVERSATIONS_TABLE, STATUS_TABLE, parse_distinct
 from .export_files import STANDARD_OUTPUT, ExportFile, new_file
 from .exporting import Selection, StreamTables, export_streams
 from .importing import import_file
-from .options import ChunksTable, ConversationsTable, Embedded, Json, RequiredDsn, StatusTable, examples
+from .options import (
+    ALL_TABLES,
+    Json,
+    examples,
+    with_target,
+)
 from .standard_streams import print_message
-from .target import Target, chosen_database
+from .target import Target, open_connection
 
 app = typer.Typer()
 
@@ -45,25 +45,16 @@ IdAndFile = Annotated[
         "export --all - | jq 'select(.type == \"stream\") | .id'",
     )
 )
-def export(
-    arguments: IdAndFile,
-    everything: All = False,
-    owner: Owner = None,
-    dsn: RequiredDsn = None,
-    embedded: Embedded = False,
-    chunks_table: ChunksTable = CHUNKS_TABLE,
-    status_table: StatusTable = STATUS_TABLE,
-    conversations_table: ConversationsTable = CONVERSATIONS_TABLE,
-) -> None:
+@with_target(*ALL_TABLES)
+def export(target: Target, arguments: IdAndFile, everything: All = False, owner: Owner = None) -> None:
     """Export streams to a file of JSON lines, from one snapshot.
 
     The file is named FILE.partial until it is complete. --owner also exports streams without an owner, if they belong
     to conversations of this owner.
     """
     selection, file = parse_selection(arguments, everything, owner)
-    target = Target(dsn, chunks_table, status_table, conversations_table)
-    with _connection(target, embedded) as connection:
-        tables = StreamTables(*parse_distinct(chunks_table, status_table, conversations_table))
+    with open_connection(target) as connection:
+        tables = StreamTables.of(target)
         with new_file(file) as output:
             counts = export_streams(connection, tables, selection, output.write, shows_progress=file != STANDARD_OUTPUT)
         if file != STANDARD_OUTPUT:
@@ -73,7 +64,9 @@ def export(
 @app.command(
     "import", epilog=examples("import streams.jsonl.gz", "import streams.jsonl.gz --resume", "import ann.jsonl --json")
 )
+@with_target(*ALL_TABLES)
 def import_(
+    target: Target,
     file: Annotated[
         str,
         typer.Argument(
@@ -85,11 +78,6 @@ def import_(
         typer.Option("--resume", help="Continue an interrupted import: skip what it has already written."),
     ] = False,
     as_json: Json = False,
-    dsn: RequiredDsn = None,
-    embedded: Embedded = False,
-    chunks_table: ChunksTable = CHUNKS_TABLE,
-    status_table: StatusTable = STATUS_TABLE,
-    conversations_table: ConversationsTable = CONVERSATIONS_TABLE,
 ) -> None:
     """Import a file of `export` or `conversations export`.
 
@@ -97,9 +85,8 @@ def import_(
     malformed or an id exists. Each stream appears in one transaction. A stream that was active when it was exported
     ends in state error, since it has no producer.
     """
-    target = Target(dsn, chunks_table, status_table, conversations_table)
-    with _connection(target, embedded) as connection, ExportFile(file) as source:
-        tables = StreamTables(*parse_distinct(chunks_table, status_table, conversations_table))
+    with open_connection(target) as connection, ExportFile(file) as source:
+        tables = StreamTables.of(target)
         has_begun = False
 
         def begin() -> None:
@@ -130,14 +117,3 @@ def parse_selection(arguments: list[str], everything: bool, owner: str | None) -
     if owner == "":  # as of an unset variable
         raise typer.BadParameter("--owner must not be empty")
     return Selection(ids[0] if ids else None, owner), file
-
-
-@contextmanager
-def _connection(target: Target, embedded: bool) -> Iterator[psycopg.Connection]:
-    with chosen_database(target, use_embedded=embedded) as dsn, open_connection(dsn) as connection:
-        yield connection
-
-
-def open_connection(dsn: str) -> psycopg.Connection:
-    """Return a connection as a store opens its own."""
-    return psycopg.connect(with_defaults(dsn), autocommit=True, prepare_threshold=None)
