@@ -29,8 +29,9 @@ MICROSECONDS = 1_000_000  # in a second; an int, since float times may be rounde
 # Moves chunks of the streams without a chunk in the last $1 milliseconds: at most $2 chunks, the oldest streams first,
 # each from its start. `counted` needs no sort of its input, so its LIMIT ends the scan of `locked`, and no more streams
 # are locked than are needed. The chunks of a stream are a range of numbers after its last page, since a LIMIT may be
-# planned as a sort of all its chunks. The range has one more than are moved, which the window reads ahead. A stream
-# without a chunk to move has one row.
+# planned as a sort of all its chunks. The range has one more than are moved, which the window reads ahead. It begins
+# with the first chunk to move, which is almost always the first one at all: that one is found by the index, also in
+# tables with partitions, where `min` may be planned as a scan of all. A stream without a chunk to move has one row.
 ARCHIVE = """
 WITH locked AS MATERIALIZED (
     SELECT id, total_chunks
@@ -50,8 +51,16 @@ WITH locked AS MATERIALIZED (
                SELECT coalesce(
                    (SELECT last_seq FROM {archive} WHERE id = locked.id ORDER BY first_seq DESC LIMIT 1), 0)
            ) AS p (moved), LATERAL (
-               SELECT min(seq) AS first FROM {chunks}
-                WHERE id = locked.id AND seq > p.moved AND seq <= total_chunks AND {is_moved}
+               SELECT CASE WHEN is_moved THEN seq ELSE (
+                          SELECT min(seq) FROM {chunks}
+                           WHERE id = locked.id AND seq > p.moved AND seq <= total_chunks AND {is_moved}
+                      ) END AS first
+                 FROM (SELECT) AS one LEFT JOIN (
+                          SELECT seq, seq <= total_chunks AND ({is_moved}) AS is_moved FROM {chunks}
+                           WHERE id = locked.id AND seq > p.moved
+                           ORDER BY seq
+                           LIMIT 1
+                      ) AS c ON true
            ) AS next LEFT JOIN LATERAL (
                SELECT seq, octet_length(data) AS size FROM {chunks}
                 WHERE id = locked.id AND seq >= next.first AND seq <= next.first + $2::bigint AND seq <= total_chunks
