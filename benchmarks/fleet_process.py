@@ -166,7 +166,7 @@ def count_statements(store: AsyncPostgresStreamStore, tables: Tables, counts: Co
         counts[names.get(sql, "other")] += 1
         return await query(sql, *arguments)
 
-    client.query = counted  # type: ignore[method-assign, assignment]
+    client.query = counted  # type: ignore[method-assign, assignment]  # replaces a method of this object
 
 
 def count_notifications(store: AsyncPostgresStreamStore, counts: Counter[str]) -> None:
@@ -183,4 +183,4 @@ def count_notifications(store: AsyncPostgresStreamStore, counts: Counter[str]) -
             counts[SENT] += 1
         return digests
 
-    listening.decode_payload = counted  # type: ignore[attr-defined]
+    listening.decode_payload = counted  # type: ignore[attr-defined]  # a name that the module imports

@@ -207,7 +207,7 @@ def filled(page: str, parts: dict[str, str]) -> str:
     """Return a page with these texts between the comments `<!-- NAME -->` and `<!-- end of NAME -->`."""
     for name, text in parts.items():
         marked = re.compile(rf"(?<=<!-- {name} -->\n).*?(?=<!-- end of {name} -->)", re.DOTALL)
-        page, count = marked.subn(lambda _, text=text: f"{text}\n", page)  # type: ignore[misc]
+        page, count = marked.subn(lambda _, text=text: f"{text}\n", page)  # type: ignore[misc]  # a default binds `text`
         if count != 1:
             raise ValueError(f"the page has {count} places for {name!r} instead of one")
     return page

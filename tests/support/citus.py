@@ -12,6 +12,7 @@ import pytest
 from psycopg.conninfo import make_conninfo
 
 from aibind_postgres import schema
+from support.skips import skip_named
 
 # The tests that are skipped, by the reason: files, functions, or a single variant of a function.
 IMPOSSIBLE = {
@@ -123,12 +124,7 @@ def cluster_of(server: str) -> Cluster | None:
 
 def skip_impossible(items: Iterable[pytest.Item]) -> None:
     """Skip the tests that a cluster cannot pass."""
-    reasons = {name: reason for reason, names in IMPOSSIBLE.items() for name in names}
-    for item in items:
-        name = f"{item.path.stem}::{item.name}"
-        found = [reasons[key] for key in (name, name.split("[")[0], item.path.stem) if key in reasons]
-        if found:
-            item.add_marker(pytest.mark.skip(reason=f"on Citus: {found[0]}"))
+    skip_named(items, IMPOSSIBLE, "on Citus")
 
 
 def activity(on_citus: bool) -> str:

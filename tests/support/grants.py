@@ -19,6 +19,7 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 from aibind_postgres._tables import CHUNKS_TABLE, CONVERSATIONS_TABLE, STATUS_TABLE, Table
+from support.skips import skip_named
 
 PAGE = Path(__file__).parents[2] / "docs" / "doctor.md"
 ARCHIVE_TABLE = f"{CHUNKS_TABLE}_archive"
@@ -120,9 +121,4 @@ def as_role(dsn: str, role: str | None) -> str:
 
 def skip_excluded(items: Iterable[pytest.Item]) -> None:
     """Skip the tests that need more than the role may do."""
-    reasons = {name: reason for reason, names in EXCLUDED.items() for name in names}
-    for item in items:
-        name = f"{item.path.stem}::{item.name}"
-        found = [reasons[key] for key in (name, name.split("[")[0], item.path.stem) if key in reasons]
-        if found:
-            item.add_marker(pytest.mark.skip(reason=f"with the minimal grants: {found[0]}"))
+    skip_named(items, EXCLUDED, "with the minimal grants")

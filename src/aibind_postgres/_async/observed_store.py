@@ -52,4 +52,8 @@ class AsyncObservedStore:
             ForkedError: The process was forked after the first call.
         """
         self._database.check_process()
-        return self._database.get_stats()
+        return {**self._database.get_stats(), **self._own_stats()}
+
+    def _own_stats(self) -> dict[str, int]:
+        """Return the numbers that only this kind of store has."""
+        return {}

@@ -258,20 +258,8 @@ class AsyncPostgresStreamStore(AsyncStreamLifecycle, AsyncObservedStore):
     async def _take_lease(self, stream_id: str, renewed: bool) -> StreamStatus | None:
         return self._found_status(stream_id, await self._leases.take(stream_id, renewed))
 
-    def get_stats(self) -> dict[str, int]:
-        """Return the current measures of this store, and its counters since it was made, as psycopg's pools do.
-
-        The call sends no statement. It works in any thread, and on a closed store. docs/operations.md describes the
-        names under "Statistics".
-
-        Returns:
-            The numbers by their names. If the store owns its pool, they include those of the pool's `get_stats`.
-
-        Raises:
-            ForkedError: The process was forked after the first call.
-        """
+    def _own_stats(self) -> dict[str, int]:
         return {
-            **super().get_stats(),
             **self._appender.get_stats(),
             **self._subscriptions.get_stats(),
             **self._listener.get_stats(),
