@@ -75,6 +75,16 @@ def test_summary(connection, names, store):
     assert found["expired"] == 1  # without the marker
 
 
+def test_ages_are_not_negative(connection, names, store):
+    with connection.transaction():  # whose now() is earlier than what it writes
+        store.create()
+        take_turn = store._schema.statements.take_turn
+        store._database.query(take_turn, ["aibind_postgres.housekeeping", 1000, store._tables[0].quoted])
+        connection.execute("SELECT pg_sleep(0.01)")
+        for name in ("oldest_active_age", "housekeeping_age"):
+            assert 0 < row(connection, names)[name] < 60
+
+
 def test_tables(connection, names, store):
     store.append_many(store.create(), ["x"] * 100)
     rows = connection.execute(sql.SQL("SELECT * FROM {}").format(view(names, "_tables"))).fetchall()

@@ -42,7 +42,7 @@ PERIOD = """,
        coalesce(sum(greatest(total_chunks, 0)) FILTER (WHERE {recent}), 0)::bigint AS chunks_{name}"""
 RECENT = "created_at > statement_timestamp() - interval '{length}' AND created_at <= statement_timestamp()"
 OLDEST = """
-SELECT id, extract(epoch FROM statement_timestamp() - created_at)::float8 FROM {status}
+SELECT id, extract(epoch FROM clock_timestamp() - created_at)::float8 FROM {status}
  WHERE state = 'active' AND created_at > '-infinity' AND created_at < 'infinity'
  ORDER BY created_at LIMIT 1
 """
