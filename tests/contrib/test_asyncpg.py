@@ -23,8 +23,9 @@ def arguments(dsn):
 
 @pytest.fixture
 async def pool(arguments):
-    async with asyncpg.create_pool(**arguments, min_size=0, max_size=4) as pool:
-        yield pool
+    pool = await asyncpg.create_pool(**arguments, min_size=0, max_size=4)
+    yield pool
+    pool.terminate()  # `close` of asyncpg 0.29 may wait forever for connections that the server has closed
 
 
 @pytest.fixture

@@ -197,7 +197,9 @@ def test_file_and_standard_output_have_the_same_bytes(database, tmp_path):
     assert b"\x1b" not in done.stderr
     assert (tmp_path / "x.jsonl").stat().st_mode & 0o777 == 0o600
     run("export", "--all", tmp_path / "x.jsonl.gz", dsn=database)
-    run("export", "--all", tmp_path / "y.jsonl.gz", dsn=database)
+    done = run("export", "--all", tmp_path / "y.jsonl.gz", "--json", dsn=database)
+    assert (json.loads(done.stdout), done.stderr) == ({"streams": 15, "chunks": 127, "conversations": 0}, b"")
+    assert b"--json needs the name of a file" in run("export", "--all", "-", "--json", dsn=database, code=2).stderr
     assert gzip.decompress((tmp_path / "x.jsonl.gz").read_bytes()) == content
     assert (tmp_path / "x.jsonl.gz").read_bytes() == (tmp_path / "y.jsonl.gz").read_bytes()
     assert len(list(tmp_path.iterdir())) == 3

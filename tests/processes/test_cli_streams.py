@@ -158,7 +158,9 @@ def test_show_as_json(database: str, streams: PostgresStreamStore) -> None:
 def test_stop_and_fail(database: str, streams: PostgresStreamStore) -> None:
     streams.create("e")
     assert run("stop", "a", dsn=database).returncode == 0
-    assert run("fail", "e", "--error", "no \U0001f642 money", dsn=database).returncode == 0
+    done = run("fail", "e", "--error", "no \U0001f642 money", "--json", dsn=database)
+    assert json.loads(done.stdout) == {"id": "e", "state": "error", "error": "no \U0001f642 money", "total_chunks": 0}
+    assert done.returncode == 0
     assert streams.get_status("a") == ("stopped", None, 2)
     assert streams.get_status("e") == ("error", "no \U0001f642 money", 0)
     for done in in_parallel([["stop", "e"], ["fail", "a"]])(dsn=database):

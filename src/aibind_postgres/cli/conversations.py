@@ -13,7 +13,7 @@ from .._sync.stream_store import PostgresStreamStore
 from .._tables import Table
 from ..errors import InvalidHistoryError
 from ..models import ConversationInfo
-from .export_files import STANDARD_OUTPUT, new_file
+from .export_files import new_file
 from .exporting import export_conversations
 from .message_drawing import draw_messages, shorten
 from .options import (
@@ -24,10 +24,9 @@ from .options import (
     examples,
     with_target,
 )
-from .standard_streams import print_message
 from .target import FAILED, NOT_FOUND, Target, confirm, exit_with, open_both_stores, open_connection, require_terminal
 from .text_output import age, align, aligned_pages, fields, printable
-from .transfer import All, IdAndFile, Owner, parse_selection
+from .transfer import All, IdAndFile, Owner, parse_selection, report_export
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -116,21 +115,22 @@ def _time(time: datetime | None, now: datetime) -> str | None:
     )
 )
 @with_target("conversations_table")
-def export(target: Target, arguments: IdAndFile, everything: All = False, owner: Owner = None) -> None:
+def export(
+    target: Target, arguments: IdAndFile, everything: All = False, owner: Owner = None, as_json: Json = False
+) -> None:
     """Export conversations to a file of JSON lines.
 
     Exports conversations that have not expired, from one snapshot. The file is named FILE.partial until it is complete.
     `aibind-postgres import` reads it.
     """
-    selection, file = parse_selection(arguments, everything, owner)
+    selection, file = parse_selection(arguments, everything, owner, as_json)
     with open_connection(target) as connection:
         table = Table.parse(target.conversations_table)
         with new_file(file) as output:
             counts = export_conversations(connection, table, selection, output.write)
             if selection.id is not None and not counts.conversations:
                 _exit_not_found(selection.id)
-        if file != STANDARD_OUTPUT:
-            print_message(f"{counts.conversations} conversations exported to {file}")
+        report_export(counts, f"{counts.conversations} conversations", file, as_json)
 
 
 @app.command(epilog=examples("conversations delete chat-1", "conversations delete chat-1 --yes --json"))

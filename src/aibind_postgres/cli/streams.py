@@ -222,15 +222,15 @@ def show(target: Target, id: Id, as_json: Json = False) -> None:
         raise typer.Exit(DONE if info.state in ("active", "done") else FAILED)
 
 
-@app.command(epilog=examples("stop answer"))
+@app.command(epilog=examples("stop answer", "stop answer --json"))
 @with_target(*STREAM_TABLES)
-def stop(target: Target, id: Id) -> None:
+def stop(target: Target, id: Id, as_json: Json = False) -> None:
     """End an active stream in state stopped.
 
     The producer closes its source, and readers receive the end. The exit code is 1 if the stream had already ended.
     """
     with open_store(target) as store:
-        _report_end(store, id, store.stop(id))
+        _report_end(store, id, store.stop(id), as_json)
 
 
 @app.command(epilog=examples("fail answer", "fail answer --error 'the model is not available'"))
@@ -241,22 +241,24 @@ def fail(
     error: Annotated[
         str, typer.Option("--error", metavar="TEXT", help="The error text, which readers of the stream receive.")
     ] = "ended by an operator",
+    as_json: Json = False,
 ) -> None:
     """End an active stream in state error.
 
     The exit code is 1 if the stream had already ended.
     """
     with open_store(target) as store:
-        _report_end(store, id, store.fail(id, error))
+        _report_end(store, id, store.fail(id, error), as_json)
 
 
-def _report_end(store: PostgresStreamStore, id: str, ended: bool) -> None:
+def _report_end(store: PostgresStreamStore, id: str, ended: bool, as_json: bool) -> None:
     status = store.get_status(id)
     if status is None:
         raise StreamNotFoundError(id)
     if not ended:
         exit_with(FAILED, f"stream {id!r} had already ended: its state is {status.state!r}")
-    print(f"Stream {id!r} has ended after {status.total_chunks} chunks: its state is {status.state!r}.")
+    text = f"Stream {id!r} has ended after {status.total_chunks} chunks: its state is {status.state!r}."
+    print(json.dumps({"id": id, **status._asdict()}, ensure_ascii=False) if as_json else text)
 
 
 @app.command(epilog=examples("delete answer", "delete --owner ann", "delete --owner ann --yes --json"))

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from .export_files import STANDARD_OUTPUT, ExportFile, new_file
+from .export_format import Counts
 from .exporting import Selection, StreamTables, export_streams
 from .importing import import_file
 from .options import (
@@ -41,24 +42,25 @@ IdAndFile = Annotated[
     epilog=examples(
         "export 019ad3a0-5c51-7000-8000-0123456789ab answer.jsonl",
         "export --all streams.jsonl.gz",
-        "export --owner ann ann.jsonl",
+        "export --owner ann ann.jsonl --json",
         "export --all - | jq 'select(.type == \"stream\") | .id'",
     )
 )
 @with_target(*ALL_TABLES)
-def export(target: Target, arguments: IdAndFile, everything: All = False, owner: Owner = None) -> None:
+def export(
+    target: Target, arguments: IdAndFile, everything: All = False, owner: Owner = None, as_json: Json = False
+) -> None:
     """Export streams to a file of JSON lines, from one snapshot.
 
     The file is named FILE.partial until it is complete. --owner also exports streams without an owner, if they belong
     to conversations of this owner.
     """
-    selection, file = parse_selection(arguments, everything, owner)
+    selection, file = parse_selection(arguments, everything, owner, as_json)
     with open_connection(target) as connection:
         tables = StreamTables.of(target)
         with new_file(file) as output:
             counts = export_streams(connection, tables, selection, output.write, shows_progress=file != STANDARD_OUTPUT)
-        if file != STANDARD_OUTPUT:
-            print_message(f"{counts.streams} streams with {counts.chunks} chunks exported to {file}")
+        report_export(counts, f"{counts.streams} streams with {counts.chunks} chunks", file, as_json)
 
 
 @app.command(
@@ -109,11 +111,25 @@ def import_(
             )
 
 
-def parse_selection(arguments: list[str], everything: bool, owner: str | None) -> tuple[Selection, str]:
-    """Return the selection and the file. Raise `typer.BadParameter` unless there is one of ID, --all and --owner."""
+def parse_selection(arguments: list[str], everything: bool, owner: str | None, as_json: bool) -> tuple[Selection, str]:
+    """Return the selection and the file.
+
+    Raises:
+        typer.BadParameter: There is not exactly one of ID, --all and --owner, or --json would be mixed with the export.
+    """
     *ids, file = arguments
     if len(ids) + everything + (owner is not None) != 1:
         raise typer.BadParameter("give FILE and exactly one of ID, --all and --owner")
     if owner == "":  # as of an unset variable
         raise typer.BadParameter("--owner must not be empty")
+    if as_json and file == STANDARD_OUTPUT:
+        raise typer.BadParameter("--json needs the name of a file, since standard output receives the export")
     return Selection(ids[0] if ids else None, owner), file
+
+
+def report_export(counts: Counts, text: str, file: str, as_json: bool) -> None:
+    """Print the numbers of exported records as JSON, or in a message unless the file is standard output."""
+    if as_json:
+        print(json.dumps(counts._asdict()))
+    elif file != STANDARD_OUTPUT:
+        print_message(f"{text} exported to {file}")

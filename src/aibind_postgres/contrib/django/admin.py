@@ -45,6 +45,10 @@ class ReadOnlyAdmin(admin.ModelAdmin):
     show_full_result_count = False
     list_per_page = 50
 
+    def get_object(self, request: HttpRequest, object_id: str, from_field: str | None = None) -> Any:
+        """Return a row, or None without it. PostgreSQL refuses a NUL, which no id contains."""
+        return None if "\0" in object_id else super().get_object(request, object_id, from_field)
+
     def has_add_permission(self, request: HttpRequest) -> bool:
         """Refuse additions."""
         return False
@@ -70,7 +74,8 @@ class StateFilter(admin.SimpleListFilter):
 
     def queryset(self, request: HttpRequest, queryset: Any) -> Any:
         """Return the streams in the chosen state."""
-        return queryset if self.value() is None else queryset.filter(state=self.value())
+        chosen = dict(self.lookup_choices)
+        return queryset.filter(state=self.value()) if self.value() in chosen else queryset
 
 
 @admin.register(Stream)

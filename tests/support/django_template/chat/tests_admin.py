@@ -185,6 +185,15 @@ class Streams(Admin):
         assert self.client.post(f"{STREAMS}one/stop/").url.startswith("/admin/login/")
         assert store.get_status("one").state == "active"
 
+    def test_addresses_with_a_nul(self):
+        self.create()
+        assert self.client.get(f"{STREAMS}one%00/change/").status_code == 302
+        assert self.client.get(f"{STREAMS}one%00/chunks/").status_code == 404
+        assert self.client.post(f"{STREAMS}one%00/stop/").status_code == 404
+        assert self.client.get(f"{CONVERSATIONS}one%00/change/").status_code == 302
+        assert self.ids(f"{STREAMS}?state=%00") == ["one"]
+        assert self.ids(STREAMS, "\0") == ["one"]  # Django ignores this search, and reports it
+
     def test_nothing_can_be_added_changed_or_deleted(self):
         self.create()
         assert self.client.post(f"{STREAMS}add/", {"id": "two"}).status_code == 403
