@@ -15,8 +15,6 @@ POSTGRES = ["14", "15", "16", "17", "18"]
 # The extra `embedded` brings 16 and 18. The others are packages of Debian or the PGDG repository.
 SYSTEM_SERVERS = {version: Path(f"/usr/lib/postgresql/{version}/bin/initdb") for version in ("14", "15", "17")}
 
-TESTS = ("tests", "tests/contrib")  # `pytest` alone leaves out the second folder
-
 nox.needs_version = ">=2025.2.9"
 nox.options.sessions = ["lint", "types", f"tests-{HERE}(postgres='18')", "package", "processes"]
 nox.options.error_on_missing_interpreters = False
@@ -60,7 +58,7 @@ def tests(session: nox.Session, postgres: str) -> None:
     skip_without_server(session, postgres)
     session.install(".[dev]")
     env = {"AIBIND_TEST_POSTGRES": postgres, "AIBIND_TEST_DSN": None}
-    session.run("pytest", *(session.posargs or TESTS), env=env)
+    session.run("pytest", *(session.posargs or ["tests"]), env=env)
 
 
 @nox.session
@@ -89,7 +87,7 @@ def lowest(session: nox.Session) -> None:
     session.install("uv")
     target = f"--python={session.virtualenv.location}"
     session.run("uv", "pip", "install", target, "--resolution=lowest-direct", ".[dev]")
-    session.run("pytest", *(session.posargs or TESTS), env={"AIBIND_TEST_DSN": None})
+    session.run("pytest", *(session.posargs or ["tests"]), env={"AIBIND_TEST_DSN": None})
 
 
 @nox.session

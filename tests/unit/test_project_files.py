@@ -62,6 +62,16 @@ def test_workflow_runs_sessions_of_nox(noxfile: dict[str, Any]) -> None:
     ]
 
 
+def test_each_folder_of_tests_is_run() -> None:
+    folders = {path.relative_to(ROOT).parts[1] for path in (ROOT / "tests").glob("*/**/test_*.py")}
+    options = PYPROJECT["tool"]["pytest"]["ini_options"]
+    by_pytest = {Path(path).name for path in options["testpaths"]}
+    steps = " ".join(re.findall(r"^pytest (.*?)(?:  #.*)?$", (ROOT / ".ci" / "run").read_text("utf-8"), re.MULTILINE))
+    assert folders - by_pytest == set(re.findall(r"tests/(\w+)(?= |$)", steps))
+    # `pytest tests` runs all folders without a session of their own.
+    assert folders - set(options["norecursedirs"]) == by_pytest | {"contrib"}
+
+
 def test_release_workflow() -> None:
     assert re.findall(r"nox -s (\w+)", RELEASE) == ["docs", "release"]
     assert "secrets." not in RELEASE
