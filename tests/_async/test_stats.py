@@ -51,7 +51,7 @@ async def test_readers_and_the_listener(admin_dsn, store, other):
     assert counts(store, *names[:3]) == (0, 0, 0)
 
 
-async def test_connection_listens_when_the_server_has_answered(dsn, store, monkeypatch):
+async def test_connection_listens_when_the_server_has_answered(admin_dsn, store, monkeypatch):
     async def listen(connection):
         waiting.append(connection)
         await answered.wait(30)
@@ -69,7 +69,7 @@ async def test_connection_listens_when_the_server_has_answered(dsn, store, monke
             await async_until(lambda: counts(store, "listening", "polling") == (1, 0))
             answered.clear()
             if attempt == 1:
-                async with await psycopg.AsyncConnection.connect(dsn) as admin:
+                async with await psycopg.AsyncConnection.connect(admin_dsn) as admin:
                     await admin.execute(TERMINATE)
         await store.complete(id)
 
