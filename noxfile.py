@@ -58,7 +58,7 @@ def tests(session: nox.Session, postgres: str) -> None:
     skip_without_server(session, postgres)
     session.install(".[dev]")
     env = {"AIBIND_TEST_POSTGRES": postgres, "AIBIND_TEST_DSN": None}
-    session.run("pytest", *(session.posargs or ["tests"]), env=env)
+    session.run("pytest", "tests", *session.posargs, env=env)
 
 
 @nox.session
@@ -87,7 +87,7 @@ def lowest(session: nox.Session) -> None:
     session.install("uv")
     target = f"--python={session.virtualenv.location}"
     session.run("uv", "pip", "install", target, "--resolution=lowest-direct", ".[dev]")
-    session.run("pytest", *(session.posargs or ["tests"]), env={"AIBIND_TEST_DSN": None})
+    session.run("pytest", "tests", *session.posargs, env={"AIBIND_TEST_DSN": None})
 
 
 @nox.session

@@ -55,21 +55,23 @@ WITH expired AS MATERIALIZED (
      LIMIT $1::bigint
 ), summed AS MATERIALIZED (
     SELECT id, size, sum(size) OVER (ORDER BY expires_at, id ROWS UNBOUNDED PRECEDING) AS sum FROM expired
+), chosen AS MATERIALIZED (
+    SELECT id, size FROM summed WHERE sum <= $2::bigint OR sum = size
 ), streams AS (
     DELETE FROM {status} AS s
-     USING (SELECT unnest(ARRAY(SELECT id FROM summed WHERE sum <= $2::bigint OR sum = size)) {few}) AS ended (id)
+     USING (
+               SELECT unnest(ARRAY(SELECT id FROM chosen)) AS id, unnest(ARRAY(SELECT size FROM chosen)) AS size {few}
+           ) AS ended
      WHERE s.id = ended.id AND s.state <> 'active' AND s.state <> 'deleted' AND s.expires_at + 0 <= {now}
-    RETURNING s.id
-), deleted AS MATERIALIZED (
-    SELECT id, size FROM streams JOIN summed USING (id)
+    RETURNING s.id, ended.size
 ), chunks AS (
     DELETE FROM {chunks} AS c
-     USING (SELECT unnest(ARRAY(SELECT id FROM deleted WHERE size <= coalesce($2::bigint, size))) {few}) AS emptied (id)
+     USING (SELECT unnest(ARRAY(SELECT id FROM streams WHERE size <= coalesce($2::bigint, size))) {few}) AS emptied (id)
      WHERE c.id = emptied.id
     RETURNING 1
 ), buried AS (
     INSERT INTO {status} (id, state, error, total_chunks, expires_at)
-    SELECT {tombstone_of_id} FROM deleted WHERE size > $2::bigint
+    SELECT {tombstone_of_id} FROM streams WHERE size > $2::bigint
 )
 SELECT (SELECT count(*) FROM expired) AS found, (SELECT count(*) FROM streams) AS streams,
        (SELECT count(*) FROM chunks) AS chunks

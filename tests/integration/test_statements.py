@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import psycopg
 import pytest
 from support import servers
@@ -173,6 +175,21 @@ def test_statements_use_an_index(connection, statements, plans):
         for condition in conditions:
             assert any(condition in line for line in found), f"{name}: {plan}"
         assert "Seq Scan" not in plan, f"{name}: {plan}"
+
+
+@pytest.mark.skipif(servers.PARTITIONS is not None, reason="the indexes of partitions have other names")
+@pytest.mark.parametrize(
+    ("statements", "table"),
+    [(STREAM_STATEMENTS, "aibind_stream_status"), (CONVERSATION_STATEMENTS, "aibind_conversations")],
+)
+def test_cleanup_reads_expired_rows_once_with_old_statistics(connection, statements, table):
+    connection.execute(f"UPDATE {table} SET expires_at = 9e15")
+    connection.execute(f"ANALYZE {table}")
+    connection.execute(f"UPDATE {table} SET expires_at = 1")
+    for name in ("cleanup", "cleanup_distributed"):
+        explained = connection.execute(f"EXPLAIN (FORMAT json) {getattr(statements, name)}", [1000, 1_000_000])
+        plan = json.dumps(explained.fetchone()[0])
+        assert plan.count(f"{table}_expires_at_idx") == 1, f"{name}: {plan}"
 
 
 def test_every_statement_has_a_plan_or_a_reason(connection):

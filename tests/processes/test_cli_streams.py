@@ -163,7 +163,10 @@ def test_stop_and_fail(database: str, streams: PostgresStreamStore) -> None:
     assert done.returncode == 0
     assert streams.get_status("a") == ("stopped", None, 2)
     assert streams.get_status("e") == ("error", "no \U0001f642 money", 0)
-    for done in in_parallel([["stop", "e"], ["fail", "a"]])(dsn=database):
+    stopped = b'{"id": "a", "state": "stopped", "error": null, "total_chunks": 2}\n'
+    again = in_parallel([["stop", "e"], ["fail", "a"], ["stop", "a", "--json"]])(dsn=database)
+    assert [done.stdout for done in again] == [b"", b"", stopped]
+    for done in again:
         assert done.returncode == 1
         assert b"had already ended: its state is" in done.stderr
     assert [done.returncode for done in in_parallel([["stop", "?"], ["fail", "?"]])(dsn=database)] == [3, 3]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,21 @@ def test_columns_grow_from_page_to_page() -> None:
     assert text_output.align([["a", "b"], ["ccc", "d"]], widths) == "a    b\nccc  d\n"
     assert text_output.align([["e", "f"]], widths) == "e    f\n"
     assert widths == [3, 1]
+
+
+def test_long_list_is_printed_while_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rows() -> Iterator[list[str]]:
+        for cells in (["a", "1"], ["bbb", "2"], ["cccc", "3"], ["d", "4"], ["e", "5"]):
+            read.append(cells[0])
+            yield cells
+
+    read: list[str] = []
+    monkeypatch.setattr(text_output, "PAGE_ROWS", 2)
+    printed = text_output.aligned_pages(["ID", "N"], rows())
+    assert next(printed) == "ID   N\na    1\nbbb  2\n"
+    assert read == ["a", "bbb"]
+    assert list(printed) == ["cccc  3\nd     4\n", "e     5\n"]
+    assert list(text_output.aligned_pages(["ID", "N"], [])) == ["ID  N\n"]
 
 
 def test_description_has_every_field() -> None:

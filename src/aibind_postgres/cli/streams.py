@@ -255,17 +255,19 @@ def _report_end(store: PostgresStreamStore, id: str, ended: bool, as_json: bool)
     status = store.get_status(id)
     if status is None:
         raise StreamNotFoundError(id)
+    if as_json:
+        print(json.dumps({"id": id, **status._asdict()}, ensure_ascii=False))
     if not ended:
         exit_with(FAILED, f"stream {id!r} had already ended: its state is {status.state!r}")
-    text = f"Stream {id!r} has ended after {status.total_chunks} chunks: its state is {status.state!r}."
-    print(json.dumps({"id": id, **status._asdict()}, ensure_ascii=False) if as_json else text)
+    if not as_json:
+        print(f"Stream {id!r} has ended after {status.total_chunks} chunks: its state is {status.state!r}.")
 
 
 @app.command(epilog=examples("delete answer", "delete --owner ann", "delete --owner ann --yes --json"))
 @with_target(*ALL_TABLES)
 def delete(
     target: Target,
-    id: Annotated[str | None, typer.Argument(metavar="[ID]", help="The stream's id.", show_default=False)] = None,
+    id: Annotated[str | None, typer.Argument(metavar="ID", help="The stream's id.", show_default=False)] = None,
     owner: Annotated[
         str | None,
         typer.Option("--owner", metavar="O", help="Delete all conversations and streams of this owner instead."),

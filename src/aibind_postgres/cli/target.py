@@ -103,7 +103,7 @@ def report_errors(place: str = "") -> Iterator[None]:
 def database(target: Target, *, check: bool = True) -> Iterator[str]:
     """Yield the connection string of --dsn, of DATABASE_URL, or of the embedded server.
 
-    Exit if no database is chosen: results from a new, empty server would mislead.
+    Exit if none is chosen and `target.embedded` is False: results from a new, empty server would mislead.
 
     Args:
         target: The options of the command.
@@ -201,12 +201,7 @@ def _embedded_server(target: Target, reason: str, folder: Path | None) -> Iterat
         except (OSError, RuntimeError) as error:
             exit_with(FAILED, f"the embedded PostgreSQL cannot be used: {error}")
         print_message(f"{reason}: using the embedded PostgreSQL in {folder or 'a temporary folder'}")
-        schema.migrate(
-            dsn,
-            chunks_table=target.chunks_table,
-            status_table=target.status_table,
-            conversations_table=target.conversations_table,
-        )
+        schema.migrate(dsn, **target.tables)
         yield dsn
 
 

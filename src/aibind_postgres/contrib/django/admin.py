@@ -46,8 +46,14 @@ class ReadOnlyAdmin(admin.ModelAdmin):
     list_per_page = 50
 
     def get_object(self, request: HttpRequest, object_id: str, from_field: str | None = None) -> Any:
-        """Return a row, or None without it. PostgreSQL refuses a NUL, which no id contains."""
+        """Return the row, or None if there is none. PostgreSQL refuses a NUL, which no id contains."""
         return None if "\0" in object_id else super().get_object(request, object_id, from_field)
+
+    def changelist_view(self, request: HttpRequest, extra_context: Any = None) -> Any:
+        """Show the list. Django passes filters on any field to PostgreSQL."""
+        if any("\0" in value for data in (request.GET, request.POST) for _, values in data.lists() for value in values):
+            raise BadRequest("a parameter contains a NUL")
+        return super().changelist_view(request, extra_context)
 
     def has_add_permission(self, request: HttpRequest) -> bool:
         """Refuse additions."""
@@ -74,8 +80,7 @@ class StateFilter(admin.SimpleListFilter):
 
     def queryset(self, request: HttpRequest, queryset: Any) -> Any:
         """Return the streams in the chosen state."""
-        chosen = dict(self.lookup_choices)
-        return queryset.filter(state=self.value()) if self.value() in chosen else queryset
+        return queryset if self.value() is None else queryset.filter(state=self.value())
 
 
 @admin.register(Stream)
