@@ -33,7 +33,9 @@ WITH locked AS MATERIALIZED (
 ), ended AS (
     UPDATE {status}
        SET state = 'error', error = $2::text,
-           expires_at = {now} + greatest({ttl_of_3}, CASE WHEN session_id IS NULL THEN 0 ELSE {kept}::bigint END)
+           expires_at = greatest(
+               {now} + greatest({ttl_of_3}, CASE WHEN session_id IS NULL THEN 0 ELSE {kept}::bigint END), expires_at
+           )
      WHERE id = $1::text AND state = 'active' AND lease_until <= {now} AND EXISTS (SELECT FROM locked)
     RETURNING id
 )
@@ -99,7 +101,7 @@ WITH page AS MATERIALIZED (
         OR (last_time IS NULL AND $6::boolean)
 ), ended AS (
     UPDATE {status} AS s
-       SET state = 'error', error = $3::text, expires_at = {now} + {ttl_of_1}
+       SET state = 'error', error = $3::text, expires_at = greatest({now} + {ttl_of_1}, expires_at)
       FROM (SELECT id, total_chunks FROM silent {few}) AS abandoned
      WHERE s.id = abandoned.id AND s.state = 'active' AND s.total_chunks = abandoned.total_chunks {without_lease}
     RETURNING s.id

@@ -179,7 +179,8 @@ SELECT extract(epoch FROM statement_timestamp() - created_at)::double precision 
 END = """
 WITH ended AS (
     UPDATE {status}
-       SET state = $2::text, error = $3::text, expires_at = {now} + {ttl_of_4}
+       SET state = $2::text, error = $3::text,
+           expires_at = greatest({now} + {ttl_of_4}, CASE WHEN $2::text = 'done' THEN 0 ELSE expires_at END)
      WHERE id = $1::text AND state = 'active'
     RETURNING id
 )
@@ -222,7 +223,7 @@ WITH page AS MATERIALIZED (
            ) AS s
 ), ended AS (
     UPDATE {status} AS s
-       SET state = 'error', error = $3::text, expires_at = {now} + {ttl_of_1}
+       SET state = 'error', error = $3::text, expires_at = greatest({now} + {ttl_of_1}, expires_at)
       FROM (SELECT unnest(ARRAY(SELECT id FROM locked)) {few}) AS abandoned (id)
      WHERE s.id = abandoned.id
     RETURNING s.id

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import timedelta
 from functools import partial
 from time import monotonic
 
@@ -164,6 +165,25 @@ async def test_stream_without_a_lease_is_left_alone(store, reader, run_sql, tabl
     with pytest.raises(TimeoutError):
         await reader.wait("ts", SEVERAL_LEASES)
     assert [(info.state, info.lease_until) async for info in reader.list()] == [("active", None)] * 2
+
+
+async def test_another_store_does_not_shorten_the_ttl(store, dsn, tables):
+    async with AsyncPostgresStreamStore(dsn, **tables, ttl=timedelta(days=30)) as owning:
+        for id in ("stopped", "failed", "abandoned", "completed"):
+            await owning.create(id)
+            await owning.append(id, "x")
+        await owning.create("expired", lease=0.001)
+    await store.stop("stopped")
+    await store.fail("failed", "why")
+    await store.complete("completed")
+    ended = []
+    while len(ended) < 2:
+        ended += await store.fail_abandoned(older_than=0)
+    assert sorted(ended) == ["abandoned", "expired"]
+    rest = {info.id: info.expires_at - info.created_at async for info in store.list()}
+    assert rest.pop("completed") < timedelta(minutes=10)
+    assert min(rest.values()) > timedelta(days=29)
+    assert len(rest) == 4
 
 
 async def test_acquire_ends_the_stream_of_a_dead_producer(store, reader):

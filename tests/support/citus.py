@@ -57,6 +57,7 @@ IMPOSSIBLE = {
         "test_distributed_tables::test_refusal_in_a_transaction_of_the_caller_is_raised",
         "test_distributed_tables::test_refused_statement_is_tried_once",
     ],
+    "it cannot archive": ["test_housekeeping::test_archiving_only_if_it_is_wanted"],
     "all migrations are needed": [
         "test_clients::test_without_the_second_migration",
         "test_conversation_details::test_conversations_of_before_the_migration_come_last",
