@@ -163,6 +163,12 @@ def missing_days(tables: Collection[Partitions]) -> list[date]:
     return [day for day in days_ahead(_now(tables).date()) if day not in present]
 
 
+def overdue_days(tables: Collection[Partitions]) -> list[date]:
+    """Return the missing days except the last one, which is missing from midnight to the next turn of housekeeping."""
+    earlier = days_ahead(_now(tables).date())[:-1]
+    return [day for day in missing_days(tables) if day in earlier]
+
+
 def past_days(tables: Collection[Partitions]) -> list[date]:
     """Return the past days of which each table has a partition, the oldest first. They may be dropped."""
     now = _now(tables)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import uuid
+from datetime import timedelta
+
 import psycopg
 import pytest
+from psycopg.conninfo import make_conninfo
 from support.concurrency import until
 
 from aibind_postgres import schema
 from aibind_postgres._housekeeping import MARKER
 from aibind_postgres._tables import STATUS_TABLE, Table
 from aibind_postgres.cli.doctor_facts import gather
+from aibind_postgres.cli.doctor_findings import server_findings
 from aibind_postgres.cli.doctor_table_findings import MINIMAL_GRANTS
 
 TABLES = {name: Table(None, name) for name in MINIMAL_GRANTS}
@@ -46,6 +51,44 @@ def test_streams_of_the_first_migration_are_counted(database, admin):
     admin.execute(f"ALTER TABLE {STATUS_TABLE} DROP COLUMN lease_until CASCADE")
     insert(admin, "a", state="active", expires_at=0)
     assert gather(database, TABLES).streams == {"abandoned": 1, "expired": 0, "too_long": 0}
+
+
+def test_partitions_by_time(empty_database):
+    schema.migrate(empty_database, partitions="time")
+    day = 24 * 3_600_000
+    with psycopg.connect(empty_database, autocommit=True) as admin:
+        now = admin.execute("SELECT (extract(epoch FROM now()) * 1000)::bigint").fetchone()[0]
+        insert(admin, "a", state="done", expires_at=now - 3 * day)
+        insert(admin, "b", state="done", expires_at=now - 4 * day)
+        whole = gather(empty_database, TABLES)
+        assert whole.streams == {"abandoned": 0, "expired": 1, "too_long": 0}
+        named = {finding.name: finding for finding in server_findings(whole)}
+        assert named["expired-streams"].text == "1 streams expired more than 3 days ago"
+        assert not named.keys() & {"missing-partitions", "partition-owner"}
+        last = max(whole.time_partitions[0].days)
+        for table in TABLES:
+            admin.execute(f"DROP TABLE IF EXISTS {table}_{last:%Y%m%d} CASCADE")
+        assert "missing-partitions" not in [finding.name for finding in server_findings(gather(empty_database, TABLES))]
+        for table in TABLES:
+            admin.execute(f"DROP TABLE IF EXISTS {table}_{last - timedelta(days=1):%Y%m%d} CASCADE")
+        [missing] = [f for f in server_findings(gather(empty_database, TABLES)) if f.name == "missing-partitions"]
+        assert (missing.level, missing.text.partition(":")[0]) == (
+            "warning",
+            f"partitions of 1 days are missing, the first one of {last - timedelta(days=1)}",
+        )
+
+
+def test_role_that_does_not_own_partitions(empty_database):
+    schema.migrate(empty_database, partitions="time")
+    role = f"aibind_{uuid.uuid4().hex}"
+    with psycopg.connect(empty_database, autocommit=True) as admin:
+        admin.execute(f"CREATE ROLE {role} LOGIN PASSWORD 'x'")
+        try:
+            found = {f.name: f for f in server_findings(gather(make_conninfo(empty_database, user=role), TABLES))}
+        finally:
+            admin.execute(f"DROP ROLE {role}")
+    assert found["partition-owner"].level == "ok"
+    assert role in found["partition-owner"].text
 
 
 def test_dead_rows_of_each_partition(empty_database):

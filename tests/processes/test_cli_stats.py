@@ -53,6 +53,7 @@ def test_numbers(database):
         "active": {"streams": 2, "chunks": 1},
         "done": {"streams": 2, "chunks": 3},
         "error": {"streams": 1, "chunks": 3},
+        "stopped": {"streams": 0, "chunks": 0},
     }
     assert found["total"] == {"streams": 5, "chunks": 7}
     assert found["archived_streams"] == 2
@@ -119,7 +120,9 @@ def test_other_table_names(empty_database):
 
 def test_empty_tables(database):
     found = stats(database)
-    assert (found["streams"], found["total"], found["oldest_active_stream"]) == ({}, {"streams": 0, "chunks": 0}, None)
+    nothing = {"streams": 0, "chunks": 0}
+    assert found["streams"] == dict.fromkeys(("active", "done", "error", "stopped"), nothing)
+    assert (found["total"], found["oldest_active_stream"]) == (nothing, None)
     assert b"oldest active stream:  -" in run("stats", dsn=database).stdout
 
 

@@ -101,6 +101,11 @@ def test_description_has_every_field() -> None:
     assert lines["error"].strip() == "line\\nline"
     assert lines["session id"].strip() == "-"
     assert lines["created at"].strip() == "2026-01-02T02:59:05+00:00 (5m ago)"
+    late, early = (
+        text_output.describe_stream(INFO._replace(lease_until=NOW + timedelta(seconds=rest)), NOW) for rest in (-3, 3)
+    )
+    assert "2026-01-02T03:04:02+00:00 (expired 3s ago)" in late
+    assert "expired" not in early
 
 
 def test_durations() -> None:

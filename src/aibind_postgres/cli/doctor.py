@@ -40,4 +40,4 @@ def run(dsn: str, chunks_table: str, status_table: str, conversations_table: str
 
 def _format(finding: Finding) -> str:
     remedy = f"\n         → {finding.remedy}" if finding.remedy else ""
-    return f"{MARKS[finding.level]}  {finding.text}{remedy}"
+    return f"{MARKS[finding.level]}  {finding.name}: {finding.text}{remedy}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from contextlib import ExitStack
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import psycopg
@@ -15,10 +16,12 @@ from psycopg.types.json import Jsonb
 
 from .._conninfo import with_defaults
 from .._housekeeping import MARKER
-from .._tables import STATUS_TABLE, Table, literal
+from .._tables import CHUNKS_TABLE, STATUS_TABLE, Table, literal
+from .._time_partitions import MAX_WAIT, PARTITIONS, Partitions, parse_partitions, wanted
 
 NOTIFICATION_TIMEOUT = 2.0  # seconds
 STATEMENT_TIMEOUT = 10_000  # milliseconds; for the statements on the rows of the streams
+MAX_DELAY = timedelta(hours=1)  # of the deletion of an expired stream
 MAX_COUNTED = 1000  # streams of each kind; more take long on a large table
 
 SETTINGS = [
@@ -109,7 +112,7 @@ SELECT jsonb_build_object(
   ),
   'expired', (
     SELECT count(*) FROM (
-      SELECT FROM {status} WHERE state <> 'active' AND expires_at <= now - 3600000 AND id <> {marker} LIMIT {limit}
+      SELECT FROM {status} WHERE state <> 'active' AND expires_at <= now - {delay} AND id <> {marker} LIMIT {limit}
     ) AS expired
   ),
   'too_long', (
@@ -153,6 +156,12 @@ class Facts(NamedTuple):
     psycopg_pool: str
     libpq: int
     pgbouncer: str | None = None  # the version, if the role may ask for it
+    time_partitions: list[Partitions] | None = None  # of the tables of streams, if they are partitioned by time
+
+    @property
+    def max_delay(self) -> timedelta:
+        """The time after which an expired stream should be deleted. Partitions of days are dropped as a whole."""
+        return MAX_DELAY if self.time_partitions is None else MAX_DELAY + MAX_WAIT
 
 
 def gather(dsn: str, tables: dict[str, Table]) -> Facts:
@@ -174,17 +183,30 @@ def gather(dsn: str, tables: dict[str, Table]) -> Facts:
         row = first.execute(CATALOG, {"settings": SETTINGS, "tables": Jsonb(wanted)}).fetchone()
         assert row is not None
         path = _examine_path(first, second)
-        return Facts(
+        facts = Facts(
             host=first.info.host or "localhost",
             port=first.info.port,
             path=path,
             catalog=row[0],
-            streams=_count_streams(first, tables[STATUS_TABLE], row[0]),
+            streams=None,
             psycopg=psycopg.__version__,
             psycopg_pool=psycopg_pool.__version__,
             libpq=pq.version(),
             pgbouncer=None if path.backend_pid == path.server_pid else _pgbouncer_version(complete),
+            time_partitions=_time_partitions(first, [tables[STATUS_TABLE], tables[CHUNKS_TABLE]]),
         )
+        return facts._replace(streams=_count_streams(first, tables[STATUS_TABLE], row[0], facts.max_delay))
+
+
+def _time_partitions(connection: psycopg.Connection, tables: list[Table]) -> list[Partitions] | None:
+    """Return the partitions of tables by time, or None for other tables and those that cannot be examined."""
+    try:
+        with psycopg.RawCursor(connection) as cursor:
+            rows = {row[0]: row for row in cursor.execute(PARTITIONS, [wanted(tables)])}
+    except psycopg.Error:
+        return None
+    found = [parse_partitions(rows[table.quoted], table) for table in tables if table.quoted in rows]
+    return found or None
 
 
 def _examine_path(first: psycopg.Connection, second: psycopg.Connection) -> Path:
@@ -238,7 +260,9 @@ def _send_notification(receiver: psycopg.Connection, sender: psycopg.Connection)
     return (ended - started) * 1000 if received else None, None
 
 
-def _count_streams(connection: psycopg.Connection, status: Table, catalog: dict[str, Any]) -> dict[str, int] | None:
+def _count_streams(
+    connection: psycopg.Connection, status: Table, catalog: dict[str, Any], max_delay: timedelta
+) -> dict[str, int] | None:
     found = next((t for t in catalog["tables"] if t["key"] == STATUS_TABLE and t["is_visible"]), None)
     if found is None or not found["has_usage"] or "SELECT" not in found["privileges"]:
         return None
@@ -247,6 +271,7 @@ def _count_streams(connection: psycopg.Connection, status: Table, catalog: dict[
     text = STREAMS.format(
         status=status.quoted,
         abandoned=f"coalesce(lease_until <= now - 600000, {old})" if has_leases else old,
+        delay=round(max_delay.total_seconds() * 1000),
         marker=literal(MARKER),
         limit=MAX_COUNTED,
     )

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from .._tables import quote
+from .._time_partitions import Partitions, overdue_days
 from .doctor_facts import MAX_COUNTED, Facts
 from .known_bugs import bugs_of, newest
 
@@ -240,9 +241,12 @@ def _settings(catalog: dict[str, Any]) -> Iterator[Finding]:
 
 
 def _streams(facts: Facts) -> Iterator[Finding]:
+    if facts.time_partitions is not None:
+        yield from _time_partitions(facts.time_partitions, facts.catalog["role"])
+    age = "an hour" if facts.time_partitions is None else f"{facts.max_delay.days} days"
     texts = {
         "abandoned": ("active streams have no living producer", "run a Housekeeper, or call fail_abandoned()"),
-        "expired": ("streams expired more than an hour ago", "run a Housekeeper, or call cleanup()"),
+        "expired": (f"streams expired more than {age} ago", "run a Housekeeper, or call cleanup()"),
         "too_long": ("streams have more than 1,000,000 chunks", "store longer chunks, or divide the streams"),
     }
     for name, count in (facts.streams or {}).items():
@@ -250,3 +254,19 @@ def _streams(facts: Facts) -> Iterator[Finding]:
             text, remedy = texts[name]
             number = f"{MAX_COUNTED} or more" if count >= MAX_COUNTED else str(count)
             yield Finding(f"{name.replace('_', '-')}-streams", "warning", f"{number} {text}", remedy)
+
+
+def _time_partitions(tables: list[Partitions], role: str) -> Iterator[Finding]:
+    if missing := overdue_days(tables):
+        yield Finding(
+            "missing-partitions",
+            "warning",
+            f"partitions of {len(missing)} days are missing, the first one of {missing[0]}: streams are in DEFAULT",
+            "run a Housekeeper with a role that owns the tables",
+        )
+    if not all(table.may_change for table in tables):
+        yield Finding(
+            "partition-owner",
+            "ok",
+            f"the role {role} may not create and drop partitions: the Housekeeper needs another role, the owner",
+        )

@@ -28,6 +28,7 @@ from .text_output import align, printable
 app = typer.Typer()
 
 UNITS = ("B", "kB", "MB", "GB", "TB")
+STATES = ("active", "done", "error", "stopped")
 PERIODS = {"minute": "1 minute", "hour": "1 hour", "day": "1 day"}
 
 # One scan of the status table, which is small. The chunks are not read.
@@ -60,7 +61,7 @@ SELECT count(*), pg_notification_queue_usage() FROM pg_stat_activity
 """
 
 
-@app.command(epilog=examples("stats", "stats --json | jq .streams.active"))
+@app.command(epilog=examples("stats", "stats --json | jq .streams.active.streams"))
 @with_target(*ALL_TABLES)
 def stats(target: Target, as_json: Json = False) -> None:
     """Print numbers of streams and chunks, and sizes of tables.
@@ -89,7 +90,8 @@ def gather(connection: psycopg.Connection, tables: StreamTables) -> dict[str, An
         return sum(state[name] for state in states)
 
     return {
-        "streams": {row["state"]: {"streams": row["streams"], "chunks": row["chunks"]} for row in states},
+        "streams": {state: {"streams": 0, "chunks": 0} for state in STATES}
+        | {row["state"]: {"streams": row["streams"], "chunks": row["chunks"]} for row in states},
         "total": {"streams": total("streams"), "chunks": total("chunks")},
         "archived_streams": total("archived") if "archived_at" in columns else None,
         "created_in_last": {

@@ -201,7 +201,12 @@ def _embedded_server(target: Target, reason: str, folder: Path | None) -> Iterat
         except (OSError, RuntimeError) as error:
             exit_with(FAILED, f"the embedded PostgreSQL cannot be used: {error}")
         print_message(f"{reason}: using the embedded PostgreSQL in {folder or 'a temporary folder'}")
-        schema.migrate(dsn, **target.tables)
+        schema.migrate(
+            dsn,
+            chunks_table=target.chunks_table,
+            status_table=target.status_table,
+            conversations_table=target.conversations_table,
+        )
         yield dsn
 
 

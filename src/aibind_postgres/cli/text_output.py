@@ -95,6 +95,8 @@ def describe_stream(info: StreamInfo, now: datetime) -> str:
         described[name.replace("_", " ") + ":"] = text
     if info.created_at is not None:
         described["created at:"] += f" ({age(info.created_at, now)} ago)"
+    if info.lease_until is not None and info.lease_until < now:
+        described["lease until:"] += f" (expired {age(info.lease_until, now)} ago)"
     if info.ttl is not None:
         described["ttl:"] += " seconds"
     return align(list(described.items()), [0, 0])
