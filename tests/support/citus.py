@@ -48,6 +48,7 @@ IMPOSSIBLE = {
         "test_combined_appends::test_simultaneous_identical_appends_write_once",
         "test_leases::test_one_statement_renews_all_leases",
         "test_page_sizes::test_pages_of_a_shared_statement_are_bounded_together",
+        "test_stats::test_appends_that_share_a_statement",
     ],
     "the stores do not try what it refuses": [
         "test_distributed_tables::test_conversations",
