@@ -114,10 +114,13 @@ def test_tool_call_with_approval(packages, url, open_chat, decision):
     chat.send("Delete report.txt")
     allow = chat.page.get_by_text('Allow deleteFile {"file":"report.txt"}?')
     allow.wait_for(timeout=TIMEOUT)
-    if decision == "Yes":  # also in a page that has loaded the call from the server
-        chat.page.reload()
-        allow.wait_for(timeout=TIMEOUT)
     chat.wait_for_status("ready")
+    if decision == "Yes":  # also in a page that has loaded the call from the server
+        # A decision before the page has asked for a running answer would make it read the new answer twice.
+        with chat.page.expect_response(lambda response: response.url.endswith("/stream")):
+            chat.page.reload()
+        allow.wait_for(timeout=TIMEOUT)
+        chat.wait_for_status("ready")
     chat.press(decision)
     result, text = {
         "Yes": ('deleteFile: {"deleted":"report.txt"}', "It is deleted."),
