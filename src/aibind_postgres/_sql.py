@@ -176,11 +176,15 @@ SELECT extract(epoch FROM statement_timestamp() - created_at)::double precision 
  WHERE id = $1::text AND seq = $2::bigint
 """
 
+# Ends a stream. The expiry of an active stream is that of the writing store, rounded up by less than a quarter of the
+# ttl. Another store, such as an operator's, may have a shorter ttl and must not shorten it.
 END = """
 WITH ended AS (
     UPDATE {status}
        SET state = $2::text, error = $3::text,
-           expires_at = greatest({now} + {ttl_of_4}, CASE WHEN $2::text = 'done' THEN 0 ELSE expires_at END)
+           expires_at = greatest(
+               {now} + {ttl_of_4}, CASE WHEN $2::text = 'done' THEN 0 ELSE expires_at - {ttl_of_4} / 4 END
+           )
      WHERE id = $1::text AND state = 'active'
     RETURNING id
 )
@@ -223,7 +227,7 @@ WITH page AS MATERIALIZED (
            ) AS s
 ), ended AS (
     UPDATE {status} AS s
-       SET state = 'error', error = $3::text, expires_at = greatest({now} + {ttl_of_1}, expires_at)
+       SET state = 'error', error = $3::text, expires_at = greatest({now} + {ttl_of_1}, expires_at - {ttl_of_1} / 4)
       FROM (SELECT unnest(ARRAY(SELECT id FROM locked)) {few}) AS abandoned (id)
      WHERE s.id = abandoned.id
     RETURNING s.id
