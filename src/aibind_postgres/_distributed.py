@@ -35,7 +35,7 @@ WITH locked AS MATERIALIZED (
        SET state = 'error', error = $2::text,
            expires_at = greatest(
                {now} + greatest({ttl_of_3}, CASE WHEN session_id IS NULL THEN 0 ELSE {kept}::bigint END),
-               expires_at - {ttl_of_3} / 4
+               {earlier_expiry_3}
            )
      WHERE id = $1::text AND state = 'active' AND lease_until <= {now} AND EXISTS (SELECT FROM locked)
     RETURNING id
@@ -102,7 +102,7 @@ WITH page AS MATERIALIZED (
         OR (last_time IS NULL AND $6::boolean)
 ), ended AS (
     UPDATE {status} AS s
-       SET state = 'error', error = $3::text, expires_at = greatest({now} + {ttl_of_1}, expires_at - {ttl_of_1} / 4)
+       SET state = 'error', error = $3::text, expires_at = greatest({now} + {ttl_of_1}, {earlier_expiry_1})
       FROM (SELECT id, total_chunks FROM silent {few}) AS abandoned
      WHERE s.id = abandoned.id AND s.state = 'active' AND s.total_chunks = abandoned.total_chunks {without_lease}
     RETURNING s.id
@@ -122,7 +122,8 @@ WITH page AS MATERIALIZED (
 )
 """
 
-# Expired conversations, as DELETE_EXPIRED of `_conversation_sql`. A conversation that is saved meanwhile is kept.
+# Expired conversations, as DELETE_EXPIRED of `_conversation_sql`. A conversation that is saved meanwhile is kept. 0 is
+# added as in CLEANUP.
 DELETE_EXPIRED = """
 WITH expired AS MATERIALIZED (
     SELECT session_id, expires_at, octet_length(data) AS size FROM {conversations}

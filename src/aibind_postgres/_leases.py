@@ -76,7 +76,7 @@ WITH locked AS MATERIALIZED (
        SET state = 'error', error = $2::text,
            expires_at = greatest(
                {now} + greatest({ttl_of_3}, CASE WHEN s.session_id IS NULL THEN 0 ELSE {kept}::bigint END),
-               s.expires_at - {ttl_of_3} / 4
+               {earlier_expiry_3}
            )
       FROM (SELECT unnest(ARRAY(SELECT id FROM locked)) {few}) AS expired (id)
      WHERE s.id = expired.id

@@ -176,14 +176,12 @@ SELECT extract(epoch FROM statement_timestamp() - created_at)::double precision 
  WHERE id = $1::text AND seq = $2::bigint
 """
 
-# Ends a stream. The expiry of an active stream is that of the writing store, rounded up by less than a quarter of the
-# ttl. Another store, such as an operator's, may have a shorter ttl and must not shorten it.
 END = """
 WITH ended AS (
     UPDATE {status}
        SET state = $2::text, error = $3::text,
            expires_at = greatest(
-               {now} + {ttl_of_4}, CASE WHEN $2::text = 'done' THEN 0 ELSE expires_at - {ttl_of_4} / 4 END
+               {now} + {ttl_of_4}, CASE WHEN $2::text = 'done' THEN 0 ELSE {earlier_expiry_4} END
            )
      WHERE id = $1::text AND state = 'active'
     RETURNING id
@@ -227,7 +225,7 @@ WITH page AS MATERIALIZED (
            ) AS s
 ), ended AS (
     UPDATE {status} AS s
-       SET state = 'error', error = $3::text, expires_at = greatest({now} + {ttl_of_1}, expires_at - {ttl_of_1} / 4)
+       SET state = 'error', error = $3::text, expires_at = greatest({now} + {ttl_of_1}, {earlier_expiry_1})
       FROM (SELECT unnest(ARRAY(SELECT id FROM locked)) {few}) AS abandoned (id)
      WHERE s.id = abandoned.id
     RETURNING s.id
@@ -317,7 +315,9 @@ class StreamStatements:
         def fill(statement: str, ttl: str = "$4", **others: str) -> str:
             renewed = f"greatest(expires_at, {rounded_expiry(ttl_of_stream(ttl))})"
             expiry = rounded_expiry(f"{ttl}::bigint")
-            ttls = {"ttl_of_1": ttl_of_stream("$1"), "ttl_of_3": ttl_of_stream("$3"), "ttl_of_4": ttl_of_stream("$4")}
+            own = {number: ttl_of_stream(f"${number}") for number in (1, 3, 4)}
+            ttls = {f"ttl_of_{number}": own[number] for number in own}
+            ttls |= {f"earlier_expiry_{number}": earlier_expiry(own[number]) for number in own}
             return statement.format_map({**values, **ttls, "expiry": expiry, "renewed_expiry": renewed, **others})
 
         identified = {"status_row": IDENTIFIED_STATUS_ROW.format(chunks=chunks.quoted)}
@@ -396,6 +396,18 @@ def rounded_expiry(ttl: str) -> str:
     """
     quarter = f"greatest({ttl} / 4, 1)"
     return f"(({NOW} + {ttl} - 1) / {quarter} + 1) * {quarter}"
+
+
+def earlier_expiry(ttl: str) -> str:
+    """Return the SQL expression for the expiry that the writing store gave an active stream, without its rounding.
+
+    Another store that ends the stream, such as an operator's, may have a shorter ttl, and must not shorten that of the
+    stream. With equal ttls this is never after the end of the ttl.
+
+    Args:
+        ttl: The SQL expression for the ttl of the store that ends the stream.
+    """
+    return f"expires_at - {ttl} / 4"
 
 
 def json_text(value: object) -> str:

@@ -37,14 +37,14 @@ def test_reload_and_second_tab_during_an_answer(url, open_chat):
     for word in ("reload-3 ", "reload-12 "):
         chat.wait_for_text(word)
         assert count(prompt).startswith(chat.answer)
-        chat.page.reload()
+        chat.reload()
     chat.wait_for_text("reload-14 ")
     assert count(prompt).startswith(chat.answer)
     second = open_chat(chat.url)
     for tab in (chat, second):
         tab.wait_for_turns(prompt, count(prompt))
     for tab in (chat, second):
-        tab.page.reload()
+        tab.reload()
         tab.wait_for_turns(prompt, count(prompt))
 
 
@@ -60,7 +60,7 @@ def test_stop_ends_the_answer_in_all_tabs(url, open_chat):
     assert chat.turns == second.turns
     assert "stop-7 " in chat.answer
     stopped = chat.turns
-    chat.page.reload()
+    chat.reload()
     chat.wait_for_turns(*stopped)
     chat.ask("Next?", "You asked: Next?")
 
@@ -75,7 +75,7 @@ def test_edit(url, open_chat):
     chat.press("Save")
     chat.wait_for_turns("edited", "You asked: edited")
     chat.ask("third", "You asked: third")
-    chat.page.reload()
+    chat.reload()
     chat.wait_for_turns("edited", "You asked: edited", "third", "You asked: third")
 
 
@@ -86,12 +86,12 @@ def test_regenerate(url, open_chat):
     chat.ask(prompt, count(prompt))
     chat.press("Try again")
     chat.wait_for_text("again-5 ")
-    chat.page.reload()
+    chat.reload()
     turns = ["first", "You asked: first", prompt, count(prompt)]
     chat.wait_for_turns(*turns)
     chat.press("Try again", last=False)
     chat.wait_for_turns("first", "You asked: first")
-    chat.page.reload()
+    chat.reload()
     chat.wait_for_turns("first", "You asked: first")
 
 
@@ -101,7 +101,7 @@ def test_failed_answer_keeps_its_text(url, open_chat):
     chat.page.get_by_role("alert").wait_for(timeout=TIMEOUT)
     assert "secret" not in chat.page.inner_text("main")
     assert chat.turns == ["fail", "half "]
-    chat.page.reload()
+    chat.reload()
     chat.wait_for_turns("fail", "half ")
     chat.ask("Next?", "You asked: Next?")
 
@@ -116,9 +116,7 @@ def test_tool_call_with_approval(packages, url, open_chat, decision):
     allow.wait_for(timeout=TIMEOUT)
     chat.wait_for_status("ready")
     if decision == "Yes":  # also in a page that has loaded the call from the server
-        # A decision before the page has asked for a running answer would make it read the new answer twice.
-        with chat.page.expect_response(lambda response: response.url.endswith("/stream")):
-            chat.page.reload()
+        chat.reload()
         allow.wait_for(timeout=TIMEOUT)
         chat.wait_for_status("ready")
     chat.press(decision)
@@ -129,7 +127,7 @@ def test_tool_call_with_approval(packages, url, open_chat, decision):
     for _ in range(2):
         chat.wait_for_turns("Delete report.txt", f"I need your permission. {text}")
         expect(chat.page.locator(".tool")).to_have_text([result], timeout=TIMEOUT)
-        chat.page.reload()
+        chat.reload()
 
 
 def test_tool_call_of_the_page(url, open_chat):
@@ -142,11 +140,11 @@ def test_tool_call_of_the_page(url, open_chat):
         chat.wait_for_text(word)
         assert count(SAID).startswith(chat.answer)
         expect(chat.page.locator(".tool")).to_have_text(['confirm: "yes"'], timeout=TIMEOUT)
-        chat.page.reload()
+        chat.reload()
     for _ in range(2):
         chat.wait_for_turns("confirm", count(SAID))
         expect(chat.page.locator(".tool")).to_have_text(['confirm: "yes"'], timeout=TIMEOUT)
-        chat.page.reload()
+        chat.reload()
 
 
 def test_lost_connection_is_resumed(url, open_chat):
@@ -217,5 +215,5 @@ def test_answer_that_ends_during_a_page_load(url, open_chat):
         route.continue_()
 
     chat.page.route("**/stream", wait_for_end)
-    chat.page.reload()
+    chat.reload()
     chat.wait_for_turns(prompt, count(prompt))

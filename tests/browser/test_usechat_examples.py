@@ -32,13 +32,13 @@ def test_example_streams_and_survives_reloads(example, open_chat):
     chat.send(prompt)
     chat.wait_for_text("word-5 ")
     assert answer.startswith(chat.answer)
-    chat.page.reload()
+    chat.reload()
     chat.wait_for_text("word-10 ")
     assert answer.startswith(chat.answer)
     second = open_chat(chat.url)
     for tab in (chat, second):
         tab.wait_for_turns(prompt, answer)
-    chat.page.reload()
+    chat.reload()
     chat.wait_for_turns(prompt, answer)
 
 
@@ -56,7 +56,7 @@ def test_example_stops_in_all_tabs(example, open_chat):
     assert f"You asked: {prompt}".startswith(chat.answer)
     assert second.turns == chat.turns
     stopped = chat.turns
-    chat.page.reload()
+    chat.reload()
     chat.wait_for_turns(*stopped)
     # The chat goes on.
     chat.ask("Next?", "You asked: Next? ")
@@ -96,7 +96,7 @@ def test_killed_worker(pages, chats, open_chat):
         [_, answer] = second.turns
         assert count(prompt).startswith(answer)
         assert "killed-7 " in answer
-        second.page.reload()
+        second.reload()
         second.wait_for_turns(prompt, answer)
         second.ask("Next?", "You asked: Next?")
 

@@ -110,6 +110,14 @@ class UseChatPage:
         buttons = self.page.get_by_role("button", name=label, exact=True)
         (buttons.last if last else buttons.first).click()
 
+    def reload(self) -> None:
+        """Reload the page, and wait until the server has answered whether an answer is running.
+
+        A new request before that would make the client read its answer twice.
+        """
+        with self.page.expect_response(lambda response: response.url.endswith("/stream"), timeout=TIMEOUT):
+            self.page.reload()
+
     def wait_for_text(self, text: str) -> None:
         """Wait until the last answer contains a text."""
         expect(self.page.locator("article.assistant").last).to_contain_text(text, timeout=TIMEOUT)

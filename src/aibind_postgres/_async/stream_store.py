@@ -70,8 +70,8 @@ class AsyncPostgresStreamStore(AsyncStreamLifecycle, AsyncObservedStore):
             A stream without such a change in the last 50 polls is polled at ten times this interval, until a reader
             joins.
         ttl: Seconds, or a timedelta, for which a stream is kept after its end, unless `create` gives another ttl; 300
-            by default. A store that stops or fails a stream of another store keeps it until the ttl of that store
-            has passed since the last append, less at most a quarter of its own ttl.
+            by default. A stream of another store with a longer ttl, which this store stops or fails, is kept until that
+            ttl has passed since the last append, less at most a quarter of this one.
         lease: Seconds, or a timedelta, after which the stream of a dead producer ends; 15 by default. A living producer
             renews its lease three times as often. Needs migration 0004.
         retry_for: Seconds, or a timedelta, for which a reader or a writer retries while the server is unreachable,

@@ -26,7 +26,7 @@ from .options import (
 )
 from .target import FAILED, NOT_FOUND, Target, confirm, exit_with, open_both_stores, open_connection, require_terminal
 from .text_output import age, align, aligned_pages, fields, printable
-from .transfer import All, Counted, IdAndFile, Owner, parse_selection, report_export
+from .transfer import All, CountsAsJson, IdAndFile, Owner, parse_selection, report_export
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -116,7 +116,7 @@ def _time(time: datetime | None, now: datetime) -> str | None:
 )
 @with_target("conversations_table")
 def export(
-    target: Target, arguments: IdAndFile, everything: All = False, owner: Owner = None, as_json: Counted = False
+    target: Target, arguments: IdAndFile, everything: All = False, owner: Owner = None, as_json: CountsAsJson = False
 ) -> None:
     """Export conversations to a file of JSON lines.
 

@@ -158,10 +158,10 @@ class Facts(NamedTuple):
     pgbouncer: str | None = None  # the version, if the role may ask for it
     time_partitions: list[Partitions] | None = None  # of the tables of streams, if they are partitioned by time
 
-    @property
-    def max_delay(self) -> timedelta:
-        """The time after which an expired stream should be deleted. Partitions of days are dropped as a whole."""
-        return MAX_DELAY if self.time_partitions is None else MAX_DELAY + MAX_WAIT
+
+def max_delay(time_partitions: list[Partitions] | None) -> timedelta:
+    """Return the time after which an expired stream should be deleted. Partitions of days are dropped as a whole."""
+    return MAX_DELAY if time_partitions is None else MAX_DELAY + MAX_WAIT
 
 
 def gather(dsn: str, tables: dict[str, Table]) -> Facts:
@@ -179,23 +179,23 @@ def gather(dsn: str, tables: dict[str, Table]) -> Facts:
         first, second = (
             stack.enter_context(psycopg.connect(complete, autocommit=True, prepare_threshold=None)) for _ in range(2)
         )
-        wanted = [{"key": key, "schema": table.schema, "name": table.name} for key, table in tables.items()]
-        row = first.execute(CATALOG, {"settings": SETTINGS, "tables": Jsonb(wanted)}).fetchone()
+        names = [{"key": key, "schema": table.schema, "name": table.name} for key, table in tables.items()]
+        row = first.execute(CATALOG, {"settings": SETTINGS, "tables": Jsonb(names)}).fetchone()
         assert row is not None
         path = _examine_path(first, second)
-        facts = Facts(
+        partitions = _time_partitions(first, [tables[STATUS_TABLE], tables[CHUNKS_TABLE]])
+        return Facts(
             host=first.info.host or "localhost",
             port=first.info.port,
             path=path,
             catalog=row[0],
-            streams=None,
+            streams=_count_streams(first, tables[STATUS_TABLE], row[0], max_delay(partitions)),
             psycopg=psycopg.__version__,
             psycopg_pool=psycopg_pool.__version__,
             libpq=pq.version(),
             pgbouncer=None if path.backend_pid == path.server_pid else _pgbouncer_version(complete),
-            time_partitions=_time_partitions(first, [tables[STATUS_TABLE], tables[CHUNKS_TABLE]]),
+            time_partitions=partitions,
         )
-        return facts._replace(streams=_count_streams(first, tables[STATUS_TABLE], row[0], facts.max_delay))
 
 
 def _time_partitions(connection: psycopg.Connection, tables: list[Table]) -> list[Partitions] | None:
@@ -261,7 +261,7 @@ def _send_notification(receiver: psycopg.Connection, sender: psycopg.Connection)
 
 
 def _count_streams(
-    connection: psycopg.Connection, status: Table, catalog: dict[str, Any], max_delay: timedelta
+    connection: psycopg.Connection, status: Table, catalog: dict[str, Any], delay: timedelta
 ) -> dict[str, int] | None:
     found = next((t for t in catalog["tables"] if t["key"] == STATUS_TABLE and t["is_visible"]), None)
     if found is None or not found["has_usage"] or "SELECT" not in found["privileges"]:
@@ -271,7 +271,7 @@ def _count_streams(
     text = STREAMS.format(
         status=status.quoted,
         abandoned=f"coalesce(lease_until <= now - 600000, {old})" if has_leases else old,
-        delay=round(max_delay.total_seconds() * 1000),
+        delay=round(delay.total_seconds() * 1000),
         marker=literal(MARKER),
         limit=MAX_COUNTED,
     )

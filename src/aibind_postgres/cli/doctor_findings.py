@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 from .._tables import quote
 from .._time_partitions import Partitions, overdue_days
-from .doctor_facts import MAX_COUNTED, Facts
+from .doctor_facts import MAX_COUNTED, Facts, max_delay
 from .known_bugs import bugs_of, newest
 
 WELL, WARNINGS, WILL_NOT_WORK = 0, 1, 2  # exit codes
@@ -243,7 +243,7 @@ def _settings(catalog: dict[str, Any]) -> Iterator[Finding]:
 def _streams(facts: Facts) -> Iterator[Finding]:
     if facts.time_partitions is not None:
         yield from _time_partitions(facts.time_partitions, facts.catalog["role"])
-    age = "an hour" if facts.time_partitions is None else f"{facts.max_delay.days} days"
+    age = "an hour" if facts.time_partitions is None else f"{max_delay(facts.time_partitions).days} days"
     texts = {
         "abandoned": ("active streams have no living producer", "run a Housekeeper, or call fail_abandoned()"),
         "expired": (f"streams expired more than {age} ago", "run a Housekeeper, or call cleanup()"),

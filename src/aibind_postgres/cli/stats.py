@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, get_args
 
 import psycopg
 import typer
@@ -14,6 +14,7 @@ from psycopg.rows import dict_row
 from .._housekeeping import MARKER
 from .._sql import NOW
 from .._tables import Table
+from ..models import StreamState
 from .exporting import StreamTables
 from .options import (
     ALL_TABLES,
@@ -28,7 +29,6 @@ from .text_output import align, printable
 app = typer.Typer()
 
 UNITS = ("B", "kB", "MB", "GB", "TB")
-STATES = ("active", "done", "error", "stopped")
 PERIODS = {"minute": "1 minute", "hour": "1 hour", "day": "1 day"}
 
 # One scan of the status table, which is small. The chunks are not read.
@@ -90,7 +90,7 @@ def gather(connection: psycopg.Connection, tables: StreamTables) -> dict[str, An
         return sum(state[name] for state in states)
 
     return {
-        "streams": {state: {"streams": 0, "chunks": 0} for state in STATES}
+        "streams": {state: {"streams": 0, "chunks": 0} for state in get_args(StreamState)}
         | {row["state"]: {"streams": row["streams"], "chunks": row["chunks"]} for row in states},
         "total": {"streams": total("streams"), "chunks": total("chunks")},
         "archived_streams": total("archived") if "archived_at" in columns else None,

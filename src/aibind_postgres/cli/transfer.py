@@ -27,7 +27,7 @@ Owner = Annotated[
     str | None,
     typer.Option("--owner", metavar="O", help="Export only what belongs to this owner, instead of one ID."),
 ]
-Counted = Annotated[
+CountsAsJson = Annotated[
     bool, typer.Option("--json", help="Print the numbers of exported records as JSON. FILE must not be -.")
 ]
 IdAndFile = Annotated[
@@ -51,7 +51,7 @@ IdAndFile = Annotated[
 )
 @with_target(*ALL_TABLES)
 def export(
-    target: Target, arguments: IdAndFile, everything: All = False, owner: Owner = None, as_json: Counted = False
+    target: Target, arguments: IdAndFile, everything: All = False, owner: Owner = None, as_json: CountsAsJson = False
 ) -> None:
     """Export streams to a file of JSON lines, from one snapshot.
 
