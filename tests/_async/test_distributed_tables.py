@@ -207,6 +207,16 @@ async def test_expired_leases_end_the_streams(store, client, run, monkeypatch):
     assert client.refused == 1
 
 
+async def test_abandoned_streams_keep_a_later_expiry(store, run, monkeypatch):
+    monkeypatch.setattr(_leases, "CONTACT", 0.0)
+    await store.create("expired", lease=60)
+    await store.create("without a lease")
+    await run("UPDATE {status} SET expires_at = 9e15, lease_until = CASE id WHEN 'expired' THEN 1 END")
+    assert sorted(await store.fail_abandoned(0)) == ["expired", "without a lease"]
+    [(earliest,)] = await run("SELECT min(expires_at) FROM {status}")
+    assert earliest > 8e15
+
+
 async def test_row_that_is_locked_is_not_ended(store, dsn, tables, run, monkeypatch):
     monkeypatch.setattr(_leases, "CONTACT", 0.0)
     id = await store.create(lease=60)
